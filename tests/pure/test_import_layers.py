@@ -1,0 +1,137 @@
+"""scripts/check_import_layers.py: each rule catches what it is for, and the real tree keeps them all."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "scripts" / "check_import_layers.py"
+
+
+def run_check(*arguments: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+
+
+def write_tree(root: Path, files: dict[str, str]) -> None:
+    """Files of a small vllm_npu/ under root, by their path in the package."""
+    for name, source in {"__init__.py": '__version__ = "0"\n', **files}.items():
+        path = root / "vllm_npu" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(source, encoding="utf-8")
+
+
+def test_the_real_tree_keeps_the_rules():
+    result = run_check(ROOT)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert run_check().stdout == result.stdout, "without an argument the script checks its own checkout"
+
+
+def test_a_tree_that_keeps_the_rules_passes(tmp_path):
+    write_tree(
+        tmp_path,
+        {
+            "errors.py": "from vllm_npu import __version__\n",
+            "routing.py": "import torch\nfrom . import errors\nfrom .topology import X\n",
+            "topology.py": "from vllm_npu import routing\n",
+            "transport/gloo.py": "import torch.distributed as dist\nfrom ..routing import X\n",
+            "device/npu_ops.py": "def load():\n    import torch_npu\n",
+            "hccl/library.py": "import torch_npu\n",
+            "plugin/__init__.py": "import vllm_ascend\nfrom vllm.platforms import Platform\n",
+            "strategies.py": (
+                "from typing import TYPE_CHECKING\n"
+                "if TYPE_CHECKING:\n    from torch.distributed import ProcessGroup\n    import vllm\n"
+                "from vllm_npu.transport import gloo\n"
+            ),
+            "emulator/__init__.py": "import ctypes\nfrom vllm_npu import envs\ndef enable():\n    import torch_npu\n",
+            "cli/__init__.py": "from vllm_npu import emulator\nimport vllm_npu.plugin\n",
+        },
+    )
+    result = run_check(tmp_path)
+    assert (result.returncode, result.stdout) == (0, "import layers: 11 files, no fault\n")
+
+
+CAUGHT = {
+    "upwards, absolute": ("routing.py", "\nfrom vllm_npu.plugin import platform\n", 2, "routing imports plugin"),
+    "upwards, plain import": ("transport/base.py", "import vllm_npu.dispatch.base as b\n", 1, "imports dispatch"),
+    "upwards, from the root": ("errors.py", "from vllm_npu import cli\n", 1, "errors imports cli"),
+    "upwards, one dot": ("limits.py", "from . import pipeline\n", 1, "limits imports pipeline"),
+    "upwards, two dots": ("dispatch/mc2.py", "from ..strategies import select\n", 1, "dispatch imports strategies"),
+    "upwards, in a function": ("envs.py", "def f():\n    from .topology import X\n", 2, "envs imports topology"),
+    "upwards, for types only": (
+        "hccl/library.py",
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import vllm_npu.cli\n",
+        3,
+        "hccl imports cli",
+    ),
+    "upwards, by name at run time": (
+        "device/a.py",
+        "import importlib\nimportlib.import_module('vllm_npu.plugin')\n",
+        2,
+        "device imports plugin",
+    ),
+    "the root imports the package": ("__init__.py", "from .errors import X\n", 1, "the package's root imports errors"),
+    "vllm outside plugin": (
+        "cli/demo.py",
+        "def f():\n    from vllm import LLM\n",
+        2,
+        "imports vllm, which only plugin/",
+    ),
+    "vllm_ascend outside plugin": ("device/a.py", "import vllm_ascend.ops\n", 1, "imports vllm_ascend, which"),
+    "torch_npu in another device file": ("device/portable_ops.py", "import torch_npu\n", 1, "imports torch_npu, which"),
+    "torch_npu for types only": (
+        "plugin/a.py",
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import torch_npu\n",
+        3,
+        "imports torch_npu, which",
+    ),
+    "torch.distributed imported": ("plugin/a.py", "import torch.distributed as dist\n", 1, "imports torch.distributed"),
+    "torch.distributed from torch": ("routing.py", "from torch import distributed\n", 1, "imports torch.distributed"),
+    "torch.distributed by attribute": (
+        "routing.py",
+        "import torch\ndef f():\n    return torch.distributed.get_rank()\n",
+        3,
+        "imports torch.distributed",
+    ),
+    "torch in the root": ("__init__.py", "import torch\n", 1, "imports torch, and must be usable before torch"),
+    "torch in errors": ("errors.py", "from torch import Tensor\n", 1, "imports torch, and must be usable before"),
+    "torch in envs": ("envs.py", "def f():\n    import torch\n", 2, "imports torch, and must be usable before"),
+    "emulator imports the package": ("emulator/a.py", "from ..topology import X\n", 1, "the emulator imports topology"),
+    "emulator imports a package": ("emulator/a.py", "import numpy\n", 1, "the emulator imports numpy"),
+    "emulator imports torch early": ("emulator/a.py", "import torch\n", 1, "imports torch at the top of the file"),
+    "emulator is imported": ("hccl/a.py", "import vllm_npu.emulator\n", 1, "imports the emulator, which only cli may"),
+    "unknown module": ("helpers.py", "", 1, "helpers is in no layer; add it to LAYERS"),
+    "unknown folder": ("extras/a.py", "", 1, "extras is in no layer; add it to LAYERS"),
+    "a name that does not exist": ("limits.py", "import vllm_npu.nowhere.x\n", 1, "which does not exist"),
+    "syntax": ("limits.py", "\ndef f(:\n", 2, "does not parse"),
+}
+
+
+@pytest.mark.parametrize(("file", "source", "line", "what"), CAUGHT.values(), ids=CAUGHT.keys())
+def test_a_fault_is_reported_where_it_is(tmp_path, file, source, line, what):
+    write_tree(tmp_path, {file: source})
+    result = run_check(tmp_path)
+    assert result.returncode == 1
+    [report] = result.stdout.splitlines()
+    assert report.startswith(f"vllm_npu/{file}:{line}: ")
+    assert what in report
+    assert "; " in report, "the report says what to do"
+
+
+def test_every_fault_of_a_tree_is_reported(tmp_path):
+    write_tree(tmp_path, {"errors.py": "import torch\nimport vllm\n", "helpers.py": "", "routing.py": "import vllm\n"})
+    result = run_check(tmp_path)
+    assert [line.split(": ")[0] for line in result.stdout.splitlines()] == [
+        "vllm_npu/errors.py:1",
+        "vllm_npu/errors.py:2",
+        "vllm_npu/helpers.py:1",
+        "vllm_npu/routing.py:1",
+    ]
+
+
+def test_a_folder_without_the_package_is_refused(tmp_path):
+    result = run_check(tmp_path)
+    assert result.returncode == 1
+    assert "holds no Python file; give the folder that holds vllm_npu/" in result.stderr

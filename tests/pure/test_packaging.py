@@ -1,0 +1,93 @@
+"""What is declared in several places agrees: the extras' pins, the lock, the version, the entry points."""
+
+import re
+import subprocess
+import sys
+import tomllib
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+import vllm_npu
+
+ROOT = Path(__file__).resolve().parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+
+
+def exact_pin(requirement: str) -> tuple[str, str]:
+    """(normalised name, version) of a requirement `name==version`."""
+    match = re.fullmatch(r"([A-Za-z0-9._-]+)==([A-Za-z0-9.+!]+)", requirement)
+    assert match, f"{requirement!r} is not an exact pin"
+    return re.sub(r"[-_.]+", "-", match[1]).lower(), match[2]
+
+
+def locked() -> dict[str, str]:
+    lines = (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines()
+    pins = [exact_pin(line) for line in lines if line and not line.startswith("#")]
+    assert len(dict(pins)) == len(pins), "a package is locked twice"
+    return dict(pins)
+
+
+def test_the_extras_are_those_that_the_documents_name():
+    assert set(EXTRAS) == {"cpu", "cuda", "ascend", "emulator", "dev"}
+
+
+@pytest.mark.parametrize("extra", sorted(EXTRAS))
+def test_an_extra_pins_exactly(extra):
+    for requirement in EXTRAS[extra]:
+        exact_pin(requirement)
+
+
+@pytest.mark.parametrize("extra", ["cpu", "dev"])
+def test_the_lock_holds_the_versions_of_the_extra(extra):
+    wanted = dict(exact_pin(requirement) for requirement in EXTRAS[extra])
+    lock = locked()
+    assert {name: lock.get(name) for name in wanted} == wanted
+
+
+def test_the_lock_holds_every_base_dependency():
+    names = {re.match(r"[A-Za-z0-9._-]+", requirement)[0] for requirement in PROJECT["dependencies"]}
+    assert names == {"torch", "numpy", "rich", "typer"}
+    assert names <= locked().keys()
+
+
+def test_the_lock_leaves_out_what_breaks_vllm_beside_a_cpu_torch():
+    assert not locked().keys() & {"torchvision", "torchaudio", "torchcodec"}
+
+
+def test_the_version_is_written_once():
+    assert "version" in PROJECT["dynamic"]
+    assert "version" not in PROJECT
+    assert metadata.version("vllm_npu") == vllm_npu.__version__
+    written = re.compile(rf"""version\w*\s*[=(]\s*["']?{re.escape(vllm_npu.__version__)}\b""", re.IGNORECASE)
+    sources = [ROOT / "setup.py", ROOT / "pyproject.toml", ROOT / "CMakeLists.txt", *(ROOT / "vllm_npu").rglob("*.py")]
+    assert [path.relative_to(ROOT).as_posix() for path in sources if written.search(path.read_text("utf-8"))] == [
+        "vllm_npu/__init__.py"
+    ]
+
+
+def test_the_entry_points_are_those_that_vllm_and_the_shell_call():
+    points = metadata.distribution("vllm_npu").entry_points
+    assert {(point.group, point.name, point.value) for point in points} == {
+        ("vllm.platform_plugins", "vllm_npu", "vllm_npu.plugin:register_platform"),
+        ("vllm.general_plugins", "vllm_npu", "vllm_npu.plugin:register_layers"),
+        ("console_scripts", "vllm-npu", "vllm_npu.cli:main"),
+    }
+
+
+@pytest.mark.parametrize(
+    "point", metadata.distribution("vllm_npu").entry_points, ids=lambda point: f"{point.group}-{point.name}"
+)
+def test_an_entry_point_can_be_loaded(point):
+    assert callable(point.load())
+
+
+def test_importing_the_package_imports_neither_torch_nor_vllm():
+    code = "import sys, vllm_npu; sys.exit(bool({'torch', 'vllm', 'torch_npu'} & sys.modules.keys()))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False, timeout=60).returncode == 0
+
+
+def test_the_package_says_that_it_is_typed():
+    assert (Path(vllm_npu.__file__).parent / "py.typed").is_file()

@@ -1,0 +1,35 @@
+"""Errors of this package: one class per situation. A message says what is wrong, where, and what to do."""
+
+
+class VllmNpuError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+
+class UnsupportedConfigError(VllmNpuError, ValueError):
+    """A configuration that cannot work, found before any token moves. Change the configuration."""
+
+
+class InvalidInputError(VllmNpuError, ValueError):
+    """An argument of one call breaks the callee's contract. The call moved nothing; the object stays usable."""
+
+
+class HandleMismatchError(VllmNpuError, RuntimeError):
+    """A handle was used twice, or given to a stage that did not make it. A fault of the calling code."""
+
+
+class PlanDisagreementError(VllmNpuError, RuntimeError):
+    """Ranks planned different steps. Raised on every rank, naming ranks and plans, before any collective of the step."""
+
+
+class TransportError(VllmNpuError, RuntimeError):
+    """A collective failed or did not end in time. The group must not be used again; restart its ranks."""
+
+    def __init__(self, operation: str, group: str, rank: int, detail: str) -> None:
+        super().__init__(f"{operation} on group '{group}' failed on rank {rank}: {detail}")
+        self.operation = operation
+        self.group = group
+        self.rank = rank
+        self.detail = detail
+
+    def __reduce__(self) -> tuple[type["TransportError"], tuple[str, str, int, str]]:
+        return type(self), (self.operation, self.group, self.rank, self.detail)

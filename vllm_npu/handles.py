@@ -1,0 +1,35 @@
+"""What a stage returns for its inverse: frozen, and consumed once."""
+
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from vllm_npu.errors import HandleMismatchError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Handle:
+    """Base of all handles. The inverse stage decides from the handle alone, so two may be in flight in any order."""
+
+    _spent: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
+
+    def spend(self, stage: str) -> None:
+        """Mark the handle as used by `stage`. Raises HandleMismatchError the second time."""
+        if self._spent:
+            raise HandleMismatchError(
+                f"{stage} got a {type(self).__name__} that {self._spent[0]} has already used; each prepare or dispatch "
+                "makes one handle for one call of its inverse"
+            )
+        self._spent.append(stage)
+
+
+HandleT = TypeVar("HandleT", bound=Handle)
+
+
+def check_handle(handle: Handle, expected: type[HandleT], stage: str) -> HandleT:
+    """`handle` as the type that `stage` consumes. Raises HandleMismatchError where another stage made it."""
+    if not isinstance(handle, expected):
+        raise HandleMismatchError(
+            f"{stage} got a {type(handle).__name__}, but needs the {expected.__name__} of its own inverse; use prepare and "
+            "finalize (dispatch and combine) of one object in pairs"
+        )
+    return handle

@@ -1,0 +1,182 @@
+"""Pure routing arithmetic: from top-k expert ids to permutations, counts and destinations, and back to tokens."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from vllm_npu.errors import InvalidInputError
+from vllm_npu.topology import ExpertPlacement
+
+
+def check_topk(
+    hidden_states: torch.Tensor,  # [num_tokens, hidden_size]
+    topk_weights: torch.Tensor,  # [num_tokens, top_k] float32
+    topk_ids: torch.Tensor,  # [num_tokens, top_k] int32 or int64, global expert ids
+    num_experts: int,
+    mask: torch.Tensor | None = None,  # [num_tokens] bool: rows that are tokens; None: all
+) -> None:
+    """Raise InvalidInputError unless the routing fits the tokens: shapes, ids in [0, num_experts), distinct in a row.
+
+    Values are read on CPU tensors only: on an accelerator that would be a host sync for each layer.
+    """
+    if hidden_states.dim() != 2:
+        raise InvalidInputError(
+            f"hidden_states has shape {tuple(hidden_states.shape)}; it must be [tokens, hidden_size]"
+        )
+    if topk_ids.dim() != 2 or topk_ids.shape != topk_weights.shape or topk_ids.shape[0] != hidden_states.shape[0]:
+        raise InvalidInputError(
+            f"topk_ids {tuple(topk_ids.shape)} and topk_weights {tuple(topk_weights.shape)} must both be "
+            f"[{hidden_states.shape[0]}, top_k], one row for each row of hidden_states"
+        )
+    if topk_ids.dtype not in (torch.int32, torch.int64):
+        raise InvalidInputError(f"topk_ids is {topk_ids.dtype}; it must be int32 or int64")
+    if topk_ids.device.type != "cpu":
+        return
+    if mask is not None:
+        topk_ids = topk_ids[mask]
+    if topk_ids.numel() == 0:
+        return
+    if int(topk_ids.min()) < 0 or int(topk_ids.max()) >= num_experts:
+        raise InvalidInputError(
+            f"topk_ids lie in [{int(topk_ids.min())}, {int(topk_ids.max())}]; with {num_experts} experts they must lie in "
+            f"[0, {num_experts - 1}]"
+        )
+    ordered = topk_ids.sort(dim=1).values
+    repeated = (ordered[:, 1:] == ordered[:, :-1]).any(dim=1)
+    if bool(repeated.any()):
+        row = int(repeated.nonzero()[0])
+        raise InvalidInputError(
+            f"topk_ids row {row} is {topk_ids[row].tolist()}: an expert may stand only once in a row"
+        )
+
+
+def check_router_logits(hidden_states: torch.Tensor, router_logits: torch.Tensor, num_experts: int) -> None:
+    """Raise InvalidInputError unless router_logits is [num_tokens, num_experts] for these hidden_states."""
+    expected = (hidden_states.shape[0], num_experts)
+    if tuple(router_logits.shape) != expected:
+        raise InvalidInputError(
+            f"router_logits has shape {tuple(router_logits.shape)}; for hidden_states {tuple(hidden_states.shape)} and "
+            f"{num_experts} experts it must be {list(expected)}"
+        )
+
+
+def local_expert_ids(
+    topk_ids: torch.Tensor,  # [num_tokens, top_k], global expert ids, -1 for an empty slot
+    first_expert: int,
+    num_local_experts: int,
+) -> torch.Tensor:  # [num_tokens, top_k], same dtype: slot of a local expert, -1 for all others
+    """Global ids as one rank's local ids."""
+    local = topk_ids - first_expert
+    return torch.where((local >= 0) & (local < num_local_experts), local, -1)
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertPermutation:
+    """Which (token, k) pair each row of an expert-major input comes from, and the way back.
+
+    Pairs are numbered token-major. Expert-major order is stable: inside an expert, rows ascend by token.
+    """
+
+    source_rows: torch.Tensor  # [num_pairs] int64: token of each expert-major row
+    positions: torch.Tensor  # [num_pairs] int64: expert-major row of each token-major pair
+    pairs_before_token: torch.Tensor  # [num_tokens + 1] int64: where each token's pairs start, and their number
+    pair_weights: torch.Tensor  # [num_pairs] float32, token-major
+    tokens_per_expert: torch.Tensor  # [num_local_experts] int64: a count for each local expert
+
+    @classmethod
+    def build(
+        cls,
+        local_ids: torch.Tensor,  # [num_tokens, top_k], -1 for a pair that is not ours
+        topk_weights: torch.Tensor,  # [num_tokens, top_k] float32
+        num_local_experts: int,
+    ) -> "ExpertPermutation":
+        """Sort the pairs by local expert. Host sync on accelerators: yes (the number of pairs)."""
+        tokens, slots = (local_ids >= 0).nonzero(as_tuple=True)
+        pair_experts = local_ids[tokens, slots].long()
+        order = pair_experts.argsort(stable=True)
+        positions = torch.empty_like(order)
+        positions[order] = torch.arange(order.numel(), device=order.device)
+        per_token = torch.bincount(tokens, minlength=local_ids.shape[0])
+        return cls(
+            source_rows=tokens[order],
+            positions=positions,
+            pairs_before_token=F.pad(per_token.cumsum(0), (1, 0)),
+            pair_weights=topk_weights[tokens, slots].float(),
+            tokens_per_expert=torch.bincount(pair_experts, minlength=num_local_experts),
+        )
+
+    def combine(
+        self,
+        expert_output: torch.Tensor,  # [>= num_pairs, width], expert-major
+    ) -> torch.Tensor:  # [num_tokens, width], fresh, dtype of expert_output
+        """Weight each pair's row and sum them for each token, in float32, k ascending. A token without pairs gets zeros."""
+        return sum_segments(expert_output, self.positions, self.pairs_before_token, self.pair_weights)
+
+
+def sum_segments(
+    rows: torch.Tensor,  # [any, width]
+    positions: torch.Tensor,  # [n] int64: row of each summand
+    segment_starts: torch.Tensor,  # [num_segments + 1] int64: first summand of each segment, and n
+    weights: torch.Tensor | None = None,  # [n] float32, 1 where absent
+) -> torch.Tensor:  # [num_segments, width], dtype of `rows`
+    """Weighted sums of gathered rows, accumulated in float32 in the order of `positions`. Rows not named are never read.
+
+    embedding_bag is that sum in one pass: 10 to 40 times faster on a CPU than a gather and index_add_.
+    """
+    if positions.numel() == 0:
+        return rows.new_zeros((segment_starts.numel() - 1, rows.shape[1]))
+    return F.embedding_bag(
+        positions,
+        rows.float(),
+        segment_starts,
+        mode="sum",
+        per_sample_weights=torch.ones_like(positions, dtype=torch.float32) if weights is None else weights,
+        include_last_offset=True,
+    ).to(rows.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class RankDestinations:
+    """Which tokens go to which EP rank when each token travels at most once to a rank, and the way back."""
+
+    tokens: torch.Tensor  # [num_sent] int64: token of each sent row; rows lie rank-major, tokens ascending
+    ranks: torch.Tensor  # [num_sent] int64: destination of each sent row
+    rows_per_rank: torch.Tensor  # [ep_size] int64
+    positions: torch.Tensor  # [num_sent] int64: sent row of each (token, rank) pair, token-major
+    sends_before_token: torch.Tensor  # [num_tokens + 1] int64
+
+    @classmethod
+    def build(cls, topk_ids: torch.Tensor, placement: ExpertPlacement) -> "RankDestinations":
+        """From global ids [num_tokens, top_k]. Host sync on accelerators: yes (the number of rows)."""
+        goes = torch.zeros((topk_ids.shape[0], placement.ep_size), dtype=torch.bool, device=topk_ids.device)
+        goes.scatter_(1, topk_ids.long() // placement.experts_per_rank, True)
+        ranks, tokens = goes.t().nonzero(as_tuple=True)
+        return cls(
+            tokens=tokens,
+            ranks=ranks,
+            rows_per_rank=goes.sum(0),
+            positions=tokens.argsort(stable=True),
+            sends_before_token=F.pad(goes.sum(1).cumsum(0), (1, 0)),
+        )
+
+    def local_ids(self, topk_ids: torch.Tensor, placement: ExpertPlacement) -> torch.Tensor:
+        """Of each sent row, the ids as its destination numbers its experts: [num_sent, top_k], -1 for other ranks'."""
+        first = (self.ranks * placement.experts_per_rank).to(topk_ids.dtype)
+        return local_expert_ids(topk_ids[self.tokens] - first[:, None], 0, placement.experts_per_rank)
+
+    def sum_returned(self, returned: torch.Tensor) -> torch.Tensor:
+        """Sum the rows that came back for each token, float32, destination ranks ascending: [num_tokens, width]."""
+        return sum_segments(returned, self.positions, self.sends_before_token)
+
+
+def expert_ranges(tokens_per_expert: Sequence[int]) -> list[tuple[int, int, int]]:
+    """(expert, start, stop) of every expert that has rows in an expert-major tensor."""
+    ranges = []
+    start = 0
+    for expert, count in enumerate(tokens_per_expert):
+        if count:
+            ranges.append((expert, start, start + count))
+        start += count
+    return ranges

@@ -1,0 +1,96 @@
+"""Where a rank stands: its place in the tensor-, data- and expert-parallel groups, and who owns which expert."""
+
+from dataclasses import dataclass
+
+from vllm_npu.errors import UnsupportedConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParallelTopology:
+    """One rank's place in a dp_size x tp_size grid, ranks numbered DP-major as in vLLM.
+
+    The `ep` group spans the whole grid. With `expert_parallel` each of its ranks owns whole experts; without,
+    every rank owns a shard of every expert and the sum over the grid is the layer's output.
+    """
+
+    tp_rank: int
+    tp_size: int
+    dp_rank: int
+    dp_size: int
+    expert_parallel: bool
+
+    def __post_init__(self) -> None:
+        for name, rank, size in (("tp", self.tp_rank, self.tp_size), ("dp", self.dp_rank, self.dp_size)):
+            if size < 1 or not 0 <= rank < size:
+                raise UnsupportedConfigError(f"{name}_rank={rank} of {name}_size={size}: not a rank of such a group")
+
+    @classmethod
+    def of_rank(cls, rank: int, *, tp_size: int, dp_size: int, expert_parallel: bool = True) -> "ParallelTopology":
+        """The topology as rank `rank` of the dp_size x tp_size grid sees it."""
+        return cls(
+            tp_rank=rank % tp_size,
+            tp_size=tp_size,
+            dp_rank=rank // tp_size,
+            dp_size=dp_size,
+            expert_parallel=expert_parallel,
+        )
+
+    @property
+    def world_size(self) -> int:
+        """Ranks in the grid."""
+        return self.tp_size * self.dp_size
+
+    @property
+    def rank(self) -> int:
+        """This rank's number in the grid, DP-major: also its rank in the `ep` group."""
+        return self.dp_rank * self.tp_size + self.tp_rank
+
+    @property
+    def ep_size(self) -> int:
+        """Ranks over which whole experts are spread: 1 without expert parallelism."""
+        return self.world_size if self.expert_parallel else 1
+
+    @property
+    def ep_rank(self) -> int:
+        """This rank among the ep_size owners of experts."""
+        return self.rank if self.expert_parallel else 0
+
+    @property
+    def tp_group(self) -> tuple[int, ...]:
+        """Grid ranks of this rank's tensor-parallel group, in rank order."""
+        return tuple(range(self.dp_rank * self.tp_size, (self.dp_rank + 1) * self.tp_size))
+
+    @property
+    def dp_group(self) -> tuple[int, ...]:
+        """Grid ranks of this rank's data-parallel group, in rank order."""
+        return tuple(range(self.tp_rank, self.world_size, self.tp_size))
+
+    def __str__(self) -> str:
+        return f"TP{self.tp_size}xDP{self.dp_size}{'xEP' if self.expert_parallel else ''}"
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertPlacement:
+    """Linear placement: expert e lives on EP rank e // experts_per_rank (vLLM's default expert_placement_strategy).
+
+    Raises UnsupportedConfigError where the experts do not divide evenly over the ranks.
+    """
+
+    num_experts: int
+    ep_size: int
+
+    def __post_init__(self) -> None:
+        if self.num_experts < 1 or self.num_experts % self.ep_size:
+            raise UnsupportedConfigError(
+                f"{self.num_experts} experts do not divide over ep_size={self.ep_size}; choose tp_size * dp_size that "
+                f"divides {self.num_experts}, or add redundant experts"
+            )
+
+    @property
+    def experts_per_rank(self) -> int:
+        """Experts on each EP rank."""
+        return self.num_experts // self.ep_size
+
+    def first_expert(self, ep_rank: int) -> int:
+        """Global id of the first expert that lives on `ep_rank`."""
+        return ep_rank * self.experts_per_rank

@@ -1,0 +1,47 @@
+"""A vote on the plan before any tensor moves: ranks that disagree all get an error that names them, never a hang."""
+
+import hashlib
+
+import torch
+
+from vllm_npu.errors import PlanDisagreementError
+from vllm_npu.transport.base import Transport
+
+MAX_PLAN_BYTES = 1024
+
+
+def agree(
+    plan: str,  # this rank's plan, as text: what must be equal on all ranks
+    transport: Transport,  # a CPU group
+    proposal: int = 0,  # a number that may differ
+) -> list[int]:
+    """Check that all ranks have the same plan; returns every rank's proposal, in rank order.
+
+    COLLECTIVE over the transport's group: one all-gather of 16 bytes. Host sync: the tensors are on the CPU. Graph
+    capture: no. Raises PlanDisagreementError on every rank where plans differ, after a second all-gather of the plans.
+    """
+    digest = int.from_bytes(hashlib.blake2b(plan.encode(), digest_size=8).digest(), "big", signed=True)
+    votes = transport.all_gather(torch.tensor([[digest, proposal]])).tolist()
+    if any(vote[0] != digest for vote in votes):
+        raise PlanDisagreementError(_difference(_all_plans(plan, transport)))
+    return [vote[1] for vote in votes]
+
+
+def _all_plans(plan: str, transport: Transport) -> list[str]:
+    text = plan.encode()[:MAX_PLAN_BYTES]
+    row = torch.zeros(1, MAX_PLAN_BYTES, dtype=torch.uint8)
+    row[0, : len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8) if text else row[0, :0]
+    return [bytes(row.tolist()).rstrip(b"\0").decode(errors="replace") for row in transport.all_gather(row)]
+
+
+def _difference(plans: list[str]) -> str:
+    ranks_with: dict[str, list[int]] = {}
+    for rank, plan in enumerate(plans):
+        ranks_with.setdefault(plan, []).append(rank)
+    lines = [f"  ranks {ranks}: {plan}" for plan, ranks in ranks_with.items()]
+    return "\n".join(
+        [
+            "ranks planned different steps; start all of them with the same versions, model and vllm_npu options:",
+            *lines,
+        ]
+    )

@@ -1,0 +1,179 @@
+"""The contract of a transport: one group of ranks that exchange tensors. All methods but close() are COLLECTIVE.
+
+Every result is fresh memory, and no argument is written: a caller may keep using what it passed in.
+Sizes count rows (first dimension) and must be equal on all ranks of the group.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from vllm_npu.errors import InvalidInputError
+from vllm_npu.topology import ParallelTopology
+
+
+@dataclass(frozen=True, slots=True)
+class SendRecv:
+    """One half of a point-to-point exchange: send `tensor` to `peer`, or receive into it. `peer` is a group rank."""
+
+    peer: int
+    tensor: torch.Tensor
+    is_send: bool
+
+
+class Transport(ABC):
+    """One group of ranks. Public methods check their arguments; subclasses move the data in the methods named _*."""
+
+    def __init__(self, group: str, rank: int, size: int) -> None:
+        self.group = group
+        self.rank = rank
+        self.size = size
+
+    def all_gather(
+        self,
+        x: torch.Tensor,  # [sizes[rank], ...]
+        sizes: Sequence[int] | None = None,
+    ) -> torch.Tensor:  # [sum(sizes), ...]
+        """Rows of all ranks, in rank order. `sizes` absent: every rank brings as many rows as this one."""
+        sizes = self._check_sizes("all_gather", sizes, x.shape[0], x.shape[0])
+        return x.clone() if self.size == 1 else self._all_gather(x.contiguous(), sizes)
+
+    def reduce_scatter(
+        self,
+        x: torch.Tensor,  # [sum(sizes), ...]
+        sizes: Sequence[int] | None = None,
+    ) -> torch.Tensor:  # [sizes[rank], ...]
+        """This rank's rows of the sum over ranks. `sizes` absent: equal parts."""
+        if sizes is None and x.shape[0] % self.size:
+            raise InvalidInputError(
+                f"reduce_scatter on group '{self.group}': {x.shape[0]} rows do not divide over {self.size} ranks; pass sizes"
+            )
+        sizes = self._check_sizes("reduce_scatter", sizes, x.shape[0] // self.size, None)
+        if sum(sizes) != x.shape[0]:
+            raise InvalidInputError(
+                f"reduce_scatter on group '{self.group}': sizes {list(sizes)} add up to {sum(sizes)}, x has {x.shape[0]} rows"
+            )
+        return x.clone() if self.size == 1 else self._reduce_scatter(x.contiguous(), sizes)
+
+    def all_to_all(
+        self,
+        x: torch.Tensor,  # [sum(send_sizes), ...], rows for rank 0 first
+        send_sizes: Sequence[int],
+        recv_sizes: Sequence[int],
+    ) -> torch.Tensor:  # [sum(recv_sizes), ...], rows of rank 0 first
+        """Send a part of `x` to each rank. recv_sizes[r] must be what rank r sends to this rank."""
+        self._check_sizes("all_to_all (send)", send_sizes, 0, None)
+        self._check_sizes("all_to_all (recv)", recv_sizes, 0, None)
+        if sum(send_sizes) != x.shape[0]:
+            raise InvalidInputError(
+                f"all_to_all on group '{self.group}': send sizes {list(send_sizes)} add up to {sum(send_sizes)}, "
+                f"x has {x.shape[0]} rows"
+            )
+        if send_sizes[self.rank] != recv_sizes[self.rank]:
+            raise InvalidInputError(
+                f"all_to_all on group '{self.group}': rank {self.rank} sends itself {send_sizes[self.rank]} rows but "
+                f"expects {recv_sizes[self.rank]}"
+            )
+        return x.clone() if self.size == 1 else self._all_to_all(x.contiguous(), send_sizes, recv_sizes)
+
+    def broadcast(self, x: torch.Tensor, source: int) -> torch.Tensor:
+        """`x` of rank `source`; other ranks pass a tensor of the same shape and dtype, whose values do not matter."""
+        if not 0 <= source < self.size:
+            raise InvalidInputError(f"broadcast on group '{self.group}': source {source} is not in 0..{self.size - 1}")
+        return x.clone() if self.size == 1 else self._broadcast(x.contiguous(), source)
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum of `x` over ranks."""
+        return x.clone() if self.size == 1 else self._all_reduce(x.contiguous())
+
+    def send_recv(self, operations: Sequence[SendRecv]) -> None:
+        """Run all sends and receives, in any order. Between two ranks, the n-th send meets the n-th receive.
+
+        Receives write into `tensor`, which must be contiguous: the one call of this class that fills memory of the caller.
+        """
+        for operation in operations:
+            if not 0 <= operation.peer < self.size or operation.peer == self.rank:
+                raise InvalidInputError(
+                    f"send_recv on group '{self.group}': peer {operation.peer} of rank {self.rank} is not another rank of "
+                    f"0..{self.size - 1}"
+                )
+            if not operation.is_send and not operation.tensor.is_contiguous():
+                raise InvalidInputError(f"send_recv on group '{self.group}': a receive needs a contiguous tensor")
+        if operations:
+            self._send_recv(operations)
+
+    def barrier(self) -> None:
+        """Return once every rank has called it."""
+        if self.size > 1:
+            self._barrier()
+
+    @abstractmethod
+    def close(self) -> None:
+        """Release what this object opened itself. LOCAL. Safe to call twice."""
+
+    @abstractmethod
+    def _all_gather(self, x: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor: ...
+
+    @abstractmethod
+    def _reduce_scatter(self, x: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor: ...
+
+    @abstractmethod
+    def _all_to_all(self, x: torch.Tensor, send_sizes: Sequence[int], recv_sizes: Sequence[int]) -> torch.Tensor: ...
+
+    @abstractmethod
+    def _broadcast(self, x: torch.Tensor, source: int) -> torch.Tensor: ...
+
+    @abstractmethod
+    def _all_reduce(self, x: torch.Tensor) -> torch.Tensor: ...
+
+    @abstractmethod
+    def _send_recv(self, operations: Sequence[SendRecv]) -> None: ...
+
+    @abstractmethod
+    def _barrier(self) -> None: ...
+
+    def _check_sizes(
+        self, operation: str, sizes: Sequence[int] | None, default: int, own_rows: int | None
+    ) -> Sequence[int]:
+        if sizes is None:
+            return [default] * self.size
+        if len(sizes) != self.size or min(sizes) < 0:
+            raise InvalidInputError(
+                f"{operation} on group '{self.group}': sizes {list(sizes)} must be {self.size} counts >= 0, one a rank"
+            )
+        if own_rows is not None and sizes[self.rank] != own_rows:
+            raise InvalidInputError(
+                f"{operation} on group '{self.group}': rank {self.rank} brings {own_rows} rows, sizes {list(sizes)} say "
+                f"{sizes[self.rank]}"
+            )
+        return sizes
+
+
+@dataclass(frozen=True, slots=True)
+class Groups:
+    """A rank's place and the three groups it talks to. `ep` spans the whole grid, also without expert parallelism."""
+
+    topology: ParallelTopology
+    tp: Transport
+    dp: Transport
+    ep: Transport
+
+    def __post_init__(self) -> None:
+        topology = self.topology
+        for transport, size, rank in (
+            (self.tp, topology.tp_size, topology.tp_rank),
+            (self.dp, topology.dp_size, topology.dp_rank),
+            (self.ep, topology.world_size, topology.rank),
+        ):
+            if (transport.size, transport.rank) != (size, rank):
+                raise InvalidInputError(
+                    f"group '{transport.group}' has rank {transport.rank} of {transport.size}, but the topology {topology} "
+                    f"needs rank {rank} of {size}"
+                )
+
+    def close(self) -> None:
+        """Close the three transports."""
+        for transport in (self.tp, self.dp, self.ep):
+            transport.close()

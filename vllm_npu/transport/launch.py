@@ -1,0 +1,238 @@
+"""Start N ranks on this machine, as threads or as processes over gloo, and run functions on all of them.
+
+For `verify`, benchmarks and tests: the ranks of a served model are started by vLLM.
+"""
+
+import datetime
+import multiprocessing
+import tempfile
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+
+from vllm_npu import envs
+from vllm_npu.errors import InvalidInputError, TransportError, UnsupportedConfigError
+from vllm_npu.topology import ParallelTopology
+from vllm_npu.transport.base import Groups, Transport
+from vllm_npu.transport.gloo import GlooTransport
+from vllm_npu.transport.recording import CollectiveCounter, record
+from vllm_npu.transport.threaded import ThreadedGroup, ThreadedTransport
+
+
+class Rank(ABC):
+    """What a function that runs on every rank gets as first argument: who it is, and its groups."""
+
+    def __init__(self, rank: int, num_ranks: int) -> None:
+        self.rank = rank
+        self.num_ranks = num_ranks
+
+    def groups(
+        self, *, tp_size: int, dp_size: int, expert_parallel: bool = True, counter: CollectiveCounter | None = None
+    ) -> Groups:
+        """This rank's groups in a dp_size x tp_size grid of all ranks. COLLECTIVE over all ranks where not yet open."""
+        if tp_size * dp_size != self.num_ranks:
+            raise InvalidInputError(
+                f"a TP{tp_size}xDP{dp_size} grid needs {tp_size * dp_size} ranks, not {self.num_ranks}"
+            )
+        topology = ParallelTopology.of_rank(
+            self.rank, tp_size=tp_size, dp_size=dp_size, expert_parallel=expert_parallel
+        )
+        tp, dp, ep = (record(transport, counter) for transport in self._open(topology))
+        return Groups(topology, tp, dp, ep)
+
+    @abstractmethod
+    def _open(self, topology: ParallelTopology) -> tuple[Transport, Transport, Transport]:
+        """The tp, dp and ep transports."""
+
+
+class RankPool(ABC):
+    """N ranks that run one function after another. Use as a context manager."""
+
+    def __init__(self, num_ranks: int) -> None:
+        if num_ranks < 1:
+            raise UnsupportedConfigError(f"cannot start {num_ranks} ranks; give 1 or more")
+        self.num_ranks = num_ranks
+
+    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """function(rank, *args) on every rank; its results in rank order. Raises the first rank's error."""
+        outcomes = self.outcomes(function, *args)
+        errors = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
+        for error in sorted(errors, key=lambda error: isinstance(error, TransportError)):
+            raise error  # a rank's own fault before the time-outs that it caused on other ranks
+        return outcomes
+
+    @abstractmethod
+    def outcomes(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """As run(), but a rank that raised has its exception in the list."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """End all ranks."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class _ThreadRank(Rank):
+    def __init__(self, rank: int, num_ranks: int, group: Callable[[str, tuple[int, ...]], ThreadedGroup]) -> None:
+        super().__init__(rank, num_ranks)
+        self._group = group
+
+    def _open(self, topology: ParallelTopology) -> tuple[Transport, Transport, Transport]:
+        ranks = tuple(range(self.num_ranks))
+        tp = ThreadedTransport(self._group("tp", topology.tp_group), topology.tp_rank)
+        dp = ThreadedTransport(self._group("dp", topology.dp_group), topology.dp_rank)
+        return tp, dp, ThreadedTransport(self._group("ep", ranks), topology.rank)
+
+
+class ThreadRankPool(RankPool):
+    """Ranks as threads. Starts in no time; a run costs microseconds for each collective."""
+
+    def __init__(self, num_ranks: int, timeout: float | None = None) -> None:
+        super().__init__(num_ranks)
+        self._timeout = envs.TRANSPORT_TIMEOUT.read_seconds() if timeout is None else timeout
+
+    def outcomes(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        groups: dict[tuple[str, tuple[int, ...]], ThreadedGroup] = {}
+        lock = threading.Lock()
+
+        def group(name: str, ranks: tuple[int, ...]) -> ThreadedGroup:
+            with lock:
+                return groups.setdefault((name, ranks), ThreadedGroup(name, len(ranks), self._timeout))
+
+        outcomes: list[Any] = [None] * self.num_ranks
+
+        def main(rank: int) -> None:
+            try:
+                outcomes[rank] = function(_ThreadRank(rank, self.num_ranks, group), *args)
+            except BaseException as error:  # noqa: BLE001 - handed to the caller, as a process pool does
+                outcomes[rank] = error
+                with lock:
+                    for open_group in groups.values():
+                        open_group.abort()
+
+        threads = [threading.Thread(target=main, args=(rank,), daemon=True) for rank in range(self.num_ranks)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return outcomes
+
+    def close(self) -> None:
+        """Threads end with each run; nothing is left."""
+
+
+class _GlooRank(Rank):
+    def __init__(self, rank: int, num_ranks: int) -> None:
+        super().__init__(rank, num_ranks)
+        self._grids: dict[tuple[int, int], tuple[dist.ProcessGroup, dist.ProcessGroup]] = {}
+
+    def _open(self, topology: ParallelTopology) -> tuple[Transport, Transport, Transport]:
+        shape = (topology.tp_size, topology.dp_size)
+        if shape not in self._grids:
+            ranks = [ParallelTopology.of_rank(r, tp_size=shape[0], dp_size=shape[1]) for r in range(self.num_ranks)]
+            tp, _ = dist.new_subgroups_by_enumeration(sorted({rank.tp_group for rank in ranks}))
+            dp, _ = dist.new_subgroups_by_enumeration(sorted({rank.dp_group for rank in ranks}))
+            self._grids[shape] = (tp, dp)
+        tp, dp = self._grids[shape]
+        return (
+            GlooTransport(tp, "tp"),
+            GlooTransport(dp, "dp"),
+            GlooTransport(dist.distributed_c10d._get_default_group(), "ep"),
+        )
+
+
+def _serve_rank(rank: int, num_ranks: int, store: str, timeout: float, requests: Connection) -> None:
+    """Main of a rank's process: run what comes down the pipe until it closes."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        store=dist.FileStore(store, num_ranks),
+        rank=rank,
+        world_size=num_ranks,
+        timeout=datetime.timedelta(seconds=timeout),
+    )
+    this_rank = _GlooRank(rank, num_ranks)
+    while True:
+        try:
+            function, args = requests.recv()
+        except EOFError:
+            break
+        try:
+            outcome = function(this_rank, *args)
+        except Exception as error:  # noqa: BLE001 - sent to the parent, which raises it
+            outcome = error
+        requests.send(outcome)
+    dist.destroy_process_group()
+
+
+class GlooRankPool(RankPool):
+    """Ranks as processes over gloo. Starting takes some seconds (each imports torch); functions must be picklable.
+
+    After a TransportError the ranks are of no use: the next run starts new ones.
+    """
+
+    def __init__(self, num_ranks: int, timeout: float | None = None) -> None:
+        super().__init__(num_ranks)
+        self._timeout = envs.TRANSPORT_TIMEOUT.read_seconds() if timeout is None else timeout
+        self._processes: list[Any] = []
+        self._pipes: list[Connection] = []
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+
+    def outcomes(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        if not self._processes:
+            self._start()
+        for pipe in self._pipes:
+            pipe.send((function, args))
+        outcomes = [self._receive(rank) for rank in range(self.num_ranks)]
+        if any(isinstance(outcome, TransportError) for outcome in outcomes):
+            self.close()
+        return outcomes
+
+    def close(self) -> None:
+        for pipe in self._pipes:
+            pipe.close()
+        for process in self._processes:
+            process.join(5)
+            if process.is_alive():
+                process.kill()
+                process.join()
+        self._processes, self._pipes = [], []
+        if self._folder is not None:
+            self._folder.cleanup()
+            self._folder = None
+
+    def _start(self) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="vllm_npu_ranks_")
+        store = str(Path(self._folder.name) / "store")
+        spawn = multiprocessing.get_context("spawn")
+        for rank in range(self.num_ranks):
+            here, there = spawn.Pipe()
+            process = spawn.Process(
+                target=_serve_rank, args=(rank, self.num_ranks, store, self._timeout, there), daemon=True
+            )
+            process.start()
+            there.close()
+            self._processes.append(process)
+            self._pipes.append(here)
+
+    def _receive(self, rank: int) -> Any:
+        try:
+            return self._pipes[rank].recv()
+        except EOFError:
+            self._processes[rank].join()
+            return TransportError(
+                "run", "ep", rank, f"the rank's process ended with exit code {self._processes[rank].exitcode}"
+            )
+
+
+RANK_POOLS: dict[str, type[ThreadRankPool] | type[GlooRankPool]] = {"threaded": ThreadRankPool, "gloo": GlooRankPool}

@@ -1,0 +1,81 @@
+"""A transport that counts what another one does: calls and bytes for each group and operation."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+
+from vllm_npu.transport.base import SendRecv, Transport
+
+
+class CollectiveCounter:
+    """Calls and bytes by "group.operation". Bytes are what this rank puts on the wire; what it keeps is not counted."""
+
+    def __init__(self) -> None:
+        self.calls: Counter[str] = Counter()
+        self.bytes_sent: Counter[str] = Counter()
+
+    def add(self, group: str, operation: str, sent: int) -> None:
+        """Count one call that sends `sent` bytes."""
+        self.calls[f"{group}.{operation}"] += 1
+        self.bytes_sent[f"{group}.{operation}"] += sent
+
+    def reset(self) -> None:
+        """Start again from nothing."""
+        self.calls.clear()
+        self.bytes_sent.clear()
+
+
+class RecordingTransport(Transport):
+    """Wraps any transport. A group of one rank sends nothing and is not counted.
+
+    Byte model, for W ranks: all_gather sends own rows W-1 times, reduce_scatter and all_to_all all rows but the own
+    part, broadcast the source's rows W-1 times, all_reduce 2*(W-1)/W of the tensor (a ring).
+    """
+
+    def __init__(self, inner: Transport, counter: CollectiveCounter) -> None:
+        super().__init__(inner.group, inner.rank, inner.size)
+        self._inner = inner
+        self._counter = counter
+
+    def close(self) -> None:
+        """Close the wrapped transport."""
+        self._inner.close()
+
+    def _all_gather(self, x: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
+        self._counter.add(self.group, "all_gather", x.nbytes * (self.size - 1))
+        return self._inner.all_gather(x, sizes)
+
+    def _reduce_scatter(self, x: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
+        self._counter.add(self.group, "reduce_scatter", _bytes_to_others(x, sizes, self.rank))
+        return self._inner.reduce_scatter(x, sizes)
+
+    def _all_to_all(self, x: torch.Tensor, send_sizes: Sequence[int], recv_sizes: Sequence[int]) -> torch.Tensor:
+        self._counter.add(self.group, "all_to_all", _bytes_to_others(x, send_sizes, self.rank))
+        return self._inner.all_to_all(x, send_sizes, recv_sizes)
+
+    def _broadcast(self, x: torch.Tensor, source: int) -> torch.Tensor:
+        self._counter.add(self.group, "broadcast", x.nbytes * (self.size - 1) if source == self.rank else 0)
+        return self._inner.broadcast(x, source)
+
+    def _all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        self._counter.add(self.group, "all_reduce", 2 * x.nbytes * (self.size - 1) // self.size)
+        return self._inner.all_reduce(x)
+
+    def _send_recv(self, operations: Sequence[SendRecv]) -> None:
+        self._counter.add(self.group, "send_recv", sum(op.tensor.nbytes for op in operations if op.is_send))
+        self._inner.send_recv(operations)
+
+    def _barrier(self) -> None:
+        self._counter.add(self.group, "barrier", 0)
+        self._inner.barrier()
+
+
+def _bytes_to_others(x: torch.Tensor, sizes: Sequence[int], rank: int) -> int:
+    rows = x.shape[0]
+    return x.nbytes // rows * (rows - sizes[rank]) if rows else 0
+
+
+def record(transport: Transport, counter: CollectiveCounter | None) -> Transport:
+    """`transport`, counted where there is a counter."""
+    return transport if counter is None else RecordingTransport(transport, counter)

@@ -1,0 +1,124 @@
+"""Ranks as threads of one process: the transport of unit tests and of `verify --transport threaded`. No sockets."""
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from vllm_npu.errors import TransportError
+from vllm_npu.token_layout import offsets
+from vllm_npu.transport.base import SendRecv, Transport
+
+
+class ThreadedGroup:
+    """What the threads of one group share: a slot for each rank, and a barrier that names who is missing."""
+
+    def __init__(self, group: str, size: int, timeout: float) -> None:
+        self.group = group
+        self.size = size
+        self.timeout = timeout
+        self.slots: list[Any] = [None] * size
+        self._barrier = threading.Barrier(size)
+        self._meetings = [0] * size  # how often each rank has come to the barrier: the late ones have the lower count
+
+    def exchange(self, operation: str, rank: int, value: Any) -> list[Any]:
+        """Every rank's value, in rank order. Raises TransportError on all ranks where one does not come in time,
+        or where ranks are in different operations."""
+        self.slots[rank] = (operation, value)
+        self.wait(operation, rank)
+        posted = list(self.slots)
+        self.wait(operation, rank)
+        operations = [name for name, _ in posted]
+        if len(set(operations)) > 1:
+            raise TransportError(operation, self.group, rank, f"ranks are in different collectives: {operations}")
+        return [value for _, value in posted]
+
+    def wait(self, operation: str, rank: int) -> None:
+        """Meet all ranks. Raises TransportError on every rank where one does not come in time."""
+        self._meetings[rank] += 1
+        try:
+            self._barrier.wait(self.timeout)
+        except threading.BrokenBarrierError:
+            missing = [other for other, count in enumerate(self._meetings) if count < self._meetings[rank]]
+            raise TransportError(
+                operation, self.group, rank, f"ranks {missing} failed, or did not come within {self.timeout:g} s"
+            ) from None
+
+    def abort(self) -> None:
+        """Make every waiting rank fail now: one of them has raised."""
+        self._barrier.abort()
+
+
+class ThreadedTransport(Transport):
+    """One rank's end of a ThreadedGroup."""
+
+    def __init__(self, shared: ThreadedGroup, rank: int) -> None:
+        super().__init__(shared.group, rank, shared.size)
+        self._shared = shared
+
+    def close(self) -> None:
+        """Nothing to release."""
+
+    def _exchange(self, operation: str, value: Any, read: Callable[[list[Any]], torch.Tensor]) -> torch.Tensor:
+        """Read what all ranks posted into fresh memory, and let nobody go on before all have read."""
+        result = read(self._shared.exchange(operation, self.rank, value))
+        self._shared.wait(operation, self.rank)
+        return result
+
+    def _all_gather(self, x: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
+        def read(parts: list[torch.Tensor]) -> torch.Tensor:
+            self._check_received("all_gather", [part.shape[0] for part in parts], sizes)
+            return torch.cat(parts)
+
+        return self._exchange("all_gather", x, read)
+
+    def _reduce_scatter(self, x: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
+        start = offsets(sizes)[self.rank]
+
+        def read(parts: list[torch.Tensor]) -> torch.Tensor:
+            return _sum([part[start : start + sizes[self.rank]] for part in parts])
+
+        return self._exchange("reduce_scatter", x, read)
+
+    def _all_to_all(self, x: torch.Tensor, send_sizes: Sequence[int], recv_sizes: Sequence[int]) -> torch.Tensor:
+        def read(posted: list[tuple[torch.Tensor, Sequence[int]]]) -> torch.Tensor:
+            self._check_received("all_to_all", [sizes[self.rank] for _, sizes in posted], recv_sizes)
+            return torch.cat([part.split(list(sizes))[self.rank] for part, sizes in posted])
+
+        return self._exchange("all_to_all", (x, send_sizes), read)
+
+    def _broadcast(self, x: torch.Tensor, source: int) -> torch.Tensor:
+        return self._exchange("broadcast", x, lambda parts: parts[source].clone())
+
+    def _all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        return self._exchange("all_reduce", x, _sum)
+
+    def _send_recv(self, operations: Sequence[SendRecv]) -> None:
+        """All ranks of the group must call it, as for the other collectives."""
+        outgoing: dict[int, list[torch.Tensor]] = {}
+        for operation in operations:
+            if operation.is_send:
+                outgoing.setdefault(operation.peer, []).append(operation.tensor)
+        posted = self._shared.exchange("send_recv", self.rank, outgoing)
+        for operation in operations:
+            if not operation.is_send:
+                operation.tensor.copy_(posted[operation.peer][self.rank].pop(0))
+        self._shared.wait("send_recv", self.rank)
+
+    def _barrier(self) -> None:
+        self._shared.exchange("barrier", self.rank, None)
+
+    def _check_received(self, operation: str, received: list[int], expected: Sequence[int]) -> None:
+        if received != list(expected):
+            raise TransportError(
+                operation, self.group, self.rank, f"ranks sent {received} rows where {list(expected)} were expected"
+            )
+
+
+def _sum(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The parts' sum in rank order, float32 inside for floating-point parts."""
+    total = parts[0].float() if parts[0].is_floating_point() else parts[0].clone()
+    for part in parts[1:]:
+        total = total + part
+    return total.to(parts[0].dtype)

@@ -1,0 +1,1 @@
+"""The experts' ops: portable definitions here; an Ascend device runs its own."""

@@ -1,0 +1,69 @@
+"""MC2: Ascend's distribute-dispatch and distribute-combine. Fixed shapes, nothing counted, one collective each way."""
+
+from dataclasses import dataclass
+
+import torch
+
+from vllm_npu.device import portable_ops
+from vllm_npu.dispatch.base import Dispatched, Dispatcher, DispatchHandle
+from vllm_npu.handles import check_handle
+from vllm_npu.routing import check_topk
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MC2DispatchHandle(DispatchHandle):
+    """Returned by MC2Dispatcher.dispatch, consumed by its combine. Holds the routing tensors, not copies of them."""
+
+    topk_ids: torch.Tensor
+    topk_weights: torch.Tensor
+    mask: torch.Tensor | None
+    assist_info_for_combine: torch.Tensor
+    ep_recv_counts: torch.Tensor
+
+
+class MC2Dispatcher(Dispatcher):
+    """Every rank must bring the same number of rows: MC2PrepareAndFinalize sees to that."""
+
+    def dispatch(
+        self,
+        hidden_states: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        mask: torch.Tensor | None = None,
+    ) -> Dispatched:
+        """npu_moe_distribute_dispatch_v2. COLLECTIVE over ep: one. Host sync: no. Graph capture: yes."""
+        check_topk(hidden_states, topk_weights, topk_ids, self.placement.num_experts, mask)
+        output = portable_ops.npu_moe_distribute_dispatch_v2(
+            hidden_states,
+            topk_ids,
+            group_ep=self.groups.ep,
+            moe_expert_num=self.placement.num_experts,
+            x_active_mask=mask,
+        )
+        handle = MC2DispatchHandle(
+            expert_rows=output.expand_x.shape[0],
+            topk_ids=topk_ids,
+            topk_weights=topk_weights,
+            mask=mask,
+            assist_info_for_combine=output.assist_info_for_combine,
+            ep_recv_counts=output.ep_recv_counts,
+        )
+        return Dispatched(expert_input=output.expand_x, tokens_per_expert=output.expert_token_nums, handle=handle)
+
+    def combine(self, expert_output: torch.Tensor, handle: DispatchHandle) -> torch.Tensor:
+        """npu_moe_distribute_combine_v2. COLLECTIVE over ep: one. Host sync: no. Graph capture: yes.
+
+        Rows of masked tokens are undefined (NaN from the portable op): finalize drops them.
+        """
+        handle = check_handle(handle, MC2DispatchHandle, "MC2Dispatcher.combine")
+        self._check_combine(expert_output, handle)
+        return portable_ops.npu_moe_distribute_combine_v2(
+            expert_output,
+            handle.topk_ids,
+            handle.assist_info_for_combine,
+            handle.ep_recv_counts,
+            handle.topk_weights,
+            group_ep=self.groups.ep,
+            moe_expert_num=self.placement.num_experts,
+            x_active_mask=handle.mask,
+        )

@@ -1,0 +1,44 @@
+"""A token's whole path. Read this first.
+
+topk_weights, topk_ids     the router's choice, made before anything is gathered: 8 bytes a choice in place of 4 a expert
+prepare                    tokens of this rank      -> tokens it works on        (prepare_finalize/)
+dispatch                   tokens it works on       -> rows of its experts       (dispatch/)
+experts                    rows of its experts      -> rows of its experts       (the caller's)
+combine                    the inverse of dispatch, from its handle
+finalize                   the inverse of prepare, from its handle
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from vllm_npu.dispatch.base import Dispatcher
+from vllm_npu.prepare_finalize.base import Finalized, PrepareAndFinalize
+from vllm_npu.reference import ExpertsFunction
+from vllm_npu.step_plan import StepPlan
+
+
+@dataclass(frozen=True, slots=True)
+class MoEPipeline:
+    """A strategy: one prepare/finalize and one dispatcher. No state of any call, so micro-batches may interleave."""
+
+    prepare_finalize: PrepareAndFinalize
+    dispatcher: Dispatcher
+
+    def run(
+        self,
+        hidden_states: torch.Tensor,  # [step.input_rows, hidden_size]
+        topk_weights: torch.Tensor,  # [step.input_rows, top_k] float32
+        topk_ids: torch.Tensor,  # [step.input_rows, top_k] int32 or int64, global expert ids
+        experts: ExpertsFunction,
+        step: StepPlan,
+        *,
+        reduce_results: bool = True,
+    ) -> Finalized:
+        """The routed experts' output for this rank's tokens. COLLECTIVE: the sum of its stages' costs."""
+        prepared = self.prepare_finalize.prepare(hidden_states, (topk_weights, topk_ids), step)
+        weights, ids = prepared.per_token
+        dispatched = self.dispatcher.dispatch(prepared.hidden_states, weights, ids, prepared.mask)
+        expert_output = experts(dispatched.expert_input, dispatched.tokens_per_expert)
+        routed_output = self.dispatcher.combine(expert_output, dispatched.handle)
+        return self.prepare_finalize.finalize(routed_output, prepared.handle, reduce_results=reduce_results)

@@ -1,0 +1,135 @@
+"""The strategies, and which one a step takes. select() sees only facts that are equal on every rank."""
+
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+from vllm_npu.errors import UnsupportedConfigError
+from vllm_npu.limits import PORTABLE_MC2, MC2Limits
+from vllm_npu.pipeline import MoEPipeline
+from vllm_npu.step_plan import StepPlan
+from vllm_npu.topology import ParallelTopology
+from vllm_npu.transport.base import Groups
+
+AUTO = "auto"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StrategyRow:
+    """One strategy. Classes are named, and imported when first used."""
+
+    prepare_finalize: str
+    dispatcher: str
+    needs_expert_parallel: bool
+    summary: str
+
+
+STRATEGIES = {
+    "mc2": StrategyRow(
+        prepare_finalize="vllm_npu.prepare_finalize.mc2:MC2PrepareAndFinalize",
+        dispatcher="vllm_npu.dispatch.mc2:MC2Dispatcher",
+        needs_expert_parallel=True,
+        summary="fixed shapes, masked padding, one collective each way; few tokens",
+    ),
+    "all2all": StrategyRow(
+        prepare_finalize="vllm_npu.prepare_finalize.all2all:All2AllPrepareAndFinalize",
+        dispatcher="vllm_npu.dispatch.all2allv:All2AllVDispatcher",
+        needs_expert_parallel=True,
+        summary="each token once to each rank that needs it; many tokens, many ranks",
+    ),
+    "allgather": StrategyRow(
+        prepare_finalize="vllm_npu.prepare_finalize.allgather:AllGatherPrepareAndFinalize",
+        dispatcher="vllm_npu.dispatch.local_permute:LocalPermuteDispatcher",
+        needs_expert_parallel=False,
+        summary="all tokens to all ranks, shares added by a reduce-scatter; few ranks, or no expert parallelism",
+    ),
+    "naive": StrategyRow(
+        prepare_finalize="vllm_npu.prepare_finalize.naive_multicast:NaiveMulticastPrepareAndFinalize",
+        dispatcher="vllm_npu.dispatch.local_permute:LocalPermuteDispatcher",
+        needs_expert_parallel=False,
+        summary="as allgather, by one broadcast a rank; where the fabric has no gather",
+    ),
+}
+
+# all2all sends a token to its distinct destination ranks, allgather to all. Below this share of the ranks the bytes saved
+# pay for the exchange of counts. Chosen from the byte model, not yet from measurements on a cluster.
+ALL2ALL_MAX_SHARE_OF_RANKS = 0.75
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """What a step takes, and why: for logs and errors."""
+
+    strategy: str
+    reason: str
+
+
+def check_strategy(name: str, topology: ParallelTopology) -> None:
+    """Raise UnsupportedConfigError unless `name` is auto or a strategy that this topology can use."""
+    if name == AUTO:
+        return
+    if name not in STRATEGIES:
+        raise UnsupportedConfigError(f"unknown moe_comm {name!r}; there are: {AUTO}, {', '.join(STRATEGIES)}")
+    if STRATEGIES[name].needs_expert_parallel and topology.ep_size == 1:
+        raise UnsupportedConfigError(
+            f"{name} needs ep_size > 1 (got 1 on {topology}); use allgather, or start vLLM with --enable-expert-parallel on "
+            "more than one rank"
+        )
+
+
+def distinct_destinations(num_experts: int, ep_size: int, top_k: int) -> float:
+    """Expected number of ranks that a token's top_k experts lie on, for uniform routing."""
+    elsewhere = 1.0
+    for chosen in range(top_k):
+        elsewhere *= max(num_experts - num_experts / ep_size - chosen, 0) / (num_experts - chosen)
+    return ep_size * (1 - elsewhere)
+
+
+def select(
+    requested: str,
+    topology: ParallelTopology,
+    step: StepPlan,
+    *,
+    num_experts: int,
+    top_k: int,
+    mc2_limits: MC2Limits = PORTABLE_MC2,
+) -> Selection:
+    """The strategy of a step. LOCAL, and equal on all ranks: no argument may be a rank's own fact.
+
+    `requested` is taken as it is, but for mc2 above its capacity, which becomes all2all. Raises UnsupportedConfigError as
+    check_strategy does.
+    """
+    check_strategy(requested, topology)
+    tokens_per_rank = step.padded_tokens(topology.tp_size) // topology.tp_size
+    fits_mc2 = tokens_per_rank <= mc2_limits.max_tokens_per_rank
+    if requested == "mc2" and not fits_mc2:
+        return Selection(
+            "all2all", f"mc2 takes {mc2_limits.max_tokens_per_rank} tokens a rank, this step brings {tokens_per_rank}"
+        )
+    if requested != AUTO:
+        return Selection(requested, "requested")
+    if topology.ep_size == 1:
+        return Selection("allgather", "auto: no expert parallelism")
+    if mc2_limits.native and fits_mc2:
+        return Selection("mc2", f"auto: {tokens_per_rank} tokens a rank fit {mc2_limits.max_tokens_per_rank}")
+    share = distinct_destinations(num_experts, topology.ep_size, top_k) / topology.ep_size
+    if share <= ALL2ALL_MAX_SHARE_OF_RANKS:
+        return Selection("all2all", f"auto: a token needs {share:.0%} of the {topology.ep_size} ranks")
+    return Selection("allgather", f"auto: a token needs {share:.0%} of the {topology.ep_size} ranks")
+
+
+def build(name: str, groups: Groups, num_experts: int) -> MoEPipeline:
+    """The strategy's pipeline on these groups. LOCAL. Raises UnsupportedConfigError as check_strategy does."""
+    check_strategy(name, groups.topology)
+    row = STRATEGIES[name]
+    return MoEPipeline(
+        prepare_finalize=_class(row.prepare_finalize)(groups),
+        dispatcher=_class(row.dispatcher)(groups, num_experts),
+    )
+
+
+@cache
+def _class(path: str) -> Any:
+    module, _, attribute = path.partition(":")
+    return getattr(import_module(module), attribute)

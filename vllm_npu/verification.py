@@ -1,0 +1,197 @@
+"""Every strategy against the reference, on real ranks: the cases of `vllm-npu verify` and of the tests.
+
+Each rank builds all ranks' data from one seed, so the expected output needs no communication.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+
+from vllm_npu.reference import ExpertsFunction, LinearExperts, reference_moe, select_topk
+from vllm_npu.step_plan import StepPlan, TokenSharding
+from vllm_npu.strategies import STRATEGIES, build
+from vllm_npu.token_layout import TokenSlice
+from vllm_npu.topology import ExpertPlacement, ParallelTopology
+from vllm_npu.transport.launch import Rank
+
+HIDDEN_SIZE = 24
+TOLERANCES = {
+    torch.float32: 1e-5,
+    torch.bfloat16: 2e-2,
+    torch.float16: 2e-3,
+}  # relative, of sums rounded twice in dtype
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One run of one strategy on one topology."""
+
+    strategy: str
+    tp_size: int
+    dp_size: int
+    num_tokens_across_dp: tuple[int, ...]
+    expert_parallel: bool = True
+    sharding: TokenSharding = TokenSharding.REPLICATED
+    dtype: torch.dtype = torch.bfloat16
+    integer: bool = True  # small integers: the result must be exact
+    skewed: bool = False  # all tokens choose experts of the first ranks only
+    width: int = HIDDEN_SIZE  # columns of the experts' output
+    experts_per_rank: int = 2
+    top_k: int = 3
+    seed: int = 0
+
+    @property
+    def num_experts(self) -> int:
+        """Experts over all ranks."""
+        return self.experts_per_rank * self.tp_size * self.dp_size
+
+    def __str__(self) -> str:
+        parts = [self.strategy, f"tp{self.tp_size}", f"dp{self.dp_size}", "ep" if self.expert_parallel else "no-ep"]
+        parts += [self.sharding.value, str(list(self.num_tokens_across_dp)), str(self.dtype).removeprefix("torch.")]
+        parts += [word for word, on in (("integer", self.integer), ("skewed", self.skewed)) if on]
+        return " ".join([*parts, f"width{self.width}", f"seed{self.seed}"])
+
+
+def grids(num_ranks: int) -> list[tuple[int, int]]:
+    """(tp_size, dp_size) of every grid with this many ranks."""
+    return [(tp, num_ranks // tp) for tp in range(1, num_ranks + 1) if num_ranks % tp == 0]
+
+
+def count_patterns(tp_size: int, dp_size: int) -> list[tuple[int, ...]]:
+    """Token counts that have broken implementations: none, fewer than TP, odd, ragged, idle ranks, one busy rank."""
+    interesting = (0, 1, tp_size - 1, tp_size, tp_size + 1, 2 * tp_size - 1, 2 * tp_size + 1, 9, 33)
+    patterns = [(count,) * dp_size for count in interesting]
+    if dp_size > 1:
+        patterns += [(0,) + (5,) * (dp_size - 1), (7,) + (0,) * (dp_size - 1), (0,) * (dp_size - 1) + (1,)]
+        patterns += [tuple(interesting[(3 * rank + 2) % len(interesting)] for rank in range(dp_size))]
+        patterns += [(64,) + (1,) * (dp_size - 1)]
+    return sorted(set(patterns))
+
+
+def cases(num_ranks: int, *, strategies: tuple[str, ...] = tuple(STRATEGIES), quick: bool, seed: int) -> Iterator[Case]:
+    """All cases for this many ranks. `quick` keeps one dtype and one seed of each layout."""
+    for strategy in strategies:
+        for tp_size, dp_size in grids(num_ranks):
+            for case in _layouts(strategy, tp_size, dp_size):
+                for counts in count_patterns(tp_size, dp_size):
+                    exact = replace(case, num_tokens_across_dp=counts, seed=seed)
+                    yield exact
+                    if quick:
+                        continue
+                    yield replace(exact, skewed=True, width=HIDDEN_SIZE // 2, seed=seed + 1)
+                    yield replace(exact, dtype=torch.float32, integer=False, seed=seed + 2)
+                    yield replace(exact, dtype=torch.float16, integer=False, skewed=True, seed=seed + 3)
+                    yield replace(exact, integer=False, seed=seed + 4)
+
+
+def _layouts(strategy: str, tp_size: int, dp_size: int) -> Iterator[Case]:
+    base = Case(strategy=strategy, tp_size=tp_size, dp_size=dp_size, num_tokens_across_dp=(0,) * dp_size)
+    if tp_size * dp_size > 1 or not STRATEGIES[strategy].needs_expert_parallel:
+        yield base
+        if tp_size > 1:
+            yield replace(base, sharding=TokenSharding.SLICED_OVER_TP)
+    if not STRATEGIES[strategy].needs_expert_parallel:
+        yield replace(base, expert_parallel=False)
+
+
+@dataclass(frozen=True, slots=True)
+class CaseTensors:
+    """The whole grid's tensors of a case, the same on every rank."""
+
+    hidden_states: list[torch.Tensor]  # of each DP rank [num_tokens, HIDDEN_SIZE]
+    topk_weights: list[torch.Tensor]
+    topk_ids: list[torch.Tensor]
+    experts: LinearExperts
+
+    @classmethod
+    def of(cls, case: Case) -> "CaseTensors":
+        """Draw them from the case's seed."""
+        generator = torch.Generator().manual_seed(case.seed)
+        hidden_states, weights, ids = [], [], []
+        for num_tokens in case.num_tokens_across_dp:
+            logits = torch.randn(num_tokens, case.num_experts, generator=generator)
+            if case.skewed:
+                logits[:, : case.top_k] += 100
+            topk_weights, topk_ids = select_topk(logits, min(case.top_k, case.num_experts))
+            x = torch.randn(num_tokens, HIDDEN_SIZE, generator=generator)
+            if case.integer:
+                x = (x * 2).round().clamp(-3, 3)
+                topk_weights = topk_ids % 2 + 1.0
+            hidden_states.append(x.to(case.dtype))
+            weights.append(topk_weights)
+            ids.append(topk_ids)
+        draw = LinearExperts.integer if case.integer else LinearExperts.random
+        experts = draw(case.num_experts, HIDDEN_SIZE, case.width, seed=case.seed, dtype=case.dtype)
+        return cls(hidden_states, weights, ids, experts)
+
+    def input_of(self, topology: ParallelTopology, sharding: TokenSharding) -> list[torch.Tensor]:
+        """What one rank brings to the layer: hidden_states, weights, ids. Padding rows are poison: NaN, and id 0 twice."""
+        tensors = [each[topology.dp_rank] for each in (self.hidden_states, self.topk_weights, self.topk_ids)]
+        if sharding is TokenSharding.REPLICATED:
+            return [tensor.clone() for tensor in tensors]
+        num_tokens = tensors[0].shape[0]
+        rows = TokenSlice.chunk(num_tokens, rank=0, size=topology.tp_size).length
+        own = TokenSlice.chunk(num_tokens, rank=topology.tp_rank, size=topology.tp_size)
+        sliced = []
+        for tensor in tensors:
+            poison = tensor.new_full((rows, tensor.shape[1]), float("nan") if tensor.is_floating_point() else 0)
+            poison[: own.length] = own.take(tensor)
+            sliced.append(poison)
+        return sliced
+
+    def experts_of(self, topology: ParallelTopology) -> ExpertsFunction:
+        """One rank's experts: whole ones, or its shard of all."""
+        num_experts = self.experts.weights.shape[0]
+        if not topology.expert_parallel:
+            return self.experts.shard(topology.rank, topology.world_size).on_rank(0, num_experts)
+        placement = ExpertPlacement(num_experts, topology.ep_size)
+        return self.experts.on_rank(placement.first_expert(topology.ep_rank), placement.experts_per_rank)
+
+    def expected_on(self, topology: ParallelTopology, sharding: TokenSharding) -> torch.Tensor:
+        """The real rows of the output that this rank must get."""
+        dp_rank = topology.dp_rank
+        whole = reference_moe(
+            self.hidden_states[dp_rank], self.topk_weights[dp_rank], self.topk_ids[dp_rank], self.experts
+        )
+        if sharding is TokenSharding.REPLICATED:
+            return whole
+        return TokenSlice.chunk(whole.shape[0], rank=topology.tp_rank, size=topology.tp_size).take(whole)
+
+
+def run_case(rank: Rank, case: Case) -> str | None:
+    """Run the case on this rank. Returns what was wrong, or None. COLLECTIVE over all ranks."""
+    groups = rank.groups(tp_size=case.tp_size, dp_size=case.dp_size, expert_parallel=case.expert_parallel)
+    tensors = CaseTensors.of(case)
+    hidden_states, weights, ids = tensors.input_of(groups.topology, case.sharding)
+    before = [tensor.clone() for tensor in (hidden_states, weights, ids)]
+    step = StepPlan(num_tokens_across_dp=case.num_tokens_across_dp, sharding=case.sharding)
+
+    pipeline = build(case.strategy, groups, case.num_experts)
+    finalized = pipeline.run(hidden_states, weights, ids, tensors.experts_of(groups.topology), step)
+
+    expected = tensors.expected_on(groups.topology, case.sharding)
+    output = finalized.hidden_states
+    for tensor, copy in zip((hidden_states, weights, ids), before, strict=True):
+        if not torch.equal(tensor.nan_to_num(), copy.nan_to_num()):
+            return f"rank {rank.rank}: an input of the caller was written to"
+    if output.shape != (hidden_states.shape[0], case.width) or output.dtype != case.dtype:
+        return f"rank {rank.rank}: output is {output.dtype} {tuple(output.shape)}"
+    if not finalized.reduced or finalized.sharding is not case.sharding:
+        return f"rank {rank.rank}: output is tagged {finalized.sharding}, reduced={finalized.reduced}"
+    if not bool(output.isfinite().all()):
+        return f"rank {rank.rank}: the output has a NaN or infinity: poison from a row that should be unused"
+    return _difference(rank.rank, output[: expected.shape[0]], expected, case)
+
+
+def _difference(rank: int, output: torch.Tensor, expected: torch.Tensor, case: Case) -> str | None:
+    tolerance = 0.0 if case.integer else TOLERANCES[case.dtype]
+    error = (output.float() - expected.float()).abs()
+    if bool((error <= tolerance * (1 + expected.float().abs())).all()):
+        return None
+    worst = int(error.argmax())
+    row, column = divmod(worst, output.shape[1])
+    return (
+        f"rank {rank}: row {row} column {column} is {output[row, column].item():g}, the reference has "
+        f"{expected[row, column].item():g} (tolerance {tolerance:g})"
+    )

@@ -1,0 +1,40 @@
+"""The plan of a step as vLLM's forward context carries it: one place that writes it, one that reads it."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from vllm.forward_context import get_forward_context, is_forward_context_available
+
+from vllm_npu.errors import InvalidInputError
+from vllm_npu.step_plan import StepPlan
+
+KEY = "vllm_npu_step"
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedStep:
+    """What all MoE layers of a step share."""
+
+    plan: StepPlan
+    strategy: str
+
+
+def as_additional_context(step: PlannedStep) -> dict[str, Any]:
+    """The step as Platform.set_additional_forward_context returns it."""
+    return {KEY: step}
+
+
+def current_step() -> PlannedStep:
+    """The step that is running. Raises InvalidInputError outside of a step, or where it was not planned.
+
+    Reads the context's additional_kwargs, and its attributes: vLLM's runners use the one, vllm-ascend's also the other.
+    """
+    context = get_forward_context() if is_forward_context_available() else None
+    step = None if context is None else context.additional_kwargs.get(KEY, getattr(context, KEY, None))
+    if not isinstance(step, PlannedStep):
+        where = "outside of a forward context" if context is None else "in a step that has no token count"
+        raise InvalidInputError(
+            f"an MoE layer of vllm_npu ran {where}; wrap the call in vLLM's set_forward_context(..., num_tokens=n), and let "
+            "vllm_npu be the active platform"
+        )
+    return step

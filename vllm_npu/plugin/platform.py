@@ -1,0 +1,62 @@
+"""vLLM's platform on a machine without NPU and GPU: CPU, with expert and data parallelism for MoE models."""
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from vllm.logger import init_logger
+from vllm.platforms.cpu import CpuPlatform
+
+from vllm_npu.plugin import compat, options
+
+if TYPE_CHECKING:
+    from vllm.config import ParallelConfig, VllmConfig
+
+logger = init_logger("vllm_npu.platform")
+
+THREADS_BIND = "VLLM_CPU_OMP_THREADS_BIND"
+
+
+class NPUPlatformOnCPU(CpuPlatform):
+    """CpuPlatform with our communicator and step plan. It stays a CPU platform: vLLM's CPU worker and attention run."""
+
+    @classmethod
+    def check_and_update_config(cls, vllm_config: "VllmConfig") -> None:
+        """vLLM's checks, then ours. Raises UnsupportedConfigError."""
+        super().check_and_update_config(vllm_config)
+        options.check_config(vllm_config)
+        parallel_config = vllm_config.parallel_config
+        if not parallel_config.worker_extension_cls:
+            parallel_config.worker_extension_cls = "vllm_npu.plugin.worker_extension.MoECommWorkerExtension"
+        _bind_threads(parallel_config)
+
+    @classmethod
+    def get_device_communicator_cls(cls) -> str:
+        """Our communicator."""
+        return "vllm_npu.plugin.communicator.NPUCpuCommunicator"
+
+    @classmethod
+    def set_additional_forward_context(cls, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """vLLM calls it once a step: plan the step for our MoE layers. COLLECTIVE where the model has some."""
+        from vllm_npu.plugin.step_planner import plan_step
+
+        return {**super().set_additional_forward_context(*args, **kwargs), **plan_step(**kwargs)}
+
+
+def _bind_threads(parallel_config: "ParallelConfig") -> None:
+    """Share this process's CPUs among the ranks where vLLM's own binding would refuse for want of NUMA nodes."""
+    ranks = parallel_config.world_size * parallel_config.data_parallel_size
+    if os.environ.get(THREADS_BIND, "auto") != "auto" or parallel_config.world_size <= compat.current().numa_nodes():
+        return
+    cpus = sorted(os.sched_getaffinity(0))
+    shares = [
+        cpus[rank * len(cpus) // ranks : max((rank + 1) * len(cpus) // ranks, rank * len(cpus) // ranks + 1)]
+        for rank in range(ranks)
+    ]
+    os.environ[THREADS_BIND] = "|".join(",".join(map(str, share)) for share in shares)
+    logger.info(
+        "%s=%s: %d ranks share %d CPUs, since there are fewer NUMA nodes than ranks",
+        THREADS_BIND,
+        os.environ[THREADS_BIND],
+        ranks,
+        len(cpus),
+    )

@@ -1,0 +1,123 @@
+"""Once a step, on every rank: plan it, vote on the plan, and choose the strategy."""
+
+from typing import TYPE_CHECKING, Any
+
+from vllm.logger import init_logger
+
+from vllm_npu import __version__
+from vllm_npu.agreement import agree
+from vllm_npu.errors import PlanDisagreementError
+from vllm_npu.plugin import compat
+from vllm_npu.plugin.forward_context import PlannedStep, as_additional_context
+from vllm_npu.plugin.groups import model_groups, vote_transport
+from vllm_npu.plugin.moe_runner import NPUMoERunner
+from vllm_npu.plugin.options import Options
+from vllm_npu.step_plan import StepPlan
+from vllm_npu.strategies import AUTO, STRATEGIES, Selection, check_strategy, select
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.forward_context import DPMetadata
+
+logger = init_logger("vllm_npu.step_planner")
+
+PROPOSALS = (AUTO, *STRATEGIES)
+
+
+class StepPlanner:
+    """The choice of this process: what it proposes, what all ranks last agreed on, and what came of it.
+
+    A new proposal takes effect at the first step at which every rank proposes the same; until then the old one stays.
+    """
+
+    def __init__(self, vllm_config: "VllmConfig", layers: list[NPUMoERunner]) -> None:
+        self._vllm_config = vllm_config
+        self.proposed = Options.of(vllm_config).moe_comm
+        self.selection: Selection | None = None
+        self.num_layers = len(layers)
+        self.steps = 0
+        self.tokens = 0
+        self._agreed: str | None = None
+        self._sharding = layers[0].token_sharding
+        self._num_experts = layers[0].num_experts
+        self._top_k = layers[0].top_k
+        self._layer_facts = "; ".join(sorted({layer.facts for layer in layers}))
+        self._topology = model_groups(expert_parallel=layers[0].use_ep).topology
+
+    def propose(self, name: str) -> None:
+        """Ask for another strategy from the next step on. LOCAL. Raises UnsupportedConfigError for one that cannot be."""
+        check_strategy(name, self._topology)
+        self.proposed = name
+
+    def plan(self, num_tokens_across_dp: list[int]) -> PlannedStep:
+        """Plan a step. COLLECTIVE over the grid: the vote's all-gather of 16 bytes, on CPU."""
+        plan = StepPlan(num_tokens_across_dp=tuple(num_tokens_across_dp), sharding=self._sharding)
+        requested = self._vote(plan)
+        selection = select(requested, self._topology, plan, num_experts=self._num_experts, top_k=self._top_k)
+        if self._topology.rank == 0 and (self.selection is None or self.selection.strategy != selection.strategy):
+            logger.info("MoE communication: %s on %s (%s)", selection.strategy, self._topology, selection.reason)
+        self.selection = selection
+        self.steps += 1
+        self.tokens += num_tokens_across_dp[self._topology.dp_rank]
+        return PlannedStep(plan, selection.strategy)
+
+    def _vote(self, plan: StepPlan) -> str:
+        if self._topology.world_size == 1:
+            return self.proposed
+        text = (
+            f"vllm_npu {__version__}, {self._topology}, {plan}, in force: {self._agreed}, layers: {self._layer_facts}"
+        )
+        votes = agree(text, vote_transport(), PROPOSALS.index(self.proposed))
+        proposals = [PROPOSALS[vote] for vote in votes]
+        if len(set(proposals)) == 1:
+            self._agreed = self.proposed
+        elif self._agreed is None:
+            raise PlanDisagreementError(
+                f"ranks ask for different moe_comm: {dict(enumerate(proposals))}; start all of them with the same "
+                "--additional-config and VLLM_NPU_MOE_COMM"
+            )
+        return self._agreed or self.proposed
+
+
+_PLANNERS: dict[int, StepPlanner] = {}  # by id of the vllm_config, which its planner keeps alive
+
+
+def planner_of(vllm_config: "VllmConfig") -> StepPlanner | None:
+    """The planner of the model of this process, or None where no layer of it is ours. The model must be built."""
+    if id(vllm_config) not in _PLANNERS:
+        layers = _our_layers(vllm_config)
+        if not layers:
+            return None
+        _PLANNERS[id(vllm_config)] = StepPlanner(vllm_config, layers)
+    return _PLANNERS[id(vllm_config)]
+
+
+def plan_step(
+    *,
+    vllm_config: "VllmConfig",
+    dp_metadata: "DPMetadata | None" = None,
+    num_tokens: int | None = None,
+    **_: Any,
+) -> dict[str, Any]:
+    """The step's plan for the forward context, or nothing: no token count (a step without forward), no layer of ours."""
+    planner = None if num_tokens is None else planner_of(vllm_config)
+    if planner is None:
+        return {}
+    counts: list[int] = [num_tokens or 0] if dp_metadata is None else dp_metadata.num_tokens_across_dp_cpu.tolist()
+    return as_additional_context(planner.plan(counts))
+
+
+def _our_layers(vllm_config: "VllmConfig") -> list[NPUMoERunner]:
+    layers = compat.current().moe_layers(vllm_config)
+    ours = [layer for layer in layers if isinstance(layer, NPUMoERunner) and layer.exchanges_tokens]
+    parallel_config = vllm_config.parallel_config
+    several_ranks = parallel_config.data_parallel_size > 1 or parallel_config.enable_expert_parallel
+    is_moe = vllm_config.model_config is not None and vllm_config.model_config.is_moe
+    foreign = [type(layer).__name__ for layer in layers if not isinstance(layer, NPUMoERunner)]
+    if is_moe and several_ranks and (foreign or not layers):
+        logger.warning_once(
+            "This MoE model bypasses vllm_npu in %s: moe_comm has no say there, and on a CPU vLLM's own path does not "
+            "support expert or data parallelism.",
+            f"{len(foreign)} layers ({', '.join(sorted(set(foreign)))})" if foreign else "all its layers",
+        )
+    return ours

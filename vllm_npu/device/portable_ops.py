@@ -20,14 +20,29 @@ UNDEFINED = torch.iinfo(torch.int32).min
 
 
 class DistributeDispatchOutput(NamedTuple):
-    """What npu_moe_distribute_dispatch_v2 returns, without its outputs for quantisation and tensor parallelism."""
+    """What npu_moe_distribute_dispatch_v2 returns, without its outputs for tensor parallelism and hierarchies."""
 
-    expand_x: torch.Tensor  # [A, H]: by local expert, then source rank, then token; rows past the last count are NaN
-    assist_info_for_combine: torch.Tensor  # [A * 128] int32: row i has (source rank, token, k) at 3 * i
-    expert_token_nums: torch.Tensor  # [num_local_experts] int64, counts or prefix sums
-    ep_recv_counts: (
-        torch.Tensor
-    )  # [num_local_experts * W] int32: inclusive prefix sums, local expert major, source minor
+    # [A, H]: by local expert, then source rank, then token; rows past the last count are NaN (-128 in int8)
+    expand_x: torch.Tensor
+    # [A * 128] int32: row i has (source rank, token, k) at 3 * i
+    assist_info_for_combine: torch.Tensor
+    # [num_local_experts] int64, counts or prefix sums
+    expert_token_nums: torch.Tensor
+    # [num_local_experts * W] int32: inclusive prefix sums, local expert major, source rank minor
+    ep_recv_counts: torch.Tensor
+    # [A] float32, of quantised rows: value = int8 * scale; None without quantisation
+    dynamic_scales: torch.Tensor | None
+
+
+def quantize_per_token(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[n, H] -> int8 [n, H] and float32 scales [n], as quant_mode 2 of dispatch: rint(x * (127 / max|x|)), scale max|x| / 127.
+
+    A row of zeros, which the kernel turns into 0 * inf, is defined here: zeros, with scale 0. LOCAL. Host sync: no.
+    """
+    values = x.float()
+    largest = values.abs().amax(dim=-1, keepdim=True)
+    factor = torch.where(largest > 0, 127 / largest, 0)
+    return (values * factor).round().to(torch.int8), (largest / 127).squeeze(-1)
 
 
 def npu_moe_distribute_dispatch_v2(
@@ -38,14 +53,17 @@ def npu_moe_distribute_dispatch_v2(
     moe_expert_num: int,
     x_active_mask: torch.Tensor | None = None,  # [B] bool, a prefix
     expert_token_nums_type: int = 1,  # 1 counts, 0 prefix sums
+    quant_mode: int = 0,  # 0 none, 2 int8 with a scale for each token
 ) -> DistributeDispatchOutput:
     """Send each active token to the ranks of its experts, in slots of fixed size.
 
     A = B * W * min(num_local_experts, K): B, K and H must be equal on all ranks (not checked here: the plan's vote does).
     COLLECTIVE over group_ep: one all-to-all of B slots a pair of ranks; a token takes one slot however many of the rank's
-    experts it chose. Host sync: no. Graph capture: yes. Raises InvalidInputError for a mask that is not a prefix (read on
-    CPU tensors only).
+    experts it chose. Host sync: no. Graph capture: yes. Raises InvalidInputError for another quant_mode, and for a mask
+    that is not a prefix (read on CPU tensors only).
     """
+    if quant_mode not in (0, 2):
+        raise InvalidInputError(f"quant_mode={quant_mode} is not supported; there are 0 (none) and 2 (int8 a token)")
     num_tokens, top_k = expert_ids.shape
     placement = ExpertPlacement(moe_expert_num, group_ep.size)
     active = _active_tokens(x, x_active_mask)
@@ -56,10 +74,11 @@ def npu_moe_distribute_dispatch_v2(
     slots = torch.where(ids[None] >= 0, slots, -1)
     goes = (slots >= 0).any(-1, keepdim=True)  # [W, B, 1]
 
-    outgoing = (torch.where(goes, x, 0).flatten(0, 1), slots.flatten(0, 1))
+    payload = (x,) if quant_mode == 0 else quantize_per_token(x)
+    outgoing = [torch.where(goes, part.view(num_tokens, -1), 0).flatten(0, 1) for part in payload] + [slots.flatten(0, 1)]
     message = RowFormat.of(outgoing)
     sizes = [num_tokens] * group_ep.size
-    received_x, received_ids = message.unpack(group_ep.all_to_all(message.pack(outgoing), sizes, sizes))
+    *received, received_ids = message.unpack(group_ep.all_to_all(message.pack(outgoing), sizes, sizes))
 
     # Pairs are numbered (source rank, token, k); a stable sort by local expert gives the op's order.
     num_local = placement.experts_per_rank
@@ -67,7 +86,10 @@ def npu_moe_distribute_dispatch_v2(
     rows = num_tokens * group_ep.size * min(num_local, top_k)
     order = pair_experts.argsort(stable=True)[:rows]
     valid = pair_experts[order] < num_local
-    expand_x = torch.where(valid[:, None], received_x[order // top_k], float("nan"))
+    expand_x, *scales = (
+        torch.where(valid[:, None], part[order // top_k], -128 if part.dtype == torch.int8 else float("nan"))
+        for part in received
+    )
 
     triples = torch.stack([order // (num_tokens * top_k), order // top_k % num_tokens, order % top_k], dim=1).int()
     assist_info = torch.full((rows * ASSIST_CELLS,), UNDEFINED, dtype=torch.int32, device=x.device)
@@ -84,6 +106,7 @@ def npu_moe_distribute_dispatch_v2(
         assist_info_for_combine=assist_info,
         expert_token_nums=token_nums if expert_token_nums_type == 1 else token_nums.cumsum(0),
         ep_recv_counts=counts.flatten().cumsum(0).int(),
+        dynamic_scales=scales[0].squeeze(-1) if scales else None,
     )
 
 

@@ -41,6 +41,8 @@ class ThreadedGroup:
             self._barrier.wait(self.timeout)
         except threading.BrokenBarrierError:
             missing = [other for other, count in enumerate(self._meetings) if count < self._meetings[rank]]
+            if not missing:
+                return  # all came; one has left, failed, and aborted the barrier before this thread was out of it
             raise TransportError(
                 operation, self.group, rank, f"ranks {missing} failed, or did not come within {self.timeout:g} s"
             ) from None

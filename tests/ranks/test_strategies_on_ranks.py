@@ -1,0 +1,31 @@
+"""Every strategy against the reference: all cases of `verify` on threads, the quick ones on processes over gloo."""
+
+import pytest
+
+from vllm_npu.strategies import STRATEGIES
+from vllm_npu.verification import Case, cases, run_case
+
+
+def failures(pool, to_run: list[Case]) -> dict[str, list[str]]:
+    outcomes = {str(case): [fault for fault in pool.run(run_case, case) if fault] for case in to_run}
+    return {case: faults for case, faults in outcomes.items() if faults}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
+def test_equals_the_reference_on_threads(pools, strategy, num_ranks):
+    to_run = list(cases(num_ranks, strategies=(strategy,), quick=False, seed=0))
+    assert to_run or num_ranks == 1
+    assert failures(pools("threaded", num_ranks), to_run) == {}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_equals_the_reference_on_processes(pools, strategy, num_ranks):
+    to_run = list(cases(num_ranks, strategies=(strategy,), quick=True, seed=100))
+    assert to_run
+    assert failures(pools("gloo", num_ranks), to_run) == {}
+
+
+def test_equals_the_reference_on_eight_ranks(pools):
+    assert failures(pools("threaded", 8), list(cases(8, quick=True, seed=7))) == {}

@@ -24,7 +24,7 @@ extras = project["optional-dependencies"]
 print("\n".join(project["dependencies"] + extras["cpu"] + extras["dev"]))
 PY
 
-echo "lock.sh: resolving (2 to 10 minutes; pip downloads what it has to look into)" >&2
+echo "lock.sh: resolving (1 to 10 minutes; pip downloads what it has to look into)" >&2
 "$work/venv/bin/python" -m pip install --quiet --dry-run --ignore-installed \
   --report "$work/report.json" -r "$work/requirements.in" >&2
 

@@ -1,0 +1,195 @@
+"""strategies: all ranks choose alike, and never what the topology or the limits refuse."""
+
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.cases import GRIDS, topologies
+from vllm_npu.dispatch.all2allv import All2AllVDispatcher
+from vllm_npu.dispatch.local_permute import LocalPermuteDispatcher
+from vllm_npu.dispatch.mc2 import MC2Dispatcher
+from vllm_npu.errors import UnsupportedConfigError
+from vllm_npu.limits import PORTABLE_MC2, MC2Limits
+from vllm_npu.prepare_finalize.all2all import All2AllPrepareAndFinalize
+from vllm_npu.prepare_finalize.allgather import AllGatherPrepareAndFinalize
+from vllm_npu.prepare_finalize.mc2 import MC2PrepareAndFinalize
+from vllm_npu.prepare_finalize.naive_multicast import NaiveMulticastPrepareAndFinalize
+from vllm_npu.step_plan import StepPlan, TokenSharding
+from vllm_npu.strategies import AUTO, STRATEGIES, Selection, build, check_strategy, select
+from vllm_npu.topology import ParallelTopology
+from vllm_npu.transport.base import Groups
+from vllm_npu.transport.threaded import ThreadedGroup, ThreadedTransport
+
+NAMES = [AUTO, *STRATEGIES]
+NATIVE = MC2Limits(max_tokens_per_rank=16, native=True, source="made up for tests")
+
+
+def plan(*counts: int, sharding: TokenSharding = TokenSharding.REPLICATED) -> StepPlan:
+    return StepPlan(num_tokens_across_dp=counts, sharding=sharding)
+
+
+def chosen(requested: str, topology: ParallelTopology, step: StepPlan, **facts) -> Selection:
+    return select(requested, topology, step, **{"num_experts": 64, "top_k": 4, **facts})
+
+
+def lone_groups(topology: ParallelTopology) -> Groups:
+    """Groups whose other ranks never come: enough to construct on."""
+
+    def end(name: str, rank: int, size: int) -> ThreadedTransport:
+        return ThreadedTransport(ThreadedGroup(name, size, timeout=1.0), rank)
+
+    return Groups(
+        topology,
+        tp=end("tp", topology.tp_rank, topology.tp_size),
+        dp=end("dp", topology.dp_rank, topology.dp_size),
+        ep=end("ep", topology.rank, topology.world_size),
+    )
+
+
+@st.composite
+def steps_on_grids(draw):
+    """(every rank's topology, plan, experts, limits)."""
+    tp_size, dp_size = draw(st.sampled_from(GRIDS))
+    counts = draw(st.lists(st.integers(0, 1100), min_size=dp_size, max_size=dp_size))
+    ranks = topologies(tp_size, dp_size, expert_parallel=draw(st.booleans()))
+    limits = MC2Limits(max_tokens_per_rank=draw(st.sampled_from([1, 64, 512])), native=draw(st.booleans()), source="")
+    num_experts = tp_size * dp_size * draw(st.integers(1, 4))
+    top_k = draw(st.integers(1, min(8, num_experts)))
+    facts = {"num_experts": num_experts, "top_k": top_k, "mc2_limits": limits}
+    return ranks, plan(*counts, sharding=draw(st.sampled_from(list(TokenSharding)))), facts
+
+
+@given(steps_on_grids(), st.sampled_from(NAMES))
+def test_all_ranks_choose_the_same_and_the_choice_can_be_built(grid, requested):
+    ranks, step, facts = grid
+    if requested != AUTO and STRATEGIES[requested].needs_expert_parallel and ranks[0].ep_size == 1:
+        for each in ranks:
+            with pytest.raises(UnsupportedConfigError):
+                select(requested, each, step, **facts)
+        return
+    (selection,) = {select(requested, each, step, **facts) for each in ranks}
+    for each in ranks:
+        check_strategy(selection.strategy, each)
+    build(selection.strategy, lone_groups(ranks[-1]), facts["num_experts"])
+    limits = facts["mc2_limits"]
+    rows = step.padded_tokens(ranks[0].tp_size) // ranks[0].tp_size
+    if selection.strategy == "mc2":
+        assert rows <= limits.max_tokens_per_rank
+        assert limits.native or requested == "mc2", "auto takes mc2 only where a fused kernel runs it"
+    if requested != AUTO and selection.strategy != requested:
+        assert (requested, selection.strategy) == ("mc2", "all2all")
+        assert rows > limits.max_tokens_per_rank
+    assert selection.reason
+
+
+def test_mc2_is_taken_up_to_its_capacity_and_becomes_all2all_with_the_reason_above():
+    capacity = PORTABLE_MC2.max_tokens_per_rank
+    for tp_size in (1, 2, 4):
+        for topology in topologies(tp_size, 2):
+            assert chosen("mc2", topology, plan(1, tp_size * capacity)) == Selection("mc2", "requested")
+            assert chosen("mc2", topology, plan(1, tp_size * capacity + 1)) == Selection(
+                "all2all", f"mc2 takes {capacity} tokens a rank, this step brings {capacity + 1}"
+            )
+
+
+def test_a_request_that_fits_is_taken_as_it_is():
+    for name in STRATEGIES:
+        assert chosen(name, topologies(2, 2)[0], plan(4, 4)) == Selection(name, "requested")
+
+
+def test_auto_takes_allgather_without_expert_parallelism():
+    expected = Selection("allgather", "auto: no expert parallelism")
+    for each in [*topologies(2, 2, expert_parallel=False), *topologies(1, 1)]:
+        assert chosen(AUTO, each, plan(*[4] * each.dp_size), mc2_limits=NATIVE) == expected
+
+
+def test_auto_takes_a_native_mc2_while_the_tokens_fit():
+    topology = topologies(2, 2)[0]
+    expected = Selection("mc2", "auto: 16 tokens a rank fit 16")
+    assert chosen(AUTO, topology, plan(32, 1), mc2_limits=NATIVE) == expected
+    assert chosen(AUTO, topology, plan(33, 1), mc2_limits=NATIVE).strategy != "mc2"
+
+
+@pytest.mark.parametrize(
+    ("ranks", "top_k", "strategy", "share"),
+    [
+        (2, 1, "all2all", "50%"),  # one expert lies on one of two ranks
+        (16, 8, "all2all", "42%"),
+        (2, 8, "allgather", "100%"),
+        (4, 8, "allgather", "91%"),
+        (4, 4, "all2all", "69%"),
+        (4, 5, "allgather", "78%"),
+    ],
+)
+def test_auto_weighs_the_ranks_that_a_token_needs(ranks, top_k, strategy, share):
+    selection = chosen(AUTO, topologies(1, ranks)[0], plan(*[4] * ranks), top_k=top_k)
+    assert selection == Selection(strategy, f"auto: a token needs {share} of the {ranks} ranks")
+
+
+@pytest.mark.parametrize("name", ["mc3", "", "MC2", "auto "])
+def test_an_unknown_name_lists_what_exists(name):
+    topology = topologies(2, 1)[0]
+    message = f"unknown moe_comm {name!r}; there are: auto, mc2, all2all, allgather, naive"
+    for refuses in (
+        lambda: check_strategy(name, topology),
+        lambda: chosen(name, topology, plan(4)),
+        lambda: build(name, lone_groups(topology), 8),
+    ):
+        with pytest.raises(UnsupportedConfigError, match=re.escape(message)):
+            refuses()
+
+
+@pytest.mark.parametrize("name", ["mc2", "all2all"])
+@pytest.mark.parametrize(
+    ("topology", "where"),
+    [
+        (ParallelTopology.of_rank(0, tp_size=2, dp_size=2, expert_parallel=False), "TP2xDP2"),
+        (ParallelTopology.of_rank(0, tp_size=1, dp_size=1), "TP1xDP1xEP"),
+    ],
+    ids=["expert parallelism off", "one rank"],
+)
+def test_strategies_that_move_tokens_to_experts_need_expert_parallelism(name, topology, where):
+    message = f"{name} needs ep_size > 1 (got 1 on {where}); use allgather, or start vLLM with --enable-expert-parallel"
+    for refuses in (
+        lambda: check_strategy(name, topology),
+        lambda: chosen(name, topology, plan(*[4] * topology.dp_size)),
+        lambda: build(name, lone_groups(topology), 8),
+    ):
+        with pytest.raises(UnsupportedConfigError, match=re.escape(message)):
+            refuses()
+
+
+@pytest.mark.parametrize("name", ["allgather", "naive", AUTO])
+def test_the_others_need_none(name):
+    check_strategy(name, ParallelTopology.of_rank(0, tp_size=2, dp_size=2, expert_parallel=False))
+
+
+@pytest.mark.parametrize(
+    ("name", "prepare_finalize", "dispatcher"),
+    [
+        ("mc2", MC2PrepareAndFinalize, MC2Dispatcher),
+        ("all2all", All2AllPrepareAndFinalize, All2AllVDispatcher),
+        ("allgather", AllGatherPrepareAndFinalize, LocalPermuteDispatcher),
+        ("naive", NaiveMulticastPrepareAndFinalize, LocalPermuteDispatcher),
+    ],
+)
+def test_a_row_of_the_table_is_built_from_the_classes_that_it_names(name, prepare_finalize, dispatcher):
+    groups = lone_groups(topologies(2, 2)[3])
+    pipeline = build(name, groups, 8)
+    assert (type(pipeline.prepare_finalize), type(pipeline.dispatcher)) == (prepare_finalize, dispatcher)
+    assert pipeline.prepare_finalize.groups is groups
+    assert pipeline.dispatcher.placement.first_expert(groups.topology.ep_rank) == 6
+
+
+def test_every_row_of_the_table_is_built_somewhere_and_summed_up():
+    for name, row in STRATEGIES.items():
+        build(name, lone_groups(topologies(2, 1)[0]), 8)
+        assert row.summary
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_experts_that_do_not_divide_over_the_ranks_are_refused(name):
+    with pytest.raises(UnsupportedConfigError, match="9 experts do not divide over ep_size=4"):
+        build(name, lone_groups(topologies(2, 2)[0]), 9)

@@ -1,0 +1,88 @@
+"""topology: the groups partition every grid, every expert has one owner."""
+
+import dataclasses
+
+import pytest
+
+from tests.cases import GRIDS, topologies
+from vllm_npu.errors import UnsupportedConfigError
+from vllm_npu.topology import ExpertPlacement, ParallelTopology
+
+
+@pytest.mark.parametrize("expert_parallel", [True, False])
+@pytest.mark.parametrize(("tp_size", "dp_size"), GRIDS)
+def test_groups_partition_the_world(tp_size, dp_size, expert_parallel):
+    ranks = topologies(tp_size, dp_size, expert_parallel=expert_parallel)
+    world = list(range(tp_size * dp_size))
+    assert [each.rank for each in ranks] == world
+    for group_of, size in (("tp_group", tp_size), ("dp_group", dp_size)):
+        groups = {getattr(each, group_of) for each in ranks}
+        assert sorted(rank for group in groups for rank in group) == world, "each rank is in one group"
+        assert {len(group) for group in groups} == {size}
+    for each in ranks:
+        assert each.tp_group[each.tp_rank] == each.rank
+        assert each.dp_group[each.dp_rank] == each.rank
+        assert set(each.tp_group) & set(each.dp_group) == {each.rank}
+        assert each.tp_group == tuple(range(each.tp_group[0], each.tp_group[0] + tp_size)), "tp ranks are neighbours"
+        assert each.world_size == len(world)
+
+
+@pytest.mark.parametrize(("tp_size", "dp_size"), GRIDS)
+def test_every_expert_has_one_owner(tp_size, dp_size):
+    ranks = topologies(tp_size, dp_size)
+    placement = ExpertPlacement(3 * len(ranks), ranks[0].ep_size)
+    owned = [
+        range(placement.first_expert(each.ep_rank), placement.first_expert(each.ep_rank) + placement.experts_per_rank)
+        for each in ranks
+    ]
+    assert [expert for part in owned for expert in part] == list(range(3 * len(ranks)))
+
+
+@pytest.mark.parametrize(("tp_size", "dp_size"), GRIDS)
+def test_without_expert_parallelism_each_rank_has_a_part_of_every_expert(tp_size, dp_size):
+    assert {(each.ep_rank, each.ep_size) for each in topologies(tp_size, dp_size, expert_parallel=False)} == {(0, 1)}
+
+
+@pytest.mark.parametrize(
+    ("num_experts", "ep_size"), [(1, 2), (7, 2), (8, 3), (0, 1), (0, 4), (-8, 4), (15, 16), (257, 16)]
+)
+def test_experts_that_do_not_divide_over_the_ranks_are_refused(num_experts, ep_size):
+    with pytest.raises(
+        UnsupportedConfigError,
+        match=rf"{num_experts} experts do not divide over ep_size={ep_size}; choose .* or add redundant experts",
+    ):
+        ExpertPlacement(num_experts, ep_size)
+
+
+@pytest.mark.parametrize("rank", [-1, 6, 100])
+def test_a_rank_outside_the_grid_is_refused(rank):
+    with pytest.raises(UnsupportedConfigError, match=r"dp_rank=-?\d+ of dp_size=3: not a rank"):
+        ParallelTopology.of_rank(rank, tp_size=2, dp_size=3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tp_rank": 2}, "tp_rank=2 of tp_size=2"),
+        ({"tp_rank": -1}, "tp_rank=-1 of tp_size=2"),
+        ({"tp_size": 0, "tp_rank": 0}, "tp_rank=0 of tp_size=0"),
+        ({"dp_rank": 3}, "dp_rank=3 of dp_size=3"),
+        ({"dp_size": -1, "dp_rank": 0}, "dp_rank=0 of dp_size=-1"),
+    ],
+)
+def test_a_place_outside_its_group_is_refused(changes, message):
+    inside = {"tp_rank": 0, "tp_size": 2, "dp_rank": 0, "dp_size": 3, "expert_parallel": True}
+    ParallelTopology(**inside)
+    with pytest.raises(UnsupportedConfigError, match=message):
+        ParallelTopology(**inside | changes)
+
+
+def test_a_topology_cannot_be_changed():
+    topology = ParallelTopology.of_rank(0, tp_size=2, dp_size=2)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        topology.tp_rank = 1
+
+
+def test_a_topology_reads_as_its_grid():
+    assert str(ParallelTopology.of_rank(0, tp_size=2, dp_size=4)) == "TP2xDP4xEP"
+    assert str(ParallelTopology.of_rank(0, tp_size=2, dp_size=4, expert_parallel=False)) == "TP2xDP4"

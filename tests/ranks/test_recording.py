@@ -1,0 +1,153 @@
+"""RecordingTransport: calls and bytes as counted by hand, results as without it."""
+
+import pytest
+import torch
+
+from tests.cases import same_bits
+from vllm_npu.errors import InvalidInputError
+from vllm_npu.transport.base import SendRecv, Transport
+from vllm_npu.transport.launch import Rank
+from vllm_npu.transport.recording import CollectiveCounter, RecordingTransport, record
+
+SIZES = [4, 0, 3]  # rows of each of 3 ranks
+ROW_BYTES = 2 * 5  # [*, 5] bfloat16
+
+
+def rows(num_rows: int, rank: int) -> torch.Tensor:
+    return torch.arange(num_rows * 5).view(num_rows, 5).to(torch.bfloat16) + rank
+
+
+def one_of_each(t: Transport) -> dict[str, torch.Tensor]:
+    """Results of a call of every operation, on a group of 3."""
+    received = torch.zeros(2, 5, dtype=torch.bfloat16)
+    t.send_recv(
+        [
+            SendRecv((t.rank + 1) % 3, rows(2, t.rank), is_send=True),
+            SendRecv((t.rank + 1) % 3, rows(1, t.rank), is_send=True),
+            SendRecv((t.rank - 1) % 3, received, is_send=False),
+            SendRecv((t.rank - 1) % 3, torch.zeros(1, 5, dtype=torch.bfloat16), is_send=False),
+        ]
+    )
+    t.barrier()
+    return {
+        "all_gather": t.all_gather(rows(SIZES[t.rank], t.rank), SIZES),
+        "reduce_scatter": t.reduce_scatter(rows(sum(SIZES), t.rank), SIZES),
+        "all_to_all": t.all_to_all(rows(6, t.rank), [1, 2, 3], [t.rank + 1] * 3),
+        "broadcast": t.broadcast(rows(4, t.rank), 2),
+        "all_reduce": t.all_reduce(rows(5, t.rank)),
+        "send_recv": received,
+    }
+
+
+# Rows that ranks 0, 1 and 2 put on the wire, by hand.
+ROWS_SENT = {
+    "all_gather": (4 * 2, 0, 3 * 2),  # own rows to two others
+    "reduce_scatter": (0 + 3, 4 + 3, 4 + 0),  # the others' parts
+    "all_to_all": (2 + 3, 1 + 3, 1 + 2),
+    "broadcast": (0, 0, 4 * 2),
+    "send_recv": (2 + 1,) * 3,
+    "barrier": (0, 0, 0),
+}
+ALL_REDUCE_BYTES = 2 * 5 * ROW_BYTES * 2 // 3  # a ring: 2 * (W - 1) / W of the tensor
+
+
+def counted_and_bare(rank: Rank):
+    """(counts, results equal those of the bare transport, what the groups of one counted)."""
+    counter = CollectiveCounter()
+    recorded = rank.groups(tp_size=1, dp_size=3, counter=counter)
+    bare = rank.groups(tp_size=1, dp_size=3)
+    assert isinstance(recorded.ep, RecordingTransport)
+    assert not isinstance(bare.ep, RecordingTransport)
+    first, second = one_of_each(recorded.ep), one_of_each(bare.ep)
+    same = {name: same_bits(first[name], second[name]) for name in first}
+    return dict(counter.calls), dict(counter.bytes_sent), same
+
+
+@pytest.mark.parametrize("kind", ["threaded", "gloo"])
+def test_calls_and_bytes_are_those_counted_by_hand(pools, kind):
+    for rank, (calls, bytes_sent, _) in enumerate(pools(kind, 3).run(counted_and_bare)):
+        expected = {f"ep.{name}": sent[rank] * ROW_BYTES for name, sent in ROWS_SENT.items()}
+        assert bytes_sent == expected | {"ep.all_reduce": ALL_REDUCE_BYTES}
+        assert calls == dict.fromkeys(bytes_sent, 1)
+
+
+@pytest.mark.parametrize("kind", ["threaded", "gloo"])
+def test_results_are_those_of_the_transport_inside(pools, kind):
+    for _, _, same in pools(kind, 3).run(counted_and_bare):
+        assert len(same) == 6
+        assert all(same.values()), same
+
+
+def by_group(rank: Rank):
+    counter = CollectiveCounter()
+    groups = rank.groups(tp_size=2, dp_size=2, counter=counter)
+    for times, t in enumerate((groups.tp, groups.dp, groups.ep), start=1):
+        for _ in range(times):
+            t.all_gather(torch.zeros(3, dtype=torch.int64))
+    before_reset = dict(counter.calls), dict(counter.bytes_sent)
+    counter.reset()
+    return *before_reset, dict(counter.calls), dict(counter.bytes_sent)
+
+
+def test_groups_are_counted_apart_until_reset(pools):
+    for outcome in pools("threaded", 4).run(by_group):
+        assert outcome == (
+            {"tp.all_gather": 1, "dp.all_gather": 2, "ep.all_gather": 3},
+            {"tp.all_gather": 24, "dp.all_gather": 2 * 24, "ep.all_gather": 3 * 3 * 24},
+            {},
+            {},
+        )
+
+
+def uncounted(rank: Rank):
+    """What a group of one, an empty exchange and a refused call leave in the counter."""
+    counter = CollectiveCounter()
+    groups = rank.groups(tp_size=1, dp_size=2, counter=counter)
+    groups.tp.all_gather(torch.zeros(3))
+    groups.tp.reduce_scatter(torch.zeros(3))
+    groups.tp.all_to_all(torch.zeros(3), [3], [3])
+    groups.tp.broadcast(torch.zeros(3), 0)
+    groups.tp.all_reduce(torch.zeros(3))
+    groups.tp.barrier()
+    try:
+        groups.dp.all_gather(torch.zeros(3), [2, 2])
+    except InvalidInputError:
+        return dict(counter.calls)
+    return None
+
+
+def test_what_sends_nothing_is_not_counted(pools):
+    assert pools("threaded", 2).run(uncounted) == [{}, {}]
+
+
+def empty_tensors(rank: Rank):
+    counter = CollectiveCounter()
+    t = rank.groups(tp_size=1, dp_size=2, counter=counter).ep
+    t.reduce_scatter(torch.zeros(0, 5), [0, 0])
+    t.all_to_all(torch.zeros(0, 5), [0, 0], [0, 0])
+    return dict(counter.calls), dict(counter.bytes_sent)
+
+
+def test_calls_with_empty_tensors_are_counted_with_no_bytes(pools):
+    names = ("ep.reduce_scatter", "ep.all_to_all")
+    assert pools("threaded", 2).run(empty_tensors) == [(dict.fromkeys(names, 1), dict.fromkeys(names, 0))] * 2
+
+
+def closes(rank: Rank) -> list[int]:
+    t = rank.groups(tp_size=1, dp_size=2, counter=CollectiveCounter()).ep
+    t.close()
+    t.close()
+    return [t.rank, t.size]
+
+
+def test_a_counted_group_says_who_it_is_and_may_be_closed_twice(pools):
+    assert pools("threaded", 2).run(closes) == [[0, 2], [1, 2]]
+
+
+def without_counter(rank: Rank) -> bool:
+    t = rank.groups(tp_size=1, dp_size=2).ep
+    return record(t, None) is t
+
+
+def test_without_a_counter_nothing_is_wrapped(pools):
+    assert pools("threaded", 2).run(without_counter) == [True, True]

@@ -1,0 +1,553 @@
+"""transport/base.py's contract, on threads and over gloo: values, fresh memory, untouched inputs, refusals, failures."""
+
+import re
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from tests.cases import same_bits, seeded
+from vllm_npu.errors import InvalidInputError, TransportError
+from vllm_npu.transport import TRANSPORTS, Transport, transport_class
+from vllm_npu.transport.base import SendRecv
+from vllm_npu.transport.launch import GlooRankPool, Rank, ThreadRankPool
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.int32, torch.int64, torch.uint8)
+GRIDS = [(2, 1), (1, 3), (2, 2)]  # (tp_size, dp_size): groups of 1, 2, 3 and 4 ranks
+
+on_all_transports = pytest.mark.parametrize("kind", ["threaded", "gloo"])
+on_all_grids = pytest.mark.parametrize("grid", GRIDS, ids=str)
+
+
+def transports(rank: Rank, grid: tuple[int, int]) -> Iterator[Transport]:
+    groups = rank.groups(tp_size=grid[0], dp_size=grid[1])
+    yield from (groups.tp, groups.dp, groups.ep)
+
+
+def run_on(pools, kind: str, grid: tuple[int, int], function: Callable[..., None], *arguments) -> None:
+    """Run a function that asserts, on every rank."""
+    pools(kind, grid[0] * grid[1]).run(function, grid, *arguments)
+
+
+def size_patterns(num_ranks: int) -> list[list[int]]:
+    patterns = [
+        [0] * num_ranks,
+        [1] * num_ranks,
+        [4] * num_ranks,
+        [rank + 1 for rank in range(num_ranks)],
+        [5] + [0] * (num_ranks - 1),
+        [0] * (num_ranks - 1) + [3],
+        [(3 * rank + 2) % 4 for rank in range(num_ranks)],
+    ]
+    generator = seeded(num_ranks)
+    return patterns + [torch.randint(0, 6, (num_ranks,), generator=generator).tolist() for _ in range(3)]
+
+
+def rows_of(rank: int, num_rows: int, dtype: torch.dtype, *, seed: int = 0) -> torch.Tensor:
+    """[num_rows, 2, 3] integers of 0..15 that depend on the rank: sums over 4 ranks are exact in every dtype."""
+    return torch.randint(0, 16, (num_rows, 2, 3), generator=seeded(100 * seed + rank)).to(dtype)
+
+
+def expect(result: torch.Tensor, expected: torch.Tensor, x: torch.Tensor, before: torch.Tensor, t: Transport) -> None:
+    """The result is right, contiguous where that matters, in memory that no rank's input shares."""
+    torch.testing.assert_close(result, expected, rtol=0, atol=0)
+    if result.numel():
+        assert result.untyped_storage().data_ptr() != x.untyped_storage().data_ptr(), "the result is the input's memory"
+    t.barrier()
+    result.fill_(99)  # would be seen by whoever shares it
+    t.barrier()
+    assert same_bits(x, before), "an input was written"
+
+
+def gathers(rank: Rank, grid: tuple[int, int]) -> None:
+    for t in transports(rank, grid):
+        for dtype in DTYPES:
+            for sizes in size_patterns(t.size):
+                parts = [rows_of(r, n, dtype) for r, n in enumerate(sizes)]
+                x = parts[t.rank].clone()
+                expect(t.all_gather(x, sizes), torch.cat(parts), x, parts[t.rank], t)
+            x = rows_of(t.rank, 3, dtype)
+            parts = [rows_of(r, 3, dtype) for r in range(t.size)]
+            expect(t.all_gather(x), torch.cat(parts), x, parts[t.rank], t)
+
+
+@on_all_transports
+@on_all_grids
+def test_all_gather_brings_all_ranks_rows_in_rank_order(pools, kind, grid):
+    run_on(pools, kind, grid, gathers)
+
+
+def reduce_scatters(rank: Rank, grid: tuple[int, int]) -> None:
+    for t in transports(rank, grid):
+        for dtype in DTYPES:
+            for sizes in [*size_patterns(t.size), None]:
+                num_rows = 2 * t.size if sizes is None else sum(sizes)
+                parts = [rows_of(r, num_rows, dtype) for r in range(t.size)]
+                x = parts[t.rank].clone()
+                whole = torch.stack(parts).to(torch.int64).sum(0).to(dtype)
+                own = whole.split([2] * t.size if sizes is None else sizes)[t.rank]
+                expect(t.reduce_scatter(x, sizes), own, x, parts[t.rank], t)
+
+
+@on_all_transports
+@on_all_grids
+def test_reduce_scatter_gives_each_rank_its_rows_of_the_sum(pools, kind, grid):
+    run_on(pools, kind, grid, reduce_scatters)
+
+
+def exchanges(rank: Rank, grid: tuple[int, int]) -> None:
+    for t in transports(rank, grid):
+        generator = seeded(t.size)
+        matrices = [
+            torch.randint(0, 4, (t.size, t.size), generator=generator) for _ in range(4)
+        ]  # [source, destination]
+        matrices += [torch.zeros(t.size, t.size).long(), torch.eye(t.size).long(), torch.ones(t.size, t.size).long()]
+        matrices += [torch.ones(t.size, t.size).long().tril(-1), matrices[0] * (torch.arange(t.size) == 0)]
+        for dtype in DTYPES:
+            for seed, matrix in enumerate(matrices):
+                sent = [rows_of(r, int(matrix[r].sum()), dtype, seed=seed) for r in range(t.size)]
+                expected = [sent[r].split(matrix[r].tolist())[t.rank] for r in range(t.size)]
+                x = sent[t.rank].clone()
+                result = t.all_to_all(x, matrix[t.rank].tolist(), matrix[:, t.rank].tolist())
+                expect(result, torch.cat(expected), x, sent[t.rank], t)
+
+
+@on_all_transports
+@on_all_grids
+def test_all_to_all_brings_each_rank_the_part_meant_for_it(pools, kind, grid):
+    run_on(pools, kind, grid, exchanges)
+
+
+def broadcasts(rank: Rank, grid: tuple[int, int]) -> None:
+    for t in transports(rank, grid):
+        for dtype in DTYPES:
+            for source in range(t.size):
+                for num_rows in (3, 0):
+                    x = rows_of(t.rank, num_rows, dtype)
+                    expect(t.broadcast(x, source), rows_of(source, num_rows, dtype), x, x.clone(), t)
+
+
+@on_all_transports
+@on_all_grids
+def test_broadcast_brings_the_sources_rows_to_all(pools, kind, grid):
+    run_on(pools, kind, grid, broadcasts)
+
+
+def all_reduces(rank: Rank, grid: tuple[int, int]) -> None:
+    for t in transports(rank, grid):
+        for dtype in DTYPES:
+            for num_rows in (3, 0):
+                x = rows_of(t.rank, num_rows, dtype)
+                parts = torch.stack([rows_of(r, num_rows, dtype) for r in range(t.size)])
+                expect(t.all_reduce(x), parts.to(torch.int64).sum(0).to(dtype), x, x.clone(), t)
+
+
+@on_all_transports
+@on_all_grids
+def test_all_reduce_gives_all_ranks_the_sum(pools, kind, grid):
+    run_on(pools, kind, grid, all_reduces)
+
+
+def strided_inputs(rank: Rank, grid: tuple[int, int]) -> None:
+    for t in transports(rank, grid):
+        for stride in ("columns", "transposed", "repeated"):
+            parts = []
+            for r in range(t.size):
+                whole = torch.randn(t.size, 2 * t.size, generator=seeded(r))
+                columns, transposed, repeated = whole[:, ::2], whole[:, : t.size].t(), whole[:1].expand(t.size, -1)
+                parts.append({"columns": columns, "transposed": transposed, "repeated": repeated}[stride])
+            x = parts[t.rank]
+            before, ones = x.clone(), [1] * t.size
+            total = parts[0].clone()
+            for part in parts[1:]:
+                total = total + part
+            expect(t.all_gather(x), torch.cat(parts), x, before, t)
+            expect(t.reduce_scatter(x), total[t.rank : t.rank + 1], x, before, t)
+            expect(t.all_to_all(x, ones, ones), torch.stack([part[t.rank] for part in parts]), x, before, t)
+            expect(t.broadcast(x, t.size - 1), parts[-1], x, before, t)
+            # gloo adds in an order of its own: a rounding for each of the sums
+            torch.testing.assert_close(t.all_reduce(x), total, rtol=0, atol=8 * 2**-24 * t.size)
+            assert same_bits(x, before)
+
+
+@on_all_transports
+@on_all_grids
+def test_inputs_need_not_be_contiguous(pools, kind, grid):
+    run_on(pools, kind, grid, strided_inputs)
+
+
+def ordered_sums(rank: Rank, grid: tuple[int, int]) -> None:
+    for t in transports(rank, grid):
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            sizes = [r + 1 for r in range(t.size)]
+            parts = [torch.randn(sum(sizes), 64, generator=seeded(r)).to(dtype) for r in range(t.size)]
+            total = parts[0].float()
+            for part in parts[1:]:
+                total = total + part.float()
+            own = total.to(dtype).split(sizes)[t.rank]
+            for _ in range(2):
+                assert same_bits(t.reduce_scatter(parts[t.rank], sizes), own)
+
+
+@on_all_transports
+@on_all_grids
+def test_reduce_scatter_adds_in_rank_order_in_float32_so_the_bits_repeat(pools, kind, grid):
+    run_on(pools, kind, grid, ordered_sums)
+
+
+def messages_of(rank: int) -> list[torch.Tensor]:
+    """Three messages of different values; the first and the last are alike in shape and dtype."""
+    return [rows_of(rank, 3, torch.float32), rows_of(rank, 1, torch.int64), rows_of(rank, 3, torch.float32) + 50]
+
+
+def sends_in_a_ring(rank: Rank, grid: tuple[int, int]) -> None:
+    for t in transports(rank, grid):
+        if t.size == 1:
+            t.send_recv([])
+            continue
+        following, preceding = (t.rank + 1) % t.size, (t.rank - 1) % t.size
+        messages, expected = messages_of(t.rank), messages_of(preceding)
+        received = [torch.full_like(each, 77) for each in expected]
+        sends = [SendRecv(following, each, is_send=True) for each in messages]
+        receives = [SendRecv(preceding, each, is_send=False) for each in received]
+        t.send_recv([receives[0], *sends, *receives[1:]])
+        assert [each.tolist() for each in received] == [each.tolist() for each in expected]
+        assert [each.tolist() for each in messages] == [each.tolist() for each in messages_of(t.rank)]
+
+
+@on_all_transports
+@on_all_grids
+def test_the_nth_message_to_a_rank_meets_its_nth_receive(pools, kind, grid):
+    run_on(pools, kind, grid, sends_in_a_ring)
+
+
+def sends_between_two(rank: Rank, grid: tuple[int, int]) -> None:
+    *_, t = transports(rank, grid)
+    operations, received = [], torch.zeros(2, 3)
+    sent = torch.arange(12.0).view(3, 4).t()[:2]  # not contiguous
+    if t.rank == 0:
+        operations = [SendRecv(t.size - 1, sent, is_send=True)]
+    elif t.rank == t.size - 1:
+        operations = [SendRecv(0, received, is_send=False)]
+    t.send_recv(operations)
+    assert torch.equal(received, sent if t.rank == t.size - 1 else torch.zeros(2, 3))
+    t.barrier()
+
+
+@on_all_transports
+@on_all_grids
+def test_ranks_with_nothing_to_send_or_receive_are_not_waited_for(pools, kind, grid):
+    run_on(pools, kind, grid, sends_between_two)
+
+
+def waits_for_the_last(rank: Rank, grid: tuple[int, int]) -> tuple[float, float]:
+    """When this rank came to the barrier of all ranks, and when it left; the last rank comes late."""
+    *_, t = transports(rank, grid)
+    t.barrier()
+    if t.rank == t.size - 1:
+        time.sleep(0.2)
+    came = time.monotonic()
+    t.barrier()
+    return came, time.monotonic()
+
+
+@on_all_transports
+@on_all_grids
+def test_nobody_passes_a_barrier_before_all_have_come(pools, kind, grid):
+    times = pools(kind, grid[0] * grid[1]).run(waits_for_the_last, grid)
+    assert min(left for _, left in times) >= max(came for came, _ in times)
+
+
+REFUSED = {
+    "all_gather, rows": (
+        lambda t: t.all_gather(torch.zeros(3), [3] * t.rank + [2] + [3] * (t.size - t.rank - 1)),
+        r"all_gather on group '\w+': rank \d brings 3 rows, sizes \[[\d, ]+\] say 2",
+    ),
+    "all_gather, ranks": (lambda t: t.all_gather(torch.zeros(3), [3] * (t.size + 1)), r"must be \d counts >= 0"),
+    "all_gather, negative": (
+        lambda t: t.all_gather(torch.zeros(3), [-1 if r == (t.rank + 1) % t.size else 3 for r in range(t.size)]),
+        r"must be \d counts >= 0",
+    ),
+    "reduce_scatter, sum": (
+        lambda t: t.reduce_scatter(torch.zeros(3 * t.size + 1), [3] * t.size),
+        r"reduce_scatter on group '\w+': sizes \[[\d, ]+\] add up to \d+, x has \d+ rows",
+    ),
+    "reduce_scatter, even": (
+        lambda t: t.reduce_scatter(torch.zeros(t.size + 1)),
+        r"reduce_scatter on group '\w+': \d rows do not divide over \d ranks; pass sizes",
+    ),
+    "reduce_scatter, ranks": (lambda t: t.reduce_scatter(torch.zeros(4), [4]), r"must be \d counts >= 0"),
+    "all_to_all, sum": (
+        lambda t: t.all_to_all(torch.zeros(t.size + 1), [1] * t.size, [1] * t.size),
+        r"all_to_all on group '\w+': send sizes \[[\d, ]+\] add up to \d, x has \d rows",
+    ),
+    "all_to_all, self": (
+        lambda t: t.all_to_all(torch.zeros(t.size), [1] * t.size, [2 if r == t.rank else 1 for r in range(t.size)]),
+        r"all_to_all on group '\w+': rank \d sends itself 1 rows but expects 2",
+    ),
+    "all_to_all, send ranks": (
+        lambda t: t.all_to_all(torch.zeros(1), [1], [1] * t.size),
+        r"all_to_all \(send\) on group '\w+': sizes \[1\] must be \d counts >= 0",
+    ),
+    "all_to_all, receive ranks": (
+        lambda t: t.all_to_all(torch.zeros(t.size), [1] * t.size, [-1] * t.size),
+        r"all_to_all \(recv\) on group '\w+': sizes \[[-1, ]+\] must be \d counts >= 0",
+    ),
+    "broadcast, source": (
+        lambda t: t.broadcast(torch.zeros(1), t.size),
+        r"broadcast on group '\w+': source \d is not in",
+    ),
+    "broadcast, negative": (lambda t: t.broadcast(torch.zeros(1), -1), r"source -1 is not in 0\.\.\d"),
+    "send_recv, self": (
+        lambda t: t.send_recv([SendRecv(t.rank, torch.zeros(1), is_send=True)]),
+        r"send_recv on group '\w+': peer \d of rank \d is not another rank of 0\.\.\d",
+    ),
+    "send_recv, outside": (
+        lambda t: t.send_recv([SendRecv(t.size, torch.zeros(1), is_send=False)]),
+        r"send_recv on group '\w+': peer \d of rank \d is not another rank of 0\.\.\d",
+    ),
+    "send_recv, strided": (
+        lambda t: t.send_recv([SendRecv((t.rank + 1) % t.size, torch.zeros(4, 2).t(), is_send=False)]),
+        r"send_recv on group '\w+': a receive needs a contiguous tensor",
+    ),
+}
+
+
+def is_refused(rank: Rank, grid: tuple[int, int], name: str) -> None:
+    call, message = REFUSED[name]
+    for t in transports(rank, grid):
+        if t.size == 1 and name in (
+            "reduce_scatter, even",
+            "reduce_scatter, ranks",
+            "all_to_all, send ranks",
+            "send_recv, strided",
+        ):
+            continue  # these arguments fit one rank
+        with pytest.raises(InvalidInputError, match=message) as refused:
+            call(t)
+        assert f"group '{t.group}'" in str(refused.value)
+        assert t.all_gather(torch.tensor([t.rank])).tolist() == list(range(t.size)), "the group is still in step"
+
+
+@on_all_transports
+@pytest.mark.parametrize("name", REFUSED)
+def test_arguments_that_do_not_fit_are_refused_before_anything_moves(pools, kind, name):
+    run_on(pools, kind, (2, 1), is_refused, name)
+    if kind == "threaded":
+        run_on(pools, kind, (1, 3), is_refused, name)
+
+
+def reports_missing_grid(rank: Rank) -> str:
+    try:
+        rank.groups(tp_size=2, dp_size=3)
+    except InvalidInputError as error:
+        return str(error)
+    return "no error"
+
+
+@on_all_transports
+def test_a_grid_that_does_not_hold_the_ranks_is_refused(pools, kind):
+    assert pools(kind, 2).run(reports_missing_grid) == ["a TP2xDP3 grid needs 6 ranks, not 2"] * 2
+
+
+# --- failures ---
+
+OPERATIONS: dict[str, Callable[[Transport], object]] = {
+    "all_gather": lambda t: t.all_gather(torch.ones(2)),
+    "reduce_scatter": lambda t: t.reduce_scatter(torch.ones(t.size)),
+    "all_to_all": lambda t: t.all_to_all(torch.ones(t.size), [1] * t.size, [1] * t.size),
+    "broadcast": lambda t: t.broadcast(torch.ones(2), 0),
+    "all_reduce": lambda t: t.all_reduce(torch.ones(2)),
+    "send_recv": lambda t: t.send_recv(
+        [SendRecv((t.rank + step) % t.size, torch.ones(1), is_send=step > 0) for step in (1, -1)]
+    ),
+    "barrier": lambda t: t.barrier(),
+}
+
+
+def one_rank_raises(rank: Rank, grid: tuple[int, int], group: str, operation: str) -> None:
+    groups = rank.groups(tp_size=grid[0], dp_size=grid[1])
+    groups.ep.barrier()
+    if rank.rank == 0:
+        raise ValueError("rank 0 has a fault of its own")
+    OPERATIONS[operation](getattr(groups, group))
+
+
+def all_is_well(rank: Rank, grid: tuple[int, int]) -> list[list[int]]:
+    return [t.all_gather(torch.tensor([rank.rank])).tolist() for t in transports(rank, grid)]
+
+
+def expect_failures(first: object, others: list[object], waits: dict[int, tuple[str, str]]) -> None:
+    """Rank 0's own error, and on each other rank one that names the group and operation in which it waited."""
+    assert isinstance(first, ValueError)
+    for rank, error in enumerate(others, start=1):
+        assert isinstance(error, TransportError), error
+        assert (error.group, error.operation) == waits[rank]
+        group, operation = waits[rank]
+        assert str(error).startswith(f"{operation} on group '{group}' failed on rank {error.rank}: ")
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("num_ranks", [2, 3, 4])
+def test_threads_that_wait_for_a_failed_rank_fail_at_once_and_the_pool_works_again(pools, num_ranks, operation):
+    pool = pools("threaded", num_ranks)
+    for grid, group in (((num_ranks, 1), "tp"), ((1, num_ranks), "dp"), ((1, num_ranks), "ep")):
+        started = time.monotonic()
+        first, *others = pool.outcomes(one_rank_raises, grid, group, operation)
+        assert time.monotonic() - started < 10
+        expect_failures(first, others, dict.fromkeys(range(1, num_ranks), (group, operation)))
+        assert [error.rank for error in others] == list(range(1, num_ranks))
+        assert [gathered[-1] for gathered in pool.run(all_is_well, grid)] == [list(range(num_ranks))] * num_ranks
+
+
+def fails_after_a_while(rank: Rank) -> None:
+    if rank.rank == 0:
+        raise ValueError("before the others have opened their groups")
+    time.sleep(0.2)
+    *_, t = transports(rank, (2, 1))
+    t.barrier()
+
+
+def test_threads_that_open_a_group_after_a_rank_has_failed_fail_at_once_too(pools):
+    started = time.monotonic()
+    first, second = pools("threaded", 2).outcomes(fails_after_a_while)
+    assert time.monotonic() - started < 10
+    assert isinstance(first, ValueError)
+    assert isinstance(second, TransportError)
+
+
+SHORT_TIMEOUT = 10.0  # seconds; processes must also start within it of one another
+WAITS = {1: ("tp", "all_gather"), 2: ("dp", "reduce_scatter"), 3: ("ep", "all_reduce")}  # each in a group with rank 0
+
+
+def waits_for_rank_0(rank: Rank) -> None:
+    groups = rank.groups(tp_size=2, dp_size=2)
+    groups.ep.barrier()
+    if rank.rank == 0:
+        raise ValueError("rank 0 has a fault of its own")
+    group, operation = WAITS[rank.rank]
+    OPERATIONS[operation](getattr(groups, group))
+
+
+@pytest.mark.timeout(120)  # not the ten minutes of the settings: a group that keeps waiting is what this looks for
+def test_processes_that_wait_for_a_failed_rank_fail_in_time_and_the_pool_works_again():
+    with GlooRankPool(4, timeout=SHORT_TIMEOUT) as pool:
+        pool.run(all_is_well, (2, 2))  # started
+        started = time.monotonic()
+        first, *others = pool.outcomes(waits_for_rank_0)
+        assert time.monotonic() - started < SHORT_TIMEOUT + 10
+        expect_failures(first, others, WAITS)
+        assert [gathered[-1] for gathered in pool.run(all_is_well, (2, 2))] == [[0, 1, 2, 3]] * 4
+
+
+def one_process_ends(rank: Rank) -> None:
+    *_, t = transports(rank, (2, 1))
+    t.barrier()
+    if rank.rank == 1:
+        raise SystemExit(3)
+    t.all_gather(torch.ones(2))
+
+
+def test_a_rank_whose_process_ends_is_named_with_its_exit_code(pools):
+    waiting, ended = pools("gloo", 2).outcomes(one_process_ends)
+    assert isinstance(waiting, TransportError)
+    assert (waiting.group, waiting.operation) == ("ep", "all_gather")
+    assert isinstance(ended, TransportError)
+    assert "rank 1: the rank's process ended with exit code 3" in str(ended)
+    assert pools("gloo", 2).run(all_is_well, (2, 1)) == [[[0, 1], [0], [0, 1]], [[0, 1], [1], [0, 1]]]
+
+
+class TwoPartError(Exception):
+    """Pickles, but cannot be made again from its args."""
+
+    def __init__(self, what: str, where: str) -> None:
+        super().__init__(f"{what} in {where}")
+
+
+def raises_what_does_not_travel(rank: Rank) -> str:
+    if rank.rank == 0:
+        raise TwoPartError("a fault", "a rank")
+    return "of the first run"
+
+
+@on_all_transports
+def test_an_error_of_any_kind_is_reported_and_the_next_run_gets_its_own_results(pools, kind):
+    with pytest.raises(Exception, match="a fault in a rank"):
+        pools(kind, 2).run(raises_what_does_not_travel)
+    assert pools(kind, 2).run(echo) == [(0, 2), (1, 2)]
+
+
+def all_but_the_last_meet(rank: Rank) -> None:
+    *_, t = transports(rank, (3, 1))
+    if t.rank < 2:
+        t.all_reduce(torch.ones(1))
+
+
+def test_threads_name_the_rank_that_never_came():
+    with ThreadRankPool(3, timeout=0.3) as pool:
+        *waiting, absent = pool.outcomes(all_but_the_last_meet)
+    assert absent is None
+    for rank, error in enumerate(waiting):
+        assert str(error) == (
+            f"all_reduce on group 'ep' failed on rank {rank}: ranks [2] failed, or did not come within 0.3 s"
+        )
+
+
+def ranks_differ(rank: Rank, own_operations: list[str]) -> None:
+    *_, t = transports(rank, (len(own_operations), 1))
+    t.barrier()
+    OPERATIONS[own_operations[t.rank]](t)
+
+
+@pytest.mark.parametrize(
+    "operations",
+    [["all_gather", "all_reduce"], ["all_gather", "all_gather", "barrier"], ["broadcast", "all_to_all", "barrier"]],
+)
+def test_threads_in_different_collectives_get_an_error_that_names_them(pools, operations):
+    for rank, error in enumerate(pools("threaded", len(operations)).outcomes(ranks_differ, operations)):
+        assert isinstance(error, TransportError)
+        assert (error.operation, error.rank) == (operations[rank], rank)
+        assert f"ranks are in different collectives: {operations}" in str(error)
+
+
+def sizes_differ(rank: Rank, operation: str) -> None:
+    *_, t = transports(rank, (2, 1))
+    if operation == "all_gather":
+        t.all_gather(torch.ones(1 + t.rank))  # each thinks that the other brings as many
+    else:
+        t.all_to_all(torch.ones(3), [1, 2], [1, 1] if t.rank == 0 else [1, 2])
+
+
+@pytest.mark.parametrize("operation", ["all_gather", "all_to_all"])
+def test_threads_that_bring_other_sizes_than_agreed_get_an_error_not_wrong_rows(pools, operation):
+    outcomes = pools("threaded", 2).outcomes(sizes_differ, operation)
+    assert all(isinstance(error, TransportError) for error in outcomes)
+    assert any(re.search(r"ranks sent \[.*\] rows where \[.*\] were expected", str(error)) for error in outcomes)
+
+
+def fails_on(rank: Rank, failing: int) -> None:
+    *_, t = transports(rank, (3, 1))
+    if t.rank == failing:
+        raise KeyError("its own fault")
+    t.barrier()
+
+
+@pytest.mark.parametrize("failing", [0, 1, 2])
+def test_a_run_raises_the_fault_itself_not_the_time_outs_that_it_caused(pools, failing):
+    with pytest.raises(KeyError, match="its own fault"):
+        pools("threaded", 3).run(fails_on, failing)
+
+
+def echo(rank: Rank, *arguments) -> tuple:
+    return rank.rank, rank.num_ranks, *arguments
+
+
+@on_all_transports
+def test_results_come_back_in_rank_order(pools, kind):
+    assert pools(kind, 3).run(echo, "a", 1) == [(rank, 3, "a", 1) for rank in range(3)]
+
+
+@pytest.mark.parametrize("name", TRANSPORTS)
+def test_the_tables_rows_are_transports(name):
+    assert issubclass(transport_class(name), Transport)

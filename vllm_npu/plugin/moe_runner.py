@@ -165,7 +165,9 @@ class NPUMoERunner(MoERunner):
             elif routed_is_complete:
                 shared = tp.all_reduce(shared)
             else:
-                shared, routed = tp.all_reduce(torch.stack([shared, routed])).unbind(0)
+                # Flat, since shared and routed experts of a latent MoE differ in width.
+                sums = tp.all_reduce(torch.cat([shared.flatten(), routed.flatten()]))
+                shared, routed = sums[: shared.numel()].view_as(shared), sums[shared.numel() :].view_as(routed)
         return routed if shared is None else (shared, routed)
 
 

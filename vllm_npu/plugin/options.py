@@ -22,7 +22,7 @@ class Options:
 
     @classmethod
     def of(cls, vllm_config: "VllmConfig") -> "Options":
-        """Read them. Raises UnsupportedConfigError for a key that does not exist."""
+        """Read them. Raises UnsupportedConfigError for a key that does not exist, and for a value of another type."""
         section: Any = (vllm_config.additional_config or {}).get(SECTION, {})
         if not isinstance(section, dict):
             raise UnsupportedConfigError(f"additional_config[{SECTION!r}] is {section!r}; it must be a dictionary")
@@ -31,7 +31,12 @@ class Options:
             raise UnsupportedConfigError(
                 f"additional_config[{SECTION!r}] has unknown keys {unknown}; there is: moe_comm"
             )
-        return cls(moe_comm=section.get("moe_comm") or envs.MOE_COMM.read())
+        moe_comm = section.get("moe_comm")
+        if not isinstance(moe_comm, str | None):
+            raise UnsupportedConfigError(
+                f"additional_config[{SECTION!r}] has moe_comm={moe_comm!r}; it must be a string, the name of a strategy"
+            )
+        return cls(moe_comm=moe_comm or envs.MOE_COMM.read())
 
 
 def topology_of(parallel_config: "ParallelConfig", *, tp_rank: int = 0, dp_rank: int = 0) -> ParallelTopology:
@@ -53,12 +58,12 @@ def check_config(vllm_config: "VllmConfig") -> None:
     if vllm_config.model_config is None or not vllm_config.model_config.is_moe:
         return
     check_strategy(options.moe_comm, topology)
-    if topology.world_size == 1:
-        return
     if parallel_config.prefill_context_parallel_size > 1:
         raise UnsupportedConfigError(
             "prefill context parallelism is not supported with MoE models; set --prefill-context-parallel-size 1"
         )
+    if topology.world_size == 1:
+        return
     if parallel_config.enable_dbo:
         raise UnsupportedConfigError("dual batch overlap is not supported; start vLLM without --enable-dbo")
     if parallel_config.expert_placement_strategy != "linear":

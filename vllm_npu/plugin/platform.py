@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 logger = init_logger("vllm_npu.platform")
 
 THREADS_BIND = "VLLM_CPU_OMP_THREADS_BIND"
+_own_binding: str | None = None  # the last value that this process gave to it
 
 
 class NPUPlatformOnCPU(CpuPlatform):
@@ -21,9 +22,9 @@ class NPUPlatformOnCPU(CpuPlatform):
 
     @classmethod
     def check_and_update_config(cls, vllm_config: "VllmConfig") -> None:
-        """vLLM's checks, then ours. Raises UnsupportedConfigError."""
-        super().check_and_update_config(vllm_config)
+        """Our checks, then vLLM's, which turns dual batch overlap off without an error. Raises UnsupportedConfigError."""
         options.check_config(vllm_config)
+        super().check_and_update_config(vllm_config)
         parallel_config = vllm_config.parallel_config
         if not parallel_config.worker_extension_cls:
             parallel_config.worker_extension_cls = "vllm_npu.plugin.worker_extension.MoECommWorkerExtension"
@@ -43,7 +44,14 @@ class NPUPlatformOnCPU(CpuPlatform):
 
 
 def _bind_threads(parallel_config: "ParallelConfig") -> None:
-    """Share this process's CPUs among the ranks where vLLM's own binding would refuse for want of NUMA nodes."""
+    """Share this process's CPUs among the ranks where vLLM's own binding would refuse for want of NUMA nodes.
+
+    A binding of the user's stays. One that was made here for an engine before, maybe of another size, is made anew.
+    """
+    global _own_binding
+    if _own_binding is not None and os.environ.get(THREADS_BIND) == _own_binding:
+        del os.environ[THREADS_BIND]
+    _own_binding = None
     ranks = parallel_config.world_size * parallel_config.data_parallel_size
     if os.environ.get(THREADS_BIND, "auto") != "auto" or parallel_config.world_size <= compat.current().numa_nodes():
         return
@@ -52,7 +60,7 @@ def _bind_threads(parallel_config: "ParallelConfig") -> None:
         cpus[rank * len(cpus) // ranks : max((rank + 1) * len(cpus) // ranks, rank * len(cpus) // ranks + 1)]
         for rank in range(ranks)
     ]
-    os.environ[THREADS_BIND] = "|".join(",".join(map(str, share)) for share in shares)
+    _own_binding = os.environ[THREADS_BIND] = "|".join(",".join(map(str, share)) for share in shares)
     logger.info(
         "%s=%s: %d ranks share %d CPUs, since there are fewer NUMA nodes than ranks",
         THREADS_BIND,

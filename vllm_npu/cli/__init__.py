@@ -1,0 +1,85 @@
+"""The command line: `vllm-npu COMMAND`. A command's module is imported when the command runs, so help is instant."""
+
+import sys
+from dataclasses import dataclass
+from importlib import import_module
+
+import typer
+from rich.console import Console
+
+from vllm_npu import __version__
+from vllm_npu.errors import VllmNpuError
+
+
+@dataclass(frozen=True, slots=True)
+class CommandRow:
+    """One command: where its function is, how it reads its arguments, what `vllm-npu --help` says about it."""
+
+    function: str  # "module:name"
+    summary: str
+    reads_raw_arguments: bool = False  # True: the function takes a list of strings; False: typer reads its signature
+
+
+COMMANDS = {
+    "demo": CommandRow("vllm_npu.cli.demo:demo", "Every strategy in real vLLM on a tiny model, against vanilla vLLM."),
+    "verify": CommandRow("vllm_npu.cli.verify:verify", "Every strategy on real ranks against a dense reference."),
+    "serve": CommandRow(
+        "vllm_npu.cli.serve:serve", "vLLM's OpenAI-compatible server with this plugin on.", reads_raw_arguments=True
+    ),
+}
+
+
+def main() -> None:
+    """Entry point of `vllm-npu`. Exit status: 0, 1 for a failure, 2 for wrong usage, or what the command says."""
+    try:
+        _build_app()(prog_name="vllm-npu")
+    except VllmNpuError as error:
+        Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(1)
+
+
+def _build_app() -> typer.Typer:
+    app = typer.Typer(
+        help="Expert-parallel communication of vLLM for Ascend NPUs, GPUs and CPUs.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+    )
+
+    @app.callback(invoke_without_command=True)
+    def options(version: bool = typer.Option(False, "--version", help="Print the version and exit.")) -> None:
+        if version:
+            print(f"vllm_npu {__version__}")
+            raise typer.Exit
+
+    for name, row in COMMANDS.items():
+        app.command(
+            name,
+            help=row.summary,
+            add_help_option=False,  # the command's own help answers
+            context_settings={
+                "allow_extra_args": True,
+                "ignore_unknown_options": True,
+                "allow_interspersed_args": False,
+            },
+        )(_forward)
+    return app
+
+
+def _forward(context: typer.Context) -> None:
+    """Import the command that was asked for and hand it the arguments as they were typed."""
+    name = str(context.info_name)
+    row = COMMANDS[name]
+    module, _, attribute = row.function.partition(":")
+    function = getattr(import_module(module), attribute)
+    if row.reads_raw_arguments:
+        function(context.args)
+        return
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command(name, help=_unwrapped(function.__doc__ or row.summary))(function)
+    app(args=context.args, prog_name=f"vllm-npu {name}")
+
+
+def _unwrapped(docstring: str) -> str:
+    """One line per paragraph: the terminal's width decides where help breaks, not the source's."""
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in docstring.split("\n\n"))

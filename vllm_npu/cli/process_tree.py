@@ -1,0 +1,152 @@
+"""A process and everything it starts, taken down completely: no orphan, no file left in /dev/shm. Linux only.
+
+vLLM's processes start others (engine core, workers, resource trackers). If one of them is killed, the rest may stay
+behind, and so may their shared memory. A tree is therefore a session of its own (processes stay in it when they lose
+their parent), and the shared memory that its processes map is noted while they live.
+"""
+
+import ctypes
+import os
+import select
+import signal
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import IO, Final
+
+SHARED_MEMORY_FOLDER = Path("/dev/shm")
+_PR_SET_PDEATHSIG: Final = 1
+_libc = ctypes.CDLL(None, use_errno=True)  # loaded before any fork: the child may only make the call
+
+
+class ProcessTree:
+    """One process in a session of its own, with all its descendants.
+
+    If this program dies without cleaning up (SIGKILL), the kernel sends the first process SIGTERM. Start trees from the
+    main thread: the kernel looks at the thread that started the process.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        *,
+        environment: Mapping[str, str],
+        stdin: int | IO[bytes] | None = None,  # as for subprocess.Popen
+        stdout: int | IO[bytes] | None = None,
+        stderr: int | IO[bytes] | None = None,
+    ) -> None:
+        self._shared_memory_before = _shared_memory_files()
+        self._shared_memory: set[Path] = set()
+        self.process = subprocess.Popen(
+            command,
+            env=dict(environment),
+            stdin=stdin,
+            stdout=stdout,
+            stderr=stderr,
+            start_new_session=True,
+            preexec_fn=_terminate_with_parent,
+        )
+
+    def members(self) -> list[int]:
+        """The id of every living process of the tree, its first process included while it lives."""
+        session = self.process.pid
+        return [int(entry) for entry in os.listdir("/proc") if entry.isdecimal() and _lives_in(session, int(entry))]
+
+    def note_shared_memory(self) -> None:
+        """Remember which files in /dev/shm the tree maps now; `stop` removes those that are left. About 10 ms."""
+        for pid in self.members():
+            self._shared_memory |= _mapped_shared_memory(pid) - self._shared_memory_before
+
+    def terminate(self) -> None:
+        """Ask the first process to end (SIGTERM); returns at once."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+
+    def stop(self, grace_seconds: float) -> None:
+        """Wait up to `grace_seconds` for the tree to end by itself, then kill what is left of it.
+
+        Returns when no process of the tree is left and its shared memory is removed. Safe to call again.
+        """
+        self.note_shared_memory()
+        deadline = time.monotonic() + grace_seconds
+        while (members := self.members()) and (left := deadline - time.monotonic()) > 0:
+            _wait_for_end(members, left)
+        self.note_shared_memory()
+        while members := self.members():
+            for pid in members:
+                _kill(pid, self.process.pid)
+            _wait_for_end(members, 1.0)
+        self.process.wait()
+        for path in self._shared_memory:
+            path.unlink(missing_ok=True)
+
+
+def _terminate_with_parent() -> None:
+    """Runs in the child between fork and exec: ask the kernel for SIGTERM when the parent dies."""
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _lives_in(session: int, pid: int) -> bool:
+    """Whether process `pid` is in `session` and not a zombie, which is dead and only waits for its parent to ask."""
+    try:
+        if os.getsid(pid) != session:
+            return False
+        state = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0]
+    except OSError:
+        return False  # gone meanwhile
+    return state not in ("Z", "X")
+
+
+def _wait_for_end(pids: Sequence[int], timeout: float) -> None:
+    """Wait until all these processes have ended, at most `timeout` seconds."""
+    deadline = time.monotonic() + timeout
+    with ExitStack() as stack:
+        poller = select.poll()
+        alive = set()
+        for pid in pids:
+            try:
+                descriptor = os.pidfd_open(pid)
+            except ProcessLookupError:
+                continue
+            stack.callback(os.close, descriptor)
+            poller.register(descriptor, select.POLLIN)
+            alive.add(descriptor)
+        while alive and (left := deadline - time.monotonic()) > 0:
+            for descriptor, _ in poller.poll(left * 1000):
+                poller.unregister(descriptor)
+                alive.discard(descriptor)
+
+
+def _kill(pid: int, session: int) -> None:
+    """SIGKILL to `pid` if it is still a process of `session`: a number may have been given to another one meanwhile."""
+    try:
+        descriptor = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        if _lives_in(session, pid):
+            signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+    finally:
+        os.close(descriptor)
+
+
+def _shared_memory_files() -> set[Path]:
+    return set(SHARED_MEMORY_FOLDER.iterdir()) if SHARED_MEMORY_FOLDER.is_dir() else set()
+
+
+def _mapped_shared_memory(pid: int) -> set[Path]:
+    """Files in /dev/shm that process `pid` maps; nothing if it is gone or not ours to look into."""
+    try:
+        mappings = Path(f"/proc/{pid}/maps").read_text(errors="replace")
+    except OSError:
+        return set()
+    prefix = f"{SHARED_MEMORY_FOLDER}/"
+    return {
+        Path(fields[5])
+        for line in mappings.splitlines()
+        if len(fields := line.split(maxsplit=5)) == 6 and fields[5].startswith(prefix) and "(deleted)" not in fields[5]
+    }

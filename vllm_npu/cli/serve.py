@@ -1,0 +1,127 @@
+"""`vllm-npu serve MODEL ...`: vLLM's OpenAI-compatible server with this plugin on; everything else is vLLM's."""
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Final
+
+from vllm_npu.cli.engines import PLUGIN_NAME, require_vllm
+from vllm_npu.cli.process_tree import ProcessTree
+from vllm_npu.envs import MOE_COMM
+from vllm_npu.errors import UnsupportedConfigError
+
+FORWARDED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
+LEFTOVER_SECONDS: Final = 5.0  # for vLLM's helpers to end after the server has
+
+HELP = """\
+Usage: vllm-npu serve MODEL [--moe-comm NAME] [--json PATH] [any option of vLLM's server]
+
+  vLLM's OpenAI-compatible server with this plugin on. What is not listed here goes to vLLM untouched, and so does
+  --help after a MODEL.
+
+  --moe-comm NAME  Strategy: auto, or a name that `vllm-npu serve MODEL --moe-comm ?` lists.
+                   Where --additional-config names one as well, that one counts.
+  --json PATH      When the server has ended, write the command, its exit status and its seconds to this file.
+
+  Signals reach the server; its exit status is returned (128 + N if signal N ended it).
+"""
+
+
+def serve(arguments: Sequence[str]) -> None:
+    """Run the server until it ends, then exit with its status.
+
+    Raises UnsupportedConfigError for an unknown strategy, or without a model or vLLM.
+    """
+    if not arguments or arguments[0] in ("--help", "-h"):
+        print(HELP, end="")
+        sys.exit(0)
+    rest, moe_comm = _take_option(arguments, "--moe-comm")
+    rest, json_path = _take_option(rest, "--json")
+    if moe_comm is not None:
+        _check_moe_comm(moe_comm)
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *_name_model(rest)]
+    require_vllm()
+
+    started = time.monotonic()
+    status = _run(command, _server_environment(moe_comm))
+    if json_path is not None:
+        report = {
+            "command": command,
+            "moe_comm": moe_comm,
+            "exit_status": status,
+            "seconds": round(time.monotonic() - started, 1),
+        }
+        Path(json_path).write_text(json.dumps(report, indent=1) + "\n")
+    sys.exit(status)
+
+
+def _run(command: list[str], environment: dict[str, str]) -> int:
+    """Run the server in a session of its own, so that a Ctrl-C reaches it once, through us; returns its exit status."""
+    tree = ProcessTree(command, environment=environment)
+
+    def forward(signum: int, frame: FrameType | None) -> None:
+        if tree.process.poll() is None:
+            tree.process.send_signal(signum)
+
+    previous = {signum: signal.signal(signum, forward) for signum in FORWARDED_SIGNALS}
+    try:
+        status = tree.process.wait()
+        tree.stop(grace_seconds=LEFTOVER_SECONDS)
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
+    return status if status >= 0 else 128 - status
+
+
+def _take_option(arguments: Sequence[str], name: str) -> tuple[list[str], str | None]:
+    """`arguments` without `name VALUE` or `name=VALUE`, and the last such value; nothing after `--` is ours."""
+    rest: list[str] = []
+    value: str | None = None
+    remaining = iter(arguments)
+    for argument in remaining:
+        if argument == "--":
+            return [*rest, argument, *remaining], value
+        if argument == name:
+            value = next(remaining, None)
+            if value is None:
+                raise UnsupportedConfigError(f"{name} needs a value; see vllm-npu serve --help")
+        elif argument.startswith(f"{name}="):
+            value = argument.partition("=")[2]
+        else:
+            rest.append(argument)
+    return rest, value
+
+
+def _name_model(arguments: list[str]) -> list[str]:
+    """vLLM's own arguments, with a leading MODEL as `--model MODEL`."""
+    if arguments and not arguments[0].startswith("-"):
+        return ["--model", *arguments]
+    if any(argument.partition("=")[0] in ("--model", "--config", "--help", "-h") for argument in arguments):
+        return arguments
+    raise UnsupportedConfigError("no model: put it first, as in vllm-npu serve MODEL --port 8000")
+
+
+def _check_moe_comm(name: str) -> None:
+    from vllm_npu.strategies import AUTO, STRATEGIES
+
+    if name not in (AUTO, *STRATEGIES):
+        rows = "\n".join(f"  {known:<10} {row.summary}" for known, row in STRATEGIES.items())
+        raise UnsupportedConfigError(
+            f"unknown --moe-comm {name!r}; there are:\n  {AUTO:<10} chosen per step from what all ranks know\n{rows}"
+        )
+
+
+def _server_environment(moe_comm: str | None) -> dict[str, str]:
+    """os.environ with the plugin on, and the strategy where one is named."""
+    environment = dict(os.environ)
+    plugins = environment.get("VLLM_PLUGINS")  # unset: all that are installed
+    if plugins is not None and PLUGIN_NAME not in plugins.split(","):
+        environment["VLLM_PLUGINS"] = ",".join(filter(None, [plugins, PLUGIN_NAME]))
+    if moe_comm is not None:
+        environment[MOE_COMM.name] = moe_comm
+    return environment

@@ -1,0 +1,275 @@
+"""Tiny random checkpoints that vLLM loads like any other model: config.json, model.safetensors, a tokenizer.
+
+Two families: Qwen3-MoE (every layer a mixture of experts) and DeepSeek-V2 (latent attention, a dense first layer,
+shared experts, grouped top-k with a scaling factor). The same family and seed give the same bytes on every machine: the
+numbers come from numpy's PCG64, not from torch. Experts are loud: the loss of any one of them changes at least 19 of the
+96 tokens that the demo generates. The seeds are chosen so that greedy decoding of `demo_prompts()` visits many tokens
+and never meets a near tie; whoever generates a reference measures the margin again, each time.
+"""
+
+import json
+import string
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+
+VOCAB_SIZE = 2048
+BOS_TOKEN, BOS_TOKEN_ID = "<s>", 0
+EOS_TOKEN, EOS_TOKEN_ID = "</s>", 1
+MAX_POSITIONS = 2048
+
+# Tokens to generate for each of demo_prompts(), 96 in all. Dealt out to two ranks they end at different steps, so that
+# one rank runs empty steps while the other still works.
+DEMO_MAX_TOKENS = [20, 7, 16, 10, 13, 4, 17, 9]
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+Weights = dict[str, "np.ndarray[Any, Any]"]
+Draw = Callable[..., "np.ndarray[Any, Any]"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TinyModel:
+    """One family: what config.json says and how the weights are drawn."""
+
+    family: str
+    summary: str  # one line for tables: what is special about it
+    seed: int  # of the weights; gives wide argmax margins on demo_prompts()
+    config: Mapping[str, Any]
+    draw_weights: Callable[[Mapping[str, Any], Draw], Weights]
+
+    @property
+    def num_moe_layers(self) -> int:
+        """Layers whose MLP is a mixture of experts."""
+        return int(self.config["num_hidden_layers"]) - int(self.config.get("first_k_dense_replace", 0))
+
+    @property
+    def num_experts(self) -> int:
+        """Routed experts per layer."""
+        return int(self.config.get("num_experts") or self.config["n_routed_experts"])
+
+
+def write_tiny_model(model: TinyModel, folder: Path) -> Path:
+    """Write the checkpoint of `model` into `folder` (created if absent) and return `folder`.
+
+    About 12 MB (qwen3-moe) or 20 MB (deepseek-v2), under a second. Raises OSError if the folder cannot be written.
+    """
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = np.random.default_rng(model.seed)
+
+    def draw(*shape: int, scale: float | None = None) -> "np.ndarray[Any, Any]":
+        """Normal numbers; by default the last dimension is the fan-in, so that a unit input gives a unit output."""
+        scale = shape[-1] ** -0.5 if scale is None else scale
+        return (generator.standard_normal(shape) * scale).astype(np.float32)
+
+    (folder / "config.json").write_text(json.dumps(dict(model.config), indent=1) + "\n")
+    save_file(model.draw_weights(model.config, draw), folder / "model.safetensors", metadata={"format": "pt"})
+    write_byte_tokenizer(folder)
+    return folder
+
+
+def demo_prompts() -> list[list[int]]:
+    """One prompt (token ids) per entry of DEMO_MAX_TOKENS, of 5, 8, 11, ... tokens: no two ranks bring equally many."""
+    first_id, span = 2, VOCAB_SIZE - 48
+    return [[(7 * i + 13 * j) % span + first_id for j in range(5 + 3 * i)] for i in range(len(DEMO_MAX_TOKENS))]
+
+
+def write_byte_tokenizer(folder: Path) -> None:
+    """Write tokenizer.json and tokenizer_config.json: the 256 bytes plus two-letter merges, VOCAB_SIZE tokens in all.
+
+    Every string can be encoded (bytes) and every token id decodes to something, so text works over HTTP in both
+    directions although the model is random.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    vocabulary = {BOS_TOKEN: BOS_TOKEN_ID, EOS_TOKEN: EOS_TOKEN_ID}
+    for symbol in sorted(pre_tokenizers.ByteLevel.alphabet()):
+        vocabulary[symbol] = len(vocabulary)
+    letters = string.ascii_lowercase + string.digits + ".,:;!?-"  # 43 symbols, so 1849 possible pairs
+    merges = [(first, second) for first in letters for second in letters][: VOCAB_SIZE - len(vocabulary)]
+    for first, second in merges:
+        vocabulary[first + second] = len(vocabulary)
+
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([BOS_TOKEN, EOS_TOKEN])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": BOS_TOKEN,
+        "eos_token": EOS_TOKEN,
+        "pad_token": EOS_TOKEN,
+        "model_max_length": MAX_POSITIONS,
+        "clean_up_tokenization_spaces": False,
+        "chat_template": CHAT_TEMPLATE,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1) + "\n")
+
+
+def _ones(size: int) -> "np.ndarray[Any, Any]":
+    import numpy as np
+
+    return np.ones(size, dtype=np.float32)
+
+
+def _mlp(prefix: str, hidden: int, intermediate: int, draw: Draw, gain: float = 1.0) -> Weights:
+    """Gate, up and down projections of one expert (or of a dense MLP); `gain` scales what it adds to the residual."""
+    return {
+        f"{prefix}.gate_proj.weight": draw(intermediate, hidden),
+        f"{prefix}.up_proj.weight": draw(intermediate, hidden),
+        f"{prefix}.down_proj.weight": draw(hidden, intermediate) * gain,
+    }
+
+
+def _embeddings(hidden: int, draw: Draw) -> Weights:
+    return {
+        "model.embed_tokens.weight": draw(VOCAB_SIZE, hidden, scale=1.0),
+        "lm_head.weight": draw(VOCAB_SIZE, hidden),
+        "model.norm.weight": _ones(hidden),
+    }
+
+
+def _draw_qwen3_moe(config: Mapping[str, Any], draw: Draw) -> Weights:
+    hidden, head_dim = config["hidden_size"], config["head_dim"]
+    query_width = config["num_attention_heads"] * head_dim
+    key_width = config["num_key_value_heads"] * head_dim
+    weights = _embeddings(hidden, draw)
+    for layer in range(config["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}"
+        weights |= {
+            f"{prefix}.input_layernorm.weight": _ones(hidden),
+            f"{prefix}.post_attention_layernorm.weight": _ones(hidden),
+            f"{prefix}.self_attn.q_proj.weight": draw(query_width, hidden),
+            f"{prefix}.self_attn.k_proj.weight": draw(key_width, hidden),
+            f"{prefix}.self_attn.v_proj.weight": draw(key_width, hidden),
+            f"{prefix}.self_attn.o_proj.weight": draw(hidden, query_width),
+            f"{prefix}.self_attn.q_norm.weight": _ones(head_dim),
+            f"{prefix}.self_attn.k_norm.weight": _ones(head_dim),
+            f"{prefix}.mlp.gate.weight": draw(config["num_experts"], hidden),
+        }
+        for expert in range(config["num_experts"]):
+            name = f"{prefix}.mlp.experts.{expert}"
+            weights |= _mlp(name, hidden, config["moe_intermediate_size"], draw, gain=2.0)
+    return weights
+
+
+def _draw_deepseek_v2(config: Mapping[str, Any], draw: Draw) -> Weights:
+    hidden, heads, latent = config["hidden_size"], config["num_attention_heads"], config["kv_lora_rank"]
+    nope, rope, value = config["qk_nope_head_dim"], config["qk_rope_head_dim"], config["v_head_dim"]
+    weights = _embeddings(hidden, draw)
+    for layer in range(config["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}"
+        weights |= {
+            f"{prefix}.input_layernorm.weight": _ones(hidden),
+            f"{prefix}.post_attention_layernorm.weight": _ones(hidden),
+            f"{prefix}.self_attn.q_proj.weight": draw(heads * (nope + rope), hidden),
+            f"{prefix}.self_attn.kv_a_proj_with_mqa.weight": draw(latent + rope, hidden),
+            f"{prefix}.self_attn.kv_a_layernorm.weight": _ones(latent),
+            f"{prefix}.self_attn.kv_b_proj.weight": draw(heads * (nope + value), latent),
+            f"{prefix}.self_attn.o_proj.weight": draw(hidden, heads * value),
+        }
+        if layer < config["first_k_dense_replace"]:
+            weights |= _mlp(f"{prefix}.mlp", hidden, config["intermediate_size"], draw)
+            continue
+        expert_width = config["moe_intermediate_size"]
+        weights[f"{prefix}.mlp.gate.weight"] = draw(config["n_routed_experts"], hidden)
+        weights |= _mlp(f"{prefix}.mlp.shared_experts", hidden, expert_width * config["n_shared_experts"], draw)
+        for expert in range(config["n_routed_experts"]):
+            weights |= _mlp(f"{prefix}.mlp.experts.{expert}", hidden, expert_width, draw, gain=3.0)
+    return weights
+
+
+_SHARED_SETTINGS: dict[str, Any] = {
+    "hidden_size": 256,
+    "num_hidden_layers": 3,
+    "hidden_act": "silu",
+    "num_attention_heads": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 128,
+    "vocab_size": VOCAB_SIZE,
+    "max_position_embeddings": MAX_POSITIONS,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "norm_topk_prob": True,
+    "attention_bias": False,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float32",
+    "bos_token_id": BOS_TOKEN_ID,
+    "eos_token_id": EOS_TOKEN_ID,
+    "pad_token_id": EOS_TOKEN_ID,
+}
+
+QWEN3_MOE = TinyModel(
+    family="qwen3-moe",
+    summary="3 MoE layers, 8 experts, top-2",
+    seed=444,
+    config=_SHARED_SETTINGS
+    | {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "intermediate_size": 1024,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "num_experts": 8,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "output_router_logits": False,
+        "use_sliding_window": False,
+    },
+    draw_weights=_draw_qwen3_moe,
+)
+
+# Latent attention on CPU decodes only latent rank 512 plus 64 rotary dimensions: those two are DeepSeek's own sizes. Yarn
+# is DeepSeek's own too, and needed: vLLM 0.32.0 on CPU turns latent queries wrongly where the rotation is not scaled
+# (tokens then depend on what else is in the batch).
+DEEPSEEK_V2 = TinyModel(
+    family="deepseek-v2",
+    summary="2 MoE layers, 2 shared + 8 routed experts, top-2 in 2 of 4 groups, MLA",
+    seed=98,
+    config=_SHARED_SETTINGS
+    | {
+        "architectures": ["DeepseekV2ForCausalLM"],
+        "model_type": "deepseek_v2",
+        "intermediate_size": 512,
+        "num_key_value_heads": 4,
+        "q_lora_rank": None,
+        "kv_lora_rank": 512,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 512,
+            "beta_fast": 32,
+            "beta_slow": 1,
+            "mscale": 0.707,
+            "mscale_all_dim": 0.707,
+        },
+        "qk_nope_head_dim": 32,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 32,
+        "first_k_dense_replace": 1,
+        "moe_layer_freq": 1,
+        "n_shared_experts": 2,
+        "n_routed_experts": 8,
+        "n_group": 4,
+        "topk_group": 2,
+        "topk_method": "group_limited_greedy",
+        "scoring_func": "softmax",
+        "routed_scaling_factor": 1.5,
+        "norm_topk_prob": False,
+    },
+    draw_weights=_draw_deepseek_v2,
+)
+
+FAMILIES: dict[str, TinyModel] = {model.family: model for model in (QWEN3_MOE, DEEPSEEK_V2)}

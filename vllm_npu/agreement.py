@@ -23,7 +23,7 @@ def agree(
     digest = int.from_bytes(hashlib.blake2b(plan.encode(), digest_size=8).digest(), "big", signed=True)
     votes = transport.all_gather(torch.tensor([[digest, proposal]])).tolist()
     if any(vote[0] != digest for vote in votes):
-        raise PlanDisagreementError(_difference(_all_plans(plan, transport)))
+        raise PlanDisagreementError(_difference(_all_plans(plan, transport), [vote[0] for vote in votes]))
     return [vote[1] for vote in votes]
 
 
@@ -34,11 +34,11 @@ def _all_plans(plan: str, transport: Transport) -> list[str]:
     return [bytes(row.tolist()).rstrip(b"\0").decode(errors="replace") for row in transport.all_gather(row)]
 
 
-def _difference(plans: list[str]) -> str:
-    ranks_with: dict[str, list[int]] = {}
-    for rank, plan in enumerate(plans):
-        ranks_with.setdefault(plan, []).append(rank)
-    lines = [f"  ranks {ranks}: {plan}" for plan, ranks in ranks_with.items()]
+def _difference(plans: list[str], digests: list[int]) -> str:
+    ranks_with: dict[int, list[int]] = {}
+    for rank, digest in enumerate(digests):
+        ranks_with.setdefault(digest, []).append(rank)
+    lines = [f"  ranks {ranks}: {plans[ranks[0]]}" for ranks in ranks_with.values()]
     return "\n".join(
         [
             "ranks planned different steps; start all of them with the same versions, model and vllm_npu options:",

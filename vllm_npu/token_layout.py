@@ -67,6 +67,8 @@ def pad_rows(
 
 def unpad_rows(x: torch.Tensor, length: int) -> torch.Tensor:
     """The first `length` rows of `x`, in memory of their own where rows are dropped (a view would keep the whole alive)."""
+    if x.shape[0] < length:
+        raise InvalidInputError(f"cannot unpad {x.shape[0]} rows to {length}: rows are missing")
     return x if x.shape[0] == length else x[:length].clone()
 
 

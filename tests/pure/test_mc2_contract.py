@@ -55,7 +55,7 @@ class OpCase:
         if not self.masked:
             return x, ids, scales, None
         unused = self.active[rank]
-        x[unused:], scales[unused:] = NAN, NAN
+        x[unused:] = NAN  # but not scales: combine's output must be NaN without them
         ids[unused:] = torch.tensor([-7, 0, num_experts + 3], dtype=self.id_dtype)[torch.arange(self.top_k) % 3]
         return x, ids, scales, torch.arange(self.num_tokens) < self.active[rank]
 
@@ -327,3 +327,41 @@ def test_a_mask_that_is_no_prefix_of_the_tokens_is_refused_by_both_ops(pools, ma
 def test_all_ranks_together_receive_every_active_pair_once(pools, case):
     outputs = pools("threaded", case.num_ranks).run(dispatch_on_rank, case)
     assert sum(int(each.ep_recv_counts[-1]) for each in outputs) == sum(case.active) * case.top_k
+
+
+def int8_dispatch_on_rank(rank: Rank):
+    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(rank.rank))
+    x[2] = 0
+    ids = torch.tensor([[0, 3], [1, 2], [2, 0]], dtype=torch.int32)
+    groups = rank.groups(tp_size=1, dp_size=2)
+    output = npu_moe_distribute_dispatch_v2(
+        x, ids, group_ep=groups.ep, moe_expert_num=4, x_active_mask=torch.tensor([True, True, True]), quant_mode=2
+    )
+    return x, output
+
+
+def test_quantised_dispatch_carries_a_scale_for_each_row_and_gives_the_token_back(pools):
+    outcomes = pools("threaded", 2).run(int8_dispatch_on_rank)
+    sources = [x for x, _ in outcomes]
+    for _, output in outcomes:
+        rows = int(output.ep_recv_counts[-1])
+        triples = output.assist_info_for_combine[: 3 * rows].view(rows, 3).tolist()
+        assert output.expand_x.dtype == torch.int8
+        assert (output.expand_x[rows:] == -128).all()
+        assert output.dynamic_scales[rows:].isnan().all()
+        for row, (source, token, _) in enumerate(triples):
+            original = sources[source][token]
+            step = float(original.abs().max()) / 127
+            restored = output.expand_x[row].float() * output.dynamic_scales[row]
+            assert (restored - original).abs().max() <= step / 2 + 1e-6
+
+
+def test_other_quantisation_modes_are_refused_by_name(pools):
+    with pytest.raises(InvalidInputError, match="quant_mode=4"):
+        pools("threaded", 1).run(refused_quant_mode)
+
+
+def refused_quant_mode(rank: Rank):
+    ids = torch.zeros(1, 1, dtype=torch.int32)
+    ep = rank.groups(tp_size=1, dp_size=1).ep
+    npu_moe_distribute_dispatch_v2(torch.zeros(1, 4), ids, group_ep=ep, moe_expert_num=1, quant_mode=4)

@@ -65,7 +65,10 @@ def measure(function, strategy: str, counts: tuple[int, ...]) -> tuple[int, floa
 
 def table() -> list[str]:
     """The rows of the README's table."""
-    rows = ["| step | strategy | collectives: original → here | KiB sent a token: original → here |", "|---|---|---|---|"]
+    rows = [
+        "| step | strategy | collectives: original → here | KiB sent a token: original → here |",
+        "|---|---|---|---|",
+    ]
     for name, counts in WORKLOADS.items():
         for strategy in ("allgather", "naive", "all2all"):
             before, now = measure(original, strategy, counts), measure(ours, strategy, counts)

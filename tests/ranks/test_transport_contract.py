@@ -177,6 +177,29 @@ def test_inputs_need_not_be_contiguous(pools, kind, grid):
     run_on(pools, kind, grid, strided_inputs)
 
 
+def overwrites_inputs(rank: Rank, grid: tuple[int, int]) -> None:
+    *_, t = transports(rank, grid)
+    ones = [1] * t.size
+    for turn in range(20):
+        for call in (
+            t.all_gather,
+            t.reduce_scatter,
+            t.all_reduce,
+            lambda x: t.broadcast(x, 0),
+            lambda x: t.all_to_all(x, ones, ones),
+        ):
+            x = torch.full((t.size, 20_000), 1.0 + turn)
+            result = call(x)
+            x.fill_(-1)
+            assert bool((result > 0).all()), "another rank's later write is in the result"
+
+
+@on_all_transports
+@on_all_grids
+def test_an_input_may_be_overwritten_as_soon_as_the_call_returns(pools, kind, grid):
+    run_on(pools, kind, grid, overwrites_inputs)
+
+
 def ordered_sums(rank: Rank, grid: tuple[int, int]) -> None:
     for t in transports(rank, grid):
         for dtype in (torch.bfloat16, torch.float16, torch.float32):

@@ -35,14 +35,15 @@ class DistributeDispatchOutput(NamedTuple):
 
 
 def quantize_per_token(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """[n, H] -> int8 [n, H] and float32 scales [n], as quant_mode 2 of dispatch: rint(x * (127 / max|x|)), scale max|x| / 127.
+    """[n, H] -> int8 [n, H] and float32 scales [n], as quant_mode 2 of dispatch: rint(x * f) and 1 / f, f = 127 / max|x|.
 
     A row of zeros, which the kernel turns into 0 * inf, is defined here: zeros, with scale 0. LOCAL. Host sync: no.
     """
     values = x.float()
     largest = values.abs().amax(dim=-1, keepdim=True)
-    factor = torch.where(largest > 0, 127 / largest, 0)
-    return (values * factor).round().to(torch.int8), (largest / 127).squeeze(-1)
+    nonzero = largest > 0
+    factor = torch.where(nonzero, 127 / largest, 0)
+    return (values * factor).round().to(torch.int8), torch.where(nonzero, 1 / factor, 0).squeeze(-1)
 
 
 def npu_moe_distribute_dispatch_v2(
@@ -75,7 +76,9 @@ def npu_moe_distribute_dispatch_v2(
     goes = (slots >= 0).any(-1, keepdim=True)  # [W, B, 1]
 
     payload = (x,) if quant_mode == 0 else quantize_per_token(x)
-    outgoing = [torch.where(goes, part.view(num_tokens, -1), 0).flatten(0, 1) for part in payload] + [slots.flatten(0, 1)]
+    outgoing = [torch.where(goes, part.view(num_tokens, -1), 0).flatten(0, 1) for part in payload] + [
+        slots.flatten(0, 1)
+    ]
     message = RowFormat.of(outgoing)
     sizes = [num_tokens] * group_ep.size
     *received, received_ids = message.unpack(group_ep.all_to_all(message.pack(outgoing), sizes, sizes))

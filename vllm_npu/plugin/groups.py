@@ -12,6 +12,8 @@ from vllm_npu.transport.base import Groups, Transport
 from vllm_npu.transport.gloo import GlooTransport
 from vllm_npu.transport.recording import CollectiveCounter, record
 
+SHARED_MEMORY_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of vLLM's shm_allreduce (0.32)
+
 
 class TensorParallelTransport(GlooTransport):
     """gloo, but all-reduce as vLLM does it for this group: over shared memory where all ranks are on one machine."""
@@ -21,6 +23,8 @@ class TensorParallelTransport(GlooTransport):
         self._coordinator = coordinator
 
     def _all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        if x.dtype not in SHARED_MEMORY_DTYPES:
+            return super()._all_reduce(x)
         reduced: torch.Tensor = self._coordinator.all_reduce(x.clone())
         return reduced
 

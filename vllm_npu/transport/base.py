@@ -101,7 +101,7 @@ class Transport(ABC):
                 )
             if not operation.is_send and not operation.tensor.is_contiguous():
                 raise InvalidInputError(f"send_recv on group '{self.group}': a receive needs a contiguous tensor")
-        if operations:
+        if self.size > 1:
             self._send_recv(operations)
 
     def barrier(self) -> None:
@@ -177,3 +177,12 @@ class Groups:
         """Close the three transports."""
         for transport in (self.tp, self.dp, self.ep):
             transport.close()
+
+
+def sum_in_rank_order(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The parts' sum, first rank first, floating-point parts in float32 at least: the same bits in every run."""
+    first = parts[0]
+    total = first.to(torch.promote_types(first.dtype, torch.float32)) if first.is_floating_point() else first.clone()
+    for part in parts[1:]:
+        total = total + part
+    return total.to(first.dtype)

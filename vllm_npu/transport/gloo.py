@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from vllm_npu.token_layout import offsets
-from vllm_npu.transport.base import SendRecv
+from vllm_npu.transport.base import SendRecv, sum_in_rank_order
 from vllm_npu.transport.torch_dist import TorchDistTransport
 
 
@@ -28,16 +28,13 @@ class GlooTransport(TorchDistTransport):
                 exchange.append(SendRecv(destination, x, is_send=True))
             if sizes[source]:
                 exchange.append(SendRecv(source, gathered[starts[source] : starts[source + 1]], is_send=False))
-        if exchange:
+        with self._collective("all_gather"):
             self._send_recv(exchange)
         return gathered
 
     def _reduce_scatter(self, x: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
         own_rows = sizes[self.rank]
-        parts = self._all_to_all(x, sizes, [own_rows] * self.size).view(self.size, own_rows, *x.shape[1:])
-        if not x.is_floating_point():
-            return parts.sum(0, dtype=x.dtype)
-        total = parts[0].float()
-        for part in parts[1:]:
-            total = total + part
-        return total.to(x.dtype)
+        with self._collective("reduce_scatter"):
+            received = self._all_to_all(x, sizes, [own_rows] * self.size)
+        parts = received.view(self.size, own_rows, *x.shape[1:])
+        return sum_in_rank_order(parts.unbind(0))

@@ -6,6 +6,7 @@ For `verify`, benchmarks and tests: the ranks of a served model are started by v
 import datetime
 import multiprocessing
 import os
+import pickle
 import tempfile
 import threading
 from abc import ABC, abstractmethod
@@ -105,10 +106,14 @@ class ThreadRankPool(RankPool):
     def outcomes(self, function: Callable[..., Any], *args: Any) -> list[Any]:
         groups: dict[tuple[str, tuple[int, ...]], ThreadedGroup] = {}
         lock = threading.Lock()
+        failed = threading.Event()
 
         def group(name: str, ranks: tuple[int, ...]) -> ThreadedGroup:
             with lock:
-                return groups.setdefault((name, ranks), ThreadedGroup(name, len(ranks), self._timeout))
+                found = groups.setdefault((name, ranks), ThreadedGroup(name, len(ranks), self._timeout))
+                if failed.is_set():
+                    found.abort()
+                return found
 
         outcomes: list[Any] = [None] * self.num_ranks
 
@@ -118,6 +123,7 @@ class ThreadRankPool(RankPool):
             except BaseException as error:  # noqa: BLE001 - handed to the caller, as a process pool does
                 outcomes[rank] = error
                 with lock:
+                    failed.set()
                     for open_group in groups.values():
                         open_group.abort()
 
@@ -133,16 +139,17 @@ class ThreadRankPool(RankPool):
 
 
 class _GlooRank(Rank):
-    def __init__(self, rank: int, num_ranks: int) -> None:
+    def __init__(self, rank: int, num_ranks: int, timeout: datetime.timedelta) -> None:
         super().__init__(rank, num_ranks)
+        self._timeout = timeout
         self._grids: dict[tuple[int, int], tuple[dist.ProcessGroup, dist.ProcessGroup]] = {}
 
     def _open(self, topology: ParallelTopology) -> tuple[Transport, Transport, Transport]:
         shape = (topology.tp_size, topology.dp_size)
         if shape not in self._grids:
             ranks = [ParallelTopology.of_rank(r, tp_size=shape[0], dp_size=shape[1]) for r in range(self.num_ranks)]
-            tp, _ = dist.new_subgroups_by_enumeration(sorted({rank.tp_group for rank in ranks}))
-            dp, _ = dist.new_subgroups_by_enumeration(sorted({rank.dp_group for rank in ranks}))
+            tp, _ = dist.new_subgroups_by_enumeration(sorted({rank.tp_group for rank in ranks}), timeout=self._timeout)
+            dp, _ = dist.new_subgroups_by_enumeration(sorted({rank.dp_group for rank in ranks}), timeout=self._timeout)
             self._grids[shape] = (tp, dp)
         tp, dp = self._grids[shape]
         return (
@@ -150,6 +157,15 @@ class _GlooRank(Rank):
             GlooTransport(dp, "dp"),
             GlooTransport(dist.distributed_c10d._get_default_group(), "ep"),
         )
+
+
+def _portable(error: Exception) -> Exception:
+    """`error`, or where it cannot be pickled and made again, a RuntimeError that says what it said."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # noqa: BLE001 - whatever a stranger's __reduce__ or __init__ raises
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
 
 
 def _serve_rank(rank: int, num_ranks: int, store: str, timeout: float, requests: Connection) -> None:
@@ -162,7 +178,7 @@ def _serve_rank(rank: int, num_ranks: int, store: str, timeout: float, requests:
         world_size=num_ranks,
         timeout=datetime.timedelta(seconds=timeout),
     )
-    this_rank = _GlooRank(rank, num_ranks)
+    this_rank = _GlooRank(rank, num_ranks, datetime.timedelta(seconds=timeout))
     while True:
         try:
             function, args = requests.recv()
@@ -171,8 +187,11 @@ def _serve_rank(rank: int, num_ranks: int, store: str, timeout: float, requests:
         try:
             outcome = function(this_rank, *args)
         except Exception as error:  # noqa: BLE001 - sent to the parent, which raises it
-            outcome = error
-        requests.send(outcome)
+            outcome = _portable(error)
+        try:
+            requests.send(outcome)
+        except (BrokenPipeError, ConnectionResetError):
+            break  # the pool was closed meanwhile
     dist.destroy_process_group()
     os._exit(0)  # nothing is left to flush, and torch's own teardown takes seconds on a busy machine
 

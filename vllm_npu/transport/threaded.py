@@ -8,7 +8,7 @@ import torch
 
 from vllm_npu.errors import TransportError
 from vllm_npu.token_layout import offsets
-from vllm_npu.transport.base import SendRecv, Transport
+from vllm_npu.transport.base import SendRecv, Transport, sum_in_rank_order
 
 
 class ThreadedGroup:
@@ -71,6 +71,7 @@ class ThreadedTransport(Transport):
     def _all_gather(self, x: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
         def read(parts: list[torch.Tensor]) -> torch.Tensor:
             self._check_received("all_gather", [part.shape[0] for part in parts], sizes)
+            self._check_alike("all_gather", parts)
             return torch.cat(parts)
 
         return self._exchange("all_gather", x, read)
@@ -79,13 +80,14 @@ class ThreadedTransport(Transport):
         start = offsets(sizes)[self.rank]
 
         def read(parts: list[torch.Tensor]) -> torch.Tensor:
-            return _sum([part[start : start + sizes[self.rank]] for part in parts])
+            return sum_in_rank_order([part[start : start + sizes[self.rank]] for part in parts])
 
         return self._exchange("reduce_scatter", x, read)
 
     def _all_to_all(self, x: torch.Tensor, send_sizes: Sequence[int], recv_sizes: Sequence[int]) -> torch.Tensor:
         def read(posted: list[tuple[torch.Tensor, Sequence[int]]]) -> torch.Tensor:
             self._check_received("all_to_all", [sizes[self.rank] for _, sizes in posted], recv_sizes)
+            self._check_alike("all_to_all", [part for part, _ in posted])
             return torch.cat([part.split(list(sizes))[self.rank] for part, sizes in posted])
 
         return self._exchange("all_to_all", (x, send_sizes), read)
@@ -94,7 +96,7 @@ class ThreadedTransport(Transport):
         return self._exchange("broadcast", x, lambda parts: parts[source].clone())
 
     def _all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        return self._exchange("all_reduce", x, _sum)
+        return self._exchange("all_reduce", x, sum_in_rank_order)
 
     def _send_recv(self, operations: Sequence[SendRecv]) -> None:
         """All ranks of the group must call it, as for the other collectives."""
@@ -103,9 +105,17 @@ class ThreadedTransport(Transport):
             if operation.is_send:
                 outgoing.setdefault(operation.peer, []).append(operation.tensor)
         posted = self._shared.exchange("send_recv", self.rank, outgoing)
-        for operation in operations:
-            if not operation.is_send:
-                operation.tensor.copy_(posted[operation.peer][self.rank].pop(0))
+        expected = [operation for operation in operations if not operation.is_send]
+        for operation in expected:
+            messages = posted[operation.peer].get(self.rank, [])
+            sent = messages.pop(0) if messages else None
+            if sent is None or sent.shape != operation.tensor.shape or sent.dtype != operation.tensor.dtype:
+                what = "nothing" if sent is None else f"{sent.dtype} {tuple(sent.shape)}"
+                wanted = f"{operation.tensor.dtype} {tuple(operation.tensor.shape)}"
+                raise TransportError(
+                    "send_recv", self.group, self.rank, f"rank {operation.peer} sent {what}, not {wanted}"
+                )
+            operation.tensor.copy_(sent)
         self._shared.wait("send_recv", self.rank)
 
     def _barrier(self) -> None:
@@ -117,10 +127,12 @@ class ThreadedTransport(Transport):
                 operation, self.group, self.rank, f"ranks sent {received} rows where {list(expected)} were expected"
             )
 
-
-def _sum(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The parts' sum in rank order, float32 inside for floating-point parts."""
-    total = parts[0].float() if parts[0].is_floating_point() else parts[0].clone()
-    for part in parts[1:]:
-        total = total + part
-    return total.to(parts[0].dtype)
+    def _check_alike(self, operation: str, parts: list[torch.Tensor]) -> None:
+        rows = {(part.dtype, part.shape[1:]) for part in parts}
+        if len(rows) > 1:
+            raise TransportError(
+                operation,
+                self.group,
+                self.rank,
+                f"ranks brought rows of different dtype or shape: {sorted(map(str, rows))}",
+            )

@@ -26,10 +26,12 @@ class TorchDistTransport(Transport):
 
     @contextmanager
     def _collective(self, operation: str) -> Iterator[None]:
+        """Errors inside as TransportError of `operation`, also where it is made of other operations."""
         try:
             yield
         except RuntimeError as error:
-            raise TransportError(operation, self.group, self.rank, str(error)) from error
+            detail = error.detail if isinstance(error, TransportError) else str(error)
+            raise TransportError(operation, self.group, self.rank, detail) from error
 
     def _all_gather(self, x: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
         gathered = x.new_empty((sum(sizes), *x.shape[1:]))
@@ -68,6 +70,8 @@ class TorchDistTransport(Transport):
         return result
 
     def _send_recv(self, operations: Sequence[SendRecv]) -> None:
+        if not operations:
+            return
         with self._collective("send_recv"):
             works = dist.batch_isend_irecv(
                 [

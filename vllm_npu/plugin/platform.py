@@ -24,6 +24,14 @@ class NPUPlatformOnCPU(CpuPlatform):
     def check_and_update_config(cls, vllm_config: "VllmConfig") -> None:
         """Our checks, then vLLM's, which turns dual batch overlap off without an error. Raises UnsupportedConfigError."""
         options.check_config(vllm_config)
+        release = compat.current()
+        if release.sequence_parallel_breaks(vllm_config):
+            release.disable_sequence_parallel(vllm_config)
+            logger.warning(
+                "Sequence parallelism is off for %s: vLLM's layer takes a slice of one token for the whole step. The "
+                "strategies slice over TP themselves.",
+                ", ".join(vllm_config.model_config.architectures),
+            )
         super().check_and_update_config(vllm_config)
         parallel_config = vllm_config.parallel_config
         if not parallel_config.worker_extension_cls:

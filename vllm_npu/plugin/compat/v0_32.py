@@ -26,6 +26,24 @@ def micro_batch() -> int:
     return index
 
 
+# COMPAT(vllm 0.32): DeepseekV2DecoderLayer tells a TP rank's slice from the whole step by its number of rows. In a step of
+# one token both have one, and ranks past the first go on with their padding row. CAN REMOVE when the layer knows its layout.
+_ARCHITECTURES_THAT_INFER_SLICES = frozenset({"DeepseekForCausalLM", "DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM"})
+
+
+def sequence_parallel_breaks(vllm_config: VllmConfig) -> bool:
+    """Whether vLLM would run this model sequence parallel, and get steps of one token wrong."""
+    if vllm_config.model_config is None or not vllm_config.parallel_config.use_sequence_parallel_moe:
+        return False
+    return not _ARCHITECTURES_THAT_INFER_SLICES.isdisjoint(vllm_config.model_config.architectures)
+
+
+def disable_sequence_parallel(vllm_config: VllmConfig) -> None:
+    """Have the model keep its tokens replicated over TP. vLLM derives it from the name of its own all2all backend, which
+    runs nothing here: "naive" is one that its CPU communicator knows and that is not sequence parallel."""
+    vllm_config.parallel_config.all2all_backend = "naive"
+
+
 def register_out_of_tree(base: Any, replacement: type) -> None:
     """Have vLLM build `replacement` wherever it would build `base`. A second call with the same class does nothing.
 

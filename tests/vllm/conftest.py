@@ -1,0 +1,98 @@
+"""What the tests with real vLLM share: tiny checkpoints and what vanilla vLLM generates from them, each made once.
+
+An engine takes half a minute to start, so tests share them where they can. Everything here needs vLLM and this package
+installed beside it; without them the tests are skipped and say what is missing.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.vllm.text_prompts import TEXT_MAX_TOKENS, text_prompts
+from vllm_npu.cli.demo import SAFE_MARGIN
+from vllm_npu.cli.engines import EngineSet, Parallelism, require_vllm
+from vllm_npu.cli.process_tree import SHARED_MEMORY_FOLDER
+from vllm_npu.cli.tiny_models import DEMO_MAX_TOKENS, TinyModel, demo_prompts, write_tiny_model
+from vllm_npu.errors import UnsupportedConfigError
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """All of this folder needs vLLM."""
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.vllm)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def vllm_with_plugin() -> None:
+    """Skip, naming what is missing."""
+    try:
+        require_vllm()
+    except UnsupportedConfigError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[TinyModel], Path]:
+    """Folder of a tiny model, written at the first call."""
+    written: dict[str, Path] = {}
+
+    def write(model: TinyModel) -> Path:
+        if model.family not in written:
+            written[model.family] = write_tiny_model(model, tmp_path_factory.mktemp("models") / model.family)
+        return written[model.family]
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def vanilla_tokens(
+    checkpoint: Callable[[TinyModel], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[TinyModel], list[list[int]]]:
+    """What vanilla vLLM (one worker, plugin off) generates for demo_prompts() and then TEXTS; made at the first call."""
+    generated: dict[str, list[list[int]]] = {}
+
+    def generate(model: TinyModel) -> list[list[int]]:
+        if model.family not in generated:
+            folder = checkpoint(model)
+            engines = EngineSet(
+                folder,
+                Parallelism(),
+                strategies=[None],
+                prompts=demo_prompts() + text_prompts(folder),
+                max_tokens=DEMO_MAX_TOKENS + TEXT_MAX_TOKENS,
+                folder=tmp_path_factory.mktemp("vanilla"),
+                measure_margins=True,
+            )
+            with engines:
+                engines.wait_until_ready()
+                generation = engines.generate()
+            assert generation.smallest_margin is not None
+            assert generation.smallest_margin > SAFE_MARGIN, "a near tie: identical tokens would prove nothing"
+            generated[model.family] = generation.tokens
+        return generated[model.family]
+
+    return generate
+
+
+@pytest.fixture
+def shared_memory_unchanged() -> Iterator[None]:
+    """Fail if the test leaves a file in /dev/shm that was not there before, and that no living process uses."""
+    before = set(SHARED_MEMORY_FOLDER.iterdir())
+    yield
+    new = set(SHARED_MEMORY_FOLDER.iterdir()) - before
+    assert new - in_use(new) == set()
+
+
+def in_use(paths: set[Path]) -> set[Path]:
+    """Those of `paths` that some living process maps: another program of this machine may have made them."""
+    used = set()
+    for entry in Path("/proc").iterdir():
+        if paths and entry.name.isdecimal():
+            try:
+                mappings = (entry / "maps").read_text(errors="replace")
+            except OSError:
+                continue  # gone meanwhile, or not ours
+            used |= {path for path in paths if str(path) in mappings}
+    return used

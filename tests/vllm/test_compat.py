@@ -1,0 +1,248 @@
+"""Which vLLM the plugin runs with, and what it relies on there. Fails with a diff where a vLLM release moved something."""
+
+import ast
+import inspect
+import os
+import re
+import subprocess
+import sys
+from importlib import util
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("vllm")
+
+import torch
+from vllm.model_executor.custom_op import CustomOp, PluggableLayer, op_registry_oot
+from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+from vllm.platforms import current_platform
+from vllm.platforms.interface import Platform
+from vllm.plugins import load_general_plugins
+
+from vllm_npu.errors import UnsupportedConfigError
+from vllm_npu.plugin import compat
+from vllm_npu.plugin.experts import NPUUnquantizedFusedMoEMethod
+from vllm_npu.plugin.moe_runner import NPUMoERunner
+from vllm_npu.plugin.platform import NPUPlatformOnCPU
+
+
+@pytest.fixture(scope="module", autouse=True)
+def plugins_loaded():
+    load_general_plugins()
+
+
+# ------------------------------------------------------------------------------------------------------ versions
+
+
+@pytest.mark.parametrize("line", compat.SUPPORTED)
+@pytest.mark.parametrize("rest", [".0", ".7", ".0+cpu", ".1rc1", ".1.dev5+g1234567"])
+def test_every_release_of_a_supported_line_is_accepted(line, rest):
+    assert compat.release_line(line + rest) == line
+    compat.check_version(line + rest)
+
+
+@pytest.mark.parametrize("version", ["0.3.2", "0.31.9", "0.33.0", "0.320.0", "1.32.0", "32.0", "dev", ""])
+def test_any_other_version_is_refused_with_those_that_are_not(version):
+    with pytest.raises(UnsupportedConfigError) as error:
+        compat.check_version(version)
+    assert f"vLLM {version} is not supported" in str(error.value)
+    assert all(line in str(error.value).partition("lines:")[2] for line in compat.SUPPORTED)
+
+
+def test_the_installed_vllm_has_a_module_of_its_own():
+    import vllm
+
+    assert compat.current().__name__ == compat.SUPPORTED[compat.release_line(vllm.__version__)]
+
+
+def test_all_lines_have_the_functions_that_the_plugin_calls():
+    def signatures(module: str) -> dict[str, str]:
+        source = Path(util.find_spec(module).origin).read_text(encoding="utf-8")  # not imported: it needs its vLLM
+        functions = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]
+        return {node.name: ast.unparse(node.args) for node in functions if not node.name.startswith("_")}
+
+    tables = {line: signatures(module) for line, module in compat.SUPPORTED.items()}
+    assert len({tuple(sorted(table.items())) for table in tables.values()}) == 1, tables
+    plugin = Path(compat.__file__).parents[1]
+    called = {
+        name
+        for file in plugin.glob("*.py")
+        for name in re.findall(r"compat\.current\(\)\.(\w+)", file.read_text("utf-8"))
+    }
+    assert "register_out_of_tree" in called
+    for line, table in tables.items():
+        assert called <= set(table), line
+
+
+def start_vllm(**environment: str) -> subprocess.CompletedProcess:
+    """A process that pretends to have an unsupported vLLM, and has vLLM load its plugins as every process of it does."""
+    script = (
+        "import vllm\n"
+        "vllm.__version__ = '0.99.1'\n"
+        "from vllm.plugins import load_general_plugins\n"
+        "load_general_plugins()\n"
+        "from vllm.platforms import current_platform\n"
+        "from vllm.model_executor.custom_op import op_registry_oot\n"
+        "print('started on', type(current_platform).__name__, 'with', dict(op_registry_oot))\n"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", script],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def test_a_process_with_an_unsupported_vllm_ends_and_says_why():
+    process = start_vllm()
+    assert process.returncode != 0
+    assert "started" not in process.stdout
+    assert "UnsupportedConfigError: vLLM 0.99.1 is not supported by vllm_npu" in process.stderr
+    assert all(line in process.stderr for line in compat.SUPPORTED)
+    assert 'VLLM_PLUGINS=""' in process.stderr
+
+
+def test_without_plugins_vllm_runs_as_if_we_were_not_installed():
+    process = start_vllm(VLLM_PLUGINS="")
+    assert process.returncode == 0, process.stderr
+    assert process.stdout == "started on CpuPlatform with {}\n"
+
+
+# ---------------------------------------------------------------------------------------------------- installed
+
+
+def test_our_platform_is_the_active_one_and_stays_a_cpu():
+    assert type(current_platform) is NPUPlatformOnCPU
+    assert current_platform.is_cpu()
+    assert not current_platform.is_out_of_tree()
+    assert current_platform.get_device_communicator_cls() == "vllm_npu.plugin.communicator.NPUCpuCommunicator"
+
+
+def test_both_layers_and_both_ops_are_registered():
+    assert op_registry_oot["MoERunner"] is NPUMoERunner
+    assert op_registry_oot["UnquantizedFusedMoEMethod"] is NPUUnquantizedFusedMoEMethod
+    assert torch.ops.vllm.maybe_all_gather_and_maybe_unpad.default
+    assert torch.ops.vllm.maybe_pad_and_reduce.default
+
+
+def test_registering_twice_changes_nothing():
+    from vllm_npu.plugin import register_layers
+
+    before = dict(op_registry_oot)
+    register_layers()
+    register_layers()
+    assert dict(op_registry_oot) == before
+
+
+@pytest.mark.parametrize(
+    ("base", "ours"), [(MoERunner, NPUMoERunner), (UnquantizedFusedMoEMethod, NPUUnquantizedFusedMoEMethod)]
+)
+def test_the_place_of_another_plugins_class_is_not_taken(base, ours):
+    other = type("OtherPlugins" + base.__name__, (base,), {})
+    with pytest.raises(ValueError) as error:
+        compat.current().register_out_of_tree(base, other)
+    assert f"{ours.__module__}.{ours.__name__} already replaces vLLM's {base.__name__}" in str(error.value)
+    assert "VLLM_PLUGINS" in str(error.value)
+    assert op_registry_oot[base.__name__] is ours
+
+
+# ------------------------------------------------------------------------------------- what we rely on in vLLM 0.32
+
+
+def parameters(function) -> str:
+    """A signature without annotations: names, order, kinds and defaults are what an override depends on."""
+    signature = inspect.signature(function)
+    plain = [each.replace(annotation=inspect.Parameter.empty) for each in signature.parameters.values()]
+    return str(signature.replace(parameters=plain, return_annotation=inspect.Signature.empty))
+
+
+OVERRIDDEN = [
+    (MoERunner._forward_impl, "(self, hidden_states, router_logits, shared_experts_input, input_ids=None)"),
+    (MoERunner._select_forward, "(self)"),
+    (MoERunner._maybe_reduce_shared_expert_output, "(self, shared_output, fused_output_is_reduced=None)"),
+    (UnquantizedFusedMoEMethod.__init__, "(self, moe)"),
+    (UnquantizedFusedMoEMethod.process_weights_after_loading, "(self, layer)"),
+    (Platform.check_and_update_config, "(vllm_config)"),
+    (Platform.get_device_communicator_cls, "()"),
+    (Platform.set_additional_forward_context, "(*args, **kwargs)"),
+]
+
+
+@pytest.mark.parametrize(("method", "expected"), OVERRIDDEN, ids=[method.__qualname__ for method, _ in OVERRIDDEN])
+def test_what_we_override_has_the_signature_that_we_override(method, expected):
+    assert parameters(method) == expected
+
+
+@pytest.mark.parametrize("ours", [NPUMoERunner, NPUUnquantizedFusedMoEMethod, NPUPlatformOnCPU])
+def test_our_overrides_can_be_called_as_vllms_are(ours):
+    base = ours.__mro__[1]
+    overridden = [
+        name
+        for name, member in vars(ours).items()
+        if callable(getattr(ours, name)) and hasattr(base, name) and not name.startswith("__") and name != "name"
+    ]
+    assert overridden
+    for name in overridden:
+        assert parameters(getattr(ours, name)) == parameters(getattr(base, name)), name
+
+
+def test_the_runner_and_the_method_are_replaced_by_name():
+    assert issubclass(MoERunner, PluggableLayer)
+    assert issubclass(UnquantizedFusedMoEMethod, CustomOp)
+    assert isinstance(inspect.getattr_static(MoERunner, "_fused_output_is_reduced"), property)
+
+
+@pytest.mark.parametrize(
+    ("op", "schema"),
+    [
+        (
+            "moe_forward",
+            "(Tensor(a0!) hidden_states, Tensor router_logits, Tensor? shared_experts_input, Tensor? input_ids, "
+            "{name} layer_name, SymInt hidden_dim_unpadded) -> Tensor",
+        ),
+        (
+            "moe_forward_shared",
+            "(Tensor hidden_states, Tensor router_logits, Tensor? shared_experts_input, Tensor? input_ids, "
+            "{name} layer_name, SymInt hidden_dim_unpadded) -> (Tensor, Tensor)",
+        ),
+    ],
+)
+def test_the_opaque_ops_around_the_layer_are_there(op, schema):
+    found = str(getattr(torch.ops.vllm, op).default._schema).removeprefix(f"vllm::{op}")
+    before, _, after = schema.partition("{name}")
+    assert found.startswith(before)
+    assert found.endswith(after)
+
+
+def test_the_step_reaches_the_platform_with_these_arguments(monkeypatch):
+    from vllm.config import VllmConfig
+    from vllm.forward_context import get_forward_context, set_forward_context
+
+    calls = []
+
+    def record(*args, **kwargs):
+        calls.append((args, sorted(kwargs)))
+        return {"a_key": "a value"}
+
+    monkeypatch.setattr(type(current_platform), "set_additional_forward_context", staticmethod(record))
+    with set_forward_context(None, VllmConfig(), num_tokens=3):
+        assert get_forward_context().additional_kwargs == {"a_key": "a value"}
+    assert calls == [
+        (
+            (),
+            [
+                "attn_metadata",
+                "batch_descriptor",
+                "cudagraph_runtime_mode",
+                "dp_metadata",
+                "num_tokens",
+                "num_tokens_across_dp",
+                "ubatch_slices",
+                "vllm_config",
+            ],
+        )
+    ]

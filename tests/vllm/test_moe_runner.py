@@ -1,0 +1,646 @@
+"""The MoE layer alone, as vLLM builds it, on several ranks, against a dense computation from the same weights."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.vllm.vllm_ranks import (
+    DP2,
+    HIDDEN,
+    NUM_EXPERTS,
+    TOP_K,
+    TP2,
+    TP2_DP2,
+    TP4,
+    Grid,
+    VllmRanks,
+    Weights,
+    build_layer,
+    make_config,
+    own_slice,
+    ranks,  # noqa: F401 - fixture
+    seconds_until_error,
+    vllm_step,
+)
+from vllm_npu.errors import InvalidInputError, PlanDisagreementError, UnsupportedConfigError
+from vllm_npu.strategies import STRATEGIES
+from vllm_npu.token_layout import TokenSlice
+
+pytest.importorskip("vllm")
+
+DP2_NO_EP, TP2_DP2_NO_EP, TP2_NO_EP = Grid(1, 2, ep=False), Grid(2, 2, ep=False), Grid(2, 1, ep=False)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A grid, and whether the model slices its tokens over TP before the layer."""
+
+    grid: Grid
+    sequence_parallel: bool = False
+
+    @property
+    def strategies(self) -> list[str]:
+        return [name for name, row in STRATEGIES.items() if self.grid.ep or not row.needs_expert_parallel]
+
+    def __str__(self) -> str:
+        return f"{self.grid}{'-sliced' if self.sequence_parallel else ''}"
+
+
+LAYOUTS = [
+    Layout(TP2),
+    Layout(DP2),
+    Layout(DP2_NO_EP),
+    Layout(TP2_DP2),
+    Layout(TP2_DP2, sequence_parallel=True),
+    Layout(TP2_DP2_NO_EP),
+    Layout(TP4),
+]
+
+
+def counts_of(grid: Grid) -> list[tuple[int, ...]]:
+    return [(5,), (1,), (8,)] if grid.dp == 1 else [(5, 2), (1, 1), (0, 3), (4, 9)]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """One step's input on this rank, and the rows of its output that are tokens."""
+
+    hidden_states: torch.Tensor
+    router_logits: torch.Tensor
+    whole: tuple[torch.Tensor, torch.Tensor]  # the DP rank's, before slicing
+    own: TokenSlice  # of the whole
+
+    @classmethod
+    def random(cls, layout: Layout, grid: Grid, counts, dtype: torch.dtype) -> "Tokens":
+        generator = torch.Generator().manual_seed(sum(counts))
+        total = sum(counts)
+        hidden_states = torch.randn(total, HIDDEN, generator=generator).to(dtype).split(counts)[grid.dp_rank]
+        router_logits = torch.randn(total, NUM_EXPERTS, generator=generator).to(dtype).split(counts)[grid.dp_rank]
+        if not layout.sequence_parallel:
+            own = TokenSlice(0, hidden_states.shape[0])
+            return cls(hidden_states.clone(), router_logits.clone(), (hidden_states, router_logits), own)
+        return cls(
+            own_slice(grid, hidden_states),
+            own_slice(grid, router_logits),
+            (hidden_states, router_logits),
+            TokenSlice.chunk(hidden_states.shape[0], rank=grid.tp_rank, size=grid.tp),
+        )
+
+
+def dense_moe(tokens: Tokens, weights: Weights, *, shared: bool, top_k: int = TOP_K) -> torch.Tensor:
+    """The layer in float64, every expert on every token. Rows of this rank's output."""
+    x, logits = (tensor.double() for tensor in tokens.whole)
+    scores, ids = logits.softmax(-1).topk(top_k, dim=-1)
+    choice = torch.zeros_like(logits).scatter_(1, ids, scores / scores.sum(-1, keepdim=True))
+    gate, up, down = weights.gate.double(), weights.up.double(), weights.down.double()
+    each = torch.einsum("ehi,eti->eth", down, F.silu(x @ gate.transpose(1, 2)) * (x @ up.transpose(1, 2)))
+    output = torch.einsum("te,eth->th", choice, each)
+    if shared:
+        inner = F.silu(x @ weights.shared_gate.double().T) * (x @ weights.shared_up.double().T)
+        output += inner @ weights.shared_down.double().T
+    return tokens.own.take(output)
+
+
+def check_output(output: torch.Tensor, tokens: Tokens, expected: torch.Tensor, what: Any) -> None:
+    assert output.shape == tokens.hidden_states.shape, what
+    assert output.dtype == tokens.hidden_states.dtype, what
+    atol, rtol = (1e-5, 1e-5) if output.dtype == torch.float32 else (8e-2, 5e-2)
+    torch.testing.assert_close(
+        output[: tokens.own.length].double(), expected, atol=atol, rtol=rtol, msg=lambda text: f"{what}: {text}"
+    )
+
+
+# ----------------------------------------------------------------------------------------- against the dense layer
+
+
+def run_against_dense(grid: Grid, layout: Layout, shared: bool, dtype: torch.dtype) -> None:
+    from vllm_npu.plugin.moe_runner import NPUMoERunner
+    from vllm_npu.plugin.step_planner import planner_of
+
+    config = make_config(grid)
+    layer = build_layer(grid, config, dtype=dtype, shared=shared, sequence_parallel=layout.sequence_parallel)
+    assert type(layer) is NPUMoERunner
+    planner = planner_of(config)
+    for strategy in layout.strategies:
+        planner.propose(strategy)
+        for counts in counts_of(grid):
+            tokens = Tokens.random(layout, grid, counts, dtype)
+            before = tokens.hidden_states.clone(), tokens.router_logits.clone()
+            with vllm_step(grid, config, counts):
+                output = layer(hidden_states=tokens.hidden_states, router_logits=tokens.router_logits)
+            assert planner.selection.strategy == strategy
+            expected = dense_moe(tokens, Weights.random(dtype), shared=shared)
+            check_output(output, tokens, expected, (strategy, counts))
+            after = tokens.hidden_states, tokens.router_logits
+            torch.testing.assert_close(after, before, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("shared", [False, True], ids=["routed", "shared"])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_every_strategy_gives_the_dense_output(ranks: VllmRanks, layout, shared, dtype):  # noqa: F811
+    ranks.run(run_against_dense, layout.grid, layout, shared, dtype)
+
+
+def run_variant(grid: Grid, layout: Layout, options, top_k: int, factor: float) -> None:
+    """factor: of the routed output; the shared one is added as it is."""
+    from vllm_npu.plugin.step_planner import planner_of
+
+    config = make_config(grid)
+    layer = build_layer(grid, config, shared=True, top_k=top_k, **options)
+    weights = Weights.random(torch.float32)
+    for strategy in layout.strategies:
+        planner_of(config).propose(strategy)
+        counts = counts_of(grid)[0]
+        tokens = Tokens.random(layout, grid, counts, torch.float32)
+        with vllm_step(grid, config, counts):
+            output = layer(hidden_states=tokens.hidden_states, router_logits=tokens.router_logits)
+        routed = dense_moe(tokens, weights, shared=False, top_k=top_k)
+        shared = dense_moe(tokens, weights, shared=True, top_k=top_k) - routed
+        check_output(output, tokens, routed * factor + shared, (strategy, options))
+
+
+@pytest.mark.parametrize("layout", [Layout(TP2_DP2), Layout(TP2_DP2_NO_EP)], ids=str)
+def test_routed_experts_are_scaled_once(ranks: VllmRanks, layout):  # noqa: F811
+    options = {"routed_scaling_factor": 2.5, "apply_routed_scale_to_output": True}
+    ranks.run(run_variant, layout.grid, layout, options, TOP_K, 2.5)
+
+
+def run_weight_on_input(grid: Grid, layout: Layout) -> None:
+    from vllm_npu.plugin.step_planner import planner_of
+
+    config = make_config(grid)
+    layer = build_layer(grid, config, top_k=1, renormalize=False, apply_router_weight_on_input=True)
+    weights = Weights.random(torch.float32)
+    for strategy in layout.strategies:
+        planner_of(config).propose(strategy)
+        counts = counts_of(grid)[0]
+        tokens = Tokens.random(layout, grid, counts, torch.float32)
+        with vllm_step(grid, config, counts):
+            output = layer(hidden_states=tokens.hidden_states, router_logits=tokens.router_logits)
+        x, logits = tokens.whole
+        weighted = x * logits.softmax(-1).amax(-1, keepdim=True)
+        expected = dense_moe(Tokens(weighted, logits, (weighted, logits), tokens.own), weights, shared=False, top_k=1)
+        check_output(output, tokens, expected, strategy)
+
+
+@pytest.mark.parametrize("layout", [Layout(TP2), Layout(DP2)], ids=str)
+def test_the_router_weight_may_go_on_the_input(ranks: VllmRanks, layout):  # noqa: F811
+    ranks.run(run_weight_on_input, layout.grid, layout)
+
+
+def run_bias(grid: Grid, layout: Layout) -> None:
+    from vllm_npu.plugin.step_planner import planner_of
+
+    config = make_config(grid)
+    layer = build_layer(grid, config, has_bias=True)
+    generator = torch.Generator().manual_seed(5)
+    experts = layer.routed_experts
+    down_bias = torch.randn(NUM_EXPERTS, HIDDEN, generator=generator)
+    experts.w13_bias.data.zero_()
+    experts.w2_bias.data.zero_()
+    # Where every rank has a shard of each expert, the model's own loader gives the bias to the first (gpt_oss in vLLM).
+    for expert in range(NUM_EXPERTS if layer.moe_config.tp_rank == 0 else 0):
+        experts.w2_bias.weight_loader(
+            experts.w2_bias, down_bias[expert], "model.layers.0.mlp.experts.w2_bias", "w2", expert
+        )
+    weights = Weights.random(torch.float32)
+    for strategy in layout.strategies:
+        planner_of(config).propose(strategy)
+        counts = counts_of(grid)[0]
+        tokens = Tokens.random(layout, grid, counts, torch.float32)
+        with vllm_step(grid, config, counts):
+            output = layer(hidden_states=tokens.hidden_states, router_logits=tokens.router_logits)
+        logits = tokens.whole[1].double()
+        scores, ids = logits.softmax(-1).topk(TOP_K, dim=-1)
+        choice = torch.zeros_like(logits).scatter_(1, ids, scores / scores.sum(-1, keepdim=True))
+        expected = dense_moe(tokens, weights, shared=False) + choice @ down_bias.double()
+        check_output(output, tokens, expected, strategy)
+
+
+@pytest.mark.parametrize("layout", [Layout(TP2), Layout(TP2_DP2), Layout(DP2_NO_EP), Layout(TP2_DP2_NO_EP)], ids=str)
+def test_an_experts_bias_is_added_once(ranks: VllmRanks, layout):  # noqa: F811
+    ranks.run(run_bias, layout.grid, layout)
+
+
+class Narrowing(torch.nn.Module):
+    """A latent MoE's projections: the routed experts see the first HIDDEN columns."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x[..., :HIDDEN].contiguous()
+
+
+class Widening(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.pad(x, (0, HIDDEN))
+
+
+class WideShared(torch.nn.Module):
+    """Shared experts on 2 * HIDDEN columns. Each TP rank holds a share, so the shares add up to `x`."""
+
+    def __init__(self, tp_size: int) -> None:
+        super().__init__()
+        self.tp_size = tp_size
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x / self.tp_size
+
+
+def run_latent(grid: Grid, layout: Layout) -> None:
+    from vllm_npu.plugin.step_planner import planner_of
+
+    config = make_config(grid)
+    layer = build_layer(
+        grid,
+        config,
+        shared_experts=WideShared(grid.tp),
+        routed_input_transform=Narrowing(),
+        routed_output_transform=Widening(),
+    )
+    for strategy in layout.strategies:
+        planner_of(config).propose(strategy)
+        counts = counts_of(grid)[0]
+        tokens = Tokens.random(layout, grid, counts, torch.float32)
+        wide = torch.cat([tokens.hidden_states, -tokens.hidden_states], dim=1)
+        with vllm_step(grid, config, counts):
+            output = layer(hidden_states=wide, router_logits=tokens.router_logits)
+        routed = dense_moe(tokens, Weights.random(torch.float32), shared=False)
+        expected = wide.double() + F.pad(routed, (0, HIDDEN))
+        torch.testing.assert_close(output.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", [Layout(TP2), Layout(TP2_DP2)], ids=str)
+def test_shared_experts_may_be_wider_than_the_routed_ones(ranks: VllmRanks, layout):  # noqa: F811
+    ranks.run(run_latent, layout.grid, layout)
+
+
+def run_without_final_reduction(grid: Grid, layout: Layout, shared: bool) -> None:
+    from vllm.distributed import get_tp_group
+
+    from vllm_npu.plugin.step_planner import planner_of
+
+    config = make_config(grid)
+    layer = build_layer(grid, config, shared=shared, reduce_results=False)
+    assert layer.moe_config.skip_final_all_reduce
+    for strategy in layout.strategies:
+        planner_of(config).propose(strategy)
+        counts = counts_of(grid)[0]
+        tokens = Tokens.random(layout, grid, counts, torch.float32)
+        with vllm_step(grid, config, counts):
+            partial = layer(hidden_states=tokens.hidden_states, router_logits=tokens.router_logits)
+        output = get_tp_group().all_reduce(partial.clone())  # as the model's next layer does
+        check_output(output, tokens, dense_moe(tokens, Weights.random(torch.float32), shared=shared), strategy)
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["routed", "shared"])
+@pytest.mark.parametrize("grid", [TP2, TP4], ids=str)
+def test_a_model_that_reduces_itself_counts_nothing_twice(ranks: VllmRanks, grid, shared):  # noqa: F811
+    ranks.run(run_without_final_reduction, grid, Layout(grid), shared)
+
+
+# ------------------------------------------------------------------------------------------------- collectives
+
+
+def run_counting(grid: Grid, layout: Layout, shared: bool) -> dict[str, dict[str, int]]:
+    from vllm_npu.plugin.groups import collective_counter
+    from vllm_npu.plugin.step_planner import planner_of
+
+    config = make_config(grid)
+    layer = build_layer(grid, config, shared=shared, sequence_parallel=layout.sequence_parallel)
+    calls = {}
+    for strategy in layout.strategies:
+        planner_of(config).propose(strategy)
+        counts = counts_of(grid)[0]
+        tokens = Tokens.random(layout, grid, counts, torch.float32)
+        with vllm_step(grid, config, counts):
+            collective_counter().reset()
+            layer(hidden_states=tokens.hidden_states, router_logits=tokens.router_logits)
+            calls[strategy] = dict(collective_counter().calls)
+    return calls
+
+
+GATHER_TP, REDUCE_TP = {"tp.all_gather": 1}, {"tp.all_reduce": 1}
+MC2, ALL2ALL = {"ep.all_to_all": 2}, {"ep.all_to_all": 3}
+OVER_DP, BROADCAST_DP = {"dp.all_gather": 1, "dp.reduce_scatter": 1}, {"dp.broadcast": 2, "dp.reduce_scatter": 1}
+CALLS = {  # of one layer without shared experts
+    Layout(TP2): {"mc2": MC2 | GATHER_TP, "all2all": ALL2ALL | GATHER_TP, "allgather": REDUCE_TP, "naive": REDUCE_TP},
+    Layout(DP2): {"mc2": MC2, "all2all": ALL2ALL, "allgather": OVER_DP, "naive": BROADCAST_DP},
+    Layout(DP2_NO_EP): {"allgather": OVER_DP, "naive": BROADCAST_DP},
+    Layout(TP2_DP2): {
+        "mc2": MC2 | GATHER_TP,
+        "all2all": ALL2ALL | GATHER_TP,
+        "allgather": OVER_DP | REDUCE_TP,
+        "naive": BROADCAST_DP | REDUCE_TP,
+    },
+    Layout(TP2_DP2_NO_EP): {"allgather": OVER_DP | REDUCE_TP, "naive": BROADCAST_DP | REDUCE_TP},
+    Layout(TP2_DP2, sequence_parallel=True): {
+        "mc2": MC2,
+        "all2all": ALL2ALL,
+        "allgather": {"ep.all_gather": 1, "ep.reduce_scatter": 1},
+        "naive": {"ep.broadcast": 4, "ep.reduce_scatter": 1},
+    },
+}
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["routed", "shared"])
+@pytest.mark.parametrize("layout", CALLS, ids=str)
+def test_a_layer_makes_these_collectives_and_no_others(ranks: VllmRanks, layout, shared):  # noqa: F811
+    expected = CALLS[layout]
+    if shared and layout.grid.tp > 1 and not layout.sequence_parallel:
+        expected = {strategy: calls | REDUCE_TP for strategy, calls in expected.items()}
+    for calls in ranks.run(run_counting, layout.grid, layout, shared):
+        assert calls == expected
+
+
+# ---------------------------------------------------------------------------------------------------- compiled
+
+
+def run_compiled(grid: Grid, layout: Layout, shared: bool, backend: str, steps) -> None:
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    from vllm_npu.plugin.groups import collective_counter
+    from vllm_npu.plugin.step_planner import planner_of
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend(backend)
+    config = make_config(grid)
+    layer = build_layer(grid, config, shared=shared, sequence_parallel=layout.sequence_parallel)
+    compiled = torch.compile(layer, fullgraph=True, backend=counter)
+    with torch.no_grad():
+        for strategy, counts in steps:
+            planner_of(config).propose(strategy)
+            tokens = Tokens.random(layout, grid, counts, torch.float32)
+            torch._dynamo.mark_dynamic(tokens.hidden_states, 0)
+            torch._dynamo.mark_dynamic(tokens.router_logits, 0)
+            with vllm_step(grid, config, counts):
+                collective_counter().reset()
+                output = compiled(hidden_states=tokens.hidden_states, router_logits=tokens.router_logits)
+            expected = dense_moe(tokens, Weights.random(torch.float32), shared=shared)
+            check_output(output, tokens, expected, (strategy, counts))
+            calls = CALLS[layout][strategy]
+            shared_sum = REDUCE_TP if shared and grid.tp > 1 and not layout.sequence_parallel else {}
+            assert dict(collective_counter().calls) == calls | shared_sum, "a step ran another step's collectives"
+    assert counter.frame_count == 1, "a step was traced anew"
+
+
+SWITCHES = {
+    1: [("mc2", (5,)), ("allgather", (5,)), ("all2all", (7,)), ("naive", (4,)), ("mc2", (9,))],
+    2: [("mc2", (5, 4)), ("allgather", (5, 4)), ("all2all", (4, 7)), ("naive", (6, 6)), ("mc2", (9, 4))],
+}
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["routed", "shared"])
+@pytest.mark.parametrize("layout", [Layout(TP2), Layout(TP2_DP2)], ids=str)
+def test_a_trace_with_one_strategy_runs_all(ranks: VllmRanks, layout, shared):  # noqa: F811
+    ranks.run(run_compiled, layout.grid, layout, shared, "eager", SWITCHES[layout.grid.dp])
+
+
+@pytest.mark.slow
+def test_inductor_may_switch_strategies_too(ranks: VllmRanks):  # noqa: F811
+    ranks.run(run_compiled, TP2, Layout(TP2), True, "inductor", SWITCHES[1])
+
+
+# ------------------------------------------------------------------------------------------------ what is refused
+
+
+def quantised_method():
+    """A quantisation whose MoE method is not ours. Its numbers are those of the unquantised one."""
+    from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+    from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+
+    class QuantisedMoEMethod(UnquantizedFusedMoEMethod):
+        pass
+
+    class Quantisation(QuantizationConfig):
+        def get_name(self):
+            return "fp8"
+
+        def get_supported_act_dtypes(self):
+            return [torch.float32]
+
+        @classmethod
+        def get_min_capability(cls):
+            return 0
+
+        @staticmethod
+        def get_config_filenames():
+            return []
+
+        @classmethod
+        def from_config(cls, config):
+            return cls()
+
+        def get_quant_method(self, layer, prefix):
+            return QuantisedMoEMethod(layer.moe_config)
+
+    return Quantisation()
+
+
+def run_quantised(grid: Grid) -> str | None:
+    from vllm_npu.plugin.groups import collective_counter
+    from vllm_npu.plugin.step_planner import planner_of
+
+    config = make_config(grid)
+    if grid.ep or grid.dp > 1:
+        with pytest.raises(UnsupportedConfigError) as error:
+            build_layer(grid, config, quant_config=quantised_method())
+        return str(error.value)
+    layer = build_layer(grid, config, quant_config=quantised_method())
+    assert planner_of(config) is None
+    tokens = Tokens.random(Layout(grid), grid, (5,), torch.float32)
+    collective_counter().reset()
+    with vllm_step(grid, config, (5,)):
+        output = layer(hidden_states=tokens.hidden_states, router_logits=tokens.router_logits)
+    assert not collective_counter().calls
+    check_output(output, tokens, dense_moe(tokens, Weights.random(torch.float32), shared=False), "vLLM's own path")
+    return None
+
+
+@pytest.mark.parametrize("grid", [TP2, DP2, DP2_NO_EP], ids=str)
+def test_quantised_experts_that_would_exchange_tokens_twice_are_refused(ranks: VllmRanks, grid):  # noqa: F811
+    for message in ranks.run(run_quantised, grid):
+        assert "model.layers.0.mlp.experts: QuantisedMoEMethod exchanges tokens itself" in message
+        assert "serve an unquantised checkpoint" in message
+
+
+def test_quantised_experts_on_tensor_parallel_ranks_are_vllms(ranks: VllmRanks):  # noqa: F811
+    ranks.run(run_quantised, TP2_NO_EP)
+
+
+def run_own_path(grid: Grid, shared: bool) -> None:
+    from vllm_npu.plugin.groups import collective_counter
+
+    config = make_config(grid)
+    layer = build_layer(grid, config, shared=shared)
+    tokens = Tokens.random(Layout(grid), grid, (5,), torch.float32)
+    collective_counter().reset()
+    with vllm_step(grid, config, (5,)):
+        output = layer(hidden_states=tokens.hidden_states, router_logits=tokens.router_logits)
+    assert not collective_counter().calls
+    check_output(output, tokens, dense_moe(tokens, Weights.random(torch.float32), shared=shared), "vLLM's own path")
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["routed", "shared"])
+def test_tensor_parallel_experts_alone_are_left_to_vllm(ranks: VllmRanks, shared):  # noqa: F811
+    ranks.run(run_own_path, TP2_NO_EP, shared)
+
+
+def run_refusals(grid: Grid) -> list[str]:
+    messages = []
+    for options in ({"num_experts": 6}, {"activation": "swigluoai"}):
+        with pytest.raises(UnsupportedConfigError) as error:
+            build_layer(grid, make_config(grid), **options)
+        messages.append(str(error.value))
+    return messages
+
+
+def test_what_a_layer_cannot_do_is_refused_when_it_is_built(ranks: VllmRanks):  # noqa: F811
+    for experts, activation in ranks.run(run_refusals, TP4):
+        assert "6 experts do not divide over ep_size=4; choose --tensor-parallel-size" in experts
+        assert "'swigluoai'" in activation
+        assert "supported: silu" in activation
+
+
+# ----------------------------------------------------------------------------------------------------- planning
+
+
+def run_disagreement(grid: Grid) -> tuple[float, Exception, str]:
+    from vllm_npu.plugin.step_planner import planner_of
+
+    config = make_config(grid, moe_comm=list(STRATEGIES)[grid.rank])
+    build_layer(grid, config)
+
+    def step() -> None:
+        with vllm_step(grid, config, (3,) * grid.dp):
+            pass
+
+    seconds, error = seconds_until_error(step)
+    planner_of(config).propose("all2all")
+    step()
+    return seconds, error, planner_of(config).selection.strategy
+
+
+@pytest.mark.parametrize("grid", [TP2, DP2, TP2_DP2], ids=str)
+def test_ranks_that_ask_for_different_strategies_are_all_named(ranks: VllmRanks, grid):  # noqa: F811
+    for seconds, error, recovered in ranks.run(run_disagreement, grid):
+        assert isinstance(error, PlanDisagreementError)
+        for rank, strategy in zip(range(grid.size), STRATEGIES, strict=False):
+            assert f"{rank}: '{strategy}'" in str(error)
+        assert seconds < 10
+        assert recovered == "all2all"
+
+
+def run_other_model(grid: Grid, layout: Layout) -> tuple[float, Exception]:
+    config = make_config(grid)
+    build_layer(grid, config, top_k=1 + grid.rank % 2)
+
+    def step() -> None:
+        with vllm_step(grid, config, (3,) * grid.dp):
+            pass
+
+    return seconds_until_error(step)
+
+
+def test_ranks_with_different_layers_are_told_apart(ranks: VllmRanks):  # noqa: F811
+    for seconds, error in ranks.run(run_other_model, TP2_DP2, Layout(TP2_DP2)):
+        assert isinstance(error, PlanDisagreementError)
+        assert "ranks [0, 2]" in str(error)
+        assert "ranks [1, 3]" in str(error)
+        assert "top 1" in str(error)
+        assert seconds < 10
+
+
+def run_switch(grid: Grid) -> list[str]:
+    from vllm_npu.plugin.step_planner import planner_of
+
+    config = make_config(grid, moe_comm="mc2")
+    layer = build_layer(grid, config)
+    planner = planner_of(config)
+    counts = (3,) * grid.dp
+    tokens = Tokens.random(Layout(grid), grid, counts, torch.float32)
+    expected = dense_moe(tokens, Weights.random(torch.float32), shared=False)
+    taken = []
+
+    def step() -> None:
+        with vllm_step(grid, config, counts):
+            output = layer(hidden_states=tokens.hidden_states, router_logits=tokens.router_logits)
+        check_output(output, tokens, expected, taken)
+        taken.append(planner.selection.strategy)
+
+    step()
+    for proposer in range(grid.size):  # one rank after another hears of the new strategy
+        if proposer == grid.rank:
+            planner.propose("allgather")
+        step()
+    if grid.rank == 0:
+        planner.propose("all2all")
+    step()
+    if grid.rank == 0:
+        planner.propose("allgather")
+    step()
+    return taken
+
+
+def test_a_new_strategy_waits_for_the_last_rank(ranks: VllmRanks):  # noqa: F811
+    for taken in ranks.run(run_switch, TP2_DP2):
+        assert taken == ["mc2"] * 4 + ["allgather"] * 3
+
+
+def run_proposals(grid: Grid) -> list[str]:
+    from vllm_npu.plugin.step_planner import planner_of
+
+    config = make_config(grid)
+    build_layer(grid, config)
+    planner = planner_of(config)
+    messages = []
+    for name in ("mc2", "fastest"):
+        with pytest.raises(UnsupportedConfigError) as error:
+            planner.propose(name)
+        messages.append(str(error.value))
+    assert planner.proposed == "auto"
+    return messages
+
+
+def test_a_proposal_that_cannot_be_is_refused(ranks: VllmRanks):  # noqa: F811
+    for needs_ep, unknown in ranks.run(run_proposals, DP2_NO_EP):
+        assert "mc2 needs ep_size > 1" in needs_ep
+        assert all(name in unknown for name in ("fastest", "auto", *STRATEGIES))
+
+
+def run_unplanned(grid: Grid) -> str:
+    from vllm.forward_context import set_forward_context
+
+    config = make_config(grid)
+    layer = build_layer(grid, config)
+    with set_forward_context(None, config):
+        with pytest.raises(InvalidInputError) as error:
+            layer(hidden_states=torch.zeros(3, HIDDEN), router_logits=torch.zeros(3, NUM_EXPERTS))
+    return str(error.value)
+
+
+def test_a_step_without_a_token_count_is_not_guessed(ranks: VllmRanks):  # noqa: F811
+    for message in ranks.run(run_unplanned, TP2):
+        assert "in a step that has no token count" in message
+
+
+def run_wrong_input(grid: Grid) -> list[str]:
+    config = make_config(grid, moe_comm="allgather")
+    layer = build_layer(grid, config)
+    counts = (3,) * grid.dp
+    messages = []
+    with vllm_step(grid, config, counts):
+        for rows, logits_rows, experts in ((4, 4, NUM_EXPERTS), (3, 2, NUM_EXPERTS), (3, 3, NUM_EXPERTS + 1)):
+            with pytest.raises(InvalidInputError) as error:
+                layer(hidden_states=torch.zeros(rows, HIDDEN), router_logits=torch.zeros(logits_rows, experts))
+            messages.append(str(error.value))
+    return messages
+
+
+def test_an_input_that_is_not_the_planned_one_is_refused_before_any_collective(ranks: VllmRanks):  # noqa: F811
+    for rows, logits, experts in ranks.run(run_wrong_input, DP2):
+        assert "hidden_states has 4 rows" in rows
+        assert "router_logits" in logits
+        assert "router_logits" in experts

@@ -1,0 +1,124 @@
+"""`vllm-npu serve` with two data-parallel ranks, asked by OpenAI's own client, against vanilla vLLM's tokens."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.vllm.text_prompts import TEXT_MAX_TOKENS, TEXTS
+from vllm_npu.cli.engines import free_port
+from vllm_npu.cli.tiny_models import DEMO_MAX_TOKENS, QWEN3_MOE, TinyModel
+
+pytestmark = pytest.mark.slow
+
+START_SECONDS = 300
+STOP_SECONDS = 60
+VLLM_OPTIONS = [
+    *("--served-model-name", "tiny"),
+    *("--data-parallel-size", "2"),
+    "--enable-expert-parallel",
+    *("--dtype", "float32"),
+    *("--max-model-len", "256"),
+    *("--max-num-seqs", "8"),
+    *("--kv-cache-memory-bytes", str(64 << 20)),
+    "--enforce-eager",
+    "--no-enable-prefix-caching",
+    *("--host", "127.0.0.1"),
+]
+
+
+def test_concurrent_streams_get_vanilla_tokens(
+    checkpoint: Callable[[TinyModel], Path],
+    vanilla_tokens: Callable[[TinyModel], list[list[int]]],
+    tmp_path: Path,
+    shared_memory_unchanged: None,
+) -> None:
+    """Eight streams of different lengths at once; then SIGTERM, which must reach vLLM and end it in good order."""
+    openai = pytest.importorskip("openai", reason="needs OpenAI's client: pip install openai")
+    expected = vanilla_tokens(QWEN3_MOE)[len(DEMO_MAX_TOKENS) :]
+    report = tmp_path / "report.json"
+    port = free_port()
+    with running_server(checkpoint(QWEN3_MOE), tmp_path, "--json", str(report), "--port", str(port)) as server:
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+
+        def stream(text: str, max_tokens: int) -> list[int]:
+            chunks = client.completions.create(
+                model="tiny",
+                prompt=text,
+                max_tokens=max_tokens,
+                temperature=0,
+                stream=True,
+                extra_body={"ignore_eos": True, "return_token_ids": True},
+            )
+            return [token for chunk in chunks for choice in chunk.choices for token in choice.token_ids or []]
+
+        with ThreadPoolExecutor(len(TEXTS)) as pool:
+            assert list(pool.map(stream, TEXTS, TEXT_MAX_TOKENS)) == expected
+        log = server.log()
+        assert "MoE communication: all2all" in log, log
+
+        server.process.send_signal(signal.SIGTERM)
+        server.process.wait(STOP_SECONDS)
+    results = json.loads(report.read_text())
+    assert results["exit_status"] == server.process.returncode == 0
+    assert results["moe_comm"] == "all2all"
+
+
+class Server:
+    """`vllm-npu serve` as a process whose log is read as it comes."""
+
+    def __init__(self, arguments: list[str], environment: dict[str, str]) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "vllm_npu.cli", "serve", *arguments],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        )
+        self._lines: list[str] = []
+        self._started = threading.Event()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def wait_until_started(self) -> None:
+        """Wait for the line by which the server says so; fail with its log if it ends before."""
+        assert self._started.wait(START_SECONDS), f"no start within {START_SECONDS} s:\n{self.log()}"
+        assert self.process.poll() is None, f"ended while starting:\n{self.log()}"
+
+    def log(self) -> str:
+        return "".join(self._lines)
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self._lines.append(line)
+            if "Application startup complete" in line:
+                self._started.set()
+        self._started.set()  # the end of the log: nobody need wait any longer
+
+
+@contextmanager
+def running_server(model: Path, folder: Path, *options: str) -> Iterator[Server]:
+    """The server, once it answers; stopped if the test fails."""
+    sockets = folder / "tmp"
+    sockets.mkdir()
+    server = Server(
+        [str(model), "--moe-comm", "all2all", *VLLM_OPTIONS, *options],
+        os.environ | {"TMPDIR": str(sockets), "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"},
+    )
+    try:
+        server.wait_until_started()
+        yield server
+    finally:
+        if server.process.poll() is None:
+            server.process.send_signal(signal.SIGTERM)
+            server.process.wait(STOP_SECONDS)

@@ -1,0 +1,297 @@
+"""Four processes with vLLM inside, as ranks of any grid: for tests of the plugin that need ranks, but no engine.
+
+Each process imports vLLM once in a test session. A grid of two ranks exists twice, since vLLM makes independent replicas of
+a grid that is smaller than the world: what a test expects must hold in both.
+"""
+
+import os
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from vllm_npu.plugin import groups
+from vllm_npu.step_plan import StepPlan, TokenSharding
+from vllm_npu.token_layout import TokenSlice
+from vllm_npu.transport.launch import GlooRankPool, Rank
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+NUM_RANKS = 4
+NUM_EXPERTS, TOP_K, HIDDEN, INTERMEDIATE = 8, 2, 32, 128  # vLLM's CPU experts want multiples of 32 on each rank
+
+
+@dataclass(frozen=True)
+class Grid:
+    """How vLLM lays the ranks out, as one of them sees it."""
+
+    tp: int
+    dp: int
+    ep: bool = True
+    rank: int = 0
+
+    @property
+    def size(self) -> int:
+        return self.tp * self.dp
+
+    @property
+    def tp_rank(self) -> int:
+        return self.rank % self.tp
+
+    @property
+    def dp_rank(self) -> int:
+        return self.rank // self.tp
+
+    def on(self, process: int) -> "Grid":
+        """The grid as a process sees it. Processes past `size` form the next replica."""
+        return Grid(self.tp, self.dp, self.ep, process % self.size)
+
+    def __str__(self) -> str:
+        return f"TP{self.tp}xDP{self.dp}{'xEP' if self.ep else ''}"
+
+
+TP2, DP2, TP2_DP2, TP4, DP4 = Grid(2, 1), Grid(1, 2), Grid(2, 2), Grid(4, 1), Grid(1, 4)
+
+
+class VllmRanks:
+    """The processes, started by the first run. A run that failed ends them, since collectives may be half done."""
+
+    def __init__(self) -> None:
+        self._pool = GlooRankPool(NUM_RANKS, timeout=300)  # importing vLLM may take minutes on a busy machine
+        self._names = (f"vllm_npu_tests_{os.getpid()}_{number}" for number in count())
+        self._name = ""
+
+    def run(self, function: Callable[..., Any], grid: Grid, *args: Any) -> list[Any]:
+        """function(grid, *args) on every process, where `grid` says which rank it is; the results in order of processes."""
+        if not self._name:
+            self._name = os.environ["VLLM_DIST_IDENT"] = next(
+                self._names
+            )  # names vLLM's shared memory; ranks inherit it
+        try:
+            return self._pool.run(_run_in_grid, function, grid, args)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """End the processes, and remove what vLLM leaves in shared memory."""
+        self._pool.close()
+        for file in Path("/dev/shm").glob(f"{self._name or 'none'}-*"):
+            file.unlink()
+        self._name = ""
+
+
+_RANKS = pytest.StashKey[VllmRanks]()
+
+
+@pytest.fixture
+def ranks(request: pytest.FixtureRequest) -> VllmRanks:
+    """The same processes in all modules that import this fixture."""
+    stash = request.config.stash
+    if _RANKS not in stash:
+        stash[_RANKS] = VllmRanks()
+        request.config.add_cleanup(stash[_RANKS].close)
+    return stash[_RANKS]
+
+
+# ------------------------------------------------------------------------------------------ in a rank's process
+
+_open_grid: Grid | None = None
+
+
+def _run_in_grid(rank: Rank, function: Callable[..., Any], grid: Grid, args: tuple[Any, ...]) -> Any:
+    try:
+        _open(grid, rank.rank)
+        return function(grid.on(rank.rank), *args)
+    except Exception as error:
+        error.add_note(f"in process {rank.rank} of {grid}:\n{traceback.format_exc()}")
+        raise
+
+
+def _open(grid: Grid, process: int) -> None:
+    """Have vLLM make its groups for `grid`, unless it did so for the run before."""
+    global _open_grid
+    if grid == _open_grid:
+        return
+    os.environ["VLLM_NPU_COUNT_COLLECTIVES"] = "1"
+    from vllm.config import set_current_vllm_config
+    from vllm.distributed import parallel_state
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()
+    groups.model_groups.cache_clear()
+    groups.vote_transport.cache_clear()
+    parallel_state.destroy_model_parallel()
+    ranks_per_engine = NUM_RANKS // grid.dp
+    with set_current_vllm_config(make_config(grid.on(process))):
+        parallel_state.init_distributed_environment(
+            ranks_per_engine, process % ranks_per_engine, local_rank=process, backend="gloo"
+        )
+        parallel_state.initialize_model_parallel(grid.tp, backend="gloo")
+    _open_grid = grid
+
+
+def make_config(grid: Grid, **options: str) -> "VllmConfig":
+    """vLLM's configuration of this rank, without a model; `options` are the plugin's."""
+    from vllm.config import CompilationConfig, CompilationMode, ParallelConfig, VllmConfig
+
+    return VllmConfig(
+        parallel_config=ParallelConfig(
+            tensor_parallel_size=grid.tp,
+            data_parallel_size=grid.dp,
+            data_parallel_rank=grid.dp_rank,
+            enable_expert_parallel=grid.ep,
+        ),
+        compilation_config=CompilationConfig(mode=CompilationMode.NONE),
+        additional_config={"vllm_npu": options},
+    )
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A layer's weights, whole: what a checkpoint holds, and what the dense computation uses."""
+
+    gate: torch.Tensor  # [num_experts, intermediate, hidden]
+    up: torch.Tensor  # [num_experts, intermediate, hidden]
+    down: torch.Tensor  # [num_experts, hidden, intermediate]
+    shared_gate: torch.Tensor  # [intermediate, hidden]
+    shared_up: torch.Tensor
+    shared_down: torch.Tensor  # [hidden, intermediate]
+
+    @classmethod
+    def random(cls, dtype: torch.dtype, num_experts: int = NUM_EXPERTS) -> "Weights":
+        """The same on all ranks. A unit input gives about a unit output."""
+        generator = torch.Generator().manual_seed(11)
+
+        def draw(*shape: int) -> torch.Tensor:
+            return (torch.randn(shape, generator=generator) * 1.5 * shape[-1] ** -0.5).to(dtype)
+
+        wide, narrow = (INTERMEDIATE, HIDDEN), (HIDDEN, INTERMEDIATE)
+        return cls(
+            draw(num_experts, *wide),
+            draw(num_experts, *wide),
+            draw(num_experts, *narrow),
+            draw(*wide),
+            draw(*wide),
+            draw(*narrow),
+        )
+
+
+def build_layer(
+    grid: Grid,
+    config: "VllmConfig",
+    *,
+    dtype: torch.dtype = torch.float32,
+    shared: bool = False,
+    num_experts: int = NUM_EXPERTS,
+    sequence_parallel: bool = False,
+    **options: Any,
+) -> Any:
+    """An MoE layer as vLLM's models build it, loaded from Weights.random by vLLM's own loaders. LOCAL."""
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.layers.fused_moe import FusedMoEFactory
+    from vllm.model_executor.models.deepseek_v2 import DeepseekV2MLP
+    from vllm.utils.torch_utils import set_default_torch_dtype
+
+    weights = Weights.random(dtype, num_experts)
+    shared_experts = None
+    with set_current_vllm_config(config), set_default_torch_dtype(dtype):
+        if shared:
+            shared_experts = DeepseekV2MLP(
+                HIDDEN,
+                INTERMEDIATE,
+                "silu",
+                reduce_results=False,
+                is_sequence_parallel=sequence_parallel,
+                prefix="model.layers.0.mlp.shared_experts",
+            )
+        layer = FusedMoEFactory(
+            **{
+                "num_experts": num_experts,
+                "top_k": TOP_K,
+                "hidden_size": HIDDEN,
+                "intermediate_size": INTERMEDIATE,
+                "params_dtype": dtype,
+                "prefix": "model.layers.0.mlp.experts",
+                "is_sequence_parallel": sequence_parallel,
+                "shared_experts": shared_experts,
+                **options,
+            }
+        )
+    for parameter in layer.parameters():
+        parameter.data.fill_(float("nan"))
+    loaded = layer.load_weights(
+        (f"{expert}.{name}_proj.weight", getattr(weights, name)[expert])
+        for expert in range(num_experts)
+        for name in ("gate", "up", "down")
+    )
+    assert set(loaded) == {"routed_experts.w13_weight", "routed_experts.w2_weight"}
+    if shared_experts is not None:
+        gate_up, down = shared_experts.gate_up_proj.weight, shared_experts.down_proj.weight
+        gate_up.weight_loader(gate_up, weights.shared_gate, 0)
+        gate_up.weight_loader(gate_up, weights.shared_up, 1)
+        down.weight_loader(down, weights.shared_down)
+    for module in layer.modules():
+        if (method := getattr(module, "quant_method", None)) is not None:
+            method.process_weights_after_loading(module)
+    return layer
+
+
+@contextmanager
+def vllm_step(grid: Grid, config: "VllmConfig", counts: Sequence[int]) -> Iterator[None]:
+    """A step as vLLM's runner opens it: our platform plans it, if the configuration has MoE layers. COLLECTIVE."""
+    from vllm.forward_context import set_forward_context
+
+    across_dp = torch.tensor(counts, dtype=torch.int32)
+    with set_forward_context(None, config, num_tokens=counts[grid.dp_rank], num_tokens_across_dp=across_dp):
+        yield
+
+
+@contextmanager
+def planned_step(
+    config: "VllmConfig", counts: Sequence[int], sharding: TokenSharding, strategy: str = "allgather"
+) -> Iterator[None]:
+    """A step that is planned by hand, for what runs outside of MoE layers. LOCAL."""
+    from vllm.forward_context import create_forward_context, override_forward_context
+
+    from vllm_npu.plugin.forward_context import PlannedStep, as_additional_context
+
+    step = PlannedStep(StepPlan(num_tokens_across_dp=tuple(counts), sharding=sharding), strategy)
+    with override_forward_context(create_forward_context(None, config, additional_kwargs=as_additional_context(step))):
+        yield
+
+
+def own_slice(grid: Grid, tokens: torch.Tensor, padding: float = float("nan")) -> torch.Tensor:
+    """This TP rank's slice of its DP rank's tokens [n, ...] under sequence parallelism; rows past the last token hold
+    `padding`, which must not reach any output."""
+    rows = -(-tokens.shape[0] // grid.tp)
+    own = TokenSlice.chunk(tokens.shape[0], rank=grid.tp_rank, size=grid.tp).take(tokens)
+    return torch.cat([own, tokens.new_full((rows - own.shape[0], *tokens.shape[1:]), padding)])
+
+
+def integers(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Integers from -8 to 8: sums of some of them are exact in any floating-point type."""
+    return torch.randint(-8, 9, shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def tokens_across_dp(seed: int, counts: Sequence[int], width: int) -> list[torch.Tensor]:
+    """[count, width] integers of each DP rank: the same on all ranks, as one seed makes all."""
+    return list(integers(seed, sum(counts), width).split(list(counts)))
+
+
+def seconds_until_error(call: Callable[[], Any]) -> tuple[float, Exception]:
+    """How long `call` took to raise, and what."""
+    started = time.monotonic()
+    try:
+        call()
+    except Exception as error:  # noqa: BLE001 - the test looks at it
+        return time.monotonic() - started, error
+    raise AssertionError(f"{call} did not raise")

@@ -19,9 +19,11 @@ DEMO = [sys.executable, "-m", "vllm_npu.cli", "demo"]
 END_SECONDS = 60  # for a stopped demo to be gone
 
 
-def test_every_strategy_passes(tmp_path: Path, shared_memory_unchanged: None) -> None:
+def test_every_strategy_passes(short_folder: Path, tmp_path: Path, shared_memory_unchanged: None) -> None:
     report = tmp_path / "report.json"
-    finished = subprocess.run([*DEMO, "--json", str(report)], env=environment(tmp_path), capture_output=True, text=True)
+    finished = subprocess.run(
+        [*DEMO, "--json", str(report)], env=environment(short_folder), capture_output=True, text=True
+    )
     assert finished.returncode == 0, finished.stdout + finished.stderr
 
     results = json.loads(report.read_text())
@@ -41,28 +43,28 @@ def test_every_strategy_passes(tmp_path: Path, shared_memory_unchanged: None) ->
         assert sum(row["collectives"].values()) > 0
         assert row["bytes_sent_per_token_per_layer"] > 0
         assert f"{num_tokens}/{num_tokens}" in finished.stdout
-    assert leftovers(tmp_path) == []
-    assert processes_of(tmp_path) == []
+    assert leftovers(short_folder) == []
+    assert processes_of(short_folder) == []
 
 
-def test_interrupt_leaves_nothing_behind(tmp_path: Path, shared_memory_unchanged: None) -> None:
+def test_interrupt_leaves_nothing_behind(short_folder: Path, tmp_path: Path, shared_memory_unchanged: None) -> None:
     """Ctrl-C while two engines with their workers are at work."""
-    with running_demo(tmp_path) as demo:
+    with running_demo(short_folder) as demo:
         wait_for(demo, "DP2×EP eager: generating with")
-        assert len(processes_of(tmp_path)) >= 6, "two engines, each with a core and a worker"
+        assert len(processes_of(short_folder)) >= 6, "two engines, each with a core and a worker"
         demo.send_signal(signal.SIGINT)
         demo.communicate(timeout=END_SECONDS)
     assert demo.returncode == 128 + signal.SIGINT
-    assert leftovers(tmp_path) == []
-    assert processes_of(tmp_path) == []
+    assert leftovers(short_folder) == []
+    assert processes_of(short_folder) == []
 
 
 def test_death_of_an_engine_is_reported_and_leaves_nothing_behind(
-    tmp_path: Path, shared_memory_unchanged: None
+    short_folder: Path, tmp_path: Path, shared_memory_unchanged: None
 ) -> None:
     """The reference engine is killed from outside while it starts."""
     report = tmp_path / "report.json"
-    with running_demo(tmp_path, "--json", str(report)) as demo:
+    with running_demo(short_folder, "--json", str(report)) as demo:
         wait_for(demo, "starting vanilla vLLM")
         [engine] = children_of(demo.pid)
         os.kill(engine, signal.SIGKILL)
@@ -71,29 +73,23 @@ def test_death_of_an_engine_is_reported_and_leaves_nothing_behind(
     results = json.loads(report.read_text())
     assert not results["passed"]
     assert "ended with exit status -9 while starting" in results["problems"][0]
-    assert leftovers(tmp_path) == []
-    assert processes_of(tmp_path) == []
+    assert leftovers(short_folder) == []
+    assert processes_of(short_folder) == []
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """Ours, with the temporary folder of the demo inside `folder`, by which its processes are found again."""
-    return os.environ | {"TMPDIR": str(temporary_folder(folder))}
-
-
-def temporary_folder(folder: Path) -> Path:
-    path = folder / "tmp"
-    path.mkdir(exist_ok=True)
-    return path
+    """Ours, but for the temporary folder, by which the demo's processes are found again."""
+    return os.environ | {"TMPDIR": str(folder)}
 
 
 def leftovers(folder: Path) -> list[Path]:
     """What the demo left in its temporary folder."""
-    return list(temporary_folder(folder).iterdir())
+    return list(folder.iterdir())
 
 
 def processes_of(folder: Path) -> list[int]:
     """Living processes that were started with a TMPDIR inside `folder`, however they are related by now."""
-    marker = f"TMPDIR={temporary_folder(folder)}".encode()
+    marker = f"TMPDIR={folder}".encode()
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal():

@@ -39,6 +39,7 @@ def test_concurrent_streams_get_vanilla_tokens(
     checkpoint: Callable[[TinyModel], Path],
     vanilla_tokens: Callable[[TinyModel], list[list[int]]],
     tmp_path: Path,
+    short_folder: Path,
     shared_memory_unchanged: None,
 ) -> None:
     """Eight streams of different lengths at once; then SIGTERM, which must reach vLLM and end it in good order."""
@@ -46,7 +47,7 @@ def test_concurrent_streams_get_vanilla_tokens(
     expected = vanilla_tokens(QWEN3_MOE)[len(DEMO_MAX_TOKENS) :]
     report = tmp_path / "report.json"
     port = free_port()
-    with running_server(checkpoint(QWEN3_MOE), tmp_path, "--json", str(report), "--port", str(port)) as server:
+    with running_server(checkpoint(QWEN3_MOE), short_folder, "--json", str(report), "--port", str(port)) as server:
         client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
 
         def stream(text: str, max_tokens: int) -> list[int]:
@@ -108,12 +109,10 @@ class Server:
 
 @contextmanager
 def running_server(model: Path, folder: Path, *options: str) -> Iterator[Server]:
-    """The server, once it answers; stopped if the test fails."""
-    sockets = folder / "tmp"
-    sockets.mkdir()
+    """The server, once it answers, with `folder` for its sockets; stopped if the test fails."""
     server = Server(
         [str(model), "--moe-comm", "all2all", *VLLM_OPTIONS, *options],
-        os.environ | {"TMPDIR": str(sockets), "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"},
+        os.environ | {"TMPDIR": str(folder), "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"},
     )
     try:
         server.wait_until_started()

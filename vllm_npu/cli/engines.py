@@ -6,9 +6,11 @@ The other side of the pipes is `vllm_npu.plugin.offline_engine`.
 import json
 import os
 import selectors
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -81,7 +83,7 @@ class EngineSet:
         strategies: Sequence[str | None],
         prompts: Sequence[list[int]],
         max_tokens: Sequence[int],  # one per prompt
-        folder: Path,  # for logs, sockets and caches; the caller removes it
+        folder: Path,  # for logs and caches; the caller removes it
         compiled: bool = False,
         measure_margins: bool = False,
         stop_signals: StopSignals | None = None,
@@ -90,6 +92,7 @@ class EngineSet:
         self.parallelism = parallelism
         self._name = f"{model.name} {parallelism}"
         self._folder = folder
+        self._socket_folder: Path | None = None
         self._stop_signals = stop_signals or StopSignals()
         self._environment = _engine_environment(folder, vanilla=not any(strategies)) | dict(environment or {})
         if not compiled:
@@ -121,6 +124,9 @@ class EngineSet:
     def __enter__(self) -> Self:
         self._folder.mkdir(parents=True, exist_ok=True)
         try:
+            with self._stop_signals.held():
+                self._socket_folder = Path(tempfile.mkdtemp(prefix="vllm-npu-", dir=_folder_for_sockets()))
+                self._environment["TMPDIR"] = str(self._socket_folder)
             for request in self._requests:
                 with self._stop_signals.held():
                     self._ranks.append(_Rank(request, self._environment, self._folder))
@@ -173,6 +179,8 @@ class EngineSet:
         deadline = time.monotonic() + (ORDERLY_STOP_SECONDS if orderly else FORCED_STOP_SECONDS)
         for rank in self._ranks:
             rank.tree.stop(grace_seconds=max(0.0, deadline - time.monotonic()))
+        if self._socket_folder is not None:
+            shutil.rmtree(self._socket_folder, ignore_errors=True)
 
     def _collect(self, event: str, timeout: float, *, doing: str) -> list[dict[str, Any]]:
         """One line of kind `event` from every rank, in rank order."""
@@ -274,6 +282,15 @@ def require_vllm() -> None:
         )
 
 
+def _folder_for_sockets() -> str:
+    """The temporary folder, or /tmp where its path is too long for what vLLM puts below a subfolder of ours.
+
+    A Unix socket's path has room for 107 bytes; ours take 18 of them and vLLM's names 37.
+    """
+    folder = tempfile.gettempdir()
+    return folder if len(os.fsencode(folder)) <= 107 - 18 - 37 else "/tmp"
+
+
 def free_port() -> int:
     """A TCP port on 127.0.0.1 that was free a moment ago."""
     with socket.socket() as listener:
@@ -282,7 +299,7 @@ def free_port() -> int:
 
 
 def _engine_environment(folder: Path, *, vanilla: bool) -> dict[str, str]:
-    """os.environ without what would change the topology, with every trace of the engines kept inside `folder`."""
+    """os.environ without what would change the topology, with vLLM's caches inside `folder`."""
     inherited = {
         name: value
         for name, value in os.environ.items()
@@ -291,7 +308,6 @@ def _engine_environment(folder: Path, *, vanilla: bool) -> dict[str, str]:
     return inherited | {
         "VLLM_PLUGINS": "" if vanilla else PLUGIN_NAME,
         COUNT_COLLECTIVES.name: "1",
-        "TMPDIR": str(folder),
         "VLLM_CACHE_ROOT": str(folder / "vllm_cache"),
         "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor_cache"),
         "VLLM_NO_USAGE_STATS": "1",

@@ -42,7 +42,8 @@ def quantize_per_token(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     values = x.float()
     largest = values.abs().amax(dim=-1, keepdim=True)
     nonzero = largest > 0
-    factor = torch.where(nonzero, 127 / largest, 0)
+    # A quotient of two tensors: torch takes 127 / tensor as 127 * (1 / tensor), which rounds twice.
+    factor = torch.where(nonzero, torch.full_like(largest, 127) / largest, 0)
     return (values * factor).round().to(torch.int8), torch.where(nonzero, 1 / factor, 0).squeeze(-1)
 
 

@@ -52,4 +52,36 @@ TRANSPORT_TIMEOUT = Variable(
     "60",
     "Seconds after which a collective of a group that this package opens itself fails.",
 )
-VARIABLES = (MOE_COMM, COUNT_COLLECTIVES, TRANSPORT_TIMEOUT)
+EMULATOR = Variable("VLLM_NPU_EMULATOR", "0", "1 puts the emulated Ascend device under torch_npu in every interpreter.")
+EMULATOR_SOC = Variable("VLLM_NPU_EMULATOR_SOC", "A2", "Chip, or family of chips, that the emulated device passes for.")
+EMULATOR_LIBRARIES = Variable(
+    "VLLM_NPU_EMULATOR_LIBRARIES", "", "Folder of built libraries, used as it is; empty: build."
+)
+EMULATOR_RUN = Variable("VLLM_NPU_EMULATOR_RUN", "", "Set by the launcher: part of the names of a run's shared memory.")
+EMULATOR_TRACE = Variable("VLLM_NPU_EMULATOR_TRACE", "0", "1 lists the calls of ACL, HCCL and aclnn on standard error.")
+EMULATOR_ASYNC = Variable(
+    "VLLM_NPU_EMULATOR_ASYNC", "", "Seed of random delays of streams that run on threads; empty: synchronous streams."
+)
+EMULATOR_DEVICES = Variable("VLLM_NPU_EMULATOR_DEVICES", "16", "Emulated devices of this machine.")
+EMULATOR_MEMORY_GB = Variable("VLLM_NPU_EMULATOR_MEMORY_GB", "0", "Memory of one device; 0: what the chip has.")
+EMULATOR_LIMITS = Variable(
+    "VLLM_NPU_EMULATOR_LIMITS", "device", "device: refuse sizes that the chip's ops refuse; none: take any size."
+)
+EMULATOR_CANN = Variable("VLLM_NPU_EMULATOR_CANN", "8.5.0", "Version that the emulated CANN reports.")
+EMULATOR_LOG = Variable("VLLM_NPU_EMULATOR_LOG", "", "Least level of the ACL log that is shown; empty: none.")
+VARIABLES = (
+    MOE_COMM,
+    COUNT_COLLECTIVES,
+    TRANSPORT_TIMEOUT,
+    EMULATOR,
+    EMULATOR_SOC,
+    EMULATOR_LIBRARIES,
+    EMULATOR_RUN,
+    EMULATOR_TRACE,
+    EMULATOR_ASYNC,
+    EMULATOR_DEVICES,
+    EMULATOR_MEMORY_GB,
+    EMULATOR_LIMITS,
+    EMULATOR_CANN,
+    EMULATOR_LOG,
+)

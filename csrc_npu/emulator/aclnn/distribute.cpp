@@ -1,0 +1,66 @@
+// What dispatch and combine check alike.
+#include "distribute.h"
+
+namespace vllm_npu::emulator::aclnn {
+
+Placement make_placement(const std::string& group, int64_t world_size, int64_t rank, int64_t moe_experts,
+                         int64_t shared_experts, int64_t shared_ranks, int64_t global_bs, const Unused& unused) {
+  require(unused.tp_world_size == 0 || unused.tp_world_size == 1, "tp_world_size=", unused.tp_world_size,
+          " is not emulated; leave it at 0");
+  require_one_of(unused.expert_shard_type, "expert_shard_type", {0});
+  require_absent(unused.elastic_info, "elastic_info", "it is not emulated");
+  require_absent(unused.performance_info, "performance_info", "it is not emulated");
+  const std::string& algorithm = unused.comm_alg;
+  require(algorithm.empty() || algorithm == "fullmesh" || algorithm == "fullmesh_v1" || algorithm == "fullmesh_v2",
+          "comm_alg=", algorithm, " is not emulated; there are fullmesh, fullmesh_v1 and fullmesh_v2");
+  require(rank >= 0 && rank < world_size, "ep_rank_id=", rank, " is not in 0..", world_size - 1);
+  require(shared_ranks >= 0 && shared_ranks < world_size, "shared_expert_rank_num=", shared_ranks, " is not in 0..",
+          world_size - 1);
+  if (shared_ranks == 0) {
+    require(shared_experts == 0 || shared_experts == 1, "shared_expert_num=", shared_experts,
+            " needs shared_expert_rank_num");
+    shared_experts = 0;
+  } else {
+    require(current_soc().family != Family::kA2, "shared_expert_rank_num=", shared_ranks, ": ", current_soc().name,
+            " takes 0 only");
+    require(shared_experts > 0 && shared_ranks % shared_experts == 0, "shared_expert_num=", shared_experts,
+            " does not divide shared_expert_rank_num=", shared_ranks);
+  }
+  require(moe_experts > 0 && moe_experts % (world_size - shared_ranks) == 0, "moe_expert_num=", moe_experts,
+          " is not a multiple of the ", world_size - shared_ranks, " ranks that hold routed experts");
+  require(global_bs > 0 && global_bs % world_size == 0, "global_bs=", global_bs,
+          " is not a multiple of ep_world_size=", world_size);
+  return {group, world_size, rank, moe_experts, shared_experts, shared_ranks, global_bs};
+}
+
+void check_mask(const at::Tensor& expert_ids, const std::optional<at::Tensor>& mask) {
+  if (!mask) return;
+  require_dtype(*mask, "x_active_mask", {at::kBool});
+  if (mask->dim() == 2) {
+    require(current_soc().family != Family::kA2, "x_active_mask has 2 dimensions; ", current_soc().name, " takes 1");
+    require_shape(*mask, "x_active_mask", expert_ids.sizes());
+  } else {
+    require_shape(*mask, "x_active_mask", {expert_ids.size(0)});
+  }
+}
+
+at::Tensor active_pairs(const at::Tensor& expert_ids, const std::optional<at::Tensor>& mask) {
+  if (!mask) return at::ones(expert_ids.sizes(), at::kBool);
+  if (mask->dim() == 2) return mask->clone();
+  require((mask->to(at::kInt).diff() <= 0).all().item<bool>(),
+          "x_active_mask has a hole: active tokens must come first, since the op only counts them");
+  return mask->unsqueeze(-1).expand(expert_ids.sizes()).contiguous();
+}
+
+void check_ids(const at::Tensor& expert_ids, const at::Tensor& active, int64_t num_ids) {
+  const at::Tensor bad = active.logical_and((expert_ids < 0).logical_or(expert_ids >= num_ids));
+  if (bad.any().item<bool>()) {
+    refuse(Code::kUnusable, "expert_ids has the id ", expert_ids.masked_select(bad)[0].item<int64_t>(),
+           "; ids must be in 0..", num_ids - 1);
+  }
+  const at::Tensor distinct = -1 - at::arange(expert_ids.size(1), expert_ids.scalar_type());
+  const at::Tensor sorted = std::get<0>(at::where(active, expert_ids, distinct).sort(-1));
+  require(!(sorted.diff() == 0).any().item<bool>(), "expert_ids has an id twice in the row of one token");
+}
+
+}  // namespace vllm_npu::emulator::aclnn

@@ -1,0 +1,293 @@
+// One matrix product for each group of rows: the experts' linear layers.
+//
+// Contract: op-plugin's document of npu_grouped_matmul. Weights in plain formats; float16, bfloat16, float32, and int8
+// with a scale for each channel and, where given, for each row.
+#include "op.h"
+#include "undefined.h"
+
+namespace vllm_npu::emulator::aclnn {
+namespace {
+
+constexpr int64_t kCumsum = 0;
+constexpr int64_t kCount = 1;
+constexpr int64_t kKeyValue = 2;
+constexpr int64_t kUngrouped = -1;
+constexpr int64_t kRows = 0;   // group_type: the rows of x are split between the groups
+constexpr int64_t kInner = 2;  // group_type: the inner dimension is split
+constexpr size_t kMaxTensors = 128;
+
+struct GroupedMatmul {
+  std::vector<at::Tensor> x;
+  std::vector<at::Tensor> weight;  // one [E, K, N], or E of [K, N]
+  std::vector<at::Tensor> bias;
+  std::vector<at::Tensor> scale;
+  std::vector<at::Tensor> per_token_scale;
+  std::optional<at::Tensor> group_list;
+  int64_t group_list_type;
+  int64_t group_type;
+  int64_t activation;
+  std::vector<at::Tensor> y;
+
+  bool is_int8() const { return x[0].scalar_type() == at::kChar; }
+  bool weight_is_stacked() const { return weight.size() == 1 && weight[0].dim() == 3; }
+  int64_t num_groups() const { return weight_is_stacked() ? weight[0].size(0) : static_cast<int64_t>(weight.size()); }
+};
+
+// What group `index` has in a list that holds one tensor for each group, or one stacked tensor for all.
+at::Tensor of_group(const std::vector<at::Tensor>& list, int64_t index, int64_t num_groups) {
+  if (static_cast<int64_t>(list.size()) == num_groups && num_groups > 1) return list[index];
+  return list[0].dim() >= 2 ? list[0][index] : list[0];
+}
+
+struct Group {
+  int64_t index;  // of the weight
+  int64_t start;
+  int64_t size;
+};
+
+// The group list as ranges of the split dimension. Groups of key-value lists come in the list's order.
+std::vector<Group> read_groups(const at::Tensor& group_list, int64_t type, int64_t num_groups, int64_t length) {
+  const at::Tensor values = group_list.contiguous();
+  const int64_t* numbers = values.const_data_ptr<int64_t>();
+  std::vector<Group> groups;
+  int64_t start = 0;
+  for (int64_t i = 0; i < values.size(0); ++i) {
+    const int64_t index = type == kKeyValue ? numbers[2 * i] : i;
+    const int64_t size = type == kKeyValue ? numbers[2 * i + 1] : type == kCount ? numbers[i] : numbers[i] - start;
+    if (type == kCumsum) {
+      require(size >= 0, "group_list must not fall with group_list_type=0: entry ", i, " is ", numbers[i], " after ",
+              start);
+    }
+    require(size >= 0, "group_list has the negative size ", size, " for group ", i);
+    require(index >= 0 && index < num_groups, "group_list names group ", index, " of ", num_groups);
+    groups.push_back({index, start, size});
+    start += size;
+  }
+  require(start <= length, "group_list adds up to ", start, " and x has ", length);
+  return groups;
+}
+
+at::Tensor activate(const at::Tensor& values, int64_t activation) {
+  switch (activation) {
+    case 0:
+      return values;
+    case 1:
+      return at::relu(values);
+    case 2:
+      return at::gelu(values, "tanh");
+    case 4:
+      return values * at::sigmoid(1.702 * values);
+    default:
+      return at::silu(values);
+  }
+}
+
+// One group's product in float32, or int32 where nothing scales it, before the cast to y's dtype.
+at::Tensor product(const GroupedMatmul& op, const at::Tensor& rows, const at::Tensor& weight, int64_t group,
+                   const std::optional<at::Tensor>& row_scale) {
+  const int64_t num_groups = op.num_groups();
+  const std::optional<at::Tensor> bias =
+      op.bias.empty() ? std::nullopt : std::optional(of_group(op.bias, group, num_groups));
+  if (!op.is_int8()) {
+    at::Tensor result = at::matmul(rows.to(at::kFloat), weight.to(at::kFloat));
+    if (bias) result = result + bias->to(at::kFloat);
+    return activate(result, op.activation);
+  }
+  at::Tensor sums = at::matmul(rows.to(at::kInt), weight.to(at::kInt));
+  const bool integer_bias = bias && bias->scalar_type() == at::kInt;
+  if (integer_bias) sums = sums + *bias;
+  if (op.scale.empty()) return sums;
+  at::Tensor result = sums.to(at::kFloat) * of_group(op.scale, group, num_groups).to(at::kFloat);
+  if (row_scale) result = result * row_scale->unsqueeze(-1);
+  if (bias && !integer_bias) result = result + bias->to(at::kFloat);
+  return activate(result, op.activation);
+}
+
+// group_type 0: y's rows are x's rows; those past the last group are left unwritten.
+void split_rows(const GroupedMatmul& op) {
+  const at::Tensor x = at::cat(op.x);
+  const std::optional<at::Tensor> row_scale =
+      op.per_token_scale.empty() ? std::nullopt : std::optional(at::cat(op.per_token_scale));
+  std::vector<Group> groups;
+  if (op.group_list) {
+    groups = read_groups(*op.group_list, op.group_list_type, op.num_groups(), x.size(0));
+  } else {
+    int64_t start = 0;
+    for (const at::Tensor& part : op.x) {
+      groups.push_back({static_cast<int64_t>(groups.size()), start, part.size(0)});
+      start += part.size(0);
+    }
+  }
+  if (op.y.size() == 1) fill_undefined(op.y[0]);
+  for (const Group& group : groups) {
+    if (group.size == 0) continue;
+    const auto range = [&](const at::Tensor& tensor) { return tensor.narrow(0, group.start, group.size); };
+    const at::Tensor result = product(op, range(x), of_group(op.weight, group.index, op.num_groups()), group.index,
+                                      row_scale ? std::optional(range(*row_scale)) : std::nullopt);
+    const at::Tensor to = op.y.size() == 1 ? range(op.y[0]) : op.y[group.index];
+    require(to.sizes() == result.sizes(), "group ", group.index, " has the result ", result.sizes(),
+            " and its output the shape ", to.sizes());
+    to.copy_(result);
+  }
+}
+
+// group_type -1: x, weight and y are lists of one matrix for each group.
+void multiply_lists(const GroupedMatmul& op) {
+  for (size_t i = 0; i < op.x.size(); ++i) {
+    const std::optional<at::Tensor> row_scale =
+        op.per_token_scale.empty() ? std::nullopt : std::optional(op.per_token_scale[i]);
+    op.y[i].copy_(product(op, op.x[i], op.weight[i], static_cast<int64_t>(i), row_scale));
+  }
+}
+
+// group_type 2: y[e] = x[:, group e] @ weight[group e], as in the gradient of the weights.
+void split_inner(const GroupedMatmul& op) {
+  const std::vector<Group> groups =
+      read_groups(*op.group_list, op.group_list_type, op.group_list->size(0), op.x[0].size(1));
+  for (const Group& group : groups) {
+    const at::Tensor result = at::matmul(op.x[0].narrow(1, group.start, group.size).to(at::kFloat),
+                                         op.weight[0].narrow(0, group.start, group.size).to(at::kFloat));
+    (op.y.size() == 1 ? op.y[0][group.index] : op.y[group.index]).copy_(result);
+  }
+}
+
+void check_lengths(const GroupedMatmul& op) {
+  require(!op.x.empty() && !op.weight.empty() && !op.y.empty(), "x, weight and y must not be empty lists");
+  require(op.x.size() <= kMaxTensors && op.weight.size() <= kMaxTensors, "x has ", op.x.size(), " tensors and weight ",
+          op.weight.size(), "; at most ", kMaxTensors);
+  const auto check_list = [&](const std::vector<at::Tensor>& list, const char* name) {
+    require(list.empty() || list.size() == op.weight.size(), name, " has ", list.size(), " tensors and weight has ",
+            op.weight.size());
+  };
+  check_list(op.bias, "bias");
+  check_list(op.scale, "scale");
+  require(op.per_token_scale.empty() || op.per_token_scale.size() == op.x.size(), "per_token_scale has ",
+          op.per_token_scale.size(), " tensors and x has ", op.x.size());
+}
+
+void check_types(const GroupedMatmul& op) {
+  for (const at::Tensor& x : op.x) {
+    require_dtype(x, "x", {at::kHalf, at::kBFloat16, at::kFloat, at::kChar});
+  }
+  for (const at::Tensor& weight : op.weight) {
+    if (weight.scalar_type() != op.x[0].scalar_type()) {
+      refuse(Code::kInvalid, "x is ", op.x[0].scalar_type(), " and weight is ", weight.scalar_type(),
+             "; products of two types (antiquant) are not emulated");
+    }
+  }
+  const at::ScalarType y = op.y[0].scalar_type();
+  if (!op.is_int8()) {
+    require_absent(op.scale, "scale", "only int8 products take one");
+    require_absent(op.per_token_scale, "per_token_scale", "only int8 products take one");
+    if (y != op.x[0].scalar_type())
+      refuse(Code::kInvalid, "output_dtype is ", y, "; it must be x's, ", op.x[0].scalar_type());
+    return;
+  }
+  if (op.scale.empty()) {
+    require_dtype(op.y[0], "output_dtype of an int8 product without scale", {at::kInt});
+    require_absent(op.per_token_scale, "per_token_scale", "scale is missing");
+    require(op.activation == 0, "act_type=", op.activation, " needs scale");
+  } else {
+    require_dtype(op.scale[0], "scale", {at::kFloat, at::kBFloat16});
+    require_dtype(op.y[0], "output_dtype of an int8 product", {at::kHalf, at::kBFloat16});
+  }
+  for (const at::Tensor& scale : op.per_token_scale) require_dtype(scale, "per_token_scale", {at::kFloat});
+}
+
+void check_shapes(const GroupedMatmul& op) {
+  const int64_t inner = op.weight[0].size(-2);
+  if (op.group_type != kInner) {
+    for (const at::Tensor& x : op.x) {
+      require(op.group_type == kUngrouped || x.size(-1) == inner, "x has the shape ", x.sizes(), " and weight ",
+              op.weight[0].sizes());
+    }
+  }
+  const int64_t width = op.weight[0].size(-1);
+  for (int64_t group = 0; group < (op.group_type == kRows ? op.num_groups() : 0); ++group) {
+    if (!op.bias.empty()) require_shape(of_group(op.bias, group, op.num_groups()), "a group's bias", {width});
+    if (!op.scale.empty()) require_shape(of_group(op.scale, group, op.num_groups()), "a group's scale", {width});
+  }
+}
+
+void check_groups(const GroupedMatmul& op, int64_t split_item) {
+  require_one_of(split_item, "split_item", {0, 1, 2, 3});
+  require_one_of(op.group_type, "group_type", {kUngrouped, kRows, kInner});
+  require_one_of(op.group_list_type, "group_list_type", {kCumsum, kCount, kKeyValue});
+  require_one_of(op.activation, "act_type", {0, 1, 2, 4, 5});
+  if (op.group_list) {
+    require_dtype(*op.group_list, "group_list", {at::kLong});
+    require_dimensions(*op.group_list, "group_list", op.group_list_type == kKeyValue ? 2 : 1);
+  }
+  switch (op.group_type) {
+    case kUngrouped:
+      require(!op.group_list, "group_list is given, but group_type=-1 has no groups");
+      require(op.x.size() == op.weight.size() && op.x.size() == op.y.size(), "group_type=-1 needs as many x (",
+              op.x.size(), ") as weights (", op.weight.size(), ") and outputs (", op.y.size(), ")");
+      break;
+    case kRows:
+      require(op.group_list || op.x.size() > 1, "group_list is missing: group_type=0 with one x needs it");
+      require(!op.group_list || op.group_list_type == kKeyValue || op.group_list->size(0) == op.num_groups(),
+              "group_list has ", op.group_list ? op.group_list->size(0) : 0, " entries and there are ", op.num_groups(),
+              " weights");
+      require(op.group_list || static_cast<int64_t>(op.x.size()) == op.num_groups(), "there are ", op.x.size(),
+              " tensors in x and ", op.num_groups(), " weights");
+      break;
+    default:
+      require(op.group_list.has_value(), "group_list is missing: group_type=2 needs it");
+      require(op.x.size() == 1 && op.weight.size() == 1 && !op.is_int8() && op.bias.empty(),
+              "group_type=2 is emulated for one x and one weight, of a floating type, without bias");
+  }
+}
+
+Plan plan(const GroupedMatmul& op, int64_t split_item) {
+  check_lengths(op);
+  check_types(op);
+  check_groups(op, split_item);
+  check_shapes(op);
+  return [op] {
+    if (op.group_type == kUngrouped)
+      multiply_lists(op);
+    else if (op.group_type == kInner)
+      split_inner(op);
+    else
+      split_rows(op);
+  };
+}
+
+using Tensors = std::vector<at::Tensor>;
+
+Plan grouped_matmul_v5(Tensors x, Tensors weight, Tensors bias, Tensors scale, Tensors offset, Tensors antiquant_scale,
+                       Tensors antiquant_offset, Tensors per_token_scale, std::optional<at::Tensor> group_list,
+                       Tensors activation_input, Tensors activation_quant_scale, Tensors activation_quant_offset,
+                       int64_t split_item, int64_t group_type, int64_t group_list_type, int64_t activation,
+                       std::vector<int64_t> /*tuning_config: speed only*/, Tensors y, Tensors activation_out,
+                       Tensors dynamic_quant_scale_out) {
+  const char* reason = "that is not emulated";
+  require_absent(offset, "offset", reason);
+  require_absent(antiquant_scale, "antiquant_scale", reason);
+  require_absent(antiquant_offset, "antiquant_offset", reason);
+  require_absent(activation_input, "activation_input", reason);
+  require_absent(activation_quant_scale, "activation_quant_scale", reason);
+  require_absent(activation_quant_offset, "activation_quant_offset", reason);
+  require_absent(activation_out, "activationFeatureOut", reason);
+  require_absent(dynamic_quant_scale_out, "dynQuantScaleOut", reason);
+  return plan({x, weight, bias, scale, per_token_scale, group_list, group_list_type, group_type, activation, y},
+              split_item);
+}
+
+Plan grouped_matmul_v4(Tensors x, Tensors weight, Tensors bias, Tensors scale, Tensors offset, Tensors antiquant_scale,
+                       Tensors antiquant_offset, Tensors per_token_scale, std::optional<at::Tensor> group_list,
+                       Tensors activation_input, Tensors activation_quant_scale, Tensors activation_quant_offset,
+                       int64_t split_item, int64_t group_type, int64_t group_list_type, int64_t activation, Tensors y,
+                       Tensors activation_out, Tensors dynamic_quant_scale_out) {
+  return grouped_matmul_v5(x, weight, bias, scale, offset, antiquant_scale, antiquant_offset, per_token_scale,
+                           group_list, activation_input, activation_quant_scale, activation_quant_offset, split_item,
+                           group_type, group_list_type, activation, {}, y, activation_out, dynamic_quant_scale_out);
+}
+
+}  // namespace
+
+ACLNN_OP(aclnnGroupedMatmulV4, grouped_matmul_v4);
+ACLNN_OP(aclnnGroupedMatmulV5, grouped_matmul_v5);
+
+}  // namespace vllm_npu::emulator::aclnn

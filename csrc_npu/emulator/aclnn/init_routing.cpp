@@ -1,0 +1,242 @@
+// Init routing: a token's row once for each of its experts, sorted by expert.
+//
+// Contract: op-plugin's document of npu_moe_init_routing_v2; roundings: CANN's moe_init_routing_v3 kernels.
+#include <limits>
+
+#include "numerics.h"
+#include "op.h"
+#include "undefined.h"
+
+namespace vllm_npu::emulator::aclnn {
+namespace {
+
+constexpr int64_t kNoQuant = -1;
+constexpr int64_t kStaticQuant = 0;
+constexpr int64_t kDynamicQuant = 1;
+constexpr int64_t kCumsum = 0;
+constexpr int64_t kCount = 1;
+constexpr int64_t kKeyValue = 2;
+constexpr int64_t kGather = 0;
+constexpr int64_t kMaxExperts = 10240;  // 5120 with key-value counts
+constexpr int64_t kMaxExpertsKeyValue = 5120;
+
+struct InitRouting {
+  at::Tensor x;           // [N, H]
+  at::Tensor expert_ids;  // [N, K] int32
+  std::optional<at::Tensor> scale;
+  std::optional<at::Tensor> offset;
+  int64_t active_num;
+  int64_t expert_capacity;
+  int64_t expert_num;
+  bool drop_pad;
+  int64_t counts_type;
+  int64_t quant_mode;
+  int64_t first_expert;  // of the active range
+  int64_t end_expert;
+  int64_t row_index_type;
+  at::Tensor expanded_x;
+  at::Tensor expanded_row_index;
+  std::optional<at::Tensor> counts;
+  std::optional<at::Tensor> expanded_scale;
+
+  int64_t top_k() const { return expert_ids.size(1); }
+  int64_t num_active_experts() const { return end_expert - first_expert; }
+};
+
+// Pairs of a token and one of its experts, numbered token * top_k + k, of the experts in the active range: sorted.
+struct SortedPairs {
+  at::Tensor pairs;        // [V] int64
+  at::Tensor experts;      // [V] int64, ascending
+  at::Tensor counts;       // [num_active_experts] int64
+  at::Tensor group_start;  // [num_active_experts] int64: where each expert's pairs begin
+};
+
+SortedPairs sort_pairs(const InitRouting& op) {
+  const at::Tensor ids = op.expert_ids.flatten().to(at::kLong);
+  const at::Tensor active = (ids >= op.first_expert).logical_and(ids < op.end_expert);
+  const at::Tensor keys = at::where(active, ids, std::numeric_limits<int32_t>::max());
+  const at::Tensor order = at::argsort(keys, /*stable=*/true, 0, /*descending=*/false);
+  SortedPairs sorted;
+  sorted.pairs = order.narrow(0, 0, active.sum().item<int64_t>());
+  sorted.experts = ids.index_select(0, sorted.pairs);
+  sorted.counts = at::bincount(sorted.experts - op.first_expert, {}, op.num_active_experts());
+  sorted.group_start = sorted.counts.cumsum(0) - sorted.counts;
+  return sorted;
+}
+
+void write_counts(const InitRouting& op, const at::Tensor& counts) {
+  if (!op.counts) return;
+  if (op.counts_type == kKeyValue) {
+    const at::Tensor used = counts.nonzero().squeeze(-1);
+    op.counts->zero_();
+    op.counts->narrow(0, 0, used.size(0)).copy_(at::stack({used + op.first_expert, counts.index_select(0, used)}, 1));
+  } else {
+    op.counts->copy_(op.counts_type == kCumsum ? counts.cumsum(0) : counts);
+  }
+}
+
+// The rows of `pairs`, as expanded_x holds them, and their scales where the op has any.
+struct Rows {
+  at::Tensor values;
+  std::optional<at::Tensor> scales;
+};
+
+Rows take_rows(const InitRouting& op, const at::Tensor& pairs, const at::Tensor& experts) {
+  const at::Tensor tokens = pairs.floor_divide(op.top_k());
+  const at::Tensor rows = op.x.index_select(0, tokens);
+  if (op.quant_mode == kNoQuant) {
+    if (!op.scale) return {rows, std::nullopt};
+    return {rows, op.scale->index_select(0, tokens)};
+  }
+  if (op.quant_mode == kStaticQuant) {  // in fp16 throughout
+    const at::Tensor scaled = rows.to(at::kHalf) * op.scale->to(at::kHalf) + op.offset->to(at::kHalf);
+    return {scaled.round().clamp(-128, 127).to(at::kChar), std::nullopt};
+  }
+  at::Tensor values = rows.to(at::kFloat);
+  if (op.scale) {
+    const bool shared = op.scale->size(0) == 1;
+    values = values * (shared ? *op.scale : op.scale->index_select(0, experts - op.first_expert));
+  }
+  const Quantized quantized = quantize_by_quotient(values);
+  return {quantized.values, quantized.scales};
+}
+
+void route_dropless(const InitRouting& op) {
+  const SortedPairs sorted = sort_pairs(op);
+  const int64_t num_valid = sorted.pairs.size(0);
+  const int64_t num_rows = std::min(num_valid, op.expanded_x.size(0));
+  const Rows rows = take_rows(op, sorted.pairs.narrow(0, 0, num_rows), sorted.experts.narrow(0, 0, num_rows));
+  write_front(op.expanded_x, rows.values);
+  if (op.expanded_scale) {
+    if (rows.scales)
+      write_front(*op.expanded_scale, *rows.scales);
+    else
+      fill_undefined(*op.expanded_scale);
+  }
+  if (op.row_index_type == kGather) {
+    op.expanded_row_index.fill_(-1);
+    op.expanded_row_index.index_copy_(0, sorted.pairs, at::arange(num_valid, at::kInt));
+  } else {
+    write_front(op.expanded_row_index, sorted.pairs);
+  }
+  write_counts(op, sorted.counts);
+}
+
+// Each expert has expert_capacity slots: pairs beyond are dropped (row index -1), slots left over are zeros.
+void route_with_capacity(const InitRouting& op) {
+  const SortedPairs sorted = sort_pairs(op);
+  const at::Tensor slot_in_expert =
+      at::arange(sorted.pairs.size(0)) - sorted.group_start.index_select(0, sorted.experts);
+  const at::Tensor kept = (slot_in_expert < op.expert_capacity).nonzero().squeeze(-1);
+  const at::Tensor pairs = sorted.pairs.index_select(0, kept);
+  const at::Tensor experts = sorted.experts.index_select(0, kept);
+  const at::Tensor slots = experts * op.expert_capacity + slot_in_expert.index_select(0, kept);
+  const Rows rows = take_rows(op, pairs, experts);
+  op.expanded_x.zero_();
+  op.expanded_x.flatten(0, 1).index_copy_(0, slots, rows.values);
+  if (op.expanded_scale) {
+    if (rows.scales)
+      op.expanded_scale->zero_().index_copy_(0, slots, *rows.scales);
+    else
+      fill_undefined(*op.expanded_scale);
+  }
+  op.expanded_row_index.fill_(-1);
+  op.expanded_row_index.index_copy_(0, pairs, slots.to(at::kInt));
+  write_counts(op, sorted.counts);
+}
+
+void check_quant(const InitRouting& op) {
+  require_one_of(op.quant_mode, "quant_mode", {kNoQuant, kStaticQuant, kDynamicQuant});
+  const int64_t width = op.x.size(1);
+  if (op.scale) require_dtype(*op.scale, "scale", {at::kFloat});
+  if (op.quant_mode == kNoQuant) {
+    require_dtype(op.x, "x", {at::kHalf, at::kBFloat16, at::kFloat, at::kChar});
+    require_absent(op.offset, "offset", "only quant_mode=0 takes one");
+    if (op.scale) require_shape(*op.scale, "scale", {op.x.size(0)});
+    return;
+  }
+  require_dtype(op.x, "x", {at::kHalf, at::kBFloat16, at::kFloat});
+  if (op.quant_mode == kStaticQuant) {
+    if (!op.scale || !op.offset) refuse(Code::kMissing, "quant_mode=0 needs scale and offset");
+    require_dtype(*op.offset, "offset", {at::kFloat});
+    require_shape(*op.scale, "scale", {1});
+    require_shape(*op.offset, "offset", {1});
+    return;
+  }
+  require_absent(op.offset, "offset", "only quant_mode=0 takes one");
+  if (op.scale && op.scale->size(0) != 1) require_shape(*op.scale, "scale", {op.num_active_experts(), width});
+  if (op.scale && op.scale->size(0) == 1) require_shape(*op.scale, "scale", {1, width});
+}
+
+void check(const InitRouting& op) {
+  require_dimensions(op.x, "x", 2);
+  require_dimensions(op.expert_ids, "expert_idx", 2);
+  require_dtype(op.expert_ids, "expert_idx", {at::kInt});
+  require(op.x.size(0) == op.expert_ids.size(0), "x has ", op.x.size(0), " rows and expert_idx has ",
+          op.expert_ids.size(0));
+  require_one_of(op.counts_type, "expert_tokens_num_type", {kCumsum, kCount, kKeyValue});
+  require_one_of(op.row_index_type, "row_idx_type", {0, 1});
+  const int64_t most_experts = op.counts_type == kKeyValue ? kMaxExpertsKeyValue : kMaxExperts;
+  require(op.expert_num > 0 && op.expert_num <= most_experts, "expert_num=", op.expert_num, " is not in 1..",
+          most_experts);
+  require(op.active_num >= -1, "active_num=", op.active_num, " is less than -1");
+  require(0 <= op.first_expert && op.first_expert < op.end_expert && op.end_expert <= op.expert_num,
+          "active_expert_range=[", op.first_expert, ", ", op.end_expert, ") does not lie in [0, ", op.expert_num, ")");
+  check_quant(op);
+  if (!op.drop_pad) return;
+  require(op.first_expert == 0 && op.end_expert == op.expert_num,
+          "drop_pad_mode=1 takes all experts: active_expert_range must be [0, ", op.expert_num, ")");
+  require(op.counts_type == kCount, "drop_pad_mode=1 needs expert_tokens_num_type=1, not ", op.counts_type);
+  require(op.row_index_type == kGather, "drop_pad_mode=1 needs row_idx_type=0, not ", op.row_index_type);
+  require(op.expert_capacity > 0 && op.expert_capacity <= op.x.size(0), "expert_capacity=", op.expert_capacity,
+          " is not in 1..", op.x.size(0), ", the number of tokens");
+}
+
+Plan plan(const InitRouting& op) {
+  check(op);
+  return [op] { op.drop_pad ? route_with_capacity(op) : route_dropless(op); };
+}
+
+Plan init_routing_v3(at::Tensor x, at::Tensor expert_ids, std::optional<at::Tensor> scale,
+                     std::optional<at::Tensor> offset, int64_t active_num, int64_t expert_capacity, int64_t expert_num,
+                     int64_t drop_pad_mode, int64_t counts_type, bool wants_counts, int64_t quant_mode,
+                     std::vector<int64_t> active_range, int64_t row_index_type, at::Tensor expanded_x,
+                     at::Tensor expanded_row_index, at::Tensor counts, std::optional<at::Tensor> expanded_scale) {
+  require_one_of(drop_pad_mode, "drop_pad_mode", {0, 1});
+  if (active_range.empty()) active_range = {0, expert_num};
+  require(active_range.size() == 2, "active_expert_range has ", active_range.size(), " numbers; it must have 2");
+  const Plan route = plan({x, expert_ids, scale, offset, active_num, expert_capacity, expert_num, drop_pad_mode == 1,
+                           counts_type, quant_mode, active_range[0], active_range[1], row_index_type, expanded_x,
+                           expanded_row_index, wants_counts ? std::optional(counts) : std::nullopt, expanded_scale});
+  return [=] {
+    if (!wants_counts) fill_undefined(counts);
+    route();
+  };
+}
+
+// Of 310P, and of CANN before 8.5: no quantisation, all experts.
+Plan init_routing_v2(at::Tensor x, at::Tensor expert_ids, int64_t active_num, int64_t expert_capacity,
+                     int64_t expert_num, int64_t drop_pad_mode, int64_t counts_flag, bool wants_counts_before_capacity,
+                     at::Tensor expanded_x, at::Tensor expanded_row_index, at::Tensor counts,
+                     at::Tensor counts_before_capacity) {
+  constexpr int64_t kCumsumFlag = 1;
+  constexpr int64_t kCountFlag = 2;
+  require_one_of(drop_pad_mode, "dropPadMode", {0});
+  require_one_of(counts_flag, "expertTokensCountOrCumsumFlag", {kCumsumFlag, kCountFlag});
+  require(!wants_counts_before_capacity,
+          "expertTokensBeforeCapacityFlag=true needs dropPadMode=1, which is not emulated");
+  const Plan route = plan({x, expert_ids, std::nullopt, std::nullopt, active_num, expert_capacity, expert_num,
+                           /*drop_pad=*/false, counts_flag == kCumsumFlag ? kCumsum : kCount, kNoQuant, 0, expert_num,
+                           kGather, expanded_x, expanded_row_index, counts, std::nullopt});
+  return [=] {
+    fill_undefined(counts_before_capacity);
+    route();
+  };
+}
+
+}  // namespace
+
+ACLNN_OP(aclnnMoeInitRoutingV2, init_routing_v2);
+ACLNN_OP(aclnnMoeInitRoutingV3, init_routing_v3);
+
+}  // namespace vllm_npu::emulator::aclnn

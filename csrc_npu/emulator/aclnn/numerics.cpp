@@ -1,0 +1,51 @@
+#include "numerics.h"
+
+#include <cmath>
+
+namespace vllm_npu::emulator::aclnn {
+namespace {
+
+constexpr float kInt8Max = 127.0F;
+constexpr int64_t kCommQuantGroup = 8;
+
+at::Tensor largest_of(const at::Tensor& rows) { return rows.abs().amax(-1, /*keepdim=*/true); }
+
+// Towards zero, where a C++ conversion rounds to the nearest.
+float truncated_to_half(float value) {
+  c10::Half half(value);
+  if (std::fabs(static_cast<float>(half)) > std::fabs(value)) half.x -= 1;
+  return static_cast<float>(half);
+}
+
+}  // namespace
+
+Quantized quantize_by_product(const at::Tensor& rows) {
+  const at::Tensor largest = largest_of(rows);
+  const at::Tensor factor = at::where(largest > 0, at::full_like(largest, kInt8Max) / largest, 0.0F);
+  const at::Tensor values = (rows * factor).round().to(at::kHalf).to(at::kChar);
+  const at::Tensor scales = at::where(largest > 0, factor.reciprocal(), 0.0F);
+  return {values, scales.squeeze(-1)};
+}
+
+Quantized quantize_by_quotient(const at::Tensor& rows) {
+  const at::Tensor scales = largest_of(rows) / kInt8Max;
+  const at::Tensor quotients = at::where(scales > 0, rows / scales, 0.0F).contiguous();
+  at::Tensor values = at::empty(rows.sizes(), at::kChar);
+  const float* from = quotients.const_data_ptr<float>();
+  int8_t* to = values.mutable_data_ptr<int8_t>();
+  for (int64_t i = 0; i < quotients.numel(); ++i) {
+    to[i] = static_cast<int8_t>(std::round(truncated_to_half(from[i])));  // half away from zero
+  }
+  return {values, scales.squeeze(-1)};
+}
+
+at::Tensor through_int8_groups(const at::Tensor& rows) {
+  const at::Tensor groups = rows.to(at::kFloat).view({rows.size(0), -1, kCommQuantGroup});
+  const at::Tensor scales = largest_of(groups) * (1.0F / kInt8Max);
+  const at::Tensor quotients = at::where(scales > 0, groups / scales, 0.0F);
+  const at::Tensor values = quotients.to(at::kHalf).round().to(at::kChar);
+  const at::Tensor sent_scales = scales.to(rows.scalar_type()).to(at::kFloat);
+  return (values.to(at::kFloat) * sent_scales).view(rows.sizes()).to(rows.scalar_type());
+}
+
+}  // namespace vllm_npu::emulator::aclnn

@@ -1,0 +1,62 @@
+// Planning and running, the same for every op.
+#include "op.h"
+
+#include <c10/core/InferenceMode.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+
+#include <memory>
+
+struct aclOpExecutor {
+  vllm_npu::emulator::aclnn::Plan plan;
+};
+
+namespace vllm_npu::emulator::aclnn {
+namespace {
+
+// Torch's kernels for the CPU and nothing above them: no autograd, autocast or Python mode of the calling thread.
+class CpuKernelsOnly {
+ private:
+  c10::InferenceMode ordinary_tensors_{false};
+  c10::impl::ExcludeDispatchKeyGuard excluded_{c10::autograd_dispatch_keyset_with_ADInplaceOrView |
+                                               c10::autocast_dispatch_keyset | c10::python_ks};
+};
+
+// Turns what `act` throws into the op's return code: nothing may be thrown through the C interface.
+int guarded(const char* name, const std::function<void()>& act) {
+  try {
+    CpuKernelsOnly kernels;
+    act();
+    return ACL_SUCCESS;
+  } catch (const Refusal& refusal) {
+    return fail(static_cast<int>(refusal.code), "%s: %s", name, refusal.what());
+  } catch (const c10::Error& error) {
+    return fail(static_cast<int>(Code::kUnusable), "%s: %s", name, error.what_without_backtrace());
+  } catch (const std::exception& error) {
+    return fail(static_cast<int>(Code::kUnusable), "%s: %s", name, error.what());
+  }
+}
+
+}  // namespace
+
+int prepare(const char* name, const std::function<Plan()>& make_plan, uint64_t* workspace_size,
+            aclOpExecutor** executor) {
+  return guarded(name, [&] {
+    *workspace_size = 0;
+    *executor = new aclOpExecutor{make_plan()};
+  });
+}
+
+int run(const char* name, aclOpExecutor* executor, aclrtStream stream) {
+  // Shared, since std::function wants work that can be copied.
+  std::shared_ptr<aclOpExecutor> owned(executor);
+  return enqueue(stream, name, [name, owned] { return guarded(name, owned->plan); });
+}
+
+}  // namespace vllm_npu::emulator::aclnn
+
+// CANN's workspace pool of the calling thread. Ops here need no workspace.
+extern "C" {
+EMULATOR_API int InitHugeMemThreadLocal(void*, bool) { return 0; }
+EMULATOR_API void UnInitHugeMemThreadLocal(void*, bool) {}
+EMULATOR_API void ReleaseHugeMem(void*, bool) {}
+}

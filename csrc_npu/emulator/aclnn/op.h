@@ -1,0 +1,133 @@
+// How an op becomes part of the aclnn C interface.
+//
+//   Plan swiglu(at::Tensor x, int64_t dim, at::Tensor y) {
+//     require_one_of(dim, "dim", {-1});       // now: refuse what is not honoured
+//     return [x, y] { y.copy_(...); };        // later, on the stream: compute
+//   }
+//   ACLNN_OP(aclnnSwiGlu, swiglu);
+//
+// defines aclnnSwiGluGetWorkspaceSize(const aclTensor*, int64_t, const aclTensor*, uint64_t*, aclOpExecutor**), which
+// plans, and aclnnSwiGlu(void*, uint64_t, aclOpExecutor*, aclrtStream), which runs the plan. The C parameters follow
+// from the plan's own: Argument below. A plan captures tensors, never handles: those die before the plan runs.
+#pragma once
+
+#include <functional>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "handles.h"
+#include "refusal.h"
+#include "runtime/runtime.h"
+
+struct aclOpExecutor;
+
+namespace vllm_npu::emulator::aclnn {
+
+// An op's work. It throws Refusal for a value that it finds in the tensors and does not honour.
+using Plan = std::function<void()>;
+
+// How one parameter of a plan crosses the C interface: as `Handle`, read by `take`.
+template <class Parameter>
+struct Argument {  // numbers cross as they are
+  using Handle = Parameter;
+  static Parameter take(Handle value) { return value; }
+};
+
+template <>
+struct Argument<std::optional<at::Tensor>> {
+  using Handle = const aclTensor*;
+  static std::optional<at::Tensor> take(Handle handle) {
+    if (handle == nullptr) return std::nullopt;
+    if (!handle->fault.empty()) refuse(Code::kInvalid, "an argument ", handle->fault);
+    return handle->tensor;
+  }
+};
+
+template <>
+struct Argument<at::Tensor> {
+  using Handle = const aclTensor*;
+  static at::Tensor take(Handle handle) {
+    auto tensor = Argument<std::optional<at::Tensor>>::take(handle);
+    if (!tensor) refuse(Code::kMissing, "a tensor that the op needs is missing");
+    return *tensor;
+  }
+};
+
+template <>
+struct Argument<std::vector<at::Tensor>> {
+  using Handle = const aclTensorList*;
+  static std::vector<at::Tensor> take(Handle handle) {
+    std::vector<at::Tensor> tensors;
+    if (handle == nullptr) return tensors;
+    for (const aclTensor* tensor : handle->tensors) tensors.push_back(Argument<at::Tensor>::take(tensor));
+    return tensors;
+  }
+};
+
+template <>
+struct Argument<at::Scalar> {
+  using Handle = const aclScalar*;
+  static at::Scalar take(Handle handle) {
+    if (handle == nullptr) refuse(Code::kMissing, "a scalar that the op needs is missing");
+    return handle->value;
+  }
+};
+
+template <>
+struct Argument<std::vector<int64_t>> {
+  using Handle = const aclIntArray*;
+  static std::vector<int64_t> take(Handle handle) { return handle ? handle->values : std::vector<int64_t>(); }
+};
+
+template <>
+struct Argument<std::string> {
+  using Handle = const char*;
+  static std::string take(Handle text) { return text ? text : ""; }
+};
+
+// The two halves of every op: op.cpp.
+int prepare(const char* name, const std::function<Plan()>& make_plan, uint64_t* workspace_size,
+            aclOpExecutor** executor);
+int run(const char* name, aclOpExecutor* executor, aclrtStream stream);
+
+template <class Name, auto plan>
+struct Entry;
+
+template <class Name, class... Parameters, Plan (*plan)(Parameters...)>
+struct Entry<Name, plan> {
+  static int get_workspace_size(typename Argument<Parameters>::Handle... handles, uint64_t* workspace_size,
+                                aclOpExecutor** executor) {
+    return prepare(Name::text, [&] { return plan(Argument<Parameters>::take(handles)...); }, workspace_size, executor);
+  }
+
+  static int execute(void* /*workspace*/, uint64_t /*workspace_size*/, aclOpExecutor* executor, aclrtStream stream) {
+    return run(Name::text, executor, stream);
+  }
+};
+
+// An exported C function cannot be a template. So each exported name is an indirect function: the dynamic linker asks
+// its resolver for the address, and the resolver answers with the template's.
+using CFunction = int (*)();
+
+template <class Function>
+CFunction as_c_function(Function* function) {
+  return reinterpret_cast<CFunction>(reinterpret_cast<void*>(function));
+}
+
+#define ACLNN_OP(name, plan)                                                                             \
+  struct name##Name {                                                                                    \
+    static constexpr const char* text = #name;                                                           \
+  };                                                                                                     \
+  extern "C" {                                                                                           \
+  static CFunction resolve_##name##GetWorkspaceSize() {                                                  \
+    return as_c_function(&Entry<name##Name, &plan>::get_workspace_size);                                 \
+  }                                                                                                      \
+  static CFunction resolve_##name() { return as_c_function(&Entry<name##Name, &plan>::execute); }        \
+  EMULATOR_API int name##GetWorkspaceSize() __attribute__((ifunc("resolve_" #name "GetWorkspaceSize"))); \
+  EMULATOR_API int name() __attribute__((ifunc("resolve_" #name)));                                      \
+  }                                                                                                      \
+  static_assert(true, "a semicolon follows")
+
+}  // namespace vllm_npu::emulator::aclnn

@@ -1,0 +1,170 @@
+// Permuting tokens by expert and back; the merge of the experts' outputs; rank-major to expert-major.
+//
+// Contracts: op-plugin's documents of npu_moe_token_permute, npu_moe_token_unpermute, npu_moe_finalize_routing and
+// npu_moe_re_routing.
+#include "op.h"
+#include "undefined.h"
+
+namespace vllm_npu::emulator::aclnn {
+namespace {
+
+constexpr int64_t kMaxTopK = 512;
+constexpr int64_t kMaxReRoutingWidth = 16384;  // exclusive
+
+const auto kFloatTypes = {at::kHalf, at::kBFloat16, at::kFloat};
+
+int64_t top_k_of(const at::Tensor& indices) { return indices.dim() == 1 ? 1 : indices.size(1); }
+
+at::Tensor inverse_permutation(const at::Tensor& order) {
+  at::Tensor inverse = at::empty_like(order);
+  inverse.index_copy_(0, order, at::arange(order.numel()));
+  return inverse;
+}
+
+// Rows of `source` at `index`, which must be in [least, rows of source); zeros for -1. float32.
+at::Tensor rows_at(const at::Tensor& source, const at::Tensor& index, int64_t least, const char* name) {
+  const int64_t num_rows = source.size(0);
+  const at::Tensor bad = (index < least).logical_or(index >= num_rows);
+  if (bad.any().item<bool>()) {
+    refuse(Code::kUnusable, name, " has the value ", index.masked_select(bad)[0].item<int64_t>(), "; it must be in ",
+           least, "..", num_rows - 1);
+  }
+  if (num_rows == 0) return at::zeros({index.size(0), source.size(1)}, at::kFloat);
+  const at::Tensor rows = source.index_select(0, index.clamp_min(0)).to(at::kFloat);
+  return at::where(index.unsqueeze(-1) >= 0, rows, 0.0F);
+}
+
+Plan permute(at::Tensor tokens, at::Tensor indices, int64_t num_out_tokens, bool padded_mode, at::Tensor permuted,
+             at::Tensor sorted_indices) {
+  require(!padded_mode, "padded_mode=true is not emulated");
+  require_dimensions(tokens, "tokens", 2);
+  require_dtype(indices, "indices", {at::kInt, at::kLong});
+  require(indices.dim() == 1 || indices.dim() == 2, "indices has the shape ", indices.sizes(),
+          "; it must be [N] or [N, K]");
+  require(indices.size(0) == tokens.size(0), "tokens has ", tokens.size(0), " rows and indices has ", indices.size(0));
+  require(top_k_of(indices) <= kMaxTopK, "indices has ", top_k_of(indices), " experts a token; at most ", kMaxTopK);
+  require(num_out_tokens == permuted.size(0) && num_out_tokens <= indices.numel(), "num_out_tokens=", num_out_tokens,
+          " does not fit: there are ", indices.numel(), " rows and the output has ", permuted.size(0));
+  return [=] {
+    const at::Tensor order = at::argsort(indices.flatten().to(at::kLong), /*stable=*/true, 0, /*descending=*/false);
+    sorted_indices.copy_(inverse_permutation(order));
+    permuted.copy_(tokens.index_select(0, order.narrow(0, 0, num_out_tokens).floor_divide(top_k_of(indices))));
+  };
+}
+
+// float32, k ascending, a multiply and an add rounded apart.
+Plan unpermute(at::Tensor permuted, at::Tensor sorted_indices, std::optional<at::Tensor> probs, bool padded_mode,
+               std::vector<int64_t> /*restore_shape: of padded_mode*/, at::Tensor unpermuted) {
+  require(!padded_mode, "padded_mode=true is not emulated");
+  require_dimensions(permuted, "permuted_tokens", 2);
+  require_dimensions(sorted_indices, "sorted_indices", 1);
+  require_dtype(sorted_indices, "sorted_indices", {at::kInt});
+  if (probs) {
+    require_dimensions(*probs, "probs", 2);
+    require(probs->numel() == sorted_indices.numel(), "probs has the shape ", probs->sizes(),
+            " and sorted_indices has ", sorted_indices.numel(), " entries");
+  }
+  const int64_t top_k = probs ? probs->size(1) : 1;
+  require(top_k <= kMaxTopK, "probs has ", top_k, " experts a token; at most ", kMaxTopK);
+  return [=] {
+    const at::Tensor index = sorted_indices.to(at::kLong).view({-1, top_k});
+    at::Tensor total = at::zeros(unpermuted.sizes(), at::kFloat);
+    for (int64_t k = 0; k < top_k; ++k) {
+      at::Tensor rows = rows_at(permuted, index.select(1, k), /*least=*/0, "sorted_indices");
+      if (probs) rows = rows * probs->select(1, k).unsqueeze(-1).to(at::kFloat);
+      total = total + rows;
+    }
+    unpermuted.copy_(total);
+  };
+}
+
+Plan finalize_routing(at::Tensor rows, at::Tensor source_to_row, std::optional<at::Tensor> skip1,
+                      std::optional<at::Tensor> skip2, std::optional<at::Tensor> bias, std::optional<at::Tensor> scales,
+                      std::optional<at::Tensor> expert_of_source, int64_t drop_pad_mode, at::Tensor out) {
+  require_one_of(drop_pad_mode, "drop_pad_mode", {0, 1, 2, 3});
+  const bool has_capacity = drop_pad_mode == 1 || drop_pad_mode == 3;
+  const bool token_major = drop_pad_mode >= 2;
+  require_dtype(rows, "expanded_permuted_rows", kFloatTypes);
+  require_dimensions(rows, "expanded_permuted_rows", has_capacity ? 3 : 2);
+  require_dtype(source_to_row, "expanded_src_to_dst_row", {at::kInt});
+  const int64_t num_tokens = out.size(0);
+  const int64_t top_k = scales ? scales->size(1) : 1;
+  require_shape(source_to_row, "expanded_src_to_dst_row", {num_tokens * top_k});
+  if (skip1) require_shape(*skip1, "skip1", out.sizes());
+  if (skip2) require_shape(*skip2, "skip2", out.sizes());
+  if (scales) require_shape(*scales, "scales", {num_tokens, top_k});
+  if (bias) {
+    if (!expert_of_source) refuse(Code::kMissing, "bias needs export_for_source_row, which is missing");
+    require_dimensions(*bias, "bias", 2);
+    require_dtype(*expert_of_source, "export_for_source_row", {at::kInt});
+    require_shape(*expert_of_source, "export_for_source_row", {num_tokens, top_k});
+  }
+  return [=] {
+    const at::Tensor flat_rows = rows.flatten(0, rows.dim() - 2);
+    const at::Tensor index = source_to_row.to(at::kLong).view(token_major ? at::IntArrayRef({num_tokens, top_k})
+                                                                          : at::IntArrayRef({top_k, num_tokens}));
+    at::Tensor total = at::zeros(out.sizes(), at::kFloat);
+    if (skip1) total = total + skip1->to(at::kFloat);
+    if (skip2) total = total + skip2->to(at::kFloat);
+    for (int64_t k = 0; k < top_k; ++k) {
+      at::Tensor addend =
+          rows_at(flat_rows, index.select(token_major ? 1 : 0, k), /*least=*/-1, "expanded_src_to_dst_row");
+      if (bias) {
+        const at::Tensor experts = expert_of_source->select(1, k).to(at::kLong);
+        addend = addend + rows_at(*bias, experts, /*least=*/0, "export_for_source_row");
+      }
+      if (scales) addend = addend * scales->select(1, k).unsqueeze(-1).to(at::kFloat);
+      total = total + addend;
+    }
+    out.copy_(total);
+  };
+}
+
+// From (source rank, expert) to (expert, source rank).
+Plan re_routing(at::Tensor tokens, at::Tensor counts, std::optional<at::Tensor> scales, int64_t counts_type,
+                int64_t index_type, at::Tensor out_tokens, std::optional<at::Tensor> out_scales, at::Tensor source_rows,
+                at::Tensor expert_counts) {
+  require_one_of(counts_type, "expert_token_num_type", {1});
+  require_one_of(index_type, "idx_type", {0});
+  require_dimensions(tokens, "tokens", 2);
+  require_dtype(tokens, "tokens", {at::kHalf, at::kBFloat16, at::kChar});
+  require(tokens.size(1) < kMaxReRoutingWidth, "tokens has rows of ", tokens.size(1), "; they must be shorter than ",
+          kMaxReRoutingWidth);
+  require_dimensions(counts, "expert_token_num_per_rank", 2);
+  require_dtype(counts, "expert_token_num_per_rank", {at::kInt, at::kLong});
+  if (scales) {
+    require_dtype(*scales, "per_token_scales", {at::kFloat});
+    require(scales->size(0) == tokens.size(0), "per_token_scales has ", scales->size(0), " rows and tokens has ",
+            tokens.size(0));
+  }
+  return [=] {
+    const at::Tensor sizes = counts.to(at::kLong).contiguous();  // [W, L]
+    require((sizes >= 0).all().item<bool>(), "expert_token_num_per_rank has a negative count");
+    const int64_t total = sizes.sum().item<int64_t>();
+    require(total <= tokens.size(0), "expert_token_num_per_rank adds up to ", total, " and tokens has ", tokens.size(0),
+            " rows");
+    const at::Tensor starts = (sizes.flatten().cumsum(0) - sizes.flatten()).view(sizes.sizes());
+    std::vector<at::Tensor> ranges;
+    for (int64_t expert = 0; expert < sizes.size(1); ++expert) {
+      for (int64_t rank = 0; rank < sizes.size(0); ++rank) {
+        const int64_t start = starts[rank][expert].item<int64_t>();
+        ranges.push_back(at::arange(start, start + sizes[rank][expert].item<int64_t>()));
+      }
+    }
+    const at::Tensor order = at::cat(ranges);
+    write_front(source_rows, order);
+    write_front(out_tokens, tokens.index_select(0, order));
+    if (out_scales && scales) write_front(*out_scales, scales->index_select(0, order));
+    if (out_scales && !scales) fill_undefined(*out_scales);
+    expert_counts.copy_(sizes.sum(0));
+  };
+}
+
+}  // namespace
+
+ACLNN_OP(aclnnMoeTokenPermute, permute);
+ACLNN_OP(aclnnMoeTokenUnpermute, unpermute);
+ACLNN_OP(aclnnMoeFinalizeRoutingV2, finalize_routing);
+ACLNN_OP(aclnnMoeReRouting, re_routing);
+
+}  // namespace vllm_npu::emulator::aclnn

@@ -1,0 +1,136 @@
+#include "alias.h"
+
+#include <ATen/EmptyTensor.h>
+#include <ATen/ops/as_strided.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_strided.h>
+#include <c10/core/CPUAllocator.h>
+
+#include "stream.h"
+
+namespace vllm_npu::emulator {
+namespace {
+
+// Resizable, as out= tensors are resized by the CPU kernel: it then moves to memory of the CPU's allocator.
+c10::Storage alias_storage(const c10::Storage& storage) {
+  auto* impl = storage.unsafeGetStorageImpl();
+  return {c10::Storage::use_byte_size_t(), impl->nbytes(), c10::DataPtr(impl->mutable_data(), c10::Device(c10::kCPU)),
+          c10::GetCPUAllocator(), /*resizable=*/true};
+}
+
+// Of the storage, from its start to the tensor's last element.
+size_t spanned_bytes(const at::Tensor& tensor) {
+  return at::detail::computeStorageNbytes(tensor.sizes(), tensor.strides(), tensor.element_size(),
+                                          tensor.storage_offset());
+}
+
+at::Tensor alias_on(const at::Tensor& tensor, c10::Storage storage) {
+  TORCH_CHECK(tensor.numel() == 0 || spanned_bytes(tensor) <= storage.nbytes(), "an npu tensor with sizes ",
+              tensor.sizes(), " and strides ", tensor.strides(), " at offset ", tensor.storage_offset(),
+              " does not fit into its storage of ", storage.nbytes(), " bytes");
+  auto alias = at::detail::make_tensor<c10::TensorImpl>(std::move(storage), c10::DispatchKeySet(c10::DispatchKey::CPU),
+                                                        tensor.dtype());
+  auto* impl = alias.unsafeGetTensorImpl();
+  impl->set_sizes_and_strides(tensor.sizes(), tensor.strides(), tensor.storage_offset());
+  if (tensor.unsafeGetTensorImpl()->is_wrapped_number()) impl->set_wrapped_number(true);
+  alias._set_conj(tensor.is_conj());
+  alias._set_neg(tensor.is_neg());
+  return alias;
+}
+
+bool same_layout(const at::Tensor& a, const at::Tensor& b) {
+  return a.sizes() == b.sizes() && a.strides() == b.strides() && a.storage_offset() == b.storage_offset();
+}
+
+}  // namespace
+
+at::Tensor cpu_alias(const at::Tensor& tensor) { return alias_on(tensor, alias_storage(tensor.storage())); }
+
+at::Tensor OpAliases::to_cpu(const at::Tensor& tensor) {
+  if (!tensor.defined() || !tensor.is_privateuseone()) return tensor;
+  const auto known = alias_of_.find(tensor.unsafeGetTensorImpl());
+  if (known != alias_of_.end()) return known->second;
+
+  const auto* storage = tensor.storage().unsafeGetStorageImpl();
+  auto found = storage_alias_of_.find(storage);
+  if (found == storage_alias_of_.end()) {
+    found = storage_alias_of_.emplace(storage, alias_storage(tensor.storage())).first;
+    argument_on_.emplace(found->second.unsafeGetStorageImpl(), tensor);
+  }
+  auto alias = alias_on(tensor, found->second);
+  alias_of_.emplace(tensor.unsafeGetTensorImpl(), alias);
+  argument_of_.emplace(alias.unsafeGetTensorImpl(), tensor);
+  return alias;
+}
+
+void OpAliases::will_write(const at::Tensor& tensor) {
+  if (!tensor.defined() || !tensor.is_privateuseone()) return;
+  auto alias = to_cpu(tensor);
+  written_.push_back({tensor, alias, streams_are_asynchronous() ? alias.clone() : at::Tensor()});
+}
+
+void OpAliases::write_back() {
+  for (const auto& written : written_) {
+    const bool moved = written.alias.storage().data() != written.tensor.storage().data();
+    if (moved || !same_layout(written.alias, written.tensor)) {
+      write_back_resized(written);
+    } else if (written.values_before.defined()) {
+      write_back_late(written);
+    }
+  }
+}
+
+void OpAliases::write_back_resized(const Written& written) const {
+  const auto& alias = written.alias;
+  const bool moved = alias.storage().data() != written.tensor.storage().data();
+  // First to all bytes that the strides span: resize_() to the sizes would leave out gaps between elements.
+  if (moved) written.tensor.resize_({static_cast<int64_t>(spanned_bytes(alias) / alias.element_size())});
+  written.tensor.unsafeGetTensorImpl()->set_sizes_and_strides(alias.sizes(), alias.strides(), alias.storage_offset());
+  if (moved) {
+    enqueue_span_copy(device_, op_name_.c_str(), cpu_alias(written.tensor), alias);
+  } else if (written.values_before.defined()) {
+    write_back_late(written);
+  }
+}
+
+// The op has written already: take its values out of the memory again, and let the stream put them there.
+void OpAliases::write_back_late(const Written& written) const {
+  auto values = written.alias.clone();
+  written.alias.copy_(written.values_before);
+  enqueue_element_copy(device_, op_name_.c_str(), cpu_alias(written.tensor), std::move(values));
+}
+
+at::Tensor OpAliases::to_npu(const at::Tensor& result) {
+  if (!result.defined() || !result.is_cpu()) return result;
+  TORCH_CHECK_NOT_IMPLEMENTED(result.layout() == at::kStrided && !result.is_quantized() && !result._is_zerotensor(),
+                              op_name_,
+                              " is not emulated for this result: the emulated npu has dense tensors only (got ",
+                              result.toString(), "); do this on the CPU");
+  const auto argument = argument_of_.find(result.unsafeGetTensorImpl());
+  if (argument != argument_of_.end()) return argument->second;
+  const auto base = argument_on_.find(result.storage().unsafeGetStorageImpl());
+  return base != argument_on_.end() ? view_of(base->second, result) : copy_of(result);
+}
+
+at::Tensor OpAliases::view_of(const at::Tensor& argument, const at::Tensor& result) const {
+  at::Tensor view;
+  if (argument.dtype() == result.dtype()) {
+    view = at::as_strided(argument, result.sizes(), result.strides(), result.storage_offset());
+  } else {
+    view = at::empty({0}, argument.options().dtype(result.dtype()));
+    view.set_(argument.storage(), result.storage_offset(), result.sizes(), result.strides());
+  }
+  view._set_conj(result.is_conj());
+  view._set_neg(result.is_neg());
+  return view;
+}
+
+at::Tensor OpAliases::copy_of(const at::Tensor& result) const {
+  auto copy = at::empty_strided(result.sizes(), result.strides(), result.options().device(device_));
+  enqueue_span_copy(device_, op_name_.c_str(), cpu_alias(copy), result);
+  copy._set_conj(result.is_conj());
+  copy._set_neg(result.is_neg());
+  return copy;
+}
+
+}  // namespace vllm_npu::emulator

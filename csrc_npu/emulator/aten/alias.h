@@ -1,0 +1,58 @@
+// CPU tensors on the memory of npu tensors: device memory is host memory, so nothing is copied.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/core/ivalue.h>
+#include <c10/core/Device.h>
+
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+namespace vllm_npu::emulator {
+
+// A CPU tensor on the memory of `tensor`. It owns nothing: use it while `tensor` lives.
+at::Tensor cpu_alias(const at::Tensor& tensor);
+
+// The CPU aliases of one op's arguments, and the way back for its results.
+class OpAliases {
+ public:
+  OpAliases(std::string op_name, c10::Device device) : op_name_(std::move(op_name)), device_(device) {}
+
+  // The alias of a tensor on the device; a tensor elsewhere, or an undefined one, as it is. Two tensors with one
+  // storage get aliases with one storage, and one tensor always gets the same alias.
+  at::Tensor to_cpu(const at::Tensor& tensor);
+
+  // Says that the op writes to `tensor`, so that write_back() looks at it. Call before the op runs.
+  void will_write(const at::Tensor& tensor);
+
+  // After the op: gives the tensors written to the sizes that the CPU kernel gave their aliases, and in asynchronous
+  // mode moves the writing of their values to the stream.
+  void write_back();
+
+  // The npu tensor for a result: the argument itself if the CPU kernel returned its alias, a view of the argument if
+  // it returned a view of its alias, else a new tensor.
+  at::Tensor to_npu(const at::Tensor& result);
+
+ private:
+  struct Written {
+    at::Tensor tensor;
+    at::Tensor alias;
+    at::Tensor values_before;  // asynchronous mode only
+  };
+
+  at::Tensor view_of(const at::Tensor& argument, const at::Tensor& result) const;
+  at::Tensor copy_of(const at::Tensor& result) const;
+  void write_back_resized(const Written& written) const;
+  void write_back_late(const Written& written) const;
+
+  std::string op_name_;
+  c10::Device device_;
+  std::unordered_map<const c10::TensorImpl*, at::Tensor> alias_of_;             // npu tensor -> alias
+  std::unordered_map<const c10::TensorImpl*, at::Tensor> argument_of_;          // alias -> npu tensor
+  std::unordered_map<const c10::StorageImpl*, c10::Storage> storage_alias_of_;  // npu storage -> alias storage
+  std::unordered_map<const c10::StorageImpl*, at::Tensor> argument_on_;         // alias storage -> an npu tensor on it
+  std::vector<Written> written_;
+};
+
+}  // namespace vllm_npu::emulator

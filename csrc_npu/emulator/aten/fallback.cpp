@@ -1,0 +1,169 @@
+#include "fallback.h"
+
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/stack.h>
+#include <c10/core/DeviceGuard.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
+
+#include <algorithm>
+#include <array>
+#include <optional>
+#include <string_view>
+
+#include "alias.h"
+#include "random.h"
+#include "stream.h"
+
+namespace vllm_npu::emulator {
+namespace {
+
+using c10::IValue;
+using torch::jit::Stack;
+
+// As on other devices, their indices may be on the CPU.
+constexpr std::array<std::string_view, 3> kOpsWithCpuIndices = {"aten::index", "aten::index_put",
+                                                                "aten::_index_put_impl_"};
+
+template <typename Visit>
+void for_each_tensor(const IValue& value, const Visit& visit) {
+  if (value.isTensor()) {
+    visit(value.toTensor());
+  } else if (value.isTensorList()) {
+    for (const at::Tensor& tensor : value.toTensorList()) visit(tensor);
+  } else if (value.isOptionalTensorList()) {
+    for (const std::optional<at::Tensor> tensor : value.toOptionalTensorList()) visit(tensor.value_or(at::Tensor()));
+  }
+}
+
+// The same value with each tensor replaced by convert(tensor).
+template <typename Convert>
+IValue with_tensors(const IValue& value, const Convert& convert) {
+  if (value.isTensor()) return convert(value.toTensor());
+  if (value.isTensorList()) {
+    c10::List<at::Tensor> converted;
+    for (const at::Tensor& tensor : value.toTensorList()) converted.push_back(convert(tensor));
+    return converted;
+  }
+  if (value.isOptionalTensorList()) {
+    c10::List<std::optional<at::Tensor>> converted;
+    for (const std::optional<at::Tensor> tensor : value.toOptionalTensorList()) {
+      converted.push_back(tensor ? std::optional(convert(*tensor)) : std::nullopt);
+    }
+    return converted;
+  }
+  return value;
+}
+
+bool is_npu_device(const IValue& value) { return value.isDevice() && value.toDevice().is_privateuseone(); }
+
+// One call of an op: its arguments are the last ones on the stack, and its results replace them there.
+class Call {
+ public:
+  Call(const c10::OperatorHandle& op, Stack* stack)
+      : op_(op), schema_(op.schema()), name_(full_name(op.operator_name())), stack_(*stack), device_(find_device()) {}
+
+  void run() {
+    trace(name_.c_str());
+    const c10::DeviceGuard device_guard(device_);
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    // The npu's autocast has done its casts; the CPU's must not add others.
+    const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+    check_devices();
+    wait_for_current_stream(device_);
+
+    OpAliases aliases(name_, device_);
+    for (size_t i = 0; i < num_arguments(); ++i) argument(i) = cpu_argument(i, aliases);
+    run_cpu_kernel();
+    aliases.write_back();
+    for (size_t i = 0; i < num_results(); ++i) {
+      result(i) = with_tensors(result(i), [&](const at::Tensor& tensor) { return aliases.to_npu(tensor); });
+    }
+  }
+
+ private:
+  size_t num_arguments() const { return schema_.arguments().size(); }
+  size_t num_results() const { return schema_.returns().size(); }
+  IValue& argument(size_t index) { return torch::jit::peek(stack_, index, num_arguments()); }
+  IValue& result(size_t index) { return torch::jit::peek(stack_, index, num_results()); }
+
+  bool writes_to(size_t index) const {
+    const auto* alias_info = schema_.arguments()[index].alias_info();
+    return alias_info != nullptr && alias_info->isWrite();
+  }
+
+  // That of the first npu tensor, else the argument `device`, else the current one.
+  c10::Device find_device() {
+    std::optional<c10::Device> of_tensor;
+    std::optional<c10::Device> of_argument;
+    for (size_t i = 0; i < num_arguments(); ++i) {
+      if (is_npu_device(argument(i))) of_argument = argument(i).toDevice();
+      for_each_tensor(argument(i), [&](const at::Tensor& tensor) {
+        if (!of_tensor && tensor.defined() && tensor.is_privateuseone()) of_tensor = tensor.device();
+      });
+    }
+    if (of_tensor) return *of_tensor;
+    if (of_argument && of_argument->has_index()) return *of_argument;
+    return c10::impl::VirtualGuardImpl(c10::DeviceType::PrivateUse1).getDevice();
+  }
+
+  void check_devices() {
+    const auto& op_name = op_.operator_name().name;
+    const bool cpu_indices =
+        std::find(kOpsWithCpuIndices.begin(), kOpsWithCpuIndices.end(), op_name) != kOpsWithCpuIndices.end();
+    for (size_t i = 0; i < num_arguments(); ++i) {
+      const auto& argument_name = schema_.arguments()[i].name();
+      const bool may_be_on_cpu = cpu_indices && argument_name == "indices";
+      for_each_tensor(argument(i), [&](const at::Tensor& tensor) {
+        if (!tensor.defined() || tensor.device() == device_) return;
+        // a CPU tensor without dimensions counts as a number
+        if (tensor.is_cpu() && (may_be_on_cpu || (tensor.dim() == 0 && !writes_to(i)))) return;
+        TORCH_CHECK(false, name_, ": Expected all tensors to be on the same device, but '", argument_name, "' is on ",
+                    tensor.device(), " and another one on ", device_, "; move it with .to('", device_, "')");
+      });
+    }
+  }
+
+  IValue cpu_argument(size_t index, OpAliases& aliases) {
+    const auto& value = argument(index);
+    if (is_npu_device(value)) return c10::Device(c10::kCPU);
+    if (schema_.arguments()[index].name() == "generator") {
+      return next_cpu_generator(value.toOptional<at::Generator>(), device_);
+    }
+    if (writes_to(index)) {
+      for_each_tensor(value, [&](const at::Tensor& tensor) { aliases.will_write(tensor); });
+    }
+    return with_tensors(value, [&](const at::Tensor& tensor) { return aliases.to_cpu(tensor); });
+  }
+
+  void run_cpu_kernel() {
+    try {
+      op_.redispatchBoxed(c10::DispatchKeySet(c10::DispatchKey::CPU), &stack_);
+    } catch (c10::NotImplementedError& error) {
+      error.add_context(name_ + " on the emulated npu runs PyTorch's CPU kernel, which lacks this case");
+      throw;
+    }
+  }
+
+  const c10::OperatorHandle& op_;
+  const c10::FunctionSchema& schema_;
+  const std::string name_;
+  Stack& stack_;
+  const c10::Device device_;
+};
+
+}  // namespace
+
+void run_on_cpu_aliases(const c10::OperatorHandle& op, Stack* stack) { Call(op, stack).run(); }
+
+void refuse(const c10::OperatorHandle& op, Stack*) {
+  TORCH_CHECK_NOT_IMPLEMENTED(false, full_name(op.operator_name()),
+                              " is not emulated on the npu: PyTorch has no CPU kernel for it; do this on the CPU with "
+                              "other ops, or on an NPU");
+}
+
+std::string full_name(const c10::OperatorName& name) {
+  return name.overload_name.empty() ? name.name : name.name + "." + name.overload_name;
+}
+
+}  // namespace vllm_npu::emulator

@@ -1,0 +1,48 @@
+#include "random.h"
+
+#include <ATen/CPUGeneratorImpl.h>
+#include <ATen/Context.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/ones_like.h>
+
+#include <mutex>
+
+namespace vllm_npu::emulator {
+namespace {
+
+// torch_npu takes multiples of four only.
+constexpr uint64_t kOffsetPerOp = 4;
+
+// splitmix64: neighbouring seeds and offsets give unrelated seeds.
+uint64_t mixed(uint64_t value) {
+  value += 0x9e3779b97f4a7c15;
+  value = (value ^ (value >> 30)) * 0xbf58476d1ce4e5b9;
+  value = (value ^ (value >> 27)) * 0x94d049bb133111eb;
+  return value ^ (value >> 31);
+}
+
+}  // namespace
+
+at::Generator next_cpu_generator(const std::optional<at::Generator>& generator, c10::Device device) {
+  at::Generator source = generator && generator->defined() ? *generator : at::globalContext().defaultGenerator(device);
+  TORCH_CHECK(source.device().type() == device.type(), "Expected a '", device.type(), "' generator, but found a '",
+              source.device().type(), "' one: create it with torch.Generator('npu')");
+  const std::lock_guard<std::mutex> lock(source.mutex());
+  const uint64_t offset = source.get_offset();
+  source.set_offset(offset + kOffsetPerOp);
+  return at::detail::createCPUGenerator(mixed(mixed(source.current_seed()) + offset));
+}
+
+// PyTorch's CPU kernel has no generator argument; this is its definition on the device's generator.
+std::tuple<at::Tensor, at::Tensor> native_dropout(const at::Tensor& input, double p, std::optional<bool> train) {
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  const auto mask_options = input.options().dtype(at::kBool);
+  if (!train.value_or(true)) return {input.clone(), at::ones_like(input, mask_options)};
+  const double keep = 1.0 - p;
+  const double scale = keep == 0.0 ? 0.0 : 1.0 / keep;
+  auto mask = at::empty_like(input, mask_options).bernoulli_(keep);
+  return {input.mul(mask).mul_(scale), mask};
+}
+
+}  // namespace vllm_npu::emulator

@@ -1,0 +1,195 @@
+// Puts PyTorch's own kernels in the place of torch_npu's, for every aten op. What happens to an op:
+//
+//   its name is in kTorchNpuOps     torch_npu's kernel stays: it makes npu tensors and views of them
+//   it has a kernel in this folder  that one
+//   it has a CPU kernel             the CPU kernel, on CPU aliases (fallback.h)
+//   PyTorch has a composite kernel  that one, on the npu tensors; it calls ops of the kinds above
+//   only torch_npu has a kernel     stays: op-plugin then calls the emulated aclnn interface, or fails by name
+//   nobody has a kernel             refused by name
+//
+// torch_npu also has autograd formulas of its own, which call ops that only an NPU has: PyTorch's come back.
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/core/enum_tag.h>
+#include <ATen/ops/histc.h>
+#include <c10/util/Exception.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <optional>
+#include <string>
+#include <unordered_set>
+#include <utility>
+
+#include "alias.h"
+#include "copy.h"
+#include "fallback.h"
+#include "random.h"
+#include "stream.h"
+
+namespace vllm_npu::emulator {
+namespace {
+
+using c10::DispatchKey;
+using c10::OperatorHandle;
+
+const std::unordered_set<std::string> kTorchNpuOps = {
+    "aten::_copy_from_and_resize",
+    "aten::_lazy_clone",
+    "aten::_pin_memory",
+    "aten::_reshape_alias",
+    "aten::_to_copy",
+    "aten::as_strided",
+    "aten::as_strided_",
+    "aten::empty.memory_format",
+    "aten::empty_like",
+    "aten::empty_strided",
+    "aten::is_pinned",
+    "aten::is_set_to",
+    "aten::new_empty_strided",
+    "aten::record_stream",
+    "aten::resize_",
+    "aten::resize_as_",
+    "aten::set_",
+    "aten::set_.source_Storage",
+    "aten::set_.source_Storage_storage_offset",
+    "aten::set_.source_Tensor",
+    "aten::set_.source_Tensor_storage_offset",
+    "aten::unfold",
+    "aten::view",
+    "aten::view_as_complex",
+    "aten::view_as_real",
+};
+
+const std::unordered_set<std::string> kOwnOps = {
+    "aten::_fused_sdp_choice", "aten::_local_scalar_dense", "aten::copy_", "aten::histc", "aten::native_dropout",
+};
+
+// Composites that choose an implementation by the kind of device, and would choose one of torch_npu's.
+const std::unordered_set<std::string> kWholeOnCpu = {
+    "aten::_convolution",
+    "aten::convolution",
+    "aten::convolution_backward",
+};
+
+// The CPU's histc has no integer types, the npu's has.
+at::Tensor histc(const at::Tensor& self, int64_t bins, const at::Scalar& low, const at::Scalar& high) {
+  trace("aten::histc");
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  wait_for_current_stream(self.device());
+  const auto values = cpu_alias(self);
+  const bool integral = at::isIntegralType(self.scalar_type(), /*includeBool=*/false);
+  const auto counts = at::histc(integral ? values.to(at::kDouble) : values, bins, low, high);
+  return counts.to(self.scalar_type()).to(self.device());
+}
+
+// 0 is the mathematical definition of attention, in ops that have CPU kernels.
+int64_t fused_sdp_choice(const at::Tensor&, const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&,
+                         double, bool, std::optional<double>, bool) {
+  return 0;
+}
+
+bool takes_tensors_or_device(const OperatorHandle& op) {
+  const auto& arguments = op.schema().arguments();
+  return std::any_of(arguments.begin(), arguments.end(), [](const c10::Argument& argument) {
+    return argument.name() == "device" || argument.type()->str().find("Tensor") != std::string::npos;
+  });
+}
+
+// Draws random numbers and takes no generator: the CPU kernel would use the CPU's.
+bool draws_without_generator(const OperatorHandle& op) {
+  const auto& arguments = op.schema().arguments();
+  return op.hasTag(at::Tag::nondeterministic_seeded) &&
+         std::none_of(arguments.begin(), arguments.end(),
+                      [](const c10::Argument& argument) { return argument.name() == "generator"; });
+}
+
+// PyTorch's composite kernel for devices without one of their own.
+std::optional<torch::CppFunction> composite_kernel(const OperatorHandle& op) {
+  using torch::CppFunction;
+  if (op.hasKernelForDispatchKey(DispatchKey::CompositeExplicitAutogradNonFunctional)) {
+    return CppFunction::makeFromBoxedFunction<
+        run_pytorch_kernel<DispatchKey::CompositeExplicitAutogradNonFunctional>>();
+  }
+  if (op.hasKernelForDispatchKey(DispatchKey::CompositeExplicitAutograd)) {
+    return CppFunction::makeFromBoxedFunction<run_pytorch_kernel<DispatchKey::CompositeExplicitAutograd>>();
+  }
+  if (op.hasKernelForDispatchKey(DispatchKey::CompositeImplicitAutograd)) {
+    return CppFunction::makeFromBoxedFunction<run_pytorch_kernel<DispatchKey::CompositeImplicitAutograd>>();
+  }
+  return {};
+}
+
+// PyTorch differentiates through what the op calls: a kernel for the device would cut the gradient off.
+bool is_differentiated_inside(const OperatorHandle& op) {
+  return op.hasKernelForDispatchKey(DispatchKey::CompositeImplicitAutograd) &&
+         !op.hasKernelForDispatchKey(DispatchKey::Autograd);
+}
+
+// The kernel for the device itself; nothing where what is there is right.
+std::optional<torch::CppFunction> device_kernel(const OperatorHandle& op) {
+  using torch::CppFunction;
+  const bool of_torch_npu = op.hasKernelForDispatchKey(DispatchKey::PrivateUse1);
+  if (kWholeOnCpu.count(full_name(op.operator_name()))) return CppFunction::makeFromBoxedFunction<run_on_cpu_aliases>();
+  if (op.hasKernelForDispatchKey(DispatchKey::CPU) && !is_differentiated_inside(op)) {
+    return draws_without_generator(op) ? CppFunction::makeFromBoxedFunction<refuse>()
+                                       : CppFunction::makeFromBoxedFunction<run_on_cpu_aliases>();
+  }
+  auto composite = composite_kernel(op);
+  if (composite) return of_torch_npu ? std::move(composite) : std::nullopt;
+  if (of_torch_npu) return {};
+  return CppFunction::makeFromBoxedFunction<refuse>();
+}
+
+// PyTorch's autograd kernel in the place of torch_npu's; nothing where torch_npu has none.
+std::optional<torch::CppFunction> autograd_kernel(const OperatorHandle& op) {
+  using torch::CppFunction;
+  if (!op.hasKernelForDispatchKey(DispatchKey::AutogradPrivateUse1)) return {};
+  if (op.hasKernelForDispatchKey(DispatchKey::CompositeImplicitAutograd)) {
+    return CppFunction::makeFromBoxedFunction<run_pytorch_kernel<DispatchKey::CompositeImplicitAutograd>>();
+  }
+  if (op.hasKernelForDispatchKey(DispatchKey::Autograd)) {
+    return CppFunction::makeFromBoxedFunction<run_pytorch_kernel<DispatchKey::Autograd>>();
+  }
+  return {};
+}
+
+void register_own_ops(torch::Library& library) {
+  library.impl("_fused_sdp_choice", TORCH_FN(fused_sdp_choice));
+  library.impl("_local_scalar_dense", TORCH_FN(local_scalar_dense));
+  library.impl("copy_", TORCH_FN(copy_));
+  library.impl("histc", TORCH_FN(histc));
+  library.impl("native_dropout", TORCH_FN(native_dropout));
+}
+
+// That a kernel replaces another is the purpose here, and PyTorch warns of it.
+class IgnoreWarnings : public c10::WarningHandler {
+  void process(const c10::Warning&) override {}
+};
+
+void register_all() {
+  IgnoreWarnings ignore_warnings;
+  const c10::WarningUtils::WarningHandlerGuard guard(&ignore_warnings);
+  // Never destroyed: at exit the dispatcher may be gone first.
+  auto* device = new torch::Library(torch::Library::IMPL, "aten", DispatchKey::PrivateUse1, __FILE__, __LINE__);
+  auto* autograd =
+      new torch::Library(torch::Library::IMPL, "aten", DispatchKey::AutogradPrivateUse1, __FILE__, __LINE__);
+  auto& dispatcher = c10::Dispatcher::singleton();
+  for (const auto& operator_name : dispatcher.getAllOpNames()) {
+    const auto op = dispatcher.findSchema(operator_name);
+    const auto name = full_name(operator_name);
+    if (!op || operator_name.getNamespace() != "aten" || !takes_tensors_or_device(*op)) continue;
+    if (auto kernel = autograd_kernel(*op)) autograd->impl(name.c_str(), std::move(*kernel));
+    if (kTorchNpuOps.count(name) || kOwnOps.count(name)) continue;
+    if (auto kernel = device_kernel(*op)) device->impl(name.c_str(), std::move(*kernel));
+  }
+  register_own_ops(*device);
+}
+
+const bool registered = [] {
+  register_all();
+  return true;
+}();
+
+}  // namespace
+}  // namespace vllm_npu::emulator

@@ -1,0 +1,203 @@
+// HCCL's calls that make, describe and destroy communicators.
+#include <unistd.h>
+
+#include <atomic>
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <mutex>
+
+#include "communicator.h"
+#include "runtime/device.h"
+#include "runtime/settings.h"
+
+namespace vllm_npu::emulator {
+namespace {
+
+// HCCL's own defaults, in seconds.
+constexpr int kDefaultConnectTimeout = 120;
+constexpr int kDefaultExecutionTimeout = 1836;
+
+// Handles are the addresses of the communicators.
+struct Registry {
+  std::mutex mutex;
+  std::map<HcclComm, std::shared_ptr<Communicator>> by_handle;
+};
+
+Registry& registry() {
+  static auto* all = new Registry;  // outlives the streams' threads
+  return *all;
+}
+
+std::chrono::seconds seconds_from(const char* variable, int fallback) {
+  const int seconds = std::atoi(environment(variable, "").c_str());
+  return std::chrono::seconds(seconds > 0 ? seconds : fallback);
+}
+
+int open_communicator(const char* function, const std::string& segment_name, std::uint32_t rank, std::uint32_t size,
+                      const HcclCommConfig* config, HcclComm* handle) {
+  if (handle == nullptr) return fail(HCCL_E_PTR, "%s: the place for the communicator is null", function);
+  if (require_device(function) != ACL_SUCCESS) return HCCL_E_RUNTIME;
+  std::string name = segment_name.substr(1);  // without the slash of shared memory's names
+  auto timeout = seconds_from("HCCL_EXEC_TIMEOUT", kDefaultExecutionTimeout);
+  if (config != nullptr) {
+    if (config->hcclCommName[0] != '\0')
+      name.assign(config->hcclCommName, strnlen(config->hcclCommName, COMM_NAME_MAX_LENGTH));
+    if (config->hcclExecTimeOut > 0) timeout = std::chrono::seconds(config->hcclExecTimeOut);
+  }
+  trace(function, "group=%s rank=%u size=%u", name.c_str(), rank, size);
+  std::shared_ptr<Communicator> communicator;
+  const auto connect_timeout = seconds_from("HCCL_CONNECT_TIMEOUT", kDefaultConnectTimeout);
+  const int code = Communicator::open(segment_name, static_cast<int>(rank), static_cast<int>(size), name,
+                                      connect_timeout, timeout, communicator);
+  if (code != HCCL_SUCCESS) return code;
+  const std::lock_guard<std::mutex> lock(registry().mutex);
+  *handle = communicator.get();
+  registry().by_handle[*handle] = communicator;
+  return HCCL_SUCCESS;
+}
+
+std::string segment_of(const HcclRootInfo& root) {
+  return std::string(root.internal, strnlen(root.internal, HCCL_ROOT_INFO_BYTES));
+}
+
+}  // namespace
+
+std::shared_ptr<Communicator> find_communicator(HcclComm handle) {
+  const std::lock_guard<std::mutex> lock(registry().mutex);
+  const auto found = registry().by_handle.find(handle);
+  if (found != registry().by_handle.end()) return found->second;
+  fail(HCCL_E_PARA, "%p is no HCCL communicator, or one that has been destroyed", handle);
+  return nullptr;
+}
+
+std::shared_ptr<Communicator> find_communicator_by_name(const std::string& name) {
+  const std::lock_guard<std::mutex> lock(registry().mutex);
+  for (const auto& entry : registry().by_handle) {
+    if (entry.second->name() == name) return entry.second;
+  }
+  return nullptr;
+}
+
+}  // namespace vllm_npu::emulator
+
+using namespace vllm_npu::emulator;
+
+HcclResult HcclGetRootInfo(HcclRootInfo* root) {
+  static std::atomic<unsigned> count{0};
+  trace(__func__);
+  *root = {};
+  // VLLM_NPU_EMULATOR_RUN lets the launcher find what killed processes left behind.
+  const auto now = std::chrono::system_clock::now().time_since_epoch().count();
+  std::snprintf(root->internal, sizeof root->internal, "/vllm_npu_emulator.%s.%d.%u.%lx",
+                environment("VLLM_NPU_EMULATOR_RUN", "0").substr(0, 64).c_str(), getpid(), count++,
+                static_cast<unsigned long>(now));
+  return HCCL_SUCCESS;
+}
+
+HcclResult HcclCommInitRootInfo(uint32_t size, const HcclRootInfo* root, uint32_t rank, HcclComm* communicator) {
+  if (root == nullptr) return HcclResult(fail(HCCL_E_PTR, "%s: the root info is null", __func__));
+  return HcclResult(open_communicator(__func__, segment_of(*root), rank, size, nullptr, communicator));
+}
+
+HcclResult HcclCommInitRootInfoConfig(uint32_t size, const HcclRootInfo* root, uint32_t rank,
+                                      const HcclCommConfig* config, HcclComm* communicator) {
+  if (root == nullptr) return HcclResult(fail(HCCL_E_PTR, "%s: the root info is null", __func__));
+  return HcclResult(open_communicator(__func__, segment_of(*root), rank, size, config, communicator));
+}
+
+// A group of some ranks of `parent`; all of these make the call, with the same ranks and id.
+HcclResult HcclCreateSubCommConfig(HcclComm* parent_handle, uint32_t size, uint32_t* ranks, uint64_t id, uint32_t rank,
+                                   HcclCommConfig* config, HcclComm* communicator) {
+  if (communicator == nullptr || parent_handle == nullptr) {
+    return HcclResult(fail(HCCL_E_PTR, "%s: a communicator is null", __func__));
+  }
+  const auto parent = find_communicator(*parent_handle);
+  if (parent == nullptr) return HCCL_E_PARA;
+  *communicator = nullptr;
+  if (ranks == nullptr) return HCCL_SUCCESS;  // this rank is not one of them
+  std::string segment_name = parent->segment_name() + ".";
+  char id_text[24];
+  std::snprintf(id_text, sizeof id_text, "%lx", static_cast<unsigned long>(id));
+  segment_name += id_text;
+  return HcclResult(open_communicator(__func__, segment_name, rank, size, config, communicator));
+}
+
+HcclResult HcclCommDestroy(HcclComm handle) {
+  trace(__func__);
+  const auto communicator = find_communicator(handle);
+  if (communicator == nullptr) return HCCL_E_PARA;
+  const std::lock_guard<std::mutex> lock(registry().mutex);
+  registry().by_handle.erase(handle);  // work that is still on a stream keeps it alive
+  return HCCL_SUCCESS;
+}
+
+HcclResult HcclGetCommName(HcclComm handle, char* name) {
+  const auto communicator = find_communicator(handle);
+  if (communicator == nullptr) return HCCL_E_PARA;
+  std::snprintf(name, COMM_NAME_MAX_LENGTH, "%s", communicator->name().c_str());
+  return HCCL_SUCCESS;
+}
+
+HcclResult HcclGetRankSize(HcclComm handle, uint32_t* size) {
+  const auto communicator = find_communicator(handle);
+  if (communicator == nullptr) return HCCL_E_PARA;
+  *size = static_cast<uint32_t>(communicator->size());
+  return HCCL_SUCCESS;
+}
+
+HcclResult HcclGetRankId(HcclComm handle, uint32_t* rank) {
+  const auto communicator = find_communicator(handle);
+  if (communicator == nullptr) return HCCL_E_PARA;
+  *rank = static_cast<uint32_t>(communicator->rank());
+  return HCCL_SUCCESS;
+}
+
+HcclResult HcclGetCommAsyncError(HcclComm handle, HcclResult* error) {
+  const auto communicator = find_communicator(handle);
+  if (communicator == nullptr) return HCCL_E_PARA;
+  *error = HcclResult(communicator->failure());
+  return HCCL_SUCCESS;
+}
+
+// Of HcclCommConfig, the name and the time-out are honoured. Buffer size, determinism, expansion mode, rank and job
+// ids concern how a real communicator works, not its results: accepted.
+uint32_t HcclGetCommConfigCapability() { return HCCL_COMM_CONFIG_ALGO; }
+
+HcclResult HcclSetConfig(HcclConfig, HcclConfigValue) { return HCCL_SUCCESS; }  // reductions are always deterministic
+
+HcclResult HcclGetConfig(HcclConfig config, HcclConfigValue* value) {
+  value->value = config == HCCL_DETERMINISTIC;
+  return HCCL_SUCCESS;
+}
+
+const char* HcclGetErrorString(HcclResult code) {
+  switch (code) {
+    case HCCL_SUCCESS:
+      return "no error";
+    case HCCL_E_PARA:
+      return "parameter error";
+    case HCCL_E_PTR:
+      return "empty pointer";
+    case HCCL_E_MEMORY:
+      return "memory error";
+    case HCCL_E_INTERNAL:
+      return "internal error";
+    case HCCL_E_NOT_SUPPORT:
+      return "feature not supported";
+    case HCCL_E_NOT_FOUND:
+      return "resource not found";
+    case HCCL_E_UNAVAIL:
+      return "resource unavailable";
+    case HCCL_E_SYSCALL:
+      return "system call error";
+    case HCCL_E_TIMEOUT:
+      return "time-out";
+    case HCCL_E_RUNTIME:
+      return "runtime call error";
+    default:
+      return "unknown HCCL error";
+  }
+}

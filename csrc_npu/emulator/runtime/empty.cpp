@@ -1,0 +1,1 @@
+// For libraries that only hand on libascendcl.so.

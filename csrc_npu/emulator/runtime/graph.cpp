@@ -1,0 +1,9 @@
+// Graph capture is not emulated. Only the question whether a stream is being captured has an answer: no.
+#include "acl/acl.h"
+#include "acl/acl_mdl.h"
+
+aclError aclmdlRICaptureGetInfo(aclrtStream, aclmdlRICaptureStatus* status, aclmdlRI* graph) {
+  *status = ACL_MODEL_RI_CAPTURE_STATUS_NONE;
+  if (graph != nullptr) *graph = nullptr;
+  return ACL_SUCCESS;
+}

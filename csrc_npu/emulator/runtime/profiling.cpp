@@ -1,0 +1,17 @@
+// Profiling never starts on the emulated device: registering for it is accepted, and no callback ever comes.
+#include <cstdint>
+
+#include "runtime.h"
+
+extern "C" {
+
+EMULATOR_API int32_t MsprofRegisterCallback(uint32_t /*module*/, int32_t (* /*handle*/)(uint32_t, void*, uint32_t)) {
+  return 0;
+}
+
+EMULATOR_API uint64_t MsprofSysCycleTime() { return 0; }
+
+EMULATOR_API int32_t MsprofReportApi(uint32_t, const void*) {
+  return vllm_npu::emulator::fail(ACL_ERROR_PROFILING_FAILURE, "MsprofReportApi: profiling is not emulated");
+}
+}

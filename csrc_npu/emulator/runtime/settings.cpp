@@ -1,0 +1,88 @@
+#include "settings.h"
+
+#include <algorithm>
+#include <cerrno>
+#include <cstdlib>
+
+namespace vllm_npu::emulator {
+namespace {
+
+constexpr int kDefaultDevices = 16;  // of an A3 node
+constexpr char kDefaultCannVersion[] = "8.5.0";
+constexpr std::uint64_t kMaxDevices = 1024;
+constexpr std::uint64_t kMaxMemoryGb = 1024;
+
+struct Settings {
+  int devices = kDefaultDevices;
+  std::size_t memory_bytes = 0;
+  std::optional<std::uint64_t> seed;
+  std::string cann_version;
+  std::string fault;
+};
+
+// The variable as a whole number; on anything else, `fault` says so.
+std::optional<std::uint64_t> read_number(const char* name, std::uint64_t largest, std::string& fault) {
+  const std::string text = environment(name, "");
+  if (text.empty()) return std::nullopt;
+  errno = 0;
+  char* end = nullptr;
+  const std::uint64_t value = std::strtoull(text.c_str(), &end, 10);
+  const bool is_number = std::all_of(text.begin(), text.end(), [](char c) { return c >= '0' && c <= '9'; });
+  if (!is_number || errno != 0 || *end != '\0' || value > largest) {
+    fault = std::string(name) + "=" + text + ": set it to a whole number from 0 to " + std::to_string(largest);
+    return std::nullopt;
+  }
+  return value;
+}
+
+// How many of the devices ASCEND_RT_VISIBLE_DEVICES leaves: those listed before the first that does not exist.
+int count_visible(const std::string& list, int existing) {
+  int count = 0;
+  std::size_t position = 0;
+  while (position <= list.size()) {
+    const std::size_t comma = std::min(list.find(',', position), list.size());
+    const std::string item = list.substr(position, comma - position);
+    char* end = nullptr;
+    const long device = std::strtol(item.c_str(), &end, 10);
+    if (end == item.c_str() || device < 0 || device >= existing) break;
+    ++count;
+    position = comma + 1;
+  }
+  return count;
+}
+
+Settings read_settings() {
+  Settings settings;
+  // A node always has a device for each rank that a launcher starts on it.
+  const auto local_ranks = read_number("LOCAL_WORLD_SIZE", kMaxDevices, settings.fault);
+  settings.devices = std::max(kDefaultDevices, static_cast<int>(local_ranks.value_or(0)));
+  if (const auto devices = read_number("VLLM_NPU_EMULATOR_DEVICES", kMaxDevices, settings.fault)) {
+    settings.devices = static_cast<int>(*devices);
+  }
+  const std::string visible = environment("ASCEND_RT_VISIBLE_DEVICES", "");
+  if (!visible.empty()) settings.devices = count_visible(visible, settings.devices);
+  settings.memory_bytes = read_number("VLLM_NPU_EMULATOR_MEMORY_GB", kMaxMemoryGb, settings.fault).value_or(0) << 30;
+  settings.seed = read_number("VLLM_NPU_EMULATOR_ASYNC", UINT64_MAX, settings.fault);
+  settings.cann_version = environment("VLLM_NPU_EMULATOR_CANN", kDefaultCannVersion);
+  return settings;
+}
+
+const Settings& settings() {
+  static const Settings read = read_settings();
+  return read;
+}
+
+}  // namespace
+
+std::string environment(const char* name, const char* fallback) {
+  const char* text = std::getenv(name);
+  return text != nullptr && *text != '\0' ? text : fallback;
+}
+
+int visible_device_count() { return settings().devices; }
+std::size_t configured_memory_bytes() { return settings().memory_bytes; }
+std::optional<std::uint64_t> asynchronous_seed() { return settings().seed; }
+const std::string& cann_version() { return settings().cann_version; }
+const std::string& settings_fault() { return settings().fault; }
+
+}  // namespace vllm_npu::emulator

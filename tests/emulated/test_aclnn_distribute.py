@@ -1,0 +1,626 @@
+"""npu_moe_distribute_dispatch(_v2) and combine(_v2) over real HCCL groups, against their documents in plain Python.
+
+Every rank makes all ranks' data from one seed, so what it must receive is known without communication.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from vllm_npu.device import portable_ops
+from vllm_npu.transport.torch_dist import TorchDistTransport
+
+pytestmark = pytest.mark.emulated
+
+npu = torch.ops.npu
+
+WIDTH = 1024  # the least that A3 takes
+TOP_K = 3
+EXPERTS_PER_RANK = 4
+UNDEFINED = torch.iinfo(torch.int32).min
+Triple = tuple[int, int, int]  # source rank, token, k
+
+
+def random_rows(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layer's routing, as all ranks together see it."""
+
+    num_ranks: int
+    tokens: list[int]  # by rank
+    dtype: torch.dtype = torch.bfloat16
+    masks: list[torch.Tensor] | None = None  # by rank: [B] or [B, K]
+    shared_experts: int = 0
+    shared_ranks: int = 0
+    special: tuple[int, int, int] = (0, 0, 0)  # zero, copy, constant
+    global_bs: int = 0
+    top_k: int = TOP_K
+    seed: int = 0
+    x: list[torch.Tensor] = field(init=False)
+    ids: list[torch.Tensor] = field(init=False)
+    weights: list[torch.Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        ids = self.experts + sum(self.special)
+
+        def ids_of(rank: int) -> torch.Tensor:
+            generator = torch.Generator().manual_seed(1000 * self.seed + rank)
+            return torch.rand(self.tokens[rank], ids, generator=generator).argsort(1)[:, : self.top_k].int()
+
+        ranks = range(self.num_ranks)
+        object.__setattr__(
+            self, "x", [random_rows(self.tokens[r], WIDTH, seed=10 + r, dtype=self.dtype) for r in ranks]
+        )
+        object.__setattr__(self, "ids", [ids_of(r) for r in ranks])
+        object.__setattr__(self, "weights", [random_rows(self.tokens[r], self.top_k, seed=50 + r) for r in ranks])
+
+    @property
+    def experts(self) -> int:
+        return EXPERTS_PER_RANK * (self.num_ranks - self.shared_ranks)
+
+    def active(self, rank: int) -> torch.Tensor:
+        """[B, K] bool."""
+        shape = self.ids[rank].shape
+        if self.masks is None:
+            return torch.ones(shape, dtype=torch.bool)
+        mask = self.masks[rank]
+        return mask if mask.dim() == 2 else mask[:, None].expand(shape)
+
+    def arrivals(self, rank: int) -> list[list[list[Triple]]]:
+        """[local expert][source rank]: the triples, in the order in which they lie in expand_x."""
+        ranks = range(self.num_ranks)
+        if rank < self.shared_ranks:
+            copies = self.shared_ranks // self.shared_experts
+            shared = rank // copies
+            served = [source for source in ranks if source % copies == rank % copies]
+            return [
+                [
+                    [(s, t, self.top_k + shared) for t in range(self.tokens[s]) if self.active(s)[t].any()]
+                    if s in served
+                    else []
+                    for s in ranks
+                ]
+            ]
+        first = (rank - self.shared_ranks) * EXPERTS_PER_RANK
+        return [
+            [
+                [
+                    (s, t, k)
+                    for t in range(self.tokens[s])
+                    for k in range(self.top_k)
+                    if self.ids[s][t, k] == expert and self.active(s)[t, k]
+                ]
+                for s in ranks
+            ]
+            for expert in range(first, first + EXPERTS_PER_RANK)
+        ]
+
+    def members(self, rank: int) -> dict[str, Any]:
+        """The arguments that both ops take."""
+        zero, copy, constant = self.special
+        mask = None if self.masks is None else self.masks[rank].npu()
+        return {
+            "group_ep": group_name(),
+            "ep_world_size": self.num_ranks,
+            "ep_rank_id": rank,
+            "moe_expert_num": self.experts,
+            "shared_expert_num": self.shared_experts,
+            "shared_expert_rank_num": self.shared_ranks,
+            "global_bs": self.global_bs,
+            "x_active_mask": mask,
+            "zero_expert_num": zero,
+            "copy_expert_num": copy,
+            "const_expert_num": constant,
+        }
+
+
+def group_name() -> str:
+    backend = dist.group.WORLD._get_backend(torch.device("npu"))
+    return backend.get_hccl_comm_name(dist.get_rank())
+
+
+@dataclass(frozen=True)
+class Dispatched:
+    expand_x: torch.Tensor
+    dynamic_scales: torch.Tensor
+    assist_info: torch.Tensor
+    expert_token_nums: torch.Tensor
+    recv_counts: torch.Tensor
+    tp_recv_counts: torch.Tensor
+    expand_scales: torch.Tensor
+
+
+def dispatch(case: Case, rank: int, **changes: Any) -> Dispatched:
+    arguments = case.members(rank) | changes
+    return Dispatched(*npu.npu_moe_distribute_dispatch_v2(case.x[rank].npu(), case.ids[rank].npu(), **arguments))
+
+
+def combine(case: Case, rank: int, rows: torch.Tensor, sent: Dispatched, **changes: Any) -> torch.Tensor:
+    arguments = case.members(rank) | changes
+    return npu.npu_moe_distribute_combine_v2(
+        rows,
+        case.ids[rank].npu(),
+        sent.assist_info,
+        sent.recv_counts,
+        case.weights[rank].npu(),
+        **arguments,
+    )
+
+
+def flat(arrivals: list[list[list[Triple]]]) -> list[Triple]:
+    return [triple for by_source in arrivals for triples in by_source for triple in triples]
+
+
+def is_undefined(x: torch.Tensor) -> bool:
+    if x.is_floating_point():
+        return bool(x.isnan().all())
+    return bool((x == torch.iinfo(x.dtype).min).all())
+
+
+# --- What runs in the ranks ---
+
+
+def check_layout(case: Case, rank: int) -> Dispatched:
+    """Rows, counts, triples and tails of one dispatch without quantisation."""
+    arrivals = case.arrivals(rank)
+    triples = flat(arrivals)
+    sent = dispatch(case, rank)
+    tokens = case.global_bs // case.num_ranks if case.global_bs else case.tokens[rank]
+    if rank < case.shared_ranks:
+        copies = case.shared_ranks // case.shared_experts
+        assert len(sent.expand_x) == tokens * -(-case.num_ranks // copies)
+    else:
+        assert len(sent.expand_x) == tokens * case.num_ranks * min(EXPERTS_PER_RANK, case.top_k)
+    rows = sent.expand_x.cpu()
+    for row, (source, token, _) in zip(rows, triples, strict=False):
+        assert torch.equal(row, case.x[source][token])
+    assert is_undefined(rows[len(triples) :])
+    assert is_undefined(sent.dynamic_scales.cpu())
+    assert len(rows) > len(triples) or rank < case.shared_ranks, "the case must have a tail"
+    assist = sent.assist_info.cpu()
+    assert assist[: 3 * len(triples)].view(-1, 3).tolist() == [list(triple) for triple in triples]
+    assert is_undefined(assist[3 * len(triples) :])
+    sizes = torch.tensor([[len(part) for part in by_source] for by_source in arrivals])
+    assert sent.recv_counts.tolist() == sizes.flatten().cumsum(0).tolist()
+    assert sent.expert_token_nums.tolist() == sizes.sum(1).tolist()
+    return sent
+
+
+def layouts(rank: int, num_ranks: int) -> None:
+    even = [5] * num_ranks
+    prefixes = [torch.arange(5) < (source * 2) % 6 for source in range(num_ranks)]
+    pairs = [random_rows(5, TOP_K, seed=90 + source) > 0 for source in range(num_ranks)]
+    uneven = [(3 * source) % 7 for source in range(num_ranks)]
+    cases = [
+        Case(num_ranks, even),
+        Case(num_ranks, even, dtype=torch.float16, global_bs=5 * num_ranks),
+        Case(num_ranks, even, masks=prefixes),
+        Case(num_ranks, even, masks=pairs),
+        Case(num_ranks, even, masks=[torch.zeros(5, dtype=torch.bool)] * num_ranks),
+        Case(num_ranks, uneven, global_bs=7 * num_ranks),
+        Case(num_ranks, [4] * num_ranks, special=(1, 2, 1), top_k=5),
+    ]
+    if num_ranks >= 4:
+        cases.append(Case(num_ranks, even, shared_experts=1, shared_ranks=2))
+        cases.append(Case(num_ranks, even, shared_experts=2, shared_ranks=2, masks=prefixes))
+    for case in cases:
+        sent = check_layout(case, rank)
+        combine(case, rank, sent.expand_x, sent, **special_arguments(case, rank))
+    case = cases[0]
+    cumulative = dispatch(case, rank, expert_token_nums_type=0)
+    sizes = torch.tensor([sum(map(len, by_source)) for by_source in case.arrivals(rank)])
+    assert cumulative.expert_token_nums.tolist() == sizes.cumsum(0).tolist()
+
+
+def special_arguments(case: Case, rank: int) -> dict[str, Any]:
+    _, copy, constant = case.special
+    arguments: dict[str, Any] = {}
+    if copy or constant:
+        arguments["ori_x"] = case.x[rank].npu()
+    if constant:
+        arguments["const_expert_alpha_1"] = random_rows(constant, seed=70, dtype=case.dtype).npu()
+        arguments["const_expert_alpha_2"] = random_rows(constant, seed=71, dtype=case.dtype).npu()
+        arguments["const_expert_v"] = random_rows(constant, WIDTH, seed=72, dtype=case.dtype).npu()
+    return arguments
+
+
+def experts_weights(case: Case) -> torch.Tensor:
+    """[experts, WIDTH, WIDTH]; the same on all ranks."""
+    return random_rows(case.experts, WIDTH, WIDTH, seed=123, dtype=case.dtype) / 32
+
+
+def dense_layers(rank: int, num_ranks: int, dtype: torch.dtype) -> None:
+    """dispatch -> grouped_matmul -> combine equals every token through all its experts on one rank."""
+    masks = [torch.arange(6) < 6 - source % 3 for source in range(num_ranks)]
+    case = Case(num_ranks, [6] * num_ranks, dtype=dtype, masks=masks)
+    weights = experts_weights(case)
+    own = weights[rank * EXPERTS_PER_RANK : (rank + 1) * EXPERTS_PER_RANK].npu()
+    sent = dispatch(case, rank)
+    [rows] = npu.npu_grouped_matmul(
+        [sent.expand_x], [own], group_list=sent.expert_token_nums, split_item=2, group_type=0, group_list_type=1
+    )
+    out = combine(case, rank, rows, sent).cpu()
+    wanted = torch.zeros(6, WIDTH)
+    for k in range(case.top_k):
+        for token in range(6):
+            row = (case.x[rank][token].float() @ weights[case.ids[rank][token, k]].float()).to(dtype).float()
+            wanted[token] = wanted[token] + row * case.weights[rank][token, k]
+    valid = int(masks[rank].sum())
+    torch.testing.assert_close(out[:valid].float(), wanted[:valid].to(dtype).float(), rtol=2e-2, atol=2e-2)
+    assert is_undefined(out[valid:])
+
+
+def product_int8(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """rint(x * (127 / max|x|)) and its scale."""
+    factor = torch.tensor(127.0) / rows.float().abs().amax(1, keepdim=True)  # a number / x is x.reciprocal() * number
+    return (rows.float() * factor).round().to(torch.int8), (1 / factor).squeeze(1)
+
+
+def quantised_layers(rank: int, num_ranks: int) -> None:
+    """int8 rows and scales to the bit; int8 grouped_matmul after them, within int8's error of the dense layer."""
+    case = Case(num_ranks, [6] * num_ranks)
+    triples = flat(case.arrivals(rank))
+    sent = dispatch(case, rank, quant_mode=2)
+    wanted, scales = product_int8(torch.stack([case.x[source][token] for source, token, _ in triples]))
+    assert torch.equal(sent.expand_x[: len(triples)].cpu(), wanted)
+    assert torch.equal(sent.dynamic_scales[: len(triples)].cpu(), scales)
+    assert is_undefined(sent.expand_x[len(triples) :].cpu())
+    assert is_undefined(sent.dynamic_scales[len(triples) :].cpu())
+    weights = experts_weights(case)
+    own = weights[rank * EXPERTS_PER_RANK : (rank + 1) * EXPERTS_PER_RANK].float()
+    weight_scales = own.abs().amax(1) / 127
+    own_int8 = (own / weight_scales[:, None]).round().to(torch.int8)
+    [rows] = npu.npu_grouped_matmul(
+        [sent.expand_x],
+        [own_int8.npu()],
+        scale=[weight_scales.bfloat16().npu()],
+        per_token_scale=[sent.dynamic_scales],
+        group_list=sent.expert_token_nums,
+        split_item=2,
+        group_type=0,
+        group_list_type=1,
+        output_dtype=torch.bfloat16,
+    )
+    out = combine(case, rank, rows, sent).cpu()
+    dense = torch.zeros(6, WIDTH)
+    for k in range(case.top_k):
+        product = torch.einsum("th,thd->td", case.x[rank].float(), weights[case.ids[rank][:, k].long()].float())
+        dense += product * case.weights[rank][:, k, None]
+    assert (out.float() - dense).abs().max() < 0.03 * dense.abs().max()
+
+    smooth = random_rows(case.experts, WIDTH, seed=77).abs() + 0.5
+    smoothed = dispatch(case, rank, quant_mode=2, scales=smooth.npu())
+    by_expert = [case.ids[source][token, k].item() for source, token, k in triples]
+    wanted, scales = product_int8(
+        torch.stack([case.x[s][t].float() * smooth[e] for (s, t, _), e in zip(triples, by_expert, strict=True)])
+    )
+    assert torch.equal(smoothed.expand_x[: len(triples)].cpu(), wanted)
+
+
+def combines(rank: int, num_ranks: int) -> None:
+    """What combine adds up, to the bit: weights, special and shared experts, shared_expert_x, int8 on the wire."""
+    plain = Case(num_ranks, [5] * num_ranks, special=(1, 1, 2), top_k=6)
+    sent = dispatch(plain, rank)
+    special = special_arguments(plain, rank)
+    own_shared = random_rows(5, WIDTH, seed=31, dtype=plain.dtype)
+    out = combine(plain, rank, sent.expand_x, sent, shared_expert_x=own_shared.npu(), **special).cpu()
+    x = plain.x[rank].float()
+    total = torch.zeros(5, WIDTH)
+    alpha_1, alpha_2, v = (special[f"const_expert_{name}"].cpu().float() for name in ("alpha_1", "alpha_2", "v"))
+    for token in range(5):
+        for k, expert in enumerate(plain.ids[rank][token].tolist()):
+            kind = expert - plain.experts
+            addend = x[token]
+            if kind == 0:
+                continue
+            if kind >= 2:
+                addend = x[token] * alpha_1[kind - 2] + v[kind - 2] * alpha_2[kind - 2]
+            total[token] = total[token] + addend * plain.weights[rank][token, k]
+    assert bool((plain.ids[rank] >= plain.experts).any())
+    assert torch.equal(out, (total + own_shared.float()).to(plain.dtype))
+
+    sent = dispatch(plain, rank)
+    coarse = combine(plain, rank, sent.expand_x, sent, comm_quant_mode=2, **special).cpu()
+    assert (coarse.float() - total).abs().max() < 0.05 * total.abs().max()
+    assert not torch.equal(coarse, total.to(plain.dtype))
+
+    pairs = [random_rows(5, TOP_K, seed=95 + source) > 0.3 for source in range(num_ranks)]
+    masked = Case(num_ranks, [5] * num_ranks, masks=pairs)
+    sent = dispatch(masked, rank)
+    out = combine(masked, rank, sent.expand_x, sent).cpu()
+    for token in range(5):
+        if not pairs[rank][token].any():
+            assert is_undefined(out[token])
+            continue
+        wanted = torch.zeros(WIDTH)
+        for k in range(TOP_K):
+            if pairs[rank][token, k]:
+                wanted = wanted + masked.x[rank][token].float() * masked.weights[rank][token, k]
+        assert torch.equal(out[token], wanted.to(masked.dtype))
+
+
+def shared_expert_ranks(rank: int, num_ranks: int) -> None:
+    """Rows that come back from ranks with shared experts are added as they are."""
+    case = Case(num_ranks, [5] * num_ranks, shared_experts=2, shared_ranks=2)
+    sent = dispatch(case, rank)
+    out = combine(case, rank, sent.expand_x, sent).cpu()
+    x = case.x[rank].float()
+    total = torch.zeros(5, WIDTH)
+    for k in range(TOP_K):
+        total = total + x * case.weights[rank][:, k, None]
+    assert torch.equal(out, (total + x + x).to(case.dtype))
+
+
+def same_as_portable_ops(rank: int, num_ranks: int, quant_mode: int) -> None:
+    """The project's own definition of both ops gives the same bits, but for the last one of its factors to int8."""
+    transport = TorchDistTransport(dist.new_group(backend="gloo"), "ep")
+    masks = [torch.arange(6) < 6 - source % 4 for source in range(num_ranks)]
+    case = Case(num_ranks, [6] * num_ranks, masks=masks)
+    arguments = {"group_ep": transport, "moe_expert_num": case.experts, "x_active_mask": masks[rank]}
+    wanted = portable_ops.npu_moe_distribute_dispatch_v2(
+        case.x[rank], case.ids[rank], quant_mode=quant_mode, **arguments
+    )
+    sent = dispatch(case, rank, quant_mode=quant_mode)
+    one_unit = 1 if quant_mode else 0
+    torch.testing.assert_close(sent.expand_x.cpu(), wanted.expand_x, rtol=0, atol=one_unit, equal_nan=True)
+    assert torch.equal(sent.assist_info.cpu(), wanted.assist_info_for_combine)
+    assert torch.equal(sent.expert_token_nums.cpu(), wanted.expert_token_nums)
+    assert torch.equal(sent.recv_counts.cpu(), wanted.ep_recv_counts)
+    if wanted.dynamic_scales is not None:
+        torch.testing.assert_close(sent.dynamic_scales.cpu(), wanted.dynamic_scales, rtol=2e-7, atol=0, equal_nan=True)
+    rows = random_rows(*sent.expand_x.shape, seed=rank, dtype=case.dtype)
+    out = combine(case, rank, rows.npu(), sent).cpu()
+    wanted_out = portable_ops.npu_moe_distribute_combine_v2(
+        rows,
+        case.ids[rank],
+        wanted.assist_info_for_combine,
+        wanted.ep_recv_counts,
+        case.weights[rank],
+        **arguments,
+    )
+    torch.testing.assert_close(out, wanted_out, rtol=0, atol=0, equal_nan=True)
+
+
+def version_1(rank: int, num_ranks: int) -> None:
+    """The first version of both ops: its third output counts a rank's earlier rows to the same expert."""
+    case = Case(num_ranks, [5] * num_ranks)
+    later = ("zero_expert_num", "copy_expert_num", "const_expert_num")
+    members = {name: value for name, value in case.members(rank).items() if name not in later}
+    out = npu.npu_moe_distribute_dispatch(case.x[rank].npu(), case.ids[rank].npu(), **members)
+    flat_ids = case.ids[rank].flatten().tolist()
+    assert out[2].tolist() == [flat_ids[:pair].count(expert) for pair, expert in enumerate(flat_ids)]
+    triples = flat(case.arrivals(rank))
+    assert torch.equal(out[0][: len(triples)].cpu(), torch.stack([case.x[s][t] for s, t, _ in triples]))
+    restored = npu.npu_moe_distribute_combine(
+        out[0], case.ids[rank].npu(), out[2], out[4], case.weights[rank].npu(), **members
+    ).cpu()
+    total = torch.zeros(5, WIDTH)
+    for k in range(TOP_K):
+        total = total + case.x[rank].float() * case.weights[rank][:, k, None]
+    assert torch.equal(restored, total.to(case.dtype))
+
+
+def refused(text: str, call: Callable[[], Any]) -> None:
+    with pytest.raises(RuntimeError, match=text):
+        call()
+
+
+def refused_arguments(rank: int, num_ranks: int) -> None:
+    """Arguments that are not honoured, refused by name before anything is sent."""
+    case = Case(num_ranks, [5] * num_ranks)
+    for changes, text in (
+        ({"tp_world_size": 2}, r"(?s)561002.*tp_world_size=2"),
+        ({"expert_shard_type": 1}, r"(?s)561002.*expert_shard_type=1"),
+        ({"elastic_info": torch.zeros(8, dtype=torch.int32).npu()}, r"(?s)161002.*elastic_info"),
+        ({"performance_info": torch.zeros(8, dtype=torch.int64).npu()}, r"(?s)161002.*performance_info"),
+        ({"comm_alg": "hierarchy"}, r"(?s)561002.*comm_alg=hierarchy"),
+        ({"quant_mode": 1}, r"(?s)561002.*quant_mode=1"),
+        ({"scales": torch.ones(case.experts, WIDTH).npu()}, r"(?s)561002.*scales is given, but quant_mode=0"),
+        ({"scales": torch.ones(3, WIDTH).npu(), "quant_mode": 2}, r"(?s)561002.*scales has the shape"),
+        ({"moe_expert_num": case.experts + 1}, r"(?s)561002.*moe_expert_num="),
+        ({"global_bs": 5 * num_ranks + 1}, r"(?s)561002.*global_bs="),
+        ({"x_active_mask": torch.ones(5).npu()}, r"(?s)161002.*x_active_mask is Float"),
+        ({"x_active_mask": torch.ones(4, dtype=torch.bool).npu()}, r"(?s)561002.*x_active_mask has the shape"),
+        ({"expert_scales": torch.ones(5, TOP_K + 1).npu()}, r"(?s)561002.*expert_scales has the shape"),
+    ):
+        refused(text, lambda changes=changes: dispatch(case, rank, **changes))
+    refused(r"(?s)161002.*expert_ids is Long", lambda: dispatch_of(case, rank, ids=case.ids[rank].long()))
+    refused(r"(?s)161002.*x is Float", lambda: dispatch_of(case, rank, x=case.x[rank].float()))
+    sent = dispatch(case, rank)
+    for changes, text in (
+        ({"comm_quant_mode": 1}, r"(?s)561002.*comm_quant_mode=1"),
+        ({"ori_x": case.x[rank].npu()}, r"(?s)161002.*ori_x is given"),
+        ({"copy_expert_num": 1}, r"(?s)161001.*ori_x is missing"),
+        ({"shared_expert_x": case.x[rank][:2].npu()}, r"(?s)561002.*shared_expert_x has the shape"),
+        ({"comm_alg": "ring"}, r"(?s)561002.*comm_alg=ring"),
+    ):
+        refused(text, lambda changes=changes: combine(case, rank, sent.expand_x, sent, **changes))
+    combine(case, rank, sent.expand_x, sent)  # the dispatch still waits for it
+
+
+def dispatch_of(case: Case, rank: int, x: torch.Tensor | None = None, ids: torch.Tensor | None = None) -> Any:
+    x = case.x[rank] if x is None else x
+    ids = case.ids[rank] if ids is None else ids
+    return npu.npu_moe_distribute_dispatch_v2(x.npu(), ids.npu(), **case.members(rank))
+
+
+def refused_values(rank: int, num_ranks: int) -> None:
+    """What the device would answer with wrong data or a hang; every rank refuses, and the group still works."""
+    case = Case(num_ranks, [5] * num_ranks)
+    last = num_ranks - 1
+    others = f"rank {last} refused: "
+
+    hole = torch.tensor([True, False, True, True, True])
+    mask = hole if rank == last else torch.ones(5, dtype=torch.bool)
+    text = "x_active_mask has a hole"
+    refused(text if rank == last else others + text, lambda: dispatch(case, rank, x_active_mask=mask.npu()))
+
+    twice = case.ids[rank].clone()
+    twice[3, 2] = twice[3, 0]
+    text = "expert_ids has an id twice"
+    ids = twice if rank == last else case.ids[rank]
+    refused(text if rank == last else others + text, lambda: dispatch_of(case, rank, ids=ids))
+
+    too_large = case.ids[rank].clone()
+    too_large[2, 1] = case.experts
+    text = f"expert_ids has the id {case.experts}; ids must be in"
+    ids = too_large if rank == last else case.ids[rank]
+    refused(text if rank == last else others + text, lambda: dispatch_of(case, rank, ids=ids))
+
+    bs = 6 * num_ranks if rank == last else 5 * num_ranks
+    refused(f"global_bs={6 * num_ranks}", lambda: dispatch(case, rank, global_bs=bs))
+    refused("quant_mode=2", lambda: dispatch(case, rank, quant_mode=2 if rank == last else 0))
+    wide = torch.cat([case.x[rank]] * 2, 1) if rank == last else case.x[rank]
+    refused(f"H={2 * WIDTH}", lambda: dispatch_of(case, rank, x=wide))
+    more = torch.arange(TOP_K + 1, dtype=torch.int32).repeat(5, 1) if rank == last else case.ids[rank]
+    refused(f"K={TOP_K + 1}", lambda: dispatch_of(case, rank, ids=more))
+
+    tokens = [5] * last + [4]
+    uneven = Case(num_ranks, tokens, global_bs=5 * num_ranks, masks=[torch.ones(n, dtype=torch.bool) for n in tokens])
+    refused("x_active_mask needs as many tokens on all ranks", lambda: dispatch(uneven, rank))
+    too_many = Case(num_ranks, [5] * last + [6], global_bs=5 * num_ranks)
+    refused("global_bs=[0-9]+ allows 5 tokens a rank", lambda: dispatch(too_many, rank))
+
+    # Pairing.
+    sent = dispatch(case, rank)
+    combine(case, rank, sent.expand_x, sent)
+    refused("has no dispatch without its combine", lambda: combine(case, rank, sent.expand_x, sent))
+    other = dist.new_group(list(range(num_ranks)))
+    dist.barrier(group=other)
+    name = other._get_backend(torch.device("npu")).get_hccl_comm_name(rank)
+    sent = dispatch(case, rank)
+    refused(
+        f"group_ep {name} has no dispatch without its combine \\(a dispatch waits on {group_name()}\\)",
+        lambda: combine(case, rank, sent.expand_x, sent, group_ep=name),
+    )
+    combine(case, rank, sent.expand_x, sent)
+    first = dispatch(case, rank)
+    another = Case(num_ranks, [5] * num_ranks, seed=9)
+    dispatch(another, rank)
+    refused("expert_ids differ from those of the dispatch", lambda: combine(case, rank, first.expand_x, first))
+    prefix = torch.arange(5) < 3
+    sent = dispatch(case, rank, x_active_mask=prefix.npu())
+    refused("x_active_mask differs", lambda: combine(case, rank, sent.expand_x, sent))
+    refused("group_ep nowhere names no HCCL communicator", lambda: dispatch(case, rank, group_ep="nowhere"))
+    swapped = num_ranks - 1 - rank
+    if swapped != rank:
+        refused("is not this process's place in group_ep", lambda: dispatch(case, rank, ep_rank_id=swapped))
+
+    # One rank calls another op.
+    text = "the ranks made different calls"
+    if rank == last:
+        refused(text, lambda: dist.all_reduce(torch.ones(3).npu()))
+    else:
+        refused(text, lambda: dispatch(case, rank))
+    check_layout(case, rank)
+
+
+def refused_sizes(rank: int, num_ranks: int, sizes: list[tuple[dict[str, int], str]]) -> None:
+    """Sizes outside the chip's limits. Nothing is sent, so the group needs no such size."""
+    for size, text in sizes:
+        tokens, width, top_k = size.get("tokens", 4), size.get("width", WIDTH), size.get("top_k", 2)
+        world_size = size.get("world_size", num_ranks)
+        experts = size.get("experts", EXPERTS_PER_RANK * world_size)
+        x = torch.zeros(tokens, width, dtype=torch.bfloat16).npu()
+        ids = torch.zeros(tokens, top_k, dtype=torch.int32).npu()
+        refused(
+            rf"(?s)561002.*{text}",
+            lambda x=x, ids=ids, world_size=world_size, experts=experts: npu.npu_moe_distribute_dispatch_v2(
+                x, ids, group_name(), world_size, rank, experts
+            ),
+        )
+
+
+# --- The tests ---
+
+SYNCHRONOUS = {"TASK_QUEUE_ENABLE": "0"}  # torch_npu raises an op's error in the call that made it
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4, 8])
+def test_layouts_and_tails(num_ranks: int, run_in_ranks) -> None:
+    run_in_ranks(layouts, num_ranks)
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4, 8])
+def test_dense_layer_bf16(num_ranks: int, run_in_ranks) -> None:
+    run_in_ranks(dense_layers, num_ranks, torch.bfloat16)
+
+
+def test_dense_layer_on_a2(run_in_ranks) -> None:
+    run_in_ranks(dense_layers, 2, torch.float16, soc="A2")
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4, 8])
+def test_dense_layer_int8(num_ranks: int, run_in_ranks) -> None:
+    run_in_ranks(quantised_layers, num_ranks)
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_combine(num_ranks: int, run_in_ranks) -> None:
+    run_in_ranks(combines, num_ranks)
+
+
+def test_shared_expert_ranks(run_in_ranks) -> None:
+    run_in_ranks(shared_expert_ranks, 4)
+
+
+@pytest.mark.parametrize("quant_mode", [0, 2])
+def test_same_as_portable_ops(quant_mode: int, run_in_ranks) -> None:
+    run_in_ranks(same_as_portable_ops, 4, quant_mode)
+
+
+def test_version_1(run_in_ranks) -> None:
+    run_in_ranks(version_1, 2, env={"VLLM_NPU_EMULATOR_LIMITS": "none"})
+
+
+def test_on_asynchronous_streams(run_in_ranks) -> None:
+    run_in_ranks(dense_layers, 2, torch.bfloat16, env={"VLLM_NPU_EMULATOR_ASYNC": "7"})
+
+
+def test_refuses_arguments_by_name(run_in_ranks) -> None:
+    run_in_ranks(refused_arguments, 2, env=SYNCHRONOUS)
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_refuses_values_on_every_rank(num_ranks: int, run_in_ranks) -> None:
+    run_in_ranks(refused_values, num_ranks, env=SYNCHRONOUS)
+
+
+@pytest.mark.parametrize(
+    ("soc", "sizes"),
+    [
+        (
+            "A3",
+            [
+                ({"tokens": 513}, "tokens of a rank=513 is not one that Ascend910_9391 takes"),
+                ({"width": 512}, "H=512"),
+                ({"width": 8193}, "H=8193"),
+                ({"experts": 1026}, "moe_expert_num=1026"),
+                ({"top_k": 17}, "K=17"),
+                ({"world_size": 768, "experts": 768 * 3}, "moe_expert_num=2304"),
+                ({"world_size": 512, "experts": 1024, "width": 100}, "H=100"),
+            ],
+        ),
+        (
+            "A2",
+            [
+                ({"tokens": 257}, "tokens of a rank=257 is not one that Ascend910B1 takes"),
+                ({"width": 1040}, "H=1040"),
+                ({"width": 7200}, "H=7200"),
+                ({"world_size": 12}, "ep_world_size=12"),
+                ({"experts": 50}, "experts of a rank=25"),
+                ({"world_size": 64, "experts": 576}, "moe_expert_num=576"),
+            ],
+        ),
+        ("310P", [({}, "Ascend310P3 has no MoE dispatch and combine")]),
+    ],
+)
+def test_refuses_sizes_of_other_chips(soc: str, sizes: list[tuple[dict[str, int], str]], run_in_ranks) -> None:
+    run_in_ranks(refused_sizes, 2, sizes, soc=soc, env=SYNCHRONOUS)

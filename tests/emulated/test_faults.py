@@ -1,0 +1,186 @@
+"""Faults: ranks that make different calls, are late, or die; and waits that were forgotten."""
+
+import os
+import signal
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+pytestmark = pytest.mark.emulated
+
+EXEC_TIMEOUT = 3  # seconds
+
+
+def error_of(call) -> str:
+    """The text of the error that a call, or the wait for the device after it, ends with."""
+    try:
+        call()
+        torch.npu.synchronize()
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+# --- What runs in the ranks ---
+
+
+def make_different_calls(rank: int, size: int, goes_on: bool) -> dict[str, str]:
+    def different_counts() -> None:
+        dist.all_reduce(torch.ones(2 + rank).npu())
+
+    def different_types() -> None:
+        dist.all_reduce(torch.ones(2, dtype=torch.float32 if rank == 0 else torch.int32).npu())
+
+    def different_reductions() -> None:
+        dist.all_reduce(torch.ones(2).npu(), op=dist.ReduceOp.SUM if rank == 0 else dist.ReduceOp.MAX)
+
+    def different_roots() -> None:
+        dist.broadcast(torch.ones(2).npu(), src=rank)
+
+    def different_operations() -> None:
+        if rank == 0:
+            dist.all_reduce(torch.ones(2).npu())
+        else:
+            dist.broadcast(torch.ones(2).npu(), src=0)
+
+    def splits_that_do_not_match() -> None:
+        dist.all_to_all_single(torch.empty(1 + rank).npu(), torch.ones(3).npu(), [1, rank], [1, 2])
+
+    cases = (
+        different_counts,
+        different_types,
+        different_reductions,
+        different_roots,
+        different_operations,
+        splits_that_do_not_match,
+    )
+    texts = {case.__name__: error_of(case) for case in (cases if goes_on else cases[:1])}
+    if goes_on:
+        x = torch.ones(3).npu()
+        dist.all_reduce(x)
+        assert x.tolist() == [size] * 3
+    return texts
+
+
+def receive_the_wrong_count(rank: int, size: int) -> str:
+    def call() -> None:
+        if rank == 0:
+            dist.send(torch.ones(4).npu(), dst=1)
+        else:
+            dist.recv(torch.empty(5).npu(), src=0)
+
+    return error_of(call)
+
+
+def be_late(rank: int, size: int) -> tuple[str, float]:
+    dist.all_reduce(torch.ones(1).npu())
+    if rank == 1:
+        time.sleep(EXEC_TIMEOUT + 4)
+        return "", 0.0
+    start = time.monotonic()
+    text = error_of(lambda: dist.all_reduce(torch.ones(1).npu()))
+    return text, time.monotonic() - start
+
+
+def die(rank: int, size: int, folder: str) -> None:
+    dist.all_reduce(torch.ones(1).npu())
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    start = time.monotonic()
+    text = error_of(lambda: dist.all_reduce(torch.ones(1).npu()))
+    with open(os.path.join(folder, str(rank)), "w") as file:
+        file.write(f"{time.monotonic() - start:.1f}\n{text}")
+    os._exit(0)
+
+
+def read_a_copy(rank: int, size: int, waits: bool) -> list[float]:
+    source = torch.arange(4.0).npu()
+    torch.npu.synchronize()
+    host = torch.full((4,), -1.0).pin_memory()
+    host.copy_(source, non_blocking=True)
+    if waits:
+        torch.npu.synchronize()
+    return host.clone().tolist()
+
+
+def use_another_streams_result(rank: int, size: int, waits: bool) -> list[float]:
+    """Ten times: one stream computes, another uses it."""
+    side = torch.npu.Stream()
+    wrong = []
+    for step in range(10):
+        x = torch.full((100,), -1.0).npu()
+        torch.npu.synchronize()
+        for _ in range(8):
+            x.add_(0.0)
+        x.fill_(float(step))
+        if waits:
+            side.wait_stream(torch.npu.current_stream())
+        with torch.npu.stream(side):
+            y = x * 2
+        torch.npu.synchronize()
+        if not (y.cpu() == 2.0 * step).all():
+            wrong.append(float(step))
+    return wrong
+
+
+# --- The tests ---
+
+
+# Without torch_npu's task queue, the group is still usable afterwards: no rank has used any data. The queue itself
+# drops all work after its first error.
+@pytest.mark.parametrize("queue", ["0", "1"])
+def test_different_calls_are_named_on_every_rank(run_in_ranks, queue):
+    outcome = run_in_ranks(make_different_calls, 2, queue == "0", env={"TASK_QUEUE_ENABLE": queue})
+    wanted = {
+        "different_counts": ["HcclAllReduce", "rank 0: HcclAllReduce count=2 ", "rank 1: HcclAllReduce count=3 "],
+        "different_types": ["rank 0: HcclAllReduce count=2 dtype=fp32", "rank 1: HcclAllReduce count=2 dtype=int32"],
+        "different_reductions": ["op=sum", "op=max"],
+        "different_roots": ["root=0", "root=1"],
+        "different_operations": ["rank 0: HcclAllReduce", "rank 1: HcclBroadcast"],
+        "splits_that_do_not_match": ["rank 0 sends 8 bytes to rank 1, which expects 4"],
+    }
+    for rank, texts in enumerate(outcome.returned):
+        assert set(texts) == (set(wanted) if queue == "0" else {"different_counts"})
+        for case in texts:
+            parts = wanted[case]
+            assert all(part in texts[case] for part in parts), (case, texts[case])
+            assert f"failed on rank {rank}" in texts[case]
+
+
+def test_a_message_of_another_length_is_refused(run_in_ranks):
+    receiver = run_in_ranks(receive_the_wrong_count, 2, may_fail=True).returned[1]
+    assert "rank 0 sends count=4 dtype=fp32 to rank 1, which expects count=5 dtype=fp32" in receiver
+
+
+def test_a_late_rank_is_named_after_the_time_out(run_in_ranks):
+    text, seconds = run_in_ranks(be_late, 3, env={"HCCL_EXEC_TIMEOUT": str(EXEC_TIMEOUT)}, may_fail=True).returned[0]
+    assert "HcclAllReduce" in text
+    assert "rank 1 did not make the call" in text
+    assert EXEC_TIMEOUT - 1 <= seconds < EXEC_TIMEOUT + 4
+
+
+def test_a_killed_rank_is_named_at_once(run_in_ranks, tmp_path):
+    outcome = run_in_ranks(die, 3, str(tmp_path), env={"HCCL_EXEC_TIMEOUT": "60"}, may_fail=True)
+    assert outcome.code == 128 + signal.SIGKILL
+    assert "rank 1 ended with signal SIGKILL" in outcome.output
+    for rank in (0, 2):
+        seconds, _, text = (tmp_path / str(rank)).read_text().partition("\n")
+        assert "rank 1" in text
+        assert "has ended" in text
+        assert float(seconds) < 10
+
+
+@pytest.mark.parametrize("seed", ["3", "4"])
+def test_asynchronous_streams_show_an_early_read(run_in_ranks, seed):
+    env = {"VLLM_NPU_EMULATOR_ASYNC": seed}
+    assert run_in_ranks(read_a_copy, 1, False, env=env).returned == [[-1.0] * 4]
+    assert run_in_ranks(read_a_copy, 1, True, env=env).returned == [[0.0, 1.0, 2.0, 3.0]]
+
+
+def test_asynchronous_streams_show_a_missing_wait_between_streams(run_in_ranks):
+    env = {"VLLM_NPU_EMULATOR_ASYNC": "5"}
+    assert run_in_ranks(use_another_streams_result, 1, False, env=env).returned[0] != []
+    assert run_in_ranks(use_another_streams_result, 1, True, env=env).returned[0] == []
+    assert run_in_ranks(use_another_streams_result, 1, False).returned[0] == []  # synchronous streams hide it

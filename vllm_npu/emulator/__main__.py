@@ -1,0 +1,55 @@
+"""`python -m vllm_npu.emulator`: run a script on emulated devices, build them, clean up after killed runs."""
+
+import argparse
+import sys
+
+from vllm_npu.emulator import build, launcher, shared_memory, soc, startup
+from vllm_npu.errors import VllmNpuError
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m vllm_npu.emulator", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    run = commands.add_parser("run", help="run a script in one or more processes, each with an emulated device")
+    run.add_argument("--nproc", type=int, default=1, metavar="N", help="number of ranks (default: 1)")
+    families = ", ".join(f"{family.name} = {family.default_soc}" for family in soc.FAMILIES)
+    run.add_argument("--soc", default=soc.DEFAULT_SOC, help=f"the chip, or its family: {families}")
+    run.add_argument("--trace", action="store_true", help="list the calls of ACL, HCCL and aclnn on standard error")
+    run.add_argument("-m", dest="module", action="store_true", help="the script is the name of a module")
+    run.add_argument("script", help="a Python file, or with -m a module")
+    run.add_argument("arguments", nargs=argparse.REMAINDER, help="of the script")
+
+    commands.add_parser("build", help="build the libraries if they are not there, and print their folder")
+    commands.add_parser("clean", help="remove shared memory that killed processes left behind")
+    commands.add_parser("hook", help="print the line of a .pth file that makes VLLM_NPU_EMULATOR=1 work everywhere")
+    return parser.parse_args(arguments)
+
+
+def execute(options: argparse.Namespace) -> int:
+    if options.command == "run":
+        if options.nproc < 1:
+            raise SystemExit("run: --nproc is the number of ranks, 1 or more")
+        command = [*(["-m"] if options.module else []), options.script, *options.arguments]
+        return launcher.run(launcher.Launch(command, options.nproc, options.soc, options.trace))
+    if options.command == "build":
+        print(build.build())
+    elif options.command == "clean":
+        for name in shared_memory.clean_leftovers():
+            print(f"removed {shared_memory.FOLDER / name}")
+    else:
+        print(startup.PTH_LINE)
+    return 0
+
+
+def main() -> int:
+    options = parse(sys.argv[1:])
+    try:
+        return execute(options)
+    except VllmNpuError as error:
+        print(f"vllm_npu emulator: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,43 @@
+"""Whether a real CANN is there: the emulator must never stand in its way."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from vllm_npu.errors import UnsupportedConfigError
+
+HOME_VARIABLES = ("ASCEND_HOME_PATH", "ASCEND_TOOLKIT_HOME")
+LIBRARY = "libascendcl.so"
+USUAL_FOLDERS = (
+    "/usr/local/Ascend/ascend-toolkit/latest/lib64",
+    "/usr/local/Ascend/latest/lib64",
+    "/usr/local/Ascend/cann/lib64",
+    "/usr/local/lib",
+    "/usr/lib",
+    "/usr/lib64",
+    "/usr/lib/x86_64-linux-gnu",
+    "/usr/lib/aarch64-linux-gnu",
+)
+
+
+def find(environ: Mapping[str, str] = os.environ) -> str | None:
+    """What shows that CANN is there, or None."""
+    for variable in HOME_VARIABLES:
+        if environ.get(variable):
+            return f"{variable}={environ[variable]}"
+    folders = [folder for folder in environ.get("LD_LIBRARY_PATH", "").split(":") if folder]
+    for folder in (*folders, *USUAL_FOLDERS):
+        library = Path(folder, LIBRARY)
+        if library.exists():
+            return str(library)
+    return None
+
+
+def refuse_if_found() -> None:
+    """Raises UnsupportedConfigError where a real CANN is there."""
+    found = find()
+    if found is not None:
+        raise UnsupportedConfigError(
+            f"a real CANN is here ({found}), and the emulated Ascend device would take its place; run on the real "
+            "device, or hide CANN (unset its variables and LD_LIBRARY_PATH)"
+        )

@@ -1,0 +1,146 @@
+"""Runs a script in several processes, each a rank with an emulated device of its own."""
+
+import contextlib
+import ctypes
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from vllm_npu import envs
+from vllm_npu.emulator import build, cann, loader, shared_memory, soc
+
+STARTUP_FOLDER = Path(__file__).resolve().parent / "startup"
+RUN_VARIABLE = envs.EMULATOR_RUN.name
+TRACE_VARIABLE = envs.EMULATOR_TRACE.name
+DEFAULT_EXEC_TIMEOUT = "120"  # seconds; HCCL's own default is half an hour
+POLL_SECONDS = 0.05
+GRACE_SECONDS = 5.0  # after a failure: for the other ranks to report theirs, and again to end by themselves
+PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """What to run, and where."""
+
+    command: Sequence[str]  # after the interpreter: a script or -m module, then its arguments
+    num_ranks: int = 1
+    soc_name: str = soc.DEFAULT_SOC
+    trace: bool = False
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def end_with_parent() -> None:
+    """In a new process: ends it when the launcher ends, however that happens."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def rank_environments(launch: Launch, run: str) -> Iterator[dict[str, str]]:
+    """The environment of each rank: torchrun's variables, and the emulator's."""
+    size = str(launch.num_ranks)
+    common = {
+        **os.environ,
+        "WORLD_SIZE": size,
+        "LOCAL_WORLD_SIZE": size,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        loader.ENABLED_VARIABLE: "1",
+        loader.SOC_VARIABLE: soc.resolve(launch.soc_name),
+        loader.AUTOLOAD_VARIABLE: "0",
+        build.LIBRARIES_VARIABLE: str(build.build()),
+        RUN_VARIABLE: run,
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(STARTUP_FOLDER), os.environ.get("PYTHONPATH")))),
+    }
+    common.setdefault("HCCL_EXEC_TIMEOUT", DEFAULT_EXEC_TIMEOUT)
+    common.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // launch.num_ranks)))
+    if launch.trace:
+        common[TRACE_VARIABLE] = "1"
+    for rank in range(launch.num_ranks):
+        yield {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+
+
+def signal_group(process: subprocess.Popen[bytes], signal_number: int) -> None:
+    """Sends a signal to a rank and to all that it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal_number)
+
+
+def wait_until_ended(processes: Sequence[subprocess.Popen[bytes]], seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while any(process.poll() is None for process in processes):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(POLL_SECONDS)
+    return True
+
+
+def end_all(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Ends the ranks and all that they started: asks first, then insists."""
+    for process in processes:
+        if process.poll() is None:
+            signal_group(process, signal.SIGTERM)
+    wait_until_ended(processes, GRACE_SECONDS)
+    for process in processes:
+        signal_group(process, signal.SIGKILL)
+    for process in processes:
+        process.wait()
+
+
+def wait_for_ranks(processes: Sequence[subprocess.Popen[bytes]]) -> int:
+    """Waits for all ranks, or until one fails. Returns that one's exit code, 128 + the signal where one ended it."""
+    while True:
+        codes = [process.poll() for process in processes]
+        failed = next((rank for rank, code in enumerate(codes) if code), None)
+        if failed is not None:
+            break
+        if all(code == 0 for code in codes):
+            return 0
+        time.sleep(POLL_SECONDS)
+    code = codes[failed] or 0
+    what = f"exit code {code}" if code > 0 else f"signal {signal.Signals(-code).name}"
+    print(f"vllm_npu emulator: rank {failed} ended with {what}; ending the others", file=sys.stderr)
+    wait_until_ended(processes, GRACE_SECONDS)
+    return code if code > 0 else 128 - code
+
+
+def run(launch: Launch) -> int:
+    """Runs the ranks to their end. Returns 0, or the exit code of the first that failed; then the others are ended.
+
+    Raises UnsupportedConfigError where a real CANN is there, or where the libraries cannot be built.
+    """
+    cann.refuse_if_found()
+    shared_memory.clean_leftovers()
+    run_name = f"{os.getpid()}-{secrets.token_hex(4)}"
+    processes: list[subprocess.Popen[bytes]] = []
+
+    def stop(signal_number: int, _frame: object) -> None:
+        raise SystemExit(128 + signal_number)
+
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    try:
+        for environment in rank_environments(launch, run_name):
+            processes.append(
+                subprocess.Popen(
+                    [sys.executable, *launch.command],
+                    env=environment,
+                    start_new_session=True,
+                    preexec_fn=end_with_parent,
+                )
+            )
+        return wait_for_ranks(processes)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        end_all(processes)
+        shared_memory.clean_run(run_name)

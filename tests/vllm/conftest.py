@@ -13,7 +13,7 @@ import pytest
 from tests.vllm.text_prompts import TEXT_MAX_TOKENS, text_prompts
 from vllm_npu.cli.demo import SAFE_MARGIN
 from vllm_npu.cli.engines import EngineSet, Parallelism, require_vllm
-from vllm_npu.cli.process_tree import SHARED_MEMORY_FOLDER
+from vllm_npu.cli.process_tree import SHARED_MEMORY_FOLDER, mapped_shared_memory
 from vllm_npu.cli.tiny_models import DEMO_MAX_TOKENS, QWEN3_MOE, TinyModel, demo_prompts, write_tiny_model
 from vllm_npu.errors import UnsupportedConfigError
 
@@ -100,12 +100,8 @@ def short_folder() -> Iterator[Path]:
 
 def in_use(paths: set[Path]) -> set[Path]:
     """Those of `paths` that some living process maps: another program of this machine may have made them."""
-    used = set()
+    mapped = set()
     for entry in Path("/proc").iterdir():
         if paths and entry.name.isdecimal():
-            try:
-                mappings = (entry / "maps").read_text(errors="replace")
-            except OSError:
-                continue  # gone meanwhile, or not ours
-            used |= {path for path in paths if str(path) in mappings}
-    return used
+            mapped |= mapped_shared_memory(int(entry.name))
+    return {path for path in paths if path.exists() and path.stat().st_ino in mapped}

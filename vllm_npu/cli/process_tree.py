@@ -37,8 +37,8 @@ class ProcessTree:
         stdout: int | IO[bytes] | None = None,
         stderr: int | IO[bytes] | None = None,
     ) -> None:
-        self._shared_memory_before = _shared_memory_files()
-        self._shared_memory: set[Path] = set()
+        self._files_before = set(_shared_memory_files())
+        self._mapped: set[int] = set()  # inodes in /dev/shm that the tree has mapped so far
         self.process = subprocess.Popen(
             command,
             env=dict(environment),
@@ -57,7 +57,7 @@ class ProcessTree:
     def note_shared_memory(self) -> None:
         """Remember which files in /dev/shm the tree maps now; `stop` removes those that are left. About 10 ms."""
         for pid in self.members():
-            self._shared_memory |= _mapped_shared_memory(pid) - self._shared_memory_before
+            self._mapped |= mapped_shared_memory(pid)
 
     def terminate(self) -> None:
         """Ask the first process to end (SIGTERM); returns at once."""
@@ -79,8 +79,9 @@ class ProcessTree:
                 _kill(pid, self.process.pid)
             _wait_for_end(members, 1.0)
         self.process.wait()
-        for path in self._shared_memory:
-            path.unlink(missing_ok=True)
+        for path, inode in _shared_memory_files().items():
+            if inode in self._mapped and path not in self._files_before:
+                path.unlink(missing_ok=True)
 
 
 def _terminate_with_parent() -> None:
@@ -134,19 +135,25 @@ def _kill(pid: int, session: int) -> None:
         os.close(descriptor)
 
 
-def _shared_memory_files() -> set[Path]:
-    return set(SHARED_MEMORY_FOLDER.iterdir()) if SHARED_MEMORY_FOLDER.is_dir() else set()
+def mapped_shared_memory(pid: int) -> set[int]:
+    """Inodes in /dev/shm that process `pid` maps; none if it is gone or not ours to look into.
 
-
-def _mapped_shared_memory(pid: int) -> set[Path]:
-    """Files in /dev/shm that process `pid` maps; nothing if it is gone or not ours to look into."""
+    Inodes, not paths: a process maps the semaphores that it creates under a name which the C library has removed since.
+    """
     try:
         mappings = Path(f"/proc/{pid}/maps").read_text(errors="replace")
     except OSError:
         return set()
-    prefix = f"{SHARED_MEMORY_FOLDER}/"
     return {
-        Path(fields[5])
+        int(fields[4])
         for line in mappings.splitlines()
-        if len(fields := line.split(maxsplit=5)) == 6 and fields[5].startswith(prefix) and "(deleted)" not in fields[5]
+        if len(fields := line.split(maxsplit=5)) == 6 and fields[5].startswith(f"{SHARED_MEMORY_FOLDER}/")
     }
+
+
+def _shared_memory_files() -> dict[Path, int]:
+    """Every file in /dev/shm and its inode."""
+    if not SHARED_MEMORY_FOLDER.is_dir():
+        return {}
+    with os.scandir(SHARED_MEMORY_FOLDER) as entries:
+        return {Path(entry.path): entry.inode() for entry in entries}

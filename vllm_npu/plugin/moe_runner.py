@@ -17,7 +17,7 @@ from vllm_npu.plugin.groups import model_groups
 from vllm_npu.routing import check_router_logits
 from vllm_npu.step_plan import TokenSharding
 
-logger = init_logger("vllm_npu.moe_runner")
+logger = init_logger("vllm.npu.moe_runner")
 
 
 class NPUMoERunner(MoERunner):

@@ -11,7 +11,7 @@ from vllm_npu.plugin import compat, options
 if TYPE_CHECKING:
     from vllm.config import ParallelConfig, VllmConfig
 
-logger = init_logger("vllm_npu.platform")
+logger = init_logger("vllm.npu.platform")
 
 THREADS_BIND = "VLLM_CPU_OMP_THREADS_BIND"
 _own_binding: str | None = None  # the last value that this process gave to it

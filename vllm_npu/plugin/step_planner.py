@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.forward_context import DPMetadata
 
-logger = init_logger("vllm_npu.step_planner")
+logger = init_logger("vllm.npu.step_planner")  # under "vllm": the names whose messages vLLM shows
 
 PROPOSALS = (AUTO, *STRATEGIES)
 

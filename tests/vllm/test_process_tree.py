@@ -1,0 +1,36 @@
+"""The process tree that the command line puts around vLLM's processes. Needs no vLLM; what it guards against is vLLM's."""
+
+import os
+import subprocess
+import sys
+
+from vllm_npu.cli.process_tree import SHARED_MEMORY_FOLDER, ProcessTree, mapped_shared_memory
+
+# A semaphore of the spawn method has a name in /dev/shm, but its maker maps it under a name that is gone. The segment is
+# mapped under its own name. The child loses its parent when the tree is killed.
+PROGRAM = """
+import multiprocessing, subprocess, sys
+from multiprocessing.shared_memory import SharedMemory
+segment = SharedMemory(create=True, size=1 << 20)
+lock = multiprocessing.get_context("spawn").Lock()
+child = subprocess.Popen([sys.executable, "-c", "import sys; print('ready', flush=True); sys.stdin.read()"],
+                         stdin=subprocess.PIPE)
+child.wait()
+"""
+
+
+def test_a_killed_tree_leaves_neither_processes_nor_shared_memory() -> None:
+    before = set(SHARED_MEMORY_FOLDER.iterdir())
+    tree = ProcessTree([sys.executable, "-c", PROGRAM], environment=os.environ, stdout=subprocess.PIPE)
+    assert tree.process.stdout is not None
+    assert tree.process.stdout.readline() == b"ready\n"
+    members = tree.members()
+    inodes = {inode for pid in members for inode in mapped_shared_memory(pid)}
+    made = {path for path in set(SHARED_MEMORY_FOLDER.iterdir()) - before if path.stat().st_ino in inodes}
+    assert len(members) >= 3, "the program, its child, multiprocessing's resource tracker"
+    assert len(made) == 2, "a segment and a semaphore"
+
+    tree.stop(grace_seconds=0)
+    assert tree.members() == []
+    assert not any(path.exists() for path in made)
+    tree.stop(grace_seconds=0)  # again: nothing to do

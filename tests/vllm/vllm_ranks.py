@@ -20,7 +20,7 @@ import torch
 from vllm_npu.plugin import groups
 from vllm_npu.step_plan import StepPlan, TokenSharding
 from vllm_npu.token_layout import TokenSlice
-from vllm_npu.transport.launch import GlooRankPool, Rank
+from vllm_npu.transport.launch import ProcessRankPool, Rank
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -65,7 +65,7 @@ class VllmRanks:
     """The processes, started by the first run. A run that failed ends them, since collectives may be half done."""
 
     def __init__(self) -> None:
-        self._pool = GlooRankPool(NUM_RANKS, timeout=300)  # importing vLLM may take minutes on a busy machine
+        self._pool = ProcessRankPool(NUM_RANKS, timeout=300)  # importing vLLM may take minutes on a busy machine
         self._names = (f"vllm_npu_tests_{os.getpid()}_{number}" for number in count())
         self._name = ""
 

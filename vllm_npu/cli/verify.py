@@ -2,6 +2,8 @@
 
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
+from vllm_npu.emulator import cann, launcher
 from vllm_npu.errors import UnsupportedConfigError, VllmNpuError
 from vllm_npu.strategies import STRATEGIES
 from vllm_npu.transport.launch import RANK_POOLS, RankPool
@@ -28,7 +31,7 @@ def verify(
     """Run every strategy on every grid of the ranks against a dense mixture of experts in one process.
 
     Token counts are odd, zero and skewed; rows that nobody may read are NaN; small integers must come out exactly. Exit
-    status 1 if any case failed.
+    status 1 if any case failed. hccl runs on NPUs, and where there is no CANN on the emulated Ascend device.
     """
     if transport not in RANK_POOLS:
         raise UnsupportedConfigError(f"unknown transport {transport!r}; there are: {', '.join(RANK_POOLS)}")
@@ -38,8 +41,8 @@ def verify(
     to_run = list(cases(ranks, strategies=chosen, quick=quick, seed=seed))
     started = time.monotonic()
     failures: dict[Case, str] = {}
-    with RANK_POOLS[transport](ranks) as pool:
-        for case in track(to_run, f"{transport}, {ranks} ranks", console=Console(stderr=True)):
+    with _devices(transport, ranks) as device, RANK_POOLS[transport](ranks) as pool:
+        for case in track(to_run, f"{transport}, {ranks} ranks on {device}", console=Console(stderr=True)):
             fault = _run(pool, case)
             if fault is not None:
                 failures[case] = fault
@@ -50,6 +53,7 @@ def verify(
     if json_path is not None:
         report = {
             "transport": transport,
+            "device": device,
             "ranks": ranks,
             "seed": seed,
             "cases": len(to_run),
@@ -60,6 +64,16 @@ def verify(
     print(f"verify: {len(to_run)} cases, {len(failures)} failed")
     if failures:
         raise typer.Exit(1)
+
+
+@contextmanager
+def _devices(transport: str, ranks: int) -> Iterator[str]:
+    """What the ranks run on. hccl without CANN: the emulated Ascend device."""
+    if transport == "hccl" and cann.find() is None:
+        with launcher.emulated_devices(ranks) as chip:
+            yield f"emulated {chip}"
+    else:
+        yield {"hccl": "NPU", "nccl": "GPU"}.get(transport, "CPU")
 
 
 def _run(pool: RankPool, case: Case) -> str | None:

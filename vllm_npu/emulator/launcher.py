@@ -19,7 +19,8 @@ from vllm_npu.emulator import build, cann, loader, shared_memory, soc
 STARTUP_FOLDER = Path(__file__).resolve().parent / "startup"
 RUN_VARIABLE = envs.EMULATOR_RUN.name
 TRACE_VARIABLE = envs.EMULATOR_TRACE.name
-DEFAULT_EXEC_TIMEOUT = "120"  # seconds; HCCL's own default is half an hour
+# Seconds; HCCL's own default is half an hour. Below VLLM_NPU_TRANSPORT_TIMEOUT: HCCL's error names the ranks.
+DEFAULT_EXEC_TIMEOUT = "50"
 POLL_SECONDS = 0.05
 GRACE_SECONDS = 5.0  # after a failure: for the other ranks to report theirs, and again to end by themselves
 PR_SET_PDEATHSIG = 1
@@ -46,24 +47,57 @@ def end_with_parent() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def rank_environments(launch: Launch, run: str) -> Iterator[dict[str, str]]:
-    """The environment of each rank: torchrun's variables, and the emulator's."""
-    size = str(launch.num_ranks)
-    common = {
+def device_environment(soc_name: str, num_ranks: int, run: str) -> dict[str, str]:
+    """This process's variables, and those that give every interpreter of a run an emulated device.
+
+    Raises UnsupportedConfigError where a real CANN is there, or where the libraries cannot be built.
+    """
+    cann.refuse_if_found()
+    variables = {
         **os.environ,
-        "WORLD_SIZE": size,
-        "LOCAL_WORLD_SIZE": size,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
         loader.ENABLED_VARIABLE: "1",
-        loader.SOC_VARIABLE: soc.resolve(launch.soc_name),
+        loader.SOC_VARIABLE: soc.resolve(soc_name),
         loader.AUTOLOAD_VARIABLE: "0",
         build.LIBRARIES_VARIABLE: str(build.build()),
         RUN_VARIABLE: run,
         "PYTHONPATH": os.pathsep.join(filter(None, (str(STARTUP_FOLDER), os.environ.get("PYTHONPATH")))),
     }
-    common.setdefault("HCCL_EXEC_TIMEOUT", DEFAULT_EXEC_TIMEOUT)
-    common.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // launch.num_ranks)))
+    variables.setdefault("HCCL_EXEC_TIMEOUT", DEFAULT_EXEC_TIMEOUT)
+    variables.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_ranks)))
+    return variables
+
+
+def new_run_name() -> str:
+    return f"{os.getpid()}-{secrets.token_hex(4)}"
+
+
+@contextlib.contextmanager
+def emulated_devices(num_ranks: int) -> Iterator[str]:
+    """Processes that this one starts meanwhile have emulated devices. Yields the chip's name (VLLM_NPU_EMULATOR_SOC).
+
+    Raises as device_environment does.
+    """
+    run_name = new_run_name()
+    before = dict(os.environ)
+    os.environ.update(device_environment(envs.EMULATOR_SOC.read(), num_ranks, run_name))
+    try:
+        yield os.environ[loader.SOC_VARIABLE]
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+        shared_memory.clean_run(run_name)
+
+
+def rank_environments(launch: Launch, run: str) -> Iterator[dict[str, str]]:
+    """The environment of each rank: torchrun's variables, and the emulator's."""
+    size = str(launch.num_ranks)
+    common = {
+        **device_environment(launch.soc_name, launch.num_ranks, run),
+        "WORLD_SIZE": size,
+        "LOCAL_WORLD_SIZE": size,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
     if launch.trace:
         common[TRACE_VARIABLE] = "1"
     for rank in range(launch.num_ranks):
@@ -119,9 +153,8 @@ def run(launch: Launch) -> int:
 
     Raises UnsupportedConfigError where a real CANN is there, or where the libraries cannot be built.
     """
-    cann.refuse_if_found()
     shared_memory.clean_leftovers()
-    run_name = f"{os.getpid()}-{secrets.token_hex(4)}"
+    run_name = new_run_name()
     processes: list[subprocess.Popen[bytes]] = []
 
     def stop(signal_number: int, _frame: object) -> None:

@@ -7,6 +7,7 @@ from vllm_npu.transport.base import Groups, Transport
 
 TRANSPORTS = {
     "gloo": "vllm_npu.transport.gloo:GlooTransport",
+    "hccl": "vllm_npu.transport.hccl:HcclTransport",
     "nccl": "vllm_npu.transport.nccl:NcclTransport",
     "threaded": "vllm_npu.transport.threaded:ThreadedTransport",
 }

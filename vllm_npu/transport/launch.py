@@ -1,4 +1,4 @@
-"""Start N ranks on this machine, as threads or as processes over gloo, and run functions on all of them.
+"""Start N ranks on this machine, as threads or as processes, and run functions on all of them.
 
 For `verify`, benchmarks and tests: the ranks of a served model are started by vLLM.
 """
@@ -11,6 +11,7 @@ import tempfile
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Self
@@ -21,18 +22,20 @@ import torch.distributed as dist
 from vllm_npu import envs
 from vllm_npu.errors import InvalidInputError, TransportError, UnsupportedConfigError
 from vllm_npu.topology import ParallelTopology
+from vllm_npu.transport import transport_class
 from vllm_npu.transport.base import Groups, Transport
-from vllm_npu.transport.gloo import GlooTransport
 from vllm_npu.transport.recording import CollectiveCounter, record
 from vllm_npu.transport.threaded import ThreadedGroup, ThreadedTransport
+from vllm_npu.transport.torch_dist import TorchDistTransport
 
 
 class Rank(ABC):
     """What a function that runs on every rank gets as first argument: who it is, and its groups."""
 
-    def __init__(self, rank: int, num_ranks: int) -> None:
+    def __init__(self, rank: int, num_ranks: int, device: torch.device) -> None:
         self.rank = rank
         self.num_ranks = num_ranks
+        self.device = device  # of the tensors that its groups move
 
     def groups(
         self, *, tp_size: int, dp_size: int, expert_parallel: bool = True, counter: CollectiveCounter | None = None
@@ -86,7 +89,7 @@ class RankPool(ABC):
 
 class _ThreadRank(Rank):
     def __init__(self, rank: int, num_ranks: int, group: Callable[[str, tuple[int, ...]], ThreadedGroup]) -> None:
-        super().__init__(rank, num_ranks)
+        super().__init__(rank, num_ranks, torch.device("cpu"))
         self._group = group
 
     def _open(self, topology: ParallelTopology) -> tuple[Transport, Transport, Transport]:
@@ -138,10 +141,11 @@ class ThreadRankPool(RankPool):
         """Threads end with each run; nothing is left."""
 
 
-class _GlooRank(Rank):
-    def __init__(self, rank: int, num_ranks: int, timeout: datetime.timedelta) -> None:
-        super().__init__(rank, num_ranks)
-        self._timeout = timeout
+class _ProcessRank(Rank):
+    def __init__(self, rank: int, num_ranks: int, transport: type[TorchDistTransport], timeout: float) -> None:
+        super().__init__(rank, num_ranks, transport.device_of(rank))
+        self._transport = transport
+        self._timeout = datetime.timedelta(seconds=timeout)
         self._grids: dict[tuple[int, int], tuple[dist.ProcessGroup, dist.ProcessGroup]] = {}
 
     def _open(self, topology: ParallelTopology) -> tuple[Transport, Transport, Transport]:
@@ -152,11 +156,16 @@ class _GlooRank(Rank):
             dp, _ = dist.new_subgroups_by_enumeration(sorted({rank.dp_group for rank in ranks}), timeout=self._timeout)
             self._grids[shape] = (tp, dp)
         tp, dp = self._grids[shape]
-        return (
-            GlooTransport(tp, "tp"),
-            GlooTransport(dp, "dp"),
-            GlooTransport(dist.distributed_c10d._get_default_group(), "ep"),
-        )
+        ep = dist.group.WORLD
+        assert ep is not None  # the process group of _serve_rank
+        return self._transport(tp, "tp"), self._transport(dp, "dp"), self._transport(ep, "ep")
+
+
+def _process_transport(name: str) -> type[TorchDistTransport]:
+    transport = transport_class(name)
+    if not issubclass(transport, TorchDistTransport):
+        raise UnsupportedConfigError(f"transport {name!r} is not between processes")
+    return transport
 
 
 def _portable(error: Exception) -> Exception:
@@ -168,17 +177,27 @@ def _portable(error: Exception) -> Exception:
     return error
 
 
-def _serve_rank(rank: int, num_ranks: int, store: str, timeout: float, requests: Connection) -> None:
-    """Main of a rank's process: run what comes down the pipe until it closes."""
+def _serve_rank(
+    rank: int, num_ranks: int, transport_name: str, store: str, timeout: float, requests: Connection
+) -> None:
+    """Main of a rank's process: say that it is ready, then run what comes down the pipe until it closes."""
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        store=dist.FileStore(store, num_ranks),
-        rank=rank,
-        world_size=num_ranks,
-        timeout=datetime.timedelta(seconds=timeout),
-    )
-    this_rank = _GlooRank(rank, num_ranks, datetime.timedelta(seconds=timeout))
+    try:
+        transport = _process_transport(transport_name)
+        this_rank = _ProcessRank(rank, num_ranks, transport, timeout)
+        if this_rank.device.type != "cpu":
+            torch.accelerator.set_device_index(this_rank.device)
+        dist.init_process_group(
+            transport.backend,
+            store=dist.FileStore(store, num_ranks),
+            rank=rank,
+            world_size=num_ranks,
+            timeout=datetime.timedelta(seconds=timeout),
+        )
+    except Exception as error:  # noqa: BLE001 - sent to the parent, which raises it
+        requests.send(_portable(error))
+        return
+    requests.send(None)
     while True:
         try:
             function, args = requests.recv()
@@ -196,14 +215,16 @@ def _serve_rank(rank: int, num_ranks: int, store: str, timeout: float, requests:
     os._exit(0)  # nothing is left to flush, and torch's own teardown takes seconds on a busy machine
 
 
-class GlooRankPool(RankPool):
-    """Ranks as processes over gloo. Starting takes some seconds (each imports torch); functions must be picklable.
+class ProcessRankPool(RankPool):
+    """Ranks as processes, over a transport that is a c10d backend; on an accelerator, rank r has device r.
 
-    After a TransportError the ranks are of no use: the next run starts new ones.
+    Starting takes some seconds (each imports torch); functions must be picklable. After a TransportError the ranks are of
+    no use: the next run starts new ones.
     """
 
-    def __init__(self, num_ranks: int, timeout: float | None = None) -> None:
+    def __init__(self, num_ranks: int, timeout: float | None = None, transport: str = "gloo") -> None:
         super().__init__(num_ranks)
+        self._transport = transport
         self._timeout = envs.TRANSPORT_TIMEOUT.read_seconds() if timeout is None else timeout
         self._processes: list[Any] = []
         self._pipes: list[Connection] = []
@@ -239,12 +260,18 @@ class GlooRankPool(RankPool):
         for rank in range(self.num_ranks):
             here, there = spawn.Pipe()
             process = spawn.Process(
-                target=_serve_rank, args=(rank, self.num_ranks, store, self._timeout, there), daemon=True
+                target=_serve_rank,
+                args=(rank, self.num_ranks, self._transport, store, self._timeout, there),
+                daemon=True,
             )
             process.start()
             there.close()
             self._processes.append(process)
             self._pipes.append(here)
+        not_ready = [error for error in map(self._receive, range(self.num_ranks)) if error is not None]
+        if not_ready:
+            self.close()
+            raise not_ready[0]
 
     def _receive(self, rank: int) -> Any:
         try:
@@ -256,4 +283,9 @@ class GlooRankPool(RankPool):
             )
 
 
-RANK_POOLS: dict[str, type[ThreadRankPool] | type[GlooRankPool]] = {"threaded": ThreadRankPool, "gloo": GlooRankPool}
+RANK_POOLS: dict[str, Callable[..., RankPool]] = {
+    "threaded": ThreadRankPool,
+    "gloo": partial(ProcessRankPool, transport="gloo"),
+    "nccl": partial(ProcessRankPool, transport="nccl"),
+    "hccl": partial(ProcessRankPool, transport="hccl"),
+}

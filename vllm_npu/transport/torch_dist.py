@@ -2,12 +2,14 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import ClassVar
 
 import torch
 import torch.distributed as dist
 
-from vllm_npu.errors import TransportError
-from vllm_npu.transport.base import SendRecv, Transport
+from vllm_npu.errors import TransportError, UnsupportedConfigError
+from vllm_npu.token_layout import offsets
+from vllm_npu.transport.base import SendRecv, Transport, sum_in_rank_order
 
 # torch 2.13 renamed both; the older names stay until 2.10 is no longer supported.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -16,6 +18,24 @@ _reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.re
 
 class TorchDistTransport(Transport):
     """The group belongs to whoever made it: close() leaves it open."""
+
+    backend: ClassVar[str]  # c10d's name of it
+    device_type: ClassVar[str]  # of the tensors that it moves
+
+    @classmethod
+    def device_of(cls, local_rank: int) -> torch.device:
+        """The device of a rank of this machine. Raises UnsupportedConfigError where torch sees none for it."""
+        if cls.device_type == "cpu":
+            return torch.device("cpu")
+        accelerator = torch.accelerator.current_accelerator()
+        found = accelerator.type if accelerator is not None and torch.accelerator.is_available() else "cpu"
+        count = torch.accelerator.device_count() if found == cls.device_type else 0
+        if local_rank >= count:
+            raise UnsupportedConfigError(
+                f"transport {cls.backend} needs a {cls.device_type} device for each rank, and torch sees {count}; start fewer "
+                "ranks, or use gloo"
+            )
+        return torch.device(cls.device_type, local_rank)
 
     def __init__(self, process_group: dist.ProcessGroup, group: str) -> None:
         super().__init__(group, dist.get_rank(process_group), dist.get_world_size(process_group))
@@ -90,3 +110,28 @@ class TorchDistTransport(Transport):
     def _barrier(self) -> None:
         with self._collective("barrier"):
             dist.barrier(group=self.process_group)
+
+    def _all_gather_from_peers(self, x: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
+        """All-gather of any sizes without padding: each rank sends its rows to each other rank once."""
+        gathered = x.new_empty((sum(sizes), *x.shape[1:]))
+        starts = offsets(sizes)
+        gathered[starts[self.rank] : starts[self.rank + 1]] = x
+        exchange = []
+        for step in range(1, self.size):
+            destination = (self.rank + step) % self.size
+            source = (self.rank - step) % self.size
+            if sizes[self.rank]:
+                exchange.append(SendRecv(destination, x, is_send=True))
+            if sizes[source]:
+                exchange.append(SendRecv(source, gathered[starts[source] : starts[source + 1]], is_send=False))
+        with self._collective("all_gather"):
+            self._send_recv(exchange)
+        return gathered
+
+    def _reduce_scatter_by_exchange(self, x: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
+        """Reduce-scatter of any sizes without padding: an all-to-all, then the sum in float32, in rank order: the same
+        bits in every run."""
+        own_rows = sizes[self.rank]
+        with self._collective("reduce_scatter"):
+            received = self._all_to_all(x, sizes, [own_rows] * self.size)
+        return sum_in_rank_order(received.view(self.size, own_rows, *x.shape[1:]).unbind(0))

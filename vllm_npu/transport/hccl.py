@@ -1,0 +1,26 @@
+"""Transport over HCCL: NPU tensors, through torch_npu's ProcessGroupHCCL."""
+
+from collections.abc import Sequence
+
+import torch
+
+from vllm_npu.device import npu_ops  # noqa: F401  # importing torch_npu is what makes c10d know hccl
+from vllm_npu.transport.torch_dist import TorchDistTransport
+
+
+class HcclTransport(TorchDistTransport):
+    """HCCL's own collectives where all ranks bring the same number of rows, exchanges without padding where not.
+
+    HCCL has AllGatherV and ReduceScatterV on some chips only, and torch_npu's calls of them refuse empty ranks or groups
+    over several machines; its all-to-all and batched send/receive take any sizes everywhere (op-plugin's documents).
+    """
+
+    backend = "hccl"
+    device_type = "npu"
+
+    def _all_gather(self, x: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
+        return super()._all_gather(x, sizes) if len(set(sizes)) == 1 else self._all_gather_from_peers(x, sizes)
+
+    def _reduce_scatter(self, x: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
+        even = len(set(sizes)) == 1
+        return super()._reduce_scatter(x, sizes) if even else self._reduce_scatter_by_exchange(x, sizes)

@@ -1,22 +1,203 @@
 """What an implementation of a strategy can take, as data with its source. Enforced by strategies.select()."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+
+import torch
+
+from vllm_npu.token_layout import ceil_div
+
+MIB = 1 << 20
+HCCL_BUFFSIZE_DEFAULT_MB = 200  # HCCL's own; the unit of HCCL_BUFFSIZE is MiB
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MoELayer:
+    """What limits depend on and no step changes. Equal on every rank."""
+
+    num_experts: int
+    top_k: int
+    hidden_size: int
+    dtype: torch.dtype  # of hidden_states
+
+
+BufferBytes = Callable[[MoELayer, int, int], int]
+"""(layer, ep_size, most tokens of a rank) -> bytes of HCCL's buffer that the op uses."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MC2Limits:
-    """Limits of one implementation of the MC2 dispatch and combine ops."""
+    """Limits of one implementation of the MC2 dispatch and combine ops; None: no limit."""
 
-    max_tokens_per_rank: int
+    name: str
     native: bool
     """Whether a fused kernel runs it. Where not, `auto` does not choose mc2: the portable op sends top_k rows back for
     each token, all2all one a rank."""
     source: str
+    max_tokens_per_rank: int
+    ep_sizes: tuple[range, ...] | None = None
+    hidden_sizes: range | None = None
+    max_experts: int | None = None
+    max_experts_per_rank: int | None = None
+    max_experts_per_rank_times_ep_size: int | None = None
+    max_top_k: int | None = None
+    dtypes: tuple[torch.dtype, ...] | None = None
+    buffer_bytes: BufferBytes | None = None
 
+    def why_not(self, layer: MoELayer, ep_size: int) -> str | None:
+        """Why it cannot run this layer with any number of tokens, or None."""
+        if self.dtypes is not None and layer.dtype not in self.dtypes:
+            return f"{self.name} takes {_names(self.dtypes)}, hidden_states are {_names([layer.dtype])}"
+        if self.ep_sizes is not None and not any(ep_size in sizes for sizes in self.ep_sizes):
+            return f"{self.name} takes ep_size {_spans(self.ep_sizes)}, not {ep_size}"
+        if self.hidden_sizes is not None and layer.hidden_size not in self.hidden_sizes:
+            return f"{self.name} takes hidden_size {_spans([self.hidden_sizes])}, not {layer.hidden_size}"
+        experts_per_rank = ceil_div(layer.num_experts, ep_size)
+        for what, value, most in (
+            ("experts", layer.num_experts, self.max_experts),
+            ("experts a rank", experts_per_rank, self.max_experts_per_rank),
+            ("experts a rank times ep_size", experts_per_rank * ep_size, self.max_experts_per_rank_times_ep_size),
+            ("experts a token", layer.top_k, self.max_top_k),
+        ):
+            if most is not None and value > most:
+                return f"{self.name} takes at most {most} {what}, not {value}"
+        return None
+
+    def buffer_mb(self, layer: MoELayer, ep_size: int, max_tokens_per_rank: int) -> int | None:
+        """HCCL_BUFFSIZE that the op needs for steps of up to this many tokens a rank, in MiB, or None where it needs none."""
+        if self.buffer_bytes is None:
+            return None
+        return ceil_div(self.buffer_bytes(layer, ep_size, max_tokens_per_rank), MIB)
+
+
+def _names(dtypes: tuple[torch.dtype, ...] | list[torch.dtype]) -> str:
+    return " and ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+def _spans(sizes: tuple[range, ...] | list[range]) -> str:
+    """'2 to 8, 16, 32 to 64 in steps of 32'."""
+    texts = []
+    for each in sizes:
+        text = str(each[0]) if len(each) == 1 else f"{each[0]} to {each[-1]}"
+        texts.append(text + (f" in steps of {each.step}" if each.step > 1 and len(each) > 1 else ""))
+    return ", ".join(texts)
+
+
+def _one(*sizes: int) -> tuple[range, ...]:
+    return tuple(range(size, size + 1) for size in sizes)
+
+
+def _aligned(value: int, alignment: int) -> int:
+    return ceil_div(value, alignment) * alignment
+
+
+# The buffers' formulas are those of the documents of aclnnMoeDistributeDispatchV2 (CANN 8.5); 2 bytes an element of a row,
+# 4 bytes an id and a weight.
+
+
+def _a2_full_mesh_bytes(layer: MoELayer, ep_size: int, tokens: int) -> int:
+    rows = tokens * ep_size * min(layer.num_experts // ep_size, layer.top_k)
+    return 2 * (rows * 2 * layer.hidden_size + 2 * MIB)
+
+
+def _a2_hierarchy_bytes(layer: MoELayer, ep_size: int, tokens: int) -> int:
+    row = 2 * layer.hidden_size + 4 * 4 * _aligned(layer.top_k, 8)
+    return (layer.num_experts + ep_size // 4) * _aligned(tokens * row, 512) + 8 * MIB
+
+
+def _a3_full_mesh_bytes(layer: MoELayer, ep_size: int, tokens: int) -> int:
+    sent = _aligned(_aligned(2 * layer.hidden_size, 32) + 64, 512)  # a row and what travels with it
+    returned = _aligned(2 * layer.hidden_size, 512)
+    experts_per_rank = layer.num_experts // ep_size
+    return 2 * tokens * (experts_per_rank * ep_size * sent + layer.top_k * returned)
+
+
+def _a3_hierarchy_bytes(layer: MoELayer, ep_size: int, tokens: int) -> int:
+    row = 2 * layer.hidden_size + 4 * 4 * _aligned(layer.top_k, 8)
+    return layer.num_experts * tokens * row + 404 * MIB
+
+
+SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 
 PORTABLE_MC2 = MC2Limits(
+    name="portable mc2",
     max_tokens_per_rank=512,
     native=False,
     source="portable_ops has no limit of its own; 512 is what npu_moe_distribute_dispatch_v2 takes on A3 (CANN 8.5), kept "
     "so that a choice made on a laptop is the one made on a cluster",
 )
+_A2_DOCUMENT = (
+    "document of aclnnMoeDistributeDispatchV2 for Atlas A2, CANN 8.5; 24 counts in a row of the kernel's table"
+)
+_A3_DOCUMENT = "document of aclnnMoeDistributeDispatchV2 for Atlas A3, CANN 8.5"
+A2_FULL_MESH = MC2Limits(
+    name="mc2 on A2, full mesh",
+    native=True,
+    source=_A2_DOCUMENT,
+    max_tokens_per_rank=256,
+    ep_sizes=(range(2, 9), *_one(16, 32, 64, 128, 256)),
+    hidden_sizes=range(32, 7168 + 1, 32),
+    max_experts=512,
+    max_experts_per_rank=24,
+    max_top_k=16,
+    dtypes=SIXTEEN_BIT,
+    buffer_bytes=_a2_full_mesh_bytes,
+)
+A2_HIERARCHY = MC2Limits(
+    name="mc2 on A2, hierarchy",
+    native=True,
+    source=_A2_DOCUMENT,
+    max_tokens_per_rank=512,
+    ep_sizes=_one(16, 32, 64),
+    hidden_sizes=range(32, 10240 + 1, 32),
+    max_experts=512,
+    max_top_k=16,
+    dtypes=SIXTEEN_BIT,
+    buffer_bytes=_a2_hierarchy_bytes,
+)
+A3_FULL_MESH = MC2Limits(
+    name="mc2 on A3, full mesh",
+    native=True,
+    source=_A3_DOCUMENT,
+    max_tokens_per_rank=512,
+    ep_sizes=(range(2, 768 + 1),),
+    hidden_sizes=range(1024, 8192 + 1),
+    max_experts=1024,
+    max_experts_per_rank_times_ep_size=2048,
+    max_top_k=16,
+    dtypes=SIXTEEN_BIT,
+    buffer_bytes=_a3_full_mesh_bytes,
+)
+A3_HIERARCHY = MC2Limits(
+    name="mc2 on A3, hierarchy",
+    native=True,
+    source=_A3_DOCUMENT,
+    max_tokens_per_rank=256,
+    ep_sizes=(range(16, 256 + 1, 16),),
+    hidden_sizes=range(1024, 8192 + 1),
+    max_experts=512,
+    max_top_k=16,
+    dtypes=SIXTEEN_BIT,
+    buffer_bytes=_a3_hierarchy_bytes,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceLimits:
+    """What a family of chips can run."""
+
+    family: str
+    mc2: MC2Limits | None  # None: it has no MC2 op
+    mc2_hierarchy: MC2Limits | None = None  # MC2's other algorithm: planned for, not chosen yet
+    all2all: bool = True
+
+
+PORTABLE = DeviceLimits(family="no NPU", mc2=PORTABLE_MC2)
+DEVICES = {
+    "A2": DeviceLimits(family="A2", mc2=A2_FULL_MESH, mc2_hierarchy=A2_HIERARCHY),
+    "A3": DeviceLimits(family="A3", mc2=A3_FULL_MESH, mc2_hierarchy=A3_HIERARCHY),
+    "310P": DeviceLimits(family="310P", mc2=None, all2all=False),  # as vllm-ascend 0.23 has it: all-gather only
+    "A5": DeviceLimits(
+        family="A5", mc2=A3_FULL_MESH
+    ),  # no public document names A5's limits; its op takes A3's arguments
+}

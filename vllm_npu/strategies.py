@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import Any
 
 from vllm_npu.errors import UnsupportedConfigError
-from vllm_npu.limits import PORTABLE_MC2, MC2Limits
+from vllm_npu.limits import PORTABLE, DeviceLimits, MoELayer
 from vllm_npu.pipeline import MoEPipeline
 from vllm_npu.step_plan import StepPlan
 from vllm_npu.topology import ParallelTopology
@@ -65,17 +65,37 @@ class Selection:
     reason: str
 
 
-def check_strategy(name: str, topology: ParallelTopology) -> None:
-    """Raise UnsupportedConfigError unless `name` is auto or a strategy that this topology can use."""
+def why_not(
+    name: str, topology: ParallelTopology, layer: MoELayer | None = None, device: DeviceLimits = PORTABLE
+) -> str | None:
+    """Why a strategy can never run this layer (None: any layer) here, whatever the step, and what to do; or None."""
+    if STRATEGIES[name].needs_expert_parallel and topology.ep_size == 1:
+        return (
+            f"{name} needs ep_size > 1 (got 1 on {topology}); use allgather, or start vLLM with --enable-expert-parallel on "
+            "more than one rank"
+        )
+    instead = "all2all" if device.all2all else "allgather"
+    if name == "mc2" and device.mc2 is None:
+        return f"{device.family} has no MC2; use {instead}"
+    if name == "mc2" and device.mc2 is not None and layer is not None:
+        reason = device.mc2.why_not(layer, topology.ep_size)
+        return reason and f"{reason}; use {instead}"
+    if name == "all2all" and not device.all2all:
+        return f"{device.family} runs allgather and naive only; use allgather"
+    return None
+
+
+def check_strategy(
+    name: str, topology: ParallelTopology, layer: MoELayer | None = None, device: DeviceLimits = PORTABLE
+) -> None:
+    """Raise UnsupportedConfigError unless `name` is auto or a strategy that can run here, as why_not says."""
     if name == AUTO:
         return
     if name not in STRATEGIES:
         raise UnsupportedConfigError(f"unknown moe_comm {name!r}; there are: {AUTO}, {', '.join(STRATEGIES)}")
-    if STRATEGIES[name].needs_expert_parallel and topology.ep_size == 1:
-        raise UnsupportedConfigError(
-            f"{name} needs ep_size > 1 (got 1 on {topology}); use allgather, or start vLLM with --enable-expert-parallel on "
-            "more than one rank"
-        )
+    reason = why_not(name, topology, layer, device)
+    if reason is not None:
+        raise UnsupportedConfigError(reason)
 
 
 def distinct_destinations(num_experts: int, ep_size: int, top_k: int) -> float:
@@ -91,29 +111,29 @@ def select(
     topology: ParallelTopology,
     step: StepPlan,
     *,
-    num_experts: int,
-    top_k: int,
-    mc2_limits: MC2Limits = PORTABLE_MC2,
+    layer: MoELayer,
+    device: DeviceLimits = PORTABLE,
 ) -> Selection:
     """The strategy of a step. LOCAL, and equal on all ranks: no argument may be a rank's own fact.
 
     `requested` is taken as it is, but for mc2 above its capacity, which becomes all2all. Raises UnsupportedConfigError as
     check_strategy does.
     """
-    check_strategy(requested, topology)
+    check_strategy(requested, topology, layer, device)
     tokens_per_rank = step.padded_tokens(topology.tp_size) // topology.tp_size
-    fits_mc2 = tokens_per_rank <= mc2_limits.max_tokens_per_rank
-    if requested == "mc2" and not fits_mc2:
-        return Selection(
-            "all2all", f"mc2 takes {mc2_limits.max_tokens_per_rank} tokens a rank, this step brings {tokens_per_rank}"
-        )
+    capacity = 0 if device.mc2 is None else device.mc2.max_tokens_per_rank
+    if requested == "mc2" and tokens_per_rank > capacity:
+        return Selection("all2all", f"mc2 takes {capacity} tokens a rank, this step brings {tokens_per_rank}")
     if requested != AUTO:
         return Selection(requested, "requested")
     if topology.ep_size == 1:
         return Selection("allgather", "auto: no expert parallelism")
-    if mc2_limits.native and fits_mc2:
-        return Selection("mc2", f"auto: {tokens_per_rank} tokens a rank fit {mc2_limits.max_tokens_per_rank}")
-    share = distinct_destinations(num_experts, topology.ep_size, top_k) / topology.ep_size
+    if not device.all2all:
+        return Selection("allgather", f"auto: {device.family} runs allgather and naive only")
+    native_mc2 = device.mc2 is not None and device.mc2.native and why_not("mc2", topology, layer, device) is None
+    if native_mc2 and tokens_per_rank <= capacity:
+        return Selection("mc2", f"auto: {tokens_per_rank} tokens a rank fit {capacity}")
+    share = distinct_destinations(layer.num_experts, topology.ep_size, layer.top_k) / topology.ep_size
     if share <= ALL2ALL_MAX_SHARE_OF_RANKS:
         return Selection("all2all", f"auto: a token needs {share:.0%} of the {topology.ep_size} ranks")
     return Selection("allgather", f"auto: a token needs {share:.0%} of the {topology.ep_size} ranks")

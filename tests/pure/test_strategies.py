@@ -1,8 +1,10 @@
 """strategies: all ranks choose alike, and never what the topology or the limits refuse."""
 
 import re
+from dataclasses import replace
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -11,7 +13,7 @@ from vllm_npu.dispatch.all2allv import All2AllVDispatcher
 from vllm_npu.dispatch.local_permute import LocalPermuteDispatcher
 from vllm_npu.dispatch.mc2 import MC2Dispatcher
 from vllm_npu.errors import UnsupportedConfigError
-from vllm_npu.limits import PORTABLE_MC2, MC2Limits
+from vllm_npu.limits import DEVICES, PORTABLE_MC2, DeviceLimits, MC2Limits, MoELayer
 from vllm_npu.prepare_finalize.all2all import All2AllPrepareAndFinalize
 from vllm_npu.prepare_finalize.allgather import AllGatherPrepareAndFinalize
 from vllm_npu.prepare_finalize.mc2 import MC2PrepareAndFinalize
@@ -23,7 +25,10 @@ from vllm_npu.transport.base import Groups
 from vllm_npu.transport.threaded import ThreadedGroup, ThreadedTransport
 
 NAMES = [AUTO, *STRATEGIES]
-NATIVE = MC2Limits(max_tokens_per_rank=16, native=True, source="made up for tests")
+LAYER = MoELayer(num_experts=64, top_k=4, hidden_size=1024, dtype=torch.bfloat16)
+NATIVE = DeviceLimits(
+    family="tests", mc2=MC2Limits(name="mc2 of tests", max_tokens_per_rank=16, native=True, source="made up for tests")
+)
 
 
 def plan(*counts: int, sharding: TokenSharding = TokenSharding.REPLICATED) -> StepPlan:
@@ -31,7 +36,7 @@ def plan(*counts: int, sharding: TokenSharding = TokenSharding.REPLICATED) -> St
 
 
 def chosen(requested: str, topology: ParallelTopology, step: StepPlan, **facts) -> Selection:
-    return select(requested, topology, step, **{"num_experts": 64, "top_k": 4, **facts})
+    return select(requested, topology, step, **{"layer": LAYER, **facts})
 
 
 def lone_groups(topology: ParallelTopology) -> Groups:
@@ -54,10 +59,14 @@ def steps_on_grids(draw):
     tp_size, dp_size = draw(st.sampled_from(GRIDS))
     counts = draw(st.lists(st.integers(0, 1100), min_size=dp_size, max_size=dp_size))
     ranks = topologies(tp_size, dp_size, expert_parallel=draw(st.booleans()))
-    limits = MC2Limits(max_tokens_per_rank=draw(st.sampled_from([1, 64, 512])), native=draw(st.booleans()), source="")
+    capacity, native = draw(st.sampled_from([1, 64, 512])), draw(st.booleans())
+    mc2 = MC2Limits(name="drawn", max_tokens_per_rank=capacity, native=native, source="")
     num_experts = tp_size * dp_size * draw(st.integers(1, 4))
     top_k = draw(st.integers(1, min(8, num_experts)))
-    facts = {"num_experts": num_experts, "top_k": top_k, "mc2_limits": limits}
+    facts = {
+        "layer": replace(LAYER, num_experts=num_experts, top_k=top_k),
+        "device": DeviceLimits(family="drawn", mc2=mc2),
+    }
     return ranks, plan(*counts, sharding=draw(st.sampled_from(list(TokenSharding)))), facts
 
 
@@ -72,8 +81,8 @@ def test_all_ranks_choose_the_same_and_the_choice_can_be_built(grid, requested):
     (selection,) = {select(requested, each, step, **facts) for each in ranks}
     for each in ranks:
         check_strategy(selection.strategy, each)
-    build(selection.strategy, lone_groups(ranks[-1]), facts["num_experts"])
-    limits = facts["mc2_limits"]
+    build(selection.strategy, lone_groups(ranks[-1]), facts["layer"].num_experts)
+    limits = facts["device"].mc2
     rows = step.padded_tokens(ranks[0].tp_size) // ranks[0].tp_size
     if selection.strategy == "mc2":
         assert rows <= limits.max_tokens_per_rank
@@ -102,14 +111,48 @@ def test_a_request_that_fits_is_taken_as_it_is():
 def test_auto_takes_allgather_without_expert_parallelism():
     expected = Selection("allgather", "auto: no expert parallelism")
     for each in [*topologies(2, 2, expert_parallel=False), *topologies(1, 1)]:
-        assert chosen(AUTO, each, plan(*[4] * each.dp_size), mc2_limits=NATIVE) == expected
+        assert chosen(AUTO, each, plan(*[4] * each.dp_size), device=NATIVE) == expected
 
 
 def test_auto_takes_a_native_mc2_while_the_tokens_fit():
     topology = topologies(2, 2)[0]
     expected = Selection("mc2", "auto: 16 tokens a rank fit 16")
-    assert chosen(AUTO, topology, plan(32, 1), mc2_limits=NATIVE) == expected
-    assert chosen(AUTO, topology, plan(33, 1), mc2_limits=NATIVE).strategy != "mc2"
+    assert chosen(AUTO, topology, plan(32, 1), device=NATIVE) == expected
+    assert chosen(AUTO, topology, plan(33, 1), device=NATIVE).strategy != "mc2"
+
+
+def test_auto_passes_over_what_the_device_refuses():
+    topology, step = topologies(1, 16)[0], plan(*[4] * 16)
+    assert chosen(AUTO, topology, step, device=DEVICES["A3"]).strategy == "mc2"
+    narrow = replace(LAYER, hidden_size=512)
+    assert chosen(AUTO, topology, step, device=DEVICES["A3"], layer=narrow).strategy == "all2all"
+    assert chosen(AUTO, topology, step, device=DEVICES["310P"]) == Selection(
+        "allgather", "auto: 310P runs allgather and naive only"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "family", "layer", "message"),
+    [
+        ("mc2", "310P", LAYER, "310P has no MC2; use allgather"),
+        ("all2all", "310P", LAYER, "310P runs allgather and naive only; use allgather"),
+        (
+            "mc2",
+            "A3",
+            replace(LAYER, dtype=torch.float32),
+            "mc2 on A3, full mesh takes bfloat16 and float16, hidden_states are float32; use all2all",
+        ),
+    ],
+)
+def test_a_request_that_the_device_refuses_says_why(name, family, layer, message):
+    topology = topologies(1, 4)[0]
+    for refused in (
+        lambda: chosen(name, topology, plan(4, 4, 4, 4), layer=layer, device=DEVICES[family]),
+        lambda: check_strategy(name, topology, layer, DEVICES[family]),
+    ):
+        with pytest.raises(UnsupportedConfigError) as error:
+            refused()
+        assert str(error.value) == message
 
 
 @pytest.mark.parametrize(
@@ -124,7 +167,7 @@ def test_auto_takes_a_native_mc2_while_the_tokens_fit():
     ],
 )
 def test_auto_weighs_the_ranks_that_a_token_needs(ranks, top_k, strategy, share):
-    selection = chosen(AUTO, topologies(1, ranks)[0], plan(*[4] * ranks), top_k=top_k)
+    selection = chosen(AUTO, topologies(1, ranks)[0], plan(*[4] * ranks), layer=replace(LAYER, top_k=top_k))
     assert selection == Selection(strategy, f"auto: a token needs {share} of the {ranks} ranks")
 
 

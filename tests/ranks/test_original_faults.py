@@ -17,6 +17,7 @@ from vllm_npu.errors import InvalidInputError, TransportError
 from vllm_npu.prepare_finalize.all2all import All2AllPrepareAndFinalize
 from vllm_npu.prepare_finalize.allgather import AllGatherPrepareAndFinalize
 from vllm_npu.prepare_finalize.mc2 import MC2PrepareAndFinalize
+from vllm_npu.limits import MoELayer
 from vllm_npu.prepare_finalize.naive_multicast import NaiveMulticastPrepareAndFinalize
 from vllm_npu.reference import select_topk
 from vllm_npu.routing import ExpertPermutation, local_expert_ids
@@ -27,6 +28,7 @@ from vllm_npu.transport.launch import Rank, ThreadRankPool
 from vllm_npu.transport.recording import CollectiveCounter
 
 HIDDEN, EXPERTS = 4, 8
+LAYER = MoELayer(num_experts=EXPERTS, top_k=2, hidden_size=HIDDEN, dtype=torch.float32)
 
 
 def tokens(num_tokens: int, offset: float = 0.0) -> torch.Tensor:
@@ -389,7 +391,7 @@ def test_mc2_is_not_taken_beyond_its_capacity_nor_with_no_rows():
 
     def ours(rank: Rank):
         topology = ParallelTopology.of_rank(0, tp_size=1, dp_size=2)
-        selection = select("mc2", topology, plan(1000, 3), num_experts=EXPERTS, top_k=2)
+        selection = select("mc2", topology, plan(1000, 3), layer=LAYER)
         stages = MC2PrepareAndFinalize(rank.groups(tp_size=1, dp_size=1))
         prepared = stages.prepare(tokens(0), (), plan(0))
         return selection.strategy, "512" in selection.reason, prepared.hidden_states.shape[0], bool(prepared.mask.any())

@@ -9,6 +9,7 @@ from vllm.model_executor.layers.fused_moe.runner.shared_experts import SharedExp
 
 from vllm_npu import strategies
 from vllm_npu.errors import UnsupportedConfigError
+from vllm_npu.limits import MoELayer
 from vllm_npu.pipeline import MoEPipeline
 from vllm_npu.plugin import compat
 from vllm_npu.plugin.experts import NPUUnquantizedFusedMoEMethod, exchanges_tokens
@@ -49,9 +50,14 @@ class NPUMoERunner(MoERunner):
         return int(self.moe_config.num_experts)
 
     @property
-    def top_k(self) -> int:
-        """Experts that each token chooses."""
-        return int(self.moe_config.experts_per_token)
+    def moe_layer(self) -> MoELayer:
+        """What limits depend on."""
+        return MoELayer(
+            num_experts=self.num_experts,
+            top_k=int(self.moe_config.experts_per_token),
+            hidden_size=int(self.moe_config.hidden_dim),
+            dtype=self.moe_config.in_dtype,
+        )
 
     @property
     def token_sharding(self) -> TokenSharding:

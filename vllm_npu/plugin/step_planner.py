@@ -39,21 +39,20 @@ class StepPlanner:
         self.tokens = 0
         self._agreed: str | None = None
         self._sharding = layers[0].token_sharding
-        self._num_experts = layers[0].num_experts
-        self._top_k = layers[0].top_k
+        self._layer = layers[0].moe_layer
         self._layer_facts = "; ".join(sorted({layer.facts for layer in layers}))
         self._topology = model_groups(expert_parallel=layers[0].use_ep).topology
 
     def propose(self, name: str) -> None:
         """Ask for another strategy from the next step on. LOCAL. Raises UnsupportedConfigError for one that cannot be."""
-        check_strategy(name, self._topology)
+        check_strategy(name, self._topology, self._layer)
         self.proposed = name
 
     def plan(self, num_tokens_across_dp: list[int]) -> PlannedStep:
         """Plan a step. COLLECTIVE over the grid: the vote's all-gather of 16 bytes, on CPU."""
         plan = StepPlan(num_tokens_across_dp=tuple(num_tokens_across_dp), sharding=self._sharding)
         requested = self._vote(plan)
-        selection = select(requested, self._topology, plan, num_experts=self._num_experts, top_k=self._top_k)
+        selection = select(requested, self._topology, plan, layer=self._layer)
         if self._topology.rank == 0 and (self.selection is None or self.selection.strategy != selection.strategy):
             logger.info("MoE communication: %s on %s (%s)", selection.strategy, self._topology, selection.reason)
         self.selection = selection

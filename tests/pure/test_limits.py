@@ -1,0 +1,66 @@
+"""limits: each number of the tables refuses the next value, and the buffers are those of the published cases."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from vllm_npu.limits import A2_FULL_MESH, A2_HIERARCHY, A3_FULL_MESH, A3_HIERARCHY, PORTABLE_MC2, MoELayer
+
+LAYER = MoELayer(num_experts=256, top_k=8, hidden_size=7168, dtype=torch.bfloat16)
+NATIVE = [A2_FULL_MESH, A2_HIERARCHY, A3_FULL_MESH, A3_HIERARCHY]
+
+
+def test_the_portable_ops_take_any_layer():
+    for layer in (LAYER, replace(LAYER, num_experts=5000, top_k=64, hidden_size=3, dtype=torch.float32)):
+        assert PORTABLE_MC2.why_not(layer, 5) is None
+    assert PORTABLE_MC2.buffer_mb(LAYER, 16, 512) is None
+
+
+@pytest.mark.parametrize("limits", NATIVE, ids=lambda limits: limits.name)
+def test_a_usual_layer_is_taken(limits):
+    assert limits.why_not(LAYER, 16) is None
+    assert limits.why_not(replace(LAYER, dtype=torch.float16), 32) is None
+
+
+@pytest.mark.parametrize(
+    ("limits", "changes", "ep_size", "reason"),
+    [
+        (A2_FULL_MESH, {}, 9, "takes ep_size 2 to 8, 16, 32, 64, 128, 256, not 9"),
+        (A2_FULL_MESH, {}, 8, "takes at most 24 experts a rank, not 32"),
+        (A2_FULL_MESH, {"hidden_size": 7200}, 16, "takes hidden_size 32 to 7168 in steps of 32, not 7200"),
+        (A2_FULL_MESH, {"hidden_size": 48}, 16, "takes hidden_size 32 to 7168 in steps of 32, not 48"),
+        (A2_FULL_MESH, {"num_experts": 528}, 32, "takes at most 512 experts, not 528"),
+        (A2_FULL_MESH, {"top_k": 17}, 16, "takes at most 16 experts a token, not 17"),
+        (A2_FULL_MESH, {"dtype": torch.float32}, 16, "takes bfloat16 and float16, hidden_states are float32"),
+        (A2_HIERARCHY, {}, 128, "takes ep_size 16, 32, 64, not 128"),
+        (A3_FULL_MESH, {}, 1, "takes ep_size 2 to 768, not 1"),
+        (A3_FULL_MESH, {"hidden_size": 1023}, 16, "takes hidden_size 1024 to 8192, not 1023"),
+        (A3_FULL_MESH, {"num_experts": 1536}, 768, "takes at most 1024 experts, not 1536"),
+        (A3_HIERARCHY, {}, 24, "takes ep_size 16 to 256 in steps of 16, not 24"),
+        (A3_HIERARCHY, {"num_experts": 1024}, 32, "takes at most 512 experts, not 1024"),
+    ],
+)
+def test_the_first_limit_that_is_broken_is_named(limits, changes, ep_size, reason):
+    assert limits.why_not(replace(LAYER, **changes), ep_size) == f"{limits.name} {reason}"
+
+
+def test_buffers_of_the_published_cases():
+    # The report of a refused start on A3 asked for a buffer above 608; op-plugin's example for A2 computes 900.
+    a3 = MoELayer(num_experts=128, top_k=8, hidden_size=2048, dtype=torch.bfloat16)
+    assert A3_FULL_MESH.buffer_mb(a3, 2, 512) == 608
+    assert A2_FULL_MESH.buffer_mb(LAYER, 16, 256) == 900
+
+
+@pytest.mark.parametrize("limits", NATIVE, ids=lambda limits: limits.name)
+def test_a_buffer_grows_with_tokens_width_and_experts(limits):
+    sizes = [
+        limits.buffer_mb(layer, 16, tokens)
+        for layer, tokens in (
+            (replace(LAYER, num_experts=64, top_k=4, hidden_size=1024), 64),
+            (replace(LAYER, num_experts=64, top_k=4, hidden_size=1024), 256),
+            (replace(LAYER, num_experts=64, top_k=4), 256),
+            (LAYER, 256),
+        )
+    ]
+    assert sizes == sorted(set(sizes))

@@ -1,0 +1,119 @@
+"""`vllm-npu plan`: which strategies a layer may use on a device, what auto takes, and what to set."""
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from vllm_npu.errors import UnsupportedConfigError
+from vllm_npu.limits import DEVICES, HCCL_BUFFSIZE_DEFAULT_MB, MoELayer
+from vllm_npu.planning import LayerPlan, plan_layer
+from vllm_npu.topology import ExpertPlacement, ParallelTopology
+
+# Where model families keep them in config.json; the first key that is there counts.
+CONFIG_KEYS = {
+    "experts": ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts"),
+    "topk": ("num_experts_per_tok", "moe_topk", "moe_top_k", "num_experts_per_token"),
+    "hidden": ("hidden_size",),
+    "dtype": ("torch_dtype", "dtype"),
+}
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def plan(
+    soc: Annotated[str, typer.Option(help=f"Family of chips: {', '.join(DEVICES)}.")],
+    ep: Annotated[int, typer.Option(min=1, help="Ranks that the experts are spread over: TP times DP.")],
+    tokens: Annotated[int, typer.Option(min=1, help="Most tokens of a step on one data-parallel rank.")] = 512,
+    tp: Annotated[int, typer.Option(min=1, help="Tensor-parallel ranks.")] = 1,
+    experts: Annotated[int | None, typer.Option(min=1, help="Routed experts of a layer.")] = None,
+    topk: Annotated[int | None, typer.Option(min=1, help="Experts a token.")] = None,
+    hidden: Annotated[int | None, typer.Option(min=1, help="hidden_size of the model.")] = None,
+    dtype: Annotated[str | None, typer.Option(help=f"Of hidden states: {', '.join(DTYPES)} (bfloat16).")] = None,
+    model: Annotated[Path | None, typer.Option(help="A config.json, or its folder: for what is not given here.")] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write the result here.")] = None,
+) -> None:
+    """Say which strategies are legal for a mixture-of-experts layer and why others are not, which one auto takes at which
+    token counts, what a rank sends for a layer, and the HCCL_BUFFSIZE that mc2 needs.
+
+    Nothing runs, no device is needed. Bytes are a model: uniform routing, no headers. Exit status 1 where the numbers
+    cannot be a layer.
+    """
+    if soc not in DEVICES:
+        raise UnsupportedConfigError(f"unknown --soc {soc!r}; there are: {', '.join(DEVICES)}")
+    if ep % tp:
+        raise UnsupportedConfigError(f"--ep {ep} is not a multiple of --tp {tp}; the experts lie on all ranks of the grid")
+    layer = _layer(model, experts, topk, hidden, dtype)
+    ExpertPlacement(layer.num_experts, ep)
+    topology = ParallelTopology.of_rank(0, tp_size=tp, dp_size=ep // tp)
+    planned = plan_layer(layer, topology, DEVICES[soc], tokens)
+    todo = advice(planned, int(os.environ.get("HCCL_BUFFSIZE") or HCCL_BUFFSIZE_DEFAULT_MB))
+    if json_path is not None:
+        json_path.write_text(json.dumps({**asdict(planned), "advice": todo}, indent=2) + "\n")
+    _print(planned, todo, f"{soc}, {topology}, {layer.num_experts} experts top {layer.top_k}, {tokens} tokens a DP rank")
+
+
+def advice(planned: LayerPlan, buffer_mb: int) -> list[str]:
+    """What to set. `buffer_mb`: the HCCL_BUFFSIZE in force."""
+    for buffer in planned.buffers:
+        if buffer.needed_mb is not None and buffer.needed_mb > buffer_mb:
+            return [
+                f"set HCCL_BUFFSIZE={buffer.needed_mb} (MiB) on all ranks before the start: {buffer.algorithm} needs it for "
+                f"{buffer.tokens_per_rank} tokens a rank, and {buffer_mb} are set"
+            ]
+        if buffer.needed_mb is not None:
+            break
+    return []
+
+
+def _layer(model: Path | None, experts: int | None, topk: int | None, hidden: int | None, dtype: str | None) -> MoELayer:
+    given: dict[str, Any] = {"experts": experts, "topk": topk, "hidden": hidden, "dtype": dtype}
+    config: dict[str, Any] = {}
+    if model is not None:
+        path = model / "config.json" if model.is_dir() else model
+        try:
+            config = json.loads(path.read_text())
+        except (OSError, json.JSONDecodeError) as error:
+            raise UnsupportedConfigError(f"--model {path} cannot be read as a config.json: {error}") from error
+        config = config | config.get("text_config", {})  # multimodal models keep the language model's there
+    for name, keys in CONFIG_KEYS.items():
+        if given[name] is None:
+            given[name] = next((config[key] for key in keys if config.get(key) is not None), None)
+    given["dtype"] = given["dtype"] or "bfloat16"
+    missing = [f"--{name}" for name, value in given.items() if value is None]
+    if missing:
+        raise UnsupportedConfigError(f"{', '.join(missing)} not given, nor in --model's config.json; give them")
+    if given["dtype"] not in DTYPES:
+        raise UnsupportedConfigError(f"unknown --dtype {given['dtype']!r}; there are: {', '.join(DTYPES)}")
+    if given["topk"] > given["experts"]:
+        raise UnsupportedConfigError(f"--topk {given['topk']} of --experts {given['experts']}: a token has fewer to choose")
+    return MoELayer(
+        num_experts=given["experts"], top_k=given["topk"], hidden_size=given["hidden"], dtype=DTYPES[given["dtype"]]
+    )
+
+
+def _print(planned: LayerPlan, todo: list[str], title: str) -> None:
+    console = Console()
+    strategies = Table("strategy", "collectives a layer", "KiB a rank sends for a layer", "legal", title=title)
+    for row in planned.strategies:
+        strategies.add_row(
+            row.strategy, str(row.collectives), f"{row.bytes_sent / 1024:,.0f}", f"no: {row.reason}" if row.reason else "yes"
+        )
+    console.print(strategies)
+    auto = Table("tokens of a step", "auto takes", "why")
+    for each in planned.auto:
+        auto.add_row(f"{each.first_tokens} to {each.last_tokens}", each.strategy, each.reason)
+    console.print(auto)
+    if planned.buffers:
+        buffers = Table("algorithm", "tokens a rank", "HCCL_BUFFSIZE needed, MiB")
+        for buffer in planned.buffers:
+            needed = f"none: {buffer.reason}" if buffer.reason else str(buffer.needed_mb)
+            buffers.add_row(buffer.algorithm, str(buffer.tokens_per_rank), needed)
+        console.print(buffers)
+    for line in todo:
+        print(line)

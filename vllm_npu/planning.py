@@ -1,0 +1,126 @@
+"""What a layer's exchange will be like before anything runs: legal strategies, auto's choice, bytes, HCCL's buffer."""
+
+from dataclasses import dataclass
+
+from vllm_npu.limits import DeviceLimits, MC2Limits, MoELayer
+from vllm_npu.step_plan import StepPlan, TokenSharding
+from vllm_npu.strategies import AUTO, STRATEGIES, distinct_destinations, select, why_not
+from vllm_npu.token_layout import ceil_div
+from vllm_npu.topology import ParallelTopology
+
+ROUTING_BYTES = 8  # of a chosen expert: a float32 weight and an int32 id
+COUNT_BYTES = 8  # of all2all's exchange of split sizes, to each rank
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StrategyPlan:
+    """One strategy on this layer."""
+
+    strategy: str
+    reason: str | None  # why it cannot run, and what to do; None: it can
+    collectives: int  # of one layer, on one rank
+    bytes_sent: int  # by one rank for one layer, routing uniform over experts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AutoRange:
+    """Steps for which `auto` takes the same strategy."""
+
+    first_tokens: int  # of the fullest DP rank
+    last_tokens: int
+    strategy: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BufferPlan:
+    """HCCL's buffer for one algorithm of MC2."""
+
+    algorithm: str
+    reason: str | None  # why the algorithm cannot run this layer
+    tokens_per_rank: int  # planned for: the step's, or the most that the algorithm takes
+    needed_mb: int | None  # HCCL_BUFFSIZE, MiB
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerPlan:
+    """The whole answer."""
+
+    strategies: tuple[StrategyPlan, ...]
+    auto: tuple[AutoRange, ...]
+    buffers: tuple[BufferPlan, ...]
+
+
+def plan_layer(layer: MoELayer, topology: ParallelTopology, device: DeviceLimits, num_tokens: int) -> LayerPlan:
+    """Plan for steps of up to `num_tokens` tokens on each DP rank, replicated over TP. LOCAL."""
+    strategies = tuple(
+        StrategyPlan(
+            strategy=name,
+            reason=why_not(name, topology, layer, device),
+            collectives=collectives(name, topology),
+            bytes_sent=bytes_sent(name, layer, topology, num_tokens, native_mc2=device.mc2 is not None and device.mc2.native),
+        )
+        for name in STRATEGIES
+    )
+    tokens_per_rank = ceil_div(num_tokens, topology.tp_size)
+    algorithms = [limits for limits in (device.mc2, device.mc2_hierarchy) if limits is not None and limits.native]
+    return LayerPlan(
+        strategies=strategies,
+        auto=auto_ranges(layer, topology, device, num_tokens),
+        buffers=tuple(_buffer(limits, layer, topology.ep_size, tokens_per_rank) for limits in algorithms),
+    )
+
+
+def auto_ranges(
+    layer: MoELayer, topology: ParallelTopology, device: DeviceLimits, max_tokens: int
+) -> tuple[AutoRange, ...]:
+    """What `auto` takes for steps of 1 to max_tokens tokens on the fullest DP rank."""
+    ranges: list[AutoRange] = []
+    for tokens in range(1, max_tokens + 1):
+        step = StepPlan(num_tokens_across_dp=(tokens,) * topology.dp_size, sharding=TokenSharding.REPLICATED)
+        chosen = select(AUTO, topology, step, layer=layer, device=device)
+        first = tokens
+        if ranges and ranges[-1].strategy == chosen.strategy:
+            first = ranges.pop().first_tokens
+        ranges.append(
+            AutoRange(first_tokens=first, last_tokens=tokens, strategy=chosen.strategy, reason=chosen.reason)
+        )
+    return tuple(ranges)
+
+
+def collectives(strategy: str, topology: ParallelTopology) -> int:
+    """Collectives of one layer, tokens replicated over TP."""
+    dp, tp = topology.dp_size, topology.tp_size
+    over_ranks = {"mc2": 2, "all2all": 3, "allgather": 2 if dp > 1 else 0, "naive": dp + 1 if dp > 1 else 0}
+    return over_ranks[strategy] + (tp > 1)
+
+
+def bytes_sent(
+    strategy: str, layer: MoELayer, topology: ParallelTopology, num_tokens: int, *, native_mc2: bool
+) -> int:
+    """Bytes that one rank sends to others for one layer: num_tokens real tokens on each DP rank, replicated over TP.
+
+    As RecordingTransport counts them. all2all and native mc2: the mean over uniform routing.
+    """
+    tp, dp, world = topology.tp_size, topology.dp_size, topology.world_size
+    hidden = layer.hidden_size * layer.dtype.itemsize
+    routing = layer.top_k * ROUTING_BYTES
+    if strategy in ("allgather", "naive"):
+        over_dp = (dp - 1) * num_tokens * (hidden + routing + hidden)
+        return over_dp + 2 * (tp - 1) * num_tokens * hidden // tp
+    rows = ceil_div(num_tokens, tp)
+    gather_over_tp = (tp - 1) * rows * hidden
+    if strategy == "all2all":
+        sent_rows = rows * distinct_destinations(layer.num_experts, topology.ep_size, layer.top_k) * (world - 1) / world
+        return round(sent_rows * (2 * hidden + routing)) + (world - 1) * COUNT_BYTES + gather_over_tp
+    if native_mc2:
+        return 2 * rows * layer.top_k * hidden * (world - 1) // world + gather_over_tp
+    slots = rows * (world - 1)
+    return slots * (hidden + layer.top_k * 4) + slots * layer.top_k * hidden + gather_over_tp
+
+
+def _buffer(limits: MC2Limits, layer: MoELayer, ep_size: int, tokens_per_rank: int) -> BufferPlan:
+    planned = min(tokens_per_rank, limits.max_tokens_per_rank)
+    reason = limits.why_not(layer, ep_size)
+    needed = None if reason else limits.buffer_mb(layer, ep_size, planned)
+    return BufferPlan(algorithm=limits.name, reason=reason, tokens_per_rank=planned, needed_mb=needed)

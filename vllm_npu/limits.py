@@ -188,16 +188,18 @@ class DeviceLimits:
 
     family: str
     mc2: MC2Limits | None  # None: it has no MC2 op
+    socs: tuple[str, ...] = ()  # beginnings of the chips' names
     mc2_hierarchy: MC2Limits | None = None  # MC2's other algorithm: planned for, not chosen yet
     all2all: bool = True
+    routing_ops: bool = True  # npu_moe_init_routing_v2 with a range of experts, and npu_moe_finalize_routing
 
 
 PORTABLE = DeviceLimits(family="no NPU", mc2=PORTABLE_MC2)
 DEVICES = {
-    "A2": DeviceLimits(family="A2", mc2=A2_FULL_MESH, mc2_hierarchy=A2_HIERARCHY),
-    "A3": DeviceLimits(family="A3", mc2=A3_FULL_MESH, mc2_hierarchy=A3_HIERARCHY),
-    "310P": DeviceLimits(family="310P", mc2=None, all2all=False),  # as vllm-ascend 0.23 has it: all-gather only
-    "A5": DeviceLimits(
-        family="A5", mc2=A3_FULL_MESH
-    ),  # no public document names A5's limits; its op takes A3's arguments
+    "A2": DeviceLimits(family="A2", mc2=A2_FULL_MESH, mc2_hierarchy=A2_HIERARCHY, socs=("Ascend910B",)),
+    "A3": DeviceLimits(family="A3", mc2=A3_FULL_MESH, mc2_hierarchy=A3_HIERARCHY, socs=("Ascend910_93",)),
+    # All-gather only, as vllm-ascend 0.23 has it; op-plugin's documents leave 310P out of both routing ops.
+    "310P": DeviceLimits(family="310P", mc2=None, all2all=False, routing_ops=False, socs=("Ascend310P",)),
+    # No public document names A5's limits; its op takes A3's arguments.
+    "A5": DeviceLimits(family="A5", mc2=A3_FULL_MESH, socs=("Ascend950", "Ascend910_95")),
 }

@@ -74,65 +74,56 @@ def local_expert_ids(
 
 @dataclass(frozen=True, slots=True)
 class ExpertPermutation:
-    """Which (token, k) pair each row of an expert-major input comes from, and the way back.
+    """Where each (token, k) pair of one rank's experts stands in an expert-major input.
 
-    Pairs are numbered token-major. Expert-major order is stable: inside an expert, rows ascend by token.
+    Expert-major order is stable: inside an expert, rows ascend by token.
     """
 
     source_rows: torch.Tensor  # [num_pairs] int64: token of each expert-major row
-    positions: torch.Tensor  # [num_pairs] int64: expert-major row of each token-major pair
-    pairs_before_token: torch.Tensor  # [num_tokens + 1] int64: where each token's pairs start, and their number
-    pair_weights: torch.Tensor  # [num_pairs] float32, token-major
+    row_of_pair: torch.Tensor  # [num_tokens, top_k] int64: expert-major row, -1 for a pair that is not ours
     tokens_per_expert: torch.Tensor  # [num_local_experts] int64: a count for each local expert
 
     @classmethod
     def build(
         cls,
         local_ids: torch.Tensor,  # [num_tokens, top_k], -1 for a pair that is not ours
-        topk_weights: torch.Tensor,  # [num_tokens, top_k] float32
         num_local_experts: int,
     ) -> "ExpertPermutation":
         """Sort the pairs by local expert. Host sync on accelerators: yes (the number of pairs)."""
         tokens, slots = (local_ids >= 0).nonzero(as_tuple=True)
         pair_experts = local_ids[tokens, slots].long()
         order = pair_experts.argsort(stable=True)
-        positions = torch.empty_like(order)
-        positions[order] = torch.arange(order.numel(), device=order.device)
-        per_token = torch.bincount(tokens, minlength=local_ids.shape[0])
+        row_of_pair = torch.full(local_ids.shape, -1, dtype=torch.int64, device=local_ids.device)
+        row_of_pair[tokens[order], slots[order]] = torch.arange(order.numel(), device=order.device)
         return cls(
             source_rows=tokens[order],
-            positions=positions,
-            pairs_before_token=F.pad(per_token.cumsum(0), (1, 0)),
-            pair_weights=topk_weights[tokens, slots].float(),
+            row_of_pair=row_of_pair,
             tokens_per_expert=torch.bincount(pair_experts, minlength=num_local_experts),
         )
 
-    def combine(
-        self,
-        expert_output: torch.Tensor,  # [>= num_pairs, width], expert-major
-    ) -> torch.Tensor:  # [num_tokens, width], fresh, dtype of expert_output
-        """Weight each pair's row and sum them for each token, in float32, k ascending. A token without pairs gets zeros."""
-        return sum_segments(expert_output, self.positions, self.pairs_before_token, self.pair_weights)
 
-
-def sum_segments(
+def sum_rows(
     rows: torch.Tensor,  # [any, width]
-    positions: torch.Tensor,  # [n] int64: row of each summand
-    segment_starts: torch.Tensor,  # [num_segments + 1] int64: first summand of each segment, and n
-    weights: torch.Tensor | None = None,  # [n] float32, 1 where absent
-) -> torch.Tensor:  # [num_segments, width], dtype of `rows`
-    """Weighted sums of gathered rows, accumulated in float32 in the order of `positions`. Rows not named are never read.
+    row_of_pair: torch.Tensor,  # [num_tokens, k] integer: a row of `rows`, -1 for none
+    weights: torch.Tensor | None = None,  # [num_tokens, k]; 1 where absent
+) -> torch.Tensor:  # [num_tokens, width], fresh, dtype of `rows`
+    """For each token the weighted sum of its rows, in float32, k ascending; zeros without one. Other rows are never read.
 
-    embedding_bag is that sum in one pass: 10 to 40 times faster on a CPU than a gather and index_add_.
+    embedding_bag is that sum in one pass: 10 to 40 times faster on a CPU than a gather and index_add_. Host sync on
+    accelerators: yes (the number of pairs).
     """
+    valid = row_of_pair >= 0
+    positions = row_of_pair[valid]
     if positions.numel() == 0:
-        return rows.new_zeros((segment_starts.numel() - 1, rows.shape[1]))
+        return rows.new_zeros((row_of_pair.shape[0], rows.shape[1]))
     return F.embedding_bag(
         positions,
         rows.float(),
-        segment_starts,
+        F.pad(valid.sum(1).cumsum(0), (1, 0)),
         mode="sum",
-        per_sample_weights=torch.ones_like(positions, dtype=torch.float32) if weights is None else weights,
+        per_sample_weights=torch.ones_like(positions, dtype=torch.float32)
+        if weights is None
+        else weights[valid].float(),
         include_last_offset=True,
     ).to(rows.dtype)
 
@@ -144,31 +135,22 @@ class RankDestinations:
     tokens: torch.Tensor  # [num_sent] int64: token of each sent row; rows lie rank-major, tokens ascending
     ranks: torch.Tensor  # [num_sent] int64: destination of each sent row
     rows_per_rank: torch.Tensor  # [ep_size] int64
-    positions: torch.Tensor  # [num_sent] int64: sent row of each (token, rank) pair, token-major
-    sends_before_token: torch.Tensor  # [num_tokens + 1] int64
+    row_of_rank: torch.Tensor  # [num_tokens, ep_size] int64: sent row of each token to each rank, -1 for none
 
     @classmethod
     def build(cls, topk_ids: torch.Tensor, placement: ExpertPlacement) -> "RankDestinations":
         """From global ids [num_tokens, top_k]. Host sync on accelerators: yes (the number of rows)."""
         goes = torch.zeros((topk_ids.shape[0], placement.ep_size), dtype=torch.bool, device=topk_ids.device)
         goes.scatter_(1, topk_ids.long() // placement.experts_per_rank, True)
-        ranks, tokens = goes.t().nonzero(as_tuple=True)
-        return cls(
-            tokens=tokens,
-            ranks=ranks,
-            rows_per_rank=goes.sum(0),
-            positions=tokens.argsort(stable=True),
-            sends_before_token=F.pad(goes.sum(1).cumsum(0), (1, 0)),
-        )
+        rank_major = goes.t()
+        ranks, tokens = rank_major.nonzero(as_tuple=True)
+        rows = rank_major.flatten().cumsum(0).view(rank_major.shape).t() - 1
+        return cls(tokens=tokens, ranks=ranks, rows_per_rank=goes.sum(0), row_of_rank=torch.where(goes, rows, -1))
 
     def local_ids(self, topk_ids: torch.Tensor, placement: ExpertPlacement) -> torch.Tensor:
         """Of each sent row, the ids as its destination numbers its experts: [num_sent, top_k], -1 for other ranks'."""
         first = (self.ranks * placement.experts_per_rank).to(topk_ids.dtype)
         return local_expert_ids(topk_ids[self.tokens] - first[:, None], 0, placement.experts_per_rank)
-
-    def sum_returned(self, returned: torch.Tensor) -> torch.Tensor:
-        """Sum the rows that came back for each token, float32, destination ranks ascending: [num_tokens, width]."""
-        return sum_segments(returned, self.positions, self.sends_before_token)
 
 
 def expert_ranges(tokens_per_expert: Sequence[int]) -> list[tuple[int, int, int]]:

@@ -5,17 +5,20 @@ Each rank builds all ranks' data from one seed, so the expected output needs no 
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 
+from vllm_npu.device import ops_of
+from vllm_npu.limits import PORTABLE, DeviceLimits, MoELayer
 from vllm_npu.reference import ExpertsFunction, LinearExperts, reference_moe, select_topk
 from vllm_npu.step_plan import StepPlan, TokenSharding
-from vllm_npu.strategies import STRATEGIES, build
+from vllm_npu.strategies import STRATEGIES, build, why_not
 from vllm_npu.token_layout import TokenSlice
 from vllm_npu.topology import ExpertPlacement, ParallelTopology
 from vllm_npu.transport.launch import Rank
 
-HIDDEN_SIZE = 24
+HIDDEN_SIZE = 32
 TOLERANCES = {
     torch.float32: 1e-5,
     torch.bfloat16: 2e-2,
@@ -36,6 +39,7 @@ class Case:
     dtype: torch.dtype = torch.bfloat16
     integer: bool = True  # small integers: the result must be exact
     skewed: bool = False  # all tokens choose experts of the first ranks only
+    hidden_size: int = HIDDEN_SIZE
     width: int = HIDDEN_SIZE  # columns of the experts' output
     experts_per_rank: int = 2
     top_k: int = 3
@@ -46,11 +50,16 @@ class Case:
         """Experts over all ranks."""
         return self.experts_per_rank * self.tp_size * self.dp_size
 
+    @property
+    def layer(self) -> MoELayer:
+        """What limits depend on."""
+        return MoELayer(num_experts=self.num_experts, top_k=self.top_k, hidden_size=self.hidden_size, dtype=self.dtype)
+
     def __str__(self) -> str:
         parts = [self.strategy, f"tp{self.tp_size}", f"dp{self.dp_size}", "ep" if self.expert_parallel else "no-ep"]
         parts += [self.sharding.value, str(list(self.num_tokens_across_dp)), str(self.dtype).removeprefix("torch.")]
         parts += [word for word, on in (("integer", self.integer), ("skewed", self.skewed)) if on]
-        return " ".join([*parts, f"width{self.width}", f"seed{self.seed}"])
+        return " ".join([*parts, f"hidden{self.hidden_size}", f"width{self.width}", f"seed{self.seed}"])
 
 
 def grids(num_ranks: int) -> list[tuple[int, int]]:
@@ -69,8 +78,29 @@ def count_patterns(tp_size: int, dp_size: int) -> list[tuple[int, ...]]:
     return sorted(set(patterns))
 
 
-def cases(num_ranks: int, *, strategies: tuple[str, ...] = tuple(STRATEGIES), quick: bool, seed: int) -> Iterator[Case]:
-    """All cases for this many ranks. `quick` keeps one dtype and one seed of each layout."""
+def cases(
+    num_ranks: int,
+    *,
+    strategies: tuple[str, ...] = tuple(STRATEGIES),
+    quick: bool,
+    seed: int,
+    device: DeviceLimits = PORTABLE,
+) -> Iterator[Case]:
+    """All cases for this many ranks that the device can run, of the least size that it takes. `quick` keeps one dtype and
+    one seed of each layout."""
+    for case in _all_cases(num_ranks, strategies, quick, seed):
+        limited = device.mc2 if case.strategy == "mc2" else None
+        if limited is not None and limited.hidden_sizes is not None:  # rows that come back have the size of those sent
+            least = max(HIDDEN_SIZE, limited.hidden_sizes[0])
+            case = replace(case, hidden_size=least, width=least)
+        topology = ParallelTopology.of_rank(
+            0, tp_size=case.tp_size, dp_size=case.dp_size, expert_parallel=case.expert_parallel
+        )
+        if why_not(case.strategy, topology, case.layer, device) is None:
+            yield case
+
+
+def _all_cases(num_ranks: int, strategies: tuple[str, ...], quick: bool, seed: int) -> Iterator[Case]:
     for strategy in strategies:
         for tp_size, dp_size in grids(num_ranks):
             for case in _layouts(strategy, tp_size, dp_size):
@@ -95,11 +125,17 @@ def _layouts(strategy: str, tp_size: int, dp_size: int) -> Iterator[Case]:
         yield replace(base, expert_parallel=False)
 
 
+@lru_cache(maxsize=8)
+def _experts(layer: MoELayer, width: int, integer: bool, seed: int) -> LinearExperts:
+    draw = LinearExperts.integer if integer else LinearExperts.random
+    return draw(layer.num_experts, layer.hidden_size, width, seed=seed, dtype=layer.dtype)
+
+
 @dataclass(frozen=True, slots=True)
 class CaseTensors:
     """The whole grid's tensors of a case, the same on every rank."""
 
-    hidden_states: list[torch.Tensor]  # of each DP rank [num_tokens, HIDDEN_SIZE]
+    hidden_states: list[torch.Tensor]  # of each DP rank [num_tokens, hidden_size]
     topk_weights: list[torch.Tensor]
     topk_ids: list[torch.Tensor]
     experts: LinearExperts
@@ -114,16 +150,14 @@ class CaseTensors:
             if case.skewed:
                 logits[:, : case.top_k] += 100
             topk_weights, topk_ids = select_topk(logits, min(case.top_k, case.num_experts))
-            x = torch.randn(num_tokens, HIDDEN_SIZE, generator=generator)
+            x = torch.randn(num_tokens, case.hidden_size, generator=generator)
             if case.integer:
                 x = (x * 2).round().clamp(-3, 3)
                 topk_weights = topk_ids % 2 + 1.0
             hidden_states.append(x.to(case.dtype))
             weights.append(topk_weights)
             ids.append(topk_ids)
-        draw = LinearExperts.integer if case.integer else LinearExperts.random
-        experts = draw(case.num_experts, HIDDEN_SIZE, case.width, seed=case.seed, dtype=case.dtype)
-        return cls(hidden_states, weights, ids, experts)
+        return cls(hidden_states, weights, ids, _experts(case.layer, case.width, case.integer, case.seed))
 
     def input_of(self, topology: ParallelTopology, sharding: TokenSharding, device: torch.device) -> list[torch.Tensor]:
         """What one rank brings to the layer: hidden_states, weights, ids. Padding rows are poison: NaN, and id 0 twice."""
@@ -158,6 +192,12 @@ class CaseTensors:
         if sharding is TokenSharding.REPLICATED:
             return whole
         return TokenSlice.chunk(whole.shape[0], rank=topology.tp_rank, size=topology.tp_size).take(whole)
+
+
+def limits_of_device(rank: Rank) -> DeviceLimits:
+    """What the rank's device can run."""
+    limits: DeviceLimits = ops_of(torch.empty(0, device=rank.device)).device_limits()
+    return limits
 
 
 def run_case(rank: Rank, case: Case) -> str | None:

@@ -1,16 +1,23 @@
 """The hccl transport and every strategy on NPU tensors: real torch_npu, real ProcessGroupHCCL, emulated device."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from tests.ranks.test_transport_contract import CONTRACT, with_tensors_on_its_device
-from vllm_npu.emulator import launcher
+from vllm_npu.emulator import launcher, soc
+from vllm_npu.limits import DEVICES
+from vllm_npu.step_plan import StepPlan, TokenSharding
+from vllm_npu.strategies import build
 from vllm_npu.transport.launch import ProcessRankPool, Rank, RankPool
+from vllm_npu.transport.recording import CollectiveCounter
+from vllm_npu.verification import limits_of_device
 
 GRIDS = [(2, 1), (2, 2)]  # (tp_size, dp_size): groups of 1, 2 and 4 ranks
 
@@ -40,14 +47,56 @@ def test_contract(pool, grid, promise):
     pool.run(with_tensors_on_its_device, CONTRACT[promise], grid)
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_verify_runs_every_strategy_on_emulated_npus(ranks, tmp_path):
+@pytest.mark.parametrize(
+    ("family", "ranks", "strategies"),
+    [
+        ("A2", 4, {"mc2", "all2all", "allgather", "naive"}),
+        ("A3", 2, {"mc2", "all2all", "allgather", "naive"}),
+        ("310P", 2, {"allgather", "naive"}),
+        ("A5", 2, {"mc2", "all2all", "allgather", "naive"}),
+    ],
+)
+def test_verify_runs_the_strategies_of_each_family_of_chips(family, ranks, strategies, tmp_path):
     report = tmp_path / "report.json"
     command = [sys.executable, "-m", "vllm_npu.cli", "verify", "--transport", "hccl", "--quick", "--json", str(report)]
-    done = subprocess.run([*command, "--ranks", str(ranks)], capture_output=True, text=True, timeout=240, check=False)
+    env = {**os.environ, "VLLM_NPU_EMULATOR_SOC": family}
+    done = subprocess.run(
+        [*command, "--ranks", str(ranks)], env=env, capture_output=True, text=True, timeout=240, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(report.read_text())
-    assert result["device"].startswith("emulated Ascend910B")
+    assert result["device"] == f"emulated {soc.resolve(family)}"
     assert result["failed"] == {}
-    assert result["cases"] >= 100
+    assert result["strategies"].keys() == strategies
+    assert min(result["strategies"].values()) >= 20
     assert done.stdout.endswith(f"verify: {result['cases']} cases, 0 failed\n")
+
+
+def family_of(rank: Rank) -> str:
+    return limits_of_device(rank).family
+
+
+@pytest.mark.parametrize("family", [each.name for each in soc.FAMILIES])
+def test_limits_know_every_chip_that_is_emulated(family):
+    chip = soc.resolve(family)
+    assert [limits.family for limits in DEVICES.values() if chip.startswith(limits.socs)] == [family]
+
+
+def test_a_rank_knows_its_chip(pool):
+    assert set(pool.run(family_of)) == {"A2"}
+
+
+def calls_of(rank: Rank, strategy: str) -> dict[str, int]:
+    counter = CollectiveCounter()
+    pipeline = build(strategy, rank.groups(tp_size=1, dp_size=rank.num_ranks, counter=counter), num_experts=8)
+    step = StepPlan(num_tokens_across_dp=(5,) * rank.num_ranks, sharding=TokenSharding.REPLICATED)
+    with rank.device:
+        ids = torch.arange(10).view(5, 2) % 8
+        pipeline.run(torch.ones(5, 32, dtype=torch.bfloat16), torch.ones(5, 2), ids, lambda rows, _: rows, step)
+    return dict(counter.calls)
+
+
+def test_mc2_is_the_devices_own_dispatch_and_combine(pool, grid):
+    calls = {"ep.dispatch": 1, "ep.combine": 1}
+    assert pool.run(calls_of, "mc2") == [calls] * (grid[0] * grid[1])
+    assert pool.run(calls_of, "all2all")[0] == {"ep.all_to_all": 3}

@@ -17,6 +17,7 @@ from vllm_npu.routing import (
     check_topk,
     expert_ranges,
     local_expert_ids,
+    sum_rows,
 )
 from vllm_npu.strategies import distinct_destinations
 from vllm_npu.topology import ExpertPlacement
@@ -68,15 +69,15 @@ def test_an_empty_slot_is_no_local_expert_of_any_rank():
 @given(routings())
 def test_a_permutation_is_expert_major_and_stable(routing):
     local_ids, num_local = local_ids_of(routing), routing[1].experts_per_rank
-    permutation = ExpertPermutation.build(local_ids, torch.zeros(local_ids.shape), num_local)
+    permutation = ExpertPermutation.build(local_ids, num_local)
     pairs = expert_major_pairs(local_ids, num_local)
     assert permutation.source_rows.tolist() == [token for _, token, _ in pairs]
     counts = [sum(1 for each, _, _ in pairs if each == expert) for expert in range(num_local)]
     assert permutation.tokens_per_expert.tolist() == counts
-    token_major = sorted(range(len(pairs)), key=lambda row: pairs[row][1:])
-    assert permutation.positions.tolist() == token_major
-    before = [sum(1 for _, token, _ in pairs if token < bound) for bound in range(local_ids.shape[0] + 1)]
-    assert permutation.pairs_before_token.tolist() == before
+    row_of = {(token, k): row for row, (_, token, k) in enumerate(pairs)}
+    tokens, top_k = local_ids.shape
+    expected = [[row_of.get((token, k), -1) for k in range(top_k)] for token in range(tokens)]
+    assert permutation.row_of_pair.tolist() == expected
 
 
 # Bounds, relative to the sum of the terms' magnitudes. float32: one rounding for each product and each sum, 2**-24 each.
@@ -87,18 +88,18 @@ ROUNDING = {torch.float32: 2**-24, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 @given(routings(), SEEDS, st.sampled_from(list(ROUNDING)), st.integers(0, 3))
 @example((torch.zeros(0, 2, dtype=torch.int32), ExpertPlacement(4, 1), 0), 0, torch.bfloat16, 0)  # no token
 @example((torch.zeros(3, 1, dtype=torch.int64), ExpertPlacement(4, 2), 1), 0, torch.bfloat16, 2)  # no local pair
-def test_combine_is_the_weighted_sum_of_each_tokens_rows(routing, seed, dtype, unused_rows):
+def test_sum_rows_is_the_weighted_sum_of_each_tokens_rows(routing, seed, dtype, unused_rows):
     local_ids, num_local = local_ids_of(routing), routing[1].experts_per_rank
     generator = seeded(seed)
     weights = torch.rand(local_ids.shape, generator=generator)
     weights[local_ids < 0] = NAN  # of other ranks' pairs
-    permutation = ExpertPermutation.build(local_ids, weights, num_local)
+    permutation = ExpertPermutation.build(local_ids, num_local)
     pairs = expert_major_pairs(local_ids, num_local)
     rows = torch.randn(len(pairs) + unused_rows, 5, generator=generator).to(dtype)
     rows[len(pairs) :] = NAN
     before = rows.clone()
 
-    output = permutation.combine(rows)
+    output = sum_rows(rows, permutation.row_of_pair, weights)
 
     expected = torch.zeros(local_ids.shape[0], 5, dtype=torch.float64)
     magnitude = torch.zeros_like(expected)
@@ -116,10 +117,10 @@ def test_combine_is_the_weighted_sum_of_each_tokens_rows(routing, seed, dtype, u
 
 def test_a_bad_row_reaches_its_own_token_only():
     local_ids = torch.tensor([[0, -1], [-1, -1], [1, 0]])
-    permutation = ExpertPermutation.build(local_ids, torch.ones(3, 2), 2)
+    permutation = ExpertPermutation.build(local_ids, 2)
     rows = torch.ones(3, 2)  # by expert: tokens 0 and 2, then token 2
     rows[0] = NAN
-    output = permutation.combine(rows)
+    output = sum_rows(rows, permutation.row_of_pair, torch.ones(3, 2))
     assert output[0].isnan().all()
     assert output[1:].tolist() == [[0, 0], [2, 2]]
 
@@ -134,10 +135,10 @@ def test_each_token_goes_once_to_each_rank_that_needs_it_rank_major(routing):
     assert destinations.rows_per_rank.tolist() == [
         sum(1 for rank, _ in sent if rank == destination) for destination in range(placement.ep_size)
     ]
-    token_major = sorted(range(len(sent)), key=lambda row: (sent[row][1], sent[row][0]))
-    assert destinations.positions.tolist() == token_major
-    before = [sum(1 for _, token in sent if token < bound) for bound in range(len(owners) + 1)]
-    assert destinations.sends_before_token.tolist() == before
+    row_of = {pair: row for row, pair in enumerate(sent)}
+    ranks = range(placement.ep_size)
+    expected = [[row_of.get((rank, token), -1) for rank in ranks] for token in range(len(owners))]
+    assert destinations.row_of_rank.tolist() == expected
 
 
 @given(routings())
@@ -160,7 +161,7 @@ def test_returned_rows_are_added_to_their_token(routing, seed, dtype):
     expected = [[0.0] * 3 for _ in range(ids.shape[0])]
     for token, row in zip(destinations.tokens.tolist(), returned.tolist(), strict=True):
         expected[token] = [a + b for a, b in zip(expected[token], row, strict=True)]
-    output = destinations.sum_returned(returned)
+    output = sum_rows(returned, destinations.row_of_rank)
     assert output.dtype == dtype
     assert output.tolist() == expected
 

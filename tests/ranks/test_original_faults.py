@@ -14,10 +14,10 @@ from tests.original_design import (
 )
 from vllm_npu.device.portable_ops import quantize_per_token
 from vllm_npu.errors import InvalidInputError, TransportError
+from vllm_npu.limits import MoELayer
 from vllm_npu.prepare_finalize.all2all import All2AllPrepareAndFinalize
 from vllm_npu.prepare_finalize.allgather import AllGatherPrepareAndFinalize
 from vllm_npu.prepare_finalize.mc2 import MC2PrepareAndFinalize
-from vllm_npu.limits import MoELayer
 from vllm_npu.prepare_finalize.naive_multicast import NaiveMulticastPrepareAndFinalize
 from vllm_npu.reference import select_topk
 from vllm_npu.routing import ExpertPermutation, local_expert_ids
@@ -231,9 +231,8 @@ def test_padding_tokens_reach_no_expert():
         x = tokens(counts[rank.rank])
         stages = MC2PrepareAndFinalize(rank.groups(tp_size=1, dp_size=2))
         prepared = stages.prepare(x, select_topk(logits(x.shape[0]), 2), plan(*counts))
-        weights, ids = prepared.per_token
-        permutation = ExpertPermutation.build(local_expert_ids(ids, 0, EXPERTS), weights, EXPERTS)
-        return ids.shape[0], int(permutation.tokens_per_expert.sum())
+        permutation = ExpertPermutation.build(local_expert_ids(prepared.per_token[1], 0, EXPERTS), EXPERTS)
+        return prepared.per_token[1].shape[0], int(permutation.tokens_per_expert.sum())
 
     assert on_ranks(2, original) == [[padded - num_tokens] * 2 + [0] * (EXPERTS - 2)] * 2
     assert on_ranks(2, ours) == [(padded, num_tokens * 2), (padded, padded * 2)]

@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,7 @@ from vllm_npu.emulator import cann, launcher
 from vllm_npu.errors import UnsupportedConfigError, VllmNpuError
 from vllm_npu.strategies import STRATEGIES
 from vllm_npu.transport.launch import RANK_POOLS, RankPool
-from vllm_npu.verification import Case, cases, run_case
+from vllm_npu.verification import Case, cases, limits_of_device, run_case
 
 SHOWN_FAILURES = 20
 
@@ -38,10 +39,15 @@ def verify(
     if strategy is not None and strategy not in STRATEGIES:
         raise UnsupportedConfigError(f"unknown strategy {strategy!r}; there are: {', '.join(STRATEGIES)}")
     chosen = tuple(STRATEGIES) if strategy is None else (strategy,)
-    to_run = list(cases(ranks, strategies=chosen, quick=quick, seed=seed))
     started = time.monotonic()
     failures: dict[Case, str] = {}
     with _devices(transport, ranks) as device, RANK_POOLS[transport](ranks) as pool:
+        limits = pool.run(limits_of_device)[0]
+        to_run = list(cases(ranks, strategies=chosen, quick=quick, seed=seed, device=limits))
+        if not to_run:
+            raise UnsupportedConfigError(
+                f"{', '.join(chosen)} cannot run on {ranks} ranks on {device}: no case is left"
+            )
         for case in track(to_run, f"{transport}, {ranks} ranks on {device}", console=Console(stderr=True)):
             fault = _run(pool, case)
             if fault is not None:
@@ -57,6 +63,7 @@ def verify(
             "ranks": ranks,
             "seed": seed,
             "cases": len(to_run),
+            "strategies": Counter(case.strategy for case in to_run),
             "failed": {str(case): fault for case, fault in failures.items()},
             "seconds": round(time.monotonic() - started, 1),
         }

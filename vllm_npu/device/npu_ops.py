@@ -1,6 +1,17 @@
-"""Ascend's ops, through torch_npu: the only module that calls it."""
+"""Ascend's ops, through torch_npu: the only module that calls them. portable_ops defines what each computes.
 
+Contracts: op-plugin's documents of the functions named (torch_npu 2.13).
+"""
+
+from functools import cache
+
+import torch
+
+from vllm_npu.device import portable_ops
+from vllm_npu.device.portable_ops import DistributeDispatchOutput, InitRoutingOutput
 from vllm_npu.errors import UnsupportedConfigError
+from vllm_npu.limits import DEVICES, DeviceLimits
+from vllm_npu.transport.base import Transport
 
 try:
     import torch_npu
@@ -10,4 +21,119 @@ except ImportError as error:
         "Ascend device: python -m vllm_npu.emulator run"
     ) from error
 
-__all__ = ["torch_npu"]
+TOKEN_MAJOR_WITH_DROPPED_ROWS = 3  # drop_pad_mode: rows [E, C, H], and the one whose indices may be -1
+
+
+@cache
+def device_limits() -> DeviceLimits:
+    """What this process's NPU can run. Raises UnsupportedConfigError for a chip of no known family."""
+    name = str(torch_npu.npu.get_device_name())
+    for limits in DEVICES.values():
+        if name.startswith(limits.socs):
+            return limits
+    known = ", ".join(f"{limits.family} ({'*, '.join(limits.socs)}*)" for limits in DEVICES.values())
+    raise UnsupportedConfigError(f"this NPU is a {name}, which is of no family that is known here: {known}")
+
+
+def init_routing(x: torch.Tensor, local_ids: torch.Tensor, num_local_experts: int) -> InitRoutingOutput:
+    """npu_moe_init_routing_v2: as portable_ops.init_routing, but with N * K rows whatever the routing. LOCAL. Host sync: no.
+    Graph capture: yes."""
+    if not device_limits().routing_ops:
+        return portable_ops.init_routing(x, local_ids, num_local_experts)
+    if local_ids.numel() == 0:  # the op takes no empty tensors
+        counts = torch.zeros(num_local_experts, dtype=torch.int64, device=x.device)
+        return InitRoutingOutput(x.new_empty((0, x.shape[1])), local_ids, counts)
+    # Ids outside of the active range are dropped; one past the last stands for them, since the op takes no negative ones.
+    ids = torch.where(local_ids < 0, num_local_experts, local_ids).int()
+    expanded_x, row_idx, counts, _ = torch_npu.npu_moe_init_routing_v2(
+        x.contiguous(),
+        ids,
+        active_num=ids.numel(),
+        expert_num=num_local_experts + 1,
+        expert_tokens_num_type=1,  # counts
+        expert_tokens_num_flag=True,
+        active_expert_range=[0, num_local_experts],
+        row_idx_type=0,  # row of each pair
+    )
+    return InitRoutingOutput(expanded_x, row_idx.view(ids.shape), counts)
+
+
+def finalize_routing(
+    rows: torch.Tensor, row_of_pair: torch.Tensor, weights: torch.Tensor | None = None
+) -> torch.Tensor:
+    """npu_moe_finalize_routing: as portable_ops.finalize_routing, weights rounded to the rows' dtype, which the op demands.
+    LOCAL. Host sync: no. Graph capture: yes."""
+    if not device_limits().routing_ops:
+        return portable_ops.finalize_routing(rows, row_of_pair, weights)
+    if row_of_pair.numel() == 0 or rows.shape[0] == 0:
+        return rows.new_zeros((row_of_pair.shape[0], rows.shape[1]))
+    scales = rows.new_ones(row_of_pair.shape) if weights is None else weights.to(rows.dtype)
+    summed: torch.Tensor = torch_npu.npu_moe_finalize_routing(
+        rows.unsqueeze(1), None, None, None, scales, row_of_pair.int().flatten(), None, TOKEN_MAJOR_WITH_DROPPED_ROWS
+    )
+    return summed
+
+
+def npu_moe_distribute_dispatch_v2(
+    x: torch.Tensor,
+    expert_ids: torch.Tensor,
+    *,
+    group_ep: Transport,
+    moe_expert_num: int,
+    x_active_mask: torch.Tensor | None = None,
+    expert_token_nums_type: int = 1,
+    quant_mode: int = 0,
+) -> DistributeDispatchOutput:
+    """As portable_ops has it. COLLECTIVE over group_ep, in one kernel. Host sync: no. Graph capture: yes."""
+    sent = expert_ids.numel() * x.shape[1] * (1 if quant_mode else x.element_size())
+    expand_x, dynamic_scales, assist_info, expert_token_nums, ep_recv_counts, _, expand_scales = (
+        torch_npu.npu_moe_distribute_dispatch_v2(
+            x,
+            expert_ids.int(),
+            group_ep=group_ep.name_for_op("dispatch", sent),
+            ep_world_size=group_ep.size,
+            ep_rank_id=group_ep.rank,
+            moe_expert_num=moe_expert_num,
+            x_active_mask=x_active_mask,
+            quant_mode=quant_mode,
+            expert_token_nums_type=expert_token_nums_type,
+        )
+    )
+    return DistributeDispatchOutput(
+        expand_x=expand_x,
+        assist_info_for_combine=assist_info,
+        expert_token_nums=expert_token_nums,
+        ep_recv_counts=ep_recv_counts,
+        dynamic_scales=dynamic_scales if quant_mode else None,
+        expand_scales=expand_scales,
+    )
+
+
+def npu_moe_distribute_combine_v2(
+    expand_x: torch.Tensor,
+    expert_ids: torch.Tensor,
+    assist_info_for_combine: torch.Tensor,
+    ep_send_counts: torch.Tensor,
+    expert_scales: torch.Tensor,
+    *,
+    group_ep: Transport,
+    moe_expert_num: int,
+    x_active_mask: torch.Tensor | None = None,
+    expand_scales: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """As portable_ops has it. COLLECTIVE over group_ep, in one kernel. Host sync: no. Graph capture: yes."""
+    sent = expert_ids.numel() * expand_x.shape[1] * expand_x.element_size()
+    combined: torch.Tensor = torch_npu.npu_moe_distribute_combine_v2(
+        expand_x,
+        expert_ids.int(),
+        assist_info_for_combine,
+        ep_send_counts,
+        expert_scales,
+        group_ep=group_ep.name_for_op("combine", sent),
+        ep_world_size=group_ep.size,
+        ep_rank_id=group_ep.rank,
+        moe_expert_num=moe_expert_num,
+        x_active_mask=x_active_mask,
+        expand_scales=expand_scales,
+    )
+    return combined

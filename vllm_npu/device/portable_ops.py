@@ -10,13 +10,19 @@ from typing import NamedTuple
 import torch
 
 from vllm_npu.errors import InvalidInputError
-from vllm_npu.routing import local_expert_ids
+from vllm_npu.limits import PORTABLE, DeviceLimits
+from vllm_npu.routing import ExpertPermutation, local_expert_ids, sum_rows
 from vllm_npu.token_layout import RowFormat
 from vllm_npu.topology import ExpertPlacement
 from vllm_npu.transport.base import Transport
 
 ASSIST_CELLS = 128  # int32 cells that assist_info_for_combine has for each row of expand_x
 UNDEFINED = torch.iinfo(torch.int32).min
+
+
+def device_limits() -> DeviceLimits:
+    """What these ops can run."""
+    return PORTABLE
 
 
 class DistributeDispatchOutput(NamedTuple):
@@ -32,6 +38,31 @@ class DistributeDispatchOutput(NamedTuple):
     ep_recv_counts: torch.Tensor
     # [A] float32, of quantised rows: value = int8 * scale; None without quantisation
     dynamic_scales: torch.Tensor | None
+    # what A2's combine takes beside; None where there is none
+    expand_scales: torch.Tensor | None = None
+
+
+class InitRoutingOutput(NamedTuple):
+    """What init_routing returns."""
+
+    expanded_x: (
+        torch.Tensor
+    )  # [rows, H], expert-major, inside an expert by token; rows past the counts' sum are undefined
+    expanded_row_idx: torch.Tensor  # [N, K] integer: row of each (token, k) pair, -1 for a pair of no local expert
+    tokens_per_expert: torch.Tensor  # [num_local_experts] int64: counts
+
+
+def init_routing(
+    x: torch.Tensor,  # [N, H]
+    local_ids: torch.Tensor,  # [N, K] integer, -1 for a pair of no local expert
+    num_local_experts: int,
+) -> InitRoutingOutput:
+    """The rows of the local experts, one for each pair. LOCAL. Host sync on accelerators: yes (the number of pairs)."""
+    permutation = ExpertPermutation.build(local_ids, num_local_experts)
+    return InitRoutingOutput(x[permutation.source_rows], permutation.row_of_pair, permutation.tokens_per_expert)
+
+
+finalize_routing = sum_rows  # the inverse of init_routing, and the sum of any rows of a token
 
 
 def quantize_per_token(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -124,6 +155,7 @@ def npu_moe_distribute_combine_v2(
     group_ep: Transport,
     moe_expert_num: int,
     x_active_mask: torch.Tensor | None = None,  # as given to dispatch
+    expand_scales: torch.Tensor | None = None,  # as dispatch returned it: for A2's kernel only
 ) -> torch.Tensor:  # [B, H], dtype of expand_x; rows of inactive tokens are NaN
     """Send each row back to its token and add a token's rows: float32, k ascending, a multiply and an add rounded apart.
 

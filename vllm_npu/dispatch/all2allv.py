@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 import torch
 
+from vllm_npu.device import ops_of
 from vllm_npu.dispatch.base import Dispatched, Dispatcher, DispatchHandle
 from vllm_npu.handles import check_handle
-from vllm_npu.routing import ExpertPermutation, RankDestinations, check_topk
+from vllm_npu.routing import RankDestinations, check_topk
 from vllm_npu.token_layout import RowFormat
 
 
@@ -18,8 +19,9 @@ from vllm_npu.token_layout import RowFormat
 class All2AllVHandle(DispatchHandle):
     """Returned by All2AllVDispatcher.dispatch, consumed by its combine."""
 
-    destinations: RankDestinations
-    permutation: ExpertPermutation
+    row_of_rank: torch.Tensor  # [num_tokens, ep_size]: sent row of each token to each rank, -1 for none
+    row_of_pair: torch.Tensor  # [num_received, top_k]: row of expert_input, -1 for a pair of another rank
+    received_weights: torch.Tensor  # [num_received, top_k] float32
     sent_rows: list[int]  # to each EP rank
     received_rows: list[int]  # from each EP rank
 
@@ -51,27 +53,27 @@ class All2AllVDispatcher(Dispatcher):
         received = self.groups.ep.all_to_all(message.pack(outgoing), sent_rows, received_rows)
         hidden_states, weights, local_ids = message.unpack(received)
 
-        permutation = ExpertPermutation.build(local_ids, weights, self.placement.experts_per_rank)
-        return Dispatched(
-            expert_input=hidden_states[permutation.source_rows],
-            tokens_per_expert=permutation.tokens_per_expert,
-            handle=All2AllVHandle(
-                expert_rows=permutation.source_rows.numel(),
-                destinations=destinations,
-                permutation=permutation,
-                sent_rows=sent_rows,
-                received_rows=received_rows,
-            ),
+        routed = ops_of(hidden_states).init_routing(hidden_states, local_ids, self.placement.experts_per_rank)
+        handle = All2AllVHandle(
+            expert_rows=routed.expanded_x.shape[0],
+            row_of_rank=destinations.row_of_rank,
+            row_of_pair=routed.expanded_row_idx,
+            received_weights=weights,
+            sent_rows=sent_rows,
+            received_rows=received_rows,
         )
+        return Dispatched(expert_input=routed.expanded_x, tokens_per_expert=routed.tokens_per_expert, handle=handle)
 
     def combine(self, expert_output: torch.Tensor, handle: DispatchHandle) -> torch.Tensor:
         """One all-to-all of one row a (token, rank), weighted and summed where the experts are. The sum over ranks is in
         float32, ranks ascending, of rows already rounded to expert_output's dtype."""
         handle = check_handle(handle, All2AllVHandle, "All2AllVDispatcher.combine")
         self._check_combine(expert_output, handle)
-        weighted = handle.permutation.combine(expert_output)
+        ops = ops_of(expert_output)
+        weighted = ops.finalize_routing(expert_output, handle.row_of_pair, handle.received_weights)
         returned = self.groups.ep.all_to_all(weighted, handle.received_rows, handle.sent_rows)
-        return handle.destinations.sum_returned(returned)
+        combined: torch.Tensor = ops.finalize_routing(returned, handle.row_of_rank)
+        return combined
 
     def _exchange_counts(self, rows_per_rank: torch.Tensor) -> list[int]:
         ones = [1] * self.groups.ep.size

@@ -4,20 +4,22 @@ from dataclasses import dataclass
 
 import torch
 
+from vllm_npu.device import ops_of
 from vllm_npu.dispatch.base import Dispatched, Dispatcher, DispatchHandle
 from vllm_npu.handles import check_handle
-from vllm_npu.routing import ExpertPermutation, check_topk, local_expert_ids
+from vllm_npu.routing import check_topk, local_expert_ids
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LocalPermuteHandle(DispatchHandle):
     """Returned by LocalPermuteDispatcher.dispatch, consumed by its combine."""
 
-    permutation: ExpertPermutation
+    row_of_pair: torch.Tensor  # [num_tokens, top_k]: row of expert_input, -1 for a pair of no local expert
+    topk_weights: torch.Tensor
 
 
 class LocalPermuteDispatcher(Dispatcher):
-    """LOCAL: no collective. Host sync on accelerators: yes (the number of local rows). Graph capture: no."""
+    """LOCAL: no collective. Host sync: not on NPUs; on other accelerators yes (the number of local rows), and no graphs."""
 
     def dispatch(
         self,
@@ -32,15 +34,17 @@ class LocalPermuteDispatcher(Dispatcher):
         local_ids = local_expert_ids(topk_ids, first_expert, self.placement.experts_per_rank)
         if mask is not None:
             local_ids = torch.where(mask[:, None], local_ids, -1)
-        permutation = ExpertPermutation.build(local_ids, topk_weights, self.placement.experts_per_rank)
-        return Dispatched(
-            expert_input=hidden_states[permutation.source_rows],
-            tokens_per_expert=permutation.tokens_per_expert,
-            handle=LocalPermuteHandle(expert_rows=permutation.source_rows.numel(), permutation=permutation),
+        routed = ops_of(hidden_states).init_routing(hidden_states, local_ids, self.placement.experts_per_rank)
+        handle = LocalPermuteHandle(
+            expert_rows=routed.expanded_x.shape[0], row_of_pair=routed.expanded_row_idx, topk_weights=topk_weights
         )
+        return Dispatched(expert_input=routed.expanded_x, tokens_per_expert=routed.tokens_per_expert, handle=handle)
 
     def combine(self, expert_output: torch.Tensor, handle: DispatchHandle) -> torch.Tensor:
         """This rank's share of each token's output: zeros for a token without a local expert."""
         handle = check_handle(handle, LocalPermuteHandle, "LocalPermuteDispatcher.combine")
         self._check_combine(expert_output, handle)
-        return handle.permutation.combine(expert_output)
+        combined: torch.Tensor = ops_of(expert_output).finalize_routing(
+            expert_output, handle.row_of_pair, handle.topk_weights
+        )
+        return combined

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_npu.device import portable_ops
+from vllm_npu.device import ops_of
 from vllm_npu.dispatch.base import Dispatched, Dispatcher, DispatchHandle
 from vllm_npu.handles import check_handle
 from vllm_npu.routing import check_topk
@@ -19,6 +19,7 @@ class MC2DispatchHandle(DispatchHandle):
     mask: torch.Tensor | None
     assist_info_for_combine: torch.Tensor
     ep_recv_counts: torch.Tensor
+    expand_scales: torch.Tensor | None
 
 
 class MC2Dispatcher(Dispatcher):
@@ -33,7 +34,7 @@ class MC2Dispatcher(Dispatcher):
     ) -> Dispatched:
         """npu_moe_distribute_dispatch_v2. COLLECTIVE over ep: one. Host sync: no. Graph capture: yes."""
         check_topk(hidden_states, topk_weights, topk_ids, self.placement.num_experts, mask)
-        output = portable_ops.npu_moe_distribute_dispatch_v2(
+        output = ops_of(hidden_states).npu_moe_distribute_dispatch_v2(
             hidden_states,
             topk_ids,
             group_ep=self.groups.ep,
@@ -47,6 +48,7 @@ class MC2Dispatcher(Dispatcher):
             mask=mask,
             assist_info_for_combine=output.assist_info_for_combine,
             ep_recv_counts=output.ep_recv_counts,
+            expand_scales=output.expand_scales,
         )
         return Dispatched(expert_input=output.expand_x, tokens_per_expert=output.expert_token_nums, handle=handle)
 
@@ -57,7 +59,7 @@ class MC2Dispatcher(Dispatcher):
         """
         handle = check_handle(handle, MC2DispatchHandle, "MC2Dispatcher.combine")
         self._check_combine(expert_output, handle)
-        return portable_ops.npu_moe_distribute_combine_v2(
+        combined: torch.Tensor = ops_of(expert_output).npu_moe_distribute_combine_v2(
             expert_output,
             handle.topk_ids,
             handle.assist_info_for_combine,
@@ -66,4 +68,6 @@ class MC2Dispatcher(Dispatcher):
             group_ep=self.groups.ep,
             moe_expert_num=self.placement.num_experts,
             x_active_mask=handle.mask,
+            expand_scales=handle.expand_scales,
         )
+        return combined

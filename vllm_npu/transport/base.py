@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_npu.errors import InvalidInputError
+from vllm_npu.errors import InvalidInputError, UnsupportedConfigError
 from vllm_npu.topology import ParallelTopology
 
 
@@ -108,6 +108,16 @@ class Transport(ABC):
         """Return once every rank has called it."""
         if self.size > 1:
             self._barrier()
+
+    def name_for_op(self, operation: str, sent: int) -> str:
+        """The name by which a device op that communicates itself finds this group. LOCAL.
+
+        `sent`: an upper bound of the bytes that it sends, for those who count. Raises UnsupportedConfigError where no
+        device op can use the group.
+        """
+        raise UnsupportedConfigError(
+            f"{operation} on group '{self.group}': a device op cannot communicate over {type(self).__name__}; use hccl"
+        )
 
     @abstractmethod
     def close(self) -> None:

@@ -1,6 +1,7 @@
 """Transport over HCCL: NPU tensors, through torch_npu's ProcessGroupHCCL."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -17,6 +18,11 @@ class HcclTransport(TorchDistTransport):
 
     backend = "hccl"
     device_type = "npu"
+
+    def name_for_op(self, operation: str, sent: int) -> str:
+        """HCCL's name of the communicator."""
+        backend: Any = self.process_group._get_backend(torch.device("npu"))
+        return str(backend.get_hccl_comm_name(self.rank))
 
     def _all_gather(self, x: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
         return super()._all_gather(x, sizes) if len(set(sizes)) == 1 else self._all_gather_from_peers(x, sizes)

@@ -38,6 +38,11 @@ class RecordingTransport(Transport):
         self._inner = inner
         self._counter = counter
 
+    def name_for_op(self, operation: str, sent: int) -> str:
+        """The wrapped transport's. Counts the op that asks as one call."""
+        self._counter.add(self.group, operation, sent)
+        return self._inner.name_for_op(operation, sent)
+
     def close(self) -> None:
         """Close the wrapped transport."""
         self._inner.close()

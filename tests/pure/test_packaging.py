@@ -31,7 +31,7 @@ def locked(name: str = "requirements.lock") -> dict[str, str]:
 
 
 def test_the_extras_are_those_that_the_documents_name():
-    assert set(EXTRAS) == {"cpu", "cuda", "ascend", "emulator", "dev"}
+    assert set(EXTRAS) == {"cpu", "cuda", "ascend", "emulator", "bench", "dev"}
 
 
 @pytest.mark.parametrize("extra", sorted(EXTRAS))
@@ -40,7 +40,7 @@ def test_an_extra_pins_exactly(extra):
         exact_pin(requirement)
 
 
-@pytest.mark.parametrize("extra", ["cpu", "dev"])
+@pytest.mark.parametrize("extra", ["cpu", "bench", "dev"])
 def test_the_lock_holds_the_versions_of_the_extra(extra):
     wanted = dict(exact_pin(requirement) for requirement in EXTRAS[extra])
     lock = locked()

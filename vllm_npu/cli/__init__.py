@@ -23,6 +23,7 @@ class CommandRow:
 COMMANDS = {
     "demo": CommandRow("vllm_npu.cli.demo:demo", "Every strategy in real vLLM on a tiny model, against vanilla vLLM."),
     "verify": CommandRow("vllm_npu.cli.verify:verify", "Every strategy on real ranks against a dense reference."),
+    "bench": CommandRow("vllm_npu.cli.bench:bench", "Times of every strategy beside its peers, in one run."),
     "plan": CommandRow("vllm_npu.cli.plan:plan", "Legal strategies, bytes and HCCL buffer of a layer on Ascend chips."),
     "serve": CommandRow(
         "vllm_npu.cli.serve:serve", "vLLM's OpenAI-compatible server with this plugin on.", reads_raw_arguments=True

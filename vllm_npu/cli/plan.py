@@ -35,7 +35,9 @@ def plan(
     topk: Annotated[int | None, typer.Option(min=1, help="Experts a token.")] = None,
     hidden: Annotated[int | None, typer.Option(min=1, help="hidden_size of the model.")] = None,
     dtype: Annotated[str | None, typer.Option(help=f"Of hidden states: {', '.join(DTYPES)} (bfloat16).")] = None,
-    model: Annotated[Path | None, typer.Option(help="A config.json, or its folder: for what is not given here.")] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="A config.json, or its folder: for what is not given here.")
+    ] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the result here.")] = None,
 ) -> None:
     """Say which strategies are legal for a mixture-of-experts layer and why others are not, which one auto takes at which
@@ -47,7 +49,9 @@ def plan(
     if soc not in DEVICES:
         raise UnsupportedConfigError(f"unknown --soc {soc!r}; there are: {', '.join(DEVICES)}")
     if ep % tp:
-        raise UnsupportedConfigError(f"--ep {ep} is not a multiple of --tp {tp}; the experts lie on all ranks of the grid")
+        raise UnsupportedConfigError(
+            f"--ep {ep} is not a multiple of --tp {tp}; the experts lie on all ranks of the grid"
+        )
     layer = _layer(model, experts, topk, hidden, dtype)
     ExpertPlacement(layer.num_experts, ep)
     topology = ParallelTopology.of_rank(0, tp_size=tp, dp_size=ep // tp)
@@ -55,7 +59,9 @@ def plan(
     todo = advice(planned, int(os.environ.get("HCCL_BUFFSIZE") or HCCL_BUFFSIZE_DEFAULT_MB))
     if json_path is not None:
         json_path.write_text(json.dumps({**asdict(planned), "advice": todo}, indent=2) + "\n")
-    _print(planned, todo, f"{soc}, {topology}, {layer.num_experts} experts top {layer.top_k}, {tokens} tokens a DP rank")
+    _print(
+        planned, todo, f"{soc}, {topology}, {layer.num_experts} experts top {layer.top_k}, {tokens} tokens a DP rank"
+    )
 
 
 def advice(planned: LayerPlan, buffer_mb: int) -> list[str]:
@@ -71,7 +77,9 @@ def advice(planned: LayerPlan, buffer_mb: int) -> list[str]:
     return []
 
 
-def _layer(model: Path | None, experts: int | None, topk: int | None, hidden: int | None, dtype: str | None) -> MoELayer:
+def _layer(
+    model: Path | None, experts: int | None, topk: int | None, hidden: int | None, dtype: str | None
+) -> MoELayer:
     given: dict[str, Any] = {"experts": experts, "topk": topk, "hidden": hidden, "dtype": dtype}
     config: dict[str, Any] = {}
     if model is not None:
@@ -91,7 +99,9 @@ def _layer(model: Path | None, experts: int | None, topk: int | None, hidden: in
     if given["dtype"] not in DTYPES:
         raise UnsupportedConfigError(f"unknown --dtype {given['dtype']!r}; there are: {', '.join(DTYPES)}")
     if given["topk"] > given["experts"]:
-        raise UnsupportedConfigError(f"--topk {given['topk']} of --experts {given['experts']}: a token has fewer to choose")
+        raise UnsupportedConfigError(
+            f"--topk {given['topk']} of --experts {given['experts']}: a token has fewer to choose"
+        )
     return MoELayer(
         num_experts=given["experts"], top_k=given["topk"], hidden_size=given["hidden"], dtype=DTYPES[given["dtype"]]
     )
@@ -102,7 +112,10 @@ def _print(planned: LayerPlan, todo: list[str], title: str) -> None:
     strategies = Table("strategy", "collectives a layer", "KiB a rank sends for a layer", "legal", title=title)
     for row in planned.strategies:
         strategies.add_row(
-            row.strategy, str(row.collectives), f"{row.bytes_sent / 1024:,.0f}", f"no: {row.reason}" if row.reason else "yes"
+            row.strategy,
+            str(row.collectives),
+            f"{row.bytes_sent / 1024:,.0f}",
+            f"no: {row.reason}" if row.reason else "yes",
         )
     console.print(strategies)
     auto = Table("tokens of a step", "auto takes", "why")

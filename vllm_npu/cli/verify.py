@@ -3,8 +3,6 @@
 import json
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
-from vllm_npu.emulator import cann, launcher
+from vllm_npu.cli.devices import rank_pool
 from vllm_npu.errors import UnsupportedConfigError, VllmNpuError
 from vllm_npu.strategies import STRATEGIES
 from vllm_npu.transport.launch import RANK_POOLS, RankPool
@@ -34,14 +32,12 @@ def verify(
     Token counts are odd, zero and skewed; rows that nobody may read are NaN; small integers must come out exactly. Exit
     status 1 if any case failed. hccl runs on NPUs, and where there is no CANN on the emulated Ascend device.
     """
-    if transport not in RANK_POOLS:
-        raise UnsupportedConfigError(f"unknown transport {transport!r}; there are: {', '.join(RANK_POOLS)}")
     if strategy is not None and strategy not in STRATEGIES:
         raise UnsupportedConfigError(f"unknown strategy {strategy!r}; there are: {', '.join(STRATEGIES)}")
     chosen = tuple(STRATEGIES) if strategy is None else (strategy,)
     started = time.monotonic()
     failures: dict[Case, str] = {}
-    with _devices(transport, ranks) as device, RANK_POOLS[transport](ranks) as pool:
+    with rank_pool(transport, ranks) as (pool, device):
         limits = pool.run(limits_of_device)[0]
         to_run = list(cases(ranks, strategies=chosen, quick=quick, seed=seed, device=limits))
         if not to_run:
@@ -71,16 +67,6 @@ def verify(
     print(f"verify: {len(to_run)} cases, {len(failures)} failed")
     if failures:
         raise typer.Exit(1)
-
-
-@contextmanager
-def _devices(transport: str, ranks: int) -> Iterator[str]:
-    """What the ranks run on. hccl without CANN: the emulated Ascend device."""
-    if transport == "hccl" and cann.find() is None:
-        with launcher.emulated_devices(ranks) as chip:
-            yield f"emulated {chip}"
-    else:
-        yield {"hccl": "NPU", "nccl": "GPU"}.get(transport, "CPU")
 
 
 def _run(pool: RankPool, case: Case) -> str | None:

@@ -35,45 +35,45 @@ class RecordingTransport(Transport):
 
     def __init__(self, inner: Transport, counter: CollectiveCounter) -> None:
         super().__init__(inner.group, inner.rank, inner.size)
-        self._inner = inner
+        self.inner = self._inner = inner
         self._counter = counter
 
     def name_for_op(self, operation: str, sent: int) -> str:
         """The wrapped transport's. Counts the op that asks as one call."""
         self._counter.add(self.group, operation, sent)
-        return self._inner.name_for_op(operation, sent)
+        return self.inner.name_for_op(operation, sent)
 
     def close(self) -> None:
         """Close the wrapped transport."""
-        self._inner.close()
+        self.inner.close()
 
     def _all_gather(self, x: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
         self._counter.add(self.group, "all_gather", x.nbytes * (self.size - 1))
-        return self._inner.all_gather(x, sizes)
+        return self.inner.all_gather(x, sizes)
 
     def _reduce_scatter(self, x: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
         self._counter.add(self.group, "reduce_scatter", _bytes_to_others(x, sizes, self.rank))
-        return self._inner.reduce_scatter(x, sizes)
+        return self.inner.reduce_scatter(x, sizes)
 
     def _all_to_all(self, x: torch.Tensor, send_sizes: Sequence[int], recv_sizes: Sequence[int]) -> torch.Tensor:
         self._counter.add(self.group, "all_to_all", _bytes_to_others(x, send_sizes, self.rank))
-        return self._inner.all_to_all(x, send_sizes, recv_sizes)
+        return self.inner.all_to_all(x, send_sizes, recv_sizes)
 
     def _broadcast(self, x: torch.Tensor, source: int) -> torch.Tensor:
         self._counter.add(self.group, "broadcast", x.nbytes * (self.size - 1) if source == self.rank else 0)
-        return self._inner.broadcast(x, source)
+        return self.inner.broadcast(x, source)
 
     def _all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         self._counter.add(self.group, "all_reduce", 2 * x.nbytes * (self.size - 1) // self.size)
-        return self._inner.all_reduce(x)
+        return self.inner.all_reduce(x)
 
     def _send_recv(self, operations: Sequence[SendRecv]) -> None:
         self._counter.add(self.group, "send_recv", sum(op.tensor.nbytes for op in operations if op.is_send))
-        self._inner.send_recv(operations)
+        self.inner.send_recv(operations)
 
     def _barrier(self) -> None:
         self._counter.add(self.group, "barrier", 0)
-        self._inner.barrier()
+        self.inner.barrier()
 
 
 def _bytes_to_others(x: torch.Tensor, sizes: Sequence[int], rank: int) -> int:

@@ -12,8 +12,8 @@ from vllm_npu.token_layout import offsets
 from vllm_npu.transport.base import SendRecv, Transport, sum_in_rank_order
 
 # torch 2.13 renamed both; the older names stay until 2.10 is no longer supported.
-_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 class TorchDistTransport(Transport):
@@ -57,7 +57,7 @@ class TorchDistTransport(Transport):
         gathered = x.new_empty((sum(sizes), *x.shape[1:]))
         with self._collective("all_gather"):
             if len(set(sizes)) == 1:
-                _all_gather_single(gathered, x, group=self.process_group)
+                all_gather_single(gathered, x, group=self.process_group)
             else:
                 dist.all_gather(list(gathered.split(list(sizes))), x, group=self.process_group)
         return gathered
@@ -66,7 +66,7 @@ class TorchDistTransport(Transport):
         own = x.new_empty((sizes[self.rank], *x.shape[1:]))
         with self._collective("reduce_scatter"):
             if len(set(sizes)) == 1:
-                _reduce_scatter_single(own, x, group=self.process_group)
+                reduce_scatter_single(own, x, group=self.process_group)
             else:
                 dist.reduce_scatter(own, list(x.split(list(sizes))), group=self.process_group)
         return own

@@ -1,0 +1,146 @@
+"""`vllm-npu bench`: every strategy beside its peers in one run."""
+
+import json
+import os
+import platform
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from vllm_npu.benchmark import STRATEGY, Workload, best, counts_of, measure, with_ratios
+from vllm_npu.cli.devices import rank_pool
+from vllm_npu.errors import UnsupportedConfigError
+from vllm_npu.limits import MoELayer
+from vllm_npu.topology import ExpertPlacement
+from vllm_npu.transport.launch import RANK_POOLS
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+BETWEEN_PROCESSES = [name for name in RANK_POOLS if name != "threaded"]
+
+
+def bench(
+    transport: Annotated[str, typer.Option(help=f"How ranks talk: {', '.join(BETWEEN_PROCESSES)}.")] = "gloo",
+    ranks: Annotated[int, typer.Option(min=2, max=16, help="Ranks to start on this machine.")] = 4,
+    tokens: Annotated[str, typer.Option(help="Tokens of a rank, several counts by commas.")] = "1,8,64,512",
+    skew: Annotated[float, typer.Option(min=1, help="Ranks but the first bring this many times fewer tokens.")] = 1,
+    hidden: Annotated[int, typer.Option(min=1, help="hidden_size.")] = 2048,
+    experts: Annotated[int, typer.Option(min=1, help="Experts of the layer.")] = 64,
+    topk: Annotated[int, typer.Option(min=1, help="Experts a token.")] = 8,
+    dtype: Annotated[str, typer.Option(help=f"Of hidden states: {', '.join(DTYPES)}.")] = "bfloat16",
+    rounds: Annotated[int, typer.Option(min=3, help="Each times every exchange once.")] = 30,
+    graph: Annotated[bool, typer.Option("--graph", help="Replay captured CUDA graphs.")] = False,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write the results here.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw them here: .png, .svg or .pdf (needs matplotlib).")] = None,
+) -> None:
+    """Time the exchange of one layer's tokens through every strategy, and through what others do: vLLM's AgRs, the original
+    design's allgather and multicast, and bare collectives.
+
+    Experts are left out. All exchanges take turns in each round; a round's time is its slowest rank's. Ratios are to AgRs.
+    """
+    if transport not in BETWEEN_PROCESSES:
+        raise UnsupportedConfigError(f"unknown transport {transport!r}; there are: {', '.join(BETWEEN_PROCESSES)}")
+    if dtype not in DTYPES:
+        raise UnsupportedConfigError(f"unknown --dtype {dtype!r}; there are: {', '.join(DTYPES)}")
+    if topk > experts:
+        raise UnsupportedConfigError(f"--topk {topk} of --experts {experts}: a token has fewer to choose")
+    ExpertPlacement(experts, ranks)
+    if plot is not None:
+        _import_pyplot()
+    layer = MoELayer(num_experts=experts, top_k=topk, hidden_size=hidden, dtype=DTYPES[dtype])
+    workloads = [
+        Workload(counts=counts_of(count, ranks, skew), layer=layer, rounds=rounds, graph=graph)
+        for count in _counts(tokens)
+    ]
+    rows: list[dict[str, Any]] = []
+    with rank_pool(transport, ranks) as (pool, device):
+        conditions = {
+            "device": torch.cuda.get_device_name() if device == "GPU" else device,
+            "cores": os.cpu_count(),
+            "machine": platform.machine(),
+            "torch": torch.__version__,
+            "transport": transport,
+            "ranks": ranks,
+            "hidden_size": hidden,
+            "experts": experts,
+            "top_k": topk,
+            "dtype": dtype,
+            "rounds": rounds,
+            "graph": graph,
+        }
+        title = ", ".join(f"{name} {value}" for name, value in conditions.items())
+        table = Table(
+            "tokens", "exchange", "µs (median)", "p10", "p90", "of AgRs", "collectives", "KiB sent a rank", "of link",
+            title=title,
+        )  # fmt: skip
+        for workload in track(workloads, "measuring", console=Console(stderr=True)):
+            results = pool.run(measure, workload)[0]
+            fastest = best(results)
+            for result, ratio in with_ratios(results):
+                rows.append(
+                    {
+                        **conditions,
+                        **asdict(result),
+                        "strategy": result.name,
+                        "tokens": list(workload.counts),
+                        "ratio": round(ratio, 3),
+                    }
+                )
+                table.add_row(
+                    "/".join(map(str, workload.counts)) if skew > 1 else str(workload.counts[0]),
+                    f"[bold]{result.name}[/bold]" if result is fastest else result.name,
+                    f"{result.us_median:,.0f}", f"{result.us_p10:,.0f}", f"{result.us_p90:,.0f}", f"{ratio:.2f}",
+                    str(result.collectives), f"{result.bytes_sent_per_rank / 1024:,.0f}",
+                    f"{result.share_of_limit:.0%}",
+                )  # fmt: skip
+            table.add_section()
+    Console(width=None if Console().is_terminal else 140).print(table)
+    if json_path is not None:
+        json_path.write_text(json.dumps(rows, indent=1) + "\n")
+    if plot is not None:
+        _draw(rows, title, plot)
+
+
+def _counts(text: str) -> list[int]:
+    try:
+        counts = [int(each) for each in text.split(",")]
+    except ValueError:
+        counts = []
+    if not counts or min(counts) < 1:
+        raise UnsupportedConfigError(f"--tokens {text!r}: give counts of 1 or more by commas, such as 1,8,512")
+    return counts
+
+
+def _import_pyplot() -> Any:
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise UnsupportedConfigError(f"--plot needs matplotlib ({error}); pip install 'vllm-npu[bench]'") from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _draw(rows: list[dict[str, Any]], title: str, path: Path) -> None:
+    """Time over tokens, both logarithmic: strategies as lines, peers dashed, the band from p10 to p90."""
+    pyplot = _import_pyplot()
+    figure, axes = pyplot.subplots(figsize=(9, 6), constrained_layout=True)
+    for name in dict.fromkeys(row["strategy"] for row in rows):
+        own = [row for row in rows if row["strategy"] == name]
+        tokens = [max(row["tokens"]) for row in own]
+        style = "-o" if own[0]["kind"] == STRATEGY else "--"
+        (line,) = axes.plot(tokens, [row["us_median"] for row in own], style, label=name, markersize=4)
+        low, high = ([row[key] for row in own] for key in ("us_p10", "us_p90"))
+        axes.fill_between(tokens, low, high, color=line.get_color(), alpha=0.12, linewidth=0)
+    axes.set(xscale="log", yscale="log", xlabel="tokens of the fullest rank", ylabel="µs for one layer's exchange")
+    axes.set_xticks(sorted({max(row["tokens"]) for row in rows}), labels=sorted({max(row["tokens"]) for row in rows}))
+    axes.set_title(title, fontsize=7, wrap=True)
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=150)

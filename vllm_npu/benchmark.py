@@ -1,8 +1,8 @@
 """Times of the exchanges of a mixture-of-experts layer: every strategy beside its peers, on the same ranks, in one run.
 
 An exchange is what lies between a rank's tokens and the ranks that compute on them, both ways, experts left out. What is
-timed: prepare and finalize for allgather and naive, whose dispatch is a sort on the rank itself that the peers leave to the
-expert kernels too; prepare, dispatch, combine and finalize for mc2 and all2all.
+timed: prepare and finalize for allgather and naive, and slots for symmetric: their sort by expert on the rank itself is left
+out, as the peers leave it to the expert kernels; prepare, dispatch, combine and finalize for mc2 and all2all.
 """
 
 import math
@@ -12,11 +12,12 @@ from dataclasses import dataclass
 
 import torch
 
+from vllm_npu.dispatch.symmetric import SymmetricDispatcher
 from vllm_npu.errors import UnsupportedConfigError
 from vllm_npu.limits import MoELayer
 from vllm_npu.reference import select_topk
 from vllm_npu.step_plan import StepPlan, TokenSharding
-from vllm_npu.strategies import STRATEGIES, build, why_not
+from vllm_npu.strategies import ALL_STRATEGIES, build, why_not
 from vllm_npu.topology import ParallelTopology
 from vllm_npu.transport.base import Groups, Transport
 from vllm_npu.transport.launch import Rank
@@ -24,8 +25,10 @@ from vllm_npu.transport.peers import Peer, PeerExchanges, Tokens
 from vllm_npu.transport.recording import CollectiveCounter
 from vllm_npu.verification import limits_of_device
 
+HOST_READS_SIZES = ("all2all",)  # so no graph can hold it
 WARM_UP_ROUNDS = 5
-LINK_BYTES = 16 << 20  # what each rank sends to find the bandwidth
+CALLS_IN_A_GRAPH = 10  # one behind another, so that starting the graph costs each a tenth
+LINK_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20, "npu": 16 << 20}  # what each rank sends to find the bandwidth
 PEER, STRATEGY = "peer", "strategy"
 
 
@@ -113,9 +116,12 @@ def _strategies(rank: Rank, workload: Workload) -> dict[str, tuple[str, Peer]]:
     limits = limits_of_device(rank)
     tokens = _tokens(rank, workload)
     found = {}
-    for name in STRATEGIES:
-        too_many = name == "mc2" and limits.mc2 is not None and max(workload.counts) > limits.mc2.max_tokens_per_rank
-        if why_not(name, topology, workload.layer, limits) is None and not too_many:
+    capacities = {"mc2": limits.mc2, "symmetric": limits.symmetric}
+    for name in ALL_STRATEGIES:
+        limited = capacities.get(name)
+        too_many = limited is not None and max(workload.counts) > limited.max_tokens_per_rank
+        cannot = workload.graph and name in HOST_READS_SIZES
+        if not too_many and not cannot and why_not(name, topology, workload.layer, limits) is None:
             counter = CollectiveCounter()
             counted = _exchange(name, rank.groups(tp_size=1, dp_size=rank.num_ranks, counter=counter), tokens, workload)
             counted()
@@ -136,7 +142,17 @@ def _exchange(name: str, groups: Groups, tokens: Tokens, workload: Workload) -> 
     def whole() -> torch.Tensor:
         return pipeline.run(tokens.hidden_states, *routing, lambda rows, _: rows, step).hidden_states
 
-    return prepare_and_finalize if name in ("allgather", "naive") else whole
+    def slots() -> torch.Tensor:
+        dispatcher = pipeline.dispatcher
+        if not isinstance(dispatcher, SymmetricDispatcher):
+            raise TypeError(f"{name} has a {type(dispatcher).__name__}, which has no slots")
+        prepared = pipeline.prepare_finalize.prepare(tokens.hidden_states, routing, step)
+        weights, ids = prepared.per_token
+        sent = dispatcher.dispatch_slots(prepared.hidden_states, weights, ids, prepared.mask)
+        combined = dispatcher.combine_slots(sent.hidden_states, sent.handle)
+        return pipeline.prepare_finalize.finalize(combined, prepared.handle).hidden_states
+
+    return {"allgather": prepare_and_finalize, "naive": prepare_and_finalize, "symmetric": slots}.get(name, whole)
 
 
 def _peers(groups: Groups, tokens: Tokens) -> dict[str, tuple[str, Peer]]:
@@ -144,10 +160,12 @@ def _peers(groups: Groups, tokens: Tokens) -> dict[str, tuple[str, Peer]]:
 
 
 Clock = Callable[[Callable[[], object]], float]
-"""Runs a function once, all ranks from the same moment on, and gives its microseconds."""
+"""Runs a function, all ranks from the same moment on, and gives the microseconds of one call."""
 
 
 def _clock(rank: Rank, transport: Transport, graph: bool) -> Clock:
+    """The host's clock; on GPUs the device's, from the first kernel of a call to its last."""
+
     def host(run: Callable[[], object]) -> float:
         transport.barrier()
         start = time.perf_counter()
@@ -155,6 +173,15 @@ def _clock(rank: Rank, transport: Transport, graph: bool) -> Clock:
         if rank.device.type != "cpu":
             torch.accelerator.synchronize()
         return (time.perf_counter() - start) * 1e6
+
+    def device(run: Callable[[], object]) -> float:
+        transport.barrier()
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) * 1e3
 
     captured: dict[Callable[[], object], torch.cuda.CUDAGraph] = {}
 
@@ -164,10 +191,13 @@ def _clock(rank: Rank, transport: Transport, graph: bool) -> Clock:
             torch.cuda.synchronize()
             captured[run] = torch.cuda.CUDAGraph()
             with torch.cuda.graph(captured[run]):
-                run()
-        return host(captured[run].replay)
+                for _ in range(CALLS_IN_A_GRAPH):
+                    run()
+        return device(captured[run].replay) / CALLS_IN_A_GRAPH
 
-    return replay if graph else host
+    if graph:
+        return replay
+    return device if rank.device.type == "cuda" else host
 
 
 def _times(clock: Clock, runs: list[Callable[[], torch.Tensor]], rounds: int) -> torch.Tensor:
@@ -180,7 +210,7 @@ def _times(clock: Clock, runs: list[Callable[[], torch.Tensor]], rounds: int) ->
 
 def _bandwidth(rank: Rank, transport: Transport) -> float:
     """Bytes that a rank sends in a microsecond, in one large all-to-all."""
-    part = LINK_BYTES // transport.size
+    part = LINK_BYTES[rank.device.type] // transport.size
     x = torch.zeros(part * transport.size, dtype=torch.uint8, device=rank.device)
     sizes = [part] * transport.size
     clock = _clock(rank, transport, graph=False)

@@ -183,6 +183,22 @@ A3_HIERARCHY = MC2Limits(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SymmetricLimits:
+    """What the windows of the symmetric strategy are sized for, and where it is not used."""
+
+    max_tokens_per_rank: int
+    max_ep_size: int = 8
+    source: str
+
+
+SYMMETRIC = SymmetricLimits(
+    max_tokens_per_rank=4096,
+    source="measured up to 4096 tokens a rank (docs/benchmarks); windows take 2 x ep_size x tokens x (row + returned row) "
+    "bytes: 0.47 GB on each of 2 GPUs, 1.9 GB on each of 8, at hidden size 7168 in bfloat16",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceLimits:
     """What a family of chips can run."""
 
@@ -191,10 +207,12 @@ class DeviceLimits:
     socs: tuple[str, ...] = ()  # beginnings of the chips' names
     mc2_hierarchy: MC2Limits | None = None  # MC2's other algorithm: planned for, not chosen yet
     all2all: bool = True
+    symmetric: SymmetricLimits | None = None  # None: ranks share no memory
     routing_ops: bool = True  # npu_moe_init_routing_v2 with a range of experts, and npu_moe_finalize_routing
 
 
 PORTABLE = DeviceLimits(family="no NPU", mc2=PORTABLE_MC2)
+NVLINK = DeviceLimits(family="GPUs of one host", mc2=PORTABLE_MC2, symmetric=SYMMETRIC)
 DEVICES = {
     "A2": DeviceLimits(family="A2", mc2=A2_FULL_MESH, mc2_hierarchy=A2_HIERARCHY, socs=("Ascend910B",)),
     "A3": DeviceLimits(family="A3", mc2=A3_FULL_MESH, mc2_hierarchy=A3_HIERARCHY, socs=("Ascend910_93",)),

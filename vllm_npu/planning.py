@@ -58,7 +58,9 @@ def plan_layer(layer: MoELayer, topology: ParallelTopology, device: DeviceLimits
             strategy=name,
             reason=why_not(name, topology, layer, device),
             collectives=collectives(name, topology),
-            bytes_sent=bytes_sent(name, layer, topology, num_tokens, native_mc2=device.mc2 is not None and device.mc2.native),
+            bytes_sent=bytes_sent(
+                name, layer, topology, num_tokens, native_mc2=device.mc2 is not None and device.mc2.native
+            ),
         )
         for name in STRATEGIES
     )
@@ -82,9 +84,7 @@ def auto_ranges(
         first = tokens
         if ranges and ranges[-1].strategy == chosen.strategy:
             first = ranges.pop().first_tokens
-        ranges.append(
-            AutoRange(first_tokens=first, last_tokens=tokens, strategy=chosen.strategy, reason=chosen.reason)
-        )
+        ranges.append(AutoRange(first_tokens=first, last_tokens=tokens, strategy=chosen.strategy, reason=chosen.reason))
     return tuple(ranges)
 
 
@@ -95,9 +95,7 @@ def collectives(strategy: str, topology: ParallelTopology) -> int:
     return over_ranks[strategy] + (tp > 1)
 
 
-def bytes_sent(
-    strategy: str, layer: MoELayer, topology: ParallelTopology, num_tokens: int, *, native_mc2: bool
-) -> int:
+def bytes_sent(strategy: str, layer: MoELayer, topology: ParallelTopology, num_tokens: int, *, native_mc2: bool) -> int:
     """Bytes that one rank sends to others for one layer: num_tokens real tokens on each DP rank, replicated over TP.
 
     As RecordingTransport counts them. all2all and native mc2: the mean over uniform routing.

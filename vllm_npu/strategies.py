@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import Any
 
 from vllm_npu.errors import UnsupportedConfigError
-from vllm_npu.limits import PORTABLE, DeviceLimits, MoELayer
+from vllm_npu.limits import NVLINK, PORTABLE, DeviceLimits, MoELayer
 from vllm_npu.pipeline import MoEPipeline
 from vllm_npu.step_plan import StepPlan
 from vllm_npu.topology import ParallelTopology
@@ -52,6 +52,17 @@ STRATEGIES = {
     ),
 }
 
+# Those that run on one kind of device only, by what DeviceLimits says.
+GPU_STRATEGIES = {
+    "symmetric": StrategyRow(
+        prepare_finalize="vllm_npu.prepare_finalize.mc2:MC2PrepareAndFinalize",
+        dispatcher="vllm_npu.dispatch.symmetric:SymmetricDispatcher",
+        needs_expert_parallel=True,
+        summary="NVLink symmetric memory: fixed slots, one kernel each way, no host sync; GPUs of one host",
+    ),
+}
+ALL_STRATEGIES = STRATEGIES | GPU_STRATEGIES
+
 # all2all sends a token to its distinct destination ranks, allgather to all. Below this share of the ranks the bytes saved
 # pay for the exchange of counts. Chosen from the byte model, not yet from measurements on a cluster.
 ALL2ALL_MAX_SHARE_OF_RANKS = 0.75
@@ -69,7 +80,7 @@ def why_not(
     name: str, topology: ParallelTopology, layer: MoELayer | None = None, device: DeviceLimits = PORTABLE
 ) -> str | None:
     """Why a strategy can never run this layer (None: any layer) here, whatever the step, and what to do; or None."""
-    if STRATEGIES[name].needs_expert_parallel and topology.ep_size == 1:
+    if ALL_STRATEGIES[name].needs_expert_parallel and topology.ep_size == 1:
         return (
             f"{name} needs ep_size > 1 (got 1 on {topology}); use allgather, or start vLLM with --enable-expert-parallel on "
             "more than one rank"
@@ -80,6 +91,10 @@ def why_not(
     if name == "mc2" and device.mc2 is not None and layer is not None:
         reason = device.mc2.why_not(layer, topology.ep_size)
         return reason and f"{reason}; use {instead}"
+    if name == "symmetric" and device.symmetric is None:
+        return f"symmetric needs GPUs of one host that can write each other's memory; use {instead}"
+    if name == "symmetric" and device.symmetric is not None and topology.ep_size > device.symmetric.max_ep_size:
+        return f"symmetric takes up to {device.symmetric.max_ep_size} ranks, not {topology.ep_size}; use {instead}"
     if name == "all2all" and not device.all2all:
         return f"{device.family} runs allgather and naive only; use allgather"
     return None
@@ -91,8 +106,8 @@ def check_strategy(
     """Raise UnsupportedConfigError unless `name` is auto or a strategy that can run here, as why_not says."""
     if name == AUTO:
         return
-    if name not in STRATEGIES:
-        raise UnsupportedConfigError(f"unknown moe_comm {name!r}; there are: {AUTO}, {', '.join(STRATEGIES)}")
+    if name not in ALL_STRATEGIES:
+        raise UnsupportedConfigError(f"unknown moe_comm {name!r}; there are: {AUTO}, {', '.join(ALL_STRATEGIES)}")
     reason = why_not(name, topology, layer, device)
     if reason is not None:
         raise UnsupportedConfigError(reason)
@@ -122,14 +137,19 @@ def select(
     check_strategy(requested, topology, layer, device)
     tokens_per_rank = step.padded_tokens(topology.tp_size) // topology.tp_size
     capacity = 0 if device.mc2 is None else device.mc2.max_tokens_per_rank
-    if requested == "mc2" and tokens_per_rank > capacity:
-        return Selection("all2all", f"mc2 takes {capacity} tokens a rank, this step brings {tokens_per_rank}")
+    capacities = {"mc2": capacity, "symmetric": device.symmetric.max_tokens_per_rank if device.symmetric else 0}
+    if tokens_per_rank > capacities.get(requested, tokens_per_rank):
+        most = capacities[requested]
+        return Selection("all2all", f"{requested} takes {most} tokens a rank, this step brings {tokens_per_rank}")
     if requested != AUTO:
         return Selection(requested, "requested")
     if topology.ep_size == 1:
         return Selection("allgather", "auto: no expert parallelism")
     if not device.all2all:
         return Selection("allgather", f"auto: {device.family} runs allgather and naive only")
+    shares_memory = why_not("symmetric", topology, layer, device) is None
+    if shares_memory and tokens_per_rank <= capacities["symmetric"]:
+        return Selection("symmetric", f"auto: {tokens_per_rank} tokens a rank fit {capacities['symmetric']}")
     native_mc2 = device.mc2 is not None and device.mc2.native and why_not("mc2", topology, layer, device) is None
     if native_mc2 and tokens_per_rank <= capacity:
         return Selection("mc2", f"auto: {tokens_per_rank} tokens a rank fit {capacity}")
@@ -140,9 +160,10 @@ def select(
 
 
 def build(name: str, groups: Groups, num_experts: int) -> MoEPipeline:
-    """The strategy's pipeline on these groups. LOCAL. Raises UnsupportedConfigError as check_strategy does."""
-    check_strategy(name, groups.topology)
-    row = STRATEGIES[name]
+    """The strategy's pipeline on these groups. LOCAL. Raises UnsupportedConfigError for an unknown name, and where the
+    topology or the transport cannot carry it."""
+    check_strategy(name, groups.topology, device=NVLINK)  # whether memory is shared, the dispatcher itself finds out
+    row = ALL_STRATEGIES[name]
     return MoEPipeline(
         prepare_finalize=_class(row.prepare_finalize)(groups),
         dispatcher=_class(row.dispatcher)(groups, num_experts),

@@ -10,13 +10,15 @@ from functools import lru_cache
 import torch
 
 from vllm_npu.device import ops_of
-from vllm_npu.limits import PORTABLE, DeviceLimits, MoELayer
+from vllm_npu.dispatch.symmetric import why_not_symmetric
+from vllm_npu.limits import NVLINK, PORTABLE, DeviceLimits, MoELayer
 from vllm_npu.reference import ExpertsFunction, LinearExperts, reference_moe, select_topk
 from vllm_npu.step_plan import StepPlan, TokenSharding
-from vllm_npu.strategies import STRATEGIES, build, why_not
+from vllm_npu.strategies import ALL_STRATEGIES, build, why_not
 from vllm_npu.token_layout import TokenSlice
 from vllm_npu.topology import ExpertPlacement, ParallelTopology
 from vllm_npu.transport.launch import Rank
+from vllm_npu.transport.symmetric_memory import gather_facts
 
 HIDDEN_SIZE = 32
 TOLERANCES = {
@@ -81,7 +83,7 @@ def count_patterns(tp_size: int, dp_size: int) -> list[tuple[int, ...]]:
 def cases(
     num_ranks: int,
     *,
-    strategies: tuple[str, ...] = tuple(STRATEGIES),
+    strategies: tuple[str, ...] = tuple(ALL_STRATEGIES),
     quick: bool,
     seed: int,
     device: DeviceLimits = PORTABLE,
@@ -117,11 +119,11 @@ def _all_cases(num_ranks: int, strategies: tuple[str, ...], quick: bool, seed: i
 
 def _layouts(strategy: str, tp_size: int, dp_size: int) -> Iterator[Case]:
     base = Case(strategy=strategy, tp_size=tp_size, dp_size=dp_size, num_tokens_across_dp=(0,) * dp_size)
-    if tp_size * dp_size > 1 or not STRATEGIES[strategy].needs_expert_parallel:
+    if tp_size * dp_size > 1 or not ALL_STRATEGIES[strategy].needs_expert_parallel:
         yield base
         if tp_size > 1:
             yield replace(base, sharding=TokenSharding.SLICED_OVER_TP)
-    if not STRATEGIES[strategy].needs_expert_parallel:
+    if not ALL_STRATEGIES[strategy].needs_expert_parallel:
         yield replace(base, expert_parallel=False)
 
 
@@ -195,7 +197,10 @@ class CaseTensors:
 
 
 def limits_of_device(rank: Rank) -> DeviceLimits:
-    """What the rank's device can run."""
+    """What the rank's device can run. COLLECTIVE over all ranks."""
+    if rank.device.type == "cuda":
+        facts = gather_facts(rank.groups(tp_size=1, dp_size=rank.num_ranks).ep)
+        return PORTABLE if why_not_symmetric(facts, tokens_per_rank=1) else NVLINK
     limits: DeviceLimits = ops_of(torch.empty(0, device=rank.device)).device_limits()
     return limits
 

@@ -32,7 +32,9 @@ def test_the_published_case_asks_for_its_buffer(tmp_path):
 
 
 def test_a_model_gives_what_is_not_typed_and_a_buffer_that_is_set_is_enough(tmp_path):
-    config = {"text_config": {"n_routed_experts": 256, "num_experts_per_tok": 8, "hidden_size": 7168, "dtype": "float32"}}
+    config = {
+        "text_config": {"n_routed_experts": 256, "num_experts_per_tok": 8, "hidden_size": 7168, "dtype": "float32"}
+    }
     (tmp_path / "config.json").write_text(json.dumps(config))
     options = ["--soc", "A2", "--ep", "16", "--tokens", "256", "--model", str(tmp_path)]
     done = plan(*options, env={"HCCL_BUFFSIZE": "900", "COLUMNS": "200"})

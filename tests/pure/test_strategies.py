@@ -13,7 +13,7 @@ from vllm_npu.dispatch.all2allv import All2AllVDispatcher
 from vllm_npu.dispatch.local_permute import LocalPermuteDispatcher
 from vllm_npu.dispatch.mc2 import MC2Dispatcher
 from vllm_npu.errors import UnsupportedConfigError
-from vllm_npu.limits import DEVICES, PORTABLE_MC2, DeviceLimits, MC2Limits, MoELayer
+from vllm_npu.limits import DEVICES, NVLINK, PORTABLE_MC2, DeviceLimits, MC2Limits, MoELayer
 from vllm_npu.prepare_finalize.all2all import All2AllPrepareAndFinalize
 from vllm_npu.prepare_finalize.allgather import AllGatherPrepareAndFinalize
 from vllm_npu.prepare_finalize.mc2 import MC2PrepareAndFinalize
@@ -129,6 +129,23 @@ def test_auto_passes_over_what_the_device_refuses():
     assert chosen(AUTO, topology, step, device=DEVICES["310P"]) == Selection(
         "allgather", "auto: 310P runs allgather and naive only"
     )
+
+
+def test_auto_takes_shared_memory_where_the_gpus_have_it_and_the_step_fits():
+    topology = topologies(1, 4)[0]
+    expected = Selection("symmetric", "auto: 4096 tokens a rank fit 4096")
+    assert chosen(AUTO, topology, plan(4096, 0, 0, 1), device=NVLINK) == expected
+    assert chosen(AUTO, topology, plan(4097, 0, 0, 1), device=NVLINK).strategy == "all2all"
+    assert chosen("symmetric", topology, plan(4097, 0, 0, 1), device=NVLINK) == Selection(
+        "all2all", "symmetric takes 4096 tokens a rank, this step brings 4097"
+    )
+    assert chosen(AUTO, topologies(1, 16)[0], plan(*[4] * 16), device=NVLINK).strategy == "all2all"
+    with pytest.raises(UnsupportedConfigError, match="symmetric takes up to 8 ranks, not 16; use all2all"):
+        chosen("symmetric", topologies(1, 16)[0], plan(*[4] * 16), device=NVLINK)
+    with pytest.raises(
+        UnsupportedConfigError, match="symmetric needs GPUs of one host that can write each other's memory"
+    ):
+        chosen("symmetric", topology, plan(4, 4, 4, 4))
 
 
 @pytest.mark.parametrize(

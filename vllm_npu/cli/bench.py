@@ -101,7 +101,7 @@ def bench(
             table.add_section()
     Console(width=None if Console().is_terminal else 140).print(table)
     if json_path is not None:
-        json_path.write_text(json.dumps(rows, indent=1) + "\n")
+        json_path.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
     if plot is not None:
         _draw(rows, title, plot)
 

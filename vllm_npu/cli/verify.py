@@ -12,7 +12,7 @@ from rich.progress import track
 
 from vllm_npu.cli.devices import rank_pool
 from vllm_npu.errors import UnsupportedConfigError, VllmNpuError
-from vllm_npu.strategies import STRATEGIES
+from vllm_npu.strategies import ALL_STRATEGIES
 from vllm_npu.transport.launch import RANK_POOLS, RankPool
 from vllm_npu.verification import Case, cases, limits_of_device, run_case
 
@@ -32,9 +32,9 @@ def verify(
     Token counts are odd, zero and skewed; rows that nobody may read are NaN; small integers must come out exactly. Exit
     status 1 if any case failed. hccl runs on NPUs, and where there is no CANN on the emulated Ascend device.
     """
-    if strategy is not None and strategy not in STRATEGIES:
-        raise UnsupportedConfigError(f"unknown strategy {strategy!r}; there are: {', '.join(STRATEGIES)}")
-    chosen = tuple(STRATEGIES) if strategy is None else (strategy,)
+    if strategy is not None and strategy not in ALL_STRATEGIES:
+        raise UnsupportedConfigError(f"unknown strategy {strategy!r}; there are: {', '.join(ALL_STRATEGIES)}")
+    chosen = tuple(ALL_STRATEGIES) if strategy is None else (strategy,)
     started = time.monotonic()
     failures: dict[Case, str] = {}
     with rank_pool(transport, ranks) as (pool, device):

@@ -85,12 +85,12 @@ def npu_moe_distribute_dispatch_v2(
     quant_mode: int = 0,
 ) -> DistributeDispatchOutput:
     """As portable_ops has it. COLLECTIVE over group_ep, in one kernel. Host sync: no. Graph capture: yes."""
-    sent = expert_ids.numel() * x.shape[1] * (1 if quant_mode else x.element_size())
+    group_ep.note_op("dispatch", expert_ids.numel() * x.shape[1] * (1 if quant_mode else x.element_size()))
     expand_x, dynamic_scales, assist_info, expert_token_nums, ep_recv_counts, _, expand_scales = (
         torch_npu.npu_moe_distribute_dispatch_v2(
             x,
             expert_ids.int(),
-            group_ep=group_ep.name_for_op("dispatch", sent),
+            group_ep=group_ep.name_for_ops,
             ep_world_size=group_ep.size,
             ep_rank_id=group_ep.rank,
             moe_expert_num=moe_expert_num,
@@ -122,14 +122,14 @@ def npu_moe_distribute_combine_v2(
     expand_scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """As portable_ops has it. COLLECTIVE over group_ep, in one kernel. Host sync: no. Graph capture: yes."""
-    sent = expert_ids.numel() * expand_x.shape[1] * expand_x.element_size()
+    group_ep.note_op("combine", expert_ids.numel() * expand_x.shape[1] * expand_x.element_size())
     combined: torch.Tensor = torch_npu.npu_moe_distribute_combine_v2(
         expand_x,
         expert_ids.int(),
         assist_info_for_combine,
         ep_send_counts,
         expert_scales,
-        group_ep=group_ep.name_for_op("combine", sent),
+        group_ep=group_ep.name_for_ops,
         ep_world_size=group_ep.size,
         ep_rank_id=group_ep.rank,
         moe_expert_num=moe_expert_num,

@@ -109,15 +109,16 @@ class Transport(ABC):
         if self.size > 1:
             self._barrier()
 
-    def name_for_op(self, operation: str, sent: int) -> str:
-        """The name by which a device op that communicates itself finds this group. LOCAL.
-
-        `sent`: an upper bound of the bytes that it sends, for those who count. Raises UnsupportedConfigError where no
-        device op can use the group.
-        """
+    @property
+    def name_for_ops(self) -> str:
+        """The name by which a device op that communicates itself finds this group. Raises UnsupportedConfigError where no
+        device op can use the group."""
         raise UnsupportedConfigError(
-            f"{operation} on group '{self.group}': a device op cannot communicate over {type(self).__name__}; use hccl"
+            f"a device op cannot communicate over group '{self.group}', a {type(self).__name__}; use hccl"
         )
+
+    def note_op(self, operation: str, sent: int) -> None:
+        """Say that a device op communicates over this group by itself. LOCAL. `sent`: the most bytes that it may send."""
 
     @abstractmethod
     def close(self) -> None:

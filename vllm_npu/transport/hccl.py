@@ -19,7 +19,8 @@ class HcclTransport(TorchDistTransport):
     backend = "hccl"
     device_type = "npu"
 
-    def name_for_op(self, operation: str, sent: int) -> str:
+    @property
+    def name_for_ops(self) -> str:
         """HCCL's name of the communicator."""
         backend: Any = self.process_group._get_backend(torch.device("npu"))
         return str(backend.get_hccl_comm_name(self.rank))

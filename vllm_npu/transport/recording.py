@@ -35,13 +35,17 @@ class RecordingTransport(Transport):
 
     def __init__(self, inner: Transport, counter: CollectiveCounter) -> None:
         super().__init__(inner.group, inner.rank, inner.size)
-        self.inner = self._inner = inner
+        self.inner = inner
         self._counter = counter
 
-    def name_for_op(self, operation: str, sent: int) -> str:
-        """The wrapped transport's. Counts the op that asks as one call."""
+    @property
+    def name_for_ops(self) -> str:
+        """The wrapped transport's."""
+        return self.inner.name_for_ops
+
+    def note_op(self, operation: str, sent: int) -> None:
+        """Count the op as one call."""
         self._counter.add(self.group, operation, sent)
-        return self.inner.name_for_op(operation, sent)
 
     def close(self) -> None:
         """Close the wrapped transport."""

@@ -1,0 +1,34 @@
+"""One process for each GPU of this machine, 2 to 8 of them, over NCCL."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from vllm_npu.transport.launch import ProcessRankPool, RankPool
+
+NUM_RANKS = 1 << (
+    max(2, min(torch.cuda.device_count(), 8)).bit_length() - 1
+)  # a power of two: all experts divide by it
+
+
+def missing() -> str | None:
+    """What these tests need and this machine lacks."""
+    if torch.cuda.device_count() < NUM_RANKS or not all(
+        torch.cuda.can_device_access_peer(0, peer) for peer in range(1, NUM_RANKS)
+    ):
+        return "needs 2 NVIDIA GPUs of one host with peer access"
+    return None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    reason = missing()
+    for item in items:
+        if "tests/cuda" in item.path.as_posix() and item.get_closest_marker("cuda") and reason is not None:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def gpus() -> Iterator[RankPool]:
+    with ProcessRankPool(NUM_RANKS, timeout=60, transport="nccl") as pool:
+        yield pool

@@ -1,0 +1,333 @@
+"""What the ranks of the tests of symmetric memory run. One seed makes all ranks' tensors; results need no communication."""
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from tests.cases import same_bits
+from vllm_npu.dispatch.symmetric import (
+    DispatchedSlots,
+    SymmetricDispatcher,
+    why_not_symmetric,
+)
+from vllm_npu.errors import HandleMismatchError, InvalidInputError, TransportError
+from vllm_npu.limits import SymmetricLimits
+from vllm_npu.transport.launch import Rank
+from vllm_npu.transport.symmetric_memory import close_windows, gather_facts
+from vllm_npu.verification import Case, run_case
+
+LIMITS = SymmetricLimits(max_tokens_per_rank=1024, source="tests")
+ROUTINGS = ("uniform", "first rank only", "last rank only", "one expert", "own rank only")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of one exchange."""
+
+    num_tokens: int
+    hidden_size: int = 512
+    num_experts: int = 16
+    top_k: int = 4
+    dtype: torch.dtype = torch.bfloat16
+    ids_dtype: torch.dtype = torch.int32
+    routing: str = "uniform"
+    real_rows: int | None = None  # None: no mask
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's tokens: small integers, so that every sum is exact, and what must come back."""
+
+    hidden_states: torch.Tensor
+    weights: torch.Tensor
+    ids: torch.Tensor
+    mask: torch.Tensor | None
+
+    @classmethod
+    def of(cls, shape: Shape, rank: int, num_ranks: int, seed: int) -> "Batch":
+        generator = torch.Generator("cuda").manual_seed(1000 * seed + rank)
+        device = "cuda"
+        n, k = shape.num_tokens, shape.top_k
+        scores = torch.rand(n, shape.num_experts, generator=generator, device=device)
+        per_rank = shape.num_experts // num_ranks
+        target = {"first rank only": 0, "last rank only": num_ranks - 1, "own rank only": rank}.get(shape.routing)
+        if target is not None:
+            scores[:, target * per_rank : (target + 1) * per_rank] += 1
+        if shape.routing == "one expert":
+            scores[:, 3] += 1
+            k = 1
+        ids = scores.argsort(1, descending=True)[:, :k].to(shape.ids_dtype)
+        x = torch.randint(-3, 4, (n, shape.hidden_size), generator=generator, device=device).to(shape.dtype)
+        mask = None
+        if shape.real_rows is not None:
+            mask = torch.arange(n, device=device) < shape.real_rows
+            x = torch.where(mask[:, None], x.float(), float("nan")).to(shape.dtype)
+            ids = torch.where(mask[:, None], ids, -1)
+        return cls(x, (ids.clamp(min=0) % 2 + 1).float(), ids, mask)
+
+    def expected(self) -> torch.Tensor:
+        rows = self.hidden_states.float() * (self.weights * factor(self.ids)).sum(1, keepdim=True)
+        if self.mask is not None:
+            rows = torch.where(self.mask[:, None], rows, 0.0)
+        return rows.to(self.hidden_states.dtype)
+
+
+def factor(expert: torch.Tensor) -> torch.Tensor:
+    """What an expert multiplies by: tells experts apart, and keeps sums small."""
+    return (expert % 5 - 2).float()
+
+
+def on_slots(slots: DispatchedSlots, rank: int, num_local_experts: int) -> torch.Tensor:
+    """Every slot's weighted sum over local experts; NaN in empty slots."""
+    local = slots.topk_ids >= 0
+    weights = torch.where(local, slots.topk_weights * factor(slots.topk_ids + rank * num_local_experts), 0.0)
+    rows = slots.hidden_states.float() * weights.sum(1, keepdim=True)
+    return torch.where(local.any(1, keepdim=True), rows, float("nan")).to(slots.hidden_states.dtype)
+
+
+def dispatcher_of(rank: Rank, num_experts: int, **options) -> SymmetricDispatcher:
+    groups = rank.groups(tp_size=1, dp_size=rank.num_ranks)
+    return SymmetricDispatcher(groups, num_experts, **{"limits": LIMITS, **options})
+
+
+def opened(rank: Rank, shape: Shape) -> SymmetricDispatcher:
+    dispatcher = dispatcher_of(rank, shape.num_experts)
+    dispatcher.open(row_bytes=2 * 7168, top_k=8, returned_row_bytes=4 * 7168)
+    return dispatcher
+
+
+def poison(dispatcher: SymmetricDispatcher) -> None:
+    """NaN in all parts of the windows that peers write; flags stay."""
+    torch.cuda.synchronize()
+    dispatcher.groups.ep.barrier()
+    for window in range(2):
+        memory = dispatcher._windows.bytes_of(window)
+        memory[: dispatcher._windows.dispatch_flags_offset].fill_(0xFF)  # NaN in every floating-point dtype
+    torch.cuda.synchronize()
+    dispatcher.groups.ep.barrier()
+
+
+def exchange(rank: Rank, dispatcher: SymmetricDispatcher, shape: Shape, batch: Batch) -> torch.Tensor:
+    slots = dispatcher.dispatch_slots(batch.hidden_states, batch.weights, batch.ids, batch.mask)
+    return dispatcher.combine_slots(on_slots(slots, rank.rank, shape.num_experts // rank.num_ranks), slots.handle)
+
+
+def exchanges(rank: Rank, shapes: list[Shape]) -> list[str]:
+    """Every shape once with poisoned windows; what went wrong."""
+    faults = []
+    for seed, shape in enumerate(shapes):
+        dispatcher = opened(rank, shape)
+        poison(dispatcher)
+        batches = [Batch.of(shape, r, rank.num_ranks, seed) for r in range(rank.num_ranks)]
+        own = batches[rank.rank]
+        before = [tensor.clone() for tensor in (own.hidden_states, own.weights, own.ids)]
+        slots = dispatcher.dispatch_slots(own.hidden_states, own.weights, own.ids, own.mask)
+        per_rank = shape.num_experts // rank.num_ranks
+        ids = torch.cat([batch.ids for batch in batches]).int()
+        local = (ids >= 0) & (ids // per_rank == rank.rank)
+        filled = local.any(1)
+        if not torch.equal(slots.topk_ids, torch.where(local, ids - rank.rank * per_rank, -1)):
+            faults.append(f"{shape}: ids")
+        weights = torch.cat([batch.weights for batch in batches])
+        if not torch.equal(slots.topk_weights, torch.where(local, weights, 0.0)):
+            faults.append(f"{shape}: weights")
+        rows = torch.cat([batch.hidden_states for batch in batches])
+        if not same_bits(slots.hidden_states[filled], rows[filled]):
+            faults.append(f"{shape}: rows")
+        output = dispatcher.combine_slots(on_slots(slots, rank.rank, per_rank), slots.handle)
+        if not torch.equal(output, own.expected()):
+            faults.append(f"{shape}: output")
+        if not all(same_bits(*pair) for pair in zip(before, (own.hidden_states, own.weights, own.ids), strict=True)):
+            faults.append(f"{shape}: an input was written to")
+    dispatcher.check()
+    return faults
+
+
+def quantised_exchange(rank: Rank, num_tokens: int) -> None:
+    """fp8 rows with block scales; combine in bfloat16."""
+    shape = Shape(num_tokens=num_tokens, hidden_size=1024)
+    dispatcher = opened(rank, shape)
+    poison(dispatcher)
+    batches = [Batch.of(shape, r, rank.num_ranks, 7) for r in range(rank.num_ranks)]
+    own = batches[rank.rank]
+    scales = [
+        2.0 ** torch.randint(-2, 3, (num_tokens, 8), device="cuda", generator=_seeded(r)) for r in range(rank.num_ranks)
+    ]
+    slots = dispatcher.dispatch_slots(
+        own.hidden_states.to(torch.float8_e4m3fn), own.weights, own.ids, scales=scales[rank.rank]
+    )
+    per_rank = shape.num_experts // rank.num_ranks
+    ids = torch.cat([batch.ids for batch in batches])
+    local = ids // per_rank == rank.rank
+    filled = local.any(1)
+    assert slots.hidden_states.dtype is torch.float8_e4m3fn
+    assert torch.equal(slots.scales[filled], torch.cat(scales)[filled])
+    rows = torch.cat([batch.hidden_states for batch in batches])
+    assert torch.equal(slots.hidden_states.float()[filled], rows.float()[filled])
+    wide = slots.hidden_states.float() * slots.scales.repeat_interleave(128, 1)
+    coefficients = torch.where(slots.topk_ids >= 0, slots.topk_weights, 0.0).sum(1, keepdim=True)
+    output = dispatcher.combine_slots(
+        torch.where(filled[:, None], wide * coefficients, float("nan")).bfloat16(), slots.handle
+    )
+    unscaled = own.hidden_states.float() * scales[rank.rank].repeat_interleave(128, 1)
+    assert torch.equal(output, (unscaled * own.weights.sum(1, keepdim=True)).bfloat16())
+
+
+def _seeded(seed: int) -> torch.Generator:
+    return torch.Generator("cuda").manual_seed(seed)
+
+
+def repeats(rank: Rank) -> None:
+    """Random data: every repetition gives the same bits."""
+    shape = Shape(num_tokens=200, hidden_size=7168, num_experts=64, top_k=8)
+    dispatcher = opened(rank, shape)
+    own = Batch.of(shape, rank.rank, rank.num_ranks, 3)
+    x = torch.randn(200, 7168, device="cuda", generator=_seeded(rank.rank)).bfloat16()
+    weights = torch.rand(200, 8, device="cuda", generator=_seeded(rank.rank))
+    outputs = []
+    for _ in range(20):
+        dispatched = dispatcher.dispatch(x, weights, own.ids)
+        counts = dispatched.tokens_per_expert
+        rows = torch.arange(dispatched.expert_input.shape[0], device="cuda")
+        expert = torch.searchsorted(counts.cumsum(0), rows, right=True)
+        outputs.append(
+            dispatcher.combine(
+                (dispatched.expert_input.float() * (1 + expert[:, None] / 7)).bfloat16(), dispatched.handle
+            )
+        )
+    assert all(same_bits(outputs[0], output) for output in outputs[1:])
+    assert outputs[0].isfinite().all()
+
+
+def replays(rank: Rank, num_tokens: int) -> None:
+    """A captured graph of two layers, replayed over new tokens and new routing."""
+    shape = Shape(num_tokens=num_tokens, hidden_size=1024)
+    dispatcher = opened(rank, shape)
+    still = Batch.of(shape, rank.rank, rank.num_ranks, 0)
+    exchange(rank, dispatcher, shape, still)  # compiles, outside the graph
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = [exchange(rank, dispatcher, shape, still) for _ in range(3)]  # an odd number: windows do not line up
+    for seed in range(50):
+        shape_now = Shape(num_tokens=num_tokens, hidden_size=1024, routing=ROUTINGS[seed % 3])
+        fresh = Batch.of(shape_now, rank.rank, rank.num_ranks, seed)
+        for buffer, values in (
+            (still.hidden_states, fresh.hidden_states),
+            (still.weights, fresh.weights),
+            (still.ids, fresh.ids),
+        ):
+            buffer.copy_(values)
+        graph.replay()
+        assert all(torch.equal(output, fresh.expected()) for output in outputs), seed
+        if seed % 10 == 0:
+            assert torch.equal(exchange(rank, dispatcher, shape, fresh), fresh.expected())  # eager between replays
+    dispatcher.check()
+
+
+def in_flight(rank: Rank, two_streams: bool) -> None:
+    """Two micro-batches in flight, combined in either order, on one stream or two."""
+    shapes = [Shape(num_tokens=64, hidden_size=1024), Shape(num_tokens=900, hidden_size=4096)]  # the second fills a GPU
+    dispatcher = opened(rank, shapes[0])
+    per_rank = shapes[0].num_experts // rank.num_ranks
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()] if two_streams else [torch.cuda.current_stream()] * 2
+    for seed in range(40):
+        batches = [Batch.of(shape, rank.rank, rank.num_ranks, seed) for shape in shapes]
+        torch.cuda.synchronize()
+        slots, outputs = [], [None, None]
+        for i, (batch, stream) in enumerate(zip(batches, streams, strict=True)):
+            with torch.cuda.stream(stream):
+                if (rank.rank + i + seed) % 2:
+                    torch.cuda._sleep(1_000_000)  # another stream comes late on each rank
+                slots.append(dispatcher.dispatch_slots(batch.hidden_states, batch.weights, batch.ids))
+        for i in (0, 1) if seed % 2 else (1, 0):
+            with torch.cuda.stream(streams[i]):
+                outputs[i] = dispatcher.combine_slots(on_slots(slots[i], rank.rank, per_rank), slots[i].handle)
+        torch.cuda.synchronize()
+        assert all(torch.equal(output, batch.expected()) for output, batch in zip(outputs, batches, strict=True)), seed
+
+
+def refusals(rank: Rank) -> list[str]:
+    """Messages of what is refused; nothing of it moves tokens, so the exchange after it is right."""
+    shape = Shape(num_tokens=8)
+    dispatcher = opened(rank, shape)
+    own = Batch.of(shape, rank.rank, rank.num_ranks, 0)
+    tensors = (own.hidden_states, own.weights, own.ids)
+    messages = []
+
+    def refused(error: type[Exception], function, *arguments) -> None:
+        try:
+            function(*arguments)
+        except error as raised:
+            messages.append(str(raised))
+        else:
+            raise AssertionError(f"{function.__name__} took {arguments}")
+
+    first, second = dispatcher.dispatch_slots(*tensors), dispatcher.dispatch_slots(*tensors)
+    refused(InvalidInputError, dispatcher.dispatch_slots, *tensors)
+    outputs = [on_slots(slots, rank.rank, shape.num_experts // rank.num_ranks) for slots in (first, second)]
+    refused(InvalidInputError, dispatcher.combine_slots, outputs[0][1:], first.handle)
+    for slots, output in zip((first, second), outputs, strict=True):
+        assert torch.equal(dispatcher.combine_slots(output, slots.handle), own.expected())
+    refused(HandleMismatchError, dispatcher.combine_slots, outputs[0], first.handle)
+    many = LIMITS.max_tokens_per_rank + 1
+    refused(InvalidInputError, dispatcher.dispatch_slots, *(x[:1].expand(many, -1) for x in tensors))
+    refused(InvalidInputError, dispatcher.dispatch_slots, own.hidden_states[:, :511], own.weights, own.ids)
+    assert torch.equal(exchange(rank, dispatcher, shape, own), own.expected())
+    return messages
+
+
+def random_steps(rank: Rank, steps: int, seed: int) -> int:
+    """Steps of random sizes and routing, one behind another without a sync. The number of wrong elements."""
+    sizes = torch.Generator().manual_seed(seed)  # the same on every rank
+    dispatcher = opened(rank, Shape(num_tokens=1))
+    wrong = torch.zeros((), dtype=torch.int64, device="cuda")
+    batches = {}
+    for _ in range(steps):
+        draw = torch.randint(0, 1 << 30, (4,), generator=sizes).tolist()
+        num_tokens = (1, 2, 3, 8, 16, 17, 64, 255, 600, 1000)[draw[0] % 10]
+        real_rows = (None, None, num_tokens, num_tokens // 2, 0)[draw[1] % 5]
+        shape = Shape(num_tokens=num_tokens, routing=ROUTINGS[draw[2] % 5], real_rows=real_rows)
+        key = (shape, draw[3] % 4)
+        if key not in batches:
+            batches[key] = Batch.of(shape, rank.rank, rank.num_ranks, draw[3] % 4)
+        wrong += (exchange(rank, dispatcher, shape, batches[key]) != batches[key].expected()).sum()
+    dispatcher.check()
+    return int(wrong)
+
+
+def waits_for_the_last_rank(rank: Rank, timeout: float) -> tuple[float, str]:
+    """The last rank stops after one exchange. How long the others took to say so, and what."""
+    shape = Shape(num_tokens=8)
+    close_windows(rank.groups(tp_size=1, dp_size=rank.num_ranks).ep)
+    dispatcher = dispatcher_of(rank, shape.num_experts, timeout=timeout)
+    own = Batch.of(shape, rank.rank, rank.num_ranks, 0)
+    assert torch.equal(exchange(rank, dispatcher, shape, own), own.expected())
+    torch.cuda.synchronize()
+    if rank.rank == rank.num_ranks - 1:
+        time.sleep(timeout + 2)
+        return 0.0, ""
+    started = time.monotonic()
+    for _ in range(20):  # later kernels do not wait again
+        try:
+            exchange(rank, dispatcher, shape, own)
+        except TransportError as error:
+            return time.monotonic() - started, str(error)
+    torch.cuda.synchronize()
+    elapsed = time.monotonic() - started
+    try:
+        dispatcher.dispatch_slots(own.hidden_states, own.weights, own.ids)
+    except TransportError as error:
+        return elapsed, str(error)
+    return elapsed, "no error"
+
+
+def runs_cases(rank: Rank, to_run: list[Case]) -> list[str]:
+    """verification.run_case for each; what went wrong."""
+    close_windows(rank.groups(tp_size=1, dp_size=rank.num_ranks).ep)
+    return [f"{case}: {fault}" for case in to_run if (fault := run_case(rank, case)) is not None]
+
+
+def reason(rank: Rank) -> str | None:
+    return why_not_symmetric(gather_facts(rank.groups(tp_size=1, dp_size=rank.num_ranks).ep), tokens_per_rank=64)

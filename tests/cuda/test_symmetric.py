@@ -1,0 +1,98 @@
+"""Dispatch and combine over symmetric memory: exact, in every shape, under graphs, and when a rank stops."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.cuda import symmetric_ranks as ranks
+from tests.cuda.conftest import NUM_RANKS
+from tests.cuda.symmetric_ranks import ROUTINGS, Shape
+from vllm_npu.limits import NVLINK
+from vllm_npu.strategies import ALL_STRATEGIES
+from vllm_npu.transport.launch import ProcessRankPool
+from vllm_npu.verification import cases
+
+pytestmark = pytest.mark.cuda
+
+TOKENS = (1, 2, 3, 7, 16, 17, 33, 255, 257, 1000)
+
+
+def faults(pool, shapes: list[Shape]) -> list[str]:
+    return [fault for found in pool.run(ranks.exchanges, shapes) for fault in found]
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_odd_and_skewed_steps_are_exact(gpus, routing):
+    assert faults(gpus, [Shape(num_tokens=n, routing=routing) for n in TOKENS]) == []
+
+
+@pytest.mark.parametrize("routing", ["uniform", "own rank only"])
+def test_masked_rows_go_nowhere_and_come_back_as_zeros(gpus, routing):
+    shapes = [Shape(num_tokens=n, real_rows=real, routing=routing) for n in TOKENS for real in (0, n // 2, n)]
+    assert faults(gpus, shapes) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("hidden_size", [2, 24, 1000, 7168])
+def test_dtypes_and_widths(gpus, dtype, hidden_size):
+    base = Shape(num_tokens=9, hidden_size=hidden_size, dtype=dtype, ids_dtype=torch.int64)
+    assert faults(gpus, [base, replace(base, num_tokens=400)]) == []
+
+
+@pytest.mark.parametrize(("top_k", "num_experts"), [(1, 8), (2, 8), (3, 24), (6, 64), (8, 256)])
+def test_choices_and_experts(gpus, top_k, num_experts):
+    base = Shape(num_tokens=13, top_k=top_k, num_experts=num_experts)
+    assert faults(gpus, [base, replace(base, num_tokens=300)]) == []
+
+
+@pytest.mark.parametrize("num_tokens", [1, 5, 300])
+def test_fp8_rows_travel_with_their_scales(gpus, num_tokens):
+    gpus.run(ranks.quantised_exchange, num_tokens)
+
+
+def test_repetitions_give_the_same_bits(gpus):
+    gpus.run(ranks.repeats)
+
+
+@pytest.mark.parametrize("num_tokens", [3, 300])
+def test_a_captured_graph_takes_any_routing(gpus, num_tokens):
+    gpus.run(ranks.replays, num_tokens)
+
+
+@pytest.mark.parametrize("two_streams", [False, True])
+def test_two_micro_batches_in_flight(gpus, two_streams):
+    gpus.run(ranks.in_flight, two_streams)
+
+
+def test_misuse_is_refused_before_anything_moves(gpus):
+    for messages in gpus.run(ranks.refusals):
+        for message, part in zip(
+            messages,
+            ["in flight already", "a row for each slot", "already used", "1025 rows", "multiple of 4"],
+            strict=True,
+        ):
+            assert part in message
+
+
+def test_ten_thousand_random_steps(gpus):
+    assert set(gpus.run(ranks.random_steps, 10_000, 0)) == {0}
+
+
+@pytest.mark.parametrize("strategy", ALL_STRATEGIES)
+def test_every_strategy_equals_the_reference(gpus, strategy):
+    to_run = list(cases(gpus.num_ranks, strategies=(strategy,), quick=False, seed=0, device=NVLINK))
+    assert to_run
+    assert [fault for faults in gpus.run(ranks.runs_cases, to_run) for fault in faults] == []
+
+
+def test_a_rank_that_stops_is_named_within_the_time_out():
+    with ProcessRankPool(NUM_RANKS, timeout=60, transport="nccl") as pool:
+        *waiting, _ = pool.run(ranks.waits_for_the_last_rank, 2.0)
+    for elapsed, message in waiting:
+        assert f": rank {NUM_RANKS - 1} did not reach dispatch within 2 s" in message
+        assert 1.9 < elapsed < 4
+
+
+def test_gpus_of_one_host_are_taken(gpus):
+    assert set(gpus.run(ranks.reason)) == {None}

@@ -2,9 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 Triple = tuple[int, int, int]  # source rank, token, k
 
@@ -168,3 +170,26 @@ class Layer:
 
 def flat(arrivals: list[list[list[Triple]]]) -> list[Triple]:
     return [triple for by_source in arrivals for triples in by_source for triple in triples]
+
+
+def group_name() -> str:
+    backend = dist.group.WORLD._get_backend(torch.device("npu"))
+    return backend.get_hccl_comm_name(dist.get_rank())
+
+
+def members(layer: Layer, rank: int) -> dict[str, Any]:
+    """The arguments that dispatch_v2 and combine_v2 both take, in the default group."""
+    zero, copy, constant = layer.special
+    return {
+        "group_ep": group_name(),
+        "ep_world_size": layer.num_ranks,
+        "ep_rank_id": rank,
+        "moe_expert_num": layer.experts,
+        "shared_expert_num": layer.shared_experts,
+        "shared_expert_rank_num": layer.shared_ranks,
+        "global_bs": layer.global_bs,
+        "x_active_mask": None if layer.masks is None else layer.masks[rank].npu(),
+        "zero_expert_num": zero,
+        "copy_expert_num": copy,
+        "const_expert_num": constant,
+    }

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 import torch_npu
 
-from tests.emulated.references import Layer, flat, is_undefined, product_int8, random_rows
+from tests.emulated.references import Layer, flat, group_name, is_undefined, members, product_int8, random_rows
 from vllm_npu.device import portable_ops
 from vllm_npu.transport.torch_dist import TorchDistTransport
 
@@ -22,29 +22,6 @@ pytestmark = pytest.mark.emulated
 npu = torch.ops.npu
 
 WIDTH, TOP_K, EXPERTS_PER_RANK = Layer.width, Layer.top_k, Layer.experts_per_rank
-
-
-def group_name() -> str:
-    backend = dist.group.WORLD._get_backend(torch.device("npu"))
-    return backend.get_hccl_comm_name(dist.get_rank())
-
-
-def members(layer: Layer, rank: int) -> dict[str, Any]:
-    """The arguments that both ops take."""
-    zero, copy, constant = layer.special
-    return {
-        "group_ep": group_name(),
-        "ep_world_size": layer.num_ranks,
-        "ep_rank_id": rank,
-        "moe_expert_num": layer.experts,
-        "shared_expert_num": layer.shared_experts,
-        "shared_expert_rank_num": layer.shared_ranks,
-        "global_bs": layer.global_bs,
-        "x_active_mask": None if layer.masks is None else layer.masks[rank].npu(),
-        "zero_expert_num": zero,
-        "copy_expert_num": copy,
-        "const_expert_num": constant,
-    }
 
 
 @dataclass(frozen=True)

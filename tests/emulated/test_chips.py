@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.emulated.references import Layer, flat, is_undefined, random_rows, sorted_pairs
+from tests.emulated.references import Layer, flat, group_name, is_undefined, random_rows, sorted_pairs
 
 pytestmark = pytest.mark.emulated
 
@@ -21,10 +21,6 @@ IDS = Layer(1, [TOKENS], top_k=TOP_K, experts_per_rank=EXPERTS, width=WIDTH).ids
 def refused(text: str, call: Callable[[], Any]) -> None:
     with pytest.raises(RuntimeError, match=rf"(?s){text}"):
         call()
-
-
-def group_name() -> str:
-    return dist.group.WORLD._get_backend(torch.device("npu")).get_hccl_comm_name(dist.get_rank())
 
 
 def collectives(rank: int, size: int) -> None:
@@ -131,3 +127,15 @@ def on_a5(rank: int, size: int) -> None:
 @pytest.mark.parametrize(("soc", "check"), [("310P", on_310p), ("A5", on_a5)])
 def test_chip(soc: str, check: Callable[[int, int], None], run_in_ranks) -> None:
     run_in_ranks(check, 2, soc=soc, env=SYNCHRONOUS)
+
+
+def test_a2_has_neither_the_barrier_nor_combine_with_a_norm() -> None:
+    x = torch.zeros(2, WIDTH, dtype=torch.bfloat16).npu()
+    ids, index = torch.zeros(2, 1, dtype=torch.int32).npu(), torch.zeros(9, dtype=torch.int32).npu()
+    refused("561002.*Ascend910B1 has no _npu_distribute_barrier", lambda: npu._npu_distribute_barrier(x, "nowhere", 2))
+    refused(
+        "561002.*Ascend910B1 has no npu_moe_distribute_combine_add_rms_norm",
+        lambda: npu.npu_moe_distribute_combine_add_rms_norm(
+            x, ids, index, index, torch.ones(2, 1).npu(), x[:, None], x[0], "nowhere", 2, 0, 4
+        ),
+    )

@@ -21,6 +21,7 @@ from tests.emulated.references import (
     distinct_ids,
     flat,
     is_undefined,
+    members,
     product_int8,
     quotient_int8,
     random_rows,
@@ -60,7 +61,7 @@ REDUCTIONS = {
     "min": (dist.ReduceOp.MIN, lambda parts: parts.amin(0)),
     "product": (dist.ReduceOp.PRODUCT, lambda parts: parts.prod(0)),
 }
-LENGTHS = (0, 1, 2, 7, 64, 1000, 70_001)  # of the shared memory: nothing, part of a piece, several pieces
+LENGTHS = (0, 1, 2, 7, 1000, 70_001, 300_007)  # of the shared memory: nothing, part of a piece, several pieces
 
 
 class Members:
@@ -228,11 +229,12 @@ COLLECTIVES = {collective.__name__: collective for collective in (*REDUCING, *MO
 
 def draw_collective(draw: random.Random, size: int, groups: int) -> dict[str, Any]:
     kind = draw.choice(list(COLLECTIVES))
+    counts = (0, 1, draw.randrange(200), draw.choice((50, 100_003)))
     return {
         "kind": kind,
         "dtype": draw.choice(REDUCED if COLLECTIVES[kind] in REDUCING else MOVED),
         "length": draw.choice(LENGTHS),
-        "counts": [[draw.choice((0, 1, draw.randrange(200))) for _ in range(size)] for _ in range(size)],
+        "counts": [[draw.choice(counts) for _ in range(size)] for _ in range(size)],
         "root": draw.randrange(size),
         "reduction": draw.choice(list(REDUCTIONS)),
         "is_async": draw.random() < 0.5,
@@ -258,15 +260,15 @@ class Collectives:
             return None
         stream = self.streams[drawn["stream"]]
         with torch.npu.stream(stream) if stream else nullcontext():
-            members = Members(group, ranks, self.rank, drawn)
-            work, check = COLLECTIVES[drawn["kind"]](members)
+            own = Members(group, ranks, self.rank, drawn)
+            work, check = COLLECTIVES[drawn["kind"]](own)
 
         def finish() -> None:
             with torch.npu.stream(stream) if stream else nullcontext():
                 if work is not None:
                     work.wait()
                 check()
-                for tensor, wanted in members.only_read:
+                for tensor, wanted in own.only_read:
                     same(tensor, wanted)
 
         return finish
@@ -395,21 +397,8 @@ def run_layer(rank: int, size: int, drawn: dict[str, Any]) -> None:
         seed=drawn["data"],
     )
     experts = Experts(layer, drawn)
-    zero, copy, constant = layer.special
-    group = dist.group.WORLD._get_backend(torch.device("npu")).get_hccl_comm_name(rank)
-    both: dict[str, Any] = {
-        "group_ep": group,
-        "ep_world_size": size,
-        "ep_rank_id": rank,
-        "moe_expert_num": layer.experts,
-        "shared_expert_num": shared_experts,
-        "shared_expert_rank_num": shared_ranks,
-        "global_bs": layer.global_bs,
-        "x_active_mask": None if layer.masks is None else layer.masks[rank].npu(),
-        "zero_expert_num": zero,
-        "copy_expert_num": copy,
-        "const_expert_num": constant,
-    }
+    _, copy, constant = layer.special
+    both = members(layer, rank)
     smooth = experts.smooth.npu() if experts.is_quantised and experts.smooth is not None else None
     x, ids = layer.x[rank].npu(), layer.ids[rank].npu()
     rows, scales, assist, token_nums, recv_counts, _, _ = npu.npu_moe_distribute_dispatch_v2(

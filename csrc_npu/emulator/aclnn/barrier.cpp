@@ -10,7 +10,8 @@ namespace {
 // `x` only orders the op among others: it is neither read nor written.
 Plan distribute_barrier_v2(at::Tensor /*x*/, std::optional<at::Tensor> time_out,
                            std::optional<at::Tensor> elastic_info, std::string group_name, int64_t world_size) {
-  require(current_soc().family == Family::kA3, current_soc().name, " has no _npu_distribute_barrier; Ascend910_93 has it");
+  require(current_soc().family == Family::kA3, current_soc().name,
+          " has no _npu_distribute_barrier; Ascend910_93 has it");
   require_absent(time_out, "time_out", "it is not emulated; set HCCL_EXEC_TIMEOUT");
   require_absent(elastic_info, "elastic_info", "it is not emulated");
   const std::shared_ptr<Communicator> group = find_communicator_by_name(group_name);

@@ -259,7 +259,7 @@ struct NormOutputs {
 // As the kernel rounds: the sum and its square in float32, y to 16 bits before gamma and after.
 void normalise(const Norm& norm, float epsilon, const NormOutputs& outputs, const at::Tensor& total,
                const at::Tensor& active) {
-  const at::Tensor x = total + norm.residual.view(total.sizes()).to(at::kFloat);
+  const at::Tensor x = total + norm.residual.reshape(total.sizes()).to(at::kFloat);
   const at::Tensor rstd = ((x * x).mean(-1, /*keepdim=*/true) + epsilon).sqrt().reciprocal();
   const at::Tensor y = (x * rstd).to(outputs.y.scalar_type()).to(at::kFloat) * norm.gamma.to(at::kFloat);
   write_active(outputs.x, x, active);

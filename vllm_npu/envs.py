@@ -68,7 +68,9 @@ EMULATOR_LIMITS = Variable(
     "VLLM_NPU_EMULATOR_LIMITS", "device", "device: refuse sizes that the chip's ops refuse; none: take any size."
 )
 EMULATOR_CANN = Variable("VLLM_NPU_EMULATOR_CANN", "8.5.0", "Version that the emulated CANN reports.")
-EMULATOR_LOG = Variable("VLLM_NPU_EMULATOR_LOG", "", "Least level of the ACL log that is shown; empty: none.")
+EMULATOR_LOG = Variable(
+    "VLLM_NPU_EMULATOR_LOG", "", "Least level of the ACL log that is shown: 0 (all) to 3 (errors); empty: none."
+)
 VARIABLES = (
     MOE_COMM,
     COUNT_COLLECTIVES,

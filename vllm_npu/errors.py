@@ -9,6 +9,10 @@ class UnsupportedConfigError(VllmNpuError, ValueError):
     """A configuration that cannot work, found before any token moves. Change the configuration."""
 
 
+class EmulatorBuildError(VllmNpuError, RuntimeError):
+    """The emulated Ascend device cannot be built, or not be loaded. Install what the message names, or read its log."""
+
+
 class InvalidInputError(VllmNpuError, ValueError):
     """An argument of one call breaks the callee's contract. The call moved nothing; the object stays usable."""
 

@@ -103,14 +103,52 @@ def test_gating_top_k_refuses_by_name(experts: int, options: dict[str, Any], tex
         gating(logits(experts=experts), **options)
 
 
-def test_gating_by_table_is_refused_by_name() -> None:
-    with pytest.raises(RuntimeError, match="aclnnMoeGatingTopKV2"):
-        npu.npu_moe_gating_top_k(
-            logits().npu(),
-            2,
-            input_ids=torch.zeros(ROWS, dtype=torch.int32).npu(),
-            tid2eid=torch.zeros(100, 2, dtype=torch.int32).npu(),
+# --- experts by a table of token ids ---
+
+TABLE = torch.rand(20, EXPERTS, generator=torch.Generator().manual_seed(5)).argsort(1)[:, :3].int()
+TOKENS = torch.arange(ROWS) * 7 % 20
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("norm_type", [0, 1])
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
+def test_gating_by_table(dtype: torch.dtype, norm_type: int, index_dtype: torch.dtype) -> None:
+    x = logits(dtype=dtype)
+    weights, ids, scores_out = (
+        each.cpu()
+        for each in npu.npu_moe_gating_top_k(
+            x.npu(),
+            3,
+            input_ids=TOKENS.to(index_dtype).npu(),
+            tid2eid=TABLE.to(index_dtype).npu(),
+            norm_type=norm_type,
+            routed_scaling_factor=2.5,
         )
+    )
+    assert torch.equal(ids, TABLE[TOKENS])
+    chosen = normalised(x, norm_type).gather(1, TABLE[TOKENS].long())
+    if norm_type == 1:
+        chosen = chosen / chosen.sum(1, keepdim=True)
+    torch.testing.assert_close(weights, (chosen * 2.5).to(dtype))
+    assert bool(scores_out.isnan().all())
+
+
+def bad_tables(rank: int, num_ranks: int) -> None:
+    del rank, num_ranks
+    for changes, text in (
+        ({"bias": torch.zeros(EXPERTS)}, r"161002.*bias is given, but tid2eid chooses the experts"),
+        ({"group_count": 4, "k_group": 4}, r"561002.*group_count=4, but tid2eid chooses"),
+        ({"input_ids": TOKENS + 12}, r"561002.*input_ids has a value outside 0\.\.19"),
+        ({"tid2eid": TABLE + 1}, rf"561002.*tid2eid has a value outside 0\.\.{EXPERTS - 1}"),
+    ):
+        arguments = {"input_ids": TOKENS, "tid2eid": TABLE} | changes
+        arguments = {name: each.npu() if isinstance(each, torch.Tensor) else each for name, each in arguments.items()}
+        with pytest.raises(RuntimeError, match=f"(?s){text}"):
+            npu.npu_moe_gating_top_k(logits().npu(), 3, **arguments)
+
+
+def test_gating_by_table_refuses_by_name(run_in_ranks) -> None:
+    run_in_ranks(bad_tables, 1, env={"TASK_QUEUE_ENABLE": "0"})
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

@@ -6,37 +6,18 @@ import numpy as np
 import pytest
 import torch
 
+from tests.emulated.references import counts_of, distinct_ids, is_undefined, quotient_int8, random_rows, sorted_pairs
+
 pytestmark = pytest.mark.emulated
 
 npu = torch.ops.npu
 
 TOKENS, TOP_K, EXPERTS, WIDTH = 7, 3, 8, 32
 PAIRS = TOKENS * TOP_K
-UNDEFINED = torch.iinfo(torch.int32).min
-UNDEFINED_INT8 = torch.iinfo(torch.int8).min
 
 
 def random_ids(seed: int = 0, tokens: int = TOKENS, top_k: int = TOP_K, experts: int = EXPERTS) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.rand(tokens, experts, generator=generator).argsort(1)[:, :top_k].int()
-
-
-def random_rows(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 1) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def all_nan(x: torch.Tensor) -> bool:
-    return bool(x.isnan().all())
-
-
-def sorted_pairs(ids: torch.Tensor, first: int = 0, end: int = EXPERTS) -> list[int]:
-    """Pairs token * top_k + k of the experts in [first, end), by expert, then by pair."""
-    flat = ids.flatten().tolist()
-    return sorted((pair for pair, expert in enumerate(flat) if first <= expert < end), key=lambda pair: flat[pair])
-
-
-def counts_of(ids: torch.Tensor, first: int = 0, end: int = EXPERTS) -> list[int]:
-    return [int((ids == expert).sum()) for expert in range(first, end)]
+    return distinct_ids(tokens, top_k, experts, seed)
 
 
 def init_routing(x: torch.Tensor, ids: torch.Tensor, **changes):
@@ -62,11 +43,11 @@ def test_init_routing_sorts_rows_by_expert(dtype: torch.dtype, first: int, end: 
     assert rows.dtype == dtype
     assert torch.equal(rows[: len(pairs)], x[[pair // TOP_K for pair in pairs]])
     tail = rows[len(pairs) :]
-    assert bool((tail == UNDEFINED_INT8).all()) if dtype is torch.int8 else all_nan(tail)
+    assert is_undefined(tail)
     assert index.tolist() == [pairs.index(pair) if pair in pairs else -1 for pair in range(PAIRS)]
     assert counts.tolist() == counts_of(ids, first, end)
     assert counts.dtype == torch.int64
-    assert all_nan(scale)
+    assert is_undefined(scale)
 
 
 def test_init_routing_scatter_index() -> None:
@@ -74,7 +55,7 @@ def test_init_routing_scatter_index() -> None:
     pairs = sorted_pairs(ids, 1, 4)
     _, index, _, _ = init_routing(random_rows(TOKENS, WIDTH), ids, active_expert_range=[1, 4], row_idx_type=1)
     assert index[: len(pairs)].tolist() == pairs
-    assert bool((index[len(pairs) :] == UNDEFINED).all())
+    assert is_undefined(index[len(pairs) :])
 
 
 def test_init_routing_counts() -> None:
@@ -86,13 +67,13 @@ def test_init_routing_counts() -> None:
     key_value = init_routing(x, ids, active_expert_range=[2, 7], expert_tokens_num_type=2)[2]
     assert key_value.tolist() == used + [[0, 0]] * (EXPERTS - len(used))
     not_asked_for = init_routing(x, ids, expert_tokens_num_flag=False)[2]
-    assert bool((not_asked_for == torch.iinfo(torch.int64).min).all())
+    assert is_undefined(not_asked_for)
 
 
 @pytest.mark.parametrize("active_num", [0, 5, PAIRS, 100])
 def test_init_routing_active_num_limits_the_rows(active_num: int) -> None:
     x, ids = random_rows(TOKENS, WIDTH), random_ids(4)
-    pairs = sorted_pairs(ids)
+    pairs = sorted_pairs(ids, 0, EXPERTS)
     rows, index, _, _ = init_routing(x, ids, active_num=active_num)
     kept = min(active_num, PAIRS) if active_num > 0 else PAIRS
     assert rows.shape == (kept, WIDTH)
@@ -105,17 +86,7 @@ def test_init_routing_copies_scales_without_quantisation() -> None:
     pairs = sorted_pairs(ids, 0, 4)
     out = init_routing(random_rows(TOKENS, WIDTH), ids, scale=scale, active_expert_range=[0, 4])[3]
     assert torch.equal(out[: len(pairs)], scale[[pair // TOP_K for pair in pairs]])
-    assert all_nan(out[len(pairs) :])
-
-
-def quotient_int8(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """x / (max|x| / 127) in float32, truncated to fp16, rounded half away from zero."""
-    scales = np.abs(rows).max(1) / np.float32(127)
-    quotients = rows / scales[:, None]
-    halves = quotients.astype(np.float16)
-    too_large = np.abs(halves.astype(np.float32)) > np.abs(quotients)
-    halves = np.where(too_large, np.nextafter(halves, np.float16(0)), halves).astype(np.float32)
-    return (np.sign(halves) * np.floor(np.abs(halves) + 0.5)).astype(np.int8), scales
+    assert is_undefined(out[len(pairs) :])
 
 
 @pytest.mark.parametrize("smooth_rows", [None, 1, EXPERTS])
@@ -124,7 +95,7 @@ def test_init_routing_dynamic_quantisation(smooth_rows: int | None, dtype: torch
     tokens = 300
     x, ids = random_rows(tokens, WIDTH, dtype=dtype), random_ids(6, tokens)
     smooth = None if smooth_rows is None else random_rows(smooth_rows, WIDTH, seed=8).abs() + 0.5
-    pairs = sorted_pairs(ids)
+    pairs = sorted_pairs(ids, 0, EXPERTS)
     rows = x.float()[[pair // TOP_K for pair in pairs]]
     if smooth is not None:
         experts = [int(ids.flatten()[pair]) if smooth_rows == EXPERTS else 0 for pair in pairs]
@@ -148,7 +119,7 @@ def test_init_routing_static_quantisation() -> None:
     values = init_routing(x, ids, quant_mode=0, scale=scale, offset=offset)[0]
     scaled = x.numpy() * np.float16(40) + np.float16(3)
     wanted = np.clip(np.rint(scaled), -128, 127).astype(np.int8)
-    assert torch.equal(values, torch.from_numpy(wanted)[[pair // TOP_K for pair in sorted_pairs(ids)]])
+    assert torch.equal(values, torch.from_numpy(wanted)[[pair // TOP_K for pair in sorted_pairs(ids, 0, EXPERTS)]])
 
 
 @pytest.mark.parametrize("quant_mode", [-1, 1])
@@ -228,7 +199,7 @@ def test_init_routing_refuses_types_by_name() -> None:
 @pytest.mark.parametrize("num_out_tokens", [None, 5])
 def test_permute_and_unpermute(index_dtype: torch.dtype, num_out_tokens: int | None) -> None:
     x, ids = random_rows(TOKENS, WIDTH, dtype=torch.bfloat16), random_ids(9)
-    pairs = sorted_pairs(ids)
+    pairs = sorted_pairs(ids, 0, EXPERTS)
     permuted, index = npu.npu_moe_token_permute(x.npu(), ids.to(index_dtype).npu(), num_out_tokens)
     kept = num_out_tokens or PAIRS
     assert torch.equal(permuted.cpu(), x[[pair // TOP_K for pair in pairs[:kept]]])
@@ -345,8 +316,8 @@ def test_re_routing_goes_from_rank_major_to_expert_major(dtype: torch.dtype) -> 
     assert torch.equal(out_scales.cpu()[:total], scales[order])
     assert index[:total].tolist() == order
     assert expert_counts.tolist() == [3, 4, 3]
-    assert all_nan(out_scales.cpu()[total:])
-    assert bool((index[total:] == UNDEFINED).all())
+    assert is_undefined(out_scales.cpu()[total:])
+    assert is_undefined(index.cpu()[total:])
 
 
 def test_re_routing_refuses_by_name() -> None:

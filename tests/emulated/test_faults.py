@@ -95,6 +95,18 @@ def die(rank: int, size: int, folder: str) -> None:
     os._exit(0)
 
 
+def use_the_queue_after_an_error(rank: int, size: int) -> list[tuple[str, bool]]:
+    """For calls with a bad, a good, and again a bad index: the error, and whether the result is right."""
+    x = torch.arange(1.0, 9.0).view(4, 2).npu()
+    calls = []
+    for last_index in (9, 3, 9):
+        index = torch.tensor([0, 1, 2, last_index], dtype=torch.int32).npu()
+        out: list[torch.Tensor] = []
+        text = error_of(lambda index=index, out=out: out.append(torch.ops.npu.npu_moe_token_unpermute(x, index)))
+        calls.append((text, bool(out) and torch.equal(out[0].cpu(), x.cpu())))
+    return calls
+
+
 def read_a_copy(rank: int, size: int, waits: bool) -> list[float]:
     source = torch.arange(4.0).npu()
     torch.npu.synchronize()
@@ -147,6 +159,24 @@ def test_different_calls_are_named_on_every_rank(run_in_ranks, queue):
             parts = wanted[case]
             assert all(part in texts[case] for part in parts), (case, texts[case])
             assert f"failed on rank {rank}" in texts[case]
+
+
+# Not the emulator's doing, but what a real device's user meets too: after its first error the queue takes no more work,
+# raises nothing, and says so in torch_npu's own log only.
+def test_torch_npus_queue_drops_all_work_after_its_first_error(run_in_ranks):
+    at_once = run_in_ranks(use_the_queue_after_an_error, 1, env={"TASK_QUEUE_ENABLE": "0"}).returned[0]
+    assert [("sorted_indices has the value 9" in text, right) for text, right in at_once] == [
+        (True, False),
+        (False, True),
+        (True, False),
+    ]
+    env = {"TASK_QUEUE_ENABLE": "1", "VLLM_NPU_EMULATOR_LOG": "3", "VLLM_NPU_EMULATOR_TRACE": "1"}
+    outcome = run_in_ranks(use_the_queue_after_an_error, 1, env=env, may_fail=True)
+    first, *later = outcome.returned[0]
+    assert "The Inner error is reported as above" in first[0]
+    assert later == [("", False)] * 2
+    assert outcome.output.count("npu[0] aclnnMoeTokenUnpermute\n") == 1, "only the first call reached the device"
+    assert "Inner error happened with CAN_EXIT status" in outcome.output
 
 
 def test_a_message_of_another_length_is_refused(run_in_ranks):

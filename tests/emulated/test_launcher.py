@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from vllm_npu.emulator import build, shared_memory, soc
+from vllm_npu.emulator import build, loader, shared_memory, soc
 from vllm_npu.emulator.launcher import STARTUP_FOLDER
-from vllm_npu.errors import UnsupportedConfigError
+from vllm_npu.errors import EmulatorBuildError, UnsupportedConfigError
 
 pytestmark = pytest.mark.emulated
 
@@ -158,6 +158,31 @@ def test_a_missing_compiler_is_named(tmp_path):
     refused = emulator("build", env=hidden)
     assert refused.returncode == 2
     assert "needs a C++ compiler, and there is no c++, g++, clang++ on PATH" in refused.stderr
+
+
+def test_a_failing_build_names_its_log(tmp_path):
+    broken = tmp_path / "compiler"
+    broken.write_text("#!/bin/sh\necho 'this compiler is broken' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    env = {build.LIBRARIES_VARIABLE: None, "VLLM_NPU_ENV_HOME": str(tmp_path), "CXX": str(broken)}
+    refused = emulator("build", env=env)
+    assert refused.returncode == 2
+    [log] = tmp_path.glob("emulator-*.log")
+    assert f"report it with the whole log, {log}, whose end is:" in refused.stderr
+    assert "this compiler is broken" in refused.stderr
+    assert not list(tmp_path.glob("*/lib")), "nothing half built stays"
+
+
+@pytest.mark.parametrize(
+    ("broken", "text"),
+    [(False, "holds no libascendcl.so; unset it"), (True, "run `python -m vllm_npu.emulator build`")],
+)
+def test_libraries_that_cannot_be_used(tmp_path, monkeypatch, broken, text):
+    monkeypatch.setenv(build.LIBRARIES_VARIABLE, str(tmp_path))
+    if broken:
+        (tmp_path / "libascendcl.so").write_text("no library")
+    with pytest.raises(EmulatorBuildError, match=text):
+        loader.load_library(build.build(), "libascendcl.so")
 
 
 def test_chips_and_families():

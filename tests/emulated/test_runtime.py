@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vllm_npu.emulator import build
+from vllm_npu.emulator import build, soc
 
 pytestmark = pytest.mark.emulated
 
@@ -102,6 +102,26 @@ def test_bad_settings_are_refused_by_name():
     done = run_python("print(acl.aclInit(None))", VLLM_NPU_EMULATOR_MEMORY_GB="lots")
     assert done.stdout == "100000\n"
     assert "VLLM_NPU_EMULATOR_MEMORY_GB=lots: set it to a whole number" in done.stderr
+    done = run_python("print(acl.aclInit(None))", VLLM_NPU_EMULATOR_LOG="error")
+    assert "VLLM_NPU_EMULATOR_LOG=error: set it to a whole number from 0 to 3" in done.stderr
+
+
+def test_the_runtime_and_the_launcher_know_the_same_chips():
+    refused = run_python("print(acl.aclInit(None))", VLLM_NPU_EMULATOR_SOC="Ascend910_95")
+    assert refused.stdout == "", "the launcher's side refuses it first"
+    load = "import ctypes; from vllm_npu.emulator import build; ctypes.CDLL(build.library_folder() / 'libascendcl.so')"
+    by_itself = subprocess.run(
+        [sys.executable, "-c", f"{load}.aclInit(None)"],
+        cwd=Path(__file__).resolve().parents[2],
+        env={**os.environ, "VLLM_NPU_EMULATOR_SOC": "Ascend910_95"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    _, _, listed = by_itself.stderr.strip().partition("is not emulated; use a name that starts with one of ")
+    assert listed.split(", ") == [prefix for family in soc.FAMILIES for prefix in family.prefixes]
+    for family in soc.FAMILIES:
+        assert family.default_soc.startswith(family.prefixes)
 
 
 # --- Memory ---

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from vllm_npu import envs
-from vllm_npu.errors import UnsupportedConfigError
+from vllm_npu.errors import EmulatorBuildError
 
 LIBRARIES_VARIABLE = envs.EMULATOR_LIBRARIES.name  # a folder of ready libraries, which is then used as it is
 INSTALL_HINT = "pip install 'vllm-npu[emulator]'"
@@ -29,16 +29,16 @@ def source_folder() -> Path:
         folder = parent / "csrc_npu" / "emulator"
         if (folder / "CMakeLists.txt").is_file():
             return folder
-    raise UnsupportedConfigError(
+    raise EmulatorBuildError(
         f"the emulator's C++ sources are neither beside nor in {package}; install vllm-npu from a checkout (pip install -e)"
     )
 
 
 def package_folder(name: str) -> Path:
-    """Where a package lies, without importing it. Raises UnsupportedConfigError if it is not installed."""
+    """Where a package lies, without importing it. Raises EmulatorBuildError if it is not installed."""
     spec = importlib.util.find_spec(name)
     if spec is None or spec.origin is None:
-        raise UnsupportedConfigError(f"the emulated device needs {name}, which is not installed; {INSTALL_HINT}")
+        raise EmulatorBuildError(f"the emulated device needs {name}, which is not installed; {INSTALL_HINT}")
     return Path(spec.origin).parent
 
 
@@ -46,7 +46,7 @@ def find_tool(name: str) -> str:
     """A build tool: that of this environment, else the first on PATH."""
     found = shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
     if found is None:
-        raise UnsupportedConfigError(f"building the emulated device needs {name}, which is not there; {INSTALL_HINT}")
+        raise EmulatorBuildError(f"building the emulated device needs {name}, which is not there; {INSTALL_HINT}")
     return found
 
 
@@ -57,7 +57,7 @@ def find_compiler() -> str:
         found = shutil.which(candidate)
         if found is not None:
             return found
-    raise UnsupportedConfigError(
+    raise EmulatorBuildError(
         f"building the emulated device needs a C++ compiler, and there is no {named or ', '.join(COMPILERS)} on PATH; "
         "install one (on Debian and Ubuntu, the package g++), or set CXX to its path"
     )
@@ -72,7 +72,7 @@ def missing() -> str | None:
             find_compiler()
             find_tool("cmake")
             find_tool("ninja")
-    except UnsupportedConfigError as error:
+    except EmulatorBuildError as error:
         return str(error)
     return None
 
@@ -111,8 +111,9 @@ def run_step(command: list[str], log: Path) -> None:
         code = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, check=False).returncode
     if code != 0:
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-SHOWN_LOG_LINES:])
-        raise UnsupportedConfigError(
-            f"building the emulated device failed ({' '.join(command[:2])} ...); the whole log is {log}, its end:\n{tail}"
+        raise EmulatorBuildError(
+            f"building the emulated device failed ({' '.join(command[:2])} ...). If the log names a compiler that is too "
+            f"old, set CXX to one of C++17; else report it with the whole log, {log}, whose end is:\n{tail}"
         )
 
 
@@ -146,13 +147,13 @@ def compile_libraries(destination: Path) -> None:
 def build() -> Path:
     """The folder of the libraries, built first where they are not there yet. Several processes may call it at once.
 
-    Raises UnsupportedConfigError where something that building needs is missing, or the build fails.
+    Raises EmulatorBuildError where something that building needs is missing, or the build fails.
     """
     folder = library_folder()
     if (folder / "libascendcl.so").is_file():
         return folder
     if LIBRARIES_VARIABLE in os.environ:
-        raise UnsupportedConfigError(f"{LIBRARIES_VARIABLE}={folder} holds no libascendcl.so; unset it to build them")
+        raise EmulatorBuildError(f"{LIBRARIES_VARIABLE}={folder} holds no libascendcl.so; unset it to build them")
     destination = folder.parent
     destination.parent.mkdir(parents=True, exist_ok=True)
     with (destination.parent / f"{destination.name}.lock").open("w") as lock:

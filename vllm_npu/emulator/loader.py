@@ -11,7 +11,7 @@ from types import ModuleType
 
 from vllm_npu import envs
 from vllm_npu.emulator import build, cann, soc
-from vllm_npu.errors import UnsupportedConfigError
+from vllm_npu.errors import EmulatorBuildError, UnsupportedConfigError
 
 # In the order of their dependencies. torch_npu finds them by name, as loaded already.
 BEFORE_TORCH = (
@@ -34,7 +34,10 @@ def load_library(folder: Path, name: str) -> None:
     try:
         ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
     except OSError as error:
-        raise UnsupportedConfigError(f"cannot load {path} of the emulated device: {error}; build it anew") from error
+        raise EmulatorBuildError(
+            f"cannot load {path} of the emulated device: {error}; delete its folder and run "
+            "`python -m vllm_npu.emulator build`"
+        ) from error
 
 
 class LoaderWithDevice(importlib.abc.Loader):
@@ -84,8 +87,8 @@ def enable(soc_name: str | None = None) -> None:
 
     Call it before torch is imported (after, it works only if torch did not try to load torch_npu by itself). A second
     call changes nothing. `soc_name` is a chip ("Ascend910_9391") or a family ("A3"); the default is
-    VLLM_NPU_EMULATOR_SOC, else A2's. Raises UnsupportedConfigError where a real CANN is there, where torch_npu has been
-    imported already, or where the libraries cannot be built.
+    VLLM_NPU_EMULATOR_SOC, else A2's. Raises UnsupportedConfigError where a real CANN is there or where torch_npu has
+    been imported already, EmulatorBuildError where the libraries cannot be built.
     """
     if is_enabled():
         return

@@ -11,7 +11,7 @@ class SocFamily:
 
     name: str  # as the field calls it
     default_soc: str
-    prefixes: tuple[str, ...]  # of the names that torch_npu knows; the same as in csrc_npu/emulator/runtime/soc.cpp
+    prefixes: tuple[str, ...]  # of the names; csrc_npu/emulator/runtime/soc.cpp has the same, and a test compares
 
 
 FAMILIES = (

@@ -12,25 +12,57 @@ constexpr int64_t kNoQuant = 0;
 constexpr int64_t kInt8Groups = 2;
 constexpr int64_t kInt8Group = 8;
 
-using OptionalTensor = std::optional<at::Tensor>;
-
-struct Combine {
-  std::string version;
-  Placement place;
-  SpecialExperts special;
+struct Inputs {
   at::Tensor expand_x;       // [A, H]: the experts' output
   at::Tensor expert_ids;     // [B, K] int32
   at::Tensor combine_index;  // version 1: expand_idx; else assist_info_for_combine
   at::Tensor send_counts;    // dispatch's ep_recv_counts
   at::Tensor weights;        // [B, K] float32
+
+  using Fields = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+};
+
+struct Options {
+  OptionalTensor tp_send_counts;  // dispatch's own output, for tensor parallelism: not read
   OptionalTensor mask;
-  OptionalTensor shared_expert_x;  // [B, H]: added as it is
-  OptionalTensor original_x;       // [B, H], for copy and constant experts
-  OptionalTensor constant_alpha_1;
-  OptionalTensor constant_alpha_2;
-  OptionalTensor constant_value;  // [constant experts, H]
+  OptionalTensor activation_scale;  // this and the next two: for a quantised expand_x, which no version honours yet
+  OptionalTensor weight_scale;
+  OptionalTensor group_list;
+  OptionalTensor expand_scales;  // dispatch's own output, for the hierarchical algorithm: not read
+
+  using Fields = std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor,
+                            OptionalTensor>;
+};
+
+struct Constants {
+  OptionalTensor original_x;  // [B, H], for copy and constant experts
+  OptionalTensor alpha_1;
+  OptionalTensor alpha_2;
+  OptionalTensor value;  // [constant experts, H]
+
+  using Fields = std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor>;
+};
+
+struct Modes {
+  int64_t global_bs;
+  int64_t out_dtype;
   int64_t comm_quant_mode;
-  at::Tensor out;
+  int64_t group_list_type;
+
+  using Fields = std::tuple<int64_t, int64_t, int64_t, int64_t>;
+};
+
+// Where the sum of a token's rows goes: [B, H] float32, of which the active tokens' rows are defined. [B] bool: active.
+using Finish = std::function<void(const at::Tensor& total, const at::Tensor& active)>;
+
+struct Combine : Inputs, Options {
+  std::string version;
+  Placement place;
+  SpecialExperts special;
+  Constants constants;
+  OptionalTensor shared_expert_x;  // [B, H]: added as it is
+  int64_t comm_quant_mode;
+  Finish finish;
 
   int64_t num_tokens() const { return expert_ids.size(0); }
   int64_t top_k() const { return expert_ids.size(1); }
@@ -69,16 +101,16 @@ at::Tensor constant_rows(const Combine& op, const at::Tensor& x, const at::Tenso
   const auto coefficient = [&](const at::Tensor& alpha) {
     return alpha.to(at::kFloat).index_select(0, index).unsqueeze(-1);
   };
-  return x * coefficient(*op.constant_alpha_1) +
-         op.constant_value->to(at::kFloat).index_select(0, index) * coefficient(*op.constant_alpha_2);
+  return x * coefficient(*op.constants.alpha_1) +
+         op.constants.value->to(at::kFloat).index_select(0, index) * coefficient(*op.constants.alpha_2);
 }
 
 // float32, k ascending, a multiply and an add rounded apart; then the shared experts, unweighted.
-void add_up(const Combine& op, const at::Tensor& rows, const at::Tensor& active) {
+at::Tensor sum_of_rows(const Combine& op, const at::Tensor& rows, const at::Tensor& active) {
   const int64_t zero = op.place.moe_experts;
   const int64_t copy = zero + op.special.zero;
   const int64_t constant = copy + op.special.copy;
-  const at::Tensor x = op.original_x ? op.original_x->to(at::kFloat) : at::Tensor();
+  const at::Tensor x = op.constants.original_x ? op.constants.original_x->to(at::kFloat) : at::Tensor();
   at::Tensor total = at::zeros({op.num_tokens(), op.width()}, at::kFloat);
   for (int64_t k = 0; k < op.top_k(); ++k) {
     const at::Tensor ids = op.expert_ids.select(1, k).to(at::kLong);
@@ -95,9 +127,15 @@ void add_up(const Combine& op, const at::Tensor& rows, const at::Tensor& active)
     total = total + rows.select(1, op.top_k() + shared);
   }
   if (op.shared_expert_x) total = total + op.shared_expert_x->reshape(total.sizes()).to(at::kFloat);
-  fill_undefined(op.out);
-  const at::Tensor tokens = active.any(-1).nonzero().squeeze(-1);
-  op.out.index_copy_(0, tokens, total.index_select(0, tokens).to(op.out.scalar_type()));
+  return total;
+}
+
+// Leaves the rows of inactive tokens undefined.
+void write_active(const at::Tensor& out, const at::Tensor& rows, const at::Tensor& active) {
+  fill_undefined(out);
+  const at::Tensor tokens = active.nonzero().squeeze(-1);
+  const at::Tensor written = rows.index_select(0, tokens).to(out.scalar_type());
+  out.view(rows.sizes()).index_copy_(0, tokens, written);
 }
 
 void check_special(const Combine& op) {
@@ -113,10 +151,10 @@ void check_special(const Combine& op) {
     require_dtype(*tensor, name, {op.expand_x.scalar_type()});
   };
   const bool constants = op.special.constant > 0;
-  check(op.original_x, "ori_x", constants || op.special.copy > 0, like_out);
-  check(op.constant_alpha_1, "const_expert_alpha_1", constants, {op.special.constant});
-  check(op.constant_alpha_2, "const_expert_alpha_2", constants, {op.special.constant});
-  check(op.constant_value, "const_expert_v", constants, {op.special.constant, op.width()});
+  check(op.constants.original_x, "ori_x", constants || op.special.copy > 0, like_out);
+  check(op.constants.alpha_1, "const_expert_alpha_1", constants, {op.special.constant});
+  check(op.constants.alpha_2, "const_expert_alpha_2", constants, {op.special.constant});
+  check(op.constants.value, "const_expert_v", constants, {op.special.constant, op.width()});
 }
 
 void check(const Combine& op) {
@@ -138,17 +176,14 @@ void check(const Combine& op) {
   require_one_of(op.comm_quant_mode, "comm_quant_mode", {kNoQuant, kInt8Groups});
   require(op.comm_quant_mode == kNoQuant || op.width() % kInt8Group == 0, "comm_quant_mode=2 needs H=", op.width(),
           " to be a multiple of ", kInt8Group);
-  check_limits({op.version == "1", op.place.world_size, std::max(op.num_tokens(), op.place.max_tokens()), op.width(),
-                op.place.moe_experts, op.place.experts_per_rank(), op.top_k()});
+  check_limits(op.place, op.version == "1", op.num_tokens(), op.width(), op.top_k());
 }
 
 Plan plan(const Combine& op) {
   check(op);
   const std::string agreed =
-      c10::str("version=", op.version, " K=", op.top_k(), " H=", op.width(), " dtype=", op.expand_x.scalar_type(),
-               " experts=", op.place.moe_experts, " shared=", op.place.shared_experts, "/", op.place.shared_ranks,
-               " special=", op.special.zero, "/", op.special.copy, "/", op.special.constant,
-               " comm_quant_mode=", op.comm_quant_mode, " global_bs=", op.place.global_bs);
+      agreed_facts(op.version, op.place, op.special, op.top_k(), op.width(), op.expand_x.scalar_type()) +
+      c10::str(" comm_quant_mode=", op.comm_quant_mode);
   const ExchangeCall call{op.place.group, op.place.world_size, op.place.rank, "MoeDistributeCombine", agreed};
   return [op, call] {
     at::Tensor active;
@@ -160,115 +195,104 @@ Plan plan(const Combine& op) {
               " rows and the dispatch gave ", dispatch.sources.size(0));
       return outgoing(op, dispatch);
     });
-    add_up(op, returned_rows(op, received), active);
+    op.finish(sum_of_rows(op, returned_rows(op, received), active), active.any(-1));
   };
 }
 
-// What combine's later versions have for a quantised expand_x, which no version of the op honours yet.
-void check_reserved(const OptionalTensor& activation_scale, const OptionalTensor& weight_scale,
-                    const OptionalTensor& group_list, int64_t out_dtype, int64_t group_list_type) {
+// What combine has for a quantised expand_x.
+void check_reserved(const Options& options, const Modes& modes) {
   const char* reason = "it is reserved";
-  require_absent(activation_scale, "activation_scale", reason);
-  require_absent(weight_scale, "weight_scale", reason);
-  require_absent(group_list, "group_list", reason);
-  require_one_of(out_dtype, "out_dtype", {0});
-  require_one_of(group_list_type, "group_list_type", {0});
+  require_absent(options.activation_scale, "activation_scale", reason);
+  require_absent(options.weight_scale, "weight_scale", reason);
+  require_absent(options.group_list, "group_list", reason);
+  require_one_of(modes.out_dtype, "out_dtype", {0});
+  require_one_of(modes.group_list_type, "group_list_type", {0});
 }
 
-// tp_send_counts and expand_scales are dispatch's own outputs, for tensor parallelism and the hierarchical algorithm.
-Plan combine_v4(at::Tensor expand_x, at::Tensor expert_ids, at::Tensor assist_info, at::Tensor ep_send_counts,
-                at::Tensor expert_scales, OptionalTensor /*tp_send_counts*/, OptionalTensor mask,
-                OptionalTensor activation_scale, OptionalTensor weight_scale, OptionalTensor group_list,
-                OptionalTensor /*expand_scales*/, OptionalTensor shared_expert_x, OptionalTensor elastic_info,
-                OptionalTensor ori_x, OptionalTensor const_expert_alpha_1, OptionalTensor const_expert_alpha_2,
-                OptionalTensor const_expert_v, OptionalTensor performance_info, std::string group_ep,
-                int64_t ep_world_size, int64_t ep_rank_id, int64_t moe_expert_num, std::string /*group_tp*/,
-                int64_t tp_world_size, int64_t /*tp_rank_id*/, int64_t expert_shard_type, int64_t shared_expert_num,
-                int64_t shared_expert_rank_num, int64_t global_bs, int64_t out_dtype, int64_t comm_quant_mode,
-                int64_t group_list_type, std::string comm_alg, int64_t zero_expert_num, int64_t copy_expert_num,
-                int64_t const_expert_num, at::Tensor out) {
-  check_reserved(activation_scale, weight_scale, group_list, out_dtype, group_list_type);
-  const Placement place =
-      make_placement(group_ep, ep_world_size, ep_rank_id, moe_expert_num, shared_expert_num, shared_expert_rank_num,
-                     global_bs, {tp_world_size, expert_shard_type, elastic_info, performance_info, comm_alg});
-  return plan({"2",
-               place,
-               {zero_expert_num, copy_expert_num, const_expert_num},
-               expand_x,
-               expert_ids,
-               assist_info,
-               ep_send_counts,
-               expert_scales,
-               mask,
-               shared_expert_x,
-               ori_x,
-               const_expert_alpha_1,
-               const_expert_alpha_2,
-               const_expert_v,
-               comm_quant_mode,
-               out});
+Plan combine_v4(Inputs inputs, Options options, OptionalTensor shared_expert_x, OptionalTensor elastic_info,
+                Constants constants, OptionalTensor performance_info, Members members, Modes modes,
+                std::string comm_alg, SpecialExperts special, at::Tensor out) {
+  check_reserved(options, modes);
+  const Placement place = make_placement(members, modes.global_bs, comm_alg, elastic_info, performance_info);
+  const Finish finish = [out](const at::Tensor& total, const at::Tensor& active) { write_active(out, total, active); };
+  return plan(
+      {inputs, options, "2", place, special, constants, shared_expert_x, modes.comm_quant_mode, finish});
 }
 
-Plan combine_v3(at::Tensor expand_x, at::Tensor expert_ids, at::Tensor assist_info, at::Tensor ep_send_counts,
-                at::Tensor expert_scales, OptionalTensor tp_send_counts, OptionalTensor mask,
-                OptionalTensor activation_scale, OptionalTensor weight_scale, OptionalTensor group_list,
-                OptionalTensor expand_scales, OptionalTensor shared_expert_x, OptionalTensor elastic_info,
-                OptionalTensor ori_x, OptionalTensor const_expert_alpha_1, OptionalTensor const_expert_alpha_2,
-                OptionalTensor const_expert_v, std::string group_ep, int64_t ep_world_size, int64_t ep_rank_id,
-                int64_t moe_expert_num, std::string group_tp, int64_t tp_world_size, int64_t tp_rank_id,
-                int64_t expert_shard_type, int64_t shared_expert_num, int64_t shared_expert_rank_num, int64_t global_bs,
-                int64_t out_dtype, int64_t comm_quant_mode, int64_t group_list_type, std::string comm_alg,
-                int64_t zero_expert_num, int64_t copy_expert_num, int64_t const_expert_num, at::Tensor out) {
-  return combine_v4(expand_x, expert_ids, assist_info, ep_send_counts, expert_scales, tp_send_counts, mask,
-                    activation_scale, weight_scale, group_list, expand_scales, shared_expert_x, elastic_info, ori_x,
-                    const_expert_alpha_1, const_expert_alpha_2, const_expert_v, /*performance_info=*/std::nullopt,
-                    group_ep, ep_world_size, ep_rank_id, moe_expert_num, group_tp, tp_world_size, tp_rank_id,
-                    expert_shard_type, shared_expert_num, shared_expert_rank_num, global_bs, out_dtype, comm_quant_mode,
-                    group_list_type, comm_alg, zero_expert_num, copy_expert_num, const_expert_num, out);
+Plan combine_v3(Inputs inputs, Options options, OptionalTensor shared_expert_x, OptionalTensor elastic_info,
+                Constants constants, Members members, Modes modes, std::string comm_alg, SpecialExperts special,
+                at::Tensor out) {
+  return combine_v4(inputs, options, shared_expert_x, elastic_info, constants, /*performance_info=*/std::nullopt,
+                    members, modes, comm_alg, special, out);
 }
 
-Plan combine_v2(at::Tensor expand_x, at::Tensor expert_ids, at::Tensor assist_info, at::Tensor ep_send_counts,
-                at::Tensor expert_scales, OptionalTensor tp_send_counts, OptionalTensor mask,
-                OptionalTensor activation_scale, OptionalTensor weight_scale, OptionalTensor group_list,
-                OptionalTensor expand_scales, OptionalTensor shared_expert_x, std::string group_ep,
-                int64_t ep_world_size, int64_t ep_rank_id, int64_t moe_expert_num, std::string group_tp,
-                int64_t tp_world_size, int64_t tp_rank_id, int64_t expert_shard_type, int64_t shared_expert_num,
-                int64_t shared_expert_rank_num, int64_t global_bs, int64_t out_dtype, int64_t comm_quant_mode,
-                int64_t group_list_type, std::string comm_alg, at::Tensor out) {
-  return combine_v3(expand_x, expert_ids, assist_info, ep_send_counts, expert_scales, tp_send_counts, mask,
-                    activation_scale, weight_scale, group_list, expand_scales, shared_expert_x, {}, {}, {}, {}, {},
-                    group_ep, ep_world_size, ep_rank_id, moe_expert_num, group_tp, tp_world_size, tp_rank_id,
-                    expert_shard_type, shared_expert_num, shared_expert_rank_num, global_bs, out_dtype, comm_quant_mode,
-                    group_list_type, comm_alg, 0, 0, 0, out);
+Plan combine_v2(Inputs inputs, Options options, OptionalTensor shared_expert_x, Members members, Modes modes,
+                std::string comm_alg, at::Tensor out) {
+  return combine_v3(inputs, options, shared_expert_x, /*elastic_info=*/std::nullopt, {}, members, modes, comm_alg,
+                    {0, 0, 0}, out);
 }
 
-Plan combine_v1(at::Tensor expand_x, at::Tensor expert_ids, at::Tensor expand_idx, at::Tensor ep_send_counts,
-                at::Tensor expert_scales, OptionalTensor /*tp_send_counts*/, OptionalTensor mask,
-                OptionalTensor activation_scale, OptionalTensor weight_scale, OptionalTensor group_list,
-                OptionalTensor /*expand_scales*/, std::string group_ep, int64_t ep_world_size, int64_t ep_rank_id,
-                int64_t moe_expert_num, std::string /*group_tp*/, int64_t tp_world_size, int64_t /*tp_rank_id*/,
-                int64_t expert_shard_type, int64_t shared_expert_num, int64_t shared_expert_rank_num, int64_t global_bs,
-                int64_t out_dtype, int64_t comm_quant_mode, int64_t group_list_type, at::Tensor out) {
-  check_reserved(activation_scale, weight_scale, group_list, out_dtype, group_list_type);
-  const Placement place =
-      make_placement(group_ep, ep_world_size, ep_rank_id, moe_expert_num, shared_expert_num, shared_expert_rank_num,
-                     global_bs, {tp_world_size, expert_shard_type, std::nullopt, std::nullopt, ""});
-  return plan({"1",
-               place,
-               {0, 0, 0},
-               expand_x,
-               expert_ids,
-               expand_idx,
-               ep_send_counts,
-               expert_scales,
-               mask,
-               std::nullopt,
-               std::nullopt,
-               std::nullopt,
-               std::nullopt,
-               std::nullopt,
-               comm_quant_mode,
-               out});
+Plan combine_v1(Inputs inputs, Options options, Members members, Modes modes, at::Tensor out) {
+  check_reserved(options, modes);
+  const Finish finish = [out](const at::Tensor& total, const at::Tensor& active) { write_active(out, total, active); };
+  return plan({inputs, options, "1", make_placement(members, modes.global_bs), {0, 0, 0}, {}, std::nullopt,
+               modes.comm_quant_mode, finish});
+}
+
+// --- combine, the sum with a residual, and its root mean square normalisation in one op ---
+
+struct Norm {
+  at::Tensor residual;  // [B, 1, H]
+  at::Tensor gamma;     // [H]
+
+  using Fields = std::tuple<at::Tensor, at::Tensor>;
+};
+
+struct NormOutputs {
+  at::Tensor y;     // [B, 1, H]: the normalised sum
+  at::Tensor rstd;  // [B, 1, 1] float32
+  at::Tensor x;     // [B, 1, H]: the sum
+
+  using Fields = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
+};
+
+// As the kernel rounds: the sum and its square in float32, y to 16 bits before gamma and after.
+void normalise(const Norm& norm, float epsilon, const NormOutputs& outputs, const at::Tensor& total,
+               const at::Tensor& active) {
+  const at::Tensor x = total + norm.residual.reshape(total.sizes()).to(at::kFloat);
+  const at::Tensor rstd = ((x * x).mean(-1, /*keepdim=*/true) + epsilon).sqrt().reciprocal();
+  const at::Tensor y = (x * rstd).to(outputs.y.scalar_type()).to(at::kFloat) * norm.gamma.to(at::kFloat);
+  write_active(outputs.x, x, active);
+  write_active(outputs.rstd, rstd, active);
+  write_active(outputs.y, y, active);
+}
+
+Plan combine_add_rms_norm_v2(Inputs inputs, Norm norm, Options options, OptionalTensor shared_expert_x,
+                             OptionalTensor elastic_info, Constants constants, Members members, Modes modes,
+                             std::string comm_alg, float epsilon, SpecialExperts special, NormOutputs outputs) {
+  require(current_soc().family == Family::kA3 || current_soc().family == Family::kA5, current_soc().name,
+          " has no npu_moe_distribute_combine_add_rms_norm; Ascend910_93 and Ascend950 have it");
+  check_reserved(options, modes);
+  require_absent(options.expand_scales, "expand_scales", "it is reserved");
+  require_one_of(modes.comm_quant_mode, "comm_quant_mode", {kNoQuant});
+  require(members.shared_ranks == 0, "shared_expert_rank_num=", members.shared_ranks, " is not 0");
+  require(comm_alg.empty(), "comm_alg=", comm_alg, " is reserved; leave it empty");
+  require_dtype(inputs.expand_x, "expand_x", {at::kBFloat16});
+  require_dtype(norm.residual, "residual_x", {at::kBFloat16});
+  require_dtype(norm.gamma, "gamma", {at::kBFloat16});
+  require_shape(norm.residual, "residual_x", outputs.x.sizes());
+  require_shape(norm.gamma, "gamma", {outputs.x.size(-1)});
+  const Placement place = make_placement(members, modes.global_bs, comm_alg, elastic_info);
+  const Finish finish = [norm, epsilon, outputs](const at::Tensor& total, const at::Tensor& active) {
+    normalise(norm, epsilon, outputs, total, active);
+  };
+  return plan({inputs, options, "2", place, special, constants, shared_expert_x, kNoQuant, finish});
+}
+
+Plan combine_add_rms_norm(Inputs inputs, Norm norm, Options options, OptionalTensor shared_expert_x, Members members,
+                          Modes modes, std::string comm_alg, float epsilon, NormOutputs outputs) {
+  return combine_add_rms_norm_v2(inputs, norm, options, shared_expert_x, /*elastic_info=*/std::nullopt, {}, members,
+                                 modes, comm_alg, epsilon, {0, 0, 0}, outputs);
 }
 
 }  // namespace
@@ -277,5 +301,7 @@ ACLNN_OP(aclnnMoeDistributeCombine, combine_v1);
 ACLNN_OP(aclnnMoeDistributeCombineV2, combine_v2);
 ACLNN_OP(aclnnMoeDistributeCombineV3, combine_v3);
 ACLNN_OP(aclnnMoeDistributeCombineV4, combine_v4);
+ACLNN_OP(aclnnMoeDistributeCombineAddRmsNorm, combine_add_rms_norm);
+ACLNN_OP(aclnnMoeDistributeCombineAddRmsNormV2, combine_add_rms_norm_v2);
 
 }  // namespace vllm_npu::emulator::aclnn

@@ -15,24 +15,35 @@ constexpr int64_t kDynamicQuant = 2;
 constexpr int64_t kCumsum = 0;
 constexpr int64_t kCount = 1;
 
-struct Dispatch {
-  std::string version;  // "1", or "2" for all later ones
-  Placement place;
-  SpecialExperts special;
-  at::Tensor x;                             // [B, H]
-  at::Tensor expert_ids;                    // [B, K] int32
-  std::optional<at::Tensor> smooth_scales;  // [shared experts + routed experts, H] float32
-  std::optional<at::Tensor> mask;           // [B] or [B, K] bool
-  std::optional<at::Tensor> weights;        // [B, K] float32
-  int64_t quant_mode;
-  int64_t token_nums_type;
+struct Inputs {
+  at::Tensor x;                  // [B, H]
+  at::Tensor expert_ids;         // [B, K] int32
+  OptionalTensor smooth_scales;  // [shared experts + routed experts, H] float32
+  OptionalTensor mask;           // [B] or [B, K] bool
+  OptionalTensor weights;        // [B, K] float32
+
+  using Fields = std::tuple<at::Tensor, at::Tensor, OptionalTensor, OptionalTensor, OptionalTensor>;
+};
+
+struct Outputs {
   at::Tensor expand_x;
   at::Tensor dynamic_scales;
   at::Tensor combine_index;  // version 1: expand_idx; else assist_info_for_combine
   at::Tensor expert_token_nums;
   at::Tensor recv_counts;
-  std::optional<at::Tensor> tp_recv_counts;
-  std::optional<at::Tensor> expand_scales;
+  OptionalTensor tp_recv_counts;
+  OptionalTensor expand_scales;
+
+  using Fields =
+      std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, OptionalTensor, OptionalTensor>;
+};
+
+struct Dispatch : Inputs, Outputs {
+  std::string version;  // "1", or "2" for all later ones
+  Placement place;
+  SpecialExperts special;
+  int64_t quant_mode;
+  int64_t token_nums_type;
 
   int64_t num_tokens() const { return expert_ids.size(0); }
   int64_t top_k() const { return expert_ids.size(1); }
@@ -189,17 +200,14 @@ void check(const Dispatch& op) {
     require_shape(*op.smooth_scales, "scales", {shared_rows + op.place.moe_experts, op.x.size(1)});
   }
   require_dtype(op.expand_x, "y_dtype", {op.quant_mode == kNoQuant ? op.x.scalar_type() : at::kChar});
-  check_limits({op.version == "1", op.place.world_size, std::max(op.num_tokens(), op.place.max_tokens()), op.x.size(1),
-                op.place.moe_experts, op.place.experts_per_rank(), op.top_k()});
+  check_limits(op.place, op.version == "1", op.num_tokens(), op.x.size(1), op.top_k());
 }
 
 Plan plan(const Dispatch& op) {
   check(op);
   const std::string agreed =
-      c10::str("version=", op.version, " K=", op.top_k(), " H=", op.x.size(1), " dtype=", op.x.scalar_type(),
-               " experts=", op.place.moe_experts, " shared=", op.place.shared_experts, "/", op.place.shared_ranks,
-               " special=", op.special.zero, "/", op.special.copy, "/", op.special.constant,
-               " quant_mode=", op.quant_mode, " global_bs=", op.place.global_bs);
+      agreed_facts(op.version, op.place, op.special, op.top_k(), op.x.size(1), op.x.scalar_type()) +
+      c10::str(" quant_mode=", op.quant_mode);
   const ExchangeCall call{op.place.group, op.place.world_size, op.place.rank, "MoeDistributeDispatch", agreed};
   return [op, call] {
     at::Tensor active;
@@ -212,95 +220,29 @@ Plan plan(const Dispatch& op) {
   };
 }
 
-using OptionalTensor = std::optional<at::Tensor>;
-
-Plan dispatch_v4(at::Tensor x, at::Tensor expert_ids, OptionalTensor scales, OptionalTensor mask,
-                 OptionalTensor expert_scales, OptionalTensor elastic_info, OptionalTensor performance_info,
-                 std::string group_ep, int64_t ep_world_size, int64_t ep_rank_id, int64_t moe_expert_num,
-                 std::string /*group_tp*/, int64_t tp_world_size, int64_t /*tp_rank_id*/, int64_t expert_shard_type,
-                 int64_t shared_expert_num, int64_t shared_expert_rank_num, int64_t quant_mode, int64_t global_bs,
-                 int64_t expert_token_nums_type, std::string comm_alg, int64_t zero_expert_num, int64_t copy_expert_num,
-                 int64_t const_expert_num, at::Tensor expand_x, at::Tensor dynamic_scales, at::Tensor assist_info,
-                 at::Tensor expert_token_nums, at::Tensor ep_recv_counts, OptionalTensor tp_recv_counts,
-                 OptionalTensor expand_scales) {
-  const Placement place =
-      make_placement(group_ep, ep_world_size, ep_rank_id, moe_expert_num, shared_expert_num, shared_expert_rank_num,
-                     global_bs, {tp_world_size, expert_shard_type, elastic_info, performance_info, comm_alg});
-  return plan({"2",
-               place,
-               {zero_expert_num, copy_expert_num, const_expert_num},
-               x,
-               expert_ids,
-               scales,
-               mask,
-               expert_scales,
-               quant_mode,
-               expert_token_nums_type,
-               expand_x,
-               dynamic_scales,
-               assist_info,
-               expert_token_nums,
-               ep_recv_counts,
-               tp_recv_counts,
-               expand_scales});
-}
-
-Plan dispatch_v3(at::Tensor x, at::Tensor expert_ids, OptionalTensor scales, OptionalTensor mask,
-                 OptionalTensor expert_scales, OptionalTensor elastic_info, std::string group_ep, int64_t ep_world_size,
-                 int64_t ep_rank_id, int64_t moe_expert_num, std::string group_tp, int64_t tp_world_size,
-                 int64_t tp_rank_id, int64_t expert_shard_type, int64_t shared_expert_num,
-                 int64_t shared_expert_rank_num, int64_t quant_mode, int64_t global_bs, int64_t expert_token_nums_type,
-                 std::string comm_alg, int64_t zero_expert_num, int64_t copy_expert_num, int64_t const_expert_num,
-                 at::Tensor expand_x, at::Tensor dynamic_scales, at::Tensor assist_info, at::Tensor expert_token_nums,
-                 at::Tensor ep_recv_counts, OptionalTensor tp_recv_counts, OptionalTensor expand_scales) {
-  return dispatch_v4(x, expert_ids, scales, mask, expert_scales, elastic_info, /*performance_info=*/std::nullopt,
-                     group_ep, ep_world_size, ep_rank_id, moe_expert_num, group_tp, tp_world_size, tp_rank_id,
-                     expert_shard_type, shared_expert_num, shared_expert_rank_num, quant_mode, global_bs,
-                     expert_token_nums_type, comm_alg, zero_expert_num, copy_expert_num, const_expert_num, expand_x,
-                     dynamic_scales, assist_info, expert_token_nums, ep_recv_counts, tp_recv_counts, expand_scales);
-}
-
-Plan dispatch_v2(at::Tensor x, at::Tensor expert_ids, OptionalTensor scales, OptionalTensor mask,
-                 OptionalTensor expert_scales, std::string group_ep, int64_t ep_world_size, int64_t ep_rank_id,
-                 int64_t moe_expert_num, std::string group_tp, int64_t tp_world_size, int64_t tp_rank_id,
-                 int64_t expert_shard_type, int64_t shared_expert_num, int64_t shared_expert_rank_num,
+Plan dispatch_v4(Inputs inputs, OptionalTensor elastic_info, OptionalTensor performance_info, Members members,
                  int64_t quant_mode, int64_t global_bs, int64_t expert_token_nums_type, std::string comm_alg,
-                 at::Tensor expand_x, at::Tensor dynamic_scales, at::Tensor assist_info, at::Tensor expert_token_nums,
-                 at::Tensor ep_recv_counts, OptionalTensor tp_recv_counts, OptionalTensor expand_scales) {
-  return dispatch_v3(x, expert_ids, scales, mask, expert_scales, /*elastic_info=*/std::nullopt, group_ep, ep_world_size,
-                     ep_rank_id, moe_expert_num, group_tp, tp_world_size, tp_rank_id, expert_shard_type,
-                     shared_expert_num, shared_expert_rank_num, quant_mode, global_bs, expert_token_nums_type, comm_alg,
-                     0, 0, 0, expand_x, dynamic_scales, assist_info, expert_token_nums, ep_recv_counts, tp_recv_counts,
-                     expand_scales);
+                 SpecialExperts special, Outputs outputs) {
+  const Placement place = make_placement(members, global_bs, comm_alg, elastic_info, performance_info);
+  return plan({inputs, outputs, "2", place, special, quant_mode, expert_token_nums_type});
 }
 
-Plan dispatch_v1(at::Tensor x, at::Tensor expert_ids, OptionalTensor scales, OptionalTensor mask,
-                 OptionalTensor expert_scales, std::string group_ep, int64_t ep_world_size, int64_t ep_rank_id,
-                 int64_t moe_expert_num, std::string /*group_tp*/, int64_t tp_world_size, int64_t /*tp_rank_id*/,
-                 int64_t expert_shard_type, int64_t shared_expert_num, int64_t shared_expert_rank_num,
-                 int64_t quant_mode, int64_t global_bs, int64_t expert_token_nums_type, at::Tensor expand_x,
-                 at::Tensor dynamic_scales, at::Tensor expand_idx, at::Tensor expert_token_nums,
-                 at::Tensor ep_recv_counts, OptionalTensor tp_recv_counts, OptionalTensor expand_scales) {
-  const Placement place =
-      make_placement(group_ep, ep_world_size, ep_rank_id, moe_expert_num, shared_expert_num, shared_expert_rank_num,
-                     global_bs, {tp_world_size, expert_shard_type, std::nullopt, std::nullopt, ""});
-  return plan({"1",
-               place,
-               {0, 0, 0},
-               x,
-               expert_ids,
-               scales,
-               mask,
-               expert_scales,
-               quant_mode,
-               expert_token_nums_type,
-               expand_x,
-               dynamic_scales,
-               expand_idx,
-               expert_token_nums,
-               ep_recv_counts,
-               tp_recv_counts,
-               expand_scales});
+Plan dispatch_v3(Inputs inputs, OptionalTensor elastic_info, Members members, int64_t quant_mode, int64_t global_bs,
+                 int64_t expert_token_nums_type, std::string comm_alg, SpecialExperts special, Outputs outputs) {
+  return dispatch_v4(inputs, elastic_info, /*performance_info=*/std::nullopt, members, quant_mode, global_bs,
+                     expert_token_nums_type, comm_alg, special, outputs);
+}
+
+Plan dispatch_v2(Inputs inputs, Members members, int64_t quant_mode, int64_t global_bs, int64_t expert_token_nums_type,
+                 std::string comm_alg, Outputs outputs) {
+  return dispatch_v3(inputs, /*elastic_info=*/std::nullopt, members, quant_mode, global_bs, expert_token_nums_type,
+                     comm_alg, {0, 0, 0}, outputs);
+}
+
+Plan dispatch_v1(Inputs inputs, Members members, int64_t quant_mode, int64_t global_bs, int64_t expert_token_nums_type,
+                 Outputs outputs) {
+  return plan(
+      {inputs, outputs, "1", make_placement(members, global_bs), {0, 0, 0}, quant_mode, expert_token_nums_type});
 }
 
 }  // namespace

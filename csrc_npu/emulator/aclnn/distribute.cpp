@@ -3,16 +3,20 @@
 
 namespace vllm_npu::emulator::aclnn {
 
-Placement make_placement(const std::string& group, int64_t world_size, int64_t rank, int64_t moe_experts,
-                         int64_t shared_experts, int64_t shared_ranks, int64_t global_bs, const Unused& unused) {
-  require(unused.tp_world_size == 0 || unused.tp_world_size == 1, "tp_world_size=", unused.tp_world_size,
+Placement make_placement(const Members& members, int64_t global_bs, const std::string& comm_alg,
+                         const OptionalTensor& elastic_info, const OptionalTensor& performance_info) {
+  const int64_t world_size = members.world_size;
+  const int64_t rank = members.rank;
+  const int64_t moe_experts = members.moe_experts;
+  const int64_t shared_ranks = members.shared_ranks;
+  int64_t shared_experts = members.shared_experts;
+  require(members.tp_world_size == 0 || members.tp_world_size == 1, "tp_world_size=", members.tp_world_size,
           " is not emulated; leave it at 0");
-  require_one_of(unused.expert_shard_type, "expert_shard_type", {0});
-  require_absent(unused.elastic_info, "elastic_info", "it is not emulated");
-  require_absent(unused.performance_info, "performance_info", "it is not emulated");
-  const std::string& algorithm = unused.comm_alg;
-  require(algorithm.empty() || algorithm == "fullmesh" || algorithm == "fullmesh_v1" || algorithm == "fullmesh_v2",
-          "comm_alg=", algorithm, " is not emulated; there are fullmesh, fullmesh_v1 and fullmesh_v2");
+  require_one_of(members.expert_shard_type, "expert_shard_type", {0});
+  require_absent(elastic_info, "elastic_info", "it is not emulated");
+  require_absent(performance_info, "performance_info", "it is not emulated");
+  require(comm_alg.empty() || comm_alg == "fullmesh" || comm_alg == "fullmesh_v1" || comm_alg == "fullmesh_v2",
+          "comm_alg=", comm_alg, " is not emulated; there are fullmesh, fullmesh_v1 and fullmesh_v2");
   require(rank >= 0 && rank < world_size, "ep_rank_id=", rank, " is not in 0..", world_size - 1);
   require(shared_ranks >= 0 && shared_ranks < world_size, "shared_expert_rank_num=", shared_ranks, " is not in 0..",
           world_size - 1);
@@ -30,7 +34,14 @@ Placement make_placement(const std::string& group, int64_t world_size, int64_t r
           " is not a multiple of the ", world_size - shared_ranks, " ranks that hold routed experts");
   require(global_bs > 0 && global_bs % world_size == 0, "global_bs=", global_bs,
           " is not a multiple of ep_world_size=", world_size);
-  return {group, world_size, rank, moe_experts, shared_experts, shared_ranks, global_bs};
+  return {members.group_ep, world_size, rank, moe_experts, shared_experts, shared_ranks, global_bs, comm_alg};
+}
+
+std::string agreed_facts(const std::string& version, const Placement& place, const SpecialExperts& special,
+                         int64_t top_k, int64_t width, at::ScalarType dtype) {
+  return c10::str("version=", version, " K=", top_k, " H=", width, " dtype=", dtype, " experts=", place.moe_experts,
+                  " shared=", place.shared_experts, "/", place.shared_ranks, " special=", special.zero, "/",
+                  special.copy, "/", special.constant, " global_bs=", place.global_bs);
 }
 
 void check_mask(const at::Tensor& expert_ids, const std::optional<at::Tensor>& mask) {

@@ -12,6 +12,23 @@
 
 namespace vllm_npu::emulator::aclnn {
 
+// Who takes part, as every version of both ops lists it.
+struct Members {
+  std::string group_ep;  // the communicator's name
+  int64_t world_size;
+  int64_t rank;
+  int64_t moe_experts;
+  std::string group_tp;
+  int64_t tp_world_size;
+  int64_t tp_rank;
+  int64_t expert_shard_type;
+  int64_t shared_experts;
+  int64_t shared_ranks;
+
+  using Fields = std::tuple<std::string, int64_t, int64_t, int64_t, std::string, int64_t, int64_t, int64_t, int64_t,
+                            int64_t>;
+};
+
 // A rank's place among the experts. The first shared_ranks ranks hold copies of the shared experts, the others
 // moe_experts / (world_size - shared_ranks) experts each, in order.
 struct Placement {
@@ -22,6 +39,7 @@ struct Placement {
   int64_t shared_experts;  // 0 where no rank is set aside for them
   int64_t shared_ranks;
   int64_t global_bs;  // tokens of all ranks, each counted with the most tokens that any rank has
+  std::string comm_alg;
 
   bool is_shared_rank() const { return rank < shared_ranks; }
   int64_t experts_per_rank() const { return moe_experts / (world_size - shared_ranks); }
@@ -39,21 +57,21 @@ struct SpecialExperts {
   int64_t zero;
   int64_t copy;
   int64_t constant;
+
+  using Fields = std::tuple<int64_t, int64_t, int64_t>;
   int64_t total() const { return zero + copy + constant; }
 };
 
-// Arguments that both ops have and that must keep the value that means "not used".
-struct Unused {
-  int64_t tp_world_size;
-  int64_t expert_shard_type;
-  std::optional<at::Tensor> elastic_info;
-  std::optional<at::Tensor> performance_info;
-  std::string comm_alg;
-};
+using OptionalTensor = std::optional<at::Tensor>;
 
-// Builds the placement. Refuses unused arguments that are used and sizes that do not fit together.
-Placement make_placement(const std::string& group, int64_t world_size, int64_t rank, int64_t moe_experts,
-                         int64_t shared_experts, int64_t shared_ranks, int64_t global_bs, const Unused& unused);
+// Builds the placement. Refuses sizes that do not fit together, and what later versions of the ops have and the
+// emulator does not.
+Placement make_placement(const Members& members, int64_t global_bs, const std::string& comm_alg = "",
+                         const OptionalTensor& elastic_info = {}, const OptionalTensor& performance_info = {});
+
+// What all ranks must say alike, of what both ops have.
+std::string agreed_facts(const std::string& version, const Placement& place, const SpecialExperts& special,
+                         int64_t top_k, int64_t width, at::ScalarType dtype);
 
 // Which pairs of a token and an expert take part: all, those of a prefix of the tokens, or any. [B, K] bool.
 at::Tensor active_pairs(const at::Tensor& expert_ids, const std::optional<at::Tensor>& mask);

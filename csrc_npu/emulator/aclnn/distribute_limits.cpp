@@ -1,11 +1,11 @@
 #include "distribute_limits.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <string>
 #include <vector>
 
-#include "refusal.h"
-#include "runtime/runtime.h"
+#include "hccl/communicator.h"
 
 namespace vllm_npu::emulator::aclnn {
 namespace {
@@ -89,13 +89,64 @@ bool limits_are_off() {
   return text == "none";
 }
 
+int64_t rounded_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+// MB of the group's buffer that one dispatch and its combine need, and where that is said.
+struct BufferNeed {
+  int64_t mb;
+  const char* source;
+};
+
+BufferNeed buffer_need(Family family, const Placement& place, bool version_1, int64_t tokens, int64_t width,
+                       int64_t top_k) {
+  constexpr int64_t kMb = 1 << 20;
+  constexpr int64_t kWindows = 2;         // used in turn
+  constexpr int64_t kBytes = 2;           // of a 16-bit value
+  constexpr int64_t kBlock = 512;         // of the windows
+  constexpr int64_t kBlockPayload = 480;  // fullmesh_v2: the rest are flags
+  constexpr int64_t kRowFacts = 64;       // that go with a row to its expert
+  const auto mb = [](int64_t bytes) { return rounded_up(bytes, kMb) / kMb; };
+  const int64_t row = kBytes * width;
+  if (family == Family::kA2) {
+    const int64_t copies = std::min(place.experts_per_rank(), top_k);
+    return {mb(kWindows * (tokens * place.world_size * copies * row + 2 * kMb)),
+            "2 * (B * W * min(L, K) * 2H + 2 MB), the full mesh on A2"};
+  }
+  const int64_t slots = place.experts_per_rank() * place.world_size;
+  if (version_1) {
+    return {mb(kWindows * tokens * kBytes * (width + 128) * (slots + top_k + 1)) + 2,
+            "2 + 2 * B * 2(H + 128) * (L * W + K + 1) / MB, version 1 on A3"};
+  }
+  const bool is_fullmesh_v2 = place.comm_alg == "fullmesh_v2";
+  const auto blocks = [&](int64_t bytes) {
+    return rounded_up(bytes, is_fullmesh_v2 ? kBlockPayload : kBlock) / (is_fullmesh_v2 ? kBlockPayload : kBlock) *
+           kBlock;
+  };
+  const int64_t bytes = kWindows * (slots * tokens * blocks(rounded_up(row, 32) + kRowFacts) +
+                                    (top_k + place.shared_experts) * tokens * blocks(row));
+  return {mb(bytes), is_fullmesh_v2 ? "2 * (L * B * W * b(al32(2H) + 64) + (K + S) * B * b(2H)), b(x) = ceil(x / 480) "
+                                      "* 512, fullmesh_v2 on A3"
+                                    : "2 * (L * B * W * al512(al32(2H) + 64) + (K + S) * B * al512(2H)), the full mesh "
+                                      "on A3"};
+}
+
+void check_buffer(const Placement& place, bool version_1, int64_t tokens, int64_t width, int64_t top_k) {
+  const std::shared_ptr<Communicator> group = find_communicator_by_name(place.group);
+  if (group == nullptr) return;  // the exchange refuses it
+  const BufferNeed need = buffer_need(current_soc().family, place, version_1, tokens, width, top_k);
+  require(need.mb <= group->buffer_mb(), "HCCL_BUFFSIZE of group_ep ", place.group, " is ", group->buffer_mb(),
+          " MB, and these sizes need ", need.mb, " (", need.source, "); set HCCL_BUFFSIZE=", need.mb,
+          ", or hccl_buffer_size in the group's options; VLLM_NPU_EMULATOR_LIMITS=none lets the emulator take it");
+}
+
 }  // namespace
 
-void check_limits(const DistributeSizes& sizes) {
+void check_limits(const Placement& place, bool version_1, int64_t own_tokens, int64_t width, int64_t top_k) {
+  const int64_t tokens = std::max(own_tokens, place.max_tokens());
   const Soc& soc = current_soc();
   require(soc.family != Family::k310P, soc.name, " has no MoE dispatch and combine; use all-gather instead");
   if (limits_are_off()) return;
-  const Limits limits = limits_of(soc.family, sizes.version_1);
+  const Limits limits = limits_of(soc.family, version_1);
   const auto check = [&](bool fits, const char* name, int64_t value, const std::string& allowed) {
     require(fits, name, "=", value, " is not one that ", soc.name, " takes: ", allowed, " (", limits.source,
             "); VLLM_NPU_EMULATOR_LIMITS=none lets the emulator take it");
@@ -103,15 +154,16 @@ void check_limits(const DistributeSizes& sizes) {
   const auto check_most = [&](const char* name, int64_t value, int64_t most) {
     check(value <= most, name, value, "at most " + std::to_string(most));
   };
-  check(contains(limits.world_sizes, sizes.world_size), "ep_world_size", sizes.world_size, as_text(limits.world_sizes));
-  check(contains({limits.tokens}, sizes.tokens), "tokens of a rank", sizes.tokens, as_text({limits.tokens}));
-  check(contains({limits.width}, sizes.width) && sizes.width % limits.width_multiple == 0, "H", sizes.width,
+  check(contains(limits.world_sizes, place.world_size), "ep_world_size", place.world_size, as_text(limits.world_sizes));
+  check(contains({limits.tokens}, tokens), "tokens of a rank", tokens, as_text({limits.tokens}));
+  check(contains({limits.width}, width) && width % limits.width_multiple == 0, "H", width,
         as_text({limits.width}) + ", multiples of " + std::to_string(limits.width_multiple));
-  check_most("moe_expert_num", sizes.moe_experts, limits.moe_experts);
-  check_most("experts of a rank", sizes.experts_per_rank, limits.experts_per_rank);
-  check_most("experts of a rank times ep_world_size", sizes.experts_per_rank * sizes.world_size,
+  check_most("moe_expert_num", place.moe_experts, limits.moe_experts);
+  check_most("experts of a rank", place.experts_per_rank(), limits.experts_per_rank);
+  check_most("experts of a rank times ep_world_size", place.experts_per_rank() * place.world_size,
              limits.experts_per_rank_times_world_size);
-  check_most("K", sizes.top_k, limits.top_k);
+  check_most("K", top_k, limits.top_k);
+  check_buffer(place, version_1, tokens, width, top_k);
 }
 
 }  // namespace vllm_npu::emulator::aclnn

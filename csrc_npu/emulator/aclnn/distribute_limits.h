@@ -1,22 +1,13 @@
 // Sizes that the device's dispatch and combine take.
 #pragma once
 
-#include <cstdint>
+#include "distribute.h"
 
 namespace vllm_npu::emulator::aclnn {
 
-struct DistributeSizes {
-  bool version_1;
-  int64_t world_size;
-  int64_t tokens;
-  int64_t width;
-  int64_t moe_experts;
-  int64_t experts_per_rank;
-  int64_t top_k;
-};
-
-// Refuses sizes that the emulated chip's kernels refuse. VLLM_NPU_EMULATOR_LIMITS=none lets all sizes pass, for small
-// models; a chip without the ops is refused even then.
-void check_limits(const DistributeSizes& sizes);
+// Refuses sizes that the emulated chip's kernels refuse: those of the call, and a buffer of the group that is too small
+// for them. VLLM_NPU_EMULATOR_LIMITS=none lets all sizes pass, for small models; a chip without the ops is refused even
+// then. `tokens` are this rank's.
+void check_limits(const Placement& place, bool version_1, int64_t tokens, int64_t width, int64_t top_k);
 
 }  // namespace vllm_npu::emulator::aclnn

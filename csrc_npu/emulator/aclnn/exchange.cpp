@@ -149,10 +149,12 @@ std::vector<Message> exchange(const ExchangeCall& call, const std::function<std:
   std::optional<Refusal> refusal;
   try {
     for (const Message& message : make_messages()) outgoing.push_back(as_bytes("", message));
-  } catch (const Refusal& mine) {  // told to the others first, who wait
+  } catch (const Refusal& mine) {
     refusal.emplace(mine);
-    outgoing.assign(group->size(), as_bytes(mine.what(), {}));
+  } catch (const c10::Error& error) {
+    refusal.emplace(Code::kUnusable, error.what_without_backtrace());
   }
+  if (refusal) outgoing.assign(group->size(), as_bytes(refusal->what(), {}));  // told to the others first, who wait
   const Bytes published = Mailbox::with_table(outgoing);
   Mailbox mailbox(group->size(), group->rank());
   const int code = group->exchange({call.operation, call.agreed, {}, {}}, published.data(), published.size(),

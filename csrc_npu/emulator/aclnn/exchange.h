@@ -23,7 +23,8 @@ struct ExchangeCall {
 // Sends make_messages()[i] to rank i and returns what each rank sent here, in rank order.
 //
 // COLLECTIVE over the group; waits for all ranks. Refuses on every rank where ranks disagree, and where make_messages
-// throws a Refusal on one of them; also an unknown group, and one in which this process has another place.
+// throws a Refusal or an error of torch's on one of them; also an unknown group, and one in which this process has
+// another place.
 std::vector<Message> exchange(const ExchangeCall& call, const std::function<std::vector<Message>()>& make_messages);
 
 }  // namespace vllm_npu::emulator::aclnn

@@ -33,43 +33,114 @@ at::Tensor keep_best_groups(const at::Tensor& choice, int64_t group_count, int64
   return at::where(kept.unsqueeze(-1), groups, -std::numeric_limits<float>::infinity()).view(choice.sizes());
 }
 
-Plan gating_top_k(at::Tensor x, std::optional<at::Tensor> bias, int64_t k, int64_t group_limit, int64_t group_count,
-                  int64_t group_select_mode, int64_t renorm, int64_t norm_type, bool wants_scores, double scaling,
-                  double epsilon, at::Tensor weights, at::Tensor expert_ids, at::Tensor scores_out) {
+// The experts that a table gives for each token's id, as in layers that route by a hash of the token.
+struct ByToken {
+  std::optional<at::Tensor> input_ids;  // [N]
+  std::optional<at::Tensor> table;      // tid2eid: [ids, k]
+
+  using Fields = std::tuple<std::optional<at::Tensor>, std::optional<at::Tensor>>;
+};
+
+// How scores choose experts.
+struct Choice {
+  int64_t k;
+  int64_t group_limit;
+  int64_t group_count;
+  int64_t group_select_mode;
+  int64_t renorm;
+  int64_t norm_type;
+
+  using Fields = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>;
+};
+
+struct GatingOutputs {
+  bool wants_scores;
+  double scaling;
+  double epsilon;
+  at::Tensor weights;
+  at::Tensor expert_ids;
+  at::Tensor scores;
+
+  using Fields = std::tuple<bool, double, double, at::Tensor, at::Tensor, at::Tensor>;
+};
+
+void check_choice(const Choice& choice, int64_t num_experts) {
+  require(num_experts <= kMaxGatingExperts, "x has ", num_experts, " experts; at most ", kMaxGatingExperts);
+  require_one_of(choice.renorm, "renorm", {0});
+  require_one_of(choice.norm_type, "norm_type", {kSoftmax, kSigmoid});
+  require_one_of(choice.group_select_mode, "group_select_mode", {kByMaximum, kByTopTwo});
+  const int64_t groups = choice.group_count;
+  require(groups > 0 && num_experts % groups == 0, "group_count=", groups, " does not divide ", num_experts,
+          " experts");
+  require(groups == 1 || num_experts / groups >= kMinExpertsInGroup, "group_count=", groups, " leaves groups of ",
+          num_experts / groups, " experts; at least ", kMinExpertsInGroup);
+  require(1 <= choice.group_limit && choice.group_limit <= groups, "k_group=", choice.group_limit,
+          " is not in 1..group_count=", groups);
+  const int64_t eligible = choice.group_limit * (num_experts / groups);
+  require(1 <= choice.k && choice.k <= eligible, "k=", choice.k, " is not in 1..", eligible,
+          ", the experts of k_group groups");
+}
+
+void check_by_token(const ByToken& by_token, const std::optional<at::Tensor>& bias, const Choice& choice,
+                    int64_t num_tokens) {
+  require(by_token.input_ids && by_token.table, "input_ids and tid2eid go together");
+  require_absent(bias, "bias", "tid2eid chooses the experts");
+  require(choice.group_count == 1, "group_count=", choice.group_count, ", but tid2eid chooses the experts");
+  require_dtype(*by_token.input_ids, "input_ids", {at::kInt, at::kLong});
+  require_shape(*by_token.input_ids, "input_ids", {num_tokens});
+  require_dtype(*by_token.table, "tid2eid", {at::kInt, at::kLong});
+  require_shape(*by_token.table, "tid2eid", {by_token.table->size(0), choice.k});
+}
+
+// [N, k] the experts of each token's row in the table.
+at::Tensor experts_by_token(const ByToken& by_token, int64_t num_experts) {
+  const auto require_range = [](const at::Tensor& values, const char* name, int64_t end) {
+    require(values.ge(0).logical_and(values < end).all().item<bool>(), name, " has a value outside 0..", end - 1);
+  };
+  require_range(*by_token.input_ids, "input_ids", by_token.table->size(0));
+  const at::Tensor chosen = by_token.table->to(at::kLong).index_select(0, by_token.input_ids->to(at::kLong));
+  require_range(chosen, "tid2eid", num_experts);
+  return chosen;
+}
+
+Plan gating_top_k_v2(at::Tensor x, std::optional<at::Tensor> bias, ByToken by_token, Choice choice,
+                     GatingOutputs outputs) {
+  refuse_on_310p("npu_moe_gating_top_k");
   require_dimensions(x, "x", 2);
   require_dtype(x, "x", {at::kHalf, at::kBFloat16, at::kFloat});
-  const int64_t num_experts = x.size(1);
-  require(num_experts <= kMaxGatingExperts, "x has ", num_experts, " experts; at most ", kMaxGatingExperts);
-  require_one_of(renorm, "renorm", {0});
-  require_one_of(norm_type, "norm_type", {kSoftmax, kSigmoid});
-  require_one_of(group_select_mode, "group_select_mode", {kByMaximum, kByTopTwo});
-  require(group_count > 0 && num_experts % group_count == 0, "group_count=", group_count, " does not divide ",
-          num_experts, " experts");
-  require(group_count == 1 || num_experts / group_count >= kMinExpertsInGroup, "group_count=", group_count,
-          " leaves groups of ", num_experts / group_count, " experts; at least ", kMinExpertsInGroup);
-  require(1 <= group_limit && group_limit <= group_count, "k_group=", group_limit,
-          " is not in 1..group_count=", group_count);
-  require(1 <= k && k <= group_limit * (num_experts / group_count), "k=", k, " is not in 1..",
-          group_limit * (num_experts / group_count), ", the experts of k_group groups");
-  if (bias) require_shape(*bias, "bias", {num_experts});
+  check_choice(choice, x.size(1));
+  if (bias) require_shape(*bias, "bias", {x.size(1)});
+  if (by_token.input_ids || by_token.table) check_by_token(by_token, bias, choice, x.size(0));
   return [=] {
     const at::Tensor logits = x.to(at::kFloat);
-    const at::Tensor scores = norm_type == kSigmoid ? at::sigmoid(logits) : at::softmax(logits, -1);
-    at::Tensor choice = bias ? scores + bias->to(at::kFloat) : scores;
-    if (group_count > 1) choice = keep_best_groups(choice, group_count, group_limit, group_select_mode);
-    const at::Tensor chosen = largest(choice, k);
-    at::Tensor chosen_scores = scores.gather(1, chosen);
-    if (norm_type == kSigmoid) chosen_scores = chosen_scores / (chosen_scores.sum(-1, true) + epsilon);
-    weights.copy_(chosen_scores * scaling);
-    expert_ids.copy_(chosen);
-    if (wants_scores)
-      scores_out.copy_(scores);
+    const at::Tensor scores = choice.norm_type == kSigmoid ? at::sigmoid(logits) : at::softmax(logits, -1);
+    at::Tensor chosen;
+    if (by_token.table) {
+      chosen = experts_by_token(by_token, x.size(1));
+    } else {
+      at::Tensor ranked = bias ? scores + bias->to(at::kFloat) : scores;
+      if (choice.group_count > 1) {
+        ranked = keep_best_groups(ranked, choice.group_count, choice.group_limit, choice.group_select_mode);
+      }
+      chosen = largest(ranked, choice.k);
+    }
+    at::Tensor weights = scores.gather(1, chosen);
+    if (choice.norm_type == kSigmoid) weights = weights / (weights.sum(-1, true) + outputs.epsilon);
+    outputs.weights.copy_(weights * outputs.scaling);
+    outputs.expert_ids.copy_(chosen);
+    if (outputs.wants_scores)
+      outputs.scores.copy_(scores);
     else
-      fill_undefined(scores_out);
+      fill_undefined(outputs.scores);
   };
 }
 
+Plan gating_top_k(at::Tensor x, std::optional<at::Tensor> bias, Choice choice, GatingOutputs outputs) {
+  return gating_top_k_v2(x, bias, {}, choice, outputs);
+}
+
 void check_softmax(const at::Tensor& x, const std::optional<at::Tensor>& finished, int64_t k) {
+  refuse_on_310p("npu_moe_gating_top_k_softmax");
   require_dtype(x, "x", {at::kHalf, at::kBFloat16, at::kFloat});
   require(1 <= k && k <= std::min(x.size(-1), kMaxSoftmaxTopK), "k=", k, " is not in 1..",
           std::min(x.size(-1), kMaxSoftmaxTopK));
@@ -183,6 +254,7 @@ Plan update_expert(at::Tensor expert_ids, at::Tensor table, std::optional<at::Te
 }  // namespace
 
 ACLNN_OP(aclnnMoeGatingTopK, gating_top_k);
+ACLNN_OP(aclnnMoeGatingTopKV2, gating_top_k_v2);
 ACLNN_OP(aclnnMoeGatingTopKSoftmax, gating_top_k_softmax);
 ACLNN_OP(aclnnMoeGatingTopKSoftmaxV2, gating_top_k_softmax_v2);
 ACLNN_OP(aclnnMoeUpdateExpert, update_expert);

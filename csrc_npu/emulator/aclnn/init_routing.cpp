@@ -214,7 +214,8 @@ Plan init_routing_v3(at::Tensor x, at::Tensor expert_ids, std::optional<at::Tens
   };
 }
 
-// Of 310P, and of CANN before 8.5: no quantisation, all experts.
+// Of 310P, and of CANN before 8.5: no quantisation, all experts. On 310P op-plugin passes neither quant_mode nor
+// active_expert_range on: they show in the outputs that it allocates.
 Plan init_routing_v2(at::Tensor x, at::Tensor expert_ids, int64_t active_num, int64_t expert_capacity,
                      int64_t expert_num, int64_t drop_pad_mode, int64_t counts_flag, bool wants_counts_before_capacity,
                      at::Tensor expanded_x, at::Tensor expanded_row_index, at::Tensor counts,
@@ -222,6 +223,9 @@ Plan init_routing_v2(at::Tensor x, at::Tensor expert_ids, int64_t active_num, in
   constexpr int64_t kCumsumFlag = 1;
   constexpr int64_t kCountFlag = 2;
   require_one_of(drop_pad_mode, "dropPadMode", {0});
+  if (current_soc().family == Family::k310P) require_dtype(x, "x on Ascend310P", {at::kHalf});
+  require_dtype(expanded_x, "expanded_x (its dtype follows quant_mode)", {x.scalar_type()});
+  require_shape(counts, "expert_tokens_count_or_cumsum (its size follows active_expert_range)", {expert_num});
   require_one_of(counts_flag, "expertTokensCountOrCumsumFlag", {kCumsumFlag, kCountFlag});
   require(!wants_counts_before_capacity,
           "expertTokensBeforeCapacityFlag=true needs dropPadMode=1, which is not emulated");

@@ -40,7 +40,7 @@ Quantized quantize_by_quotient(const at::Tensor& rows) {
 }
 
 at::Tensor through_int8_groups(const at::Tensor& rows) {
-  const at::Tensor groups = rows.to(at::kFloat).view({rows.size(0), -1, kCommQuantGroup});
+  const at::Tensor groups = rows.to(at::kFloat).view({rows.size(0), rows.size(1) / kCommQuantGroup, kCommQuantGroup});
   const at::Tensor scales = largest_of(groups) * (1.0F / kInt8Max);
   const at::Tensor quotients = at::where(scales > 0, groups / scales, 0.0F);
   const at::Tensor values = quotients.to(at::kHalf).round().to(at::kChar);

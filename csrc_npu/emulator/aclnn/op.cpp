@@ -47,6 +47,7 @@ int prepare(const char* name, const std::function<Plan()>& make_plan, uint64_t* 
 }
 
 int run(const char* name, aclOpExecutor* executor, aclrtStream stream) {
+  trace(name);
   // Shared, since std::function wants work that can be copied.
   std::shared_ptr<aclOpExecutor> owned(executor);
   return enqueue(stream, name, [name, owned] { return guarded(name, owned->plan); });

@@ -8,12 +8,15 @@
 //
 // defines aclnnSwiGluGetWorkspaceSize(const aclTensor*, int64_t, const aclTensor*, uint64_t*, aclOpExecutor**), which
 // plans, and aclnnSwiGlu(void*, uint64_t, aclOpExecutor*, aclrtStream), which runs the plan. The C parameters follow
-// from the plan's own: Argument below. A plan captures tensors, never handles: those die before the plan runs.
+// from the plan's own: Argument below. A struct that names its members' types as `Fields` stands for that many C
+// parameters, one after the other. A plan captures tensors, never handles: those die before the plan runs.
 #pragma once
 
 #include <functional>
 #include <optional>
 #include <string>
+#include <tuple>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -27,6 +30,11 @@ namespace vllm_npu::emulator::aclnn {
 
 // An op's work. It throws Refusal for a value that it finds in the tensors and does not honour.
 using Plan = std::function<void()>;
+
+// For ops whose document lists no Ascend310P.
+inline void refuse_on_310p(const char* op) {
+  require(current_soc().family != Family::k310P, current_soc().name, " has no ", op);
+}
 
 // How one parameter of a plan crosses the C interface: as `Handle`, read by `take`.
 template <class Parameter>
@@ -92,20 +100,64 @@ int prepare(const char* name, const std::function<Plan()>& make_plan, uint64_t* 
             aclOpExecutor** executor);
 int run(const char* name, aclOpExecutor* executor, aclrtStream stream);
 
-template <class Name, auto plan>
-struct Entry;
+// The C parameters of one parameter of a plan.
+template <class Parameter, class = void>
+struct Parts {
+  using Types = std::tuple<Parameter>;
+};
 
-template <class Name, class... Parameters, Plan (*plan)(Parameters...)>
-struct Entry<Name, plan> {
-  static int get_workspace_size(typename Argument<Parameters>::Handle... handles, uint64_t* workspace_size,
+template <class Struct>
+struct Parts<Struct, std::void_t<typename Struct::Fields>> {
+  using Types = typename Struct::Fields;
+};
+
+template <class Parameter>
+using PartsOf = typename Parts<Parameter>::Types;
+
+// Where the C parameters of the plan's parameter `index` begin.
+template <size_t index, class... Parameters>
+constexpr size_t first_part() {
+  constexpr size_t counts[] = {std::tuple_size_v<PartsOf<Parameters>>...};
+  size_t first = 0;
+  for (size_t i = 0; i < index; ++i) first += counts[i];
+  return first;
+}
+
+template <class Parameter, size_t first, class Handles, size_t... part>
+Parameter take_parameter(const Handles& handles, std::index_sequence<part...>) {
+  return Parameter{Argument<std::tuple_element_t<part, PartsOf<Parameter>>>::take(std::get<first + part>(handles))...};
+}
+
+template <class... Parameters, class Handles, size_t... index>
+Plan make_plan(Plan (*plan)(Parameters...), const Handles& handles, std::index_sequence<index...>) {
+  return plan(take_parameter<Parameters, first_part<index, Parameters...>()>(
+      handles, std::make_index_sequence<std::tuple_size_v<PartsOf<Parameters>>>())...);
+}
+
+template <class Name, auto plan, class CParameters>
+struct EntryOf;
+
+template <class Name, class... Parameters, Plan (*plan)(Parameters...), class... CParameters>
+struct EntryOf<Name, plan, std::tuple<CParameters...>> {
+  static int get_workspace_size(typename Argument<CParameters>::Handle... handles, uint64_t* workspace_size,
                                 aclOpExecutor** executor) {
-    return prepare(Name::text, [&] { return plan(Argument<Parameters>::take(handles)...); }, workspace_size, executor);
+    const std::tuple<typename Argument<CParameters>::Handle...> all(handles...);
+    return prepare(
+        Name::text, [&] { return make_plan(plan, all, std::index_sequence_for<Parameters...>()); }, workspace_size,
+        executor);
   }
 
   static int execute(void* /*workspace*/, uint64_t /*workspace_size*/, aclOpExecutor* executor, aclrtStream stream) {
     return run(Name::text, executor, stream);
   }
 };
+
+template <class Name, auto plan>
+struct Entry;
+
+template <class Name, class... Parameters, Plan (*plan)(Parameters...)>
+struct Entry<Name, plan>
+    : EntryOf<Name, plan, decltype(std::tuple_cat(std::declval<PartsOf<Parameters>>()...))> {};
 
 // An exported C function cannot be a template. So each exported name is an indirect function: the dynamic linker asks
 // its resolver for the address, and the resolver answers with the template's.

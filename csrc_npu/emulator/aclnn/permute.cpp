@@ -124,6 +124,7 @@ Plan finalize_routing(at::Tensor rows, at::Tensor source_to_row, std::optional<a
 Plan re_routing(at::Tensor tokens, at::Tensor counts, std::optional<at::Tensor> scales, int64_t counts_type,
                 int64_t index_type, at::Tensor out_tokens, std::optional<at::Tensor> out_scales, at::Tensor source_rows,
                 at::Tensor expert_counts) {
+  refuse_on_310p("npu_moe_re_routing");
   require_one_of(counts_type, "expert_token_num_type", {1});
   require_one_of(index_type, "idx_type", {0});
   require_dimensions(tokens, "tokens", 2);

@@ -36,6 +36,7 @@ at::Tensor smooth_rows(const at::Tensor& smooth, const std::optional<at::Tensor>
 Plan dynamic_quant_v2(at::Tensor x, std::optional<at::Tensor> smooth, std::optional<at::Tensor> group_index,
                       int32_t /*dst_type: y has it*/, at::Tensor y, at::Tensor scale,
                       std::optional<at::Tensor> offset) {
+  refuse_on_310p("npu_dynamic_quant");
   require_dtype(x, "input", {at::kHalf, at::kBFloat16});
   require_absent(offset, "offset", "asymmetric quantisation is not emulated");
   require_dtype(y, "dst_type", {at::kChar, at::kInt});

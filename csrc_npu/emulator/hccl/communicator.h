@@ -74,6 +74,10 @@ class EMULATOR_API Communicator {
   const std::string& name() const { return name_; }
   const std::string& segment_name() const { return segment_name_; }
 
+  // MB of the buffer that a device sets aside for the group. Nothing here needs it; MC2's ops check that it suffices.
+  std::uint32_t buffer_mb() const { return buffer_mb_; }
+  void set_buffer_mb(std::uint32_t buffer_mb) { buffer_mb_ = buffer_mb; }
+
   // COLLECTIVE, waits for all ranks: publishes the parts of `data`, side by side (each rank as many bytes as it likes),
   // and shows `reader` what all ranks published, piece by piece. Returns an HcclResult; the text is in
   // aclGetRecentErrMsg. `reader` may overwrite `data` up to the end of the piece that it is shown.
@@ -111,6 +115,7 @@ class EMULATOR_API Communicator {
   const int rank_;
   const int size_;
   const std::chrono::seconds timeout_;
+  std::uint32_t buffer_mb_ = HCCL_COMM_DEFAULT_BUFFSIZE;
   Segment* segment_ = nullptr;
   std::mutex exchange_mutex_;
   std::vector<std::mutex> channel_mutexes_;  // to each rank, then from each rank

@@ -36,6 +36,13 @@ std::chrono::seconds seconds_from(const char* variable, int fallback) {
   return std::chrono::seconds(seconds > 0 ? seconds : fallback);
 }
 
+// As HCCL has it: the group's own setting, else HCCL_BUFFSIZE, else 200.
+std::uint32_t buffer_mb(const HcclCommConfig* config) {
+  if (config != nullptr && config->hcclBufferSize != HCCL_COMM_BUFFSIZE_CONFIG_NOT_SET) return config->hcclBufferSize;
+  const int mb = std::atoi(environment("HCCL_BUFFSIZE", "").c_str());
+  return mb > 0 ? static_cast<std::uint32_t>(mb) : HCCL_COMM_DEFAULT_BUFFSIZE;
+}
+
 int open_communicator(const char* function, const std::string& segment_name, std::uint32_t rank, std::uint32_t size,
                       const HcclCommConfig* config, HcclComm* handle) {
   if (handle == nullptr) return fail(HCCL_E_PTR, "%s: the place for the communicator is null", function);
@@ -53,6 +60,7 @@ int open_communicator(const char* function, const std::string& segment_name, std
   const int code = Communicator::open(segment_name, static_cast<int>(rank), static_cast<int>(size), name,
                                       connect_timeout, timeout, communicator);
   if (code != HCCL_SUCCESS) return code;
+  communicator->set_buffer_mb(buffer_mb(config));
   const std::lock_guard<std::mutex> lock(registry().mutex);
   *handle = communicator.get();
   registry().by_handle[*handle] = communicator;
@@ -162,8 +170,8 @@ HcclResult HcclGetCommAsyncError(HcclComm handle, HcclResult* error) {
   return HCCL_SUCCESS;
 }
 
-// Of HcclCommConfig, the name and the time-out are honoured. Buffer size, determinism, expansion mode, rank and job
-// ids concern how a real communicator works, not its results: accepted.
+// Of HcclCommConfig, the name, the time-out and the buffer size are honoured. Determinism, expansion mode, rank and
+// job ids concern how a real communicator works, not its results: accepted.
 uint32_t HcclGetCommConfigCapability() { return HCCL_COMM_CONFIG_ALGO; }
 
 HcclResult HcclSetConfig(HcclConfig, HcclConfigValue) { return HCCL_SUCCESS; }  // reductions are always deterministic

@@ -89,8 +89,8 @@ const char* aclGetRecentErrMsg() {
 }
 
 void aclAppLog(aclLogLevel level, const char* function, const char* file, uint32_t line, const char* format, ...) {
-  static const std::string least_level = environment("VLLM_NPU_EMULATOR_LOG", "");
-  if (least_level.empty() || level < least_level[0] - '0') return;
+  const std::optional<std::uint64_t> least = least_log_level();
+  if (!least || static_cast<std::uint64_t>(level) < *least) return;
   va_list arguments;
   va_start(arguments, format);
   const std::string text = format_text(format, arguments);

@@ -11,11 +11,13 @@ constexpr int kDefaultDevices = 16;  // of an A3 node
 constexpr char kDefaultCannVersion[] = "8.5.0";
 constexpr std::uint64_t kMaxDevices = 1024;
 constexpr std::uint64_t kMaxMemoryGb = 1024;
+constexpr std::uint64_t kMaxLogLevel = 3;  // errors
 
 struct Settings {
   int devices = kDefaultDevices;
   std::size_t memory_bytes = 0;
   std::optional<std::uint64_t> seed;
+  std::optional<std::uint64_t> log_level;
   std::string cann_version;
   std::string fault;
 };
@@ -63,6 +65,7 @@ Settings read_settings() {
   if (!visible.empty()) settings.devices = count_visible(visible, settings.devices);
   settings.memory_bytes = read_number("VLLM_NPU_EMULATOR_MEMORY_GB", kMaxMemoryGb, settings.fault).value_or(0) << 30;
   settings.seed = read_number("VLLM_NPU_EMULATOR_ASYNC", UINT64_MAX, settings.fault);
+  settings.log_level = read_number("VLLM_NPU_EMULATOR_LOG", kMaxLogLevel, settings.fault);
   settings.cann_version = environment("VLLM_NPU_EMULATOR_CANN", kDefaultCannVersion);
   return settings;
 }
@@ -82,6 +85,7 @@ std::string environment(const char* name, const char* fallback) {
 int visible_device_count() { return settings().devices; }
 std::size_t configured_memory_bytes() { return settings().memory_bytes; }
 std::optional<std::uint64_t> asynchronous_seed() { return settings().seed; }
+std::optional<std::uint64_t> least_log_level() { return settings().log_level; }
 const std::string& cann_version() { return settings().cann_version; }
 const std::string& settings_fault() { return settings().fault; }
 

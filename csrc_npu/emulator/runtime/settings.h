@@ -25,6 +25,9 @@ std::optional<std::uint64_t> asynchronous_seed();
 // VLLM_NPU_EMULATOR_CANN: the version that every CANN package reports.
 const std::string& cann_version();
 
+// VLLM_NPU_EMULATOR_LOG: the least level of the ACL log that is shown; nothing for none.
+std::optional<std::uint64_t> least_log_level();
+
 // What is wrong with the environment variables, or "".
 const std::string& settings_fault();
 

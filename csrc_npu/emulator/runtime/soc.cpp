@@ -21,15 +21,15 @@ struct KnownSoc {
   std::size_t l2_bytes;
 };
 
-// Longer prefixes first. Core counts and sizes are nominal; nothing in the emulator depends on them.
-constexpr std::array<KnownSoc, 8> kKnown{{
+// The same prefixes as in vllm_npu/emulator/soc.py; a test compares them. Core counts and sizes are nominal: nothing in
+// the emulator depends on them.
+constexpr std::array<KnownSoc, 7> kKnown{{
     {"Ascend910B1", Family::kA2, 24, 48, 64 * kGb, 192 * kMb},
     {"Ascend910B2", Family::kA2, 24, 48, 64 * kGb, 192 * kMb},
     {"Ascend910B3", Family::kA2, 20, 40, 64 * kGb, 192 * kMb},
     {"Ascend910B4", Family::kA2, 20, 40, 32 * kGb, 96 * kMb},
     {"Ascend910_93", Family::kA3, 24, 48, 64 * kGb, 192 * kMb},
     {"Ascend310P", Family::k310P, 8, 7, 24 * kGb, 16 * kMb},
-    {"Ascend910_95", Family::kA5, 32, 64, 128 * kGb, 128 * kMb},
     {"Ascend950", Family::kA5, 32, 64, 128 * kGb, 128 * kMb},
 }};
 

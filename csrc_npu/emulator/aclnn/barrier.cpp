@@ -1,0 +1,38 @@
+// _npu_distribute_barrier: waits for all ranks of a group, in the order of a stream.
+//
+// Contract: CANN's document of aclnnDistributeBarrierV2.
+#include "hccl/communicator.h"
+#include "op.h"
+
+namespace vllm_npu::emulator::aclnn {
+namespace {
+
+// `x` only orders the op among others: it is neither read nor written.
+Plan distribute_barrier_v2(at::Tensor /*x*/, std::optional<at::Tensor> time_out,
+                           std::optional<at::Tensor> elastic_info, std::string group_name, int64_t world_size) {
+  require(current_soc().family == Family::kA3, current_soc().name,
+          " has no _npu_distribute_barrier; Ascend910_93 has it");
+  require_absent(time_out, "time_out", "it is not emulated; set HCCL_EXEC_TIMEOUT");
+  require_absent(elastic_info, "elastic_info", "it is not emulated");
+  const std::shared_ptr<Communicator> group = find_communicator_by_name(group_name);
+  require(group != nullptr, "group ", group_name, " names no HCCL communicator of this process");
+  require(world_size == group->size(), "world_size=", world_size, " is not that of group ", group_name, ", ",
+          group->size());
+  return [group] {
+    std::vector<std::string> nothing;
+    if (group->gather({"DistributeBarrier", "", {}, {}}, nullptr, 0, nothing) != HCCL_SUCCESS) {
+      refuse(Code::kRuntime, last_error_text());
+    }
+  };
+}
+
+Plan distribute_barrier(at::Tensor x, std::string group_name, int64_t world_size) {
+  return distribute_barrier_v2(x, std::nullopt, std::nullopt, group_name, world_size);
+}
+
+}  // namespace
+
+ACLNN_OP(aclnnDistributeBarrier, distribute_barrier);
+ACLNN_OP(aclnnDistributeBarrierV2, distribute_barrier_v2);
+
+}  // namespace vllm_npu::emulator::aclnn

@@ -219,5 +219,5 @@ DEVICES = {
     # All-gather only, as vllm-ascend 0.23 has it; op-plugin's documents leave 310P out of both routing ops.
     "310P": DeviceLimits(family="310P", mc2=None, all2all=False, routing_ops=False, socs=("Ascend310P",)),
     # No public document names A5's limits; its op takes A3's arguments.
-    "A5": DeviceLimits(family="A5", mc2=A3_FULL_MESH, socs=("Ascend950", "Ascend910_95")),
+    "A5": DeviceLimits(family="A5", mc2=A3_FULL_MESH, socs=("Ascend950",)),
 }

@@ -129,6 +129,7 @@ def test_the_runtime_and_the_launcher_know_the_same_chips():
 
 def test_memory_is_accounted_for():
     torch.npu.set_device(1)
+    torch.npu.empty_cache()  # of earlier tests
     free_before, total = torch.npu.mem_get_info(1)
     x = torch.empty(100 << 20, dtype=torch.uint8, device="npu:1")
     free_with, _ = torch.npu.mem_get_info(1)

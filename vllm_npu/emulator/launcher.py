@@ -50,7 +50,7 @@ def end_with_parent() -> None:
 def device_environment(soc_name: str, num_ranks: int, run: str) -> dict[str, str]:
     """This process's variables, and those that give every interpreter of a run an emulated device.
 
-    Raises UnsupportedConfigError where a real CANN is there, or where the libraries cannot be built.
+    Raises UnsupportedConfigError where a real CANN is there, EmulatorBuildError where the libraries cannot be built.
     """
     cann.refuse_if_found()
     variables = {
@@ -151,7 +151,7 @@ def wait_for_ranks(processes: Sequence[subprocess.Popen[bytes]]) -> int:
 def run(launch: Launch) -> int:
     """Runs the ranks to their end. Returns 0, or the exit code of the first that failed; then the others are ended.
 
-    Raises UnsupportedConfigError where a real CANN is there, or where the libraries cannot be built.
+    Raises UnsupportedConfigError where a real CANN is there, EmulatorBuildError where the libraries cannot be built.
     """
     shared_memory.clean_leftovers()
     run_name = new_run_name()

@@ -117,7 +117,7 @@ class Transport(ABC):
             f"a device op cannot communicate over group '{self.group}', a {type(self).__name__}; use hccl"
         )
 
-    def note_op(self, operation: str, sent: int) -> None:
+    def note_op(self, operation: str, sent: int) -> None:  # noqa: B027 - nobody counts here
         """Say that a device op communicates over this group by itself. LOCAL. `sent`: the most bytes that it may send."""
 
     @abstractmethod

@@ -1,9 +1,10 @@
-"""`python -m vllm_npu.emulator`: run a script on emulated devices, build them, clean up after killed runs."""
+"""`python -m vllm_npu.emulator`: run a script on emulated devices, build them, report what they have, clean up."""
 
 import argparse
 import sys
+from pathlib import Path
 
-from vllm_npu.emulator import build, launcher, shared_memory, soc, startup
+from vllm_npu.emulator import build, launcher, report, shared_memory, soc, startup
 from vllm_npu.errors import VllmNpuError
 
 
@@ -21,6 +22,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     run.add_argument("arguments", nargs=argparse.REMAINDER, help="of the script")
 
     commands.add_parser("build", help="build the libraries if they are not there, and print their folder")
+    compare = commands.add_parser("report", help="compare what the installed torch_npu asks for with what is emulated")
+    compare.add_argument("--json", type=Path, metavar="PATH", help="write every name and its state here")
     commands.add_parser("clean", help="remove shared memory that killed processes left behind")
     commands.add_parser("hook", help="print the line of a .pth file that makes VLLM_NPU_EMULATOR=1 work everywhere")
     return parser.parse_args(arguments)
@@ -34,6 +37,12 @@ def execute(options: argparse.Namespace) -> int:
         return launcher.run(launcher.Launch(command, options.nproc, options.soc, options.trace))
     if options.command == "build":
         print(build.build())
+    elif options.command == "report":
+        made = report.make_report()
+        if options.json is not None:
+            options.json.write_text(report.as_json(made))
+        print(report.as_text(made))
+        return 1 if made.import_fault else 0
     elif options.command == "clean":
         for name in shared_memory.clean_leftovers():
             print(f"removed {shared_memory.FOLDER / name}")

@@ -25,6 +25,7 @@ COMMANDS = {
     "verify": CommandRow("vllm_npu.cli.verify:verify", "Every strategy on real ranks against a dense reference."),
     "bench": CommandRow("vllm_npu.cli.bench:bench", "Times of every strategy beside its peers, in one run."),
     "plan": CommandRow("vllm_npu.cli.plan:plan", "Legal strategies, bytes and HCCL buffer of a layer on Ascend chips."),
+    "doctor": CommandRow("vllm_npu.cli.doctor:doctor", "What is wrong with this environment, and what to do about it."),
     "serve": CommandRow(
         "vllm_npu.cli.serve:serve", "vLLM's OpenAI-compatible server with this plugin on.", reads_raw_arguments=True
     ),

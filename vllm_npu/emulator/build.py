@@ -42,6 +42,17 @@ def package_folder(name: str) -> Path:
     return Path(spec.origin).parent
 
 
+def package_version(name: str) -> str:
+    """Raises UnsupportedConfigError if the package is not installed, or only lies on the path of imports."""
+    folder = package_folder(name)
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        raise UnsupportedConfigError(
+            f"{folder} is imported as {name} and belongs to no installed package; remove it, then {INSTALL_HINT}"
+        ) from None
+
+
 def find_tool(name: str) -> str:
     """A build tool: that of this environment, else the first on PATH."""
     found = shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
@@ -86,8 +97,7 @@ def cache_key() -> str:
             digest.update(f"{path.relative_to(folder)}\n".encode())
             digest.update(path.read_bytes())
     for name in ("torch", "torch_npu"):
-        package_folder(name)
-        digest.update(f"{name} {importlib.metadata.version(name)}\n".encode())
+        digest.update(f"{name} {package_version(name)}\n".encode())
     digest.update(f"{sys.implementation.cache_tag} {os.uname().machine}\n".encode())
     return digest.hexdigest()[:16]
 

@@ -12,7 +12,6 @@ Three questions, with three kinds of evidence:
 import contextlib
 import ctypes
 import functools
-import importlib.metadata
 import json
 import re
 import shutil
@@ -267,8 +266,8 @@ def make_report() -> Report:
     needed = needed_symbols()
     looked_up = looked_up_names().difference(*needed.values())
     report = Report(
-        torch_npu=importlib.metadata.version("torch_npu"),
-        torch=importlib.metadata.version("torch"),
+        torch_npu=build.package_version("torch_npu"),
+        torch=build.package_version("torch"),
         libraries=str(folder),
         needed={
             library: {name: states.get(name, State.ABSENT) for name in sorted(names)}
@@ -322,7 +321,7 @@ def as_text(report: Report) -> str:
         (State.REFUSED, "refused, each fails by its name"),
         (State.NO_EFFECT, "no effect, each returns a constant"),
     ):
-        lines.append(f"{meaning}: {shortened([name for name, its in every.items() if its == state]) or 'none'}")
+        lines.append(f"{meaning}: {shortened(sorted(name for name, its in every.items() if its == state)) or 'none'}")
     for library, needed in report.needed.items():
         if lacking := [name for name, state in needed.items() if state == State.ABSENT]:
             lines.append(f"absent although {library} needs it, which therefore fails: {shortened(lacking)}")

@@ -33,13 +33,17 @@ def clean_run(run: str) -> list[str]:
     return [path.name for path in sorted(FOLDER.glob(f"{PREFIX}{run}.*")) if remove(path)]
 
 
-def clean_leftovers() -> list[str]:
-    """Removes what processes that do not exist any more left, of all launches. Returns the names."""
-    removed = []
+def leftovers() -> list[Path]:
+    """What processes that do not exist any more left, of all launches."""
+    found = []
     for path in sorted(FOLDER.glob(f"{PREFIX}*")):
         parts = path.name.removeprefix(PREFIX).split(".")
         pids = [part.partition("-")[0] for part in parts[:2]]  # the launcher's (0 without one), and the maker's
-        alive = any(pid.isdigit() and int(pid) > 0 and process_exists(int(pid)) for pid in pids)
-        if not alive and remove(path):
-            removed.append(path.name)
-    return removed
+        if not any(pid.isdigit() and int(pid) > 0 and process_exists(int(pid)) for pid in pids):
+            found.append(path)
+    return found
+
+
+def clean_leftovers() -> list[str]:
+    """Removes what processes that do not exist any more left, of all launches. Returns the names."""
+    return [path.name for path in leftovers() if remove(path)]

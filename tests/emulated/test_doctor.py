@@ -1,0 +1,44 @@
+"""`vllm-npu doctor` in an environment with the real torch_npu."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.emulated
+
+
+def run_doctor(folder, **environment):
+    kept = {name: text for name, text in os.environ.items() if not name.startswith("VLLM_NPU_")}
+    written = folder / "findings.json"
+    subprocess.run(
+        [sys.executable, "-m", "vllm_npu.cli", "doctor", "--json", str(written)],
+        env={**kept, **environment}, stdout=subprocess.DEVNULL, timeout=300, check=False,
+    )  # fmt: skip
+    findings = json.loads(written.read_text())["findings"]
+    return {finding["check"]: finding for finding in findings}
+
+
+def test_the_emulated_device_is_found(tmp_path):
+    findings = run_doctor(tmp_path, TORCH_DEVICE_BACKEND_AUTOLOAD="0")
+    assert findings["import torch"]["status"] == "ok"
+    assert findings["import torch_npu"]["what"] == "on the emulated device, 16 devices"
+    assert findings["emulated device"]["what"].startswith("built, in ")
+
+
+def test_the_real_torch_npu_without_cann_and_without_the_hook(tmp_path):
+    findings = run_doctor(tmp_path, TORCH_DEVICE_BACKEND_AUTOLOAD="1")  # as it is where the hook is not installed
+    assert findings["import torch"]["status"] == "problem"
+    assert "torch loads torch_npu by itself, which fails without CANN" in findings["import torch"]["what"]
+    assert "-m vllm_npu.emulator hook > " in findings["import torch"]["remedy"]
+
+
+def test_what_building_lacks_is_named(tmp_path):
+    findings = run_doctor(
+        tmp_path, TORCH_DEVICE_BACKEND_AUTOLOAD="0", VLLM_NPU_ENV_HOME=str(tmp_path), PATH=str(tmp_path), CXX=""
+    )
+    assert findings["emulated device"]["status"] == "warning"
+    assert "needs a C++ compiler" in findings["emulated device"]["what"]
+    assert "install one" in findings["emulated device"]["remedy"]

@@ -31,6 +31,7 @@ LAYER_OF = {module: depth for depth, layer in enumerate(LAYERS) for module in la
 # Beside the layers: runs before torch is imported, so it sees next to nothing of the package.
 EMULATOR = "emulator"
 EMULATOR_MAY_IMPORT = frozenset({EMULATOR, "errors", "envs"})
+EMULATOR_MAY_IMPORT_OUTSIDE = {"emulator/pytest_plugin.py": "pytest"}
 EMULATOR_IMPORTERS = frozenset({"cli", "__main__", EMULATOR})
 
 
@@ -46,7 +47,9 @@ CONFINED = {
     "vllm": Confined(("plugin/",), allowed_for_type_checking=True),
     "vllm_ascend": Confined(("plugin/",), allowed_for_type_checking=True),
     "torch_npu": Confined(("device/npu_ops.py", "hccl/", "emulator/"), allowed_for_type_checking=False),
-    "torch.distributed": Confined(("transport/", "eplb/", "all2all/"), allowed_for_type_checking=True),
+    "torch.distributed": Confined(
+        ("transport/", "eplb/", "all2all/", "emulator/rank_program.py"), allowed_for_type_checking=True
+    ),
     "torch._C._distributed_c10d": Confined(("transport/", "eplb/", "all2all/"), allowed_for_type_checking=True),
 }
 
@@ -182,7 +185,8 @@ def fault_of_outside_import(file: str, found: Import) -> str | None:
         top = found.name.partition(".")[0]
         if top in {"torch", "torch_npu"} and not found.in_function:
             return f"imports {top} at the top of the file; the emulator loads before torch, import it in a function"
-        if top not in {"torch", "torch_npu"} and top not in sys.stdlib_module_names:
+        allowed = {"torch", "torch_npu", EMULATOR_MAY_IMPORT_OUTSIDE.get(file)}
+        if top not in allowed and top not in sys.stdlib_module_names:
             return f"the emulator imports {top}; it may use the standard library, errors and envs only"
     return None
 

@@ -46,11 +46,13 @@ def test_a_tree_that_keeps_the_rules_passes(tmp_path):
                 "from vllm_npu.transport import gloo\n"
             ),
             "emulator/__init__.py": "import ctypes\nfrom vllm_npu import envs\ndef enable():\n    import torch_npu\n",
+            "emulator/pytest_plugin.py": "import pytest\n",
+            "emulator/rank_program.py": "def f():\n    import torch\n    torch.distributed.barrier()\n",
             "cli/__init__.py": "from vllm_npu import emulator\nimport vllm_npu.plugin\n",
         },
     )
     result = run_check(tmp_path)
-    assert (result.returncode, result.stdout) == (0, "import layers: 11 files, no fault\n")
+    assert (result.returncode, result.stdout) == (0, "import layers: 13 files, no fault\n")
 
 
 CAUGHT = {
@@ -100,6 +102,8 @@ CAUGHT = {
     "torch in envs": ("envs.py", "def f():\n    import torch\n", 2, "imports torch, and must be usable before"),
     "emulator imports the package": ("emulator/a.py", "from ..topology import X\n", 1, "the emulator imports topology"),
     "emulator imports a package": ("emulator/a.py", "import numpy\n", 1, "the emulator imports numpy"),
+    "emulator imports pytest": ("emulator/a.py", "import pytest\n", 1, "the emulator imports pytest"),
+    "emulator talks": ("emulator/a.py", "def f():\n    import torch.distributed\n", 2, "imports torch.distributed"),
     "emulator imports torch early": ("emulator/a.py", "import torch\n", 1, "imports torch at the top of the file"),
     "emulator is imported": ("hccl/a.py", "import vllm_npu.emulator\n", 1, "imports the emulator, which only cli may"),
     "unknown module": ("helpers.py", "", 1, "helpers is in no layer; add it to LAYERS"),

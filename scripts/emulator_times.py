@@ -18,12 +18,12 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 LAUNCHES = 5
 WARM_UP, REPEATS = 5, 40
 CALLS = 200  # of one sample of an operator
 TOKENS, HIDDEN, EXPERTS_PER_RANK, TOP_K = 64, 1024, 4, 4
-MARK = "emulator_times: "
 ENABLE = "import vllm_npu.emulator; vllm_npu.emulator.enable(); "
 
 
@@ -37,7 +37,10 @@ class Row:
 
     def __str__(self) -> str:
         scale = {"s": 1.0, "ms": 1e3, "µs": 1e6}[self.unit]
-        low, middle, high = (f"{value * scale:,.3g} {self.unit}" for value in spread(self.samples))
+        values = (value * scale for value in spread(self.samples))
+        low, middle, high = (
+            f"{value:,.0f} {self.unit}" if value >= 100 else f"{value:.3g} {self.unit}" for value in values
+        )
         return f"| {self.what} | {middle} | {low} | {high} |"
 
 
@@ -141,9 +144,9 @@ def run(*command: str, **environment: str) -> str:
 def in_emulated_ranks(measurement: str, num_ranks: int) -> dict[str, list[float]]:
     """The slowest rank's times."""
     arguments = ("-m", "vllm_npu.emulator", "run", "--soc", "A3", "--nproc", str(num_ranks), __file__)
-    printed = run(*arguments, "--measure", measurement)
-    lines = [line for line in printed.splitlines() if line.startswith(MARK)]
-    by_rank = [json.loads(line.removeprefix(MARK)) for line in lines]
+    with tempfile.TemporaryDirectory() as folder:
+        run(*arguments, "--measure", measurement, "--folder", folder)
+        by_rank = [json.loads(Path(folder, str(rank)).read_text()) for rank in range(num_ranks)]
     return {name: [max(times) for times in zip(*(each[name] for each in by_rank), strict=True)] for name in by_rank[0]}
 
 
@@ -182,9 +185,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--build", action="store_true", help="measure a build as well")
     parser.add_argument("--measure", choices=MEASUREMENTS, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
-        print(MARK + json.dumps(MEASUREMENTS[options.measure]()), flush=True)
+        (options.folder / os.environ["RANK"]).write_text(json.dumps(MEASUREMENTS[options.measure]()))
         return
     load = os.getloadavg()[0]
     print(f"Load before: {load:.2f}. {len(os.sched_getaffinity(0))} cores, {platform.machine()}.\n")

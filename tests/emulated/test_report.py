@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from vllm_npu import envs
 from vllm_npu.emulator import build, report
 
 pytestmark = pytest.mark.emulated
 
 ROOT = Path(__file__).resolve().parents[2]
+DOCUMENT = ROOT / "docs" / "emulator.md"
 
 
 def run_report(folder: Path, **environment: str) -> tuple[subprocess.CompletedProcess[str], dict]:
@@ -126,6 +128,24 @@ def test_the_table_counts_what_the_json_lists(made):
     assert row.split()[-5] == str(len(read["operators"]))
     assert done.stdout.startswith(f"torch_npu {read['torch_npu']} with torch {read['torch']}, on ")
     assert "npu_grouped_matmul" in next(line for line in done.stdout.splitlines() if line.startswith("in part: "))
+
+
+def test_the_document_has_the_counts_of_the_installed_torch_npu(made):
+    done, read = made
+    text = DOCUMENT.read_text(encoding="utf-8")
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
+    documented = {cells[1]: cells[2:] for cells in cells if cells[0] == read["torch_npu"]}
+    assert len(documented) >= 6, f"docs/emulator.md has no table of torch_npu {read['torch_npu']}"
+    for label, counts in documented.items():
+        row = next(line for line in done.stdout.splitlines() if line.startswith(label))
+        assert row.removeprefix(label).split() == counts, f"docs/emulator.md: {label}: write what the report says"
+
+
+def test_the_document_lists_every_variable_with_its_default():
+    text = DOCUMENT.read_text(encoding="utf-8")
+    for variable in envs.VARIABLES:
+        if variable.name.startswith(envs.EMULATOR.name):
+            assert f"| `{variable.name}` | {variable.default or 'empty'} | {variable.meaning} |\n" in text
 
 
 def with_renamed_symbol(folder: Path, library: str, symbol: str) -> Path:

@@ -162,8 +162,7 @@ def test_torch_that_loads_torch_npu_without_cann_gets_the_hook_as_remedy(tmp_pat
 
 def test_the_emulated_device_beside_cann_is_a_problem(tmp_path):
     home = {"ASCEND_HOME_PATH": "/somewhere"}
-    done, findings = run_doctor(tmp_path, **home)
-    assert done.returncode == 0
+    _, findings = run_doctor(tmp_path, **home)
     assert of_check(findings, "CANN") == [
         {"check": "CANN", "status": "ok", "what": "ASCEND_HOME_PATH=/somewhere", "remedy": ""}
     ]

@@ -26,7 +26,7 @@ from rich.text import Text
 import vllm_npu
 from vllm_npu import envs
 from vllm_npu.emulator import build, cann, loader, shared_memory, soc
-from vllm_npu.errors import UnsupportedConfigError
+from vllm_npu.errors import EmulatorBuildError, UnsupportedConfigError
 
 OK, WARNING, PROBLEM = "ok", "warning", "problem"
 STYLES = {OK: "green", WARNING: "yellow", PROBLEM: "red"}
@@ -300,7 +300,7 @@ def check_drivers() -> Iterator[Finding]:
 def library_is_built() -> bool:
     try:
         return (build.library_folder() / "libascendcl.so").is_file()
-    except UnsupportedConfigError:
+    except EmulatorBuildError:
         return False
 
 
@@ -316,7 +316,7 @@ def check_emulator() -> Iterator[Finding]:
     for find in (build.find_compiler, lambda: build.find_tool("cmake"), lambda: build.find_tool("ninja")):
         try:
             find()
-        except UnsupportedConfigError as error:
+        except EmulatorBuildError as error:
             lacking.append(str(error))
     yield from (Finding(name, WARNING, *fault.split("; ", 1)) for fault in lacking)
     if not lacking:

@@ -43,12 +43,12 @@ def package_folder(name: str) -> Path:
 
 
 def package_version(name: str) -> str:
-    """Raises UnsupportedConfigError if the package is not installed, or only lies on the path of imports."""
+    """Raises EmulatorBuildError if the package is not installed, or only lies on the path of imports."""
     folder = package_folder(name)
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
-        raise UnsupportedConfigError(
+        raise EmulatorBuildError(
             f"{folder} is imported as {name} and belongs to no installed package; remove it, then {INSTALL_HINT}"
         ) from None
 

@@ -4,7 +4,8 @@
 
 Three questions, with three kinds of evidence:
 
-- which symbols the wheel's libraries need in order to load: certain, from their symbol tables;
+- which symbols the wheel's libraries need in order to load: certain, from their symbol tables; what a function does behind
+  its name is read from its code, but for aclnn functions, of which being there is all that is read;
 - which functions of CANN they look up by name while they run: names found as texts in the wheel, so a few may be texts only;
 - which operators of torch_npu can run: inferred from their names alone, e.g. npu_moe_re_routing from aclnnMoeReRouting.
 """
@@ -24,7 +25,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from vllm_npu.emulator import build
-from vllm_npu.errors import UnsupportedConfigError
+from vllm_npu.errors import EmulatorBuildError
 
 IMPORT_SECONDS = 120.0
 SHOWN_CHARACTERS = 240  # of a list of names; --json has them all
@@ -73,7 +74,7 @@ class Report:
 def find_binutils(name: str) -> str:
     found = shutil.which(name)
     if found is None:
-        raise UnsupportedConfigError(
+        raise EmulatorBuildError(
             f"the report reads libraries with {name}, which is not on PATH; install the GNU binutils (on Debian and "
             "Ubuntu, the package binutils)"
         )
@@ -83,7 +84,7 @@ def find_binutils(name: str) -> str:
 def output_of(*command: str) -> str:
     done = subprocess.run(command, capture_output=True, text=True, check=False, errors="replace")
     if done.returncode != 0:
-        raise UnsupportedConfigError(f"{' '.join(command)} failed: {done.stderr.strip()}; is the file whole?")
+        raise EmulatorBuildError(f"{' '.join(command)} failed: {done.stderr.strip()}; is the file whole?")
     return done.stdout
 
 
@@ -211,12 +212,12 @@ def operator_names() -> list[str]:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=IMPORT_SECONDS, check=False)
     except subprocess.TimeoutExpired as error:
-        raise UnsupportedConfigError(f"importing torch_npu did not end in {error.timeout:.0f} s") from error
+        raise EmulatorBuildError(f"importing torch_npu did not end in {error.timeout:.0f} s") from error
     for line in done.stdout.splitlines():
         if line.startswith("operators: "):
             return list(json.loads(line.removeprefix("operators: ")))
     last = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
-    raise UnsupportedConfigError(f"torch_npu cannot be imported on the emulated device: {last}")
+    raise EmulatorBuildError(f"torch_npu cannot be imported on the emulated device: {last}")
 
 
 def plain(name: str) -> str:
@@ -259,7 +260,7 @@ def infer_operator(name: str, by_plain_name: Mapping[str, list[str]], states: Ma
 def make_report() -> Report:
     """Compares the installed torch_npu with the libraries, which are built first where they are not there.
 
-    Raises UnsupportedConfigError where torch_npu or a tool is missing.
+    Raises EmulatorBuildError where torch_npu or a tool is missing.
     """
     folder = build.build()
     states = states_of_folder(folder)
@@ -278,7 +279,7 @@ def make_report() -> Report:
     by_plain_name = operations(looked_up)
     try:
         report.operators = {name: infer_operator(name, by_plain_name, states) for name in operator_names()}
-    except UnsupportedConfigError as error:
+    except EmulatorBuildError as error:
         report.import_fault = str(error)
     return report
 

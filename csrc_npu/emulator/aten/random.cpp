@@ -1,10 +1,10 @@
 #include "random.h"
 
 #include <ATen/CPUGeneratorImpl.h>
-#include <ATen/Context.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/ones_like.h>
+#include <torch_npu/csrc/aten/NPUGeneratorImpl.h>
 
 #include <mutex>
 
@@ -25,7 +25,9 @@ uint64_t mixed(uint64_t value) {
 }  // namespace
 
 at::Generator next_cpu_generator(const std::optional<at::Generator>& generator, c10::Device device) {
-  at::Generator source = generator && generator->defined() ? *generator : at::globalContext().defaultGenerator(device);
+  // torch_npu's own function, not at::globalContext()'s: torch_npu 2.10 does not answer that one.
+  at::Generator source =
+      generator && generator->defined() ? *generator : at_npu::detail::getDefaultNPUGenerator(device.index());
   TORCH_CHECK(source.device().type() == device.type(), "Expected a '", device.type(), "' generator, but found a '",
               source.device().type(), "' one: create it with torch.Generator('npu')");
   const std::lock_guard<std::mutex> lock(source.mutex());

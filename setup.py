@@ -4,9 +4,11 @@ Installing needs neither vLLM nor CANN nor CUDA: nothing is compiled, and the pa
 """
 
 import ast
+import shutil
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 VERSION_FILE = ROOT / "vllm_npu" / "__init__.py"
@@ -22,6 +24,17 @@ def read_version() -> str:
     raise SystemExit(f'{VERSION_FILE} assigns no __version__; add the line __version__ = "X.Y.Z"')
 
 
+class BuildWithEmulatorSources(build_py):
+    """Puts the emulated device's C++ sources into wheels: they are compiled on the user's machine, for its torch."""
+
+    def run(self):
+        super().run()
+        if not self.editable_mode:  # a checkout has them beside the package
+            destination = Path(self.build_lib) / "vllm_npu" / "csrc_npu" / "emulator"
+            ignored = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(ROOT / "csrc_npu" / "emulator", destination, ignore=ignored, dirs_exist_ok=True)
+
+
 def read_readme() -> str:
     """README.md, or nothing where a source tree was copied without it."""
     readme = ROOT / "README.md"
@@ -34,5 +47,6 @@ setup(
     long_description_content_type="text/markdown",
     packages=find_packages(include=["vllm_npu", "vllm_npu.*"]),
     package_data={"vllm_npu": ["py.typed"]},
+    cmdclass={"build_py": BuildWithEmulatorSources},
     zip_safe=False,
 )

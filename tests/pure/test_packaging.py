@@ -1,9 +1,11 @@
 """What is declared in several places agrees: the extras' pins, the lock, the version, the entry points."""
 
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from importlib import metadata
 from pathlib import Path
 
@@ -98,3 +100,28 @@ def test_importing_the_package_imports_neither_torch_nor_vllm():
 
 def test_the_package_says_that_it_is_typed():
     assert (Path(vllm_npu.__file__).parent / "py.typed").is_file()
+
+
+def test_a_wheel_brings_what_the_emulated_device_is_built_from(tmp_path):
+    copy = tmp_path / "source"  # setuptools writes beside what it builds
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", "tests", "__pycache__", "*.egg-info", "build"))
+    build = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(tmp_path),
+        str(copy),
+    ]
+    done = subprocess.run(build, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        inside = {name for name in archive.namelist() if name.startswith("vllm_npu/csrc_npu/")}
+    sources = [path for path in (ROOT / "csrc_npu" / "emulator").rglob("*") if path.is_file()]
+    sources = [path for path in sources if "__pycache__" not in path.parts]
+    assert inside == {f"vllm_npu/{path.relative_to(ROOT).as_posix()}" for path in sources}

@@ -21,6 +21,9 @@ RUN_VARIABLE = envs.EMULATOR_RUN.name
 TRACE_VARIABLE = envs.EMULATOR_TRACE.name
 # Seconds; HCCL's own default is half an hour. Below VLLM_NPU_TRANSPORT_TIMEOUT: HCCL's error names the ranks.
 DEFAULT_EXEC_TIMEOUT = "50"
+# torch_npu's own default is 1. Without its queue an op raises its error in its own call, where the queue drops all that comes
+# after the first error without a word; and each rank saves a thread that polls, about 30 % of a core here.
+DEFAULT_TASK_QUEUE = "0"
 POLL_SECONDS = 0.05
 GRACE_SECONDS = 5.0  # after a failure: for the other ranks to report theirs, and again to end by themselves
 PR_SET_PDEATHSIG = 1
@@ -63,6 +66,7 @@ def device_environment(soc_name: str, num_ranks: int, run: str) -> dict[str, str
         "PYTHONPATH": os.pathsep.join(filter(None, (str(STARTUP_FOLDER), os.environ.get("PYTHONPATH")))),
     }
     variables.setdefault("HCCL_EXEC_TIMEOUT", DEFAULT_EXEC_TIMEOUT)
+    variables.setdefault("TASK_QUEUE_ENABLE", DEFAULT_TASK_QUEUE)
     variables.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_ranks)))
     return variables
 

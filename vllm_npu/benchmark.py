@@ -18,7 +18,6 @@ from vllm_npu.limits import MoELayer
 from vllm_npu.reference import select_topk
 from vllm_npu.step_plan import StepPlan, TokenSharding
 from vllm_npu.strategies import ALL_STRATEGIES, build, why_not
-from vllm_npu.topology import ParallelTopology
 from vllm_npu.transport.base import Groups, Transport
 from vllm_npu.transport.launch import Rank
 from vllm_npu.transport.peers import Peer, PeerExchanges, Tokens
@@ -71,7 +70,8 @@ def measure(rank: Rank, workload: Workload) -> list[Result]:
     if workload.graph and rank.device.type != "cuda":
         raise UnsupportedConfigError(f"graphs are captured on GPUs only, not on {rank.device.type}; leave --graph out")
     groups = rank.groups(tp_size=1, dp_size=rank.num_ranks)
-    exchanges = _strategies(rank, workload) | _peers(groups, _tokens(rank, workload))
+    tokens = _tokens(rank, workload)
+    exchanges = _strategies(rank, workload, tokens) | _peers(groups, tokens)
     clock = _clock(rank, groups.ep, workload.graph)
     times = _times(clock, [peer.run for _, peer in exchanges.values()], workload.rounds)  # [exchanges, rounds]
     slowest = groups.ep.all_gather(times.to(rank.device)[None]).amax(0)
@@ -111,21 +111,17 @@ def _tokens(rank: Rank, workload: Workload) -> Tokens:
     )
 
 
-def _strategies(rank: Rank, workload: Workload) -> dict[str, tuple[str, Peer]]:
-    topology = ParallelTopology.of_rank(rank.rank, tp_size=1, dp_size=rank.num_ranks)
+def _strategies(rank: Rank, workload: Workload, tokens: Tokens) -> dict[str, tuple[str, Peer]]:
+    groups = rank.groups(tp_size=1, dp_size=rank.num_ranks)
     limits = limits_of_device(rank)
-    tokens = _tokens(rank, workload)
     found = {}
-    capacities = {"mc2": limits.mc2, "symmetric": limits.symmetric}
     for name in ALL_STRATEGIES:
-        limited = capacities.get(name)
-        too_many = limited is not None and max(workload.counts) > limited.max_tokens_per_rank
-        cannot = workload.graph and name in HOST_READS_SIZES
-        if not too_many and not cannot and why_not(name, topology, workload.layer, limits) is None:
+        fits = limits.fits(name, max(workload.counts)) and not (workload.graph and name in HOST_READS_SIZES)
+        if fits and why_not(name, groups.topology, workload.layer, limits) is None:
             counter = CollectiveCounter()
             counted = _exchange(name, rank.groups(tp_size=1, dp_size=rank.num_ranks, counter=counter), tokens, workload)
             counted()
-            run = _exchange(name, rank.groups(tp_size=1, dp_size=rank.num_ranks), tokens, workload)
+            run = _exchange(name, groups, tokens, workload)
             found[name] = (STRATEGY, Peer(run, counter.calls.total(), counter.bytes_sent.total()))
     return found
 

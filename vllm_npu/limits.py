@@ -210,6 +210,16 @@ class DeviceLimits:
     symmetric: SymmetricLimits | None = None  # None: ranks share no memory
     routing_ops: bool = True  # npu_moe_init_routing_v2 with a range of experts, and npu_moe_finalize_routing
 
+    def fits(self, strategy: str, tokens_per_rank: int) -> bool:
+        """Whether a step of this many tokens on each rank is within the strategy's capacity, if it has one."""
+        return tokens_per_rank <= self.capacities.get(strategy, tokens_per_rank)
+
+    @property
+    def capacities(self) -> dict[str, int]:
+        """The most tokens of a rank, of each strategy that has such a limit and can run here."""
+        limited = {"mc2": self.mc2, "symmetric": self.symmetric}
+        return {name: limits.max_tokens_per_rank for name, limits in limited.items() if limits is not None}
+
 
 PORTABLE = DeviceLimits(family="no NPU", mc2=PORTABLE_MC2)
 NVLINK = DeviceLimits(family="GPUs of one host", mc2=PORTABLE_MC2, symmetric=SYMMETRIC)

@@ -131,15 +131,13 @@ def select(
 ) -> Selection:
     """The strategy of a step. LOCAL, and equal on all ranks: no argument may be a rank's own fact.
 
-    `requested` is taken as it is, but for mc2 above its capacity, which becomes all2all. Raises UnsupportedConfigError as
-    check_strategy does.
+    `requested` is taken as it is, but for mc2 and symmetric above their capacity, which become all2all. Raises
+    UnsupportedConfigError as check_strategy does.
     """
     check_strategy(requested, topology, layer, device)
     tokens_per_rank = step.padded_tokens(topology.tp_size) // topology.tp_size
-    capacity = 0 if device.mc2 is None else device.mc2.max_tokens_per_rank
-    capacities = {"mc2": capacity, "symmetric": device.symmetric.max_tokens_per_rank if device.symmetric else 0}
-    if tokens_per_rank > capacities.get(requested, tokens_per_rank):
-        most = capacities[requested]
+    if not device.fits(requested, tokens_per_rank):
+        most = device.capacities[requested]
         return Selection("all2all", f"{requested} takes {most} tokens a rank, this step brings {tokens_per_rank}")
     if requested != AUTO:
         return Selection(requested, "requested")
@@ -147,12 +145,10 @@ def select(
         return Selection("allgather", "auto: no expert parallelism")
     if not device.all2all:
         return Selection("allgather", f"auto: {device.family} runs allgather and naive only")
-    shares_memory = why_not("symmetric", topology, layer, device) is None
-    if shares_memory and tokens_per_rank <= capacities["symmetric"]:
-        return Selection("symmetric", f"auto: {tokens_per_rank} tokens a rank fit {capacities['symmetric']}")
-    native_mc2 = device.mc2 is not None and device.mc2.native and why_not("mc2", topology, layer, device) is None
-    if native_mc2 and tokens_per_rank <= capacity:
-        return Selection("mc2", f"auto: {tokens_per_rank} tokens a rank fit {capacity}")
+    kernels = ("symmetric", "mc2") if device.mc2 is not None and device.mc2.native else ("symmetric",)
+    for name in kernels:
+        if device.fits(name, tokens_per_rank) and why_not(name, topology, layer, device) is None:
+            return Selection(name, f"auto: {tokens_per_rank} tokens a rank fit {device.capacities[name]}")
     share = distinct_destinations(layer.num_experts, topology.ep_size, layer.top_k) / topology.ep_size
     if share <= ALL2ALL_MAX_SHARE_OF_RANKS:
         return Selection("all2all", f"auto: a token needs {share:.0%} of the {topology.ep_size} ranks")

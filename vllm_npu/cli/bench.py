@@ -15,12 +15,11 @@ from rich.table import Table
 
 from vllm_npu.benchmark import STRATEGY, Workload, best, counts_of, measure, with_ratios
 from vllm_npu.cli.devices import rank_pool
+from vllm_npu.cli.layers import DTYPES, moe_layer
 from vllm_npu.errors import UnsupportedConfigError
-from vllm_npu.limits import MoELayer
 from vllm_npu.topology import ExpertPlacement
 from vllm_npu.transport.launch import RANK_POOLS
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 BETWEEN_PROCESSES = [name for name in RANK_POOLS if name != "threaded"]
 
 
@@ -45,14 +44,10 @@ def bench(
     """
     if transport not in BETWEEN_PROCESSES:
         raise UnsupportedConfigError(f"unknown transport {transport!r}; there are: {', '.join(BETWEEN_PROCESSES)}")
-    if dtype not in DTYPES:
-        raise UnsupportedConfigError(f"unknown --dtype {dtype!r}; there are: {', '.join(DTYPES)}")
-    if topk > experts:
-        raise UnsupportedConfigError(f"--topk {topk} of --experts {experts}: a token has fewer to choose")
+    layer = moe_layer(experts, topk, hidden, dtype)
     ExpertPlacement(experts, ranks)
     if plot is not None:
         _import_pyplot()
-    layer = MoELayer(num_experts=experts, top_k=topk, hidden_size=hidden, dtype=DTYPES[dtype])
     workloads = [
         Workload(counts=counts_of(count, ranks, skew), layer=layer, rounds=rounds, graph=graph)
         for count in _counts(tokens)

@@ -6,11 +6,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from vllm_npu.cli.layers import DTYPES, moe_layer
 from vllm_npu.errors import UnsupportedConfigError
 from vllm_npu.limits import DEVICES, HCCL_BUFFSIZE_DEFAULT_MB, MoELayer
 from vllm_npu.planning import LayerPlan, plan_layer
@@ -23,7 +23,6 @@ CONFIG_KEYS = {
     "hidden": ("hidden_size",),
     "dtype": ("torch_dtype", "dtype"),
 }
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 def plan(
@@ -96,15 +95,7 @@ def _layer(
     missing = [f"--{name}" for name, value in given.items() if value is None]
     if missing:
         raise UnsupportedConfigError(f"{', '.join(missing)} not given, nor in --model's config.json; give them")
-    if given["dtype"] not in DTYPES:
-        raise UnsupportedConfigError(f"unknown --dtype {given['dtype']!r}; there are: {', '.join(DTYPES)}")
-    if given["topk"] > given["experts"]:
-        raise UnsupportedConfigError(
-            f"--topk {given['topk']} of --experts {given['experts']}: a token has fewer to choose"
-        )
-    return MoELayer(
-        num_experts=given["experts"], top_k=given["topk"], hidden_size=given["hidden"], dtype=DTYPES[given["dtype"]]
-    )
+    return moe_layer(**given)
 
 
 def _print(planned: LayerPlan, todo: list[str], title: str) -> None:

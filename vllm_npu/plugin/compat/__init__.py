@@ -1,5 +1,6 @@
 """What differs between vLLM's release lines: one module a line, all with the same functions. See SUPPORTED."""
 
+from functools import cache
 from importlib import import_module
 from types import ModuleType
 
@@ -27,7 +28,8 @@ def check_version(version: str | None = None) -> None:
         )
 
 
+@cache
 def current() -> ModuleType:
-    """The module of this environment's vLLM."""
+    """The module of this environment's vLLM. Looked up once: every MoE layer of the original classes asks for it."""
     check_version()
     return import_module(SUPPORTED[release_line(vllm.__version__)])

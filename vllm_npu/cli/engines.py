@@ -24,9 +24,9 @@ from vllm_npu.cli.process_tree import ProcessTree
 from vllm_npu.cli.stop_signals import StopSignals
 from vllm_npu.envs import COUNT_COLLECTIVES, MOE_COMM
 from vllm_npu.errors import UnsupportedConfigError, VllmNpuError
+from vllm_npu.plugin.entry_points import PLUGIN_NAME
 from vllm_npu.plugin.offline_engine import EngineRequest, StrategyResult
 
-PLUGIN_NAME = "vllm_npu"  # of both entry points
 START_SECONDS = 420.0  # longest wait for an engine to load; torch.compile included
 STRATEGY_SECONDS = 180.0  # longest wait for one strategy's answers
 ORDERLY_STOP_SECONDS = 20.0  # for idle engines to end by themselves

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from vllm_npu.device import npu_ops  # noqa: F401  # importing torch_npu is what makes c10d know hccl
+from vllm_npu.errors import UnknownGroupError
 from vllm_npu.transport.torch_dist import TorchDistTransport
 
 
@@ -21,9 +22,21 @@ class HcclTransport(TorchDistTransport):
 
     @property
     def name_for_ops(self) -> str:
-        """HCCL's name of the communicator."""
-        backend: Any = self.process_group._get_backend(torch.device("npu"))
-        return str(backend.get_hccl_comm_name(self.rank))
+        """HCCL's name of the communicator. Raises UnknownGroupError where HCCL has none."""
+        try:
+            backend: Any = self.process_group._get_backend(torch.device("npu"))
+            name = str(backend.get_hccl_comm_name(self.rank))
+        except (RuntimeError, AttributeError) as error:
+            raise UnknownGroupError(self._unknown(str(error))) from error
+        if not name:
+            raise UnknownGroupError(self._unknown("its name is empty"))
+        return name
+
+    def _unknown(self, detail: str) -> str:
+        return (
+            f"HCCL does not know the group '{self.group}' of rank {self.rank}, over which mc2 has to communicate ({detail}); "
+            "create the group with the hccl backend, or choose all2all or allgather"
+        )
 
     def _all_gather(self, x: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
         return super()._all_gather(x, sizes) if len(set(sizes)) == 1 else self._all_gather_from_peers(x, sizes)

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 from vllm_npu import envs
-from vllm_npu.emulator import build, cann, soc
+from vllm_npu.emulator import ascend_stack, build, cann, soc
 from vllm_npu.errors import EmulatorBuildError, UnsupportedConfigError
 
 # In the order of their dependencies. torch_npu finds them by name, as loaded already.
@@ -102,3 +102,4 @@ def enable(soc_name: str | None = None) -> None:
     # torch must not import torch_npu while it is half imported itself; who needs the device imports torch_npu.
     os.environ[AUTOLOAD_VARIABLE] = "0"
     sys.meta_path.insert(0, TorchNpuFinder(folder))
+    ascend_stack.install()

@@ -35,6 +35,7 @@ class StepPlanner:
         self._vllm_config = vllm_config
         self.proposed = Options.of(vllm_config).moe_comm
         self.selection: Selection | None = None
+        self.comparison: Any = None  # of our path with vllm-ascend's, where moe_comm=compare
         self.num_layers = len(layers)
         self.steps = 0
         self.tokens = 0

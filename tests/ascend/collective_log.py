@@ -68,7 +68,8 @@ class CollectiveLog(TorchDispatchMode):
 
     def _note_collective(self, name: str, func: Any, args: tuple[Any, ...], kwargs: Any) -> None:
         given = dict(zip((each.name for each in func._schema.arguments), args, strict=False)) | kwargs
-        size = torch.distributed.distributed_c10d.ProcessGroup.unbox(given["process_group"]).size()
+        group = torch.distributed.distributed_c10d.ProcessGroup.unbox(given["process_group"])
+        size = group.size()
         if size == 1 or name in ("barrier", "monitored_barrier"):
             return
         if name.startswith("allreduce"):
@@ -76,13 +77,15 @@ class CollectiveLog(TorchDispatchMode):
         elif name.startswith("alltoall_base"):
             x, splits = given["input"], list(given["input_split_sizes"])
             rows = x.shape[0]
-            own = splits[self._ep_rank] if splits else rows // size
+            own = splits[group.rank()] if splits else rows // size
             sent = x.nbytes // rows * (rows - own) if rows else 0
-        elif name.startswith("reduce_scatter") or name.startswith("_reduce_scatter"):
+        elif name.startswith(("reduce_scatter", "_reduce_scatter")):
             tensors = _tensors(given.get("input_tensor", given.get("input_tensors", given.get("inputs"))))
             sent = sum(x.nbytes for x in tensors) * (size - 1) // size
         else:  # all-gather of some kind, broadcast
-            tensors = _tensors(given.get("input_tensor", given.get("input_tensors", given.get("tensors", given.get("inputs")))))
+            tensors = _tensors(
+                given.get("input_tensor", given.get("input_tensors", given.get("tensors", given.get("inputs"))))
+            )
             sent = sum(x.nbytes for x in tensors) * (size - 1)
         device = next((x.device.type for value in given.values() for x in _tensors(value)), "npu")
         if device != "cpu":  # votes and counts of the steps themselves, not of a layer

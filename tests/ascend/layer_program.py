@@ -59,6 +59,20 @@ def dense(hidden: torch.Tensor, logits: torch.Tensor, w13: torch.Tensor, w2: tor
     return total
 
 
+def spoil_combine() -> None:
+    """From now on the last row that our all2all brings back is wrong by a tenth."""
+    from vllm_npu.dispatch.all2allv import All2AllVDispatcher
+
+    combine = All2AllVDispatcher.combine
+
+    def spoiled(self: Any, expert_output: torch.Tensor, handle: Any) -> torch.Tensor:
+        combined = combine(self, expert_output, handle)
+        combined[-1] *= 1.1
+        return combined
+
+    All2AllVDispatcher.combine = spoiled  # type: ignore[method-assign]
+
+
 def main(given: dict[str, Any]) -> None:
     """Build the layer, run every step by every path, print the rows."""
     rank, tp, dp = int(os.environ["RANK"]), given["tp"], given["dp"]
@@ -101,7 +115,10 @@ def main(given: dict[str, Any]) -> None:
             max_model_len=1024,
             max_num_seqs=16,
             max_num_batched_tokens=2048,
-            additional_config={"vllm_npu": {"moe_comm": given.get("moe_comm", "auto")}},
+            additional_config={
+                "vllm_npu": {"moe_comm": given.get("moe_comm", "auto")},
+                "enable_flashcomm1": bool(given.get("flashcomm1")),
+            },
         ).create_engine_config()
     config.parallel_config.data_parallel_rank = rank // tp
     with set_current_vllm_config(config):
@@ -137,6 +154,9 @@ def main(given: dict[str, Any]) -> None:
         hidden = torch.randn(tokens, hidden_size, generator=draw).to(dtype)
         logits = torch.randn(tokens, experts, generator=draw).to(dtype)
         expected = dense(hidden, logits, w13, w2, top_k)
+        if given.get("flashcomm1"):  # each TP rank brings its slice, and takes it back
+            own = slice(rank % tp * (tokens // tp), (rank % tp + 1) * (tokens // tp))
+            hidden, logits, expected = hidden[own], logits[own], expected[own]
         with (
             torch.inference_mode(),
             set_current_vllm_config(config),
@@ -174,7 +194,7 @@ def main(given: dict[str, Any]) -> None:
                     "ran": ran,
                     "calls": [each.operation for each in calls],
                     "bytes": sum(each.sent for each in calls),
-                    "from_dense": float(((output - expected).abs().amax() / scale)) if output.numel() else 0.0,
+                    "from_dense": float((output - expected).abs().amax() / scale) if output.numel() else 0.0,
                     "from_own": float((output - own_outputs[number]).abs().amax() / scale) if output.numel() else 0.0,
                 }
             )
@@ -182,6 +202,8 @@ def main(given: dict[str, Any]) -> None:
     if given.get("moe_comm", "").startswith("compare"):
         comparison = take_over(config)
         assert comparison is not None
+        if given.get("fault") and rank == 1:
+            spoil_combine()
         record(OWN)
         print(json.dumps({"rank": rank, "rows": rows, "comparison": comparison.take()}), flush=True)
         return

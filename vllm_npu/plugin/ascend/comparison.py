@@ -31,6 +31,13 @@ class Comparison:
         for name, layer in compat.current().layers_to_compare(vllm_config):
             layer.forward_impl = self._both(name, layer.forward_impl, methods)
 
+    def take(self) -> dict[str, float]:
+        """The counts since the last call."""
+        counts = {"layer_calls": self.layer_calls, "differing": self.differing, "largest_difference": self.largest}
+        self.layer_calls = self.differing = 0
+        self.largest = 0.0
+        return counts
+
     def _both(
         self, name: str, forward: Callable[..., Any], methods: dict[Any, PipelineCommMethod]
     ) -> Callable[..., Any]:

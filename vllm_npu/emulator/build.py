@@ -117,8 +117,11 @@ def library_folder() -> Path:
 
 
 def run_step(command: list[str], log: Path) -> None:
+    # The build runs this interpreter too: with the device enabled there, it would wait for the build.
+    environment = {**os.environ, envs.EMULATOR.name: "0"}
     with log.open("a") as output:
-        code = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, check=False).returncode
+        done = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, check=False, env=environment)
+    code = done.returncode
     if code != 0:
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-SHOWN_LOG_LINES:])
         raise EmulatorBuildError(

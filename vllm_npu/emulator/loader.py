@@ -22,7 +22,7 @@ BEFORE_TORCH = (
     "libacl_op_compiler.so",
     "libacl_tdt_channel.so",
 )
-AFTER_TORCH = ("libopapi.so",)  # needs torch's own libraries
+AFTER_TORCH = ("libopapi.so", "libatb.so")  # need torch's own libraries
 OPERATORS = "libvllm_npu_emulator_aten.so"  # registers with torch_npu's device, so it comes after torch_npu
 ENABLED_VARIABLE = envs.EMULATOR.name  # 1: every interpreter that loads emulator/startup enables the device
 SOC_VARIABLE = envs.EMULATOR_SOC.name

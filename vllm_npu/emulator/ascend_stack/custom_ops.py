@@ -54,7 +54,12 @@ def moe_gating_top_k(
 
 
 def npu_moe_init_routing_custom(
-    x: torch.Tensor, expert_idx: torch.Tensor, *, active_expert_range: Sequence[int] = (), expert_num: int = -1, **rest: Any
+    x: torch.Tensor,
+    expert_idx: torch.Tensor,
+    *,
+    active_expert_range: Sequence[int] = (),
+    expert_num: int = -1,
+    **rest: Any,
 ) -> Tensors:
     """torch_npu's init_routing v2, with an empty range of experts standing for all of them."""
     import torch_npu

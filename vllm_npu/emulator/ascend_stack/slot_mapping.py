@@ -22,8 +22,8 @@ class SlotMappingKernel:
         block_size: int,
         slot_mapping: torch.Tensor,  # [max_num_tokens]
         *,
-        TOTAL_CP_WORLD_SIZE: int,  # noqa: N803
-        PAD_ID: int,  # noqa: N803
+        TOTAL_CP_WORLD_SIZE: int,
+        PAD_ID: int,
         **other_constants: Any,
     ) -> None:
         """Writes `slot_mapping`: block * block_size + offset of each token, PAD_ID after the last. LOCAL; host sync.

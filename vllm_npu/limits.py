@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import IntEnum
 
 import torch
 
@@ -9,6 +10,16 @@ from vllm_npu.token_layout import ceil_div
 
 MIB = 1 << 20
 HCCL_BUFFSIZE_DEFAULT_MB = 200  # HCCL's own; the unit of HCCL_BUFFSIZE is MiB
+
+
+class QuantMode(IntEnum):
+    """What travels of a row to its experts. The values are the quant_mode of npu_moe_distribute_dispatch_v2."""
+
+    NONE = 0
+    """The row as it is."""
+
+    INT8_PER_TOKEN = 2
+    """int8 and one float32 scale a row: value = int8 * scale. Of W8A8 models with dynamic scales."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,6 +30,7 @@ class MoELayer:
     top_k: int
     hidden_size: int
     dtype: torch.dtype  # of hidden_states
+    quant_mode: QuantMode = QuantMode.NONE
 
 
 BufferBytes = Callable[[MoELayer, int, int], int]

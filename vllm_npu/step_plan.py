@@ -44,6 +44,15 @@ class StepPlan:
         """Tokens of the fullest DP rank."""
         return max(self.num_tokens_across_dp)
 
+    @property
+    def is_even(self) -> bool:
+        """Whether every DP rank has as many tokens."""
+        return len(set(self.num_tokens_across_dp)) == 1
+
+    def divides_over_tp(self, tp_size: int) -> bool:
+        """Whether every rank of the grid has a token, and the TP ranks of each DP rank as many."""
+        return all(count > 0 and count % tp_size == 0 for count in self.num_tokens_across_dp)
+
     def padded_tokens(self, tp_size: int) -> int:
         """Tokens per DP rank once every rank is padded alike: the maximum over DP, up to a multiple of tp_size, >= tp_size.
 

@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import Any
 
 from vllm_npu.errors import UnsupportedConfigError
-from vllm_npu.limits import NVLINK, PORTABLE, DeviceLimits, MoELayer
+from vllm_npu.limits import NVLINK, PORTABLE, DeviceLimits, MoELayer, QuantMode
 from vllm_npu.pipeline import MoEPipeline
 from vllm_npu.step_plan import StepPlan
 from vllm_npu.topology import ParallelTopology
@@ -55,7 +55,7 @@ STRATEGIES = {
 # Those that run on one kind of device only, by what DeviceLimits says.
 GPU_STRATEGIES = {
     "symmetric": StrategyRow(
-        prepare_finalize="vllm_npu.prepare_finalize.mc2:MC2PrepareAndFinalize",
+        prepare_finalize="vllm_npu.prepare_finalize.mc2:EvenPrepareAndFinalize",
         dispatcher="vllm_npu.dispatch.symmetric:SymmetricDispatcher",
         needs_expert_parallel=True,
         summary="NVLink symmetric memory: fixed slots, one kernel each way, no host sync; GPUs of one host",
@@ -155,14 +155,14 @@ def select(
     return Selection("allgather", f"auto: a token needs {share:.0%} of the {topology.ep_size} ranks")
 
 
-def build(name: str, groups: Groups, num_experts: int) -> MoEPipeline:
+def build(name: str, groups: Groups, num_experts: int, quant_mode: QuantMode = QuantMode.NONE) -> MoEPipeline:
     """The strategy's pipeline on these groups. LOCAL. Raises UnsupportedConfigError for an unknown name, and where the
     topology or the transport cannot carry it."""
     check_strategy(name, groups.topology, device=NVLINK)  # whether memory is shared, the dispatcher itself finds out
     row = ALL_STRATEGIES[name]
     return MoEPipeline(
         prepare_finalize=_class(row.prepare_finalize)(groups),
-        dispatcher=_class(row.dispatcher)(groups, num_experts),
+        dispatcher=_class(row.dispatcher)(groups, num_experts, quant_mode),
     )
 
 

@@ -92,7 +92,7 @@ def calls_of(rank: Rank, strategy: str) -> dict[str, int]:
     step = StepPlan(num_tokens_across_dp=(5,) * rank.num_ranks, sharding=TokenSharding.REPLICATED)
     with rank.device:
         ids = torch.arange(10).view(5, 2) % 8
-        pipeline.run(torch.ones(5, 32, dtype=torch.bfloat16), torch.ones(5, 2), ids, lambda rows, _: rows, step)
+        pipeline.run(torch.ones(5, 32, dtype=torch.bfloat16), torch.ones(5, 2), ids, lambda rows, *_: rows, step)
     return dict(counter.calls)
 
 

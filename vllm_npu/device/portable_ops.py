@@ -5,19 +5,21 @@ npu_moe_distribute_combine_v2, and the A3 kernels in CANN's ops-transformer). Ro
 here, or UNDEFINED in integer tensors, so that reading one shows.
 """
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
 from vllm_npu.errors import InvalidInputError
-from vllm_npu.limits import PORTABLE, DeviceLimits
-from vllm_npu.routing import ExpertPermutation, local_expert_ids, sum_rows
-from vllm_npu.token_layout import RowFormat
+from vllm_npu.limits import PORTABLE, DeviceLimits, QuantMode
+from vllm_npu.routing import ExpertPermutation, expert_ranges, local_expert_ids, sum_rows
+from vllm_npu.token_layout import RowFormat, pad_rows
 from vllm_npu.topology import ExpertPlacement
 from vllm_npu.transport.base import Transport
 
 ASSIST_CELLS = 128  # int32 cells that assist_info_for_combine has for each row of expand_x
 UNDEFINED = torch.iinfo(torch.int32).min
+INT8_MAX = 127
 
 
 def device_limits() -> DeviceLimits:
@@ -50,19 +52,79 @@ class InitRoutingOutput(NamedTuple):
     )  # [rows, H], expert-major, inside an expert by token; rows past the counts' sum are undefined
     expanded_row_idx: torch.Tensor  # [N, K] integer: row of each (token, k) pair, -1 for a pair of no local expert
     tokens_per_expert: torch.Tensor  # [num_local_experts] int64: counts
+    expanded_scale: torch.Tensor | None  # [rows] float32: of each row, where x has scales
 
 
 def init_routing(
     x: torch.Tensor,  # [N, H]
     local_ids: torch.Tensor,  # [N, K] integer, -1 for a pair of no local expert
     num_local_experts: int,
+    scale: torch.Tensor | None = None,  # [N, 1] float32: travels with its row
 ) -> InitRoutingOutput:
     """The rows of the local experts, one for each pair. LOCAL. Host sync on accelerators: yes (the number of pairs)."""
     permutation = ExpertPermutation.build(local_ids, num_local_experts)
-    return InitRoutingOutput(x[permutation.source_rows], permutation.row_of_pair, permutation.tokens_per_expert)
+    return InitRoutingOutput(
+        x[permutation.source_rows],
+        permutation.row_of_pair,
+        permutation.tokens_per_expert,
+        None if scale is None else scale.flatten()[permutation.source_rows],
+    )
 
 
 finalize_routing = sum_rows  # the inverse of init_routing, and the sum of any rows of a token
+
+
+def npu_dynamic_quant(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[n, H] -> int8 [n, H] and float32 scales [n, 1]: scale = max|x| / 127, rint(x / scale); zeros for a row of zeros.
+
+    Not the roundings of dispatch's quant_mode 2, which multiplies: quantize_per_token. LOCAL. Host sync: no.
+    """
+    values = x.float()
+    scales = values.abs().amax(dim=-1, keepdim=True) / INT8_MAX
+    return torch.where(scales > 0, values / scales, 0).round().to(torch.int8), scales
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """A group list of rows a group."""
+
+    values: torch.Tensor  # [groups] int64
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixSums:
+    """A group list of where each group ends."""
+
+    values: torch.Tensor  # [groups] int64, not falling
+
+
+GroupList = Counts | PrefixSums
+
+
+def npu_grouped_matmul(
+    x: torch.Tensor,  # [rows, K]: groups one after the other; int8 with scales
+    weight: torch.Tensor,  # [groups, K, N], dtype of x
+    group_list: GroupList,
+    *,
+    scale: torch.Tensor | None = None,  # [groups, N] bfloat16, or float32 with float16 outputs: of int8 weights
+    per_token_scale: torch.Tensor | None = None,  # [rows] float32: of int8 rows
+    output_dtype: torch.dtype | None = None,  # of int8 rows; else x's
+) -> torch.Tensor:  # [rows, N]; rows past the last group are undefined (NaN)
+    """Each group's rows times its matrix. LOCAL. Host sync: yes (the groups' sizes)."""
+    counts = (
+        group_list.values
+        if isinstance(group_list, Counts)
+        else group_list.values.diff(prepend=group_list.values[:1] * 0)
+    )
+    dtype = x.dtype if output_dtype is None else output_dtype
+    output = x.new_full((x.shape[0], weight.shape[2]), float("nan"), dtype=dtype)
+    for group, start, stop in expert_ranges(counts.tolist()):
+        if scale is None or per_token_scale is None:
+            output[start:stop] = x[start:stop] @ weight[group]
+        else:
+            product = x[start:stop].double() @ weight[group].double()  # exact, as the op's int32 sum is
+            output[start:stop] = product.float() * scale[group].float() * per_token_scale[start:stop, None]
+    return output
 
 
 def quantize_per_token(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -74,7 +136,7 @@ def quantize_per_token(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     largest = values.abs().amax(dim=-1, keepdim=True)
     nonzero = largest > 0
     # A quotient of two tensors: torch takes 127 / tensor as 127 * (1 / tensor), which rounds twice.
-    factor = torch.where(nonzero, torch.full_like(largest, 127) / largest, 0)
+    factor = torch.where(nonzero, torch.full_like(largest, INT8_MAX) / largest, 0)
     return (values * factor).round().to(torch.int8), torch.where(nonzero, 1 / factor, 0).squeeze(-1)
 
 
@@ -86,21 +148,24 @@ def npu_moe_distribute_dispatch_v2(
     moe_expert_num: int,
     x_active_mask: torch.Tensor | None = None,  # [B] bool, a prefix
     expert_token_nums_type: int = 1,  # 1 counts, 0 prefix sums
-    quant_mode: int = 0,  # 0 none, 2 int8 with a scale for each token
+    quant_mode: int = 0,  # QuantMode
+    global_bs: int = 0,  # rows of the fullest rank, times W; 0: every rank brings B
 ) -> DistributeDispatchOutput:
     """Send each active token to the ranks of its experts, in slots of fixed size.
 
-    A = B * W * min(num_local_experts, K): B, K and H must be equal on all ranks (not checked here: the plan's vote does).
-    COLLECTIVE over group_ep: one all-to-all of B slots a pair of ranks; a token takes one slot however many of the rank's
-    experts it chose. Host sync: no. Graph capture: yes. Raises InvalidInputError for another quant_mode, and for a mask
-    that is not a prefix (read on CPU tensors only).
+    A = G * min(num_local_experts, K), G = global_bs or B * W. global_bs, K, H, the dtype and quant_mode must be equal on all
+    ranks, and without global_bs B too (not checked here: the plan's vote does). COLLECTIVE over group_ep: one all-to-all of
+    G / W slots a pair of ranks; a token takes one slot however many of the rank's experts it chose. Host sync: no. Graph
+    capture: yes. Raises InvalidInputError for another quant_mode, a mask that is not a prefix (read on CPU tensors only),
+    and a global_bs that W does not divide, that is too small for B, or that comes with a mask.
     """
-    if quant_mode not in (0, 2):
+    if quant_mode not in list(QuantMode):
         raise InvalidInputError(f"quant_mode={quant_mode} is not supported; there are 0 (none) and 2 (int8 a token)")
-    num_tokens, top_k = expert_ids.shape
+    top_k = expert_ids.shape[1]
+    num_tokens = _slots_of_a_rank(expert_ids.shape[0], group_ep.size, global_bs, x_active_mask)
     placement = ExpertPlacement(moe_expert_num, group_ep.size)
-    active = _active_tokens(x, x_active_mask)
-    ids = torch.where(active[:, None], expert_ids, -1)
+    ids = pad_rows(torch.where(_active_tokens(x, x_active_mask)[:, None], expert_ids, -1), num_tokens, -1)
+    x = pad_rows(x, num_tokens)
     ranks = torch.arange(group_ep.size, device=x.device)
     first_experts = (ranks * placement.experts_per_rank).to(ids.dtype)
     slots = local_expert_ids(ids[None] - first_experts[:, None, None], 0, placement.experts_per_rank).int()  # [W, B, K]
@@ -156,15 +221,17 @@ def npu_moe_distribute_combine_v2(
     moe_expert_num: int,
     x_active_mask: torch.Tensor | None = None,  # as given to dispatch
     expand_scales: torch.Tensor | None = None,  # as dispatch returned it: for A2's kernel only
+    global_bs: int = 0,  # as given to dispatch
 ) -> torch.Tensor:  # [B, H], dtype of expand_x; rows of inactive tokens are NaN
     """Send each row back to its token and add a token's rows: float32, k ascending, a multiply and an add rounded apart.
 
-    COLLECTIVE over group_ep: one all-to-all of B * K rows a pair of ranks. Host sync: no. Graph capture: yes.
+    COLLECTIVE over group_ep: one all-to-all of G / W * K rows a pair of ranks. Host sync: no. Graph capture: yes.
     """
     num_tokens, top_k = expert_ids.shape
     width = expand_x.shape[1]
     placement = ExpertPlacement(moe_expert_num, group_ep.size)
-    slots_per_rank = num_tokens * top_k
+    rows_of_a_rank = _slots_of_a_rank(num_tokens, group_ep.size, global_bs, x_active_mask)
+    slots_per_rank = rows_of_a_rank * top_k
 
     rows = torch.arange(expand_x.shape[0], device=expand_x.device)
     valid = rows < ep_send_counts[-1]
@@ -173,7 +240,7 @@ def npu_moe_distribute_combine_v2(
     window = expand_x.new_zeros(group_ep.size * slots_per_rank + 1, width)  # one slot more, for rows that go nowhere
     window[slot] = torch.where(valid[:, None], expand_x, 0)
     sizes = [slots_per_rank] * group_ep.size
-    returned = group_ep.all_to_all(window[:-1], sizes, sizes).view(group_ep.size, num_tokens, top_k, width)
+    returned = group_ep.all_to_all(window[:-1], sizes, sizes).view(group_ep.size, rows_of_a_rank, top_k, width)
 
     active = _active_tokens(expand_x, x_active_mask, num_tokens)
     owner = (expert_ids.long() // placement.experts_per_rank).clamp(0, group_ep.size - 1)
@@ -183,6 +250,18 @@ def npu_moe_distribute_combine_v2(
         row = returned[owner[:, k_index], tokens, k_index].float()
         total = total + row * expert_scales[:, k_index, None]
     return torch.where(active[:, None], total, float("nan")).to(expand_x.dtype)
+
+
+def _slots_of_a_rank(num_tokens: int, num_ranks: int, global_bs: int, mask: torch.Tensor | None) -> int:
+    if global_bs == 0:
+        return num_tokens
+    if global_bs % num_ranks or global_bs < num_tokens * num_ranks:
+        raise InvalidInputError(
+            f"global_bs={global_bs} must be the rows of the fullest rank times {num_ranks} ranks; this rank has {num_tokens}"
+        )
+    if mask is not None:
+        raise InvalidInputError(f"x_active_mask needs as many rows on all ranks; leave out global_bs={global_bs}")
+    return global_bs // num_ranks
 
 
 def _active_tokens(x: torch.Tensor, mask: torch.Tensor | None, num_tokens: int | None = None) -> torch.Tensor:

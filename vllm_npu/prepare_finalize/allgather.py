@@ -31,6 +31,8 @@ class AllGatherHandle(PrepareHandle):
 class AllGatherPrepareAndFinalize(PrepareAndFinalize):
     """Gather over DP (or over EP under sequence parallelism), uneven sizes, no padding on the wire."""
 
+    gathers_tokens = True
+
     def prepare(self, hidden_states: torch.Tensor, per_token: tuple[torch.Tensor, ...], step: StepPlan) -> Prepared:
         """Gather the real rows of all ranks of the group.
 

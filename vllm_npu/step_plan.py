@@ -51,6 +51,10 @@ class StepPlan:
         """
         return max(1, ceil_div(self.max_tokens_across_dp, tp_size)) * tp_size
 
+    def is_full(self, tp_size: int) -> bool:
+        """Whether no rank of the grid pads: every one brings padded_tokens / tp_size real rows. Then nothing is masked."""
+        return min(self.num_tokens_across_dp) == self.padded_tokens(tp_size)
+
     def input_rows(self, topology: ParallelTopology) -> int:
         """Rows of hidden_states that this rank brings to the layer and takes back from it."""
         num_tokens = self.num_tokens_across_dp[topology.dp_rank]

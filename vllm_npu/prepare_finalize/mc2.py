@@ -27,7 +27,8 @@ class MC2PrepareAndFinalize(PrepareAndFinalize):
     def prepare(self, hidden_states: torch.Tensor, per_token: tuple[torch.Tensor, ...], step: StepPlan) -> Prepared:
         """Pad to step.padded_tokens, then take this TP rank's slice. LOCAL. Host sync: no. Graph capture: yes.
 
-        Padding rows hold 0 in floating-point tensors and -1 in integer ones; the mask is False there, and only there.
+        Padding rows hold 0 in floating-point tensors and -1 in integer ones; the mask is False there, and only there. Where
+        the step is full on every rank there is no mask on any, and no kernel runs.
         """
         self._check_prepare(hidden_states, per_token, step)
         topology = self.groups.topology
@@ -46,7 +47,7 @@ class MC2PrepareAndFinalize(PrepareAndFinalize):
             per_token=tuple(
                 pad_rows(own.take(tensor), rows, 0 if tensor.is_floating_point() else -1) for tensor in per_token
             ),
-            mask=torch.arange(rows, device=hidden_states.device) < real_rows,
+            mask=None if step.is_full(topology.tp_size) else _first(real_rows, rows, hidden_states.device),
             handle=handle,
         )
 
@@ -63,3 +64,8 @@ class MC2PrepareAndFinalize(PrepareAndFinalize):
         else:
             output = pad_rows(unpad_rows(routed_output, handle.real_rows), handle.input_rows)
         return Finalized(hidden_states=output, sharding=handle.step.sharding, reduced=True)
+
+
+def _first(real_rows: int, rows: int, device: torch.device) -> torch.Tensor:
+    """[rows] bool, True for the first real_rows."""
+    return torch.arange(rows, device=device) < real_rows

@@ -44,11 +44,6 @@ class StepPlan:
         """Tokens of the fullest DP rank."""
         return max(self.num_tokens_across_dp)
 
-    @property
-    def is_even(self) -> bool:
-        """Whether every DP rank has as many tokens."""
-        return len(set(self.num_tokens_across_dp)) == 1
-
     def divides_over_tp(self, tp_size: int) -> bool:
         """Whether every rank of the grid has a token, and the TP ranks of each DP rank as many."""
         return all(count > 0 and count % tp_size == 0 for count in self.num_tokens_across_dp)
@@ -59,6 +54,10 @@ class StepPlan:
         Never 0: the Ascend dispatch op wants at least one row on every rank.
         """
         return max(1, ceil_div(self.max_tokens_across_dp, tp_size)) * tp_size
+
+    def is_full(self, tp_size: int) -> bool:
+        """Whether no rank of the grid pads: every one brings padded_tokens / tp_size real rows. Then nothing is masked."""
+        return min(self.num_tokens_across_dp) == self.padded_tokens(tp_size)
 
     def input_rows(self, topology: ParallelTopology) -> int:
         """Rows of hidden_states that this rank brings to the layer and takes back from it."""

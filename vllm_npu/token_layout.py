@@ -40,8 +40,8 @@ class TokenSlice:
         return self.stop - self.start
 
     def take(self, x: torch.Tensor) -> torch.Tensor:
-        """A view of the slice's rows of `x` [num_tokens, ...]."""
-        return x[self.start : self.stop]
+        """A view of the slice's rows of `x` [num_tokens, ...]; `x` itself where those are all."""
+        return x if self.start == 0 and self.stop >= x.shape[0] else x[self.start : self.stop]
 
 
 def offsets(sizes: Sequence[int]) -> list[int]:

@@ -177,7 +177,7 @@ def test_mask_is_sliced_if_and_only_if_hidden_states_are(flag):
 
     def ours(rank: Rank):
         flags = {"enable_shared_expert_dp": False, "replace_allreduce": False, "sequence_parallel": False, flag: True}
-        step = plan(5, sharding=TokenSharding.from_flags(**flags))  # an odd count: without padding there is no mask
+        step = plan(num_tokens - 1, sharding=TokenSharding.from_flags(**flags))  # a full step has no mask
         stages = MC2PrepareAndFinalize(rank.groups(tp_size=2, dp_size=1))
         prepared = stages.prepare(tokens(3), (), step)
         return prepared.hidden_states.shape[0] == prepared.mask.shape[0] == 3

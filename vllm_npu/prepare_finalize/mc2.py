@@ -39,7 +39,8 @@ class MC2PrepareAndFinalize(PrepareAndFinalize):
         padded_tokens = step.padded_tokens(topology.tp_size)
         most_rows = padded_tokens // topology.tp_size
         num_tokens = step.num_tokens_across_dp[topology.dp_rank]
-        padded = not step.divides_over_tp(topology.tp_size) or not (self.takes_uneven_ranks or step.is_even)
+        full = step.is_full(topology.tp_size)
+        padded = not full and not (self.takes_uneven_ranks and step.divides_over_tp(topology.tp_size))
         rows = most_rows if padded else num_tokens // topology.tp_size
         if step.sharding is TokenSharding.REPLICATED:
             own = TokenSlice.chunk(rows * topology.tp_size, rank=topology.tp_rank, size=topology.tp_size)
@@ -54,7 +55,7 @@ class MC2PrepareAndFinalize(PrepareAndFinalize):
                 pad_rows(own.take(tensor), rows, 0 if tensor.is_floating_point() else -1) for tensor in per_token
             ),
             mask=torch.arange(rows, device=hidden_states.device) < real_rows if padded else None,
-            max_rows=None if padded or step.is_even else most_rows,
+            max_rows=None if padded or full else most_rows,
             handle=handle,
         )
 

@@ -32,11 +32,18 @@ class StepPlan:
 
     num_tokens_across_dp: tuple[int, ...]
     sharding: TokenSharding
+    captured: bool = False
+    """Whether a graph is captured from the step, or replayed for it: the counts are then the graph's, padding included."""
 
     def __post_init__(self) -> None:
         if not self.num_tokens_across_dp or min(self.num_tokens_across_dp) < 0:
             raise InvalidInputError(
                 f"num_tokens_across_dp={self.num_tokens_across_dp}: give one count >= 0 for each DP rank"
+            )
+        if self.captured and len(set(self.num_tokens_across_dp)) > 1:
+            raise InvalidInputError(
+                f"num_tokens_across_dp={self.num_tokens_across_dp} of a captured step: a graph freezes the counts, so pad "
+                "every DP rank to the graph's size, or run the step eagerly"
             )
 
     @property
@@ -88,4 +95,4 @@ class StepPlan:
             )
 
     def __str__(self) -> str:
-        return f"tokens={list(self.num_tokens_across_dp)} sharding={self.sharding.value}"
+        return f"tokens={list(self.num_tokens_across_dp)} sharding={self.sharding.value}{' captured' if self.captured else ''}"

@@ -131,14 +131,29 @@ def select(
 ) -> Selection:
     """The strategy of a step. LOCAL, and equal on all ranks: no argument may be a rank's own fact.
 
-    `requested` is taken as it is, but for mc2 and symmetric above their capacity, which become all2all. Raises
-    UnsupportedConfigError as check_strategy does.
+    `requested` is taken as it is, but for mc2 and symmetric above their capacity, which become all2all, in a captured step
+    allgather. Raises UnsupportedConfigError as check_strategy does, and where a captured step would take a strategy that no
+    graph of this device can hold.
     """
     check_strategy(requested, topology, layer, device)
+    selection = _select(requested, topology, step, layer, device)
+    if step.captured and selection.strategy not in device.captures:
+        instead = f"use {' or '.join(device.captures)}, or " if device.captures else ""
+        raise UnsupportedConfigError(
+            f"{selection.strategy} ({selection.reason}) reads sizes on the host, so no graph can hold it on {device.family}; "
+            f"{instead}start vLLM with --enforce-eager"
+        )
+    return selection
+
+
+def _select(
+    requested: str, topology: ParallelTopology, step: StepPlan, layer: MoELayer, device: DeviceLimits
+) -> Selection:
     tokens_per_rank = step.padded_tokens(topology.tp_size) // topology.tp_size
     if not device.fits(requested, tokens_per_rank):
         most = device.capacities[requested]
-        return Selection("all2all", f"{requested} takes {most} tokens a rank, this step brings {tokens_per_rank}")
+        instead = "allgather" if step.captured else "all2all"
+        return Selection(instead, f"{requested} takes {most} tokens a rank, this step brings {tokens_per_rank}")
     if requested != AUTO:
         return Selection(requested, "requested")
     if topology.ep_size == 1:
@@ -149,6 +164,8 @@ def select(
     for name in kernels:
         if device.fits(name, tokens_per_rank) and why_not(name, topology, layer, device) is None:
             return Selection(name, f"auto: {tokens_per_rank} tokens a rank fit {device.capacities[name]}")
+    if step.captured:
+        return Selection("allgather", f"auto: a captured step of {tokens_per_rank} tokens a rank")
     share = distinct_destinations(layer.num_experts, topology.ep_size, layer.top_k) / topology.ep_size
     if share <= ALL2ALL_MAX_SHARE_OF_RANKS:
         return Selection("all2all", f"auto: a token needs {share:.0%} of the {topology.ep_size} ranks")

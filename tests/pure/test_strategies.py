@@ -12,7 +12,7 @@ from tests.cases import GRIDS, topologies
 from vllm_npu.dispatch.all2allv import All2AllVDispatcher
 from vllm_npu.dispatch.local_permute import LocalPermuteDispatcher
 from vllm_npu.dispatch.mc2 import MC2Dispatcher
-from vllm_npu.errors import UnsupportedConfigError
+from vllm_npu.errors import InvalidInputError, UnsupportedConfigError
 from vllm_npu.limits import DEVICES, NVLINK, PORTABLE_MC2, DeviceLimits, MC2Limits, MoELayer
 from vllm_npu.prepare_finalize.all2all import All2AllPrepareAndFinalize
 from vllm_npu.prepare_finalize.allgather import AllGatherPrepareAndFinalize
@@ -186,6 +186,23 @@ def test_a_request_that_the_device_refuses_says_why(name, family, layer, message
 def test_auto_weighs_the_ranks_that_a_token_needs(ranks, top_k, strategy, share):
     selection = chosen(AUTO, topologies(1, ranks)[0], plan(*[4] * ranks), layer=replace(LAYER, top_k=top_k))
     assert selection == Selection(strategy, f"auto: a token needs {share} of the {ranks} ranks")
+
+
+def test_a_captured_step_takes_only_what_a_graph_can_hold():
+    topology, device = topologies(1, 4)[0], DEVICES["A3"]
+    small, large = (replace(plan(*[tokens] * 4), captured=True) for tokens in (16, 513))
+    assert chosen(AUTO, topology, small, device=device).strategy == "mc2"
+    assert chosen(AUTO, topology, large, device=device).strategy == "allgather"
+    assert chosen("mc2", topology, large, device=device).strategy == "allgather"
+    assert chosen("naive", topology, large, device=device) == Selection("naive", "requested")
+    with pytest.raises(
+        UnsupportedConfigError, match=r"all2all \(requested\) reads sizes .* use mc2 or allgather or naive"
+    ):
+        chosen("all2all", topology, small, device=device)
+    with pytest.raises(UnsupportedConfigError, match="no graph can hold it on 310P; start vLLM"):
+        chosen(AUTO, topology, small, device=DEVICES["310P"])
+    with pytest.raises(InvalidInputError, match="a graph freezes the counts"):
+        replace(plan(4, 5, 4, 4), captured=True)
 
 
 @pytest.mark.parametrize("name", ["mc3", "", "MC2", "auto "])

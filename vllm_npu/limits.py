@@ -31,6 +31,7 @@ class MoELayer:
     hidden_size: int
     dtype: torch.dtype  # of hidden_states
     quant_mode: QuantMode = QuantMode.NONE
+    shared_expert_ranks: int = 0  # the first ranks of ep, which have the shared expert and no other
 
 
 BufferBytes = Callable[[MoELayer, int, int], int]
@@ -53,6 +54,7 @@ class MC2Limits:
     max_experts_per_rank: int | None = None
     max_experts_per_rank_times_ep_size: int | None = None
     max_top_k: int | None = None
+    shared_expert_ranks: bool = True  # whether ranks may hold shared experts alone
     dtypes: tuple[torch.dtype, ...] | None = None
     buffer_bytes: BufferBytes | None = None
 
@@ -64,7 +66,9 @@ class MC2Limits:
             return f"{self.name} takes ep_size {_spans(self.ep_sizes)}, not {ep_size}"
         if self.hidden_sizes is not None and layer.hidden_size not in self.hidden_sizes:
             return f"{self.name} takes hidden_size {_spans([self.hidden_sizes])}, not {layer.hidden_size}"
-        experts_per_rank = ceil_div(layer.num_experts, ep_size)
+        if layer.shared_expert_ranks and not self.shared_expert_ranks:
+            return f"{self.name} has no ranks for shared experts alone"
+        experts_per_rank = ceil_div(layer.num_experts, ep_size - layer.shared_expert_ranks)
         for what, value, most in (
             ("experts", layer.num_experts, self.max_experts),
             ("experts a rank", experts_per_rank, self.max_experts_per_rank),
@@ -120,8 +124,9 @@ def _a2_hierarchy_bytes(layer: MoELayer, ep_size: int, tokens: int) -> int:
 def _a3_full_mesh_bytes(layer: MoELayer, ep_size: int, tokens: int) -> int:
     sent = _aligned(_aligned(2 * layer.hidden_size, 32) + 64, 512)  # a row and what travels with it
     returned = _aligned(2 * layer.hidden_size, 512)
-    experts_per_rank = layer.num_experts // ep_size
-    return 2 * tokens * (experts_per_rank * ep_size * sent + layer.top_k * returned)
+    experts_per_rank = layer.num_experts // (ep_size - layer.shared_expert_ranks)
+    shared_experts = 1 if layer.shared_expert_ranks else 0
+    return 2 * tokens * (experts_per_rank * ep_size * sent + (layer.top_k + shared_experts) * returned)
 
 
 def _a3_hierarchy_bytes(layer: MoELayer, ep_size: int, tokens: int) -> int:
@@ -152,6 +157,7 @@ A2_FULL_MESH = MC2Limits(
     max_experts=512,
     max_experts_per_rank=24,
     max_top_k=16,
+    shared_expert_ranks=False,
     dtypes=SIXTEEN_BIT,
     buffer_bytes=_a2_full_mesh_bytes,
 )
@@ -164,6 +170,7 @@ A2_HIERARCHY = MC2Limits(
     hidden_sizes=range(32, 10240 + 1, 32),
     max_experts=512,
     max_top_k=16,
+    shared_expert_ranks=False,
     dtypes=SIXTEEN_BIT,
     buffer_bytes=_a2_hierarchy_bytes,
 )
@@ -189,6 +196,7 @@ A3_HIERARCHY = MC2Limits(
     hidden_sizes=range(1024, 8192 + 1),
     max_experts=512,
     max_top_k=16,
+    shared_expert_ranks=False,
     dtypes=SIXTEEN_BIT,
     buffer_bytes=_a3_hierarchy_bytes,
 )

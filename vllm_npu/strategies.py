@@ -67,6 +67,10 @@ ALL_STRATEGIES = STRATEGIES | GPU_STRATEGIES
 # pay for the exchange of counts. Chosen from the byte model, not yet from measurements on a cluster.
 ALL2ALL_MAX_SHARE_OF_RANKS = 0.75
 
+SHARED_EXPERTS_NEED_MC2 = (
+    "cannot send tokens to shared experts on ranks of their own; use mc2, or put them on every rank"
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Selection:
@@ -85,6 +89,8 @@ def why_not(
             f"{name} needs ep_size > 1 (got 1 on {topology}); use allgather, or start vLLM with --enable-expert-parallel on "
             "more than one rank"
         )
+    if layer is not None and layer.shared_expert_ranks and name != "mc2":
+        return f"{name} {SHARED_EXPERTS_NEED_MC2}"
     instead = "all2all" if device.all2all else "allgather"
     if name == "mc2" and device.mc2 is None:
         return f"{device.family} has no MC2; use {instead}"
@@ -172,14 +178,23 @@ def _select(
     return Selection("allgather", f"auto: a token needs {share:.0%} of the {topology.ep_size} ranks")
 
 
-def build(name: str, groups: Groups, num_experts: int, quant_mode: QuantMode = QuantMode.NONE) -> MoEPipeline:
+def build(
+    name: str,
+    groups: Groups,
+    num_experts: int,
+    quant_mode: QuantMode = QuantMode.NONE,
+    shared_expert_ranks: int = 0,
+) -> MoEPipeline:
     """The strategy's pipeline on these groups. LOCAL. Raises UnsupportedConfigError for an unknown name, and where the
     topology or the transport cannot carry it."""
     check_strategy(name, groups.topology, device=NVLINK)  # whether memory is shared, the dispatcher itself finds out
+    if shared_expert_ranks and name != "mc2":
+        raise UnsupportedConfigError(f"{name} {SHARED_EXPERTS_NEED_MC2}")
+    shared = {"shared_expert_ranks": shared_expert_ranks} if shared_expert_ranks else {}
     row = ALL_STRATEGIES[name]
     return MoEPipeline(
         prepare_finalize=_class(row.prepare_finalize)(groups),
-        dispatcher=_class(row.dispatcher)(groups, num_experts, quant_mode),
+        dispatcher=_class(row.dispatcher)(groups, num_experts, quant_mode, **shared),
     )
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
+import torch.nn.functional as F
 
 from vllm_npu.device import ops_of
 from vllm_npu.device.portable_ops import Counts, npu_dynamic_quant
@@ -49,12 +50,13 @@ class Case:
     experts_per_rank: int = 2
     top_k: int = 3
     quant_mode: QuantMode = QuantMode.NONE
+    shared_expert_ranks: int = 0
     seed: int = 0
 
     @property
     def num_experts(self) -> int:
-        """Experts over all ranks."""
-        return self.experts_per_rank * self.tp_size * self.dp_size
+        """Routed experts over all ranks."""
+        return self.experts_per_rank * (self.tp_size * self.dp_size - self.shared_expert_ranks)
 
     @property
     def layer(self) -> MoELayer:
@@ -65,6 +67,7 @@ class Case:
             hidden_size=self.hidden_size,
             dtype=self.dtype,
             quant_mode=self.quant_mode,
+            shared_expert_ranks=self.shared_expert_ranks,
         )
 
     def __str__(self) -> str:
@@ -72,6 +75,7 @@ class Case:
         parts += [self.sharding.value, str(list(self.num_tokens_across_dp)), str(self.dtype).removeprefix("torch.")]
         parts += [word for word, on in (("integer", self.integer), ("skewed", self.skewed)) if on]
         parts += [] if self.quant_mode is QuantMode.NONE else [self.quant_mode.name.lower()]
+        parts += [f"{self.shared_expert_ranks} shared-expert ranks"] if self.shared_expert_ranks else []
         return " ".join([*parts, f"hidden{self.hidden_size}", f"width{self.width}", f"seed{self.seed}"])
 
 
@@ -134,6 +138,9 @@ def _layouts(strategy: str, tp_size: int, dp_size: int) -> Iterator[Case]:
     base = Case(strategy=strategy, tp_size=tp_size, dp_size=dp_size, num_tokens_across_dp=(0,) * dp_size)
     if tp_size * dp_size > 1 or not ALL_STRATEGIES[strategy].needs_expert_parallel:
         yield base
+        if strategy == "mc2":
+            for shared_expert_ranks in sorted({1, tp_size * dp_size // 2}):
+                yield replace(base, shared_expert_ranks=shared_expert_ranks, top_k=2)
         if tp_size > 1:
             yield replace(base, sharding=TokenSharding.SLICED_OVER_TP)
     if not ALL_STRATEGIES[strategy].needs_expert_parallel:
@@ -143,7 +150,7 @@ def _layouts(strategy: str, tp_size: int, dp_size: int) -> Iterator[Case]:
 @lru_cache(maxsize=8)
 def _experts(layer: MoELayer, width: int, integer: bool, seed: int) -> LinearExperts:
     draw = LinearExperts.integer if integer else LinearExperts.random
-    experts = draw(layer.num_experts, layer.hidden_size, width, seed=seed, dtype=layer.dtype)
+    experts = draw(layer.num_experts + 1, layer.hidden_size, width, seed=seed, dtype=layer.dtype)
     if layer.quant_mode is QuantMode.NONE:
         return experts
     if integer:
@@ -176,10 +183,11 @@ class CaseTensors:
     """The whole grid's tensors of a case, the same on every rank."""
 
     dtype: torch.dtype
+    shared_expert_ranks: int
     hidden_states: list[torch.Tensor]  # of each DP rank [num_tokens, hidden_size]
     topk_weights: list[torch.Tensor]
     topk_ids: list[torch.Tensor]
-    experts: LinearExperts
+    experts: LinearExperts  # the routed ones, then the shared one
 
     @classmethod
     def of(cls, case: Case) -> "CaseTensors":
@@ -201,7 +209,14 @@ class CaseTensors:
             hidden_states.append(x.to(case.dtype))
             weights.append(topk_weights)
             ids.append(topk_ids)
-        return cls(case.dtype, hidden_states, weights, ids, _experts(case.layer, case.width, case.integer, case.seed))
+        return cls(
+            case.dtype,
+            case.shared_expert_ranks,
+            hidden_states,
+            weights,
+            ids,
+            _experts(case.layer, case.width, case.integer, case.seed),
+        )
 
     def input_of(self, topology: ParallelTopology, sharding: TokenSharding, device: torch.device) -> list[torch.Tensor]:
         """What one rank brings to the layer: hidden_states, weights, ids. Padding rows are poison: NaN, and id 0 twice."""
@@ -221,10 +236,13 @@ class CaseTensors:
     def experts_of(self, topology: ParallelTopology, device: torch.device) -> ExpertsFunction:
         """One rank's experts: whole ones, or its shard of all."""
         if topology.expert_parallel:
-            placement = ExpertPlacement(self.experts.weights.shape[0], topology.ep_size)
-            own = self.experts.on_rank(placement.first_expert(topology.ep_rank), placement.experts_per_rank)
+            num_experts = self.experts.weights.shape[0] - 1
+            placement = ExpertPlacement(num_experts, topology.ep_size, self.shared_expert_ranks)
+            shared = placement.holds_shared_expert(topology.ep_rank)
+            first = num_experts if shared else placement.first_expert(topology.ep_rank)
+            own = self.experts.on_rank(first, placement.num_local_experts(topology.ep_rank))
         else:
-            own = self.experts.shard(topology.rank, topology.world_size)
+            own = self.experts.shard(topology.rank, topology.world_size).on_rank(0, self.experts.weights.shape[0] - 1)
         return grouped_experts(own.to(device), self.dtype)
 
     def expected_on(self, topology: ParallelTopology, sharding: TokenSharding) -> torch.Tensor:
@@ -234,7 +252,11 @@ class CaseTensors:
         if experts.scales is not None:
             values, scales = npu_dynamic_quant(hidden_states)
             hidden_states, experts = values * scales, experts.dequantized()
-        whole = reference_moe(hidden_states, self.topk_weights[dp_rank], self.topk_ids[dp_rank], experts)
+        weights, ids = self.topk_weights[dp_rank], self.topk_ids[dp_rank]
+        if self.shared_expert_ranks:
+            weights = F.pad(weights, (0, 1), value=1.0)
+            ids = F.pad(ids, (0, 1), value=experts.weights.shape[0] - 1)
+        whole = reference_moe(hidden_states, weights, ids, experts)
         whole = whole.to(self.dtype)
         if sharding is TokenSharding.REPLICATED:
             return whole
@@ -258,7 +280,7 @@ def run_case(rank: Rank, case: Case) -> str | None:
     before = [tensor.clone() for tensor in (hidden_states, weights, ids)]
     step = StepPlan(num_tokens_across_dp=case.num_tokens_across_dp, sharding=case.sharding)
 
-    pipeline = build(case.strategy, groups, case.num_experts, case.quant_mode)
+    pipeline = build(case.strategy, groups, case.num_experts, case.quant_mode, case.shared_expert_ranks)
     experts = tensors.experts_of(groups.topology, rank.device)
     finalized = pipeline.run(hidden_states, weights, ids, experts, step)
 

@@ -129,6 +129,7 @@ def npu_moe_distribute_dispatch_v2(
     moe_expert_num: int,
     x_active_mask: torch.Tensor | None = None,
     expert_token_nums_type: int = 1,
+    shared_expert_rank_num: int = 0,
     quant_mode: int = 0,
     global_bs: int = 0,
 ) -> DistributeDispatchOutput:
@@ -143,6 +144,7 @@ def npu_moe_distribute_dispatch_v2(
             ep_rank_id=group_ep.rank,
             moe_expert_num=moe_expert_num,
             x_active_mask=x_active_mask,
+            shared_expert_rank_num=shared_expert_rank_num,
             quant_mode=quant_mode,
             global_bs=global_bs,
             expert_token_nums_type=expert_token_nums_type,
@@ -169,6 +171,7 @@ def npu_moe_distribute_combine_v2(
     moe_expert_num: int,
     x_active_mask: torch.Tensor | None = None,
     expand_scales: torch.Tensor | None = None,
+    shared_expert_rank_num: int = 0,
     global_bs: int = 0,
 ) -> torch.Tensor:
     """As portable_ops has it. COLLECTIVE over group_ep, in one kernel. Host sync: no. Graph capture: yes."""
@@ -185,6 +188,7 @@ def npu_moe_distribute_combine_v2(
         moe_expert_num=moe_expert_num,
         x_active_mask=x_active_mask,
         expand_scales=expand_scales,
+        shared_expert_rank_num=shared_expert_rank_num,
         global_bs=global_bs,
     )
     return combined

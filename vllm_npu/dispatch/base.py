@@ -69,9 +69,15 @@ class Dispatched:
 class Dispatcher(ABC):
     """One way to move tokens to experts. Holds its groups and the placement, and nothing of any call."""
 
-    def __init__(self, groups: Groups, num_experts: int, quant_mode: QuantMode = QuantMode.NONE) -> None:
+    def __init__(
+        self,
+        groups: Groups,
+        num_experts: int,
+        quant_mode: QuantMode = QuantMode.NONE,
+        shared_expert_ranks: int = 0,  # MC2 only
+    ) -> None:
         self.groups = groups
-        self.placement = ExpertPlacement(num_experts, groups.topology.ep_size)
+        self.placement = ExpertPlacement(num_experts, groups.topology.ep_size, shared_expert_ranks)
         self.quant_mode = quant_mode
 
     @abstractmethod

@@ -36,6 +36,7 @@ class MC2Dispatcher(Dispatcher):
             group_ep=self.groups.ep,
             moe_expert_num=self.placement.num_experts,
             x_active_mask=tokens.mask,
+            shared_expert_rank_num=self.placement.shared_expert_ranks,
             quant_mode=self.quant_mode,
             global_bs=global_bs,
         )
@@ -73,6 +74,7 @@ class MC2Dispatcher(Dispatcher):
             moe_expert_num=self.placement.num_experts,
             x_active_mask=handle.mask,
             expand_scales=handle.expand_scales,
+            shared_expert_rank_num=self.placement.shared_expert_ranks,
             global_bs=handle.global_bs,
         )
         return combined

@@ -163,10 +163,10 @@ def npu_moe_distribute_dispatch_v2(
 
     A = G * min(num_local_experts, K), G = global_bs or B * W; with the shared expert, rows of as many ranks as share its
     copy. The shared expert is column K of assist_info_for_combine. global_bs, K, H, the dtype and quant_mode must be equal
-    on all ranks, and without global_bs B too (not checked here: the plan's vote does). COLLECTIVE over group_ep: one
-    all-to-all of G / W slots a pair of ranks; a token takes one slot however many of the rank's experts it chose. Host sync:
-    no. Graph capture: yes. Raises InvalidInputError for another quant_mode, a mask that is not a prefix (read on CPU tensors only),
-    and a global_bs that W does not divide, that is too small for B, or that comes with a mask.
+    on all ranks, and without global_bs B too (not checked here: the plan's vote does). COLLECTIVE over group_ep: one all-
+    to-all of G / W slots a pair of ranks; a token takes one slot however many of the rank's experts it chose. Host sync:
+    no. Graph capture: yes. Raises InvalidInputError for another quant_mode, a mask that is not a prefix (read on CPU
+    tensors only), and a global_bs that W does not divide, that is too small for B, or that comes with a mask.
     """
     if quant_mode not in list(QuantMode):
         raise InvalidInputError(f"quant_mode={quant_mode} is not supported; there are 0 (none) and 2 (int8 a token)")

@@ -1,7 +1,7 @@
 """What an implementation of a strategy can take, as data with its source. Enforced by strategies.select()."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 
 import torch
@@ -55,6 +55,8 @@ class MC2Limits:
     max_experts_per_rank_times_ep_size: int | None = None
     max_top_k: int | None = None
     shared_expert_ranks: bool = True  # whether ranks may hold shared experts alone
+    comm_alg: str = ""  # of the ops; empty: the full mesh
+    takes_mask: bool = True  # x_active_mask
     dtypes: tuple[torch.dtype, ...] | None = None
     buffer_bytes: BufferBytes | None = None
 
@@ -171,6 +173,8 @@ A2_HIERARCHY = MC2Limits(
     max_experts=512,
     max_top_k=16,
     shared_expert_ranks=False,
+    comm_alg="hierarchy",
+    takes_mask=False,
     dtypes=SIXTEEN_BIT,
     buffer_bytes=_a2_hierarchy_bytes,
 )
@@ -197,6 +201,7 @@ A3_HIERARCHY = MC2Limits(
     max_experts=512,
     max_top_k=16,
     shared_expert_ranks=False,
+    comm_alg="hierarchy",
     dtypes=SIXTEEN_BIT,
     buffer_bytes=_a3_hierarchy_bytes,
 )
@@ -225,11 +230,19 @@ class DeviceLimits:
     family: str
     mc2: MC2Limits | None  # None: it has no MC2 op
     socs: tuple[str, ...] = ()  # beginnings of the chips' names
-    mc2_hierarchy: MC2Limits | None = None  # MC2's other algorithm: planned for, not chosen yet
+    mc2_hierarchy: MC2Limits | None = None  # MC2's other algorithm: taken for layers that the first cannot take
     all2all: bool = True
     symmetric: SymmetricLimits | None = None  # None: ranks share no memory
     routing_ops: bool = True  # npu_moe_init_routing_v2 with a range of experts, and npu_moe_finalize_routing
     captures: tuple[str, ...] = ()  # strategies that read nothing on the host, so that a graph can hold them
+
+    def for_layer(self, layer: MoELayer | None, ep_size: int) -> "DeviceLimits":
+        """These limits with the MC2 algorithm that takes the layer: the hierarchy where only it does."""
+        if layer is None or self.mc2 is None or self.mc2_hierarchy is None:
+            return self
+        if self.mc2.why_not(layer, ep_size) is None or self.mc2_hierarchy.why_not(layer, ep_size) is not None:
+            return self
+        return replace(self, mc2=self.mc2_hierarchy, mc2_hierarchy=None)
 
     def fits(self, strategy: str, tokens_per_rank: int) -> bool:
         """Whether a step of this many tokens on each rank is within the strategy's capacity, if it has one."""

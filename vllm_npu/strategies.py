@@ -84,6 +84,7 @@ def why_not(
     name: str, topology: ParallelTopology, layer: MoELayer | None = None, device: DeviceLimits = PORTABLE
 ) -> str | None:
     """Why a strategy can never run this layer (None: any layer) here, whatever the step, and what to do; or None."""
+    device = device.for_layer(layer, topology.ep_size)
     if ALL_STRATEGIES[name].needs_expert_parallel and topology.ep_size == 1:
         return (
             f"{name} needs ep_size > 1 (got 1 on {topology}); use allgather, or start vLLM with --enable-expert-parallel on "
@@ -155,11 +156,15 @@ def select(
 def _select(
     requested: str, topology: ParallelTopology, step: StepPlan, layer: MoELayer, device: DeviceLimits
 ) -> Selection:
+    device = device.for_layer(layer, topology.ep_size)
     tokens_per_rank = step.padded_tokens(topology.tp_size) // topology.tp_size
+    instead = "allgather" if step.captured else "all2all"
     if not device.fits(requested, tokens_per_rank):
         most = device.capacities[requested]
-        instead = "allgather" if step.captured else "all2all"
         return Selection(instead, f"{requested} takes {most} tokens a rank, this step brings {tokens_per_rank}")
+    lacks_mask = device.mc2 is not None and not device.mc2.takes_mask and not step.divides_over_tp(topology.tp_size)
+    if requested == "mc2" and lacks_mask:
+        return Selection(instead, f"mc2 takes no mask here, and not every rank has tokens, TP ranks as many, in {step}")
     if requested != AUTO:
         return Selection(requested, "requested")
     if topology.ep_size == 1:
@@ -168,6 +173,8 @@ def _select(
         return Selection("allgather", f"auto: {device.family} runs allgather and naive only")
     kernels = ("symmetric", "mc2") if device.mc2 is not None and device.mc2.native else ("symmetric",)
     for name in kernels:
+        if name == "mc2" and lacks_mask:
+            continue
         if device.fits(name, tokens_per_rank) and why_not(name, topology, layer, device) is None:
             return Selection(name, f"auto: {tokens_per_rank} tokens a rank fit {device.capacities[name]}")
     if step.captured:

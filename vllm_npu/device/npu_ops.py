@@ -10,7 +10,7 @@ import torch
 from vllm_npu.device import portable_ops
 from vllm_npu.device.portable_ops import Counts, DistributeDispatchOutput, GroupList, InitRoutingOutput, PrefixSums
 from vllm_npu.errors import UnsupportedConfigError
-from vllm_npu.limits import DEVICES, DeviceLimits
+from vllm_npu.limits import DEVICES, DeviceLimits, MoELayer
 from vllm_npu.transport.base import Transport
 
 try:
@@ -127,13 +127,25 @@ def npu_moe_distribute_dispatch_v2(
     *,
     group_ep: Transport,
     moe_expert_num: int,
+    expert_scales: torch.Tensor | None = None,
     x_active_mask: torch.Tensor | None = None,
     expert_token_nums_type: int = 1,
     shared_expert_rank_num: int = 0,
     quant_mode: int = 0,
     global_bs: int = 0,
 ) -> DistributeDispatchOutput:
-    """As portable_ops has it. COLLECTIVE over group_ep, in one kernel. Host sync: no. Graph capture: yes."""
+    """As portable_ops has it, by the full mesh, or by the hierarchy where only that takes the sizes. COLLECTIVE over
+    group_ep, in one kernel. Host sync: no. Graph capture: yes."""
+    comm_alg = _comm_alg(
+        MoELayer(
+            num_experts=moe_expert_num,
+            top_k=expert_ids.shape[1],
+            hidden_size=x.shape[1],
+            dtype=x.dtype,
+            shared_expert_ranks=shared_expert_rank_num,
+        ),
+        group_ep.size,
+    )
     group_ep.note_op("dispatch", expert_ids.numel() * x.shape[1] * (1 if quant_mode else x.element_size()))
     expand_x, dynamic_scales, assist_info, expert_token_nums, ep_recv_counts, _, expand_scales = (
         torch_npu.npu_moe_distribute_dispatch_v2(
@@ -143,7 +155,9 @@ def npu_moe_distribute_dispatch_v2(
             ep_world_size=group_ep.size,
             ep_rank_id=group_ep.rank,
             moe_expert_num=moe_expert_num,
+            expert_scales=expert_scales if comm_alg else None,
             x_active_mask=x_active_mask,
+            comm_alg=comm_alg,
             shared_expert_rank_num=shared_expert_rank_num,
             quant_mode=quant_mode,
             global_bs=global_bs,
@@ -157,7 +171,14 @@ def npu_moe_distribute_dispatch_v2(
         ep_recv_counts=ep_recv_counts,
         dynamic_scales=dynamic_scales if quant_mode else None,
         expand_scales=expand_scales,
+        comm_alg=comm_alg,
     )
+
+
+@cache
+def _comm_alg(layer: MoELayer, ep_size: int) -> str:
+    mc2 = device_limits().for_layer(layer, ep_size).mc2
+    return "" if mc2 is None else mc2.comm_alg
 
 
 def npu_moe_distribute_combine_v2(
@@ -171,6 +192,7 @@ def npu_moe_distribute_combine_v2(
     moe_expert_num: int,
     x_active_mask: torch.Tensor | None = None,
     expand_scales: torch.Tensor | None = None,
+    comm_alg: str = "",
     shared_expert_rank_num: int = 0,
     global_bs: int = 0,
 ) -> torch.Tensor:
@@ -188,6 +210,7 @@ def npu_moe_distribute_combine_v2(
         moe_expert_num=moe_expert_num,
         x_active_mask=x_active_mask,
         expand_scales=expand_scales,
+        comm_alg=comm_alg,
         shared_expert_rank_num=shared_expert_rank_num,
         global_bs=global_bs,
     )

@@ -42,6 +42,7 @@ class DistributeDispatchOutput(NamedTuple):
     dynamic_scales: torch.Tensor | None
     # what A2's combine takes beside; None where there is none
     expand_scales: torch.Tensor | None = None
+    comm_alg: str = ""  # the algorithm that combine must take too
 
 
 class InitRoutingOutput(NamedTuple):
@@ -153,6 +154,7 @@ def npu_moe_distribute_dispatch_v2(
     *,
     group_ep: Transport,
     moe_expert_num: int,
+    expert_scales: torch.Tensor | None = None,  # [B, K] float32: the top-k weights, for the hierarchy's kernels only
     x_active_mask: torch.Tensor | None = None,  # [B] bool, a prefix
     expert_token_nums_type: int = 1,  # 1 counts, 0 prefix sums
     shared_expert_rank_num: int = 0,  # the first ranks have the shared expert, a copy each, and no other
@@ -240,6 +242,7 @@ def npu_moe_distribute_combine_v2(
     moe_expert_num: int,
     x_active_mask: torch.Tensor | None = None,  # as given to dispatch
     expand_scales: torch.Tensor | None = None,  # as dispatch returned it: for A2's kernel only
+    comm_alg: str = "",  # as dispatch returned it: for Ascend's kernels only
     shared_expert_rank_num: int = 0,  # as given to dispatch
     global_bs: int = 0,  # as given to dispatch
 ) -> torch.Tensor:  # [B, H], dtype of expand_x; rows of inactive tokens are NaN

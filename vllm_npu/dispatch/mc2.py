@@ -19,6 +19,7 @@ class MC2DispatchHandle(DispatchHandle):
     assist_info_for_combine: torch.Tensor
     ep_recv_counts: torch.Tensor
     expand_scales: torch.Tensor | None
+    comm_alg: str
     global_bs: int
 
 
@@ -35,6 +36,7 @@ class MC2Dispatcher(Dispatcher):
             tokens.topk_ids,
             group_ep=self.groups.ep,
             moe_expert_num=self.placement.num_experts,
+            expert_scales=tokens.topk_weights,
             x_active_mask=tokens.mask,
             shared_expert_rank_num=self.placement.shared_expert_ranks,
             quant_mode=self.quant_mode,
@@ -48,6 +50,7 @@ class MC2Dispatcher(Dispatcher):
             assist_info_for_combine=output.assist_info_for_combine,
             ep_recv_counts=output.ep_recv_counts,
             expand_scales=output.expand_scales,
+            comm_alg=output.comm_alg,
             global_bs=global_bs,
         )
         return Dispatched(
@@ -74,6 +77,7 @@ class MC2Dispatcher(Dispatcher):
             moe_expert_num=self.placement.num_experts,
             x_active_mask=handle.mask,
             expand_scales=handle.expand_scales,
+            comm_alg=handle.comm_alg,
             shared_expert_rank_num=self.placement.shared_expert_ranks,
             global_bs=handle.global_bs,
         )

@@ -208,6 +208,7 @@ class DeviceLimits:
     mc2_hierarchy: MC2Limits | None = None  # MC2's other algorithm: planned for, not chosen yet
     all2all: bool = True
     symmetric: SymmetricLimits | None = None  # None: ranks share no memory
+    uneven_collectives: bool = False  # HcclAllGatherV and HcclReduceScatterV between the ranks of one server
     routing_ops: bool = True  # npu_moe_init_routing_v2 with a range of experts, and npu_moe_finalize_routing
 
     def fits(self, strategy: str, tokens_per_rank: int) -> bool:
@@ -223,11 +224,17 @@ class DeviceLimits:
 
 PORTABLE = DeviceLimits(family="no NPU", mc2=PORTABLE_MC2)
 NVLINK = DeviceLimits(family="GPUs of one host", mc2=PORTABLE_MC2, symmetric=SYMMETRIC)
+# uneven_collectives: HCCL's documents (CANN 8.5) name A3, 300I Duo, and of A2 some servers only, which the chip's name does
+# not tell; none names A5.
 DEVICES = {
     "A2": DeviceLimits(family="A2", mc2=A2_FULL_MESH, mc2_hierarchy=A2_HIERARCHY, socs=("Ascend910B",)),
-    "A3": DeviceLimits(family="A3", mc2=A3_FULL_MESH, mc2_hierarchy=A3_HIERARCHY, socs=("Ascend910_93",)),
+    "A3": DeviceLimits(
+        family="A3", mc2=A3_FULL_MESH, mc2_hierarchy=A3_HIERARCHY, uneven_collectives=True, socs=("Ascend910_93",)
+    ),
     # All-gather only, as vllm-ascend 0.23 has it; op-plugin's documents leave 310P out of both routing ops.
-    "310P": DeviceLimits(family="310P", mc2=None, all2all=False, routing_ops=False, socs=("Ascend310P",)),
+    "310P": DeviceLimits(
+        family="310P", mc2=None, all2all=False, uneven_collectives=True, routing_ops=False, socs=("Ascend310P",)
+    ),
     # No public document names A5's limits; its op takes A3's arguments.
     "A5": DeviceLimits(family="A5", mc2=A3_FULL_MESH, socs=("Ascend950",)),
 }

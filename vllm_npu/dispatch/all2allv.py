@@ -12,7 +12,6 @@ from vllm_npu.device import ops_of
 from vllm_npu.dispatch.base import Dispatched, Dispatcher, DispatchHandle
 from vllm_npu.handles import check_handle
 from vllm_npu.routing import RankDestinations, check_topk
-from vllm_npu.token_layout import RowFormat
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,17 +40,13 @@ class All2AllVDispatcher(Dispatcher):
         if mask is not None:
             hidden_states, topk_weights, topk_ids = hidden_states[mask], topk_weights[mask], topk_ids[mask]
         destinations = RankDestinations.build(topk_ids, self.placement)
-        sent_rows = destinations.rows_per_rank.tolist()
-        received_rows = self._exchange_counts(destinations.rows_per_rank)
-
         outgoing = (
             hidden_states[destinations.tokens],
             topk_weights[destinations.tokens].float(),
             destinations.local_ids(topk_ids, self.placement).int(),
         )
-        message = RowFormat.of(outgoing)
-        received = self.groups.ep.all_to_all(message.pack(outgoing), sent_rows, received_rows)
-        hidden_states, weights, local_ids = message.unpack(received)
+        received, sent_rows, received_rows = self.groups.ep.exchange_tokens(outgoing, destinations.rows_per_rank)
+        hidden_states, weights, local_ids = received
 
         routed = ops_of(hidden_states).init_routing(hidden_states, local_ids, self.placement.experts_per_rank)
         handle = All2AllVHandle(
@@ -74,8 +69,3 @@ class All2AllVDispatcher(Dispatcher):
         returned = self.groups.ep.all_to_all(weighted, handle.received_rows, handle.sent_rows)
         combined: torch.Tensor = ops.finalize_routing(returned, handle.row_of_rank)
         return combined
-
-    def _exchange_counts(self, rows_per_rank: torch.Tensor) -> list[int]:
-        ones = [1] * self.groups.ep.size
-        received: list[int] = self.groups.ep.all_to_all(rows_per_rank, ones, ones).tolist()
-        return received

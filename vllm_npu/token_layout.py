@@ -127,7 +127,8 @@ def move_together(
 
     The first tensor is taken for the large one.
     """
-    if len(tensors) == 1 or max_rows * RowFormat.of(tensors).row_bytes <= PACK_MAX_BYTES:
+    row_bytes = sum(tensor.shape[1] * tensor.element_size() for tensor in tensors)
+    if len(tensors) == 1 or max_rows * row_bytes <= PACK_MAX_BYTES:
         return move(tensors)
     return [*move(tensors[:1]), *move_together(tensors[1:], max_rows, move)]
 

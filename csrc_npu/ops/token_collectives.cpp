@@ -175,29 +175,7 @@ struct RowFormat {
   }
 };
 
-// A message of one tensor is the tensor itself.
-at::Tensor pack(at::TensorList tensors) {
-  TORCH_CHECK_VALUE(!tensors.empty(), "there is no tensor to send");
-  if (tensors.size() == 1) return tensors[0].contiguous();
-  const RowFormat format(tensors);
-  const std::int64_t rows = tensors[0].size(0);
-  std::vector<at::Tensor> parts;
-  std::int64_t end = 0;
-  const auto fill_up_to = [&](std::int64_t start) {
-    if (start > end) parts.push_back(at::empty({rows, start - end}, tensors[0].options().dtype(at::kByte)));
-  };
-  for (std::size_t i = 0; i < tensors.size(); ++i) {
-    TORCH_CHECK_VALUE(tensors[i].size(0) == rows, "tensors of ", rows, " and ", tensors[i].size(0),
-                      " rows cannot travel together");
-    fill_up_to(format.fields[i].start);
-    parts.push_back(tensors[i].contiguous().view(at::kByte));
-    end = format.fields[i].start + format.fields[i].bytes;
-  }
-  fill_up_to(format.row_bytes);
-  return at::cat(parts, 1);
-}
-
-// Views of the message's fields.
+// Views of the message's fields. A message of one tensor is the tensor itself.
 std::vector<at::Tensor> unpack(const at::Tensor& message, at::TensorList like) {
   if (like.size() == 1) return {message};
   const RowFormat format(like);
@@ -206,6 +184,21 @@ std::vector<at::Tensor> unpack(const at::Tensor& message, at::TensorList like) {
     fields.push_back(message.narrow(1, format.fields[i].start, format.fields[i].bytes).view(like[i].scalar_type()));
   }
   return fields;
+}
+
+// Bytes between fields are undefined.
+at::Tensor pack(at::TensorList tensors) {
+  TORCH_CHECK_VALUE(!tensors.empty(), "there is no tensor to send");
+  if (tensors.size() == 1) return tensors[0].contiguous();
+  const std::int64_t rows = tensors[0].size(0);
+  const at::Tensor message = at::empty({rows, RowFormat(tensors).row_bytes}, tensors[0].options().dtype(at::kByte));
+  const std::vector<at::Tensor> fields = unpack(message, tensors);
+  for (std::size_t i = 0; i < tensors.size(); ++i) {
+    TORCH_CHECK_VALUE(tensors[i].size(0) == rows, "tensors of ", rows, " and ", tensors[i].size(0),
+                      " rows cannot travel together");
+    fields[i].copy_(tensors[i]);
+  }
+  return message;
 }
 
 // --- Operators on NPU tensors ---

@@ -75,4 +75,6 @@ class AllGatherPrepareAndFinalize(PrepareAndFinalize):
     def _gather(
         self, tensors: Sequence[torch.Tensor], real_rows: Sequence[int], transport: Transport
     ) -> list[torch.Tensor]:
-        return transport.gather_tokens([tensor[: real_rows[transport.rank]] for tensor in tensors], real_rows)
+        own_rows = real_rows[transport.rank]
+        own = tensors if tensors[0].shape[0] == own_rows else [tensor[:own_rows] for tensor in tensors]
+        return transport.gather_tokens(own, real_rows)

@@ -33,6 +33,11 @@ class HcclTransport(TorchDistTransport):
     backend = "hccl"
     device_type = "npu"
 
+    def __init__(self, process_group: dist.ProcessGroup, group: str) -> None:
+        super().__init__(process_group, group)
+        self._name = str(process_group.group_name)
+        self._ops: bool | None = None  # what _HAS_OPS says of the group, once it was asked
+
     @property
     def name_for_ops(self) -> str:
         """HCCL's name of the communicator."""
@@ -79,15 +84,13 @@ class HcclTransport(TorchDistTransport):
         sent_rows, received_rows = rows.tolist()
         return received, sent_rows, received_rows
 
-    @property
-    def _name(self) -> str:
-        return str(self.process_group.group_name)
-
     def _has_ops(self) -> bool:
         """COLLECTIVE over the group the first time: all ranks take the operators, or none does."""
-        if self.process_group not in _HAS_OPS:
-            _HAS_OPS[self.process_group] = self._open_ops()
-        return _HAS_OPS[self.process_group]
+        if self._ops is None:
+            if self.process_group not in _HAS_OPS:
+                _HAS_OPS[self.process_group] = self._open_ops()
+            self._ops = _HAS_OPS[self.process_group]
+        return self._ops
 
     def _open_ops(self) -> bool:
         reason = token_ops.why_not()

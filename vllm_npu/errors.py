@@ -9,7 +9,11 @@ class UnsupportedConfigError(VllmNpuError, ValueError):
     """A configuration that cannot work, found before any token moves. Change the configuration."""
 
 
-class EmulatorBuildError(VllmNpuError, RuntimeError):
+class NativeBuildError(VllmNpuError, RuntimeError):
+    """A C++ part cannot be built, or not be loaded. Install what the message names, or read its log."""
+
+
+class EmulatorBuildError(NativeBuildError):
     """The emulated Ascend device cannot be built, or not be loaded. Install what the message names, or read its log."""
 
 

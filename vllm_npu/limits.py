@@ -233,6 +233,7 @@ class DeviceLimits:
     mc2_hierarchy: MC2Limits | None = None  # MC2's other algorithm: taken for layers that the first cannot take
     all2all: bool = True
     symmetric: SymmetricLimits | None = None  # None: ranks share no memory
+    uneven_collectives: bool = False  # HcclAllGatherV and HcclReduceScatterV between the ranks of one server
     routing_ops: bool = True  # npu_moe_init_routing_v2 with a range of experts, and npu_moe_finalize_routing
     captures: tuple[str, ...] = ()  # strategies that read nothing on the host, so that a graph can hold them
 
@@ -259,15 +260,24 @@ PORTABLE = DeviceLimits(family="no NPU", mc2=PORTABLE_MC2)
 NVLINK = DeviceLimits(family="GPUs of one host", mc2=PORTABLE_MC2, symmetric=SYMMETRIC, captures=("symmetric",))
 # The routing ops give as many rows whatever the routing is. all2all reads its split sizes on the host everywhere.
 _NPU_CAPTURES = ("mc2", "allgather", "naive")
+# uneven_collectives: HCCL's documents (CANN 8.5) name A3, 300I Duo, and of A2 some servers only, which the chip's name does
+# not tell; none names A5.
 DEVICES = {
     "A2": DeviceLimits(
         family="A2", mc2=A2_FULL_MESH, mc2_hierarchy=A2_HIERARCHY, socs=("Ascend910B",), captures=_NPU_CAPTURES
     ),
     "A3": DeviceLimits(
-        family="A3", mc2=A3_FULL_MESH, mc2_hierarchy=A3_HIERARCHY, socs=("Ascend910_93",), captures=_NPU_CAPTURES
+        family="A3",
+        mc2=A3_FULL_MESH,
+        mc2_hierarchy=A3_HIERARCHY,
+        uneven_collectives=True,
+        socs=("Ascend910_93",),
+        captures=_NPU_CAPTURES,
     ),
     # All-gather only, as vllm-ascend 0.23 has it; op-plugin's documents leave 310P out of both routing ops.
-    "310P": DeviceLimits(family="310P", mc2=None, all2all=False, routing_ops=False, socs=("Ascend310P",)),
+    "310P": DeviceLimits(
+        family="310P", mc2=None, all2all=False, uneven_collectives=True, routing_ops=False, socs=("Ascend310P",)
+    ),
     # No public document names A5's limits; its op takes A3's arguments.
     "A5": DeviceLimits(family="A5", mc2=A3_FULL_MESH, socs=("Ascend950",), captures=_NPU_CAPTURES),
 }

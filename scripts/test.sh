@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Sets the environments up where needed and runs the tests: scripts/test.sh [arguments of pytest]
 # Paths are relative to the checkout: scripts/test.sh tests/pure -k routing
-# Tests of the emulated Ascend device have an environment, and a pytest process, of their own.
+# Tests of the emulated Ascend device have an environment, and a pytest process, of their own. So do tests beside vllm-ascend,
+# which run on it: scripts/test.sh --ascend [arguments of pytest], or a path below tests/ascend.
 set -u -e -o pipefail
 
 root=$(cd -P "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.." && pwd)
@@ -21,6 +22,12 @@ case " $* " in
     run_pytest "" || status=$?
     exit $status
     ;;
+  " --ascend"*)
+    shift
+    [ $# -gt 0 ] || set -- tests/ascend
+    run_pytest --ascend "$@"
+    ;;
+  *" tests/ascend"*) run_pytest --ascend "$@" ;;
   *" tests/emulated"*) run_pytest --emulator "$@" ;;
   *) run_pytest "" "$@" ;;
 esac

@@ -40,7 +40,8 @@ class Variable:
 MOE_COMM = Variable(
     "VLLM_NPU_MOE_COMM",
     "auto",
-    "Strategy where --additional-config does not name one: auto, mc2, all2all, allgather or naive.",
+    "Strategy where --additional-config does not name one: auto, mc2, all2all, allgather or naive; beside vllm-ascend also "
+    "off, compare and compare:STRATEGY.",
 )
 COUNT_COLLECTIVES = Variable(
     "VLLM_NPU_COUNT_COLLECTIVES",

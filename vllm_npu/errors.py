@@ -9,6 +9,26 @@ class UnsupportedConfigError(VllmNpuError, ValueError):
     """A configuration that cannot work, found before any token moves. Change the configuration."""
 
 
+class PluginConflictError(UnsupportedConfigError):
+    """Two platform plugins want this process. Set VLLM_PLUGINS to what the message says."""
+
+
+class UnsupportedDeviceError(UnsupportedConfigError):
+    """This chip has no op for the strategy. Choose another strategy."""
+
+
+class DeviceLimitError(UnsupportedConfigError):
+    """The layer is past a limit of the chip's op. Choose another strategy, or other parallel sizes."""
+
+
+class HcclBufferError(UnsupportedConfigError):
+    """HCCL's buffer is too small for the steps that the engine is configured for. Set HCCL_BUFFSIZE."""
+
+
+class UnknownGroupError(UnsupportedConfigError):
+    """HCCL does not know a process group that a device op has to communicate over."""
+
+
 class NativeBuildError(VllmNpuError, RuntimeError):
     """A C++ part cannot be built, or not be loaded. Install what the message names, or read its log."""
 

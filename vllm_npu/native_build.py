@@ -13,6 +13,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from vllm_npu import envs
 from vllm_npu.errors import NativeBuildError
 
 COMPILERS = ("c++", "g++", "clang++")
@@ -144,8 +145,11 @@ class Component:
             finished.rename(destination)
 
     def _run_step(self, command: list[str], log: Path) -> None:
+        # The build runs this interpreter too: with the device enabled there, it would wait for the build.
+        environment = {**os.environ, envs.EMULATOR.name: "0"}
         with log.open("a") as output:
-            code = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, check=False).returncode
+            done = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, check=False, env=environment)
+        code = done.returncode
         if code != 0:
             tail = "\n".join(log.read_text(errors="replace").splitlines()[-SHOWN_LOG_LINES:])
             raise self.error(

@@ -229,5 +229,5 @@ def test_versions_are_judged_by_the_pins_of_the_extras(distribution, version, st
 def test_an_unsupported_vllm_is_a_problem():
     problems = [finding for finding in doctor.check_pairs(["0.31.2"]) if finding.check == "vllm"]
     assert problems[0].what == "the plugin does not support vLLM 0.31.2"
-    assert "install vLLM 0.32.*" in problems[0].remedy
+    assert "0.32.*" in problems[0].remedy
     assert not [finding for finding in doctor.check_pairs(["0.32.1+cpu"]) if finding.check == "vllm"]

@@ -57,23 +57,37 @@ def test_the_installed_vllm_has_a_module_of_its_own():
     assert compat.current().__name__ == compat.SUPPORTED[compat.release_line(vllm.__version__)]
 
 
-def test_all_lines_have_the_functions_that_the_plugin_calls():
-    def signatures(module: str) -> dict[str, str]:
-        source = Path(util.find_spec(module).origin).read_text(encoding="utf-8")  # not imported: it needs its vLLM
+SHARED = ("fused_moe.py", "groups.py", "step_planner.py")  # modules of the plugin that serve every line
+
+
+def test_every_line_has_the_functions_that_the_plugin_calls_there():
+    def signatures(line: str) -> dict[str, str]:
+        source = Path(util.find_spec(compat.SUPPORTED[line]).origin).read_text(
+            "utf-8"
+        )  # not imported: it needs its vLLM
         functions = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]
         return {node.name: ast.unparse(node.args) for node in functions if not node.name.startswith("_")}
 
-    tables = {line: signatures(module) for line, module in compat.SUPPORTED.items()}
-    assert len({tuple(sorted(table.items())) for table in tables.values()}) == 1, tables
     plugin = Path(compat.__file__).parents[1]
-    called = {
-        name
-        for file in plugin.glob("*.py")
-        for name in re.findall(r"compat\.current\(\)\.(\w+)", file.read_text("utf-8"))
-    }
-    assert "register_out_of_tree" in called
+
+    def called(*files: Path) -> set[str]:
+        return {
+            name
+            for file in files
+            for name in re.findall(r"(?:compat\.current\(\)|release)\.(\w+)\(", file.read_text("utf-8"))
+        }
+
+    shared = called(*(plugin / name for name in SHARED))
+    assert {"moe_layers", "transports", "device_limits", "micro_batch"} <= shared
+    on_cpu = called(*plugin.glob("*.py"))
+    assert "register_out_of_tree" in on_cpu
+    on_ascend = called(*plugin.glob("ascend/*.py"))
+    assert "replace_choice" in on_ascend
+    tables = {line: signatures(line) for line in compat.SUPPORTED}
     for line, table in tables.items():
-        assert called <= set(table), line
+        needed = shared | (on_ascend if line in compat.BESIDE_VLLM_ASCEND else on_cpu)
+        assert needed <= set(table), line
+        assert {name: table[name] for name in shared} == {name: tables["0.32"][name] for name in shared}, line
 
 
 def start_vllm(**environment: str) -> subprocess.CompletedProcess:

@@ -105,6 +105,13 @@ def demo(
     full: Annotated[
         bool, typer.Option("--full", help="Also TP2×EP, TP2×DP2×EP with sequence parallel, torch.compile, DeepSeek-V2.")
     ] = False,
+    ascend_emulated: Annotated[
+        bool,
+        typer.Option(
+            "--ascend-emulated",
+            help="Over HTTP beside vllm-ascend, on two emulated NPUs (A3; with --full also A2, DeepSeek-V2).",
+        ),
+    ] = False,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the results to this file as JSON.")] = None,
     log_folder: Annotated[Path | None, typer.Option("--logs", help="Keep the engines' logs in this folder.")] = None,
 ) -> None:
@@ -113,6 +120,9 @@ def demo(
     Vanilla vLLM on one worker is the reference. Then two data-parallel engines share the experts (DP2×EP) and go
     through the strategies without being restarted. Exit status 1 if any token differs or an engine fails.
     """
+    if ascend_emulated:
+        _ascend_demo(full=full, json_path=json_path, log_folder=log_folder)
+        return
     require_vllm()
     plan = FULL_PLAN if full else QUICK_PLAN
     stage = Stage()
@@ -131,31 +141,52 @@ def demo(
         stage.say(f"{interruption}: engines and temporary files are gone")
         raise typer.Exit(interruption.exit_status) from None
 
-    console = Console()
-    if not console.is_terminal:
-        console.width = LOG_WIDTH
-    console.print(results_table(references, comparisons))
     problems = [problem for row in comparisons for problem in _problems(row)]
     problems += [_margin_problem(row) for row in references.values() if row.smallest_margin < SAFE_MARGIN]
     if failure is not None:
         problems.append(str(failure))
+    facts = {
+        "vllm_version": _vllm_version(),
+        "references": [asdict(reference) for reference in references.values()],
+        "comparisons": [asdict(row) | {"passed": row.passed} for row in comparisons],
+    }
+    _report(results_table(references, comparisons), problems, facts, started, json_path)
+
+
+def _ascend_demo(*, full: bool, json_path: Path | None, log_folder: Path | None) -> None:
+    from vllm_npu.cli import ascend_demo  # imports the emulator
+
+    ascend_demo.require_vllm_ascend()
+    stage = Stage()
+    started = time.monotonic()
+    rows: list[ascend_demo.Row] = []
+    failure: EngineFailedError | None = None
+    try:
+        with StopSignals() as stop_signals, _temporary_folder(stop_signals) as folder:
+            run = ascend_demo.AscendDemo(folder=folder, log_folder=log_folder, stage=stage, stop_signals=stop_signals)
+            try:
+                run.execute(ascend_demo.FULL_PLAN if full else ascend_demo.QUICK_PLAN, rows)
+            except EngineFailedError as error:
+                failure = error
+    except Interrupted as interruption:
+        stage.say(f"{interruption}: servers and temporary files are gone")
+        raise typer.Exit(interruption.exit_status) from None
+    problems = ascend_demo.problems(rows) + ([] if failure is None else [str(failure)])
+    facts = {"versions": ascend_demo.versions(), "rows": ascend_demo.as_json(rows)}
+    _report(ascend_demo.results_table(rows), problems, facts, started, json_path)
+
+
+def _report(table: Table, problems: list[str], facts: dict[str, Any], started: float, json_path: Path | None) -> None:
+    """Print the table and what is wrong, and write both where asked. Exit status 1 if anything is."""
+    console = Console()
+    if not console.is_terminal:
+        console.width = LOG_WIDTH
+    console.print(table)
     for problem in problems:
         console.print(problem, style="red", markup=False, highlight=False, soft_wrap=True)
     if json_path is not None:
-        json_path.write_text(
-            json.dumps(
-                {
-                    "passed": not problems,
-                    "problems": problems,
-                    "vllm_version": _vllm_version(),
-                    "seconds": round(time.monotonic() - started, 1),
-                    "references": [asdict(reference) for reference in references.values()],
-                    "comparisons": [asdict(row) | {"passed": row.passed} for row in comparisons],
-                },
-                indent=1,
-            )
-            + "\n"
-        )
+        verdict = {"passed": not problems, "problems": problems, "seconds": round(time.monotonic() - started, 1)}
+        json_path.write_text(json.dumps(verdict | facts, indent=1) + "\n")
     if problems:
         raise typer.Exit(1)
 

@@ -27,6 +27,7 @@ import vllm_npu
 from vllm_npu import envs
 from vllm_npu.emulator import build, cann, loader, shared_memory, soc
 from vllm_npu.errors import EmulatorBuildError, UnsupportedConfigError
+from vllm_npu.plugin import entry_points
 
 OK, WARNING, PROBLEM = "ok", "warning", "problem"
 STYLES = {OK: "green", WARNING: "yellow", PROBLEM: "red"}
@@ -37,7 +38,6 @@ IMPORT_SECONDS = 120.0
 TOOL_SECONDS = 20.0
 SMALL_SHARED_MEMORY = 1 << 30  # bytes; vLLM's message queues and the emulated HCCL both lie there
 OTHER_VARIABLES = ("VLLM_NPU_ENV_HOME",)  # scripts/setup.sh reads it
-PLATFORM_PLUGINS = "vllm.platform_plugins"
 
 
 @dataclass(frozen=True, slots=True)
@@ -351,12 +351,18 @@ def check_shared_memory() -> Iterator[Finding]:
 
 
 def check_plugins() -> Iterator[Finding]:
-    points = {(point.name, point.value) for point in importlib.metadata.entry_points(group=PLATFORM_PLUGINS)}
+    conflict = entry_points.conflict()
+    if conflict is not None:
+        yield Finding("plugins", PROBLEM, *conflict.split(". ", 1))
+        return
+    points = {(point.name, point.value) for point in importlib.metadata.entry_points(group=entry_points.PLATFORMS)}
     listed = ", ".join(sorted(f"{name} = {value}" for name, value in points))
     chosen = os.environ.get("VLLM_PLUGINS")
     active = {name for name, _ in points if chosen is None or name in chosen.split(",")}
     if "vllm_npu" not in {name for name, _ in points}:
         yield Finding("plugins", PROBLEM, "vLLM would not find vllm_npu", "pip install -e . in the checkout")
+    elif entry_points.vllm_ascend_is_installed() and "vllm_npu" in active:
+        yield from check_beside_vllm_ascend()
     elif "vllm_npu" not in active:
         yield Finding(
             "plugins", WARNING, f"VLLM_PLUGINS={chosen} keeps vllm_npu out", "add vllm_npu to it, or unset it"
@@ -368,6 +374,20 @@ def check_plugins() -> Iterator[Finding]:
         )  # fmt: skip
     else:
         yield Finding("plugins", OK, listed)
+
+
+def check_beside_vllm_ascend() -> Iterator[Finding]:
+    """vllm_npu's platform is chosen and vllm-ascend is its base: what of vllm-ascend VLLM_PLUGINS should not keep out."""
+    points = importlib.metadata.entry_points(group=entry_points.GENERAL)
+    theirs = {point.name for point in points if point.value.startswith("vllm_ascend:")}
+    left_out = sorted(name for name in theirs if not entry_points.is_loaded(name))
+    if left_out:
+        yield Finding(
+            "plugins", WARNING, f"vllm_npu on vllm-ascend, without vllm-ascend's {', '.join(left_out)}",
+            f"export {entry_points.without(entry_points.ASCEND_PLATFORM)}",
+        )  # fmt: skip
+    else:
+        yield Finding("plugins", OK, f"vllm_npu on vllm-ascend {installed('vllm-ascend')}")
 
 
 def check_target_device() -> Iterator[Finding]:
@@ -413,7 +433,11 @@ def is_libraries(text: str) -> str | None:
 
 
 def is_strategy(text: str) -> str | None:
-    return is_one_of("auto", *keys_of_table("strategies.py", "STRATEGIES"))(text)
+    strategies = ("auto", *keys_of_table("strategies.py", "STRATEGIES"))
+    beside_vllm_ascend = ("off", "compare", *(f"compare:{name}" for name in strategies))
+    if text in beside_vllm_ascend and entry_points.vllm_ascend_is_installed():
+        return None
+    return is_one_of(*strategies)(text)
 
 
 def is_version(text: str) -> str | None:

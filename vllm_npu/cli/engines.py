@@ -24,9 +24,9 @@ from vllm_npu.cli.process_tree import ProcessTree
 from vllm_npu.cli.stop_signals import StopSignals
 from vllm_npu.envs import COUNT_COLLECTIVES, MOE_COMM
 from vllm_npu.errors import UnsupportedConfigError, VllmNpuError
+from vllm_npu.plugin.entry_points import PLUGIN_NAME
 from vllm_npu.plugin.offline_engine import EngineRequest, StrategyResult
 
-PLUGIN_NAME = "vllm_npu"  # of both entry points
 START_SECONDS = 420.0  # longest wait for an engine to load; torch.compile included
 STRATEGY_SECONDS = 180.0  # longest wait for one strategy's answers
 ORDERLY_STOP_SECONDS = 20.0  # for idle engines to end by themselves
@@ -94,7 +94,7 @@ class EngineSet:
         self._folder = folder
         self._socket_folder: Path | None = None
         self._stop_signals = stop_signals or StopSignals()
-        self._environment = _engine_environment(folder, vanilla=not any(strategies)) | dict(environment or {})
+        self._environment = engine_environment(folder, vanilla=not any(strategies)) | dict(environment or {})
         if not compiled:
             # vLLM compiles small functions of its own (a vocabulary's shard, ranks of log-probabilities) even when told
             # to be eager: 15 s and more before the first token.
@@ -125,7 +125,7 @@ class EngineSet:
         self._folder.mkdir(parents=True, exist_ok=True)
         try:
             with self._stop_signals.held():
-                self._socket_folder = Path(tempfile.mkdtemp(prefix="vllm-npu-", dir=_folder_for_sockets()))
+                self._socket_folder = Path(tempfile.mkdtemp(prefix="vllm-npu-", dir=folder_for_sockets()))
                 self._environment["TMPDIR"] = str(self._socket_folder)
             for request in self._requests:
                 with self._stop_signals.held():
@@ -282,7 +282,7 @@ def require_vllm() -> None:
         )
 
 
-def _folder_for_sockets() -> str:
+def folder_for_sockets() -> str:
     """The temporary folder, or /tmp where its path is too long for what vLLM puts below a subfolder of ours.
 
     A Unix socket's path has room for 107 bytes; ours take 18 of them and vLLM's names 37.
@@ -298,7 +298,7 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def _engine_environment(folder: Path, *, vanilla: bool) -> dict[str, str]:
+def engine_environment(folder: Path, *, vanilla: bool) -> dict[str, str]:
     """os.environ without what would change the topology, with vLLM's caches inside `folder`."""
     inherited = {
         name: value

@@ -10,10 +10,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Final
 
-from vllm_npu.cli.engines import PLUGIN_NAME, require_vllm
+from vllm_npu.cli.engines import require_vllm
 from vllm_npu.cli.process_tree import ProcessTree
 from vllm_npu.envs import MOE_COMM
 from vllm_npu.errors import UnsupportedConfigError
+from vllm_npu.plugin.entry_points import PLUGIN_NAME
 
 FORWARDED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 LEFTOVER_SECONDS: Final = 5.0  # for vLLM's helpers to end after the server has

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 from vllm_npu import envs
-from vllm_npu.emulator import build, cann, soc
+from vllm_npu.emulator import ascend_stack, build, cann, soc
 from vllm_npu.errors import EmulatorBuildError, UnsupportedConfigError
 
 # In the order of their dependencies. torch_npu finds them by name, as loaded already.
@@ -22,7 +22,7 @@ BEFORE_TORCH = (
     "libacl_op_compiler.so",
     "libacl_tdt_channel.so",
 )
-AFTER_TORCH = ("libopapi.so",)  # needs torch's own libraries
+AFTER_TORCH = ("libopapi.so", "libatb.so")  # need torch's own libraries
 OPERATORS = "libvllm_npu_emulator_aten.so"  # registers with torch_npu's device, so it comes after torch_npu
 ENABLED_VARIABLE = envs.EMULATOR.name  # 1: every interpreter that loads emulator/startup enables the device
 SOC_VARIABLE = envs.EMULATOR_SOC.name
@@ -102,3 +102,4 @@ def enable(soc_name: str | None = None) -> None:
     # torch must not import torch_npu while it is half imported itself; who needs the device imports torch_npu.
     os.environ[AUTOLOAD_VARIABLE] = "0"
     sys.meta_path.insert(0, TorchNpuFinder(folder))
+    ascend_stack.install()

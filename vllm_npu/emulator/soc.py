@@ -23,12 +23,16 @@ FAMILIES = (
 DEFAULT_SOC = FAMILIES[0].default_soc
 
 
-def resolve(name: str) -> str:
-    """The chip's name for a chip's or a family's. Raises UnsupportedConfigError for one that is not emulated."""
+def family_of(name: str) -> SocFamily:
+    """The family of a chip, or that of the name. Raises UnsupportedConfigError for one that is not emulated."""
     for family in FAMILIES:
-        if name.upper() == family.name:
-            return family.default_soc
-        if name.startswith(family.prefixes):
-            return name
+        if name.upper() == family.name or name.startswith(family.prefixes):
+            return family
     known = ", ".join(f"{family.name} ({'*, '.join(family.prefixes)}*)" for family in FAMILIES)
     raise UnsupportedConfigError(f"soc {name!r} is not emulated; use one of {known}")
+
+
+def resolve(name: str) -> str:
+    """The chip's name for a chip's or a family's. Raises UnsupportedConfigError for one that is not emulated."""
+    family = family_of(name)
+    return family.default_soc if name.upper() == family.name else name

@@ -1,11 +1,17 @@
 """The vLLM plugin, and the only place that imports vllm. vLLM finds the two functions below by entry points."""
 
+from vllm_npu.plugin import entry_points
+
 
 def register_platform() -> str | None:
     """Entry point of `vllm.platform_plugins`: the platform class for this vLLM build, or None to stay out of the way.
 
     Raises nothing: vLLM ignores errors here. What is wrong is said by register_layers, whose errors vLLM shows.
     """
+    if entry_points.conflict() is not None:
+        return None
+    if entry_points.vllm_ascend_is_installed():
+        return "vllm_npu.plugin.ascend.platform.NPUPlatformOnAscend"
     from vllm.platforms import cpu_platform_plugin
 
     if cpu_platform_plugin() is None:
@@ -16,13 +22,25 @@ def register_platform() -> str | None:
 def register_layers() -> None:
     """Entry point of `vllm.general_plugins`: replace vLLM's MoE layers by ours. Runs in every process of vLLM.
 
-    Raises UnsupportedConfigError where vLLM's version is not supported.
+    Beside vllm-ascend the worker does that, when vllm-ascend has put its own layers in.
+
+    Raises PluginConflictError where vllm-ascend's platform is to be loaded too, UnsupportedConfigError where vLLM's version
+    is not supported.
     """
+    from vllm_npu.errors import PluginConflictError
+
+    conflict = entry_points.conflict()
+    if conflict is not None:
+        raise PluginConflictError(conflict)
     from vllm.platforms import current_platform
 
     from vllm_npu.plugin import compat
 
     compat.check_version()
+    on_ascend = entry_points.vllm_ascend_is_installed()
+    compat.check_base(vllm_ascend_is_installed=on_ascend)
+    if on_ascend:
+        return
     from vllm_npu.plugin.platform import NPUPlatformOnCPU
 
     if not isinstance(current_platform, NPUPlatformOnCPU):

@@ -11,6 +11,7 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import Un
 
 from vllm_npu.errors import UnsupportedConfigError
 from vllm_npu.plugin import compat
+from vllm_npu.plugin.layer_facts import exchanges_tokens
 from vllm_npu.routing import expert_ranges
 
 if TYPE_CHECKING:
@@ -21,11 +22,6 @@ GATED_ACTIVATIONS: dict[MoEActivation, Callable[[torch.Tensor], torch.Tensor]] =
     MoEActivation.GELU: F.gelu,
     MoEActivation.GELU_TANH: lambda x: F.gelu(x, approximate="tanh"),
 }
-
-
-def exchanges_tokens(moe_config: FusedMoEConfig) -> bool:
-    """Whether the layer's tokens travel to other ranks. Where not, vLLM's own kernels are right, and fast."""
-    return bool(moe_config.ep_size > 1 or moe_config.dp_size > 1)
 
 
 class NPUUnquantizedFusedMoEMethod(UnquantizedFusedMoEMethod):

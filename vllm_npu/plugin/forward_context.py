@@ -24,15 +24,23 @@ def as_additional_context(step: PlannedStep) -> dict[str, Any]:
     return {KEY: step}
 
 
-def current_step() -> PlannedStep:
-    """The step that is running. Raises InvalidInputError outside of a step, or where it was not planned.
+def running_step() -> PlannedStep | None:
+    """The step that is running, or None outside of a step and where it was not planned.
 
     Reads the context's additional_kwargs, and its attributes: vLLM's runners use the one, vllm-ascend's also the other.
     """
     context = get_forward_context() if is_forward_context_available() else None
     step = None if context is None else context.additional_kwargs.get(KEY, getattr(context, KEY, None))
-    if not isinstance(step, PlannedStep):
-        where = "outside of a forward context" if context is None else "in a step that has no token count"
+    return step if isinstance(step, PlannedStep) else None
+
+
+def current_step() -> PlannedStep:
+    """The step that is running. Raises InvalidInputError where there is none."""
+    step = running_step()
+    if step is None:
+        where = (
+            "in a step that has no token count" if is_forward_context_available() else "outside of a forward context"
+        )
         raise InvalidInputError(
             f"an MoE layer of vllm_npu ran {where}; wrap the call in vLLM's set_forward_context(..., num_tokens=n), and let "
             "vllm_npu be the active platform"

@@ -2,37 +2,14 @@
 
 from functools import cache
 
-import torch
 from vllm.distributed import get_dp_group, get_ep_group, get_tp_group
-from vllm.distributed.parallel_state import GroupCoordinator
 
 from vllm_npu import envs
+from vllm_npu.plugin import compat
 from vllm_npu.topology import ParallelTopology
-from vllm_npu.transport import transport_over
 from vllm_npu.transport.base import Groups, Transport
 from vllm_npu.transport.gloo import GlooTransport
 from vllm_npu.transport.recording import CollectiveCounter, record
-
-SHARED_MEMORY_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of vLLM's shm_allreduce (0.32)
-
-
-class TensorParallelTransport(GlooTransport):
-    """gloo, but all-reduce as vLLM does it for this group: over shared memory where all ranks are on one machine."""
-
-    def __init__(self, coordinator: GroupCoordinator) -> None:
-        super().__init__(coordinator.device_group, "tp")
-        self._coordinator = coordinator
-
-    def _all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        if x.dtype not in SHARED_MEMORY_DTYPES:
-            return super()._all_reduce(x)
-        reduced: torch.Tensor = self._coordinator.all_reduce(x.clone())
-        return reduced
-
-
-def _tensor_parallel_transport(tp: GroupCoordinator) -> Transport:
-    transport = transport_over(tp.device_group, "tp")
-    return TensorParallelTransport(tp) if isinstance(transport, GlooTransport) else transport
 
 
 @cache
@@ -53,12 +30,8 @@ def model_groups(*, expert_parallel: bool) -> Groups:
         expert_parallel=expert_parallel,
     )
     counter = collective_counter()
-    return Groups(
-        topology,
-        record(_tensor_parallel_transport(tp), counter),
-        record(transport_over(dp.device_group, "dp"), counter),
-        record(transport_over(ep.device_group, "ep"), counter),
-    )
+    transports = compat.current().transports(tp, dp, ep)
+    return Groups(topology, *(record(transport, counter) for transport in transports))
 
 
 @cache

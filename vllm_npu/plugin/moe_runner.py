@@ -9,12 +9,12 @@ from vllm.model_executor.layers.fused_moe.runner.shared_experts import SharedExp
 
 from vllm_npu import strategies
 from vllm_npu.errors import UnsupportedConfigError
-from vllm_npu.limits import MoELayer
 from vllm_npu.pipeline import MoEPipeline
 from vllm_npu.plugin import compat
-from vllm_npu.plugin.experts import NPUUnquantizedFusedMoEMethod, exchanges_tokens
+from vllm_npu.plugin.experts import NPUUnquantizedFusedMoEMethod
 from vllm_npu.plugin.forward_context import current_step
 from vllm_npu.plugin.groups import model_groups
+from vllm_npu.plugin.layer_facts import LayerFacts, exchanges_tokens
 from vllm_npu.routing import check_router_logits
 from vllm_npu.step_plan import TokenSharding
 
@@ -40,38 +40,10 @@ class NPUMoERunner(MoERunner):
         return exchanges_tokens(self.moe_config)
 
     @property
-    def use_ep(self) -> bool:
-        """Whether ranks own whole experts."""
-        return bool(self.moe_config.use_ep)
-
-    @property
-    def num_experts(self) -> int:
-        """Experts over all ranks."""
-        return int(self.moe_config.num_experts)
-
-    @property
-    def moe_layer(self) -> MoELayer:
-        """What limits depend on."""
-        return MoELayer(
-            num_experts=self.num_experts,
-            top_k=int(self.moe_config.experts_per_token),
-            hidden_size=int(self.moe_config.hidden_dim),
-            dtype=self.moe_config.in_dtype,
-        )
-
-    @property
-    def token_sharding(self) -> TokenSharding:
-        """How the model brings its tokens."""
-        return TokenSharding.SLICED_OVER_TP if self.moe_config.is_sequence_parallel else TokenSharding.REPLICATED
-
-    @property
-    def facts(self) -> str:
-        """What must be equal on all ranks for this layer's collectives to match."""
-        config = self.moe_config
-        return (
-            f"{config.num_experts} experts top {config.experts_per_token} hidden {config.hidden_dim} "
-            f"{str(config.in_dtype).removeprefix('torch.')} {type(self._quant_method).__name__}"
-        )
+    def facts(self) -> LayerFacts:
+        """What the planner has to know of this layer."""
+        sharding = TokenSharding.SLICED_OVER_TP if self.moe_config.is_sequence_parallel else TokenSharding.REPLICATED
+        return LayerFacts.of(self.moe_config, sharding=sharding, experts=self._quant_method)
 
     def _check_supported(self) -> None:
         if not isinstance(self._quant_method, NPUUnquantizedFusedMoEMethod):
@@ -84,10 +56,11 @@ class NPUMoERunner(MoERunner):
                 f"{self.layer_name}: shared experts fused into the routed ones are not supported with expert or data "
                 "parallelism on a CPU"
             )
-        if self.num_experts % max(int(self.moe_config.ep_size), 1):
+        if self.moe_config.num_experts % max(int(self.moe_config.ep_size), 1):
             raise UnsupportedConfigError(
-                f"{self.layer_name}: {self.num_experts} experts do not divide over ep_size={self.moe_config.ep_size}; choose "
-                "--tensor-parallel-size and --data-parallel-size whose product divides the number of experts"
+                f"{self.layer_name}: {self.moe_config.num_experts} experts do not divide over "
+                f"ep_size={self.moe_config.ep_size}; choose --tensor-parallel-size and --data-parallel-size whose product "
+                "divides the number of experts"
             )
 
     def _select_forward(self) -> Any:
@@ -155,7 +128,7 @@ class NPUMoERunner(MoERunner):
     def _pipeline(self, strategy: str) -> MoEPipeline:
         if strategy not in self._pipelines:
             self._pipelines[strategy] = strategies.build(
-                strategy, model_groups(expert_parallel=self.use_ep), self.num_experts
+                strategy, model_groups(expert_parallel=bool(self.moe_config.use_ep)), int(self.moe_config.num_experts)
             )
         return self._pipelines[strategy]
 
@@ -163,7 +136,7 @@ class NPUMoERunner(MoERunner):
         self, routed: torch.Tensor, shared: torch.Tensor | None, *, routed_is_complete: bool
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Complete both outputs with at most one all-reduce over tp. Under sequence parallelism both are complete."""
-        tp = model_groups(expert_parallel=self.use_ep).tp
+        tp = model_groups(expert_parallel=bool(self.moe_config.use_ep)).tp
         if not self.moe_config.is_sequence_parallel and tp.size > 1:
             if self.moe_config.skip_final_all_reduce:
                 # The caller adds the ranks' outputs up itself, so a complete one may count only once.

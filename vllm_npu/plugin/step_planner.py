@@ -8,12 +8,13 @@ from vllm_npu import __version__
 from vllm_npu.agreement import agree
 from vllm_npu.errors import PlanDisagreementError
 from vllm_npu.plugin import compat
-from vllm_npu.plugin.forward_context import PlannedStep, as_additional_context
+from vllm_npu.plugin.forward_context import PlannedStep, as_additional_context, running_step
 from vllm_npu.plugin.groups import model_groups, vote_transport
-from vllm_npu.plugin.moe_runner import NPUMoERunner
+from vllm_npu.plugin.layer_facts import LayerFacts
 from vllm_npu.plugin.options import Options
+from vllm_npu.start_checks import describe_capacity
 from vllm_npu.step_plan import StepPlan
-from vllm_npu.strategies import AUTO, STRATEGIES, Selection, check_strategy, select
+from vllm_npu.strategies import AUTO, STRATEGIES, Selection, check_strategy, select, why_not
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -30,29 +31,44 @@ class StepPlanner:
     A new proposal takes effect at the first step at which every rank proposes the same; until then the old one stays.
     """
 
-    def __init__(self, vllm_config: "VllmConfig", layers: list[NPUMoERunner]) -> None:
+    def __init__(self, vllm_config: "VllmConfig", layers: list[LayerFacts]) -> None:
         self._vllm_config = vllm_config
         self.proposed = Options.of(vllm_config).moe_comm
         self.selection: Selection | None = None
+        self.comparison: Any = None  # of our path with vllm-ascend's, where moe_comm=compare
         self.num_layers = len(layers)
         self.steps = 0
         self.tokens = 0
         self._agreed: str | None = None
-        self._sharding = layers[0].token_sharding
+        self._sharding = layers[0].sharding
         self._layer = layers[0].moe_layer
-        self._layer_facts = "; ".join(sorted({layer.facts for layer in layers}))
+        self._layer_facts = "; ".join(sorted({str(layer) for layer in layers}))
         self._topology = model_groups(expert_parallel=layers[0].use_ep).topology
+        self._device = compat.current().device_limits(vllm_config, layers, self._topology)
 
     def propose(self, name: str) -> None:
         """Ask for another strategy from the next step on. LOCAL. Raises UnsupportedConfigError for one that cannot be."""
-        check_strategy(name, self._topology, self._layer)
+        check_strategy(name, self._topology, self._layer, self._device)
         self.proposed = name
+
+    def may_take(self, strategy: str) -> bool:
+        """Whether some step may take this strategy."""
+        return (
+            self.proposed in (AUTO, strategy) and why_not(strategy, self._topology, self._layer, self._device) is None
+        )
+
+    def describe(self) -> str:
+        """One line for the log."""
+        return (
+            f"moe_comm={self.proposed} on {self._device.family}, {self._topology}; "
+            f"{describe_capacity(self._device, self._topology, [self._layer])}"
+        )
 
     def plan(self, num_tokens_across_dp: list[int]) -> PlannedStep:
         """Plan a step. COLLECTIVE over the grid: the vote's all-gather of 16 bytes, on CPU."""
         plan = StepPlan(num_tokens_across_dp=tuple(num_tokens_across_dp), sharding=self._sharding)
         requested = self._vote(plan)
-        selection = select(requested, self._topology, plan, layer=self._layer)
+        selection = select(requested, self._topology, plan, layer=self._layer, device=self._device)
         if self._topology.rank == 0 and (self.selection is None or self.selection.strategy != selection.strategy):
             logger.info("MoE communication: %s on %s (%s)", selection.strategy, self._topology, selection.reason)
         self.selection = selection
@@ -64,7 +80,8 @@ class StepPlanner:
         if self._topology.world_size == 1:
             return self.proposed
         text = (
-            f"vllm_npu {__version__}, {self._topology}, {plan}, in force: {self._agreed}, layers: {self._layer_facts}"
+            f"vllm_npu {__version__}, {self._topology}, {plan}, in force: {self._agreed}, layers: {self._layer_facts}, "
+            f"{self._device.family} {self._device.capacities}"
         )
         votes = agree(text, vote_transport(), PROPOSALS.index(self.proposed))
         proposals = [PROPOSALS[vote] for vote in votes]
@@ -106,14 +123,18 @@ def plan_step(
     return as_additional_context(planner.plan(counts))
 
 
-def _our_layers(vllm_config: "VllmConfig") -> list[NPUMoERunner]:
-    layers = compat.current().moe_layers(vllm_config)
-    ours = [layer for layer in layers if isinstance(layer, NPUMoERunner) and layer.exchanges_tokens]
+def planned_step() -> str | None:
+    """The strategy of the step that is running, or None where none was planned."""
+    step = running_step()
+    return None if step is None else step.strategy
+
+
+def _our_layers(vllm_config: "VllmConfig") -> list[LayerFacts]:
+    ours, foreign = compat.current().moe_layers(vllm_config)
     parallel_config = vllm_config.parallel_config
     several_ranks = parallel_config.data_parallel_size > 1 or parallel_config.enable_expert_parallel
     is_moe = vllm_config.model_config is not None and vllm_config.model_config.is_moe
-    foreign = [type(layer).__name__ for layer in layers if not isinstance(layer, NPUMoERunner)]
-    if is_moe and several_ranks and (foreign or not layers):
+    if is_moe and several_ranks and (foreign or not ours):
         logger.warning_once(
             "This MoE model bypasses vllm_npu in %s: moe_comm has no say there, and on a CPU vLLM's own path does not "
             "support expert or data parallelism.",

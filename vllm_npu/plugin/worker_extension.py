@@ -25,7 +25,7 @@ class MoECommWorkerExtension:
 
     def moe_comm_counters(self) -> dict[str, Any]:
         """What this rank did since the last call: steps, tokens, layers run, and, where VLLM_NPU_COUNT_COLLECTIVES=1,
-        collectives and bytes sent. LOCAL."""
+        collectives and bytes sent; where moe_comm=compare, how many layer calls differed. LOCAL."""
         planner = _planner(self.vllm_config)
         counter = collective_counter()
         report = {
@@ -37,6 +37,8 @@ class MoECommWorkerExtension:
             "calls": dict(counter.calls) if counter else {},
             "bytes_sent": counter.bytes_sent.total() if counter else 0,
         }
+        if planner.comparison is not None:
+            report["comparison"] = planner.comparison.take()
         planner.steps = planner.tokens = 0
         if counter:
             counter.reset()

@@ -3,8 +3,6 @@
 from importlib import import_module
 from typing import Any
 
-import torch.distributed as dist
-
 from vllm_npu.errors import UnsupportedConfigError
 from vllm_npu.transport.base import Groups, Transport
 
@@ -25,11 +23,4 @@ def transport_class(name: str) -> type[Transport]:
     return found
 
 
-def transport_over(process_group: "dist.ProcessGroup", group: str) -> Transport:
-    """The transport of a c10d process group, by its backend; `group` is its name in errors and counts. LOCAL."""
-    transport: Any = transport_class(dist.get_backend(process_group))
-    made: Transport = transport(process_group, group)
-    return made
-
-
-__all__ = ["TRANSPORTS", "Groups", "Transport", "transport_class", "transport_over"]
+__all__ = ["TRANSPORTS", "Groups", "Transport", "transport_class"]

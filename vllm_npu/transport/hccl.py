@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from vllm_npu.device import npu_ops  # importing torch_npu is what makes c10d know hccl
+from vllm_npu.errors import UnknownGroupError
 from vllm_npu.hccl import token_ops
 from vllm_npu.transport.torch_dist import TorchDistTransport
 
@@ -40,8 +41,20 @@ class HcclTransport(TorchDistTransport):
 
     @property
     def name_for_ops(self) -> str:
-        """HCCL's name of the communicator."""
-        return str(self._backend.get_hccl_comm_name(_number_of_this_device()))
+        """HCCL's name of the communicator. Raises UnknownGroupError where HCCL has none."""
+        try:
+            name = str(self._backend.get_hccl_comm_name(_number_of_this_device()))
+        except (RuntimeError, AttributeError) as error:
+            raise UnknownGroupError(self._unknown(str(error))) from error
+        if not name:
+            raise UnknownGroupError(self._unknown("its name is empty"))
+        return name
+
+    def _unknown(self, detail: str) -> str:
+        return (
+            f"HCCL does not know the group '{self.group}' of rank {self.rank}, over which mc2 has to communicate ({detail}); "
+            "create the group with the hccl backend, or choose all2all or allgather"
+        )
 
     @property
     def _backend(self) -> Any:

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "acl/acl.h"
+#include "runtime/runtime.h"
 
 struct aclTensor {
   at::Tensor tensor;  // a CPU tensor over the device memory, which is host memory; it owns nothing
@@ -41,6 +42,6 @@ namespace vllm_npu::emulator::aclnn {
 
 // The torch type of an ACL type. Bits8, which no op here takes, stands for the types that torch lacks, such as
 // HiFloat8.
-at::ScalarType scalar_type(int acl_type);
+EMULATOR_API at::ScalarType scalar_type(int acl_type);
 
 }  // namespace vllm_npu::emulator::aclnn

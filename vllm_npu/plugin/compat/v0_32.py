@@ -1,18 +1,43 @@
-"""vLLM 0.32."""
+"""vLLM 0.32, on CPUs."""
 
 from typing import Any
 
 from vllm.config import VllmConfig
+from vllm.distributed.parallel_state import GroupCoordinator
 from vllm.model_executor.custom_op import op_registry_oot
 from vllm.model_executor.layers.fused_moe.runner.moe_runner_interface import MoERunnerInterface
 from vllm.utils.cpu_resource_utils import get_visible_memory_node
 from vllm.v1.worker.ubatching import dbo_current_ubatch_id
 
+from vllm_npu.limits import PORTABLE, DeviceLimits
+from vllm_npu.plugin.layer_facts import LayerFacts
+from vllm_npu.plugin.tensor_parallel import TensorParallelTransport
+from vllm_npu.topology import ParallelTopology
+from vllm_npu.transport.base import Transport
+from vllm_npu.transport.gloo import GlooTransport
 
-def moe_layers(vllm_config: VllmConfig) -> list[MoERunnerInterface]:
-    """The MoE layers built so far in this process, in order of construction."""
+
+def moe_layers(vllm_config: VllmConfig) -> tuple[list[LayerFacts], list[str]]:
+    """The MoE layers built so far in this process, in order of construction: facts of those whose tokens we move, and the
+    classes of those that are not ours."""
+    from vllm_npu.plugin.moe_runner import NPUMoERunner
+
     static = vllm_config.compilation_config.static_forward_context
-    return [layer for layer in static.values() if isinstance(layer, MoERunnerInterface)]
+    layers = [layer for layer in static.values() if isinstance(layer, MoERunnerInterface)]
+    ours = [layer.facts for layer in layers if isinstance(layer, NPUMoERunner) and layer.exchanges_tokens]
+    return ours, [type(layer).__name__ for layer in layers if not isinstance(layer, NPUMoERunner)]
+
+
+def transports(
+    tp: GroupCoordinator, dp: GroupCoordinator, ep: GroupCoordinator
+) -> tuple[Transport, Transport, Transport]:
+    """vLLM's three groups as this platform's transports."""
+    return TensorParallelTransport(tp), GlooTransport(dp.device_group, "dp"), GlooTransport(ep.device_group, "ep")
+
+
+def device_limits(vllm_config: VllmConfig, layers: list[LayerFacts], topology: ParallelTopology) -> DeviceLimits:
+    """What this platform's device can run of these layers."""
+    return PORTABLE
 
 
 def numa_nodes() -> int:

@@ -1,0 +1,108 @@
+"""What one rank puts on the wire, whoever asks for it: every call of torch.distributed and of MC2's ops, with its bytes."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+@dataclass(frozen=True)
+class Call:
+    """One collective: bytes that this rank sends to other ranks, by the byte model of RecordingTransport."""
+
+    operation: str
+    sent: int
+
+
+class CollectiveLog(TorchDispatchMode):
+    """Below any transport, so that vllm-ascend's own path and ours are measured by the same ruler.
+
+    MC2's ops send the active rows whose experts are on another rank. A mode does not see into opaque custom ops: `inside`
+    turns it on there.
+    """
+
+    def __init__(self, ep_rank: int, ep_size: int, num_experts: int) -> None:
+        super().__init__()
+        self.calls: list[Call] = []
+        self._ep_rank, self._ep_size, self._per_rank = ep_rank, ep_size, num_experts // ep_size
+        self._returned = 0
+
+    def inside(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function`, logged."""
+
+        def logged(*args: Any, **kwargs: Any) -> Any:
+            with self:
+                return function(*args, **kwargs)
+
+        return logged
+
+    def see_everything(self) -> None:
+        """Log what no mode sees: vLLM's collectives, which are opaque ops, and torch_npu's batches of sends and receives."""
+        from vllm.distributed.parallel_state import GroupCoordinator
+
+        for name in ("_all_reduce_out_place", "_all_gather_out_place", "_reduce_scatter_out_place"):
+            setattr(GroupCoordinator, name, self.inside(getattr(GroupCoordinator, name)))
+        exchange = torch.distributed.batch_isend_irecv
+
+        def logged(operations: list[Any]) -> Any:
+            sent = sum(each.tensor.nbytes for each in operations if each.op is torch.distributed.isend)
+            if operations[0].tensor.device.type != "cpu":
+                self.calls.append(Call("send_recv", sent))
+            return exchange(operations)
+
+        torch.distributed.batch_isend_irecv = logged
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = func._schema.name
+        if name.startswith("c10d::"):
+            self._note_collective(name.removeprefix("c10d::").strip("_"), func, args, kwargs)
+        result = func(*args, **kwargs)
+        if name.startswith("npu::npu_moe_distribute_dispatch"):
+            self._note_dispatch(args, kwargs)
+        elif name.startswith("npu::npu_moe_distribute_combine"):
+            self.calls.append(Call("combine", self._returned))
+        return result
+
+    def _note_collective(self, name: str, func: Any, args: tuple[Any, ...], kwargs: Any) -> None:
+        given = dict(zip((each.name for each in func._schema.arguments), args, strict=False)) | kwargs
+        group = torch.distributed.distributed_c10d.ProcessGroup.unbox(given["process_group"])
+        size = group.size()
+        if size == 1 or name in ("barrier", "monitored_barrier"):
+            return
+        if name.startswith("allreduce"):
+            sent = sum(2 * x.nbytes * (size - 1) // size for x in _tensors(given.get("tensors")))
+        elif name.startswith("alltoall_base"):
+            x, splits = given["input"], list(given["input_split_sizes"])
+            rows = x.shape[0]
+            own = splits[group.rank()] if splits else rows // size
+            sent = x.nbytes // rows * (rows - own) if rows else 0
+        elif name.startswith(("reduce_scatter", "_reduce_scatter")):
+            tensors = _tensors(given.get("input_tensor", given.get("input_tensors", given.get("inputs"))))
+            sent = sum(x.nbytes for x in tensors) * (size - 1) // size
+        else:  # all-gather of some kind, broadcast
+            tensors = _tensors(
+                given.get("input_tensor", given.get("input_tensors", given.get("tensors", given.get("inputs"))))
+            )
+            sent = sum(x.nbytes for x in tensors) * (size - 1)
+        device = next((x.device.type for value in given.values() for x in _tensors(value)), "npu")
+        if device != "cpu":  # votes and counts of the steps themselves, not of a layer
+            self.calls.append(Call(name, sent))
+
+    def _note_dispatch(self, args: tuple[Any, ...], kwargs: Any) -> None:
+        x = args[0] if args else kwargs["x"]
+        ids = args[1] if len(args) > 1 else kwargs["expert_ids"]
+        mask = kwargs.get("x_active_mask")
+        active = ids.cpu() if mask is None else ids.cpu()[mask.cpu()]
+        rows = int((active // self._per_rank != self._ep_rank).sum())
+        element = 1 if kwargs.get("quant_mode") else x.element_size()
+        self.calls.append(Call("dispatch", rows * x.shape[1] * element))
+        self._returned = rows * x.shape[1] * x.element_size()
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    return [x for each in value for x in _tensors(each)] if isinstance(value, list | tuple) else []

@@ -1,0 +1,29 @@
+"""Tests beside vllm-ascend: in processes of their own, since vllm-ascend, torch_npu and the emulated device change theirs."""
+
+from collections.abc import Iterable
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from vllm_npu.emulator.pytest_plugin import missing
+
+
+def what_is_missing() -> str | None:
+    """What these tests need and this environment lacks, or None."""
+    absent = [package for package in ("vllm_ascend", "torch_npu") if find_spec(package) is None]
+    return f"{' and '.join(absent)} (scripts/test.sh --ascend has them)" if absent else missing()
+
+
+MISSING = what_is_missing()
+
+
+class ModuleThatCannotRun(pytest.Module):
+    """A test module, where something is missing."""
+
+    def collect(self) -> Iterable[pytest.Item]:
+        pytest.skip(f"needs vllm-ascend on the emulated Ascend device: {MISSING}", allow_module_level=True)
+
+
+def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module | None:
+    return None if MISSING is None else ModuleThatCannotRun.from_parent(parent, path=module_path)

@@ -1,0 +1,226 @@
+"""One MoE layer of vllm-ascend on emulated ranks: by its own communication, then by each of our strategies.
+
+    python -m vllm_npu.emulator run --nproc 2 --soc A3 tests/ascend/layer_program.py '{"tp": 2, "dp": 1, ...}'
+
+Prints one JSON line a rank: for every step and path, collectives, bytes, and the largest difference from a dense layer in
+float32 and from vllm-ascend's own path.
+"""
+
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+INTERMEDIATE = 64
+OWN = "vllm-ascend"
+
+
+def write_config(folder: Path, *, hidden: int, experts: int, top_k: int) -> None:
+    """A Qwen3-MoE config.json; the layer's weights are drawn, not loaded."""
+    config = {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "hidden_size": hidden,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "intermediate_size": 64,
+        "moe_intermediate_size": INTERMEDIATE,
+        "num_experts": experts,
+        "num_experts_per_tok": top_k,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "vocab_size": 512,
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-6,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def dense(hidden: torch.Tensor, logits: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, top_k: int) -> torch.Tensor:
+    """The layer in float32: softmax, top-k, renormalised weights, gated MLPs."""
+    weights, ids = logits.float().softmax(-1).topk(top_k, dim=-1)
+    weights = weights / weights.sum(-1, keepdim=True)
+    total = torch.zeros_like(hidden, dtype=torch.float32)
+    for k in range(top_k):
+        for expert in ids[:, k].unique().tolist():
+            rows = (ids[:, k] == expert).nonzero().squeeze(1)
+            gate, up = (hidden[rows].float() @ w13[expert].float().T).chunk(2, dim=-1)
+            out = (torch.nn.functional.silu(gate) * up) @ w2[expert].float().T
+            total[rows] += weights[rows, k, None] * out
+    return total
+
+
+def spoil_combine() -> None:
+    """From now on the last row that our all2all brings back is wrong by a tenth."""
+    from vllm_npu.dispatch.all2allv import All2AllVDispatcher
+
+    combine = All2AllVDispatcher.combine
+
+    def spoiled(self: Any, expert_output: torch.Tensor, handle: Any) -> torch.Tensor:
+        combined = combine(self, expert_output, handle)
+        combined[-1] *= 1.1
+        return combined
+
+    All2AllVDispatcher.combine = spoiled  # type: ignore[method-assign]
+
+
+def main(given: dict[str, Any]) -> None:
+    """Build the layer, run every step by every path, print the rows."""
+    rank, tp, dp = int(os.environ["RANK"]), given["tp"], given["dp"]
+    hidden_size, experts, top_k = given["hidden"], given["experts"], given["top_k"]
+    dtype = getattr(torch, given["dtype"])
+    os.environ["VLLM_NPU_COUNT_COLLECTIVES"] = "1"
+
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()
+    from vllm.config import set_current_vllm_config
+    from vllm.distributed import get_ep_group, parallel_state
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor.layers.fused_moe import FusedMoE
+    from vllm.utils.torch_utils import set_default_torch_dtype
+    from vllm_ascend.ascend_config import init_ascend_config
+    from vllm_ascend.ascend_forward_context import set_ascend_forward_context, set_mc2_mask, set_mc2_tokens_capacity
+    from vllm_ascend.distributed.parallel_state import init_ascend_model_parallel
+    from vllm_ascend.utils import adapt_patch, register_ascend_customop
+
+    from tests.ascend.collective_log import CollectiveLog
+    from vllm_npu.plugin.ascend.worker import take_over
+    from vllm_npu.plugin.step_planner import planner_of
+
+    torch.npu.set_device(rank)
+    device = torch.device("npu", rank)
+    torch.distributed.init_process_group("hccl")
+    with tempfile.TemporaryDirectory() as folder:
+        write_config(Path(folder), hidden=hidden_size, experts=experts, top_k=top_k)
+        config = EngineArgs(
+            model=folder,
+            skip_tokenizer_init=True,
+            dtype=given["dtype"],
+            tensor_parallel_size=tp,
+            data_parallel_size=dp,
+            data_parallel_rank=rank // tp if dp > 1 else None,
+            data_parallel_backend="mp",
+            enable_expert_parallel=True,
+            enforce_eager=True,
+            max_model_len=1024,
+            max_num_seqs=16,
+            max_num_batched_tokens=2048,
+            additional_config={
+                "vllm_npu": {"moe_comm": given.get("moe_comm", "auto")},
+                "enable_flashcomm1": bool(given.get("flashcomm1")),
+            },
+        ).create_engine_config()
+    config.parallel_config.data_parallel_rank = rank // tp
+    with set_current_vllm_config(config):
+        adapt_patch()
+        register_ascend_customop(config)
+        init_ascend_config(config)
+        parallel_state.init_distributed_environment(tp, rank % tp, local_rank=rank, backend="hccl")
+        parallel_state.initialize_model_parallel(tp)
+        init_ascend_model_parallel(config.parallel_config)
+        set_mc2_tokens_capacity(config, 16, 1)
+        set_mc2_mask(config, device)
+        with set_default_torch_dtype(dtype), device:
+            layer = FusedMoE(
+                num_experts=experts,
+                top_k=top_k,
+                hidden_size=hidden_size,
+                intermediate_size=INTERMEDIATE,
+                params_dtype=dtype,
+                renormalize=True,
+                prefix="model.layers.0.mlp.experts",
+            )
+    generator = torch.Generator().manual_seed(3)
+    w13 = (torch.randn(experts, 2 * INTERMEDIATE, hidden_size, generator=generator) * hidden_size**-0.5).to(dtype)
+    w2 = (torch.randn(experts, hidden_size, INTERMEDIATE, generator=generator) * INTERMEDIATE**-0.5).to(dtype)
+    local = experts // (tp * dp)
+    layer.w13_weight.data.copy_(w13[rank * local : (rank + 1) * local])
+    layer.w2_weight.data.copy_(w2[rank * local : (rank + 1) * local])
+    layer.quant_method.process_weights_after_loading(layer)
+
+    def run(counts: list[int], seed: int) -> tuple[torch.Tensor, torch.Tensor, list[Any], str]:
+        tokens = counts[rank // tp]
+        draw = torch.Generator().manual_seed(seed * 100 + rank // tp)
+        hidden = torch.randn(tokens, hidden_size, generator=draw).to(dtype)
+        logits = torch.randn(tokens, experts, generator=draw).to(dtype)
+        expected = dense(hidden, logits, w13, w2, top_k)
+        if given.get("flashcomm1"):  # each TP rank brings its slice, and takes it back
+            own = slice(rank % tp * (tokens // tp), (rank % tp + 1) * (tokens // tp))
+            hidden, logits, expected = hidden[own], logits[own], expected[own]
+        with (
+            torch.inference_mode(),
+            set_current_vllm_config(config),
+            set_ascend_forward_context(
+                None,
+                config,
+                num_tokens=tokens,
+                num_tokens_across_dp=torch.tensor(counts, dtype=torch.int32) if dp > 1 else None,
+                num_actual_tokens=tokens,
+            ),
+        ):
+            from vllm.forward_context import get_forward_context
+
+            ran = get_forward_context().moe_comm_type.name
+            output = layer(hidden.to(device), logits.to(device)).cpu().float()
+        calls, log.calls = log.calls, []
+        return output, expected, calls, ran
+
+    log = CollectiveLog(get_ep_group().rank_in_group, tp * dp, experts)
+    layer.forward_impl = log.inside(layer.forward_impl)
+    log.see_everything()
+    rows: list[dict[str, Any]] = []
+    own_outputs: dict[int, torch.Tensor] = {}
+
+    def record(path: str) -> None:
+        for number, counts in enumerate(given["steps"]):
+            output, expected, calls, ran = run(counts, number)
+            if path == OWN:
+                own_outputs[number] = output
+            scale = expected.abs().amax().clamp(min=1e-9)
+            rows.append(
+                {
+                    "path": path,
+                    "counts": counts,
+                    "ran": ran,
+                    "calls": [each.operation for each in calls],
+                    "bytes": sum(each.sent for each in calls),
+                    "from_dense": float((output - expected).abs().amax() / scale) if output.numel() else 0.0,
+                    "from_own": float((output - own_outputs[number]).abs().amax() / scale) if output.numel() else 0.0,
+                }
+            )
+
+    if given.get("moe_comm", "").startswith("compare"):
+        comparison = take_over(config)
+        assert comparison is not None
+        if given.get("fault") and rank == 1:
+            spoil_combine()
+        record(OWN)
+        print(json.dumps({"rank": rank, "rows": rows, "comparison": comparison.take()}), flush=True)
+        return
+    record(OWN)
+    take_over(config)
+    planner = planner_of(config)
+    assert planner is not None
+    refused: dict[str, str] = {}
+    for strategy in given["strategies"]:
+        try:
+            planner.propose(strategy)
+        except ValueError as error:
+            refused[strategy] = str(error)
+            continue
+        record(strategy)
+    print(json.dumps({"rank": rank, "rows": rows, "refused": refused}), flush=True)
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))

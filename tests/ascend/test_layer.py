@@ -1,0 +1,98 @@
+"""One MoE layer of real vllm-ascend on emulated ranks: every strategy against vllm-ascend's own path and a dense layer."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vllm_npu.emulator.pytest_plugin import Outcome, launch
+
+PROGRAM = Path(__file__).with_name("layer_program.py")
+ROOT = PROGRAM.parents[2]
+PLUGINS = "vllm_npu,ascend_kv_connector,ascend_model,ascend_model_loader,ascend_service_profiling"
+OWN = "vllm-ascend"
+STRATEGIES = ["mc2", "all2all", "allgather", "naive"]
+TOLERANCES = {"float16": 2e-3, "bfloat16": 2e-2}  # of the largest element: those of vllm_npu.verification
+COMM_TYPES = {"mc2": "MC2", "all2all": "ALLTOALL", "allgather": "ALLGATHER", "naive": "ALLGATHER"}
+
+
+def run(soc: str, tp: int, dp: int, **given: Any) -> tuple[Outcome, list[dict[str, Any]]]:
+    """Launch the program on tp * dp ranks; what each printed, in rank order."""
+    wanted = {"tp": tp, "dp": dp, "hidden": 1024, "experts": 8, "top_k": 2, "strategies": STRATEGIES} | given
+    env = {"PYTHONPATH": str(ROOT), "VLLM_PLUGINS": PLUGINS, "TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1"}
+    env |= wanted.pop("env", {})
+    outcome = launch([str(PROGRAM), json.dumps(wanted)], tp * dp, soc, env, 300)
+    starts = [found.start() for found in re.finditer(r'\{"rank": \d', outcome.output)]  # ranks may share a line
+    reports = [json.JSONDecoder().raw_decode(outcome.output, start)[0] for start in starts]
+    return outcome, sorted(reports, key=lambda report: int(report["rank"]))
+
+
+CASES = {
+    "A3 TP2 float16": ("A3", 2, 1, {"dtype": "float16", "steps": [[1], [5], [16]]}),
+    "A3 DP2 bfloat16, ragged": ("A3", 1, 2, {"dtype": "bfloat16", "steps": [[5, 5], [3, 7], [1, 16]]}),
+    "A3 TP2 flashcomm1": ("A3", 2, 1, {"dtype": "float16", "flashcomm1": True, "steps": [[6], [16]]}),
+    "A2 DP2 bfloat16": ("A2", 1, 2, {"dtype": "bfloat16", "steps": [[4, 4], [9, 2]]}),
+    "A3 TP2 DP2": ("A3", 2, 2, {"dtype": "float16", "steps": [[5, 2], [8, 8]]}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_strategy_gives_what_vllm_ascend_gives(case):
+    soc, tp, dp, given = CASES[case]
+    outcome, reports = run(soc, tp, dp, **given)
+    assert outcome.code == 0, outcome.output
+    assert [report["rank"] for report in reports] == list(range(tp * dp))
+    tolerance = TOLERANCES[given["dtype"]]
+    for report in reports:
+        rows = report["rows"]
+        assert report["refused"] == {}
+        assert [(row["path"], row["counts"]) for row in rows] == [
+            (path, counts) for path in (OWN, *STRATEGIES) for counts in given["steps"]
+        ]
+        for row in rows:
+            assert row["from_dense"] < tolerance, row
+            assert row["from_own"] < tolerance, row
+            if row["path"] != OWN:
+                assert row["ran"] == COMM_TYPES[row["path"]]
+        # The same op on the same rows: not close, but equal.
+        own_by_mc2 = [row["counts"] for row in rows if row["path"] == OWN and row["ran"] == "MC2"]
+        assert bool(own_by_mc2) == (soc == "A3")
+        assert all(row["from_own"] == 0 for row in rows if row["path"] == "mc2" and row["counts"] in own_by_mc2)
+
+
+def test_a_step_past_mc2s_capacity_goes_another_way():
+    outcome, reports = run("A3", 1, 2, dtype="bfloat16", steps=[[600, 40]], strategies=["mc2"])
+    assert outcome.code == 0, outcome.output
+    for report in reports:
+        own, ours = report["rows"]
+        assert (own["ran"], ours["ran"]) == ("ALLTOALL", "ALLTOALL")
+        assert ours["bytes"] < own["bytes"]  # a token once a rank, not once an expert
+    assert "mc2 takes 512 tokens a rank, this step brings 600" in outcome.output
+
+
+@pytest.mark.parametrize("fault", [False, True])
+def test_compare_runs_both_paths_and_names_the_layer_and_rank_that_differ(fault):
+    steps = [[5, 5], [3, 7]]
+    outcome, reports = run(
+        "A3", 1, 2, dtype="bfloat16", moe_comm="compare:all2all", steps=steps, fault=fault, strategies=[]
+    )
+    assert outcome.code == 0, outcome.output
+    assert [report["comparison"]["layer_calls"] for report in reports] == [2, 2]
+    assert [report["comparison"]["differing"] for report in reports] == [0, 2 if fault else 0]
+    named = "model.layers.0.mlp.experts, rank 1, all2all: differs from vllm-ascend by 0."
+    assert outcome.output.count(named) == (2 if fault else 0)
+    assert "rank 0, all2all: differs" not in outcome.output
+    for report in reports:
+        for row in report["rows"]:
+            assert row["from_dense"] < TOLERANCES["bfloat16"]  # the result stays vllm-ascend's
+            assert row["calls"].count("dispatch") == 1
+            assert row["calls"].count("alltoall_base") == 3
+
+
+def test_a_buffer_that_is_too_small_for_decode_is_named_before_the_first_token():
+    outcome, reports = run("A3", 1, 2, dtype="bfloat16", steps=[[1, 1]], experts=64, env={"HCCL_BUFFSIZE": "1"})
+    assert outcome.code != 0
+    assert reports == []
+    assert "HcclBufferError: mc2 on A3, full mesh needs HCCL_BUFFSIZE=6 for steps of 16 tokens a rank" in outcome.output

@@ -1,0 +1,102 @@
+"""What stops an engine on an NPU before its first token, and what only lowers MC2's capacity."""
+
+import pytest
+import torch
+
+from vllm_npu.errors import DeviceLimitError, HcclBufferError, UnsupportedConfigError, UnsupportedDeviceError
+from vllm_npu.limits import DEVICES, MoELayer
+from vllm_npu.start_checks import PlannedShape, check_start, describe_capacity
+from vllm_npu.topology import ParallelTopology
+
+LAYER = MoELayer(num_experts=256, top_k=8, hidden_size=7168, dtype=torch.bfloat16)
+EP16 = ParallelTopology.of_rank(0, tp_size=1, dp_size=16)
+TP2_EP16 = ParallelTopology.of_rank(0, tp_size=2, dp_size=8)
+DECODE_32 = PlannedShape(decode_tokens=32)
+PLENTY = 1 << 20
+
+
+def check(requested="auto", *, topology=EP16, layer=LAYER, family="A3", shape=DECODE_32, buffer_mb=PLENTY):
+    return check_start(requested, topology, layer, DEVICES[family], shape=shape, hccl_buffer_mb=buffer_mb)
+
+
+def test_a_chip_without_the_op_is_named():
+    with pytest.raises(UnsupportedDeviceError, match="310P has no MC2; use allgather"):
+        check("mc2", family="310P")
+    assert check("auto", family="310P") == DEVICES["310P"]
+
+
+@pytest.mark.parametrize(
+    ("family", "layer", "topology", "what"),
+    [
+        (
+            "A3",
+            MoELayer(num_experts=256, top_k=8, hidden_size=512, dtype=torch.bfloat16),
+            EP16,
+            "hidden_size 1024 to 8192",
+        ),
+        (
+            "A3",
+            MoELayer(num_experts=256, top_k=8, hidden_size=7168, dtype=torch.float32),
+            EP16,
+            "hidden_states are float32",
+        ),
+        (
+            "A3",
+            MoELayer(num_experts=256, top_k=17, hidden_size=7168, dtype=torch.float16),
+            EP16,
+            "at most 16 experts a token",
+        ),
+        (
+            "A3",
+            MoELayer(num_experts=1040, top_k=8, hidden_size=7168, dtype=torch.float16),
+            EP16,
+            "at most 1024 experts",
+        ),
+        ("A2", LAYER, ParallelTopology.of_rank(0, tp_size=3, dp_size=3), "ep_size 2 to 8, 16, 32, 64, 128, 256, not 9"),
+        ("A2", LAYER, ParallelTopology.of_rank(0, tp_size=2, dp_size=2), "at most 24 experts a rank, not 64"),
+    ],
+)
+def test_a_layer_past_a_limit_of_the_op_is_named_where_mc2_was_asked_for(family, layer, topology, what):
+    with pytest.raises(DeviceLimitError) as error:
+        check("mc2", family=family, layer=layer, topology=topology)
+    assert what in str(error.value)
+    assert "use all2all" in str(error.value)
+    device = check("auto", family=family, layer=layer, topology=topology, buffer_mb=1)  # auto goes another way
+    assert what in describe_capacity(device, topology, [layer])
+
+
+@pytest.mark.parametrize("requested", ["auto", "mc2"])
+def test_a_buffer_that_does_not_take_the_decode_steps_names_the_number(requested):
+    with pytest.raises(HcclBufferError) as error:
+        check(requested, buffer_mb=200)
+    # 2 * 32 tokens * (256 experts * 14848 + 8 * 14336 bytes)
+    assert "export HCCL_BUFFSIZE=239 on every rank" in str(error.value)
+    assert check(requested, buffer_mb=239).capacities["mc2"] == 32
+
+
+def test_tokens_are_shared_by_the_tp_ranks():
+    with pytest.raises(HcclBufferError, match="HCCL_BUFFSIZE=120 for steps of 16 tokens a rank"):
+        check(topology=TP2_EP16, buffer_mb=100)
+
+
+@pytest.mark.parametrize("requested", ["all2all", "allgather", "naive"])
+def test_strategies_without_mc2_need_no_buffer(requested):
+    assert check(requested, buffer_mb=1) == DEVICES["A3"]
+
+
+def test_capacity_is_what_the_buffer_takes_and_never_more_than_the_op_takes():
+    assert check(buffer_mb=1000).capacities["mc2"] == 133
+    assert check(buffer_mb=PLENTY).capacities["mc2"] == 512
+    assert describe_capacity(check(buffer_mb=1000), EP16, [LAYER]) == "mc2 takes up to 133 tokens a rank"
+
+
+def test_a_captured_step_that_would_read_counts_on_the_host_is_refused():
+    shape = PlannedShape(decode_tokens=32, graph_tokens=(1, 32, 256))
+    with pytest.raises(
+        UnsupportedConfigError, match="steps of 256 tokens run as captured graphs and would take all2all"
+    ):
+        check(shape=shape, buffer_mb=1000)
+    with pytest.raises(UnsupportedConfigError, match="steps of 1 tokens"):
+        check("all2all", shape=shape)
+    assert check(shape=shape).capacities["mc2"] == 512
+    assert check("allgather", shape=shape) == DEVICES["A3"]

@@ -1,0 +1,198 @@
+"""vLLM's OpenAI-compatible server as a process of ours, asked for tokens over HTTP, led from strategy to strategy."""
+
+import json
+import shutil
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from vllm_npu.cli.engines import EngineFailedError, Parallelism, engine_environment, folder_for_sockets, free_port
+from vllm_npu.cli.process_tree import ProcessTree
+from vllm_npu.cli.stop_signals import StopSignals
+
+START_SECONDS = 600.0
+ANSWER_SECONDS = 300.0
+STOP_SECONDS = 20.0
+POLL_SECONDS = 0.5
+LOG_TAIL_LINES = 40
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Served:
+    """What came over HTTP with one strategy."""
+
+    tokens: list[list[int]]  # one list a prompt
+    seconds: float
+    smallest_margin: (
+        float | None
+    )  # least gap in log-probability between best and second-best token; None: not asked for
+
+
+class HttpEngine:
+    """One server on 127.0.0.1; a context manager that leaves no process behind."""
+
+    def __init__(
+        self,
+        model: Path,
+        parallelism: Parallelism,
+        *,
+        plugins: str,  # VLLM_PLUGINS
+        moe_comm: str,
+        dtype: str,
+        folder: Path,  # for the log and caches
+        stop_signals: StopSignals,
+        environment: Mapping[str, str],  # on top of os.environ
+    ) -> None:
+        self._name = f"{model.name} {parallelism} moe_comm={moe_comm}"
+        self._stop_signals = stop_signals
+        self._folder = folder
+        self.log = folder / "server.log"
+        self._port = free_port()
+        self._command = [
+            *(sys.executable, "-W", "ignore", "-m", "vllm.entrypoints.openai.api_server"),
+            *("--model", str(model), "--served-model-name", "tiny", "--dtype", dtype),
+            *("--tensor-parallel-size", str(parallelism.tensor_parallel_size)),
+            *("--data-parallel-size", str(parallelism.data_parallel_size)),
+            *(["--enable-expert-parallel"] if parallelism.expert_parallel else []),
+            *("--max-model-len", "256", "--max-num-seqs", "8", "--max-num-batched-tokens", "256"),
+            *("--gpu-memory-utilization", "0.3", "--enforce-eager", "--no-enable-prefix-caching", "--seed", "0"),
+            *("--host", "127.0.0.1", "--port", str(self._port)),
+            *("--additional-config", json.dumps({"vllm_npu": {"moe_comm": moe_comm}})),
+        ]
+        self._environment = {
+            **engine_environment(folder, vanilla=False),
+            **environment,
+            "VLLM_PLUGINS": plugins,
+            "VLLM_SERVER_DEV_MODE": "1",  # /collective_rpc
+            "VLLM_HOST_IP": "127.0.0.1",
+            "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+            "TORCHDYNAMO_DISABLE": "1",
+        }
+        self._tree: ProcessTree | None = None
+        self._socket_folder: Path | None = None
+
+    def __enter__(self) -> Self:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with self._stop_signals.held():
+                self._socket_folder = Path(tempfile.mkdtemp(prefix="vllm-npu-", dir=folder_for_sockets()))
+                self._environment["TMPDIR"] = str(self._socket_folder)
+                with self.log.open("wb") as log:
+                    self._tree = ProcessTree(self._command, environment=self._environment, stdout=log, stderr=log)
+        except BaseException:  # __exit__ is not called for an error in here
+            self.stop()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._stop_signals.held():
+            self.stop()
+
+    def stop(self) -> None:
+        """End every process. Safe to call again."""
+        if self._tree is not None:
+            self._tree.terminate()
+            self._tree.stop(grace_seconds=STOP_SECONDS)
+        if self._socket_folder is not None:
+            shutil.rmtree(self._socket_folder, ignore_errors=True)
+
+    def wait_until_ready(self) -> None:
+        """Wait for /health. Raises EngineFailedError where the server ends before, or takes too long."""
+        assert self._tree is not None
+        deadline = time.monotonic() + START_SECONDS
+        while True:
+            try:
+                self._request("/health", None, 5.0)
+            except (urllib.error.URLError, OSError):
+                if self._tree.process.poll() is not None:
+                    raise self._failure(
+                        f"ended with exit status {self._tree.process.returncode} while starting"
+                    ) from None
+                if time.monotonic() > deadline:
+                    raise self._failure(f"was not ready after {START_SECONDS:.0f} s") from None
+                time.sleep(POLL_SECONDS)
+            else:
+                self._tree.note_shared_memory()
+                return
+
+    def set_moe_comm(self, name: str) -> None:
+        """Change the strategy of all engines. Raises EngineFailedError where a worker refuses."""
+        self._rpc("set_moe_comm", name)
+
+    def take_counters(self) -> list[dict[str, Any]]:
+        """moe_comm_counters of the workers of the first data-parallel rank; vLLM returns no others'."""
+        results: list[dict[str, Any]] = self._rpc("moe_comm_counters")["results"]
+        return results
+
+    def generate(
+        self, prompts: Sequence[list[int]], max_tokens: Sequence[int], *, measure_margin: bool = False
+    ) -> Served:
+        """All prompts at once, greedily. Raises EngineFailedError."""
+        started = time.perf_counter()
+        with ThreadPoolExecutor(len(prompts)) as pool:
+            choices = list(pool.map(self._complete, prompts, max_tokens, [measure_margin] * len(prompts)))
+        gaps = [
+            top[0] - top[1]
+            for choice in choices
+            if measure_margin
+            for each in choice["logprobs"]["top_logprobs"]
+            if len(top := sorted(each.values(), reverse=True)) > 1
+        ]
+        return Served(
+            tokens=[choice["token_ids"] for choice in choices],
+            seconds=time.perf_counter() - started,
+            smallest_margin=min(gaps) if gaps else None,
+        )
+
+    def _complete(self, prompt: list[int], max_tokens: int, measure_margin: bool) -> dict[str, Any]:
+        body: dict[str, Any] = {
+            "model": "tiny",
+            "prompt": prompt,
+            "max_tokens": max_tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+            "return_token_ids": True,
+        }
+        if measure_margin:
+            body["logprobs"] = 2
+            body["return_tokens_as_token_ids"] = True  # two tokens of the same text would share a key
+        choice: dict[str, Any] = self._ask("/v1/completions", body)["choices"][0]
+        return choice
+
+    def _rpc(self, method: str, *args: str) -> dict[str, Any]:
+        return self._ask("/collective_rpc", {"method": method, "args": list(args)})
+
+    def _ask(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        try:
+            answer: dict[str, Any] = json.loads(self._request(path, body, ANSWER_SECONDS) or "{}")
+        except urllib.error.HTTPError as error:
+            raise self._failure(
+                f"answered {path} with {error.code}: {error.read().decode(errors='replace')}"
+            ) from error
+        except (urllib.error.URLError, OSError) as error:
+            raise self._failure(f"did not answer {path}: {error}") from error
+        return answer
+
+    def _request(self, path: str, body: dict[str, Any] | None, timeout: float) -> str:
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self._port}{path}",
+            data=None if body is None else json.dumps(body).encode(),
+            headers={"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=timeout) as answer:
+            text: str = answer.read().decode()
+        return text
+
+    def _failure(self, what: str) -> EngineFailedError:
+        tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:])
+        return EngineFailedError(f"{self._name}: the server {what}\n--- end of {self.log.name} ---\n{tail}")

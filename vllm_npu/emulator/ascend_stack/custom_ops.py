@@ -1,0 +1,126 @@
+"""Some of vllm-ascend's compiled operators (torch.ops._C_ascend), by operators of torch_npu.
+
+Their signatures and what they do are those of vllm-ascend 0.23.0 (csrc/torch_binding.cpp and the kernels). Operators that are
+not here are absent: torch.ops raises AttributeError with their name.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+NAMESPACE = "_C_ascend"
+SOFTMAX = 0  # norm_type
+NO_RENORM, L1_RENORM = 0, 1
+
+Tensors = tuple[torch.Tensor, ...]
+
+
+def moe_gating_top_k(
+    x: torch.Tensor,
+    k: int,
+    k_group: int,
+    group_count: int,
+    group_select_mode: int,
+    renorm: int,
+    norm_type: int,
+    out_flag: bool,
+    routed_scaling_factor: float,
+    eps: float,
+    bias_opt: torch.Tensor | None = None,
+) -> Tensors:
+    """torch_npu's gating, which has no `renorm`: 1 divides softmax's chosen weights by their sum plus `eps`, then scales."""
+    import torch_npu
+
+    divides = norm_type == SOFTMAX and renorm == L1_RENORM
+    if renorm not in (NO_RENORM, L1_RENORM):
+        raise ValueError(f"moe_gating_top_k: renorm={renorm} is not 0 or 1")
+    weights, expert_ids, scores = torch_npu.npu_moe_gating_top_k(
+        x.float() if divides else x,
+        k,
+        bias=bias_opt.float() if divides and bias_opt is not None else bias_opt,
+        k_group=k_group,
+        group_count=group_count,
+        group_select_mode=group_select_mode,
+        renorm=NO_RENORM,
+        norm_type=norm_type,
+        out_flag=out_flag,
+        routed_scaling_factor=1.0 if divides else routed_scaling_factor,
+        eps=eps,
+    )
+    if divides:
+        weights = (weights / (weights.sum(-1, keepdim=True) + eps) * routed_scaling_factor).to(x.dtype)
+    return weights, expert_ids, scores
+
+
+def npu_moe_init_routing_custom(
+    x: torch.Tensor,
+    expert_idx: torch.Tensor,
+    *,
+    active_expert_range: Sequence[int] = (),
+    expert_num: int = -1,
+    **rest: Any,
+) -> Tensors:
+    """torch_npu's init_routing v2, with an empty range of experts standing for all of them."""
+    import torch_npu
+
+    return tuple(
+        torch_npu.npu_moe_init_routing_v2(
+            x,
+            expert_idx,
+            expert_num=expert_num,
+            active_expert_range=list(active_expert_range) or [0, expert_num],
+            **rest,
+        )
+    )
+
+
+def npu_add_rms_norm_bias(
+    x1: torch.Tensor,
+    x2: torch.Tensor,
+    gamma: torch.Tensor,
+    beta: torch.Tensor | None = None,
+    epsilon: float = 1e-6,
+) -> Tensors:
+    """torch_npu's add_rms_norm, then `beta` added."""
+    import torch_npu
+
+    y, rstd, total = torch_npu.npu_add_rms_norm(x1, x2, gamma, epsilon)
+    return (y if beta is None else y + beta), rstd, total
+
+
+OPERATORS: dict[str, Callable[..., Tensors]] = {
+    "moe_gating_top_k(Tensor x, int k, int k_group, int group_count, int group_select_mode, int renorm, int norm_type, "
+    "bool out_flag, float routed_scaling_factor, float eps, Tensor? bias_opt=None) "
+    "-> (Tensor y, Tensor expert_idx, Tensor out)": moe_gating_top_k,
+    "npu_moe_init_routing_custom(Tensor x, Tensor expert_idx, *, Tensor? scale=None, Tensor? offset=None, "
+    "int active_num=-1, int expert_capacity=-1, int expert_num=-1, int drop_pad_mode=0, int expert_tokens_num_type=0, "
+    "bool expert_tokens_num_flag=False, int quant_mode=0, int[2] active_expert_range=[], int row_idx_type=0) "
+    "-> (Tensor, Tensor, Tensor, Tensor)": npu_moe_init_routing_custom,
+    "npu_add_rms_norm_bias(Tensor x1, Tensor x2, Tensor gamma, Tensor? beta=None, float epsilon=1e-6) "
+    "-> (Tensor y, Tensor rstd, Tensor x)": npu_add_rms_norm_bias,
+}
+
+# vllm-ascend registers FakeTensor functions for these whenever its operators load. No kernel: a call says so.
+DECLARED = (
+    "get_masked_input_and_mask(Tensor input, int org_vocab_start_index, int org_vocab_end_index, int num_org_vocab_padding, "
+    "int added_vocab_start_index, int added_vocab_end_index) -> (Tensor masked_input, Tensor mask)",
+    "bgmv_expand(Tensor! x, Tensor! weight, Tensor! indices, Tensor! y, int slice_offset, int slice_size) -> Tensor",
+    "sgmv_expand(Tensor! x, Tensor! weight, Tensor! lora_indices, Tensor! seq_len, Tensor! y, int slice_offset, "
+    "int slice_size) -> Tensor",
+)
+
+_libraries: list[torch.library.Library] = []  # an operator lives as long as the library that defined it
+
+
+def register() -> None:
+    """Defines the operators, once in a process. Kernels for the device only: torch.compile is not for them."""
+    if _libraries:
+        return
+    library = torch.library.Library(NAMESPACE, "FRAGMENT")
+    for schema in DECLARED:
+        library.define(schema)
+    for schema, function in OPERATORS.items():
+        library.define(schema)
+        library.impl(schema.partition("(")[0], function, "PrivateUse1")
+    _libraries.append(library)

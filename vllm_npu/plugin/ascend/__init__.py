@@ -1,0 +1,1 @@
+"""On NPUs beside vllm-ascend: it brings worker, attention, quantisation, router and experts; what moves tokens is ours."""

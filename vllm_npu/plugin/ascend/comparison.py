@@ -1,0 +1,93 @@
+"""moe_comm=compare: every MoE layer runs twice on the same input, by vllm-ascend's communication and by ours."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from vllm.distributed import get_ep_group, tensor_model_parallel_all_reduce
+from vllm.logger import init_logger
+
+from vllm_npu.plugin import compat
+from vllm_npu.plugin.ascend.comm_method import PipelineCommMethod
+from vllm_npu.plugin.forward_context import current_step
+from vllm_npu.verification import TOLERANCES
+
+logger = init_logger("vllm.npu.comparison")
+
+
+class Comparison:
+    """Counts and says, on each rank, where the two paths differ. Costs each layer a second time, and a host sync."""
+
+    def __init__(self) -> None:
+        self.layer_calls = 0
+        self.differing = 0
+        self.largest = 0.0  # difference, relative to the largest element of its row
+
+    def attach(self, vllm_config: Any) -> None:
+        """Run both paths in every layer from now on; the result stays vllm-ascend's."""
+        methods = {
+            comm_type: PipelineCommMethod(theirs) for comm_type, theirs in compat.current().comm_methods().items()
+        }
+        for name, layer in compat.current().layers_to_compare(vllm_config):
+            layer.forward_impl = self._both(name, layer.forward_impl, methods)
+
+    def take(self) -> dict[str, float]:
+        """The counts since the last call."""
+        counts = {"layer_calls": self.layer_calls, "differing": self.differing, "largest_difference": self.largest}
+        self.layer_calls = self.differing = 0
+        self.largest = 0.0
+        return counts
+
+    def _both(
+        self, name: str, forward: Callable[..., Any], methods: dict[Any, PipelineCommMethod]
+    ) -> Callable[..., Any]:
+        def forward_impl(hidden_states: torch.Tensor, router_logits: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            release = compat.current()
+            if release.in_profile_run():  # each call draws a routing of its own
+                return forward(hidden_states, router_logits, *args, **kwargs)
+            our_input = hidden_states.clone(), router_logits.clone()
+            theirs = forward(hidden_states, router_logits, *args, **kwargs)
+            expected = _complete(_routed(theirs), release.is_complete(release.current_comm_type()))
+            comm_type = release.COMM_TYPES[current_step().strategy]
+            with release.using(comm_type, methods[comm_type]):
+                got = _complete(_routed(forward(*our_input, *args, **kwargs)), release.is_complete(comm_type))
+            self._compare(name, got, expected)
+            return theirs
+
+        return forward_impl
+
+    def _compare(self, name: str, got: torch.Tensor, expected: torch.Tensor) -> None:
+        self.layer_calls += 1
+        rank = get_ep_group().rank_in_group
+        if got.shape != expected.shape:
+            self.differing += 1
+            logger.error(
+                "%s, rank %d: shape %s, vllm-ascend's is %s", name, rank, tuple(got.shape), tuple(expected.shape)
+            )
+            return
+        if got.numel() == 0:
+            return
+        scale = expected.float().abs().amax(dim=1, keepdim=True).clamp(min=torch.finfo(expected.dtype).tiny)
+        largest = float(((got.float() - expected.float()).abs() / scale).max())
+        self.largest = max(self.largest, largest)
+        if not largest <= TOLERANCES[expected.dtype]:
+            self.differing += 1
+            logger.error(
+                "%s, rank %d, %s: differs from vllm-ascend by %.3g of the row's largest element (tolerance of %s: %.3g)",
+                name,
+                rank,
+                current_step().strategy,
+                largest,
+                str(expected.dtype).removeprefix("torch."),
+                TOLERANCES[expected.dtype],
+            )
+
+
+def _routed(result: Any) -> torch.Tensor:
+    """The routed experts' output, with or without the events around it."""
+    routed: torch.Tensor = getattr(result, "routed_out", result)
+    return routed
+
+
+def _complete(routed: torch.Tensor, is_complete: bool) -> torch.Tensor:
+    return routed.clone() if is_complete else tensor_model_parallel_all_reduce(routed.clone())

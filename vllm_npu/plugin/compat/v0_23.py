@@ -1,0 +1,214 @@
+"""vLLM 0.23 with vllm-ascend 0.23: every place of theirs that vllm_npu takes hold of, and how it lets go again.
+
+COMPAT(vllm-ascend 0.23): names in vllm_ascend are not an interface. Those used here: `_MoECommMethods` (table of MoE
+communication methods by MoECommType), `MoECommMethod` (prepare, fused_experts, finalize), `select_moe_comm_method` (called
+once a step), `build_mlp_compute_input`, `FusedExpertsResult`, `MoEPrepareOutput`, `MoETokenDispatchOutput`, the forward
+context's `moe_comm_type` and `moe_comm_method`, `AscendFusedMoE.forward_impl`, `get_mc2_group`. CAN REMOVE when
+MIN_SUPPORTED >= the first release line in which the layer itself can be replaced (AscendMoERunner).
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from vllm.config import CUDAGraphMode, VllmConfig
+from vllm.distributed.parallel_state import GroupCoordinator
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.fused_moe.layer import FusedMoE
+from vllm.v1.worker.ubatching import dbo_current_ubatch_id
+from vllm_ascend import ascend_forward_context
+from vllm_ascend.ascend_config import get_ascend_config
+from vllm_ascend.ascend_forward_context import MoECommType
+from vllm_ascend.distributed.parallel_state import get_mc2_group
+from vllm_ascend.ops.fused_moe import moe_comm_method
+from vllm_ascend.ops.fused_moe.fused_moe import AscendFusedMoE
+from vllm_ascend.quantization.quant_type import QuantType
+from vllm_ascend.utils import enable_sp, enable_sp_by_pass, should_skip_allreduce_across_dp_group
+
+from vllm_npu.device.npu_ops import device_limits as limits_of_this_npu
+from vllm_npu.errors import UnsupportedConfigError
+from vllm_npu.limits import HCCL_BUFFSIZE_DEFAULT_MB, DeviceLimits
+from vllm_npu.plugin.layer_facts import LayerFacts, exchanges_tokens
+from vllm_npu.plugin.options import Options
+from vllm_npu.start_checks import PlannedShape, check_start
+from vllm_npu.step_plan import TokenSharding
+from vllm_npu.topology import ParallelTopology
+from vllm_npu.transport.base import Transport
+from vllm_npu.transport.hccl import HcclTransport
+
+# How vllm-ascend names what a strategy leaves to its layer: after MC2 and ALLTOALL the routed output is complete and shared
+# experts are summed by themselves; after ALLGATHER one sum over tp is due, of routed and shared together.
+COMM_TYPES = {
+    "mc2": MoECommType.MC2,
+    "all2all": MoECommType.ALLTOALL,
+    "allgather": MoECommType.ALLGATHER,
+    "naive": MoECommType.ALLGATHER,
+}
+QUANTISATIONS = (QuantType.NONE, QuantType.W8A8)
+
+
+# --- what both release lines have ---
+
+
+def moe_layers(vllm_config: VllmConfig) -> tuple[list[LayerFacts], list[str]]:
+    """The MoE layers built so far in this process, in order of construction: facts of those whose tokens we move, and the
+    classes of those that are not vllm-ascend's."""
+    layers = [layer for layer in _static_layers(vllm_config) if isinstance(layer, FusedMoE)]
+    sharding = TokenSharding.SLICED_OVER_TP if enable_sp(vllm_config) else TokenSharding.REPLICATED
+    ours = [
+        LayerFacts.of(layer.moe_config, sharding=sharding, experts=layer.quant_method)
+        for layer in layers
+        if isinstance(layer, AscendFusedMoE) and exchanges_tokens(layer.moe_config)
+    ]
+    return ours, [type(layer).__name__ for layer in layers if not isinstance(layer, AscendFusedMoE)]
+
+
+def micro_batch() -> int:
+    """The micro-batch that the calling thread works on."""
+    index: int = dbo_current_ubatch_id()
+    return index
+
+
+class ExpertParallelTransport(HcclTransport):
+    """The expert-parallel group. MC2's ops take vllm-ascend's group of the same ranks: its windows serve nothing else."""
+
+    @property
+    def name_for_ops(self) -> str:
+        """HCCL's name of vllm-ascend's MC2 group."""
+        return HcclTransport(get_mc2_group().device_group, "mc2").name_for_ops
+
+
+def transports(
+    tp: GroupCoordinator, dp: GroupCoordinator, ep: GroupCoordinator
+) -> tuple[Transport, Transport, Transport]:
+    """vLLM's three groups as this platform's transports."""
+    return (
+        HcclTransport(tp.device_group, "tp"),
+        HcclTransport(dp.device_group, "dp"),
+        ExpertParallelTransport(ep.device_group, "ep"),
+    )
+
+
+def device_limits(vllm_config: VllmConfig, layers: list[LayerFacts], topology: ParallelTopology) -> DeviceLimits:
+    """What this NPU can run of these layers. Raises the errors of start_checks.check_start."""
+    scheduler = vllm_config.scheduler_config
+    speculative = vllm_config.speculative_config
+    tokens_per_sequence = 1 + (speculative.num_speculative_tokens if speculative is not None else 0)
+    compilation = vllm_config.compilation_config
+    graphs = compilation.cudagraph_mode not in (None, CUDAGraphMode.NONE)
+    shape = PlannedShape(
+        decode_tokens=min(scheduler.max_num_seqs * tokens_per_sequence, scheduler.max_num_batched_tokens),
+        graph_tokens=tuple(compilation.cudagraph_capture_sizes or ()) if graphs else (),
+    )
+    limits = limits_of_this_npu()
+    for layer in layers:
+        limits = check_start(
+            Options.of(vllm_config).moe_comm,
+            topology,
+            layer.moe_layer,
+            limits,
+            shape=shape,
+            hccl_buffer_mb=int(os.environ.get("HCCL_BUFFSIZE") or HCCL_BUFFSIZE_DEFAULT_MB),
+        )
+    return limits
+
+
+# --- taking over, and comparing ---
+
+
+def check_supported(vllm_config: VllmConfig) -> None:
+    """Raise UnsupportedConfigError for what of vllm-ascend's MoE layer has not been tried with our strategies."""
+    ascend_config = get_ascend_config()
+    layers = [layer for layer in _static_layers(vllm_config) if isinstance(layer, AscendFusedMoE)]
+    refused = {
+        "additional_config enable_fused_mc2": bool(ascend_config.enable_fused_mc2),
+        "additional_config enable_mc2_hierarchy_comm": bool(ascend_config.enable_mc2_hierarchy_comm),
+        "additional_config multistream_overlap_gate": bool(ascend_config.multistream_overlap_gate),
+        "additional_config mix_placement": bool(getattr(ascend_config, "mix_placement", False)),
+        "the compiler pass for sequence parallelism": bool(enable_sp_by_pass()),
+        "shared experts under data parallelism without flashcomm1 (enable_shared_expert_dp)": bool(
+            ascend_config.enable_shared_expert_dp
+        )
+        and not enable_sp(vllm_config),
+        "LoRA adapters": vllm_config.lora_config is not None,
+        "a KV consumer whose DP ranks do not agree on token counts": bool(
+            vllm_config.parallel_config.data_parallel_size > 1 and should_skip_allreduce_across_dp_group(vllm_config)
+        ),
+        "routing by a hash of token ids": any(layer.tid2eid is not None for layer in layers),
+        "MoE layers with different numbers of experts": len({int(layer.moe_config.num_experts) for layer in layers})
+        > 1,
+    }
+    refused |= {f"quantisation {layer.quant_type}": True for layer in layers if layer.quant_type not in QUANTISATIONS}
+    reasons = [reason for reason, applies in refused.items() if applies]
+    if reasons:
+        raise UnsupportedConfigError(
+            f"vllm_npu does not take over vllm-ascend's MoE communication with: {'; '.join(reasons)}. Change that, or leave "
+            'vllm-ascend alone: --additional-config \'{"vllm_npu": {"moe_comm": "off"}}\''
+        )
+
+
+def replace_comm_methods(make: Callable[[Any], Any]) -> None:
+    """Put `make(theirs)` in the place of each of vllm-ascend's communication methods, FUSED_MC2's excepted."""
+    table = moe_comm_method._MoECommMethods
+    for comm_type in set(COMM_TYPES.values()) & set(table):
+        table[comm_type] = make(table[comm_type])
+
+
+def replace_choice(strategy_of_step: Callable[[], str | None]) -> None:
+    """Have the forward context name the method of our strategy; outside of our steps (None) vllm-ascend chooses."""
+    theirs = ascend_forward_context.select_moe_comm_method
+
+    def select_moe_comm_method(num_tokens: int, vllm_config: VllmConfig, is_draft_model: bool = False) -> Any:
+        strategy = strategy_of_step()
+        return theirs(num_tokens, vllm_config, is_draft_model) if strategy is None else COMM_TYPES[strategy]
+
+    ascend_forward_context.select_moe_comm_method = select_moe_comm_method
+
+
+def comm_methods() -> dict[Any, Any]:
+    """vllm-ascend's methods, by type."""
+    return dict(moe_comm_method._MoECommMethods)
+
+
+def layers_to_compare(vllm_config: VllmConfig) -> list[tuple[str, Any]]:
+    """Name and layer of every MoE layer whose tokens travel."""
+    static = vllm_config.compilation_config.static_forward_context
+    return [
+        (name, layer)
+        for name, layer in static.items()
+        if isinstance(layer, AscendFusedMoE) and exchanges_tokens(layer.moe_config)
+    ]
+
+
+@contextmanager
+def using(comm_type: Any, method: Any) -> Iterator[None]:
+    """Have the layers inside the block communicate by `method`."""
+    context = get_forward_context()
+    before = context.moe_comm_type, context.moe_comm_method
+    context.moe_comm_type, context.moe_comm_method = comm_type, method
+    try:
+        yield
+    finally:
+        context.moe_comm_type, context.moe_comm_method = before
+
+
+def current_comm_type() -> Any:
+    """Of the method that the step's layers use."""
+    return get_forward_context().moe_comm_type
+
+
+def in_profile_run() -> bool:
+    """Whether the step's routing is random, for measuring memory."""
+    return bool(getattr(get_forward_context(), "in_profile_run", False))
+
+
+def is_complete(comm_type: Any) -> bool:
+    """Whether the routed output of a layer lacks no sum over tp."""
+    flash = bool(getattr(get_forward_context(), "flash_comm_v1_enabled", False))
+    return flash or comm_type in (MoECommType.MC2, MoECommType.ALLTOALL, MoECommType.FUSED_MC2)
+
+
+def _static_layers(vllm_config: VllmConfig) -> list[torch.nn.Module]:
+    return list(vllm_config.compilation_config.static_forward_context.values())

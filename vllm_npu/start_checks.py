@@ -1,0 +1,85 @@
+"""What must hold before the first token on an NPU: pure functions of facts that are equal on every rank."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from vllm_npu.errors import DeviceLimitError, HcclBufferError, UnsupportedConfigError, UnsupportedDeviceError
+from vllm_npu.limits import DeviceLimits, MoELayer
+from vllm_npu.step_plan import StepPlan, TokenSharding
+from vllm_npu.strategies import AUTO, check_strategy, select, why_not
+from vllm_npu.token_layout import ceil_div
+from vllm_npu.topology import ParallelTopology
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedShape:
+    """The steps that the engine is configured for, in tokens of one DP rank."""
+
+    decode_tokens: int  # all sequences decode at once: the steps that mc2 is for
+    graph_tokens: tuple[int, ...] = ()  # steps that run as captured graphs; none: eager
+
+
+def check_start(
+    requested: str,
+    topology: ParallelTopology,
+    layer: MoELayer,
+    device: DeviceLimits,
+    *,
+    shape: PlannedShape,
+    hccl_buffer_mb: int,
+) -> DeviceLimits:
+    """`device`, with MC2's capacity cut to what HCCL's buffer takes. LOCAL, and the same on all ranks that have the same
+    HCCL_BUFFSIZE.
+
+    Raises UnsupportedDeviceError for a chip without the op of `requested`, DeviceLimitError for a layer past its limits,
+    HcclBufferError where even the decode steps do not fit the buffer, UnsupportedConfigError for a strategy that reads
+    counts on the host inside of a captured graph.
+    """
+    check_strategy(AUTO if requested == "mc2" else requested, topology, layer, device)
+    reason = why_not("mc2", topology, layer, device)
+    if requested == "mc2" and reason is not None:
+        raise (UnsupportedDeviceError if device.mc2 is None else DeviceLimitError)(reason)
+    if requested in (AUTO, "mc2") and reason is None:
+        device = _within_buffer(topology, layer, device, shape, hccl_buffer_mb)
+    for tokens in shape.graph_tokens:
+        step = StepPlan(num_tokens_across_dp=(tokens,) * topology.dp_size, sharding=TokenSharding.REPLICATED)
+        selection = select(requested, topology, step, layer=layer, device=device)
+        if selection.strategy == "all2all":
+            raise UnsupportedConfigError(
+                f"steps of {tokens} tokens run as captured graphs and would take all2all ({selection.reason}), which reads "
+                "counts on the host; capture smaller steps (--compilation-config, cudagraph_capture_sizes), start vLLM with "
+                "--enforce-eager, or choose allgather"
+            )
+    return device
+
+
+def _within_buffer(
+    topology: ParallelTopology, layer: MoELayer, device: DeviceLimits, shape: PlannedShape, hccl_buffer_mb: int
+) -> DeviceLimits:
+    limits = device.mc2
+    assert limits is not None
+    needed = limits.buffer_mb(layer, topology.ep_size, 1)
+    if needed is None:
+        return device
+    planned = min(ceil_div(shape.decode_tokens, topology.tp_size), limits.max_tokens_per_rank)
+    needed = limits.buffer_mb(layer, topology.ep_size, planned)
+    if needed is not None and needed > hccl_buffer_mb:
+        raise HcclBufferError(
+            f"{limits.name} needs HCCL_BUFFSIZE={needed} for steps of {planned} tokens a rank ({topology}, "
+            f"{layer.num_experts} experts, hidden size {layer.hidden_size}), and it is {hccl_buffer_mb} (MiB); export "
+            f"HCCL_BUFFSIZE={needed} on every rank, lower --max-num-seqs, or choose another moe_comm"
+        )
+    capacity = limits.max_tokens_per_rank
+    while (limits.buffer_mb(layer, topology.ep_size, capacity) or 0) > hccl_buffer_mb:
+        capacity -= 1
+    return replace(device, mc2=replace(limits, max_tokens_per_rank=capacity))
+
+
+def describe_capacity(device: DeviceLimits, topology: ParallelTopology, layers: Sequence[MoELayer]) -> str:
+    """One line for the log: what MC2 takes here, or why it runs no step."""
+    for layer in layers:
+        reason = why_not("mc2", topology, layer, device)
+        if reason is not None:
+            return f"no mc2: {reason}"
+    capacity = device.capacities.get("mc2")
+    return f"mc2 takes up to {capacity} tokens a rank"

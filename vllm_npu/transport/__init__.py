@@ -1,7 +1,6 @@
 """Moving tensors between ranks. TRANSPORTS names every way; a row is imported when it is first asked for."""
 
 from importlib import import_module
-from typing import Any
 
 from vllm_npu.errors import UnsupportedConfigError
 from vllm_npu.transport.base import Groups, Transport

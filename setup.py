@@ -24,15 +24,17 @@ def read_version() -> str:
     raise SystemExit(f'{VERSION_FILE} assigns no __version__; add the line __version__ = "X.Y.Z"')
 
 
-class BuildWithEmulatorSources(build_py):
-    """Puts the emulated device's C++ sources into wheels: they are compiled on the user's machine, for its torch."""
+class BuildWithNativeSources(build_py):
+    """Puts the C++ sources into wheels: they are compiled on the user's machine, for its torch."""
 
     def run(self):
         super().run()
         if not self.editable_mode:  # a checkout has them beside the package
-            destination = Path(self.build_lib) / "vllm_npu" / "csrc_npu" / "emulator"
+            destination = Path(self.build_lib) / "vllm_npu" / "csrc_npu"
             ignored = shutil.ignore_patterns("__pycache__")
-            shutil.copytree(ROOT / "csrc_npu" / "emulator", destination, ignore=ignored, dirs_exist_ok=True)
+            for component in ("emulator", "ops"):
+                source = ROOT / "csrc_npu" / component
+                shutil.copytree(source, destination / component, ignore=ignored, dirs_exist_ok=True)
 
 
 def read_readme() -> str:
@@ -47,6 +49,6 @@ setup(
     long_description_content_type="text/markdown",
     packages=find_packages(include=["vllm_npu", "vllm_npu.*"]),
     package_data={"vllm_npu": ["py.typed"]},
-    cmdclass={"build_py": BuildWithEmulatorSources},
+    cmdclass={"build_py": BuildWithNativeSources},
     zip_safe=False,
 )

@@ -24,13 +24,14 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("prepare_finalize", "dispatch", "all2all", "eplb", "sequence_parallel", "agreement"),
     ("transport", "hccl", "device", "kernels"),
     ("topology", "step_plan", "token_layout", "routing", "reference", "limits", "handles"),
+    ("native_build",),
     ("errors", "envs"),
 )
 LAYER_OF = {module: depth for depth, layer in enumerate(LAYERS) for module in layer}
 
 # Beside the layers: runs before torch is imported, so it sees next to nothing of the package.
 EMULATOR = "emulator"
-EMULATOR_MAY_IMPORT = frozenset({EMULATOR, "errors", "envs"})
+EMULATOR_MAY_IMPORT = frozenset({EMULATOR, "native_build", "errors", "envs"})
 EMULATOR_MAY_IMPORT_OUTSIDE = {"emulator/pytest_plugin.py": "pytest"}
 # Modules that are themselves imported in a function, when torch_npu is in use: they define operators and take tensors.
 EMULATOR_AFTER_TORCH = frozenset({"emulator/ascend_stack/custom_ops.py", "emulator/ascend_stack/slot_mapping.py"})
@@ -55,7 +56,7 @@ CONFINED = {
     "torch._C._distributed_c10d": Confined(("transport/", "eplb/", "all2all/"), allowed_for_type_checking=True),
 }
 
-WITHOUT_TORCH = frozenset({"__init__.py", "errors.py", "envs.py"})
+WITHOUT_TORCH = frozenset({"__init__.py", "errors.py", "envs.py", "native_build.py"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +160,7 @@ def fault_of_own_import(importer: str, imported: str) -> str | None:
         return "imports the emulator, which only cli may; the rest of the package must run without it"
     if importer == EMULATOR and imported not in EMULATOR_MAY_IMPORT:
         return (
-            f"the emulator imports {imported}, and may import only errors and envs of this package; "
+            f"the emulator imports {imported}, and may import only native_build, errors and envs of this package; "
             "move the code that needs it out of emulator/"
         )
     if EMULATOR in (importer, imported) or LAYER_OF[imported] >= LAYER_OF[importer]:
@@ -189,7 +190,7 @@ def fault_of_outside_import(file: str, found: Import) -> str | None:
             return f"imports {top} at the top of the file; the emulator loads before torch, import it in a function"
         allowed = {"torch", "torch_npu", EMULATOR_MAY_IMPORT_OUTSIDE.get(file)}
         if top not in allowed and top not in sys.stdlib_module_names:
-            return f"the emulator imports {top}; it may use the standard library, errors and envs only"
+            return f"the emulator imports {top}; it may use the standard library, native_build, errors and envs only"
     return None
 
 

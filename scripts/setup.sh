@@ -11,7 +11,8 @@
 #   npu-KEY       with --emulator or --ascend: adds the packages of requirements-emulator.lock, shared too
 #   ascend-KEY    with --ascend: adds those of requirements-ascend.lock, which hide other versions below; shared too
 #   checkout-KEY  a small one per checkout: adds this checkout as an editable install
-#   emulator-KEY  with --emulator or --ascend: the built libraries, shared by checkouts of the same sources
+#   emulator-KEY  with --emulator or --ascend: the device's built libraries, shared by checkouts of the same sources
+#   ops-KEY       with --emulator: the built token collectives, likewise
 # KEY is a hash of what the layer is made from, so an edit of a lock makes new ones. Deleting the folder is safe at any
 # time. PYTHON names the interpreter to use (3.11 or newer). torch_npu has an environment of its own because packages that
 # find it import it, and without CANN or the emulated device that fails.
@@ -257,6 +258,7 @@ ensure "$overlay" make_overlay
 if [ -n "$with_emulator" ]; then
   # What is missing is named, and the rest of the environment is of use without it.
   "$overlay/bin/python" -m vllm_npu.emulator build >&2 || say "the emulated Ascend device is not built; see above"
+  "$overlay/bin/python" -m vllm_npu.hccl.token_ops >&2 || say "the token collectives on HCCL are not built; see above"
 fi
 
 printf '%s\n' "$overlay/bin/python"

@@ -136,7 +136,7 @@ def _exchange(name: str, groups: Groups, tokens: Tokens, workload: Workload) -> 
         return pipeline.prepare_finalize.finalize(prepared.hidden_states, prepared.handle).hidden_states
 
     def whole() -> torch.Tensor:
-        return pipeline.run(tokens.hidden_states, *routing, lambda rows, _: rows, step).hidden_states
+        return pipeline.run(tokens.hidden_states, *routing, lambda rows, *_: rows, step).hidden_states
 
     def slots() -> torch.Tensor:
         dispatcher = pipeline.dispatcher

@@ -53,6 +53,11 @@ TRANSPORT_TIMEOUT = Variable(
     "60",
     "Seconds after which a collective of a group that this package opens itself fails.",
 )
+HCCL_OPS = Variable(
+    "VLLM_NPU_HCCL_OPS",
+    "1",
+    "1: tokens travel by C++ operators straight on HCCL where these can be built; 0: by torch.distributed.",
+)
 EMULATOR = Variable("VLLM_NPU_EMULATOR", "0", "1 puts the emulated Ascend device under torch_npu in every interpreter.")
 EMULATOR_SOC = Variable("VLLM_NPU_EMULATOR_SOC", "A2", "Chip, or family of chips, that the emulated device passes for.")
 EMULATOR_LIBRARIES = Variable(
@@ -76,6 +81,7 @@ VARIABLES = (
     MOE_COMM,
     COUNT_COLLECTIVES,
     TRANSPORT_TIMEOUT,
+    HCCL_OPS,
     EMULATOR,
     EMULATOR_SOC,
     EMULATOR_LIBRARIES,

@@ -29,7 +29,11 @@ class UnknownGroupError(UnsupportedConfigError):
     """HCCL does not know a process group that a device op has to communicate over."""
 
 
-class EmulatorBuildError(VllmNpuError, RuntimeError):
+class NativeBuildError(VllmNpuError, RuntimeError):
+    """A C++ part cannot be built, or not be loaded. Install what the message names, or read its log."""
+
+
+class EmulatorBuildError(NativeBuildError):
     """The emulated Ascend device cannot be built, or not be loaded. Install what the message names, or read its log."""
 
 

@@ -1,7 +1,8 @@
 """What an implementation of a strategy can take, as data with its source. Enforced by strategies.select()."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from enum import IntEnum
 
 import torch
 
@@ -9,6 +10,16 @@ from vllm_npu.token_layout import ceil_div
 
 MIB = 1 << 20
 HCCL_BUFFSIZE_DEFAULT_MB = 200  # HCCL's own; the unit of HCCL_BUFFSIZE is MiB
+
+
+class QuantMode(IntEnum):
+    """What travels of a row to its experts. The values are the quant_mode of npu_moe_distribute_dispatch_v2."""
+
+    NONE = 0
+    """The row as it is."""
+
+    INT8_PER_TOKEN = 2
+    """int8 and one float32 scale a row: value = int8 * scale. Of W8A8 models with dynamic scales."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,6 +30,8 @@ class MoELayer:
     top_k: int
     hidden_size: int
     dtype: torch.dtype  # of hidden_states
+    quant_mode: QuantMode = QuantMode.NONE
+    shared_expert_ranks: int = 0  # the first ranks of ep, which have the shared expert and no other
 
 
 BufferBytes = Callable[[MoELayer, int, int], int]
@@ -41,6 +54,9 @@ class MC2Limits:
     max_experts_per_rank: int | None = None
     max_experts_per_rank_times_ep_size: int | None = None
     max_top_k: int | None = None
+    shared_expert_ranks: bool = True  # whether ranks may hold shared experts alone
+    comm_alg: str = ""  # of the ops; empty: the full mesh
+    takes_mask: bool = True  # x_active_mask
     dtypes: tuple[torch.dtype, ...] | None = None
     buffer_bytes: BufferBytes | None = None
 
@@ -52,7 +68,9 @@ class MC2Limits:
             return f"{self.name} takes ep_size {_spans(self.ep_sizes)}, not {ep_size}"
         if self.hidden_sizes is not None and layer.hidden_size not in self.hidden_sizes:
             return f"{self.name} takes hidden_size {_spans([self.hidden_sizes])}, not {layer.hidden_size}"
-        experts_per_rank = ceil_div(layer.num_experts, ep_size)
+        if layer.shared_expert_ranks and not self.shared_expert_ranks:
+            return f"{self.name} has no ranks for shared experts alone"
+        experts_per_rank = ceil_div(layer.num_experts, ep_size - layer.shared_expert_ranks)
         for what, value, most in (
             ("experts", layer.num_experts, self.max_experts),
             ("experts a rank", experts_per_rank, self.max_experts_per_rank),
@@ -108,8 +126,9 @@ def _a2_hierarchy_bytes(layer: MoELayer, ep_size: int, tokens: int) -> int:
 def _a3_full_mesh_bytes(layer: MoELayer, ep_size: int, tokens: int) -> int:
     sent = _aligned(_aligned(2 * layer.hidden_size, 32) + 64, 512)  # a row and what travels with it
     returned = _aligned(2 * layer.hidden_size, 512)
-    experts_per_rank = layer.num_experts // ep_size
-    return 2 * tokens * (experts_per_rank * ep_size * sent + layer.top_k * returned)
+    experts_per_rank = layer.num_experts // (ep_size - layer.shared_expert_ranks)
+    shared_experts = 1 if layer.shared_expert_ranks else 0
+    return 2 * tokens * (experts_per_rank * ep_size * sent + (layer.top_k + shared_experts) * returned)
 
 
 def _a3_hierarchy_bytes(layer: MoELayer, ep_size: int, tokens: int) -> int:
@@ -140,6 +159,7 @@ A2_FULL_MESH = MC2Limits(
     max_experts=512,
     max_experts_per_rank=24,
     max_top_k=16,
+    shared_expert_ranks=False,
     dtypes=SIXTEEN_BIT,
     buffer_bytes=_a2_full_mesh_bytes,
 )
@@ -152,6 +172,9 @@ A2_HIERARCHY = MC2Limits(
     hidden_sizes=range(32, 10240 + 1, 32),
     max_experts=512,
     max_top_k=16,
+    shared_expert_ranks=False,
+    comm_alg="hierarchy",
+    takes_mask=False,
     dtypes=SIXTEEN_BIT,
     buffer_bytes=_a2_hierarchy_bytes,
 )
@@ -177,6 +200,8 @@ A3_HIERARCHY = MC2Limits(
     hidden_sizes=range(1024, 8192 + 1),
     max_experts=512,
     max_top_k=16,
+    shared_expert_ranks=False,
+    comm_alg="hierarchy",
     dtypes=SIXTEEN_BIT,
     buffer_bytes=_a3_hierarchy_bytes,
 )
@@ -205,10 +230,20 @@ class DeviceLimits:
     family: str
     mc2: MC2Limits | None  # None: it has no MC2 op
     socs: tuple[str, ...] = ()  # beginnings of the chips' names
-    mc2_hierarchy: MC2Limits | None = None  # MC2's other algorithm: planned for, not chosen yet
+    mc2_hierarchy: MC2Limits | None = None  # MC2's other algorithm: taken for layers that the first cannot take
     all2all: bool = True
     symmetric: SymmetricLimits | None = None  # None: ranks share no memory
+    uneven_collectives: bool = False  # HcclAllGatherV and HcclReduceScatterV between the ranks of one server
     routing_ops: bool = True  # npu_moe_init_routing_v2 with a range of experts, and npu_moe_finalize_routing
+    captures: tuple[str, ...] = ()  # strategies that read nothing on the host, so that a graph can hold them
+
+    def for_layer(self, layer: MoELayer | None, ep_size: int) -> "DeviceLimits":
+        """These limits with the MC2 algorithm that takes the layer: the hierarchy where only it does."""
+        if layer is None or self.mc2 is None or self.mc2_hierarchy is None:
+            return self
+        if self.mc2.why_not(layer, ep_size) is None or self.mc2_hierarchy.why_not(layer, ep_size) is not None:
+            return self
+        return replace(self, mc2=self.mc2_hierarchy, mc2_hierarchy=None)
 
     def fits(self, strategy: str, tokens_per_rank: int) -> bool:
         """Whether a step of this many tokens on each rank is within the strategy's capacity, if it has one."""
@@ -222,12 +257,27 @@ class DeviceLimits:
 
 
 PORTABLE = DeviceLimits(family="no NPU", mc2=PORTABLE_MC2)
-NVLINK = DeviceLimits(family="GPUs of one host", mc2=PORTABLE_MC2, symmetric=SYMMETRIC)
+NVLINK = DeviceLimits(family="GPUs of one host", mc2=PORTABLE_MC2, symmetric=SYMMETRIC, captures=("symmetric",))
+# The routing ops give as many rows whatever the routing is. all2all reads its split sizes on the host everywhere.
+_NPU_CAPTURES = ("mc2", "allgather", "naive")
+# uneven_collectives: HCCL's documents (CANN 8.5) name A3, 300I Duo, and of A2 some servers only, which the chip's name does
+# not tell; none names A5.
 DEVICES = {
-    "A2": DeviceLimits(family="A2", mc2=A2_FULL_MESH, mc2_hierarchy=A2_HIERARCHY, socs=("Ascend910B",)),
-    "A3": DeviceLimits(family="A3", mc2=A3_FULL_MESH, mc2_hierarchy=A3_HIERARCHY, socs=("Ascend910_93",)),
+    "A2": DeviceLimits(
+        family="A2", mc2=A2_FULL_MESH, mc2_hierarchy=A2_HIERARCHY, socs=("Ascend910B",), captures=_NPU_CAPTURES
+    ),
+    "A3": DeviceLimits(
+        family="A3",
+        mc2=A3_FULL_MESH,
+        mc2_hierarchy=A3_HIERARCHY,
+        uneven_collectives=True,
+        socs=("Ascend910_93",),
+        captures=_NPU_CAPTURES,
+    ),
     # All-gather only, as vllm-ascend 0.23 has it; op-plugin's documents leave 310P out of both routing ops.
-    "310P": DeviceLimits(family="310P", mc2=None, all2all=False, routing_ops=False, socs=("Ascend310P",)),
+    "310P": DeviceLimits(
+        family="310P", mc2=None, all2all=False, uneven_collectives=True, routing_ops=False, socs=("Ascend310P",)
+    ),
     # No public document names A5's limits; its op takes A3's arguments.
-    "A5": DeviceLimits(family="A5", mc2=A3_FULL_MESH, socs=("Ascend950",)),
+    "A5": DeviceLimits(family="A5", mc2=A3_FULL_MESH, socs=("Ascend950",), captures=_NPU_CAPTURES),
 }

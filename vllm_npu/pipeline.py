@@ -12,7 +12,9 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_npu.dispatch.base import Dispatcher
+from vllm_npu.device import ops_of
+from vllm_npu.dispatch.base import Dispatcher, RoutedTokens
+from vllm_npu.limits import QuantMode
 from vllm_npu.prepare_finalize.base import Finalized, PrepareAndFinalize
 from vllm_npu.reference import ExpertsFunction
 from vllm_npu.step_plan import StepPlan
@@ -36,9 +38,12 @@ class MoEPipeline:
         reduce_results: bool = True,
     ) -> Finalized:
         """The routed experts' output for this rank's tokens. COLLECTIVE: the sum of its stages' costs."""
-        prepared = self.prepare_finalize.prepare(hidden_states, (topk_weights, topk_ids), step)
-        weights, ids = prepared.per_token
-        dispatched = self.dispatcher.dispatch(prepared.hidden_states, weights, ids, prepared.mask)
-        expert_output = experts(dispatched.expert_input, dispatched.tokens_per_expert)
+        per_token: tuple[torch.Tensor, ...] = (topk_weights, topk_ids)
+        if self.prepare_finalize.gathers_tokens and self.dispatcher.quant_mode is not QuantMode.NONE:
+            hidden_states, dynamic_scales = ops_of(hidden_states).npu_dynamic_quant(hidden_states)
+            per_token += (dynamic_scales,)
+        prepared = self.prepare_finalize.prepare(hidden_states, per_token, step)
+        dispatched = self.dispatcher.dispatch(RoutedTokens.of(prepared))
+        expert_output = experts(dispatched.expert_input, dispatched.tokens_per_expert, dispatched.dynamic_scales)
         routed_output = self.dispatcher.combine(expert_output, dispatched.handle)
         return self.prepare_finalize.finalize(routed_output, prepared.handle, reduce_results=reduce_results)

@@ -5,10 +5,9 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_npu.routing import expert_ranges
-
-ExpertsFunction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""(expert_input [rows, hidden_size] expert-major, tokens_per_expert [num_local_experts]) -> [rows, width]."""
+ExpertsFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+"""(expert_input [rows, hidden_size] expert-major, tokens_per_expert [num_local_experts], dynamic_scales [rows] float32 where
+rows are int8, else None) -> [rows, width]."""
 
 
 def select_topk(
@@ -25,7 +24,8 @@ def select_topk(
 class LinearExperts:
     """One matrix for each expert: enough to tell experts, tokens and weights apart, and exact on small integers."""
 
-    weights: torch.Tensor  # [num_experts, hidden_size, width]
+    weights: torch.Tensor  # [num_experts, hidden_size, width]; int8 where there are scales
+    scales: torch.Tensor | None = None  # [num_experts, width] float32: value = weight * scale
 
     @classmethod
     def integer(
@@ -49,22 +49,29 @@ class LinearExperts:
         weights = torch.randn(num_experts, hidden_size, width, generator=generator) * hidden_size**-0.5
         return cls(weights.to(dtype))
 
+    def to(self, device: torch.device) -> "LinearExperts":
+        """On another device."""
+        return LinearExperts(self.weights.to(device), None if self.scales is None else self.scales.to(device))
+
     def shard(self, rank: int, size: int) -> "LinearExperts":
         """Every expert's share on one of `size` ranks without expert parallelism: the shares' outputs add up to the whole."""
         own = torch.arange(self.weights.shape[1], device=self.weights.device) % size == rank
-        return LinearExperts(torch.where(own[None, :, None], self.weights, 0))
+        return LinearExperts(torch.where(own[None, :, None], self.weights, 0), self.scales)
 
-    def on_rank(self, first_expert: int, num_local_experts: int) -> ExpertsFunction:
-        """The grouped computation of one rank's experts. Rows past sum(tokens_per_expert) come back as NaN."""
-        local = self.weights[first_expert : first_expert + num_local_experts]
+    def on_rank(self, first_expert: int, num_local_experts: int) -> "LinearExperts":
+        """Those of one rank under expert parallelism: views."""
+        own = slice(first_expert, first_expert + num_local_experts)
+        return LinearExperts(self.weights[own], None if self.scales is None else self.scales[own])
 
-        def experts(expert_input: torch.Tensor, tokens_per_expert: torch.Tensor) -> torch.Tensor:
-            output = expert_input.new_full((expert_input.shape[0], local.shape[2]), float("nan"))
-            for expert, start, stop in expert_ranges(tokens_per_expert.tolist()):
-                output[start:stop] = expert_input[start:stop] @ local[expert]
-            return output
+    def quantized(self) -> "LinearExperts":
+        """int8 with a scale for each output column: powers of two, so that small integers stay exact."""
+        weights = self.weights.float()
+        scales = (weights.abs().amax(1).clamp_min(2.0**-20) / 127).log2().ceil().exp2()
+        return LinearExperts((weights / scales[:, None]).round().to(torch.int8), scales)
 
-        return experts
+    def dequantized(self) -> "LinearExperts":
+        """float32 without scales, the same values."""
+        return LinearExperts(self.weights.float() if self.scales is None else self.weights * self.scales[:, None])
 
 
 def reference_moe(

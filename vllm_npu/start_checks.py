@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from vllm_npu.errors import DeviceLimitError, HcclBufferError, UnsupportedConfigError, UnsupportedDeviceError
+from vllm_npu.errors import DeviceLimitError, HcclBufferError, UnsupportedDeviceError
 from vllm_npu.limits import DeviceLimits, MoELayer
 from vllm_npu.step_plan import StepPlan, TokenSharding
 from vllm_npu.strategies import AUTO, check_strategy, select, why_not
@@ -35,6 +35,7 @@ def check_start(
     HcclBufferError where even the decode steps do not fit the buffer, UnsupportedConfigError for a strategy that reads
     counts on the host inside of a captured graph.
     """
+    device = device.for_layer(layer, topology.ep_size)
     check_strategy(AUTO if requested == "mc2" else requested, topology, layer, device)
     reason = why_not("mc2", topology, layer, device)
     if requested == "mc2" and reason is not None:
@@ -42,14 +43,9 @@ def check_start(
     if requested in (AUTO, "mc2") and reason is None:
         device = _within_buffer(topology, layer, device, shape, hccl_buffer_mb)
     for tokens in shape.graph_tokens:
-        step = StepPlan(num_tokens_across_dp=(tokens,) * topology.dp_size, sharding=TokenSharding.REPLICATED)
-        selection = select(requested, topology, step, layer=layer, device=device)
-        if selection.strategy == "all2all":
-            raise UnsupportedConfigError(
-                f"steps of {tokens} tokens run as captured graphs and would take all2all ({selection.reason}), which reads "
-                "counts on the host; capture smaller steps (--compilation-config, cudagraph_capture_sizes), start vLLM with "
-                "--enforce-eager, or choose allgather"
-            )
+        counts = (tokens,) * topology.dp_size
+        step = StepPlan(num_tokens_across_dp=counts, sharding=TokenSharding.REPLICATED, captured=True)
+        select(requested, topology, step, layer=layer, device=device)
     return device
 
 

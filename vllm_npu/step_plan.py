@@ -32,11 +32,18 @@ class StepPlan:
 
     num_tokens_across_dp: tuple[int, ...]
     sharding: TokenSharding
+    captured: bool = False
+    """Whether a graph is captured from the step, or replayed for it: the counts are then the graph's, padding included."""
 
     def __post_init__(self) -> None:
         if not self.num_tokens_across_dp or min(self.num_tokens_across_dp) < 0:
             raise InvalidInputError(
                 f"num_tokens_across_dp={self.num_tokens_across_dp}: give one count >= 0 for each DP rank"
+            )
+        if self.captured and len(set(self.num_tokens_across_dp)) > 1:
+            raise InvalidInputError(
+                f"num_tokens_across_dp={self.num_tokens_across_dp} of a captured step: a graph freezes the counts, so pad "
+                "every DP rank to the graph's size, or run the step eagerly"
             )
 
     @property
@@ -44,12 +51,20 @@ class StepPlan:
         """Tokens of the fullest DP rank."""
         return max(self.num_tokens_across_dp)
 
+    def divides_over_tp(self, tp_size: int) -> bool:
+        """Whether every rank of the grid has a token, and the TP ranks of each DP rank as many."""
+        return all(count > 0 and count % tp_size == 0 for count in self.num_tokens_across_dp)
+
     def padded_tokens(self, tp_size: int) -> int:
         """Tokens per DP rank once every rank is padded alike: the maximum over DP, up to a multiple of tp_size, >= tp_size.
 
         Never 0: the Ascend dispatch op wants at least one row on every rank.
         """
         return max(1, ceil_div(self.max_tokens_across_dp, tp_size)) * tp_size
+
+    def is_full(self, tp_size: int) -> bool:
+        """Whether no rank of the grid pads: every one brings padded_tokens / tp_size real rows. Then nothing is masked."""
+        return min(self.num_tokens_across_dp) == self.padded_tokens(tp_size)
 
     def input_rows(self, topology: ParallelTopology) -> int:
         """Rows of hidden_states that this rank brings to the layer and takes back from it."""
@@ -80,4 +95,4 @@ class StepPlan:
             )
 
     def __str__(self) -> str:
-        return f"tokens={list(self.num_tokens_across_dp)} sharding={self.sharding.value}"
+        return f"tokens={list(self.num_tokens_across_dp)} sharding={self.sharding.value}{' captured' if self.captured else ''}"

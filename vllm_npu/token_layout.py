@@ -40,8 +40,8 @@ class TokenSlice:
         return self.stop - self.start
 
     def take(self, x: torch.Tensor) -> torch.Tensor:
-        """A view of the slice's rows of `x` [num_tokens, ...]."""
-        return x[self.start : self.stop]
+        """A view of the slice's rows of `x` [num_tokens, ...]; `x` itself where those are all."""
+        return x if self.start == 0 and self.stop >= x.shape[0] else x[self.start : self.stop]
 
 
 def offsets(sizes: Sequence[int]) -> list[int]:
@@ -121,15 +121,24 @@ the time of small messages and costs more than the second collective from about 
 def move_together(
     tensors: Sequence[torch.Tensor],  # each [n, width], n >= 0; widths and dtypes equal on all ranks
     max_rows: int,  # the most rows that any rank moves: equal on all ranks
+    move: Callable[[Sequence[torch.Tensor]], list[torch.Tensor]],  # moves the rows of tensors that share a message
+) -> list[torch.Tensor]:
+    """Move several tensors alike with as few messages as pay: one, or two where the message is large.
+
+    The first tensor is taken for the large one.
+    """
+    row_bytes = sum(tensor.shape[1] * tensor.element_size() for tensor in tensors)
+    if len(tensors) == 1 or max_rows * row_bytes <= PACK_MAX_BYTES:
+        return move(tensors)
+    return [*move(tensors[:1]), *move_together(tensors[1:], max_rows, move)]
+
+
+def pack_and_move(
+    tensors: Sequence[torch.Tensor],  # each [n, width]
     move: Callable[[torch.Tensor], torch.Tensor],  # moves the rows of one tensor
 ) -> list[torch.Tensor]:
-    """Move several tensors alike with as few calls of `move` as pay: one, or two where the message is large.
-
-    Results may be views of one message. The first tensor is taken for the large one.
-    """
-    row_format = RowFormat.of(tensors)
+    """Move several tensors as one message; the results are views of it."""
     if len(tensors) == 1:
         return [move(tensors[0])]
-    if max_rows * row_format.row_bytes <= PACK_MAX_BYTES:
-        return row_format.unpack(move(row_format.pack(tensors)))
-    return [move(tensors[0]), *move_together(tensors[1:], max_rows, move)]
+    row_format = RowFormat.of(tensors)
+    return row_format.unpack(move(row_format.pack(tensors)))

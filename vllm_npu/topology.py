@@ -73,24 +73,39 @@ class ParallelTopology:
 class ExpertPlacement:
     """Linear placement: expert e lives on EP rank e // experts_per_rank (vLLM's default expert_placement_strategy).
 
-    Raises UnsupportedConfigError where the experts do not divide evenly over the ranks.
+    The first shared_expert_ranks ranks hold the layer's shared expert instead, a copy each: rank r's tokens go to copy
+    r % shared_expert_ranks. Raises UnsupportedConfigError where the experts do not divide evenly over the others.
     """
 
     num_experts: int
     ep_size: int
+    shared_expert_ranks: int = 0
 
     def __post_init__(self) -> None:
-        if self.num_experts < 1 or self.num_experts % self.ep_size:
+        if not 0 <= self.shared_expert_ranks < self.ep_size:
             raise UnsupportedConfigError(
-                f"{self.num_experts} experts do not divide over ep_size={self.ep_size}; choose tp_size * dp_size that "
-                f"divides {self.num_experts}, or add redundant experts"
+                f"{self.shared_expert_ranks} ranks with the shared expert leave none of {self.ep_size} to others; take fewer"
+            )
+        if self.num_experts < 1 or self.num_experts % (self.ep_size - self.shared_expert_ranks):
+            raise UnsupportedConfigError(
+                f"{self.num_experts} experts do not divide over ep_size={self.ep_size}"
+                f"{f' less {self.shared_expert_ranks} ranks' if self.shared_expert_ranks else ''}; choose tp_size * dp_size "
+                f"that divides {self.num_experts}, or add redundant experts"
             )
 
     @property
     def experts_per_rank(self) -> int:
-        """Experts on each EP rank."""
-        return self.num_experts // self.ep_size
+        """Experts on each EP rank that has routed ones."""
+        return self.num_experts // (self.ep_size - self.shared_expert_ranks)
 
     def first_expert(self, ep_rank: int) -> int:
-        """Global id of the first expert that lives on `ep_rank`."""
-        return ep_rank * self.experts_per_rank
+        """Global id of the first expert that lives on `ep_rank`; negative on a rank with the shared expert."""
+        return (ep_rank - self.shared_expert_ranks) * self.experts_per_rank
+
+    def holds_shared_expert(self, ep_rank: int) -> bool:
+        """Whether `ep_rank` has the shared expert, and no other."""
+        return ep_rank < self.shared_expert_ranks
+
+    def num_local_experts(self, ep_rank: int) -> int:
+        """Experts on `ep_rank`, of either kind."""
+        return 1 if self.holds_shared_expert(ep_rank) else self.experts_per_rank

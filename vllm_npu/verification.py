@@ -8,10 +8,12 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
+import torch.nn.functional as F
 
 from vllm_npu.device import ops_of
+from vllm_npu.device.portable_ops import Counts, npu_dynamic_quant
 from vllm_npu.dispatch.symmetric import why_not_symmetric
-from vllm_npu.limits import NVLINK, PORTABLE, DeviceLimits, MoELayer
+from vllm_npu.limits import NVLINK, PORTABLE, DeviceLimits, MoELayer, QuantMode
 from vllm_npu.reference import ExpertsFunction, LinearExperts, reference_moe, select_topk
 from vllm_npu.step_plan import StepPlan, TokenSharding
 from vllm_npu.strategies import ALL_STRATEGIES, build, why_not
@@ -21,6 +23,8 @@ from vllm_npu.transport.launch import Rank
 from vllm_npu.transport.symmetric_memory import gather_facts
 
 HIDDEN_SIZE = 32
+COLUMN_OF_THE_LARGEST = 0  # of hidden_states in exact int8 cases: it sets the scale, and no expert reads it
+SCALE_DTYPES = {torch.bfloat16: torch.bfloat16}  # of int8 weights in npu_grouped_matmul, by its outputs' dtype
 TOLERANCES = {
     torch.float32: 1e-5,
     torch.bfloat16: 2e-2,
@@ -45,22 +49,33 @@ class Case:
     width: int = HIDDEN_SIZE  # columns of the experts' output
     experts_per_rank: int = 2
     top_k: int = 3
+    quant_mode: QuantMode = QuantMode.NONE
+    shared_expert_ranks: int = 0
     seed: int = 0
 
     @property
     def num_experts(self) -> int:
-        """Experts over all ranks."""
-        return self.experts_per_rank * self.tp_size * self.dp_size
+        """Routed experts over all ranks."""
+        return self.experts_per_rank * (self.tp_size * self.dp_size - self.shared_expert_ranks)
 
     @property
     def layer(self) -> MoELayer:
         """What limits depend on."""
-        return MoELayer(num_experts=self.num_experts, top_k=self.top_k, hidden_size=self.hidden_size, dtype=self.dtype)
+        return MoELayer(
+            num_experts=self.num_experts,
+            top_k=self.top_k,
+            hidden_size=self.hidden_size,
+            dtype=self.dtype,
+            quant_mode=self.quant_mode,
+            shared_expert_ranks=self.shared_expert_ranks,
+        )
 
     def __str__(self) -> str:
         parts = [self.strategy, f"tp{self.tp_size}", f"dp{self.dp_size}", "ep" if self.expert_parallel else "no-ep"]
         parts += [self.sharding.value, str(list(self.num_tokens_across_dp)), str(self.dtype).removeprefix("torch.")]
         parts += [word for word, on in (("integer", self.integer), ("skewed", self.skewed)) if on]
+        parts += [] if self.quant_mode is QuantMode.NONE else [self.quant_mode.name.lower()]
+        parts += [f"{self.shared_expert_ranks} shared-expert ranks"] if self.shared_expert_ranks else []
         return " ".join([*parts, f"hidden{self.hidden_size}", f"width{self.width}", f"seed{self.seed}"])
 
 
@@ -109,18 +124,23 @@ def _all_cases(num_ranks: int, strategies: tuple[str, ...], quick: bool, seed: i
                 for counts in count_patterns(tp_size, dp_size):
                     exact = replace(case, num_tokens_across_dp=counts, seed=seed)
                     yield exact
+                    yield replace(exact, quant_mode=QuantMode.INT8_PER_TOKEN)
                     if quick:
                         continue
                     yield replace(exact, skewed=True, width=HIDDEN_SIZE // 2, seed=seed + 1)
                     yield replace(exact, dtype=torch.float32, integer=False, seed=seed + 2)
                     yield replace(exact, dtype=torch.float16, integer=False, skewed=True, seed=seed + 3)
                     yield replace(exact, integer=False, seed=seed + 4)
+                    yield replace(exact, integer=False, quant_mode=QuantMode.INT8_PER_TOKEN, seed=seed + 5)
 
 
 def _layouts(strategy: str, tp_size: int, dp_size: int) -> Iterator[Case]:
     base = Case(strategy=strategy, tp_size=tp_size, dp_size=dp_size, num_tokens_across_dp=(0,) * dp_size)
     if tp_size * dp_size > 1 or not ALL_STRATEGIES[strategy].needs_expert_parallel:
         yield base
+        if strategy == "mc2":
+            for shared_expert_ranks in sorted({1, tp_size * dp_size // 2}):
+                yield replace(base, shared_expert_ranks=shared_expert_ranks, top_k=2)
         if tp_size > 1:
             yield replace(base, sharding=TokenSharding.SLICED_OVER_TP)
     if not ALL_STRATEGIES[strategy].needs_expert_parallel:
@@ -130,17 +150,44 @@ def _layouts(strategy: str, tp_size: int, dp_size: int) -> Iterator[Case]:
 @lru_cache(maxsize=8)
 def _experts(layer: MoELayer, width: int, integer: bool, seed: int) -> LinearExperts:
     draw = LinearExperts.integer if integer else LinearExperts.random
-    return draw(layer.num_experts, layer.hidden_size, width, seed=seed, dtype=layer.dtype)
+    experts = draw(layer.num_experts + 1, layer.hidden_size, width, seed=seed, dtype=layer.dtype)
+    if layer.quant_mode is QuantMode.NONE:
+        return experts
+    if integer:
+        experts.weights[:, COLUMN_OF_THE_LARGEST] = 0
+    return experts.quantized()
+
+
+def grouped_experts(experts: LinearExperts, dtype: torch.dtype) -> ExpertsFunction:
+    """The device's grouped matrix product over these experts, outputs in dtype."""
+    scales = None if experts.scales is None else experts.scales.to(SCALE_DTYPES.get(dtype, torch.float32))
+
+    def run(
+        expert_input: torch.Tensor, tokens_per_expert: torch.Tensor, dynamic_scales: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        output: torch.Tensor = ops_of(expert_input).npu_grouped_matmul(
+            expert_input,
+            experts.weights,
+            Counts(tokens_per_expert),
+            scale=scales,
+            per_token_scale=dynamic_scales,
+            output_dtype=dtype,
+        )
+        return output
+
+    return run
 
 
 @dataclass(frozen=True, slots=True)
 class CaseTensors:
     """The whole grid's tensors of a case, the same on every rank."""
 
+    dtype: torch.dtype
+    shared_expert_ranks: int
     hidden_states: list[torch.Tensor]  # of each DP rank [num_tokens, hidden_size]
     topk_weights: list[torch.Tensor]
     topk_ids: list[torch.Tensor]
-    experts: LinearExperts
+    experts: LinearExperts  # the routed ones, then the shared one
 
     @classmethod
     def of(cls, case: Case) -> "CaseTensors":
@@ -155,11 +202,21 @@ class CaseTensors:
             x = torch.randn(num_tokens, case.hidden_size, generator=generator)
             if case.integer:
                 x = (x * 2).round().clamp(-3, 3)
+                if case.quant_mode is not QuantMode.NONE:  # scales of 1 / 64: int8 loses nothing
+                    x[:, COLUMN_OF_THE_LARGEST] = 127
+                    x /= 64
                 topk_weights = topk_ids % 2 + 1.0
             hidden_states.append(x.to(case.dtype))
             weights.append(topk_weights)
             ids.append(topk_ids)
-        return cls(hidden_states, weights, ids, _experts(case.layer, case.width, case.integer, case.seed))
+        return cls(
+            case.dtype,
+            case.shared_expert_ranks,
+            hidden_states,
+            weights,
+            ids,
+            _experts(case.layer, case.width, case.integer, case.seed),
+        )
 
     def input_of(self, topology: ParallelTopology, sharding: TokenSharding, device: torch.device) -> list[torch.Tensor]:
         """What one rank brings to the layer: hidden_states, weights, ids. Padding rows are poison: NaN, and id 0 twice."""
@@ -178,19 +235,29 @@ class CaseTensors:
 
     def experts_of(self, topology: ParallelTopology, device: torch.device) -> ExpertsFunction:
         """One rank's experts: whole ones, or its shard of all."""
-        experts = LinearExperts(self.experts.weights.to(device))
-        num_experts = experts.weights.shape[0]
-        if not topology.expert_parallel:
-            return experts.shard(topology.rank, topology.world_size).on_rank(0, num_experts)
-        placement = ExpertPlacement(num_experts, topology.ep_size)
-        return experts.on_rank(placement.first_expert(topology.ep_rank), placement.experts_per_rank)
+        if topology.expert_parallel:
+            num_experts = self.experts.weights.shape[0] - 1
+            placement = ExpertPlacement(num_experts, topology.ep_size, self.shared_expert_ranks)
+            shared = placement.holds_shared_expert(topology.ep_rank)
+            first = num_experts if shared else placement.first_expert(topology.ep_rank)
+            own = self.experts.on_rank(first, placement.num_local_experts(topology.ep_rank))
+        else:
+            own = self.experts.shard(topology.rank, topology.world_size).on_rank(0, self.experts.weights.shape[0] - 1)
+        return grouped_experts(own.to(device), self.dtype)
 
     def expected_on(self, topology: ParallelTopology, sharding: TokenSharding) -> torch.Tensor:
         """The real rows of the output that this rank must get."""
         dp_rank = topology.dp_rank
-        whole = reference_moe(
-            self.hidden_states[dp_rank], self.topk_weights[dp_rank], self.topk_ids[dp_rank], self.experts
-        )
+        hidden_states, experts = self.hidden_states[dp_rank], self.experts
+        if experts.scales is not None:
+            values, scales = npu_dynamic_quant(hidden_states)
+            hidden_states, experts = values * scales, experts.dequantized()
+        weights, ids = self.topk_weights[dp_rank], self.topk_ids[dp_rank]
+        if self.shared_expert_ranks:
+            weights = F.pad(weights, (0, 1), value=1.0)
+            ids = F.pad(ids, (0, 1), value=experts.weights.shape[0] - 1)
+        whole = reference_moe(hidden_states, weights, ids, experts)
+        whole = whole.to(self.dtype)
         if sharding is TokenSharding.REPLICATED:
             return whole
         return TokenSlice.chunk(whole.shape[0], rank=topology.tp_rank, size=topology.tp_size).take(whole)
@@ -213,7 +280,7 @@ def run_case(rank: Rank, case: Case) -> str | None:
     before = [tensor.clone() for tensor in (hidden_states, weights, ids)]
     step = StepPlan(num_tokens_across_dp=case.num_tokens_across_dp, sharding=case.sharding)
 
-    pipeline = build(case.strategy, groups, case.num_experts)
+    pipeline = build(case.strategy, groups, case.num_experts, case.quant_mode, case.shared_expert_ranks)
     experts = tensors.experts_of(groups.topology, rank.device)
     finalized = pipeline.run(hidden_states, weights, ids, experts, step)
 

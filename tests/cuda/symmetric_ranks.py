@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from tests.cases import same_bits
+from vllm_npu.dispatch.base import RoutedTokens
 from vllm_npu.dispatch.symmetric import (
     DispatchedSlots,
     SymmetricDispatcher,
@@ -187,7 +188,7 @@ def repeats(rank: Rank) -> None:
     weights = torch.rand(200, 8, device="cuda", generator=_seeded(rank.rank))
     outputs = []
     for _ in range(20):
-        dispatched = dispatcher.dispatch(x, weights, own.ids)
+        dispatched = dispatcher.dispatch(RoutedTokens(hidden_states=x, topk_weights=weights, topk_ids=own.ids))
         counts = dispatched.tokens_per_expert
         rows = torch.arange(dispatched.expert_input.shape[0], device="cuda")
         expert = torch.searchsorted(counts.cumsum(0), rows, right=True)

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,12 +13,12 @@ import torch.distributed as dist
 
 from tests.ranks.test_transport_contract import CONTRACT, with_tensors_on_its_device
 from vllm_npu.emulator import launcher, soc
-from vllm_npu.limits import DEVICES
+from vllm_npu.limits import DEVICES, QuantMode
 from vllm_npu.step_plan import StepPlan, TokenSharding
 from vllm_npu.strategies import build
 from vllm_npu.transport.launch import ProcessRankPool, Rank, RankPool
 from vllm_npu.transport.recording import CollectiveCounter
-from vllm_npu.verification import limits_of_device
+from vllm_npu.verification import Case, limits_of_device, run_case
 
 GRIDS = [(2, 1), (2, 2)]  # (tp_size, dp_size): groups of 1, 2 and 4 ranks
 
@@ -72,6 +73,23 @@ def test_verify_runs_the_strategies_of_each_family_of_chips(family, ranks, strat
     assert done.stdout.endswith(f"verify: {result['cases']} cases, 0 failed\n")
 
 
+@pytest.mark.slow
+def test_layers_that_only_the_hierarchy_takes_run_by_it_on_a2():
+    """25 experts a rank, one more than the full mesh takes; 16 ranks, the least that the hierarchy takes."""
+    case = Case(strategy="mc2", tp_size=1, dp_size=16, num_tokens_across_dp=(3,) * 16, experts_per_rank=25, top_k=6)
+    uneven = replace(case, num_tokens_across_dp=tuple(1 + rank % 4 for rank in range(16)))
+    with launcher.emulated_devices(16), ProcessRankPool(16, transport="hccl", timeout=300) as pool:
+        for each in (
+            case,
+            uneven,
+            replace(uneven, integer=False),
+            replace(uneven, quant_mode=QuantMode.INT8_PER_TOKEN),
+        ):
+            assert [fault for fault in pool.run(run_case, each) if fault] == []
+        with pytest.raises(RuntimeError, match="561002"):  # a rank without tokens makes prepare mask, which A2 refuses
+            pool.run(run_case, replace(case, num_tokens_across_dp=(0, *[3] * 15)))
+
+
 def family_of(rank: Rank) -> str:
     return limits_of_device(rank).family
 
@@ -92,7 +110,7 @@ def calls_of(rank: Rank, strategy: str) -> dict[str, int]:
     step = StepPlan(num_tokens_across_dp=(5,) * rank.num_ranks, sharding=TokenSharding.REPLICATED)
     with rank.device:
         ids = torch.arange(10).view(5, 2) % 8
-        pipeline.run(torch.ones(5, 32, dtype=torch.bfloat16), torch.ones(5, 2), ids, lambda rows, _: rows, step)
+        pipeline.run(torch.ones(5, 32, dtype=torch.bfloat16), torch.ones(5, 2), ids, lambda rows, *_: rows, step)
     return dict(counter.calls)
 
 

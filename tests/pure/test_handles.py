@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.cases import SEEDS
+from vllm_npu.dispatch.base import RoutedTokens
 from vllm_npu.errors import HandleMismatchError, InvalidInputError
 from vllm_npu.handles import Handle, check_handle
 from vllm_npu.step_plan import StepPlan, TokenSharding
@@ -53,13 +54,10 @@ class MicroBatch:
         self.prepared = self.pipeline.prepare_finalize.prepare(self.hidden_states, tuple(self.routing), self.step)
 
     def dispatch(self) -> None:
-        weights, ids = self.prepared.per_token
-        self.dispatched = self.pipeline.dispatcher.dispatch(
-            self.prepared.hidden_states, weights, ids, self.prepared.mask
-        )
+        self.dispatched = self.pipeline.dispatcher.dispatch(RoutedTokens.of(self.prepared))
 
     def combine(self) -> None:
-        self.expert_output = self.experts(self.dispatched.expert_input, self.dispatched.tokens_per_expert)
+        self.expert_output = self.experts(self.dispatched.expert_input, self.dispatched.tokens_per_expert, None)
         self.routed = self.pipeline.dispatcher.combine(self.expert_output, self.dispatched.handle)
 
     def finalize(self) -> None:

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.cases import SEEDS, distinct_ids, seeded, small_integers
+from tests.cases import SEEDS, distinct_ids, same_bits, seeded, small_integers
+from vllm_npu.device.portable_ops import Counts, PrefixSums, npu_dynamic_quant, npu_grouped_matmul
 from vllm_npu.reference import LinearExperts, reference_moe, select_topk
 
 
@@ -116,9 +117,40 @@ def test_the_shards_of_all_ranks_add_up_to_the_experts(size, seed):
 def test_a_rank_computes_each_row_with_its_expert_and_leaves_poison_behind_the_last(counts, unused, seed):
     experts = LinearExperts.integer(6, 5, 4, seed=seed, dtype=torch.float32)
     rows = small_integers(sum(counts) + unused, 5, generator=seeded(seed))
-    output = experts.on_rank(2, 2)(rows, torch.tensor(counts))
+    output = npu_grouped_matmul(rows, experts.on_rank(2, 2).weights, Counts(torch.tensor(counts)))
     owners = [2] * counts[0] + [3] * counts[1]
     for row, expert in enumerate(owners):
         assert torch.equal(output[row], rows[row] @ experts.weights[expert])
     assert output.shape == (len(rows), 4)
     assert bool(output[len(owners) :].isnan().all())
+    sums = PrefixSums(torch.tensor(counts).cumsum(0))
+    assert same_bits(npu_grouped_matmul(rows, experts.on_rank(2, 2).weights, sums), output)
+
+
+@given(st.integers(1, 5), st.sampled_from([torch.bfloat16, torch.float32]), SEEDS)
+def test_int8_experts_hold_integers_exactly_and_others_to_a_127th(num_experts, dtype, seed):
+    exact = LinearExperts.integer(num_experts, 6, 7, seed=seed, dtype=dtype)
+    assert torch.equal(exact.quantized().dequantized().weights, exact.weights.float())
+    inexact = LinearExperts.random(num_experts, 6, 7, seed=seed, dtype=dtype)
+    largest = inexact.weights.float().abs().amax(1, keepdim=True)
+    error = (inexact.quantized().dequantized().weights - inexact.weights.float()).abs()
+    assert bool((error <= largest / 127).all()), (
+        "a scale is at most twice the least: half a step of it is largest / 127"
+    )
+
+
+@given(st.integers(0, 4), st.sampled_from([1, 9, 1024, 1025, 2500]), SEEDS)
+def test_int8_rows_times_int8_experts_are_the_product_of_their_values(num_rows, hidden_size, seed):
+    experts = LinearExperts.random(2, hidden_size, 3, seed=seed, dtype=torch.float32).quantized()
+    values, scales = npu_dynamic_quant(torch.randn(2 * num_rows, hidden_size, generator=seeded(seed)))
+    output = npu_grouped_matmul(
+        values,
+        experts.weights,
+        Counts(torch.tensor([num_rows, num_rows])),
+        scale=experts.scales,
+        per_token_scale=scales.flatten(),
+        output_dtype=torch.float32,
+    )
+    product = values.view(2, num_rows, hidden_size).long() @ experts.weights.long()
+    expected = product.float() * experts.scales[:, None] * scales.view(2, num_rows, 1)
+    assert torch.equal(output.view(2, num_rows, 3), expected)

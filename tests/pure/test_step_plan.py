@@ -38,6 +38,21 @@ def test_a_step_without_tokens_is_padded_to_one_row_a_rank(tp_size):
 
 
 @given(planned_grids())
+def test_a_step_is_full_where_no_rank_pads_a_row(grid):
+    tp_size, dp_size, plan = grid
+    rows = plan.padded_tokens(tp_size) // tp_size
+    assert plan.is_full(tp_size) == (plan.sliced_tokens_across_ep(tp_size) == [rows] * (tp_size * dp_size))
+
+
+@pytest.mark.parametrize(
+    ("counts", "tp_size", "full"),
+    [((8, 8), 1, True), ((8, 8), 4, True), ((9, 9), 4, False), ((8, 7), 1, False), ((0, 0), 1, False), ((6,), 2, True)],
+)
+def test_full_steps(counts, tp_size, full):
+    assert StepPlan(num_tokens_across_dp=counts, sharding=TokenSharding.REPLICATED).is_full(tp_size) is full
+
+
+@given(planned_grids())
 def test_ranks_bring_all_tokens_of_their_dp_rank_or_equal_slices_that_hold_them(grid):
     tp_size, dp_size, plan = grid
     ranks = topologies(tp_size, dp_size)

@@ -12,8 +12,8 @@ from tests.cases import GRIDS, topologies
 from vllm_npu.dispatch.all2allv import All2AllVDispatcher
 from vllm_npu.dispatch.local_permute import LocalPermuteDispatcher
 from vllm_npu.dispatch.mc2 import MC2Dispatcher
-from vllm_npu.errors import UnsupportedConfigError
-from vllm_npu.limits import DEVICES, NVLINK, PORTABLE_MC2, DeviceLimits, MC2Limits, MoELayer
+from vllm_npu.errors import InvalidInputError, UnsupportedConfigError
+from vllm_npu.limits import A2_FULL_MESH, A2_HIERARCHY, DEVICES, NVLINK, PORTABLE_MC2, DeviceLimits, MC2Limits, MoELayer
 from vllm_npu.prepare_finalize.all2all import All2AllPrepareAndFinalize
 from vllm_npu.prepare_finalize.allgather import AllGatherPrepareAndFinalize
 from vllm_npu.prepare_finalize.mc2 import MC2PrepareAndFinalize
@@ -186,6 +186,50 @@ def test_a_request_that_the_device_refuses_says_why(name, family, layer, message
 def test_auto_weighs_the_ranks_that_a_token_needs(ranks, top_k, strategy, share):
     selection = chosen(AUTO, topologies(1, ranks)[0], plan(*[4] * ranks), layer=replace(LAYER, top_k=top_k))
     assert selection == Selection(strategy, f"auto: a token needs {share} of the {ranks} ranks")
+
+
+def test_mc2_takes_the_hierarchy_where_only_that_takes_the_layer_and_then_no_mask():
+    topology, device = topologies(1, 16)[0], DEVICES["A2"]
+    layer = replace(LAYER, num_experts=25 * 16, hidden_size=1024)
+    assert device.for_layer(layer, 16).mc2 is A2_HIERARCHY
+    assert device.for_layer(replace(layer, num_experts=24 * 16), 16).mc2 is A2_FULL_MESH
+    assert device.for_layer(replace(layer, num_experts=520), 8).mc2 is A2_FULL_MESH, "neither takes it"
+    even, uneven, idle = plan(*[300] * 16), plan(*range(1, 17)), plan(0, *[4] * 15)
+    for requested in (AUTO, "mc2"):
+        assert chosen(requested, topology, even, device=device, layer=layer).strategy == "mc2"
+        assert chosen(requested, topology, uneven, device=device, layer=layer).strategy == "mc2"
+        assert chosen(requested, topology, idle, device=device, layer=layer).strategy == "all2all"
+    assert "takes no mask" in chosen("mc2", topology, idle, device=device, layer=layer).reason
+
+
+def test_shared_experts_on_ranks_of_their_own_need_an_mc2_that_has_them():
+    topology, step = topologies(1, 16)[0], plan(*[4] * 16)
+    layer = replace(LAYER, num_experts=4 * 14, shared_expert_ranks=2, hidden_size=1024)
+    assert chosen("mc2", topology, step, device=DEVICES["A3"], layer=layer).strategy == "mc2"
+    with pytest.raises(UnsupportedConfigError, match="A2, full mesh has no ranks for shared experts alone"):
+        chosen("mc2", topology, step, device=DEVICES["A2"], layer=layer)
+    for name in ("all2all", "allgather", "naive"):
+        with pytest.raises(UnsupportedConfigError, match=f"{name} cannot send tokens to shared experts"):
+            chosen(name, topology, step, device=DEVICES["A3"], layer=layer)
+        with pytest.raises(UnsupportedConfigError, match=f"{name} cannot send tokens to shared experts"):
+            build(name, lone_groups(topology), 56, shared_expert_ranks=2)
+
+
+def test_a_captured_step_takes_only_what_a_graph_can_hold():
+    topology, device = topologies(1, 4)[0], DEVICES["A3"]
+    small, large = (replace(plan(*[tokens] * 4), captured=True) for tokens in (16, 513))
+    assert chosen(AUTO, topology, small, device=device).strategy == "mc2"
+    assert chosen(AUTO, topology, large, device=device).strategy == "allgather"
+    assert chosen("mc2", topology, large, device=device).strategy == "allgather"
+    assert chosen("naive", topology, large, device=device) == Selection("naive", "requested")
+    with pytest.raises(
+        UnsupportedConfigError, match=r"all2all \(requested\) reads sizes .* use mc2 or allgather or naive"
+    ):
+        chosen("all2all", topology, small, device=device)
+    with pytest.raises(UnsupportedConfigError, match="no graph can hold it on 310P; start vLLM"):
+        chosen(AUTO, topology, small, device=DEVICES["310P"])
+    with pytest.raises(InvalidInputError, match="a graph freezes the counts"):
+        replace(plan(4, 5, 4, 4), captured=True)
 
 
 @pytest.mark.parametrize("name", ["mc3", "", "MC2", "auto "])

@@ -14,6 +14,7 @@ from vllm_npu.token_layout import (
     ceil_div,
     move_together,
     offsets,
+    pack_and_move,
     pad_rows,
     unpad_rows,
 )
@@ -178,7 +179,9 @@ def test_tensors_move_as_one_message_up_to_the_limit_and_the_large_one_apart_abo
         return x.flip(0)
 
     row_bytes = RowFormat.of(tensors).row_bytes
-    moved = move_together(tensors, PACK_MAX_BYTES // row_bytes + above, reverse)
+    moved = move_together(
+        tensors, PACK_MAX_BYTES // row_bytes + above, lambda together: pack_and_move(together, reverse)
+    )
     for before, after in zip(tensors, moved, strict=True):
         assert same_bits(before.flip(0), after)
     if len(fields) == 1:
@@ -194,7 +197,7 @@ def test_all_ranks_choose_the_same_number_of_messages_whatever_they_bring():
     def calls(own_rows: int, max_rows: int) -> int:
         count = []
         tensors = [torch.zeros(own_rows, 1024), torch.zeros(own_rows, 8)]
-        move_together(tensors, max_rows, lambda x: count.append(x) or x)
+        move_together(tensors, max_rows, lambda together: count.append(together) or [*together])
         return len(count)
 
     assert [calls(own_rows, 10_000) for own_rows in (0, 1, 50)] == [2, 2, 2]

@@ -9,6 +9,7 @@ from vllm_npu.routing import check_router_logits
 from vllm_npu.step_plan import StepPlan, TokenSharding
 from vllm_npu.strategies import STRATEGIES, build
 from vllm_npu.transport.launch import Rank, ThreadRankPool
+from vllm_npu.verification import grouped_experts
 
 HIDDEN, EXPERTS, TOP_K = 4, 4, 2
 STEP = StepPlan(num_tokens_across_dp=(3, 3), sharding=TokenSharding.REPLICATED)
@@ -23,7 +24,7 @@ def run(rank: Rank, strategy: str, hidden_states, weights, ids, step=STEP):
     groups = rank.groups(tp_size=1, dp_size=2)
     local = EXPERTS // 2
     experts = LinearExperts.integer(EXPERTS, HIDDEN, HIDDEN, seed=0, dtype=torch.float32)
-    on_rank = experts.on_rank(rank.rank * local, local)
+    on_rank = grouped_experts(experts.on_rank(rank.rank * local, local), torch.float32)
     return build(strategy, groups, EXPERTS).run(hidden_states, weights, ids, on_rank, step).hidden_states
 
 

@@ -36,7 +36,7 @@ def ours(rank: Rank, strategy: str, counts: tuple[int, ...]) -> tuple[int, int]:
     pipeline = build(strategy, rank.groups(tp_size=1, dp_size=RANKS, counter=counter), EXPERTS)
     hidden_states, _, weights, ids = rank_inputs(rank.rank, counts)
     step = StepPlan(num_tokens_across_dp=counts, sharding=TokenSharding.REPLICATED)
-    pipeline.run(hidden_states, weights, ids, lambda rows, _: rows, step)
+    pipeline.run(hidden_states, weights, ids, lambda rows, *_: rows, step)
     return counter.calls.total(), counter.bytes_sent.total()
 
 

@@ -177,7 +177,7 @@ def test_mask_is_sliced_if_and_only_if_hidden_states_are(flag):
 
     def ours(rank: Rank):
         flags = {"enable_shared_expert_dp": False, "replace_allreduce": False, "sequence_parallel": False, flag: True}
-        step = plan(num_tokens, sharding=TokenSharding.from_flags(**flags))
+        step = plan(num_tokens - 1, sharding=TokenSharding.from_flags(**flags))  # a full step has no mask
         stages = MC2PrepareAndFinalize(rank.groups(tp_size=2, dp_size=1))
         prepared = stages.prepare(tokens(3), (), step)
         return prepared.hidden_states.shape[0] == prepared.mask.shape[0] == 3
@@ -227,15 +227,15 @@ def test_padding_tokens_reach_no_expert():
         return torch.bincount(ids[num_tokens:].flatten().long(), minlength=EXPERTS).tolist()
 
     def ours(rank: Rank):
-        counts = (num_tokens, padded)
+        counts = (num_tokens, padded, 0)  # an idle rank: without one mc2 does not pad
         x = tokens(counts[rank.rank])
-        stages = MC2PrepareAndFinalize(rank.groups(tp_size=1, dp_size=2))
+        stages = MC2PrepareAndFinalize(rank.groups(tp_size=1, dp_size=3))
         prepared = stages.prepare(x, select_topk(logits(x.shape[0]), 2), plan(*counts))
         permutation = ExpertPermutation.build(local_expert_ids(prepared.per_token[1], 0, EXPERTS), EXPERTS)
         return prepared.per_token[1].shape[0], int(permutation.tokens_per_expert.sum())
 
     assert on_ranks(2, original) == [[padded - num_tokens] * 2 + [0] * (EXPERTS - 2)] * 2
-    assert on_ranks(2, ours) == [(padded, num_tokens * 2), (padded, padded * 2)]
+    assert on_ranks(3, ours) == [(padded, num_tokens * 2), (padded, padded * 2), (padded, 0)]
 
 
 def test_finalize_does_not_ask_again_for_the_mode():

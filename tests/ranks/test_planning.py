@@ -27,7 +27,7 @@ def count(rank: Rank, strategy: str, tp_size: int, dp_size: int) -> tuple[int, i
     hidden_states = torch.randn(TOKENS, LAYER.hidden_size, generator=generator).to(LAYER.dtype)
     weights, ids = select_topk(torch.randn(TOKENS, LAYER.num_experts, generator=generator), LAYER.top_k)
     step = StepPlan(num_tokens_across_dp=(TOKENS,) * dp_size, sharding=TokenSharding.REPLICATED)
-    pipeline.run(hidden_states, weights, ids, lambda rows, _: rows, step)
+    pipeline.run(hidden_states, weights, ids, lambda rows, *_: rows, step)
     return counter.calls.total(), counter.bytes_sent.total()
 
 

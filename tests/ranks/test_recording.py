@@ -133,6 +133,23 @@ def test_calls_with_empty_tensors_are_counted_with_no_bytes(pools):
     assert pools("threaded", 2).run(empty_tensors) == [(dict.fromkeys(names, 1), dict.fromkeys(names, 0))] * 2
 
 
+def several_in_one_message(rank: Rank):
+    counter = CollectiveCounter()
+    t = rank.groups(tp_size=1, dp_size=3, counter=counter).ep
+    fields = [rows(SIZES[t.rank], t.rank), torch.zeros(SIZES[t.rank], 1)]  # 10 bytes a row, 2 of alignment, and 4
+    t.gather_tokens(fields, SIZES)
+    t.exchange_tokens(fields, torch.tensor([0, 0, SIZES[t.rank]]))
+    return dict(counter.calls), dict(counter.bytes_sent)
+
+
+@pytest.mark.parametrize("kind", ["threaded", "gloo"])
+def test_a_message_of_several_tensors_is_one_call_and_its_sizes_another(pools, kind):
+    for rank, (calls, bytes_sent) in enumerate(pools(kind, 3).run(several_in_one_message)):
+        assert calls == {"ep.all_gather": 1, "ep.all_to_all": 2}
+        payload = SIZES[rank] * 16 if rank != 2 else 0
+        assert bytes_sent == {"ep.all_gather": SIZES[rank] * 16 * 2, "ep.all_to_all": 8 * 2 + payload}
+
+
 def closes(rank: Rank) -> list[int]:
     t = rank.groups(tp_size=1, dp_size=2, counter=CollectiveCounter()).ep
     t.close()

@@ -282,11 +282,52 @@ def test_ranks_with_nothing_to_send_or_receive_are_not_waited_for(pools, kind, g
     run_on(pools, kind, grid, sends_between_two)
 
 
+FIELDS = ((5, torch.bfloat16), (3, torch.float32), (1, torch.int8), (2, torch.int64))  # width, dtype
+
+
+def fields_of(rank: int, num_rows: int) -> list[torch.Tensor]:
+    """Tensors that travel together; the last row of the floating-point ones is NaN."""
+    fields = [drawn(0, 99, (num_rows, width), seeded(rank)).to(dtype) for width, dtype in FIELDS]
+    for field in fields[:2]:
+        field[-1:] = float("nan")
+    return fields
+
+
+def messages_of_several(rank: Rank, grid: tuple[int, int]) -> None:
+    for t in transports(rank, grid):
+        patterns = size_patterns(t.size)
+        for sizes in patterns:
+            parts = [fields_of(r, n) for r, n in enumerate(sizes)]
+            mine = [field.clone() for field in parts[t.rank]]
+            for i, gathered in enumerate(t.gather_tokens(mine, sizes)):
+                assert same_bits(gathered, torch.cat([part[i] for part in parts]))
+                assert same_bits(mine[i], parts[t.rank][i])
+        for shift in range(3):
+            matrix = [
+                patterns[(r + shift) % len(patterns)] for r in range(t.size)
+            ]  # rows of each source, by destination
+            parts = [fields_of(r, sum(row)) for r, row in enumerate(matrix)]
+            mine = [field.clone() for field in parts[t.rank]]
+            received, sent_rows, received_rows = t.exchange_tokens(mine, torch.tensor(matrix[t.rank]))
+            assert (sent_rows, received_rows) == (matrix[t.rank], [row[t.rank] for row in matrix])
+            for i, field in enumerate(received):
+                expected = [part[i].split(row)[t.rank] for part, row in zip(parts, matrix, strict=True)]
+                assert same_bits(field, torch.cat(expected))
+                assert same_bits(mine[i], parts[t.rank][i])
+
+
+@on_all_transports
+@on_all_grids
+def test_several_tensors_travel_as_one_message(pools, kind, grid):
+    run_on(pools, kind, grid, messages_of_several)
+
+
 # What each rank runs to show the contract, by what it shows.
 CONTRACT = {
     "all-gather": gathers,
     "reduce-scatter": reduce_scatters,
     "all-to-all": exchanges,
+    "several tensors in one message": messages_of_several,
     "broadcast": broadcasts,
     "all-reduce": all_reduces,
     "strided inputs": strided_inputs,
@@ -349,6 +390,18 @@ REFUSED = {
     "all_to_all, receive ranks": (
         lambda t: t.all_to_all(torch.zeros(t.size), [1] * t.size, [-1] * t.size),
         r"all_to_all \(recv\) on group '\w+': sizes \[[-1, ]+\] must be \d counts >= 0",
+    ),
+    "gather_tokens, rows": (
+        lambda t: t.gather_tokens([torch.zeros(2, 1), torch.zeros(3, 1)], [2] * t.size),
+        r"gather_tokens on group '\w+': tensors of shapes .* cannot share a message",
+    ),
+    "exchange_tokens, sum": (
+        lambda t: t.exchange_tokens([torch.zeros(t.size + 1, 2)], torch.ones(t.size, dtype=torch.int64)),
+        r"exchange_tokens on group '\w+': rows_per_rank \[[\d, ]+\] add up to \d, the tensors have \d rows",
+    ),
+    "exchange_tokens, type": (
+        lambda t: t.exchange_tokens([torch.zeros(t.size, 2)], torch.ones(t.size, dtype=torch.int32)),
+        r"exchange_tokens on group '\w+': rows_per_rank is torch.int32 \(\d,\); it must be int64 \[\d\]",
     ),
     "broadcast, source": (
         lambda t: t.broadcast(torch.zeros(1), t.size),

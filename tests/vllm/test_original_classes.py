@@ -82,9 +82,12 @@ def check_prepared(strategy, grid, counts, sliced, hidden_states, router_logits,
     tokens = tokens_across_dp(3, counts, WIDTH)
     own = tokens[grid.dp_rank]
     if strategy == "mc2":
+        assert hidden_states.shape[0] == -(-max(*counts, 1) // grid.tp)
+        assert (mask is None) == (min(counts) == hidden_states.shape[0] * grid.tp)  # every rank brings a full step
+        if mask is None:
+            mask = torch.ones(hidden_states.shape[0], dtype=torch.bool)
         assert mask.shape == hidden_states.shape[:1]
         assert mask.dtype == torch.bool
-        assert hidden_states.shape[0] == -(-max(*counts, 1) // grid.tp)
         real = int(mask.sum())
         assert mask[:real].all()
         expected = TokenSlice.chunk(own.shape[0], rank=grid.tp_rank, size=grid.tp).take(own)

@@ -448,6 +448,7 @@ def is_version(text: str) -> str | None:
 VALUES: dict[envs.Variable, Callable[[str], str | None]] = {
     envs.MOE_COMM: is_strategy,
     envs.COUNT_COLLECTIVES: is_one_of("0", "1"),
+    envs.HCCL_OPS: is_one_of("0", "1"),
     envs.TRANSPORT_TIMEOUT: is_seconds,
     envs.EMULATOR: is_one_of("0", "1"),
     envs.EMULATOR_SOC: is_soc,

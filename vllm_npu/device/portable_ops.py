@@ -5,19 +5,21 @@ npu_moe_distribute_combine_v2, and the A3 kernels in CANN's ops-transformer). Ro
 here, or UNDEFINED in integer tensors, so that reading one shows.
 """
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
 from vllm_npu.errors import InvalidInputError
-from vllm_npu.limits import PORTABLE, DeviceLimits
-from vllm_npu.routing import ExpertPermutation, local_expert_ids, sum_rows
-from vllm_npu.token_layout import RowFormat
+from vllm_npu.limits import PORTABLE, DeviceLimits, QuantMode
+from vllm_npu.routing import ExpertPermutation, expert_ranges, local_expert_ids, sum_rows
+from vllm_npu.token_layout import RowFormat, ceil_div, pad_rows
 from vllm_npu.topology import ExpertPlacement
-from vllm_npu.transport.base import Transport
+from vllm_npu.transport.base import Transport, sum_in_rank_order
 
 ASSIST_CELLS = 128  # int32 cells that assist_info_for_combine has for each row of expand_x
 UNDEFINED = torch.iinfo(torch.int32).min
+INT8_MAX = 127
 
 
 def device_limits() -> DeviceLimits:
@@ -40,6 +42,7 @@ class DistributeDispatchOutput(NamedTuple):
     dynamic_scales: torch.Tensor | None
     # what A2's combine takes beside; None where there is none
     expand_scales: torch.Tensor | None = None
+    comm_alg: str = ""  # the algorithm that combine must take too
 
 
 class InitRoutingOutput(NamedTuple):
@@ -50,19 +53,86 @@ class InitRoutingOutput(NamedTuple):
     )  # [rows, H], expert-major, inside an expert by token; rows past the counts' sum are undefined
     expanded_row_idx: torch.Tensor  # [N, K] integer: row of each (token, k) pair, -1 for a pair of no local expert
     tokens_per_expert: torch.Tensor  # [num_local_experts] int64: counts
+    expanded_scale: torch.Tensor | None  # [rows] float32: of each row, where x has scales
 
 
 def init_routing(
     x: torch.Tensor,  # [N, H]
     local_ids: torch.Tensor,  # [N, K] integer, -1 for a pair of no local expert
     num_local_experts: int,
+    scale: torch.Tensor | None = None,  # [N, 1] float32: travels with its row
 ) -> InitRoutingOutput:
     """The rows of the local experts, one for each pair. LOCAL. Host sync on accelerators: yes (the number of pairs)."""
     permutation = ExpertPermutation.build(local_ids, num_local_experts)
-    return InitRoutingOutput(x[permutation.source_rows], permutation.row_of_pair, permutation.tokens_per_expert)
+    return InitRoutingOutput(
+        x[permutation.source_rows],
+        permutation.row_of_pair,
+        permutation.tokens_per_expert,
+        None if scale is None else scale.flatten()[permutation.source_rows],
+    )
 
 
 finalize_routing = sum_rows  # the inverse of init_routing, and the sum of any rows of a token
+
+
+def npu_dynamic_quant(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[n, H] -> int8 [n, H] and float32 scales [n, 1]: scale = max|x| / 127, rint(x / scale); zeros for a row of zeros.
+
+    Not the roundings of dispatch's quant_mode 2, which multiplies: quantize_per_token. LOCAL. Host sync: no.
+    """
+    values = x.float()
+    scales = values.abs().amax(dim=-1, keepdim=True) / INT8_MAX
+    return torch.where(scales > 0, values / scales, 0).round().to(torch.int8), scales
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """A group list of rows a group."""
+
+    values: torch.Tensor  # [groups] int64
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixSums:
+    """A group list of where each group ends."""
+
+    values: torch.Tensor  # [groups] int64, not falling
+
+
+GroupList = Counts | PrefixSums
+
+
+def npu_grouped_matmul(
+    x: torch.Tensor,  # [rows, K]: groups one after the other; int8 with scales
+    weight: torch.Tensor,  # [groups, K, N], dtype of x
+    group_list: GroupList,
+    *,
+    scale: torch.Tensor | None = None,  # [groups, N] bfloat16, or float32 with float16 outputs: of int8 weights
+    per_token_scale: torch.Tensor | None = None,  # [rows] float32: of int8 rows
+    output_dtype: torch.dtype | None = None,  # of int8 rows; else x's
+) -> torch.Tensor:  # [rows, N]; rows past the last group are undefined (NaN)
+    """Each group's rows times its matrix. LOCAL. Host sync: yes (the groups' sizes)."""
+    counts = (
+        group_list.values
+        if isinstance(group_list, Counts)
+        else group_list.values.diff(prepend=group_list.values[:1] * 0)
+    )
+    dtype = x.dtype if output_dtype is None else output_dtype
+    output = x.new_full((x.shape[0], weight.shape[2]), float("nan"), dtype=dtype)
+    for group, start, stop in expert_ranges(counts.tolist()):
+        if scale is None or per_token_scale is None:
+            output[start:stop] = x[start:stop] @ weight[group]
+        else:
+            product = _int8_product(x[start:stop], weight[group])
+            output[start:stop] = product.float() * scale[group].float() * per_token_scale[start:stop, None]
+    return output
+
+
+def _int8_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x @ weight in int32, by float32 products of so few columns that each is exact: fast everywhere, float64 not needed."""
+    columns = 2**24 // 128**2
+    parts = zip(x.split(columns, dim=1), weight.split(columns, dim=0), strict=True)
+    return sum_in_rank_order([(left.float() @ right.float()).int() for left, right in parts])
 
 
 def quantize_per_token(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -74,7 +144,7 @@ def quantize_per_token(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     largest = values.abs().amax(dim=-1, keepdim=True)
     nonzero = largest > 0
     # A quotient of two tensors: torch takes 127 / tensor as 127 * (1 / tensor), which rounds twice.
-    factor = torch.where(nonzero, torch.full_like(largest, 127) / largest, 0)
+    factor = torch.where(nonzero, torch.full_like(largest, INT8_MAX) / largest, 0)
     return (values * factor).round().to(torch.int8), torch.where(nonzero, 1 / factor, 0).squeeze(-1)
 
 
@@ -84,27 +154,38 @@ def npu_moe_distribute_dispatch_v2(
     *,
     group_ep: Transport,
     moe_expert_num: int,
+    expert_scales: torch.Tensor | None = None,  # [B, K] float32: the top-k weights, for the hierarchy's kernels only
     x_active_mask: torch.Tensor | None = None,  # [B] bool, a prefix
     expert_token_nums_type: int = 1,  # 1 counts, 0 prefix sums
-    quant_mode: int = 0,  # 0 none, 2 int8 with a scale for each token
+    shared_expert_rank_num: int = 0,  # the first ranks have the shared expert, a copy each, and no other
+    quant_mode: int = 0,  # QuantMode
+    global_bs: int = 0,  # rows of the fullest rank, times W; 0: every rank brings B
 ) -> DistributeDispatchOutput:
-    """Send each active token to the ranks of its experts, in slots of fixed size.
+    """Send each active token to the ranks of its experts, and to one of the shared expert's, in slots of fixed size.
 
-    A = B * W * min(num_local_experts, K): B, K and H must be equal on all ranks (not checked here: the plan's vote does).
-    COLLECTIVE over group_ep: one all-to-all of B slots a pair of ranks; a token takes one slot however many of the rank's
-    experts it chose. Host sync: no. Graph capture: yes. Raises InvalidInputError for another quant_mode, and for a mask
-    that is not a prefix (read on CPU tensors only).
+    A = G * min(num_local_experts, K), G = global_bs or B * W; with the shared expert, rows of as many ranks as share its
+    copy. The shared expert is column K of assist_info_for_combine. global_bs, K, H, the dtype and quant_mode must be equal
+    on all ranks, and without global_bs B too (not checked here: the plan's vote does). COLLECTIVE over group_ep: one all-
+    to-all of G / W slots a pair of ranks; a token takes one slot however many of the rank's experts it chose. Host sync:
+    no. Graph capture: yes. Raises InvalidInputError for another quant_mode, a mask that is not a prefix (read on CPU
+    tensors only), and a global_bs that W does not divide, that is too small for B, or that comes with a mask.
     """
-    if quant_mode not in (0, 2):
+    if quant_mode not in list(QuantMode):
         raise InvalidInputError(f"quant_mode={quant_mode} is not supported; there are 0 (none) and 2 (int8 a token)")
-    num_tokens, top_k = expert_ids.shape
-    placement = ExpertPlacement(moe_expert_num, group_ep.size)
-    active = _active_tokens(x, x_active_mask)
-    ids = torch.where(active[:, None], expert_ids, -1)
-    ranks = torch.arange(group_ep.size, device=x.device)
-    first_experts = (ranks * placement.experts_per_rank).to(ids.dtype)
-    slots = local_expert_ids(ids[None] - first_experts[:, None, None], 0, placement.experts_per_rank).int()  # [W, B, K]
-    slots = torch.where(ids[None] >= 0, slots, -1)
+    top_k = expert_ids.shape[1]
+    num_tokens = _slots_of_a_rank(expert_ids.shape[0], group_ep.size, global_bs, x_active_mask)
+    placement = ExpertPlacement(moe_expert_num, group_ep.size, shared_expert_rank_num)
+    active = pad_rows(_active_tokens(x, x_active_mask)[:, None], num_tokens, 0)
+    ids = pad_rows(expert_ids, num_tokens)
+    x = pad_rows(x, num_tokens)
+    ranks = torch.arange(group_ep.size, device=x.device)[:, None, None]
+    first_experts = ((ranks - shared_expert_rank_num) * placement.experts_per_rank).to(ids.dtype)
+    slots = local_expert_ids(ids - first_experts, 0, placement.experts_per_rank).int()  # [W, B, K]
+    if shared_expert_rank_num:
+        serves = ranks == group_ep.rank % shared_expert_rank_num
+        slots = torch.cat([slots, torch.where(serves, 0, -1).int().expand(-1, num_tokens, 1)], dim=-1)
+    slots = torch.where(active, slots, -1)
+    columns = slots.shape[2]
     goes = (slots >= 0).any(-1, keepdim=True)  # [W, B, 1]
 
     payload = (x,) if quant_mode == 0 else quantize_per_token(x)
@@ -116,17 +197,22 @@ def npu_moe_distribute_dispatch_v2(
     *received, received_ids = message.unpack(group_ep.all_to_all(message.pack(outgoing), sizes, sizes))
 
     # Pairs are numbered (source rank, token, k); a stable sort by local expert gives the op's order.
-    num_local = placement.experts_per_rank
+    num_local = placement.num_local_experts(group_ep.rank)
     pair_experts = torch.where(received_ids >= 0, received_ids, num_local).flatten().long()
-    rows = num_tokens * group_ep.size * min(num_local, top_k)
+    if placement.holds_shared_expert(group_ep.rank):
+        rows = num_tokens * ceil_div(group_ep.size, shared_expert_rank_num)
+    else:
+        rows = num_tokens * group_ep.size * min(num_local, top_k)
     order = pair_experts.argsort(stable=True)[:rows]
     valid = pair_experts[order] < num_local
     expand_x, *scales = (
-        torch.where(valid[:, None], part[order // top_k], -128 if part.dtype == torch.int8 else float("nan"))
+        torch.where(valid[:, None], part[order // columns], -128 if part.dtype == torch.int8 else float("nan"))
         for part in received
     )
 
-    triples = torch.stack([order // (num_tokens * top_k), order // top_k % num_tokens, order % top_k], dim=1).int()
+    triples = torch.stack(
+        [order // (num_tokens * columns), order // columns % num_tokens, order % columns], dim=1
+    ).int()
     assist_info = torch.full((rows * ASSIST_CELLS,), UNDEFINED, dtype=torch.int32, device=x.device)
     assist_info[: 3 * rows] = torch.where(valid[:, None], triples, UNDEFINED).flatten()
 
@@ -156,33 +242,53 @@ def npu_moe_distribute_combine_v2(
     moe_expert_num: int,
     x_active_mask: torch.Tensor | None = None,  # as given to dispatch
     expand_scales: torch.Tensor | None = None,  # as dispatch returned it: for A2's kernel only
+    comm_alg: str = "",  # as dispatch returned it: for Ascend's kernels only
+    shared_expert_rank_num: int = 0,  # as given to dispatch
+    global_bs: int = 0,  # as given to dispatch
 ) -> torch.Tensor:  # [B, H], dtype of expand_x; rows of inactive tokens are NaN
-    """Send each row back to its token and add a token's rows: float32, k ascending, a multiply and an add rounded apart.
+    """Send each row back to its token and add a token's rows: float32, k ascending, a multiply and an add rounded apart; the
+    shared expert's row last, unweighted.
 
-    COLLECTIVE over group_ep: one all-to-all of B * K rows a pair of ranks. Host sync: no. Graph capture: yes.
+    COLLECTIVE over group_ep: one all-to-all of G / W * K rows a pair of ranks. Host sync: no. Graph capture: yes.
     """
     num_tokens, top_k = expert_ids.shape
     width = expand_x.shape[1]
-    placement = ExpertPlacement(moe_expert_num, group_ep.size)
-    slots_per_rank = num_tokens * top_k
+    placement = ExpertPlacement(moe_expert_num, group_ep.size, shared_expert_rank_num)
+    columns = top_k + (1 if shared_expert_rank_num else 0)
+    rows_of_a_rank = _slots_of_a_rank(num_tokens, group_ep.size, global_bs, x_active_mask)
+    slots_per_rank = rows_of_a_rank * columns
 
     rows = torch.arange(expand_x.shape[0], device=expand_x.device)
     valid = rows < ep_send_counts[-1]
     source, token, k = assist_info_for_combine[: 3 * expand_x.shape[0]].view(-1, 3).long().unbind(1)
-    slot = torch.where(valid, source * slots_per_rank + token * top_k + k, group_ep.size * slots_per_rank)
+    slot = torch.where(valid, source * slots_per_rank + token * columns + k, group_ep.size * slots_per_rank)
     window = expand_x.new_zeros(group_ep.size * slots_per_rank + 1, width)  # one slot more, for rows that go nowhere
     window[slot] = torch.where(valid[:, None], expand_x, 0)
     sizes = [slots_per_rank] * group_ep.size
-    returned = group_ep.all_to_all(window[:-1], sizes, sizes).view(group_ep.size, num_tokens, top_k, width)
+    returned = group_ep.all_to_all(window[:-1], sizes, sizes).view(group_ep.size, rows_of_a_rank, columns, width)
 
     active = _active_tokens(expand_x, x_active_mask, num_tokens)
-    owner = (expert_ids.long() // placement.experts_per_rank).clamp(0, group_ep.size - 1)
+    owner = (expert_ids.long() // placement.experts_per_rank + shared_expert_rank_num).clamp(0, group_ep.size - 1)
     tokens = torch.arange(num_tokens, device=expand_x.device)
     total = torch.zeros(num_tokens, width, device=expand_x.device)
     for k_index in range(top_k):
         row = returned[owner[:, k_index], tokens, k_index].float()
         total = total + row * expert_scales[:, k_index, None]
+    if shared_expert_rank_num:
+        total = total + returned[group_ep.rank % shared_expert_rank_num, :num_tokens, top_k].float()
     return torch.where(active[:, None], total, float("nan")).to(expand_x.dtype)
+
+
+def _slots_of_a_rank(num_tokens: int, num_ranks: int, global_bs: int, mask: torch.Tensor | None) -> int:
+    if global_bs == 0:
+        return num_tokens
+    if global_bs % num_ranks or global_bs < num_tokens * num_ranks:
+        raise InvalidInputError(
+            f"global_bs={global_bs} must be the rows of the fullest rank times {num_ranks} ranks; this rank has {num_tokens}"
+        )
+    if mask is not None:
+        raise InvalidInputError(f"x_active_mask needs as many rows on all ranks; leave out global_bs={global_bs}")
+    return global_bs // num_ranks
 
 
 def _active_tokens(x: torch.Tensor, mask: torch.Tensor | None, num_tokens: int | None = None) -> torch.Tensor:

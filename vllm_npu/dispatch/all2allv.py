@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 
 from vllm_npu.device import ops_of
-from vllm_npu.dispatch.base import Dispatched, Dispatcher, DispatchHandle
+from vllm_npu.dispatch.base import Dispatched, Dispatcher, DispatchHandle, RoutedTokens
 from vllm_npu.handles import check_handle
-from vllm_npu.routing import RankDestinations, check_topk
-from vllm_npu.token_layout import RowFormat
+from vllm_npu.limits import QuantMode
+from vllm_npu.routing import RankDestinations
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,31 +29,25 @@ class All2AllVHandle(DispatchHandle):
 class All2AllVDispatcher(Dispatcher):
     """COLLECTIVE over ep. Host sync: yes (the split sizes). Graph capture: no."""
 
-    def dispatch(
-        self,
-        hidden_states: torch.Tensor,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
-        mask: torch.Tensor | None = None,
-    ) -> Dispatched:
-        """Two all-to-alls: 8 bytes a rank of counts, then [hidden | weights | ids] of each token once a destination."""
-        check_topk(hidden_states, topk_weights, topk_ids, self.placement.num_experts, mask)
-        if mask is not None:
-            hidden_states, topk_weights, topk_ids = hidden_states[mask], topk_weights[mask], topk_ids[mask]
+    def dispatch(self, tokens: RoutedTokens) -> Dispatched:
+        """Two all-to-alls: 8 bytes a rank of counts, then [hidden | weights | ids] of each token once a destination; int8
+        rows with their scales in the same message."""
+        tokens.check(self.placement.num_experts)
+        hidden_states, topk_weights, topk_ids = tokens.hidden_states, tokens.topk_weights, tokens.topk_ids
+        if tokens.mask is not None:
+            hidden_states, topk_weights, topk_ids = (x[tokens.mask] for x in (hidden_states, topk_weights, topk_ids))
+        ops = ops_of(hidden_states)
+        payload = (hidden_states,) if self.quant_mode is QuantMode.NONE else ops.npu_dynamic_quant(hidden_states)
         destinations = RankDestinations.build(topk_ids, self.placement)
-        sent_rows = destinations.rows_per_rank.tolist()
-        received_rows = self._exchange_counts(destinations.rows_per_rank)
-
         outgoing = (
-            hidden_states[destinations.tokens],
+            *(part[destinations.tokens] for part in payload),
             topk_weights[destinations.tokens].float(),
             destinations.local_ids(topk_ids, self.placement).int(),
         )
-        message = RowFormat.of(outgoing)
-        received = self.groups.ep.all_to_all(message.pack(outgoing), sent_rows, received_rows)
-        hidden_states, weights, local_ids = message.unpack(received)
+        received, sent_rows, received_rows = self.groups.ep.exchange_tokens(outgoing, destinations.rows_per_rank)
+        rows, *scales, weights, local_ids = received
 
-        routed = ops_of(hidden_states).init_routing(hidden_states, local_ids, self.placement.experts_per_rank)
+        routed = ops.init_routing(rows, local_ids, self.placement.experts_per_rank, *scales)
         handle = All2AllVHandle(
             expert_rows=routed.expanded_x.shape[0],
             row_of_rank=destinations.row_of_rank,
@@ -62,7 +56,12 @@ class All2AllVDispatcher(Dispatcher):
             sent_rows=sent_rows,
             received_rows=received_rows,
         )
-        return Dispatched(expert_input=routed.expanded_x, tokens_per_expert=routed.tokens_per_expert, handle=handle)
+        return Dispatched(
+            expert_input=routed.expanded_x,
+            tokens_per_expert=routed.tokens_per_expert,
+            handle=handle,
+            dynamic_scales=routed.expanded_scale,
+        )
 
     def combine(self, expert_output: torch.Tensor, handle: DispatchHandle) -> torch.Tensor:
         """One all-to-all of one row a (token, rank), weighted and summed where the experts are. The sum over ranks is in
@@ -74,8 +73,3 @@ class All2AllVDispatcher(Dispatcher):
         returned = self.groups.ep.all_to_all(weighted, handle.received_rows, handle.sent_rows)
         combined: torch.Tensor = ops.finalize_routing(returned, handle.row_of_rank)
         return combined
-
-    def _exchange_counts(self, rows_per_rank: torch.Tensor) -> list[int]:
-        ones = [1] * self.groups.ep.size
-        received: list[int] = self.groups.ep.all_to_all(rows_per_rank, ones, ones).tolist()
-        return received

@@ -7,6 +7,9 @@ import torch
 
 from vllm_npu.errors import InvalidInputError
 from vllm_npu.handles import Handle
+from vllm_npu.limits import QuantMode
+from vllm_npu.prepare_finalize.base import Prepared
+from vllm_npu.routing import check_topk
 from vllm_npu.topology import ExpertPlacement
 from vllm_npu.transport.base import Groups
 
@@ -19,6 +22,39 @@ class DispatchHandle(Handle):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RoutedTokens:
+    """The tokens that a rank dispatches."""
+
+    hidden_states: torch.Tensor  # [num_tokens, hidden_size]; int8 where there are dynamic_scales
+    topk_weights: torch.Tensor  # [num_tokens, top_k] float32
+    topk_ids: torch.Tensor  # [num_tokens, top_k] int32 or int64, global expert ids, distinct in a row
+    dynamic_scales: torch.Tensor | None = None  # [num_tokens, 1] float32, of rows that prepare gathered as int8
+    mask: torch.Tensor | None = None  # [num_tokens] bool, a prefix; None: all tokens are real
+    max_rows: int | None = None  # of the fullest rank, where ranks bring different numbers; None: all bring as many
+
+    @classmethod
+    def of(cls, prepared: Prepared) -> "RoutedTokens":
+        """Those of a prepare that was given topk_weights, topk_ids and, of int8 rows, their scales."""
+        topk_weights, topk_ids, *scales = prepared.per_token
+        return cls(
+            hidden_states=prepared.hidden_states,
+            topk_weights=topk_weights,
+            topk_ids=topk_ids,
+            dynamic_scales=scales[0] if scales else None,
+            mask=prepared.mask,
+            max_rows=prepared.max_rows,
+        )
+
+    def check(self, num_experts: int) -> None:
+        """Raise InvalidInputError as routing.check_topk does, and for a mask on top of different numbers of rows."""
+        check_topk(self.hidden_states, self.topk_weights, self.topk_ids, num_experts, self.mask)
+        if self.mask is not None and self.max_rows is not None:
+            raise InvalidInputError(
+                f"a mask needs as many rows on every rank, but max_rows={self.max_rows} says that they differ; pad to that"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Dispatched:
     """The rows of this rank's experts."""
 
@@ -27,23 +63,25 @@ class Dispatched:
     )  # [expert_rows, hidden_size], expert-major; rows past sum(tokens_per_expert) are undefined
     tokens_per_expert: torch.Tensor  # [num_local_experts] int64: counts, not prefix sums
     handle: DispatchHandle
+    dynamic_scales: torch.Tensor | None = None  # [expert_rows] float32: value = int8 * scale, where rows are int8
 
 
 class Dispatcher(ABC):
     """One way to move tokens to experts. Holds its groups and the placement, and nothing of any call."""
 
-    def __init__(self, groups: Groups, num_experts: int) -> None:
+    def __init__(
+        self,
+        groups: Groups,
+        num_experts: int,
+        quant_mode: QuantMode = QuantMode.NONE,
+        shared_expert_ranks: int = 0,  # MC2 only
+    ) -> None:
         self.groups = groups
-        self.placement = ExpertPlacement(num_experts, groups.topology.ep_size)
+        self.placement = ExpertPlacement(num_experts, groups.topology.ep_size, shared_expert_ranks)
+        self.quant_mode = quant_mode
 
     @abstractmethod
-    def dispatch(
-        self,
-        hidden_states: torch.Tensor,  # [num_tokens, hidden_size]
-        topk_weights: torch.Tensor,  # [num_tokens, top_k] float32
-        topk_ids: torch.Tensor,  # [num_tokens, top_k] int32 or int64, global expert ids, distinct in a row
-        mask: torch.Tensor | None = None,  # [num_tokens] bool, a prefix; None: all tokens are real
-    ) -> Dispatched:
+    def dispatch(self, tokens: RoutedTokens) -> Dispatched:
         """Bring each token to its experts. The inputs are not written."""
 
     @abstractmethod

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 
 from vllm_npu.device import ops_of
-from vllm_npu.dispatch.base import Dispatched, Dispatcher, DispatchHandle
+from vllm_npu.dispatch.base import Dispatched, Dispatcher, DispatchHandle, RoutedTokens
 from vllm_npu.handles import check_handle
-from vllm_npu.routing import check_topk, local_expert_ids
+from vllm_npu.routing import local_expert_ids
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,24 +21,27 @@ class LocalPermuteHandle(DispatchHandle):
 class LocalPermuteDispatcher(Dispatcher):
     """LOCAL: no collective. Host sync: not on NPUs; on other accelerators yes (the number of local rows), and no graphs."""
 
-    def dispatch(
-        self,
-        hidden_states: torch.Tensor,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
-        mask: torch.Tensor | None = None,
-    ) -> Dispatched:
+    def dispatch(self, tokens: RoutedTokens) -> Dispatched:
         """The rows of tokens that chose a local expert, expert-major. Without expert parallelism all experts are local."""
-        check_topk(hidden_states, topk_weights, topk_ids, self.placement.num_experts, mask)
+        tokens.check(self.placement.num_experts)
         first_expert = self.placement.first_expert(self.groups.topology.ep_rank)
-        local_ids = local_expert_ids(topk_ids, first_expert, self.placement.experts_per_rank)
-        if mask is not None:
-            local_ids = torch.where(mask[:, None], local_ids, -1)
-        routed = ops_of(hidden_states).init_routing(hidden_states, local_ids, self.placement.experts_per_rank)
-        handle = LocalPermuteHandle(
-            expert_rows=routed.expanded_x.shape[0], row_of_pair=routed.expanded_row_idx, topk_weights=topk_weights
+        local_ids = local_expert_ids(tokens.topk_ids, first_expert, self.placement.experts_per_rank)
+        if tokens.mask is not None:
+            local_ids = torch.where(tokens.mask[:, None], local_ids, -1)
+        routed = ops_of(tokens.hidden_states).init_routing(
+            tokens.hidden_states, local_ids, self.placement.experts_per_rank, tokens.dynamic_scales
         )
-        return Dispatched(expert_input=routed.expanded_x, tokens_per_expert=routed.tokens_per_expert, handle=handle)
+        handle = LocalPermuteHandle(
+            expert_rows=routed.expanded_x.shape[0],
+            row_of_pair=routed.expanded_row_idx,
+            topk_weights=tokens.topk_weights,
+        )
+        return Dispatched(
+            expert_input=routed.expanded_x,
+            tokens_per_expert=routed.tokens_per_expert,
+            handle=handle,
+            dynamic_scales=routed.expanded_scale,
+        )
 
     def combine(self, expert_output: torch.Tensor, handle: DispatchHandle) -> torch.Tensor:
         """This rank's share of each token's output: zeros for a token without a local expert."""

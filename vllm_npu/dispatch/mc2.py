@@ -5,9 +5,8 @@ from dataclasses import dataclass
 import torch
 
 from vllm_npu.device import ops_of
-from vllm_npu.dispatch.base import Dispatched, Dispatcher, DispatchHandle
+from vllm_npu.dispatch.base import Dispatched, Dispatcher, DispatchHandle, RoutedTokens
 from vllm_npu.handles import check_handle
-from vllm_npu.routing import check_topk
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,37 +19,46 @@ class MC2DispatchHandle(DispatchHandle):
     assist_info_for_combine: torch.Tensor
     ep_recv_counts: torch.Tensor
     expand_scales: torch.Tensor | None
+    comm_alg: str
+    global_bs: int
 
 
 class MC2Dispatcher(Dispatcher):
-    """Every rank must bring the same number of rows: MC2PrepareAndFinalize sees to that."""
+    """Ranks bring as many rows each, or tokens.max_rows says how many the fullest brings and none is masked:
+    MC2PrepareAndFinalize sees to that. int8 is made by the op."""
 
-    def dispatch(
-        self,
-        hidden_states: torch.Tensor,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
-        mask: torch.Tensor | None = None,
-    ) -> Dispatched:
+    def dispatch(self, tokens: RoutedTokens) -> Dispatched:
         """npu_moe_distribute_dispatch_v2. COLLECTIVE over ep: one. Host sync: no. Graph capture: yes."""
-        check_topk(hidden_states, topk_weights, topk_ids, self.placement.num_experts, mask)
-        output = ops_of(hidden_states).npu_moe_distribute_dispatch_v2(
-            hidden_states,
-            topk_ids,
+        tokens.check(self.placement.num_experts)
+        global_bs = (tokens.max_rows or 0) * self.placement.ep_size
+        output = ops_of(tokens.hidden_states).npu_moe_distribute_dispatch_v2(
+            tokens.hidden_states,
+            tokens.topk_ids,
             group_ep=self.groups.ep,
             moe_expert_num=self.placement.num_experts,
-            x_active_mask=mask,
+            expert_scales=tokens.topk_weights,
+            x_active_mask=tokens.mask,
+            shared_expert_rank_num=self.placement.shared_expert_ranks,
+            quant_mode=self.quant_mode,
+            global_bs=global_bs,
         )
         handle = MC2DispatchHandle(
             expert_rows=output.expand_x.shape[0],
-            topk_ids=topk_ids,
-            topk_weights=topk_weights,
-            mask=mask,
+            topk_ids=tokens.topk_ids,
+            topk_weights=tokens.topk_weights,
+            mask=tokens.mask,
             assist_info_for_combine=output.assist_info_for_combine,
             ep_recv_counts=output.ep_recv_counts,
             expand_scales=output.expand_scales,
+            comm_alg=output.comm_alg,
+            global_bs=global_bs,
         )
-        return Dispatched(expert_input=output.expand_x, tokens_per_expert=output.expert_token_nums, handle=handle)
+        return Dispatched(
+            expert_input=output.expand_x,
+            tokens_per_expert=output.expert_token_nums,
+            handle=handle,
+            dynamic_scales=output.dynamic_scales,
+        )
 
     def combine(self, expert_output: torch.Tensor, handle: DispatchHandle) -> torch.Tensor:
         """npu_moe_distribute_combine_v2. COLLECTIVE over ep: one. Host sync: no. Graph capture: yes.
@@ -69,5 +77,8 @@ class MC2Dispatcher(Dispatcher):
             moe_expert_num=self.placement.num_experts,
             x_active_mask=handle.mask,
             expand_scales=handle.expand_scales,
+            comm_alg=handle.comm_alg,
+            shared_expert_rank_num=self.placement.shared_expert_ranks,
+            global_bs=handle.global_bs,
         )
         return combined

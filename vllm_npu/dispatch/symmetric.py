@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 
-from vllm_npu.dispatch.base import Dispatched, Dispatcher, DispatchHandle
+from vllm_npu.device import ops_of
+from vllm_npu.dispatch.base import Dispatched, Dispatcher, DispatchHandle, RoutedTokens
 from vllm_npu.errors import InvalidInputError, UnsupportedConfigError
 from vllm_npu.handles import Handle, check_handle
 from vllm_npu.kernels.launch import PreparedLaunch
-from vllm_npu.limits import SYMMETRIC, SymmetricLimits
+from vllm_npu.limits import SYMMETRIC, QuantMode, SymmetricLimits
 from vllm_npu.routing import check_topk
 from vllm_npu.token_layout import ceil_div
 from vllm_npu.transport.base import Groups
@@ -185,10 +186,11 @@ class SymmetricDispatcher(Dispatcher):
         self,
         groups: Groups,
         num_experts: int,
+        quant_mode: QuantMode = QuantMode.NONE,
         limits: SymmetricLimits = SYMMETRIC,
         timeout: float | None = None,  # seconds; None: VLLM_NPU_TRANSPORT_TIMEOUT. Counts when the windows are opened
     ) -> None:
-        super().__init__(groups, num_experts)
+        super().__init__(groups, num_experts, quant_mode)
         if not 2 <= groups.topology.ep_size <= limits.max_ep_size:
             raise UnsupportedConfigError(
                 f"symmetric needs 2 <= ep_size <= {limits.max_ep_size} (got {groups.topology.ep_size}); use all2all or "
@@ -319,16 +321,15 @@ class SymmetricDispatcher(Dispatcher):
         windows.give_back(handle.window)
         return output
 
-    def dispatch(
-        self,
-        hidden_states: torch.Tensor,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
-        mask: torch.Tensor | None = None,
-    ) -> Dispatched:
+    def dispatch(self, tokens: RoutedTokens) -> Dispatched:
         """dispatch_slots, then the rows sorted by expert. expert_input has room for every pair that could be local:
         num_slots * min(top_k, experts_per_rank) rows. Host sync: no. Graph capture: yes."""
-        slots = self.dispatch_slots(hidden_states, topk_weights, topk_ids, mask)
+        if tokens.max_rows is not None:
+            raise InvalidInputError("symmetric needs as many rows on every rank; pad to max_rows and pass a mask")
+        hidden_states, scales = tokens.hidden_states, None
+        if self.quant_mode is not QuantMode.NONE:
+            hidden_states, scales = ops_of(hidden_states).npu_dynamic_quant(hidden_states)
+        slots = self.dispatch_slots(hidden_states, tokens.topk_weights, tokens.topk_ids, tokens.mask, scales)
         experts_per_rank, top_k = self.placement.experts_per_rank, slots.topk_ids.shape[1]
         pair_experts = torch.where(slots.topk_ids < 0, experts_per_rank, slots.topk_ids).flatten()
         order = pair_experts.argsort(stable=True)
@@ -337,9 +338,11 @@ class SymmetricDispatcher(Dispatcher):
         expert_rows = slots.topk_ids.shape[0] * min(top_k, experts_per_rank)
         counts = torch.zeros(experts_per_rank + 1, dtype=torch.int64, device=order.device)
         counts.scatter_add_(0, pair_experts.long(), torch.ones_like(order))
+        sources = order[:expert_rows] // top_k
         return Dispatched(
-            expert_input=slots.hidden_states[order[:expert_rows] // top_k],
+            expert_input=slots.hidden_states[sources],
             tokens_per_expert=counts[:experts_per_rank],
+            dynamic_scales=None if slots.scales is None else slots.scales[sources, 0],
             handle=SymmetricHandle(
                 expert_rows=expert_rows,
                 slots=slots.handle,

@@ -14,7 +14,7 @@ from vllm_npu.plugin.groups import model_groups
 from vllm_npu.prepare_finalize.all2all import All2AllPrepareAndFinalize
 from vllm_npu.prepare_finalize.allgather import AllGatherPrepareAndFinalize
 from vllm_npu.prepare_finalize.base import PrepareAndFinalize, PrepareHandle
-from vllm_npu.prepare_finalize.mc2 import MC2PrepareAndFinalize
+from vllm_npu.prepare_finalize.mc2 import EvenPrepareAndFinalize
 from vllm_npu.prepare_finalize.naive_multicast import NaiveMulticastPrepareAndFinalize
 from vllm_npu.routing import check_router_logits
 from vllm_npu.step_plan import TokenSharding
@@ -63,7 +63,7 @@ class FusedMoEPrepareAndFinalize(ABC):
 class FusedMoEPrepareAndFinalizeWithMC2(FusedMoEPrepareAndFinalize):
     """Padded to the agreed length, masked, sliced over TP."""
 
-    strategy = MC2PrepareAndFinalize
+    strategy = EvenPrepareAndFinalize
 
 
 class FusedMoEPrepareAndFinalizeWithAll2All(FusedMoEPrepareAndFinalize):

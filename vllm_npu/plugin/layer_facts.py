@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Self
 
 import torch
 
-from vllm_npu.limits import MoELayer
+from vllm_npu.limits import MoELayer, QuantMode
 from vllm_npu.step_plan import TokenSharding
 
 if TYPE_CHECKING:
@@ -23,9 +23,17 @@ class LayerFacts:
     use_ep: bool  # whether ranks own whole experts
     sharding: TokenSharding
     experts: str  # class that computes them
+    quant_mode: QuantMode = QuantMode.NONE
 
     @classmethod
-    def of(cls, moe_config: "FusedMoEConfig", *, sharding: TokenSharding, experts: object) -> Self:
+    def of(
+        cls,
+        moe_config: "FusedMoEConfig",
+        *,
+        sharding: TokenSharding,
+        experts: object,
+        quant_mode: QuantMode = QuantMode.NONE,
+    ) -> Self:
         """From vLLM's description of the layer."""
         return cls(
             num_experts=int(moe_config.num_experts),
@@ -35,17 +43,24 @@ class LayerFacts:
             use_ep=bool(moe_config.use_ep),
             sharding=sharding,
             experts=type(experts).__name__,
+            quant_mode=quant_mode,
         )
 
     @property
     def moe_layer(self) -> MoELayer:
         """What limits depend on."""
-        return MoELayer(num_experts=self.num_experts, top_k=self.top_k, hidden_size=self.hidden_size, dtype=self.dtype)
+        return MoELayer(
+            num_experts=self.num_experts,
+            top_k=self.top_k,
+            hidden_size=self.hidden_size,
+            dtype=self.dtype,
+            quant_mode=self.quant_mode,
+        )
 
     def __str__(self) -> str:
         return (
             f"{self.num_experts} experts top {self.top_k} hidden {self.hidden_size} "
-            f"{str(self.dtype).removeprefix('torch.')} {self.experts}"
+            f"{str(self.dtype).removeprefix('torch.')} {self.experts} {self.quant_mode.name.lower()}"
         )
 
 

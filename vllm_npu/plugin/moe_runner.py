@@ -119,7 +119,9 @@ class NPUMoERunner(MoERunner):
             shared = self._shared_experts.output
         return self._sum_over_tp(finalized.hidden_states, shared, routed_is_complete=finalized.reduced)
 
-    def _compute_experts(self, expert_input: torch.Tensor, tokens_per_expert: torch.Tensor) -> torch.Tensor:
+    def _compute_experts(
+        self, expert_input: torch.Tensor, tokens_per_expert: torch.Tensor, _: torch.Tensor | None
+    ) -> torch.Tensor:
         output: torch.Tensor = self._quant_method.compute(self.routed_experts, expert_input, tokens_per_expert)
         return output
 

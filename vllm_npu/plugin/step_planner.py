@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from vllm.config import CUDAGraphMode
 from vllm.logger import init_logger
 
 from vllm_npu import __version__
@@ -64,9 +65,9 @@ class StepPlanner:
             f"{describe_capacity(self._device, self._topology, [self._layer])}"
         )
 
-    def plan(self, num_tokens_across_dp: list[int]) -> PlannedStep:
+    def plan(self, num_tokens_across_dp: list[int], *, captured: bool = False) -> PlannedStep:
         """Plan a step. COLLECTIVE over the grid: the vote's all-gather of 16 bytes, on CPU."""
-        plan = StepPlan(num_tokens_across_dp=tuple(num_tokens_across_dp), sharding=self._sharding)
+        plan = StepPlan(num_tokens_across_dp=tuple(num_tokens_across_dp), sharding=self._sharding, captured=captured)
         requested = self._vote(plan)
         selection = select(requested, self._topology, plan, layer=self._layer, device=self._device)
         if self._topology.rank == 0 and (self.selection is None or self.selection.strategy != selection.strategy):
@@ -113,6 +114,7 @@ def plan_step(
     vllm_config: "VllmConfig",
     dp_metadata: "DPMetadata | None" = None,
     num_tokens: int | None = None,
+    cudagraph_runtime_mode: CUDAGraphMode = CUDAGraphMode.NONE,
     **_: Any,
 ) -> dict[str, Any]:
     """The step's plan for the forward context, or nothing: no token count (a step without forward), no layer of ours."""
@@ -120,7 +122,7 @@ def plan_step(
     if planner is None:
         return {}
     counts: list[int] = [num_tokens or 0] if dp_metadata is None else dp_metadata.num_tokens_across_dp_cpu.tolist()
-    return as_additional_context(planner.plan(counts))
+    return as_additional_context(planner.plan(counts, captured=cudagraph_runtime_mode is not CUDAGraphMode.NONE))
 
 
 def planned_step() -> str | None:

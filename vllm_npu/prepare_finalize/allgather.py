@@ -13,7 +13,7 @@ import torch
 
 from vllm_npu.handles import check_handle
 from vllm_npu.prepare_finalize.base import Finalized, PrepareAndFinalize, Prepared, PrepareHandle
-from vllm_npu.sequence_parallel import gather_and_unpad, reduce_scatter_and_pad
+from vllm_npu.sequence_parallel import reduce_scatter_and_pad
 from vllm_npu.step_plan import StepPlan, TokenSharding
 from vllm_npu.token_layout import move_together
 from vllm_npu.transport.base import Transport
@@ -31,6 +31,8 @@ class AllGatherHandle(PrepareHandle):
 class AllGatherPrepareAndFinalize(PrepareAndFinalize):
     """Gather over DP (or over EP under sequence parallelism), uneven sizes, no padding on the wire."""
 
+    gathers_tokens = True
+
     def prepare(self, hidden_states: torch.Tensor, per_token: tuple[torch.Tensor, ...], step: StepPlan) -> Prepared:
         """Gather the real rows of all ranks of the group.
 
@@ -40,7 +42,7 @@ class AllGatherPrepareAndFinalize(PrepareAndFinalize):
         self._check_prepare(hidden_states, per_token, step)
         transport, real_rows = self._group(step)
         gathered = move_together(
-            (hidden_states, *per_token), max(real_rows), lambda x: self._gather(x, real_rows, transport)
+            (hidden_states, *per_token), max(real_rows), lambda message: self._gather(message, real_rows, transport)
         )
         handle = AllGatherHandle(
             step=step,
@@ -72,5 +74,9 @@ class AllGatherPrepareAndFinalize(PrepareAndFinalize):
             return self.groups.ep, step.sliced_tokens_across_ep(self.groups.topology.tp_size)
         return self.groups.dp, list(step.num_tokens_across_dp)
 
-    def _gather(self, x: torch.Tensor, real_rows: Sequence[int], transport: Transport) -> torch.Tensor:
-        return gather_and_unpad(x, real_rows, transport)
+    def _gather(
+        self, tensors: Sequence[torch.Tensor], real_rows: Sequence[int], transport: Transport
+    ) -> list[torch.Tensor]:
+        own_rows = real_rows[transport.rank]
+        own = tensors if tensors[0].shape[0] == own_rows else [tensor[:own_rows] for tensor in tensors]
+        return transport.gather_tokens(own, real_rows)

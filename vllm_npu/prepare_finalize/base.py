@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -27,6 +28,7 @@ class Prepared:
     per_token: tuple[torch.Tensor, ...]  # each [prepared_rows, ...], in the order given to prepare
     mask: torch.Tensor | None  # [prepared_rows] bool, True for real tokens, a prefix; None: all are real
     handle: PrepareHandle
+    max_rows: int | None = None  # of the fullest rank, where mc2 brings different numbers; None: see the strategy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +42,9 @@ class Finalized:
 
 class PrepareAndFinalize(ABC):
     """One strategy's pair. Holds its groups and nothing of any call: what a call needs later is in the handle."""
+
+    gathers_tokens: ClassVar[bool] = False
+    """Whether prepare sends hidden_states to other ranks: then they are quantised before it."""
 
     def __init__(self, groups: Groups) -> None:
         self.groups = groups

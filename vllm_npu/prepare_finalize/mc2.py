@@ -4,6 +4,7 @@ Chosen for few tokens (decode): shapes depend only on the agreed length, so noth
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -22,20 +23,27 @@ class MC2Handle(PrepareHandle):
 
 
 class MC2PrepareAndFinalize(PrepareAndFinalize):
-    """Pad to the agreed length, slice over TP, mask the padding."""
+    """Slice over TP; where that leaves some rank without a token or TP ranks uneven, pad to the agreed length and mask."""
+
+    takes_uneven_ranks: ClassVar[bool] = True
+    """Whether the dispatcher takes a different number of tokens from each rank, where every rank has one: max_rows."""
 
     def prepare(self, hidden_states: torch.Tensor, per_token: tuple[torch.Tensor, ...], step: StepPlan) -> Prepared:
-        """Pad to step.padded_tokens, then take this TP rank's slice. LOCAL. Host sync: no. Graph capture: yes.
+        """Take this TP rank's slice, as it is or padded to step.padded_tokens. LOCAL. Host sync: no. Graph capture: yes.
 
-        Padding rows hold 0 in floating-point tensors and -1 in integer ones; the mask is False there, and only there.
+        Padding rows hold 0 in floating-point tensors and -1 in integer ones; the mask is False there, and only there. A
+        step that needs no padding has no mask: views of the input, nothing is copied.
         """
         self._check_prepare(hidden_states, per_token, step)
         topology = self.groups.topology
         padded_tokens = step.padded_tokens(topology.tp_size)
-        rows = padded_tokens // topology.tp_size
+        most_rows = padded_tokens // topology.tp_size
         num_tokens = step.num_tokens_across_dp[topology.dp_rank]
+        full = step.is_full(topology.tp_size)
+        padded = not full and not (self.takes_uneven_ranks and step.divides_over_tp(topology.tp_size))
+        rows = most_rows if padded else num_tokens // topology.tp_size
         if step.sharding is TokenSharding.REPLICATED:
-            own = TokenSlice.chunk(padded_tokens, rank=topology.tp_rank, size=topology.tp_size)
+            own = TokenSlice.chunk(rows * topology.tp_size, rank=topology.tp_rank, size=topology.tp_size)
             real_rows = min(max(num_tokens - own.start, 0), rows)
         else:
             own = TokenSlice(0, rows)
@@ -46,7 +54,8 @@ class MC2PrepareAndFinalize(PrepareAndFinalize):
             per_token=tuple(
                 pad_rows(own.take(tensor), rows, 0 if tensor.is_floating_point() else -1) for tensor in per_token
             ),
-            mask=torch.arange(rows, device=hidden_states.device) < real_rows,
+            mask=torch.arange(rows, device=hidden_states.device) < real_rows if padded else None,
+            max_rows=None if padded or full else most_rows,
             handle=handle,
         )
 
@@ -63,3 +72,9 @@ class MC2PrepareAndFinalize(PrepareAndFinalize):
         else:
             output = pad_rows(unpad_rows(routed_output, handle.real_rows), handle.input_rows)
         return Finalized(hidden_states=output, sharding=handle.step.sharding, reduced=True)
+
+
+class EvenPrepareAndFinalize(MC2PrepareAndFinalize):
+    """As MC2, for a dispatcher that needs as many rows of every rank."""
+
+    takes_uneven_ranks = False

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from vllm_npu.prepare_finalize.allgather import AllGatherPrepareAndFinalize
-from vllm_npu.token_layout import offsets
+from vllm_npu.token_layout import offsets, pack_and_move
 from vllm_npu.transport.base import Transport
 
 
@@ -15,7 +15,12 @@ class NaiveMulticastPrepareAndFinalize(AllGatherPrepareAndFinalize):
     COLLECTIVE over dp (ep where sliced). Ranks without tokens are skipped by all. finalize is AllGather's.
     """
 
-    def _gather(self, x: torch.Tensor, real_rows: Sequence[int], transport: Transport) -> torch.Tensor:
+    def _gather(
+        self, tensors: Sequence[torch.Tensor], real_rows: Sequence[int], transport: Transport
+    ) -> list[torch.Tensor]:
+        return pack_and_move(tensors, lambda x: self._multicast(x, real_rows, transport))
+
+    def _multicast(self, x: torch.Tensor, real_rows: Sequence[int], transport: Transport) -> torch.Tensor:
         gathered = x.new_empty((sum(real_rows), *x.shape[1:]))
         starts = offsets(real_rows)
         gathered[starts[transport.rank] : starts[transport.rank + 1]] = x[: real_rows[transport.rank]]

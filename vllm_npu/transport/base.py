@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from vllm_npu.errors import InvalidInputError, UnsupportedConfigError
+from vllm_npu.token_layout import pack_and_move
 from vllm_npu.topology import ParallelTopology
 
 
@@ -39,6 +40,16 @@ class Transport(ABC):
         """Rows of all ranks, in rank order. `sizes` absent: every rank brings as many rows as this one."""
         sizes = self._check_sizes("all_gather", sizes, x.shape[0], x.shape[0])
         return x.clone() if self.size == 1 else self._all_gather(x.contiguous(), sizes)
+
+    def gather_tokens(
+        self,
+        tensors: Sequence[torch.Tensor],  # each [sizes[rank], width], the same widths and dtypes on all ranks
+        sizes: Sequence[int],
+    ) -> list[torch.Tensor]:  # each [sum(sizes), width]; may be views of one message
+        """all_gather of several tensors in one message."""
+        self._check_together("gather_tokens", tensors)
+        self._check_sizes("gather_tokens", sizes, 0, tensors[0].shape[0])
+        return [tensor.clone() for tensor in tensors] if self.size == 1 else self._gather_tokens(tensors, sizes)
 
     def reduce_scatter(
         self,
@@ -77,6 +88,34 @@ class Transport(ABC):
                 f"expects {recv_sizes[self.rank]}"
             )
         return x.clone() if self.size == 1 else self._all_to_all(x.contiguous(), send_sizes, recv_sizes)
+
+    def exchange_tokens(
+        self,
+        tensors: Sequence[torch.Tensor],  # each [n, width], rows for rank 0 first
+        rows_per_rank: torch.Tensor,  # [size] int64, on the tensors' device: rows for each rank; they add up to n
+    ) -> tuple[list[torch.Tensor], list[int], list[int]]:
+        """all_to_all of several tensors in one message, sizes known to their sender only: 8 bytes a rank go first.
+
+        Returns what came, rows of rank 0 first (may be views of one message), and the rows sent to and received from each
+        rank. Host sync: yes (the sizes).
+        """
+        self._check_together("exchange_tokens", tensors)
+        if rows_per_rank.shape != (self.size,) or rows_per_rank.dtype != torch.int64:
+            raise InvalidInputError(
+                f"exchange_tokens on group '{self.group}': rows_per_rank is {rows_per_rank.dtype} "
+                f"{tuple(rows_per_rank.shape)}; it must be int64 [{self.size}]"
+            )
+        if rows_per_rank.device.type == "cpu":
+            sizes = self._check_sizes("exchange_tokens", rows_per_rank.tolist(), 0, None)
+            if sum(sizes) != tensors[0].shape[0]:
+                raise InvalidInputError(
+                    f"exchange_tokens on group '{self.group}': rows_per_rank {list(sizes)} add up to {sum(sizes)}, the "
+                    f"tensors have {tensors[0].shape[0]} rows"
+                )
+        if self.size == 1:
+            rows = [tensors[0].shape[0]]
+            return [tensor.clone() for tensor in tensors], rows, rows
+        return self._exchange_tokens(tensors, rows_per_rank)
 
     def broadcast(self, x: torch.Tensor, source: int) -> torch.Tensor:
         """`x` of rank `source`; other ranks pass a tensor of the same shape and dtype, whose values do not matter."""
@@ -133,6 +172,20 @@ class Transport(ABC):
     @abstractmethod
     def _all_to_all(self, x: torch.Tensor, send_sizes: Sequence[int], recv_sizes: Sequence[int]) -> torch.Tensor: ...
 
+    def _gather_tokens(self, tensors: Sequence[torch.Tensor], sizes: Sequence[int]) -> list[torch.Tensor]:
+        return pack_and_move(tensors, lambda message: self._all_gather(message.contiguous(), sizes))
+
+    def _exchange_tokens(
+        self, tensors: Sequence[torch.Tensor], rows_per_rank: torch.Tensor
+    ) -> tuple[list[torch.Tensor], list[int], list[int]]:
+        ones = [1] * self.size
+        rows_from_each = self._all_to_all(rows_per_rank.contiguous(), ones, ones)
+        sent_rows, received_rows = torch.stack([rows_per_rank, rows_from_each]).tolist()
+        received = pack_and_move(
+            tensors, lambda message: self._all_to_all(message.contiguous(), sent_rows, received_rows)
+        )
+        return received, sent_rows, received_rows
+
     @abstractmethod
     def _broadcast(self, x: torch.Tensor, source: int) -> torch.Tensor: ...
 
@@ -144,6 +197,13 @@ class Transport(ABC):
 
     @abstractmethod
     def _barrier(self) -> None: ...
+
+    def _check_together(self, operation: str, tensors: Sequence[torch.Tensor]) -> None:
+        if not tensors or any(each.dim() != 2 or each.shape[0] != tensors[0].shape[0] for each in tensors):
+            raise InvalidInputError(
+                f"{operation} on group '{self.group}': tensors of shapes {[tuple(each.shape) for each in tensors]} cannot "
+                "share a message; they must be 2-D, with as many rows each"
+            )
 
     def _check_sizes(
         self, operation: str, sizes: Sequence[int] | None, default: int, own_rows: int | None

@@ -1,31 +1,49 @@
-"""Transport over HCCL: NPU tensors, through torch_npu's ProcessGroupHCCL."""
+"""Transport over HCCL: NPU tensors, through C++ operators on the group's communicator, or through torch_npu's
+ProcessGroupHCCL where a rank of the group lacks the operators."""
 
+import hashlib
+import logging
+import socket
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
+import torch.distributed as dist
 
-from vllm_npu.device import npu_ops  # noqa: F401  # importing torch_npu is what makes c10d know hccl
+from vllm_npu.device import npu_ops  # importing torch_npu is what makes c10d know hccl
 from vllm_npu.errors import UnknownGroupError
+from vllm_npu.hccl import token_ops
 from vllm_npu.transport.torch_dist import TorchDistTransport
+
+logger = logging.getLogger("vllm.npu.hccl")
+
+# Whether all ranks of a group have the operators: asked once a group, by its first gather, scatter or all-to-all.
+_HAS_OPS: "WeakKeyDictionary[dist.ProcessGroup, bool]" = WeakKeyDictionary()
 
 
 class HcclTransport(TorchDistTransport):
-    """HCCL's own collectives where all ranks bring the same number of rows, exchanges without padding where not.
+    """Gathers, scatters and all-to-alls of any sizes, without padding, one HCCL call each.
 
-    HCCL has AllGatherV and ReduceScatterV on some chips only, and torch_npu's calls of them refuse empty ranks or groups
-    over several machines; its all-to-all and batched send/receive take any sizes everywhere (op-plugin's documents).
+    HcclAllGatherV and HcclReduceScatterV where the chip has them and all ranks are on one server (limits.py); elsewhere
+    uneven rows go by HcclAlltoAllV, which takes any sizes everywhere, and are added in float32 in rank order.
+    Without the operators: torch_npu's collectives for equal rows, its all-to-all and batched send/receive for others, since
+    its calls of the V forms refuse empty ranks.
     """
 
     backend = "hccl"
     device_type = "npu"
 
+    def __init__(self, process_group: dist.ProcessGroup, group: str) -> None:
+        super().__init__(process_group, group)
+        self._name = str(process_group.group_name)
+        self._ops: bool | None = None  # what _HAS_OPS says of the group, once it was asked
+
     @property
     def name_for_ops(self) -> str:
         """HCCL's name of the communicator. Raises UnknownGroupError where HCCL has none."""
         try:
-            backend: Any = self.process_group._get_backend(torch.device("npu"))
-            name = str(backend.get_hccl_comm_name(self.rank))
+            name = str(self._backend.get_hccl_comm_name(_number_of_this_device()))
         except (RuntimeError, AttributeError) as error:
             raise UnknownGroupError(self._unknown(str(error))) from error
         if not name:
@@ -38,9 +56,81 @@ class HcclTransport(TorchDistTransport):
             "create the group with the hccl backend, or choose all2all or allgather"
         )
 
+    @property
+    def _backend(self) -> Any:
+        return self.process_group._get_backend(torch.device("npu"))
+
     def _all_gather(self, x: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
+        if self._has_ops():
+            return self._gather_tokens([x], sizes)[0]
         return super()._all_gather(x, sizes) if len(set(sizes)) == 1 else self._all_gather_from_peers(x, sizes)
 
+    def _gather_tokens(self, tensors: Sequence[torch.Tensor], sizes: Sequence[int]) -> list[torch.Tensor]:
+        if not self._has_ops():
+            return super()._gather_tokens(tensors, sizes)
+        with self._collective("all_gather"):
+            gathered: list[torch.Tensor] = token_ops.ops().gather_tokens.default(tensors, sizes, self._name)
+        return gathered
+
     def _reduce_scatter(self, x: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
+        if self._has_ops():
+            with self._collective("reduce_scatter"):
+                own: torch.Tensor = token_ops.ops().scatter_reduce_tokens.default(x, sizes, self.rank, self._name)
+            return own
         even = len(set(sizes)) == 1
         return super()._reduce_scatter(x, sizes) if even else self._reduce_scatter_by_exchange(x, sizes)
+
+    def _all_to_all(self, x: torch.Tensor, send_sizes: Sequence[int], recv_sizes: Sequence[int]) -> torch.Tensor:
+        if not self._has_ops():
+            return super()._all_to_all(x, send_sizes, recv_sizes)
+        with self._collective("all_to_all"):
+            received: torch.Tensor = token_ops.ops().exchange_rows.default(x, send_sizes, recv_sizes, self._name)
+        return received
+
+    def _exchange_tokens(
+        self, tensors: Sequence[torch.Tensor], rows_per_rank: torch.Tensor
+    ) -> tuple[list[torch.Tensor], list[int], list[int]]:
+        if not self._has_ops():
+            return super()._exchange_tokens(tensors, rows_per_rank)
+        with self._collective("all_to_all"):
+            received, rows = token_ops.ops().exchange_tokens.default(tensors, rows_per_rank, self._name)
+        sent_rows, received_rows = rows.tolist()
+        return received, sent_rows, received_rows
+
+    def _has_ops(self) -> bool:
+        """COLLECTIVE over the group the first time: all ranks take the operators, or none does."""
+        if self._ops is None:
+            if self.process_group not in _HAS_OPS:
+                _HAS_OPS[self.process_group] = self._open_ops()
+            self._ops = _HAS_OPS[self.process_group]
+        return self._ops
+
+    def _open_ops(self) -> bool:
+        reason = token_ops.why_not()
+        has_v = reason is None and npu_ops.device_limits().uneven_collectives and token_ops.ops().has_v_collectives()
+        facts = torch.tensor([[reason is None, has_v, _number_of_this_host()]], device="npu")
+        ranks = TorchDistTransport._all_gather(self, facts, [1] * self.size).tolist()
+        without = [rank for rank, (has_ops, _, _) in enumerate(ranks) if not has_ops]
+        if without:
+            why = f"here: {reason}" if reason else "see their logs"
+            logger.warning("group '%s' goes through torch.distributed: ranks %s cannot use the C++ operators (%s)",
+                           self.group, without, why)  # fmt: skip
+            return False
+        one_server = len({host for _, _, host in ranks}) == 1
+        use_v = one_server and all(has_v for _, has_v, _ in ranks)
+        token_ops.ops().register_group(
+            self._name, self._backend.get_hccl_comm(_number_of_this_device()), self.rank, self.size, use_v
+        )
+        logger.debug("group '%s' uses the C++ operators, uneven rows by %s", self.group,
+                     "HCCL's V collectives" if use_v else "HcclAlltoAllV")  # fmt: skip
+        return True
+
+
+def _number_of_this_device() -> int:
+    """What ProcessGroupHCCL calls a rank where it looks a communicator up, and takes for the device's number."""
+    return torch.accelerator.current_device_index()
+
+
+def _number_of_this_host() -> int:
+    """Equal on two ranks only where they run on one host."""
+    return int.from_bytes(hashlib.sha256(socket.gethostname().encode()).digest()[:7], "big")

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import torch
 
+from vllm_npu.token_layout import RowFormat
 from vllm_npu.transport.base import SendRecv, Transport
 
 
@@ -63,6 +64,20 @@ class RecordingTransport(Transport):
         self._counter.add(self.group, "all_to_all", _bytes_to_others(x, send_sizes, self.rank))
         return self.inner.all_to_all(x, send_sizes, recv_sizes)
 
+    def _gather_tokens(self, tensors: Sequence[torch.Tensor], sizes: Sequence[int]) -> list[torch.Tensor]:
+        sent = tensors[0].shape[0] * _message_row_bytes(tensors) * (self.size - 1)
+        self._counter.add(self.group, "all_gather", sent)
+        return self.inner.gather_tokens(tensors, sizes)
+
+    def _exchange_tokens(
+        self, tensors: Sequence[torch.Tensor], rows_per_rank: torch.Tensor
+    ) -> tuple[list[torch.Tensor], list[int], list[int]]:
+        received, sent_rows, received_rows = self.inner.exchange_tokens(tensors, rows_per_rank)
+        self._counter.add(self.group, "all_to_all", rows_per_rank.itemsize * (self.size - 1))
+        rows_to_others = sum(sent_rows) - sent_rows[self.rank]
+        self._counter.add(self.group, "all_to_all", rows_to_others * _message_row_bytes(tensors))
+        return received, sent_rows, received_rows
+
     def _broadcast(self, x: torch.Tensor, source: int) -> torch.Tensor:
         self._counter.add(self.group, "broadcast", x.nbytes * (self.size - 1) if source == self.rank else 0)
         return self.inner.broadcast(x, source)
@@ -83,6 +98,11 @@ class RecordingTransport(Transport):
 def _bytes_to_others(x: torch.Tensor, sizes: Sequence[int], rank: int) -> int:
     rows = x.shape[0]
     return x.nbytes // rows * (rows - sizes[rank]) if rows else 0
+
+
+def _message_row_bytes(tensors: Sequence[torch.Tensor]) -> int:
+    """Of one tensor, which travels as it is, or of several in one message."""
+    return RowFormat.of(tensors).row_bytes
 
 
 def record(transport: Transport, counter: CollectiveCounter | None) -> Transport:

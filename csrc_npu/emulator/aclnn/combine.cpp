@@ -28,7 +28,7 @@ struct Options {
   OptionalTensor activation_scale;  // this and the next two: for a quantised expand_x, which no version honours yet
   OptionalTensor weight_scale;
   OptionalTensor group_list;
-  OptionalTensor expand_scales;  // dispatch's own output, for the hierarchical algorithm: not read
+  OptionalTensor expand_scales;  // dispatch's own output, for the hierarchical algorithm: must be there, and is not read
 
   using Fields = std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor,
                             OptionalTensor>;
@@ -105,6 +105,25 @@ at::Tensor constant_rows(const Combine& op, const at::Tensor& x, const at::Tenso
          op.constants.value->to(at::kFloat).index_select(0, index) * coefficient(*op.constants.alpha_2);
 }
 
+// As sum_of_rows, but of the rows of each server first, whose sums travel in the rows' type. The order inside a server and
+// the rounding between servers are our reading: no document says them.
+at::Tensor sum_by_server(const Combine& op, const at::Tensor& rows, const at::Tensor& active) {
+  constexpr int64_t kRanksOfServer = 8;
+  const at::Tensor owners = op.expert_ids.to(at::kLong).floor_divide(op.place.experts_per_rank());
+  at::Tensor total = at::zeros({op.num_tokens(), op.width()}, at::kFloat);
+  for (int64_t first = 0; first < op.place.world_size; first += kRanksOfServer) {
+    at::Tensor partial = at::zeros_like(total);
+    for (int64_t k = 0; k < op.top_k(); ++k) {
+      const at::Tensor owner = owners.select(1, k);
+      const at::Tensor here = (owner >= first).logical_and(owner < first + kRanksOfServer);
+      const at::Tensor addend = rows.select(1, k) * op.weights.select(1, k).unsqueeze(-1);
+      partial = at::where(here.logical_and(active.select(1, k)).unsqueeze(-1), partial + addend, partial);
+    }
+    total = total + partial.to(op.expand_x.scalar_type()).to(at::kFloat);
+  }
+  return total;
+}
+
 // float32, k ascending, a multiply and an add rounded apart; then the shared experts, unweighted.
 at::Tensor sum_of_rows(const Combine& op, const at::Tensor& rows, const at::Tensor& active) {
   const int64_t zero = op.place.moe_experts;
@@ -177,6 +196,11 @@ void check(const Combine& op) {
   require(op.comm_quant_mode == kNoQuant || op.width() % kInt8Group == 0, "comm_quant_mode=2 needs H=", op.width(),
           " to be a multiple of ", kInt8Group);
   check_limits(op.place, op.version == "1", op.num_tokens(), op.width(), op.top_k());
+  if (op.place.is_hierarchical()) {
+    if (!op.expand_scales) refuse(Code::kMissing, "expand_scales is missing: comm_alg=hierarchy needs dispatch's");
+    require(op.special.total() == 0 && !op.shared_expert_x && op.comm_quant_mode == kNoQuant,
+            "comm_alg=hierarchy with special experts, shared_expert_x or comm_quant_mode is not emulated");
+  }
 }
 
 Plan plan(const Combine& op) {
@@ -195,7 +219,9 @@ Plan plan(const Combine& op) {
               " rows and the dispatch gave ", dispatch.sources.size(0));
       return outgoing(op, dispatch);
     });
-    op.finish(sum_of_rows(op, returned_rows(op, received), active), active.any(-1));
+    const at::Tensor rows = returned_rows(op, received);
+    const auto sum = op.place.is_hierarchical() ? sum_by_server : sum_of_rows;
+    op.finish(sum(op, rows, active), active.any(-1));
   };
 }
 

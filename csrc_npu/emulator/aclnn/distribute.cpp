@@ -15,8 +15,12 @@ Placement make_placement(const Members& members, int64_t global_bs, const std::s
   require_one_of(members.expert_shard_type, "expert_shard_type", {0});
   require_absent(elastic_info, "elastic_info", "it is not emulated");
   require_absent(performance_info, "performance_info", "it is not emulated");
-  require(comm_alg.empty() || comm_alg == "fullmesh" || comm_alg == "fullmesh_v1" || comm_alg == "fullmesh_v2",
-          "comm_alg=", comm_alg, " is not emulated; there are fullmesh, fullmesh_v1 and fullmesh_v2");
+  const bool hierarchy = comm_alg == "hierarchy";
+  require(comm_alg.empty() || comm_alg == "fullmesh" || comm_alg == "fullmesh_v1" || comm_alg == "fullmesh_v2" ||
+              hierarchy,
+          "comm_alg=", comm_alg, " is not emulated; there are fullmesh, fullmesh_v1, fullmesh_v2 and hierarchy");
+  require(!hierarchy || shared_ranks == 0, "comm_alg=hierarchy takes shared_expert_rank_num=0 only, not ",
+          shared_ranks);
   require(rank >= 0 && rank < world_size, "ep_rank_id=", rank, " is not in 0..", world_size - 1);
   require(shared_ranks >= 0 && shared_ranks < world_size, "shared_expert_rank_num=", shared_ranks, " is not in 0..",
           world_size - 1);
@@ -41,7 +45,8 @@ std::string agreed_facts(const std::string& version, const Placement& place, con
                          int64_t top_k, int64_t width, at::ScalarType dtype) {
   return c10::str("version=", version, " K=", top_k, " H=", width, " dtype=", dtype, " experts=", place.moe_experts,
                   " shared=", place.shared_experts, "/", place.shared_ranks, " special=", special.zero, "/",
-                  special.copy, "/", special.constant, " global_bs=", place.global_bs);
+                  special.copy, "/", special.constant, " global_bs=", place.global_bs,
+                  place.is_hierarchical() ? " hierarchy" : "");
 }
 
 void check_mask(const at::Tensor& expert_ids, const std::optional<at::Tensor>& mask) {

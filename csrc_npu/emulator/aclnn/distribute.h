@@ -41,6 +41,7 @@ struct Placement {
   int64_t global_bs;  // tokens of all ranks, each counted with the most tokens that any rank has
   std::string comm_alg;
 
+  bool is_hierarchical() const { return comm_alg == "hierarchy"; }
   bool is_shared_rank() const { return rank < shared_ranks; }
   int64_t experts_per_rank() const { return moe_experts / (world_size - shared_ranks); }
   int64_t num_local_experts() const { return is_shared_rank() ? 1 : experts_per_rank(); }

@@ -49,11 +49,31 @@ const Limits kA3{"the document of aclnnMoeDistributeDispatchV2 for Atlas A3, CAN
                  kUnlimited,
                  2048,
                  16};
+const Limits kA2Hierarchy{"the document of aclnnMoeDistributeDispatchV2 for Atlas A2, CANN 8.5, hierarchy",
+                          {{16, 16}, {32, 32}, {64, 64}},
+                          {1, 512},
+                          {32, 10240},
+                          32,
+                          512,
+                          kUnlimited,
+                          kUnlimited,
+                          16};
+const Limits kA3Hierarchy{"the document of aclnnMoeDistributeDispatchV2 for Atlas A3, CANN 8.5, hierarchy",
+                          {{16, 16},   {32, 32},   {48, 48},   {64, 64},   {80, 80},   {96, 96},   {112, 112}, {128, 128},
+                           {144, 144}, {160, 160}, {176, 176}, {192, 192}, {208, 208}, {224, 224}, {240, 240}, {256, 256}},
+                          {1, 256},
+                          {1024, 8192},
+                          1,
+                          512,
+                          kUnlimited,
+                          kUnlimited,
+                          16};
 const std::vector<Range> kVersion1A2WorldSizes{{16, 16}, {32, 32}, {64, 64}};
 const std::vector<Range> kVersion1A3WorldSizes{{8, 8},     {16, 16},   {32, 32},   {64, 64},
                                                {128, 128}, {144, 144}, {256, 256}, {288, 288}};
 
-Limits limits_of(Family family, bool version_1) {
+Limits limits_of(Family family, bool version_1, bool hierarchical) {
+  if (hierarchical) return family == Family::kA2 ? kA2Hierarchy : kA3Hierarchy;
   Limits limits = family == Family::kA2 ? kA2 : kA3;  // no document gives A5's; it gets A3's
   if (!version_1) return limits;
   limits.world_sizes = family == Family::kA2 ? kVersion1A2WorldSizes : kVersion1A3WorldSizes;
@@ -107,6 +127,15 @@ BufferNeed buffer_need(Family family, const Placement& place, bool version_1, in
   constexpr int64_t kRowFacts = 64;       // that go with a row to its expert
   const auto mb = [](int64_t bytes) { return rounded_up(bytes, kMb) / kMb; };
   const int64_t row = kBytes * width;
+  if (place.is_hierarchical()) {
+    constexpr int64_t kRanksOfGroup = 4;
+    const int64_t row_and_facts = row + 4 * 4 * rounded_up(top_k, 8);
+    if (family == Family::kA2) {
+      return {mb((place.moe_experts + place.world_size / kRanksOfGroup) * rounded_up(tokens * row_and_facts, kBlock)) + 8,
+              "(E + W / 4) * al512(B * (2H + 16 * al8(K))) + 8 MB, the hierarchy on A2"};
+    }
+    return {mb(place.moe_experts * tokens * row_and_facts) + 404, "E * B * (2H + 16 * al8(K)) + 404 MB, the hierarchy on A3"};
+  }
   if (family == Family::kA2) {
     const int64_t copies = std::min(place.experts_per_rank(), top_k);
     return {mb(kWindows * (tokens * place.world_size * copies * row + 2 * kMb)),
@@ -146,7 +175,7 @@ void check_limits(const Placement& place, bool version_1, int64_t own_tokens, in
   const Soc& soc = current_soc();
   require(soc.family != Family::k310P, soc.name, " has no MoE dispatch and combine; use all-gather instead");
   if (limits_are_off()) return;
-  const Limits limits = limits_of(soc.family, version_1);
+  const Limits limits = limits_of(soc.family, version_1, place.is_hierarchical());
   const auto check = [&](bool fits, const char* name, int64_t value, const std::string& allowed) {
     require(fits, name, "=", value, " is not one that ", soc.name, " takes: ", allowed, " (", limits.source,
             "); VLLM_NPU_EMULATOR_LIMITS=none lets the emulator take it");

@@ -13,11 +13,13 @@ from vllm_ascend.ops.fused_moe.moe_runtime_args import (
 from vllm_ascend.quantization.quant_type import QuantType
 
 from vllm_npu import strategies
+from vllm_npu.limits import QuantMode
 from vllm_npu.pipeline import MoEPipeline
+from vllm_npu.plugin import compat
 from vllm_npu.plugin.forward_context import current_step
 from vllm_npu.plugin.groups import model_groups
 
-_PIPELINES: dict[tuple[str, bool, int], MoEPipeline] = {}
+_PIPELINES: dict[tuple[str, bool, int, QuantMode], MoEPipeline] = {}
 
 
 class PipelineCommMethod(MoECommMethod):
@@ -66,7 +68,8 @@ class PipelineCommMethod(MoECommMethod):
             topk_weights = torch.ones_like(topk_weights)
         step = current_step()
         before_dispatch = torch.get_device_module(hidden_states.device).current_stream().record_event()
-        finalized = self._pipeline(step.strategy).run(
+        quant_mode = compat.current().QUANT_MODES[fused_experts_input.quant.quant_type]
+        finalized = self._pipeline(step.strategy, quant_mode).run(
             hidden_states, topk_weights.float(), topk_ids, call.compute, step.plan, reduce_results=False
         )
         return FusedExpertsResult(
@@ -79,11 +82,11 @@ class PipelineCommMethod(MoECommMethod):
             swiglu_limit=fused_experts_input.swiglu_limit,
         )
 
-    def _pipeline(self, strategy: str) -> MoEPipeline:
+    def _pipeline(self, strategy: str, quant_mode: QuantMode) -> MoEPipeline:
         use_ep, num_experts = bool(self.moe_config.use_ep), int(self.moe_config.num_experts)
-        key = strategy, use_ep, num_experts
+        key = strategy, use_ep, num_experts, quant_mode
         if key not in _PIPELINES:
-            _PIPELINES[key] = strategies.build(strategy, model_groups(expert_parallel=use_ep), num_experts)
+            _PIPELINES[key] = strategies.build(strategy, model_groups(expert_parallel=use_ep), num_experts, quant_mode)
         return _PIPELINES[key]
 
     def _get_token_dispatcher(self) -> Any:
@@ -106,16 +109,19 @@ class _ExpertsCall:
         self.before_gmm2: Any = None
         self.before_combine: Any = None
 
-    def compute(self, expert_input: torch.Tensor, tokens_per_expert: torch.Tensor) -> torch.Tensor:
-        """Grouped matmul, activation, grouped matmul; unquantised rows are quantised where the weights are."""
+    def compute(
+        self, expert_input: torch.Tensor, tokens_per_expert: torch.Tensor, dynamic_scales: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Grouped matmul, activation, grouped matmul: of int8 rows where there are scales."""
         self.tokens_per_expert = tokens_per_expert
         if expert_input.shape[0] == 0:  # the ops take no empty tensors
-            return expert_input
+            return self._given.hidden_states.new_empty(expert_input.shape)
         dispatched = MoETokenDispatchOutput(
             hidden_states=expert_input,
             group_list=tokens_per_expert,
             group_list_type=COUNTS,
             combine_metadata=None,
+            dynamic_scale=dynamic_scales,
         )
         output, self.before_gmm2 = self._method._apply_mlp(
             build_mlp_compute_input(

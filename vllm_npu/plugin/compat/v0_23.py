@@ -29,7 +29,7 @@ from vllm_ascend.utils import enable_sp, enable_sp_by_pass, should_skip_allreduc
 
 from vllm_npu.device.npu_ops import device_limits as limits_of_this_npu
 from vllm_npu.errors import UnsupportedConfigError
-from vllm_npu.limits import HCCL_BUFFSIZE_DEFAULT_MB, DeviceLimits
+from vllm_npu.limits import HCCL_BUFFSIZE_DEFAULT_MB, DeviceLimits, QuantMode
 from vllm_npu.plugin.layer_facts import LayerFacts, exchanges_tokens
 from vllm_npu.plugin.options import Options
 from vllm_npu.start_checks import PlannedShape, check_start
@@ -46,7 +46,7 @@ COMM_TYPES = {
     "allgather": MoECommType.ALLGATHER,
     "naive": MoECommType.ALLGATHER,
 }
-QUANTISATIONS = (QuantType.NONE, QuantType.W8A8)
+QUANT_MODES = {QuantType.NONE: QuantMode.NONE, QuantType.W8A8: QuantMode.INT8_PER_TOKEN}  # of layers, and on the wire
 
 
 # --- what both release lines have ---
@@ -58,7 +58,12 @@ def moe_layers(vllm_config: VllmConfig) -> tuple[list[LayerFacts], list[str]]:
     layers = [layer for layer in _static_layers(vllm_config) if isinstance(layer, FusedMoE)]
     sharding = TokenSharding.SLICED_OVER_TP if enable_sp(vllm_config) else TokenSharding.REPLICATED
     ours = [
-        LayerFacts.of(layer.moe_config, sharding=sharding, experts=layer.quant_method)
+        LayerFacts.of(
+            layer.moe_config,
+            sharding=sharding,
+            experts=layer.quant_method,
+            quant_mode=QUANT_MODES.get(layer.quant_type, QuantMode.NONE),
+        )
         for layer in layers
         if isinstance(layer, AscendFusedMoE) and exchanges_tokens(layer.moe_config)
     ]
@@ -140,7 +145,7 @@ def check_supported(vllm_config: VllmConfig) -> None:
         "MoE layers with different numbers of experts": len({int(layer.moe_config.num_experts) for layer in layers})
         > 1,
     }
-    refused |= {f"quantisation {layer.quant_type}": True for layer in layers if layer.quant_type not in QUANTISATIONS}
+    refused |= {f"quantisation {layer.quant_type}": True for layer in layers if layer.quant_type not in QUANT_MODES}
     reasons = [reason for reason, applies in refused.items() if applies]
     if reasons:
         raise UnsupportedConfigError(

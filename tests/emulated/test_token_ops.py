@@ -1,0 +1,273 @@
+"""The C++ operators on HCCL, beside the same transport through torch.distributed: same bits, same counts, on real ranks."""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from tests.cases import distinct_ids, same_bits, seeded
+from vllm_npu.emulator import launcher, soc
+from vllm_npu.errors import TransportError
+from vllm_npu.hccl import token_ops
+from vllm_npu.step_plan import StepPlan, TokenSharding
+from vllm_npu.strategies import build
+from vllm_npu.token_layout import RowFormat
+from vllm_npu.transport.base import Groups, Transport
+from vllm_npu.transport.hccl import HcclTransport
+from vllm_npu.transport.launch import ProcessRankPool, Rank
+from vllm_npu.transport.recording import CollectiveCounter, record
+
+pytestmark = pytest.mark.emulated
+
+UNEVEN = {"HcclAllGatherV", "HcclReduceScatterV"}
+# chip's family, ranks, environment
+WAYS = {
+    "V collectives": ("A3", 4, {"VLLM_NPU_EMULATOR_ASYNC": "7"}),
+    "exchanges": ("A2", 4, {"VLLM_NPU_EMULATOR_ASYNC": "8"}),
+    "task queue": ("A3", 2, {"TASK_QUEUE_ENABLE": "1"}),
+    "310P": ("310P", 2, {}),
+}
+
+
+class ThroughTorchDistributed(HcclTransport):
+    """The transport of a group without the operators."""
+
+    def _has_ops(self) -> bool:
+        return False
+
+
+@contextmanager
+def ranks_on(monkeypatch, family: str, num_ranks: int, env: dict[str, str]) -> Iterator[ProcessRankPool]:
+    for name, value in {"VLLM_NPU_EMULATOR_SOC": family, "VLLM_NPU_EMULATOR_TRACE": "1", **env}.items():
+        monkeypatch.setenv(name, value)
+    with launcher.emulated_devices(num_ranks), ProcessRankPool(num_ranks, transport="hccl") as pool:
+        yield pool
+
+
+def pair(t: HcclTransport) -> tuple[HcclTransport, HcclTransport]:
+    return t, ThroughTorchDistributed(t.process_group, t.group)
+
+
+def any_rows(rank: int, num_rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+    """Rows whose last one, if there is one, is NaN, or the least integer."""
+    rows = torch.randint(-9, 9, (num_rows, width), generator=seeded(rank * 100 + width), device="cpu").to(dtype)
+    rows[-1:] = float("nan") if dtype.is_floating_point else torch.iinfo(dtype).min
+    return rows.to(torch.get_default_device())
+
+
+def sizes_of(t: Transport) -> Iterator[list[int]]:
+    yield from ([3] * t.size, [0] * t.size, [7] + [0] * (t.size - 1), [(2 * r + 1) % 4 for r in range(t.size)])
+    yield from ([r * 5 for r in range(t.size)], [0] * (t.size - 1) + [1])
+
+
+def gathers(t: HcclTransport) -> None:
+    for sizes in sizes_of(t):
+        own = sizes[t.rank]
+        fields = [any_rows(t.rank, own, width, dtype) for width, dtype in
+                  ((5, torch.float16), (3, torch.float32), (1, torch.int8), (3, torch.int32), (2, torch.int64))]  # fmt: skip
+        before = [field.clone() for field in fields]
+        first, second = (each.gather_tokens(fields, sizes) for each in pair(t))
+        assert [each.shape[0] for each in first] == [sum(sizes)] * len(fields)
+        assert all(same_bits(a, b) for a, b in zip(first, second, strict=True))
+        for field, as_it_was in zip(fields, before, strict=True):
+            assert same_bits(field, as_it_was)
+            assert same_bits(*(each.all_gather(field.t().contiguous().t(), sizes) for each in pair(t)))
+
+
+def scatters(t: HcclTransport) -> None:
+    for sizes in sizes_of(t):
+        for dtype in (torch.float16, torch.float32, torch.int16, torch.int32, torch.int64):
+            rows = any_rows(t.rank, sum(sizes), 6, dtype)
+            first, second = (each.reduce_scatter(rows, sizes) for each in pair(t))
+            torch.testing.assert_close(first, second, rtol=0, atol=0, equal_nan=True)
+            finite = rows[:, :3].nan_to_num(0) + 0.1 if dtype.is_floating_point else rows
+            assert same_bits(*(each.reduce_scatter(finite, sizes) for each in pair(t)))
+
+
+def exchanges(t: HcclTransport) -> None:
+    for seed in range(4):
+        matrix = torch.randint(0, 4, (t.size, t.size), generator=seeded(seed), device="cpu")
+        matrix *= torch.tensor([seed > 0, seed != 1, True, True], device="cpu")[: t.size]  # nobody sends to some ranks
+        sent, received = matrix[t.rank], matrix[:, t.rank].tolist()
+        fields = [any_rows(t.rank, int(sent.sum()), *field) for field in ((9, torch.float16), (2, torch.int32))]
+        results = [each.exchange_tokens(fields, sent.to(fields[0].device)) for each in pair(t)]
+        for rows, sent_rows, received_rows in results:
+            assert (sent_rows, received_rows) == (sent.tolist(), received)
+            assert [tuple(each.shape) for each in rows] == [(sum(received), 9), (sum(received), 2)]
+        assert all(same_bits(a, b) for a, b in zip(results[0][0], results[1][0], strict=True))
+        assert same_bits(*(each.all_to_all(fields[0], sent.tolist(), received) for each in pair(t)))
+
+
+def same_as_torch_distributed(rank: Rank, grid: tuple[int, int]) -> None:
+    groups = rank.groups(tp_size=grid[0], dp_size=grid[1])
+    with rank.device:
+        for t in (groups.tp, groups.dp, groups.ep):
+            if t.size > 1:
+                assert t._has_ops()
+                gathers(t)
+                scatters(t)
+                exchanges(t)
+
+
+def outputs_and_counts(rank: Rank, grid: tuple[int, int], strategies: list[str]) -> None:
+    """Every strategy on uneven counts: the same output and the same counts of collectives and bytes both ways."""
+    groups = rank.groups(tp_size=grid[0], dp_size=grid[1])
+    transports = (groups.tp, groups.dp, groups.ep)
+    step = StepPlan(num_tokens_across_dp=tuple(range(1, grid[1] + 1)), sharding=TokenSharding.REPLICATED)
+    tokens, generator = step.num_tokens_across_dp[groups.topology.dp_rank], seeded(groups.topology.dp_rank)
+    ids = distinct_ids(tokens, 2, 8, generator).to(rank.device)
+    weights = torch.rand(tokens, 2, generator=generator).to(rank.device)
+    hidden_states = torch.randn(tokens, 32, generator=generator).half().to(rank.device)
+    for strategy in strategies:
+        results = []
+        for each in zip(*map(pair, transports), strict=True):
+            counter = CollectiveCounter()
+            counted = Groups(groups.topology, *(record(t, counter) for t in each))
+            output = build(strategy, counted, num_experts=8).run(
+                hidden_states, weights, ids, lambda rows, _: rows * 2, step
+            )
+            results.append((output.hidden_states, counter.calls, counter.bytes_sent))
+        assert same_bits(results[0][0], results[1][0]), strategy
+        assert results[0][1:] == results[1][1:], strategy
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_same_bits_and_counts_as_through_torch_distributed(monkeypatch, capfd, way):
+    family, num_ranks, env = WAYS[way]
+    grid = (num_ranks // 2, 2)
+    with ranks_on(monkeypatch, family, num_ranks, env) as pool:
+        pool.run(same_as_torch_distributed, grid)
+        called = {word for word in capfd.readouterr().err.split() if word.startswith("Hccl")}
+        assert called & UNEVEN == (set() if family == "A2" else UNEVEN)
+        pool.run(outputs_and_counts, grid, ["allgather"] if family == "310P" else ["all2all", "allgather", "naive"])
+
+
+# --- messages, traces ---
+
+
+def packs_as(rank: Rank) -> list[bool]:
+    """Whether a message of one rank is RowFormat's, field by field."""
+    t = rank.groups(tp_size=1, dp_size=2).dp
+    equal = []
+    for widths in ((5, 3, 2), (8, 4, 4), (1, 1, 1)):
+        fields = [any_rows(t.rank, 3, *field).to(rank.device) for field in
+                  zip(widths, (torch.int8, torch.float32, torch.int64), strict=True)]  # fmt: skip
+        assert t._has_ops()
+        message = token_ops.ops().gather_message(fields, [3, 3], t._name)
+        row_format = RowFormat.of(fields)
+        own = row_format.unpack(message[3 * t.rank : 3 * t.rank + 3])
+        equal.append(message.shape[1] == row_format.row_bytes)
+        equal += [same_bits(a, b) for a, b in zip(own, fields, strict=True)]
+    return equal
+
+
+def compiled(rank: Rank) -> None:
+    """fullgraph, then again with other sizes."""
+    torch._dynamo.config.capture_dynamic_output_shape_ops = True
+    ops, t = token_ops.ops(), rank.groups(tp_size=1, dp_size=rank.num_ranks).ep
+    assert t._has_ops()
+
+    def there_and_back(x: torch.Tensor, ids: torch.Tensor, sizes: list[int]) -> torch.Tensor:
+        rows, all_ids = ops.gather_tokens([x * 2, ids], sizes, t._name)
+        return ops.scatter_reduce_tokens(rows + all_ids[:, :1], sizes, t.rank, t._name) - 1
+
+    def exchanged(x: torch.Tensor, ids: torch.Tensor, rows: torch.Tensor) -> list[torch.Tensor]:
+        (received, received_ids), _ = ops.exchange_tokens([x, ids], rows, t._name)
+        return [received * 2, received_ids]
+
+    def returned(x: torch.Tensor, send: list[int], receive: list[int]) -> torch.Tensor:
+        return ops.exchange_rows(x + 1, send, receive, t._name) * 2
+
+    with rank.device:
+        for function in (there_and_back, exchanged, returned):
+            whole_graph = torch.compile(function, backend="aot_eager", fullgraph=True)
+            for sizes in ([2, 3], [4, 1]):
+                own = sizes[t.rank]
+                x, ids = any_rows(t.rank, own, 4, torch.float16), any_rows(t.rank, own, 2, torch.int32)
+                arguments = {
+                    there_and_back: (x, ids, sizes),
+                    exchanged: (x, ids, torch.tensor([own - 1, 1])),
+                    returned: (x, [own - 1, 1], [sizes[0] - 1, sizes[1] - 1] if t.rank == 0 else [1, 1]),
+                }[function]
+                wanted = function(*arguments)
+                found = whole_graph(*arguments)
+                for a, b in zip(*([each] if isinstance(each, torch.Tensor) else each for each in (wanted, found)),
+                                strict=True):  # fmt: skip
+                    assert same_bits(a, b)
+
+
+def a_rank_differs(rank: Rank) -> None:
+    rank.groups(tp_size=1, dp_size=2).dp.all_gather(torch.ones(rank.rank + 1, 3).to(rank.device))
+
+
+def test_messages_whole_graphs_and_what_a_failing_call_says(monkeypatch):
+    with ranks_on(monkeypatch, "A3", 2, {}) as pool:
+        assert all(map(all, pool.run(packs_as)))
+        pool.run(compiled)
+        for error in pool.outcomes(a_rank_differs):
+            assert isinstance(error, TransportError)
+            assert str(error).startswith(
+                f"all_gather on group 'dp' failed on rank {error.rank}: HcclAllGather returned 1"
+            )
+            assert "(parameter error); compare what each rank passed" in str(error)
+            assert "rank 1: HcclAllGather count=24 dtype=int8" in str(error), "HCCL's own text"
+
+
+@pytest.mark.parametrize("device", ["meta", "npu"])
+def test_shapes_without_running_anything(device):
+    assert token_ops.why_not() is None
+    ops = token_ops.ops()
+    fake = torch._subclasses.fake_tensor.FakeTensorMode(
+        shape_env=torch.fx.experimental.symbolic_shapes.ShapeEnv(allow_dynamic_output_shape_ops=True)
+    )
+    with fake:
+        x = torch.empty(3, 5, dtype=torch.bfloat16, device=device)
+        scales, ids = torch.empty(3, 1, device=device), torch.empty(3, 2, dtype=torch.int32, device=device)
+        rows, all_scales, all_ids = ops.gather_tokens([x, scales, ids], [3, 0, 4], "no group yet")
+        assert [tuple(each.shape) for each in (rows, all_scales, all_ids)] == [(7, 5), (7, 1), (7, 2)]
+        assert [each.dtype for each in (rows, all_scales, all_ids)] == [torch.bfloat16, torch.float32, torch.int32]
+        assert tuple(ops.gather_tokens([x], [3, 0, 4], "g")[0].shape) == (7, 5)
+        assert tuple(ops.scatter_reduce_tokens(x, [1, 0, 2], 2, "g").shape) == (2, 5)
+        assert tuple(ops.exchange_rows(x, [1, 1, 1], [0, 4, 1], "g").shape) == (5, 5)
+        received, sizes = ops.exchange_tokens([x, ids], torch.empty(3, dtype=torch.int64, device=device), "g")
+        assert (tuple(sizes.shape), sizes.device.type) == ((2, 3), "cpu")
+        assert [each.shape[1] for each in received] == [5, 2]
+        assert received[0].device.type == device
+
+
+# --- ranks that lack them ---
+
+
+def lacks_them(rank: Rank, reasons: list[dict[str, str]]) -> tuple[bool, list[int], str]:
+    os.environ.update(reasons[rank.rank])
+    messages = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logging.getLogger("vllm.npu.hccl").addHandler(handler)
+    t = rank.groups(tp_size=1, dp_size=3).dp
+    gathered = t.all_gather(torch.arange(t.rank, device=rank.device), [0, 1, 2])
+    return t._has_ops(), gathered.tolist(), " ".join(messages)
+
+
+def test_all_ranks_go_through_torch_distributed_where_some_lack_the_operators(monkeypatch, tmp_path):
+    no_compiler = {"VLLM_NPU_ENV_HOME": str(tmp_path), "CXX": "no-compiler"}
+    with ranks_on(monkeypatch, "A3", 3, {}) as pool:
+        outcomes = pool.run(lacks_them, [{}, {"VLLM_NPU_HCCL_OPS": "0"}, no_compiler])
+    for (has_ops, gathered, logged), reason in zip(
+        outcomes,
+        ["see their logs", "here: VLLM_NPU_HCCL_OPS=0", "needs a C++ compiler, and there is no no-compiler on PATH"],
+        strict=True,
+    ):
+        assert (has_ops, gathered) == (False, [0, 0, 1])
+        assert "group 'dp' goes through torch.distributed: ranks [1, 2] cannot use the C++ operators" in logged
+        assert reason in logged
+
+
+def test_limits_name_the_chips_with_uneven_collectives():
+    from vllm_npu.limits import DEVICES
+
+    having = {family.name for family in soc.FAMILIES if DEVICES[family.name].uneven_collectives}
+    assert having == {"A3", "310P"}

@@ -1,0 +1,1 @@
+"""HCCL without torch.distributed: operators that call it from C++."""

@@ -8,6 +8,7 @@ combine                    the inverse of dispatch, from its handle
 finalize                   the inverse of prepare, from its handle
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -34,11 +35,17 @@ class MoEPipeline:
         step: StepPlan,
         *,
         reduce_results: bool = True,
+        meanwhile: Callable[[], None] | None = None,  # what may run while the tokens travel to their experts
     ) -> Finalized:
         """The routed experts' output for this rank's tokens. COLLECTIVE: the sum of its stages' costs."""
         prepared = self.prepare_finalize.prepare(hidden_states, (topk_weights, topk_ids), step)
         weights, ids = prepared.per_token
-        dispatched = self.dispatcher.dispatch(prepared.hidden_states, weights, ids, prepared.mask)
+        if meanwhile is None:
+            dispatched = self.dispatcher.dispatch(prepared.hidden_states, weights, ids, prepared.mask)
+        else:
+            pending = self.dispatcher.dispatch_start(prepared.hidden_states, weights, ids, prepared.mask)
+            meanwhile()
+            dispatched = pending.finish()
         expert_output = experts(dispatched.expert_input, dispatched.tokens_per_expert)
         routed_output = self.dispatcher.combine(expert_output, dispatched.handle)
         return self.prepare_finalize.finalize(routed_output, prepared.handle, reduce_results=reduce_results)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from vllm_npu.errors import InvalidInputError
-from vllm_npu.handles import Handle
+from vllm_npu.handles import Handle, Pending
 from vllm_npu.topology import ExpertPlacement
 from vllm_npu.transport.base import Groups
 
@@ -45,6 +45,23 @@ class Dispatcher(ABC):
         mask: torch.Tensor | None = None,  # [num_tokens] bool, a prefix; None: all tokens are real
     ) -> Dispatched:
         """Bring each token to its experts. The inputs are not written."""
+
+    def dispatch_start(
+        self,
+        hidden_states: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        mask: torch.Tensor | None = None,
+    ) -> Pending[Dispatched]:
+        """dispatch whose tokens travel while the caller computes, up to the finish. Here: all of it at once, for those that
+        move nothing or have one op for the whole (torch_npu 2.13 has no setup and teardown of MC2's)."""
+        dispatched = self.dispatch(hidden_states, topk_weights, topk_ids, mask)
+        return Pending(stage=f"{type(self).__name__}.dispatch", complete=lambda: dispatched)
+
+    def combine_start(self, expert_output: torch.Tensor, handle: DispatchHandle) -> Pending[torch.Tensor]:
+        """combine in the same way. It consumes the handle at the start."""
+        combined = self.combine(expert_output, handle)
+        return Pending(stage=f"{type(self).__name__}.combine", complete=lambda: combined)
 
     @abstractmethod
     def combine(

@@ -23,7 +23,10 @@ class MC2DispatchHandle(DispatchHandle):
 
 
 class MC2Dispatcher(Dispatcher):
-    """Every rank must bring the same number of rows: MC2PrepareAndFinalize sees to that."""
+    """Every rank must bring the same number of rows: MC2PrepareAndFinalize sees to that.
+
+    Ascend's ops alternate on a group: there, combine a micro-batch before the next one's dispatch.
+    """
 
     def dispatch(
         self,

@@ -1,7 +1,8 @@
-"""What a stage returns for its inverse: frozen, and consumed once."""
+"""What a stage returns for its inverse, or for its own end: frozen, and consumed once."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 from vllm_npu.errors import HandleMismatchError
 
@@ -20,6 +21,22 @@ class Handle:
                 "makes one handle for one call of its inverse"
             )
         self._spent.append(stage)
+
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pending(Handle, Generic[Result]):
+    """Returned by a stage's start. Ranks start alike; several may be in flight, and finish in any order."""
+
+    stage: str
+    complete: Callable[[], Result]  # waits; called by finish only
+
+    def finish(self) -> Result:
+        """The stage's result. Call it once, on the stream of the start. Raises HandleMismatchError the second time."""
+        self.spend(f"finish of {self.stage}")
+        return self.complete()
 
 
 HandleT = TypeVar("HandleT", bound=Handle)

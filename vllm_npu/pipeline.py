@@ -8,6 +8,7 @@ combine                    the inverse of dispatch, from its handle
 finalize                   the inverse of prepare, from its handle
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +37,7 @@ class MoEPipeline:
         step: StepPlan,
         *,
         reduce_results: bool = True,
+        meanwhile: Callable[[], None] | None = None,  # what may run while the tokens travel to their experts
     ) -> Finalized:
         """The routed experts' output for this rank's tokens. COLLECTIVE: the sum of its stages' costs."""
         per_token: tuple[torch.Tensor, ...] = (topk_weights, topk_ids)
@@ -43,7 +45,13 @@ class MoEPipeline:
             hidden_states, dynamic_scales = ops_of(hidden_states).npu_dynamic_quant(hidden_states)
             per_token += (dynamic_scales,)
         prepared = self.prepare_finalize.prepare(hidden_states, per_token, step)
-        dispatched = self.dispatcher.dispatch(RoutedTokens.of(prepared))
+        tokens = RoutedTokens.of(prepared)
+        if meanwhile is None:
+            dispatched = self.dispatcher.dispatch(tokens)
+        else:
+            pending = self.dispatcher.dispatch_start(tokens)
+            meanwhile()
+            dispatched = pending.finish()
         expert_output = experts(dispatched.expert_input, dispatched.tokens_per_expert, dispatched.dynamic_scales)
         routed_output = self.dispatcher.combine(expert_output, dispatched.handle)
         return self.prepare_finalize.finalize(routed_output, prepared.handle, reduce_results=reduce_results)

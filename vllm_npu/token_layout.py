@@ -133,12 +133,21 @@ def move_together(
     return [*move(tensors[:1]), *move_together(tensors[1:], max_rows, move)]
 
 
+def as_message(
+    tensors: Sequence[torch.Tensor],  # each [n, width]
+) -> tuple[torch.Tensor, Callable[[torch.Tensor], list[torch.Tensor]]]:
+    """The tensors' rows as one message, and what takes such a message apart again, into views. One tensor is its own
+    message."""
+    if len(tensors) == 1:
+        return tensors[0].contiguous(), lambda message: [message]
+    row_format = RowFormat.of(tensors)
+    return row_format.pack(tensors), row_format.unpack
+
+
 def pack_and_move(
     tensors: Sequence[torch.Tensor],  # each [n, width]
     move: Callable[[torch.Tensor], torch.Tensor],  # moves the rows of one tensor
 ) -> list[torch.Tensor]:
     """Move several tensors as one message; the results are views of it."""
-    if len(tensors) == 1:
-        return [move(tensors[0])]
-    row_format = RowFormat.of(tensors)
-    return row_format.unpack(move(row_format.pack(tensors)))
+    message, take_apart = as_message(tensors)
+    return take_apart(move(message))

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.cases import distinct_ids, same_bits, seeded
+from tests.ranks.test_split_phase import IN_FLIGHT, start_does_not_wait
 from vllm_npu.emulator import launcher, soc
 from vllm_npu.errors import TransportError
 from vllm_npu.hccl import token_ops
@@ -127,7 +128,7 @@ def outputs_and_counts(rank: Rank, grid: tuple[int, int], strategies: list[str])
             counter = CollectiveCounter()
             counted = Groups(groups.topology, *(record(t, counter) for t in each))
             output = build(strategy, counted, num_experts=8).run(
-                hidden_states, weights, ids, lambda rows, _: rows * 2, step
+                hidden_states, weights, ids, lambda rows, *_: rows * 2, step
             )
             results.append((output.hidden_states, counter.calls, counter.bytes_sent))
         assert same_bits(results[0][0], results[1][0]), strategy
@@ -143,6 +144,10 @@ def test_same_bits_and_counts_as_through_torch_distributed(monkeypatch, capfd, w
         called = {word for word in capfd.readouterr().err.split() if word.startswith("Hccl")}
         assert called & UNEVEN == (set() if family == "A2" else UNEVEN)
         pool.run(outputs_and_counts, grid, ["allgather"] if family == "310P" else ["all2all", "allgather", "naive"])
+        for shows in IN_FLIGHT.values() if family != "310P" else ():
+            pool.run(shows, "all2all")
+        if "VLLM_NPU_EMULATOR_ASYNC" in env:
+            pool.run(start_does_not_wait)
 
 
 # --- messages, traces ---

@@ -10,9 +10,10 @@ import torch
 
 from vllm_npu.device import ops_of
 from vllm_npu.dispatch.base import Dispatched, Dispatcher, DispatchHandle, RoutedTokens
-from vllm_npu.handles import check_handle
+from vllm_npu.handles import Pending, check_handle
 from vllm_npu.limits import QuantMode
 from vllm_npu.routing import RankDestinations
+from vllm_npu.transport.base import Exchanged
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,22 +33,36 @@ class All2AllVDispatcher(Dispatcher):
     def dispatch(self, tokens: RoutedTokens) -> Dispatched:
         """Two all-to-alls: 8 bytes a rank of counts, then [hidden | weights | ids] of each token once a destination; int8
         rows with their scales in the same message."""
+        destinations, outgoing = self._outgoing(tokens)
+        return self._arrived(destinations, self.groups.ep.exchange_tokens(outgoing, destinations.rows_per_rank))
+
+    def dispatch_start(self, tokens: RoutedTokens) -> Pending[Dispatched]:
+        """The counts are through when it returns; the tokens travel until the finish, which sorts them by expert."""
+        destinations, outgoing = self._outgoing(tokens)
+        exchange = self.groups.ep.exchange_tokens_start(outgoing, destinations.rows_per_rank)
+        return Pending(
+            stage="All2AllVDispatcher.dispatch", complete=lambda: self._arrived(destinations, exchange.finish())
+        )
+
+    def _outgoing(self, tokens: RoutedTokens) -> tuple[RankDestinations, tuple[torch.Tensor, ...]]:
         tokens.check(self.placement.num_experts)
         hidden_states, topk_weights, topk_ids = tokens.hidden_states, tokens.topk_weights, tokens.topk_ids
         if tokens.mask is not None:
             hidden_states, topk_weights, topk_ids = (x[tokens.mask] for x in (hidden_states, topk_weights, topk_ids))
-        ops = ops_of(hidden_states)
-        payload = (hidden_states,) if self.quant_mode is QuantMode.NONE else ops.npu_dynamic_quant(hidden_states)
+        payload = (hidden_states,)
+        if self.quant_mode is not QuantMode.NONE:
+            payload = ops_of(hidden_states).npu_dynamic_quant(hidden_states)
         destinations = RankDestinations.build(topk_ids, self.placement)
         outgoing = (
             *(part[destinations.tokens] for part in payload),
             topk_weights[destinations.tokens].float(),
             destinations.local_ids(topk_ids, self.placement).int(),
         )
-        received, sent_rows, received_rows = self.groups.ep.exchange_tokens(outgoing, destinations.rows_per_rank)
-        rows, *scales, weights, local_ids = received
+        return destinations, outgoing
 
-        routed = ops.init_routing(rows, local_ids, self.placement.experts_per_rank, *scales)
+    def _arrived(self, destinations: RankDestinations, exchanged: Exchanged) -> Dispatched:
+        (rows, *scales, weights, local_ids), sent_rows, received_rows = exchanged
+        routed = ops_of(rows).init_routing(rows, local_ids, self.placement.experts_per_rank, *scales)
         handle = All2AllVHandle(
             expert_rows=routed.expanded_x.shape[0],
             row_of_rank=destinations.row_of_rank,
@@ -66,10 +81,21 @@ class All2AllVDispatcher(Dispatcher):
     def combine(self, expert_output: torch.Tensor, handle: DispatchHandle) -> torch.Tensor:
         """One all-to-all of one row a (token, rank), weighted and summed where the experts are. The sum over ranks is in
         float32, ranks ascending, of rows already rounded to expert_output's dtype."""
+        handle, weighted = self._weighted(expert_output, handle)
+        return self._summed(self.groups.ep.all_to_all(weighted, handle.received_rows, handle.sent_rows), handle)
+
+    def combine_start(self, expert_output: torch.Tensor, handle: DispatchHandle) -> Pending[torch.Tensor]:
+        """The weighted rows travel until the finish, which adds them up."""
+        handle, weighted = self._weighted(expert_output, handle)
+        return_trip = self.groups.ep.all_to_all_start(weighted, handle.received_rows, handle.sent_rows)
+        return Pending(stage="All2AllVDispatcher.combine", complete=lambda: self._summed(return_trip.finish(), handle))
+
+    def _weighted(self, expert_output: torch.Tensor, handle: DispatchHandle) -> tuple[All2AllVHandle, torch.Tensor]:
         handle = check_handle(handle, All2AllVHandle, "All2AllVDispatcher.combine")
         self._check_combine(expert_output, handle)
         ops = ops_of(expert_output)
-        weighted = ops.finalize_routing(expert_output, handle.row_of_pair, handle.received_weights)
-        returned = self.groups.ep.all_to_all(weighted, handle.received_rows, handle.sent_rows)
-        combined: torch.Tensor = ops.finalize_routing(returned, handle.row_of_rank)
+        return handle, ops.finalize_routing(expert_output, handle.row_of_pair, handle.received_weights)
+
+    def _summed(self, returned: torch.Tensor, handle: All2AllVHandle) -> torch.Tensor:
+        combined: torch.Tensor = ops_of(returned).finalize_routing(returned, handle.row_of_rank)
         return combined

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from vllm_npu.errors import InvalidInputError
-from vllm_npu.handles import Handle
+from vllm_npu.handles import Handle, Pending
 from vllm_npu.limits import QuantMode
 from vllm_npu.prepare_finalize.base import Prepared
 from vllm_npu.routing import check_topk
@@ -83,6 +83,17 @@ class Dispatcher(ABC):
     @abstractmethod
     def dispatch(self, tokens: RoutedTokens) -> Dispatched:
         """Bring each token to its experts. The inputs are not written."""
+
+    def dispatch_start(self, tokens: RoutedTokens) -> Pending[Dispatched]:
+        """dispatch whose tokens travel while the caller computes, up to the finish. Here: all of it at once, for those that
+        move nothing or have one op for the whole (torch_npu 2.13 has no setup and teardown of MC2's)."""
+        dispatched = self.dispatch(tokens)
+        return Pending(stage=f"{type(self).__name__}.dispatch", complete=lambda: dispatched)
+
+    def combine_start(self, expert_output: torch.Tensor, handle: DispatchHandle) -> Pending[torch.Tensor]:
+        """combine in the same way. It consumes the handle at the start."""
+        combined = self.combine(expert_output, handle)
+        return Pending(stage=f"{type(self).__name__}.combine", complete=lambda: combined)
 
     @abstractmethod
     def combine(

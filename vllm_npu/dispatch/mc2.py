@@ -25,7 +25,10 @@ class MC2DispatchHandle(DispatchHandle):
 
 class MC2Dispatcher(Dispatcher):
     """Ranks bring as many rows each, or tokens.max_rows says how many the fullest brings and none is masked:
-    MC2PrepareAndFinalize sees to that. int8 is made by the op."""
+    MC2PrepareAndFinalize sees to that. int8 is made by the op.
+
+    Ascend's ops alternate on a group: there, combine a micro-batch before the next one's dispatch.
+    """
 
     def dispatch(self, tokens: RoutedTokens) -> Dispatched:
         """npu_moe_distribute_dispatch_v2. COLLECTIVE over ep: one. Host sync: no. Graph capture: yes."""

@@ -1,5 +1,6 @@
 """vLLM's MoE layer with our pipeline inside: route, prepare, dispatch, experts, combine, finalize."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -110,13 +111,19 @@ class NPUMoERunner(MoERunner):
             topk_weights = torch.ones_like(topk_weights)
 
         step = current_step()
+        shared_experts, compute_shared = self._shared_experts, None
+        if shared_experts is not None:
+            compute_shared = partial(shared_experts, shared_experts_input, SharedExpertsOrder.NO_OVERLAP)
         finalized = self._pipeline(step.strategy).run(
-            hidden_states, topk_weights, topk_ids, self._compute_experts, step.plan, reduce_results=False
+            hidden_states,
+            topk_weights,
+            topk_ids,
+            self._compute_experts,
+            step.plan,
+            reduce_results=False,
+            meanwhile=compute_shared,
         )
-        shared = None
-        if self._shared_experts is not None:
-            self._shared_experts(shared_experts_input, SharedExpertsOrder.NO_OVERLAP)
-            shared = self._shared_experts.output
+        shared = None if shared_experts is None else shared_experts.output
         return self._sum_over_tp(finalized.hidden_states, shared, routed_is_complete=finalized.reduced)
 
     def _compute_experts(

@@ -11,8 +11,12 @@ from dataclasses import dataclass
 import torch
 
 from vllm_npu.errors import InvalidInputError, UnsupportedConfigError
-from vllm_npu.token_layout import pack_and_move
+from vllm_npu.handles import Pending
+from vllm_npu.token_layout import as_message, pack_and_move
 from vllm_npu.topology import ParallelTopology
+
+Exchanged = tuple[list[torch.Tensor], list[int], list[int]]
+"""What exchange_tokens returns."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +79,20 @@ class Transport(ABC):
         recv_sizes: Sequence[int],
     ) -> torch.Tensor:  # [sum(recv_sizes), ...], rows of rank 0 first
         """Send a part of `x` to each rank. recv_sizes[r] must be what rank r sends to this rank."""
+        self._check_all_to_all(x, send_sizes, recv_sizes)
+        return x.clone() if self.size == 1 else self._all_to_all(x.contiguous(), send_sizes, recv_sizes)
+
+    def all_to_all_start(
+        self, x: torch.Tensor, send_sizes: Sequence[int], recv_sizes: Sequence[int]
+    ) -> Pending[torch.Tensor]:
+        """all_to_all that goes on while the caller computes. `x` must not be written before the finish. Host waits for the
+        other ranks: at the finish over gloo, never over NCCL and HCCL, in the start between threads."""
+        self._check_all_to_all(x, send_sizes, recv_sizes)
+        if self.size == 1:
+            return Pending(stage="all_to_all", complete=x.clone)
+        return self._all_to_all_start(x.contiguous(), send_sizes, recv_sizes)
+
+    def _check_all_to_all(self, x: torch.Tensor, send_sizes: Sequence[int], recv_sizes: Sequence[int]) -> None:
         self._check_sizes("all_to_all (send)", send_sizes, 0, None)
         self._check_sizes("all_to_all (recv)", recv_sizes, 0, None)
         if sum(send_sizes) != x.shape[0]:
@@ -87,18 +105,40 @@ class Transport(ABC):
                 f"all_to_all on group '{self.group}': rank {self.rank} sends itself {send_sizes[self.rank]} rows but "
                 f"expects {recv_sizes[self.rank]}"
             )
-        return x.clone() if self.size == 1 else self._all_to_all(x.contiguous(), send_sizes, recv_sizes)
 
     def exchange_tokens(
         self,
         tensors: Sequence[torch.Tensor],  # each [n, width], rows for rank 0 first
         rows_per_rank: torch.Tensor,  # [size] int64, on the tensors' device: rows for each rank; they add up to n
-    ) -> tuple[list[torch.Tensor], list[int], list[int]]:
+    ) -> Exchanged:
         """all_to_all of several tensors in one message, sizes known to their sender only: 8 bytes a rank go first.
 
         Returns what came, rows of rank 0 first (may be views of one message), and the rows sent to and received from each
         rank. Host sync: yes (the sizes).
         """
+        self._check_exchange(tensors, rows_per_rank)
+        if self.size == 1:
+            rows = [tensors[0].shape[0]]
+            return [tensor.clone() for tensor in tensors], rows, rows
+        return self._exchange_tokens(tensors, rows_per_rank)
+
+    def exchange_tokens_start(self, tensors: Sequence[torch.Tensor], rows_per_rank: torch.Tensor) -> Pending[Exchanged]:
+        """exchange_tokens of which the message goes on while the caller computes, as all_to_all_start's; the sizes do not.
+        The tensors may be written after the start."""
+        self._check_exchange(tensors, rows_per_rank)
+        if self.size == 1:
+            exchanged = self.exchange_tokens(tensors, rows_per_rank)
+            return Pending(stage="exchange_tokens", complete=lambda: exchanged)
+        sent_rows, received_rows = self._exchange_sizes(rows_per_rank)
+        message, take_apart = as_message(tensors)
+        if len(tensors) == 1:
+            message = message.clone()
+        pending = self._all_to_all_start(message, sent_rows, received_rows)
+        return Pending(
+            stage="exchange_tokens", complete=lambda: (take_apart(pending.finish()), sent_rows, received_rows)
+        )
+
+    def _check_exchange(self, tensors: Sequence[torch.Tensor], rows_per_rank: torch.Tensor) -> None:
         self._check_together("exchange_tokens", tensors)
         if rows_per_rank.shape != (self.size,) or rows_per_rank.dtype != torch.int64:
             raise InvalidInputError(
@@ -112,10 +152,6 @@ class Transport(ABC):
                     f"exchange_tokens on group '{self.group}': rows_per_rank {list(sizes)} add up to {sum(sizes)}, the "
                     f"tensors have {tensors[0].shape[0]} rows"
                 )
-        if self.size == 1:
-            rows = [tensors[0].shape[0]]
-            return [tensor.clone() for tensor in tensors], rows, rows
-        return self._exchange_tokens(tensors, rows_per_rank)
 
     def broadcast(self, x: torch.Tensor, source: int) -> torch.Tensor:
         """`x` of rank `source`; other ranks pass a tensor of the same shape and dtype, whose values do not matter."""
@@ -175,12 +211,20 @@ class Transport(ABC):
     def _gather_tokens(self, tensors: Sequence[torch.Tensor], sizes: Sequence[int]) -> list[torch.Tensor]:
         return pack_and_move(tensors, lambda message: self._all_gather(message.contiguous(), sizes))
 
-    def _exchange_tokens(
-        self, tensors: Sequence[torch.Tensor], rows_per_rank: torch.Tensor
-    ) -> tuple[list[torch.Tensor], list[int], list[int]]:
+    def _exchange_sizes(self, rows_per_rank: torch.Tensor) -> tuple[list[int], list[int]]:
         ones = [1] * self.size
         rows_from_each = self._all_to_all(rows_per_rank.contiguous(), ones, ones)
         sent_rows, received_rows = torch.stack([rows_per_rank, rows_from_each]).tolist()
+        return sent_rows, received_rows
+
+    def _all_to_all_start(
+        self, x: torch.Tensor, send_sizes: Sequence[int], recv_sizes: Sequence[int]
+    ) -> Pending[torch.Tensor]:
+        received = self._all_to_all(x, send_sizes, recv_sizes)
+        return Pending(stage="all_to_all", complete=lambda: received)
+
+    def _exchange_tokens(self, tensors: Sequence[torch.Tensor], rows_per_rank: torch.Tensor) -> Exchanged:
+        sent_rows, received_rows = self._exchange_sizes(rows_per_rank)
         received = pack_and_move(
             tensors, lambda message: self._all_to_all(message.contiguous(), sent_rows, received_rows)
         )

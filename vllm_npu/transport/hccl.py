@@ -5,6 +5,7 @@ import hashlib
 import logging
 import socket
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -14,12 +15,21 @@ import torch.distributed as dist
 from vllm_npu.device import npu_ops  # importing torch_npu is what makes c10d know hccl
 from vllm_npu.errors import UnknownGroupError
 from vllm_npu.hccl import token_ops
+from vllm_npu.transport.base import Exchanged
 from vllm_npu.transport.torch_dist import TorchDistTransport
 
 logger = logging.getLogger("vllm.npu.hccl")
 
-# Whether all ranks of a group have the operators: asked once a group, by its first gather, scatter or all-to-all.
-_HAS_OPS: "WeakKeyDictionary[dist.ProcessGroup, bool]" = WeakKeyDictionary()
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """What the transports of one process group share."""
+
+    has_ops: bool  # on all its ranks: asked once, by the first gather, scatter or all-to-all
+    in_flight: list[dist.Work]  # started on ProcessGroupHCCL's stream; the operators' streams do not know of it
+
+
+_GROUPS: "WeakKeyDictionary[dist.ProcessGroup, _Group]" = WeakKeyDictionary()
 
 
 class HcclTransport(TorchDistTransport):
@@ -37,7 +47,7 @@ class HcclTransport(TorchDistTransport):
     def __init__(self, process_group: dist.ProcessGroup, group: str) -> None:
         super().__init__(process_group, group)
         self._name = str(process_group.group_name)
-        self._ops: bool | None = None  # what _HAS_OPS says of the group, once it was asked
+        self._shared: _Group | None = None
 
     @property
     def name_for_ops(self) -> str:
@@ -87,9 +97,7 @@ class HcclTransport(TorchDistTransport):
             received: torch.Tensor = token_ops.ops().exchange_rows.default(x, send_sizes, recv_sizes, self._name)
         return received
 
-    def _exchange_tokens(
-        self, tensors: Sequence[torch.Tensor], rows_per_rank: torch.Tensor
-    ) -> tuple[list[torch.Tensor], list[int], list[int]]:
+    def _exchange_tokens(self, tensors: Sequence[torch.Tensor], rows_per_rank: torch.Tensor) -> Exchanged:
         if not self._has_ops():
             return super()._exchange_tokens(tensors, rows_per_rank)
         with self._collective("all_to_all"):
@@ -98,12 +106,24 @@ class HcclTransport(TorchDistTransport):
         return received, sent_rows, received_rows
 
     def _has_ops(self) -> bool:
-        """COLLECTIVE over the group the first time: all ranks take the operators, or none does."""
-        if self._ops is None:
-            if self.process_group not in _HAS_OPS:
-                _HAS_OPS[self.process_group] = self._open_ops()
-            self._ops = _HAS_OPS[self.process_group]
-        return self._ops
+        """Whether to call the operators. Their stream first waits (not the host) for what is in flight on another one: HCCL
+        runs the calls on a communicator one after another. COLLECTIVE over the group the first time."""
+        shared = self._of_all_ranks()
+        while shared.in_flight:
+            shared.in_flight.pop().wait()
+        return shared.has_ops
+
+    def _note_in_flight(self, work: dist.Work) -> None:
+        shared = self._of_all_ranks()
+        if shared.has_ops:
+            shared.in_flight.append(work)
+
+    def _of_all_ranks(self) -> _Group:
+        if self._shared is None:
+            if self.process_group not in _GROUPS:
+                _GROUPS[self.process_group] = _Group(self._open_ops(), [])
+            self._shared = _GROUPS[self.process_group]
+        return self._shared
 
     def _open_ops(self) -> bool:
         reason = token_ops.why_not()

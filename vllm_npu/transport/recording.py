@@ -5,8 +5,9 @@ from collections.abc import Sequence
 
 import torch
 
+from vllm_npu.handles import Pending
 from vllm_npu.token_layout import RowFormat
-from vllm_npu.transport.base import SendRecv, Transport
+from vllm_npu.transport.base import Exchanged, SendRecv, Transport
 
 
 class CollectiveCounter:
@@ -64,14 +65,18 @@ class RecordingTransport(Transport):
         self._counter.add(self.group, "all_to_all", _bytes_to_others(x, send_sizes, self.rank))
         return self.inner.all_to_all(x, send_sizes, recv_sizes)
 
+    def _all_to_all_start(
+        self, x: torch.Tensor, send_sizes: Sequence[int], recv_sizes: Sequence[int]
+    ) -> Pending[torch.Tensor]:
+        self._counter.add(self.group, "all_to_all", _bytes_to_others(x, send_sizes, self.rank))
+        return self.inner.all_to_all_start(x, send_sizes, recv_sizes)
+
     def _gather_tokens(self, tensors: Sequence[torch.Tensor], sizes: Sequence[int]) -> list[torch.Tensor]:
         sent = tensors[0].shape[0] * _message_row_bytes(tensors) * (self.size - 1)
         self._counter.add(self.group, "all_gather", sent)
         return self.inner.gather_tokens(tensors, sizes)
 
-    def _exchange_tokens(
-        self, tensors: Sequence[torch.Tensor], rows_per_rank: torch.Tensor
-    ) -> tuple[list[torch.Tensor], list[int], list[int]]:
+    def _exchange_tokens(self, tensors: Sequence[torch.Tensor], rows_per_rank: torch.Tensor) -> Exchanged:
         received, sent_rows, received_rows = self.inner.exchange_tokens(tensors, rows_per_rank)
         self._counter.add(self.group, "all_to_all", rows_per_rank.itemsize * (self.size - 1))
         rows_to_others = sum(sent_rows) - sent_rows[self.rank]

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from vllm_npu.errors import TransportError, UnsupportedConfigError
+from vllm_npu.handles import Pending
 from vllm_npu.token_layout import offsets
 from vllm_npu.transport.base import SendRecv, Transport, sum_in_rank_order
 
@@ -76,6 +77,26 @@ class TorchDistTransport(Transport):
         with self._collective("all_to_all"):
             dist.all_to_all_single(received, x, list(recv_sizes), list(send_sizes), group=self.process_group)
         return received
+
+    def _all_to_all_start(
+        self, x: torch.Tensor, send_sizes: Sequence[int], recv_sizes: Sequence[int]
+    ) -> Pending[torch.Tensor]:
+        received = x.new_empty((sum(recv_sizes), *x.shape[1:]))
+        with self._collective("all_to_all"):
+            work = dist.all_to_all_single(
+                received, x, list(recv_sizes), list(send_sizes), group=self.process_group, async_op=True
+            )
+
+        def complete() -> torch.Tensor:
+            with self._collective("all_to_all"):
+                work.wait()
+            return received
+
+        self._note_in_flight(work)
+        return Pending(stage="all_to_all", complete=complete)
+
+    def _note_in_flight(self, work: dist.Work) -> None:
+        """Called with each operation that goes on after its start."""
 
     def _broadcast(self, x: torch.Tensor, source: int) -> torch.Tensor:
         result = x.clone() if self.rank == source else torch.empty_like(x)

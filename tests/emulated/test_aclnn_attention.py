@@ -305,7 +305,7 @@ def test_positions_are_rotated_in_place_and_products_added() -> None:
 
 
 def refused_while_running(rank: int, num_ranks: int) -> None:
-    """What lies in tensors is seen when an op runs, and all of ATB is called then: with torch_npu's queue, too late to raise."""
+    """What lies in tensors is seen when an op runs, and ATB is called then: with torch_npu's queue, too late to raise."""
     half = {"dtype": torch.float16, "device": "npu"}
     with pytest.raises(RuntimeError, match="atten_mask of sparse_mode=3 must be ones above the diagonal"):
         attention(sparse_mode=3, atten_mask=~CAUSAL_MASK)
@@ -319,12 +319,12 @@ def refused_while_running(rank: int, num_ranks: int) -> None:
     paged_attention(table, 4)
     with pytest.raises(RuntimeError, match="ATB PagedAttention: context_lens is Long"):
         paged_attention(table, 4, torch.int64)
-    with pytest.raises(RuntimeError, match="ATB PagedAttention: the block table names a block outside 0..1"):
+    with pytest.raises(RuntimeError, match=r"ATB PagedAttention: the block table names a block outside 0\.\.1"):
         paged_attention(table + 2, 4)
     with pytest.raises(RuntimeError, match="a sequence of 5 tokens needs 2 blocks of 4 and the block table has 1"):
         paged_attention(table, 5)
+    slots = torch.tensor([8], dtype=torch.int32, device="npu")
     with pytest.raises(RuntimeError, match="ATB ReshapeAndCache: slot_indices names a slot outside of the cache"):
-        slots = torch.tensor([8], dtype=torch.int32, device="npu")
         atb._npu_reshape_and_cache(query, query, cache, cache.clone(), slots)
     with pytest.raises(RuntimeError, match="ATB GroupTopk: this operation is not emulated"):
         atb._npu_group_topk(torch.ones(2, 8, **half), 1, 2, 1)

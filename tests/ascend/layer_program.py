@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 INTERMEDIATE = 64
+PREFIX = "model.layers.0.mlp.experts"
 OWN = "vllm-ascend"
 
 
@@ -43,6 +44,18 @@ def write_config(folder: Path, *, hidden: int, experts: int, top_k: int) -> None
         "tie_word_embeddings": False,
     }
     (folder / "config.json").write_text(json.dumps(config))
+    kinds = {
+        f"{PREFIX}.{expert}.{name}_proj.weight": "W8A8_DYNAMIC"
+        for expert in range(experts)
+        for name in ("gate", "up", "down")
+    }
+    (folder / "quant_model_description.json").write_text(json.dumps({"model_quant_type": "W8A8_DYNAMIC", **kinds}))
+
+
+def rounded_to_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[..., out, in] as int8 with a scale for each output channel, [..., out, 1]."""
+    scale = weight.float().abs().amax(-1, keepdim=True) / 127
+    return (weight.float() / scale).round().to(torch.int8), scale
 
 
 def dense(hidden: torch.Tensor, logits: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, top_k: int) -> torch.Tensor:
@@ -112,6 +125,7 @@ def main(given: dict[str, Any]) -> None:
             data_parallel_backend="mp",
             enable_expert_parallel=True,
             enforce_eager=True,
+            quantization="ascend" if given.get("int8") else None,
             max_model_len=1024,
             max_num_seqs=16,
             max_num_batched_tokens=2048,
@@ -138,14 +152,24 @@ def main(given: dict[str, Any]) -> None:
                 intermediate_size=INTERMEDIATE,
                 params_dtype=dtype,
                 renormalize=True,
-                prefix="model.layers.0.mlp.experts",
+                quant_config=config.quant_config,
+                prefix=PREFIX,
             )
     generator = torch.Generator().manual_seed(3)
     w13 = (torch.randn(experts, 2 * INTERMEDIATE, hidden_size, generator=generator) * hidden_size**-0.5).to(dtype)
     w2 = (torch.randn(experts, hidden_size, INTERMEDIATE, generator=generator) * INTERMEDIATE**-0.5).to(dtype)
     local = experts // (tp * dp)
-    layer.w13_weight.data.copy_(w13[rank * local : (rank + 1) * local])
-    layer.w2_weight.data.copy_(w2[rank * local : (rank + 1) * local])
+    own = slice(rank * local, (rank + 1) * local)
+    if given.get("int8"):
+        for name, weight in (("w13", w13), ("w2", w2)):
+            values, scales = rounded_to_int8(weight)
+            weight.copy_(values * scales)  # what the dense layer has
+            getattr(layer, f"{name}_weight").data.copy_(values[own])
+            getattr(layer, f"{name}_weight_scale").data.copy_(scales[own])
+            getattr(layer, f"{name}_weight_offset").data.zero_()
+    else:
+        layer.w13_weight.data.copy_(w13[own])
+        layer.w2_weight.data.copy_(w2[own])
     layer.quant_method.process_weights_after_loading(layer)
 
     def run(counts: list[int], seed: int) -> tuple[torch.Tensor, torch.Tensor, list[Any], str]:

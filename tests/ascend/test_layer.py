@@ -62,6 +62,28 @@ def test_every_strategy_gives_what_vllm_ascend_gives(case):
         assert all(row["from_own"] == 0 for row in rows if row["path"] == "mc2" and row["counts"] in own_by_mc2)
 
 
+INT8_TOLERANCE = 0.03  # of the largest element: rows and what is between the two products are rounded to int8 each
+
+
+@pytest.mark.parametrize(("soc", "tp", "dp", "steps"), [("A3", 1, 2, [[5, 5], [3, 7]]), ("A2", 2, 1, [[5]])])
+def test_int8_layers_send_half_the_bytes(soc, tp, dp, steps):
+    outcome, reports = run(soc, tp, dp, dtype="bfloat16", steps=steps, int8=True)
+    assert outcome.code == 0, outcome.output
+    _, unquantised = run(soc, tp, dp, dtype="bfloat16", steps=steps)
+    for report, other in zip(reports, unquantised, strict=True):
+        assert report["refused"] == {}
+        for row, plain in zip(report["rows"], other["rows"], strict=True):
+            assert (row["path"], row["counts"], row["calls"]) == (plain["path"], plain["counts"], plain["calls"])
+            assert row["from_dense"] < INT8_TOLERANCE, row
+            assert row["from_own"] < INT8_TOLERANCE, row
+            if row["path"] in ("all2all", "mc2"):  # the way there in int8, the way back in bfloat16
+                assert 0.7 < row["bytes"] / plain["bytes"] < 0.8
+        own_by_mc2 = [row["counts"] for row in report["rows"] if row["path"] == OWN and row["ran"] == "MC2"]
+        assert all(
+            row["from_own"] == 0 for row in report["rows"] if row["path"] == "mc2" and row["counts"] in own_by_mc2
+        )
+
+
 def test_a_step_past_mc2s_capacity_goes_another_way():
     outcome, reports = run("A3", 1, 2, dtype="bfloat16", steps=[[600, 40]], strategies=["mc2"])
     assert outcome.code == 0, outcome.output

@@ -73,6 +73,11 @@ EMULATOR_MEMORY_GB = Variable("VLLM_NPU_EMULATOR_MEMORY_GB", "0", "Memory of one
 EMULATOR_LIMITS = Variable(
     "VLLM_NPU_EMULATOR_LIMITS", "device", "device: refuse sizes that the chip's ops refuse; none: take any size."
 )
+EMULATOR_UNDEFINED = Variable(
+    "VLLM_NPU_EMULATOR_UNDEFINED",
+    "nan",
+    "What memory holds that an op leaves unwritten: nan (the least integer), or zero.",
+)
 EMULATOR_CANN = Variable("VLLM_NPU_EMULATOR_CANN", "8.5.0", "Version that the emulated CANN reports.")
 EMULATOR_LOG = Variable(
     "VLLM_NPU_EMULATOR_LOG", "", "Least level of the ACL log that is shown: 0 (all) to 3 (errors); empty: none."
@@ -91,6 +96,7 @@ VARIABLES = (
     EMULATOR_DEVICES,
     EMULATOR_MEMORY_GB,
     EMULATOR_LIMITS,
+    EMULATOR_UNDEFINED,
     EMULATOR_CANN,
     EMULATOR_LOG,
 )

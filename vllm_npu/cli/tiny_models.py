@@ -1,10 +1,11 @@
 """Tiny random checkpoints that vLLM loads like any other model: config.json, model.safetensors, a tokenizer.
 
-Two families: Qwen3-MoE (every layer a mixture of experts) and DeepSeek-V2 (latent attention, a dense first layer,
-shared experts, grouped top-k with a scaling factor). The same family and seed give the same bytes on every machine: the
-numbers come from numpy's PCG64, not from torch. Experts are loud: the loss of any one of them changes at least 19 of the
-96 tokens that the demo generates. The seeds are chosen so that greedy decoding of `demo_prompts()` visits many tokens
-and never meets a near tie; whoever generates a reference measures the margin again, each time.
+Three families: Qwen3-MoE (every layer a mixture of experts), DeepSeek-V2 (latent attention, a dense first layer, shared
+experts, grouped top-k with a scaling factor) and DeepSeek-V3 (the same with latent queries, sigmoid scores and a bias
+for the choice; sizes that Ascend's gating and attention take). The same family and seed give the same bytes on every
+machine: the numbers come from numpy's PCG64, not from torch. Experts are loud: the loss of any one of them changes at
+least 19 of the 96 tokens that the demo generates. The seeds are chosen so that greedy decoding of `demo_prompts()`
+visits many tokens and never meets a near tie; whoever generates a reference measures the margin again, each time.
 """
 
 import json
@@ -56,10 +57,13 @@ class TinyModel:
         return int(self.config.get("num_experts") or self.config["n_routed_experts"])
 
 
-def write_tiny_model(model: TinyModel, folder: Path) -> Path:
+def write_tiny_model(model: TinyModel, folder: Path, *, int8: bool = False) -> Path:
     """Write the checkpoint of `model` into `folder` (created if absent) and return `folder`.
 
-    About 12 MB (qwen3-moe) or 20 MB (deepseek-v2), under a second. Raises OSError if the folder cannot be written.
+    `int8` writes attention's and the experts' weights as integers with a scale for each output, and which they are, as
+    ModelSlim's W8A8_DYNAMIC has them: vllm-ascend reads that as quantization="ascend".
+
+    12 MB (qwen3-moe) to 30 MB (deepseek-v3), under a second. Raises OSError if the folder cannot be written.
     """
     import numpy as np
     from safetensors.numpy import save_file
@@ -73,7 +77,11 @@ def write_tiny_model(model: TinyModel, folder: Path) -> Path:
         return (generator.standard_normal(shape) * scale).astype(np.float32)
 
     (folder / "config.json").write_text(json.dumps(dict(model.config), indent=1) + "\n")
-    save_file(model.draw_weights(model.config, draw), folder / "model.safetensors", metadata={"format": "pt"})
+    weights = model.draw_weights(model.config, draw)
+    if int8:
+        weights, description = _as_int8(weights)
+        (folder / "quant_model_description.json").write_text(json.dumps(description, indent=1) + "\n")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     write_byte_tokenizer(folder)
     return folder
 
@@ -115,6 +123,25 @@ def write_byte_tokenizer(folder: Path) -> None:
         "chat_template": CHAT_TEMPLATE,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1) + "\n")
+
+
+def _as_int8(weights: Weights) -> tuple[Weights, dict[str, str]]:
+    """The weights with those of linear layers as integers, and the kind of each by its name."""
+    import numpy as np
+
+    written: Weights = {}
+    kinds = {}
+    for name, weight in weights.items():
+        is_linear = name.endswith("_proj.weight")
+        kinds[name] = "W8A8_DYNAMIC" if is_linear else "FLOAT"
+        written[name] = weight
+        if is_linear:
+            scale = np.abs(weight).max(axis=1, keepdims=True) / np.float32(127)
+            written[name] = np.rint(weight / scale).astype(np.int8)
+            for suffix, values in (("_scale", scale), ("_offset", np.zeros_like(scale))):
+                written[name + suffix] = values
+                kinds[name + suffix] = kinds[name]
+    return written, kinds
 
 
 def _ones(size: int) -> "np.ndarray[Any, Any]":
@@ -164,16 +191,29 @@ def _draw_qwen3_moe(config: Mapping[str, Any], draw: Draw) -> Weights:
     return weights
 
 
-def _draw_deepseek_v2(config: Mapping[str, Any], draw: Draw) -> Weights:
+def _draw_queries(prefix: str, config: Mapping[str, Any], draw: Draw) -> Weights:
+    """One projection, or by way of a latent where the configuration has its rank."""
+    hidden, rank = config["hidden_size"], config["q_lora_rank"]
+    width = config["num_attention_heads"] * (config["qk_nope_head_dim"] + config["qk_rope_head_dim"])
+    if rank is None:
+        return {f"{prefix}.q_proj.weight": draw(width, hidden)}
+    return {
+        f"{prefix}.q_a_proj.weight": draw(rank, hidden),
+        f"{prefix}.q_a_layernorm.weight": _ones(rank),
+        f"{prefix}.q_b_proj.weight": draw(width, rank),
+    }
+
+
+def _draw_deepseek(config: Mapping[str, Any], draw: Draw) -> Weights:
     hidden, heads, latent = config["hidden_size"], config["num_attention_heads"], config["kv_lora_rank"]
     nope, rope, value = config["qk_nope_head_dim"], config["qk_rope_head_dim"], config["v_head_dim"]
     weights = _embeddings(hidden, draw)
     for layer in range(config["num_hidden_layers"]):
         prefix = f"model.layers.{layer}"
+        weights |= _draw_queries(f"{prefix}.self_attn", config, draw)
         weights |= {
             f"{prefix}.input_layernorm.weight": _ones(hidden),
             f"{prefix}.post_attention_layernorm.weight": _ones(hidden),
-            f"{prefix}.self_attn.q_proj.weight": draw(heads * (nope + rope), hidden),
             f"{prefix}.self_attn.kv_a_proj_with_mqa.weight": draw(latent + rope, hidden),
             f"{prefix}.self_attn.kv_a_layernorm.weight": _ones(latent),
             f"{prefix}.self_attn.kv_b_proj.weight": draw(heads * (nope + value), latent),
@@ -184,6 +224,8 @@ def _draw_deepseek_v2(config: Mapping[str, Any], draw: Draw) -> Weights:
             continue
         expert_width = config["moe_intermediate_size"]
         weights[f"{prefix}.mlp.gate.weight"] = draw(config["n_routed_experts"], hidden)
+        if config["topk_method"] == "noaux_tc":
+            weights[f"{prefix}.mlp.gate.e_score_correction_bias"] = draw(config["n_routed_experts"], scale=0.05)
         weights |= _mlp(f"{prefix}.mlp.shared_experts", hidden, expert_width * config["n_shared_experts"], draw)
         for expert in range(config["n_routed_experts"]):
             weights |= _mlp(f"{prefix}.mlp.experts.{expert}", hidden, expert_width, draw, gain=3.0)
@@ -269,7 +311,29 @@ DEEPSEEK_V2 = TinyModel(
         "routed_scaling_factor": 1.5,
         "norm_topk_prob": False,
     },
-    draw_weights=_draw_deepseek_v2,
+    draw_weights=_draw_deepseek,
 )
 
-FAMILIES: dict[str, TinyModel] = {model.family: model for model in (QWEN3_MOE, DEEPSEEK_V2)}
+# Ascend's gating takes groups of 3 experts and more, and its attention heads of 128 beside 64 rotary dimensions.
+DEEPSEEK_V3 = TinyModel(
+    family="deepseek-v3",
+    summary="2 MoE layers, 1 shared + 16 routed experts, top-2 in 2 of 4 groups by sigmoid and bias, MLA",
+    seed=98,
+    config={
+        **DEEPSEEK_V2.config,
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "model_type": "deepseek_v3",
+        "q_lora_rank": 128,
+        "qk_nope_head_dim": 128,
+        "v_head_dim": 128,
+        "n_shared_experts": 1,
+        "n_routed_experts": 16,
+        "topk_method": "noaux_tc",
+        "scoring_func": "sigmoid",
+        "routed_scaling_factor": 2.5,
+        "norm_topk_prob": True,
+    },
+    draw_weights=_draw_deepseek,
+)
+
+FAMILIES: dict[str, TinyModel] = {model.family: model for model in (QWEN3_MOE, DEEPSEEK_V2, DEEPSEEK_V3)}

@@ -3,13 +3,22 @@
 
 #include <ATen/ATen.h>
 
+#include <cstdlib>
 #include <limits>
+#include <string>
 
 namespace vllm_npu::emulator::aclnn {
 
-// NaN; in integers the smallest value; in booleans true.
+// NaN; in integers the smallest value; in booleans true. With VLLM_NPU_EMULATOR_UNDEFINED=zero: zeros, for software that
+// multiplies such rows by zero.
 inline void fill_undefined(const at::Tensor& tensor) {
+  static const char* setting = std::getenv("VLLM_NPU_EMULATOR_UNDEFINED");
+  static const bool zeros = setting != nullptr && std::string(setting) == "zero";
   if (tensor.numel() == 0) return;
+  if (zeros) {
+    tensor.zero_();
+    return;
+  }
   switch (tensor.scalar_type()) {
     case at::kChar:
       tensor.fill_(std::numeric_limits<int8_t>::min());

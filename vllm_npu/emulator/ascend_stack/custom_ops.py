@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from vllm_npu import envs
+
 NAMESPACE = "_C_ascend"
 SOFTMAX = 0  # norm_type
 NO_RENORM, L1_RENORM = 0, 1
@@ -89,6 +91,79 @@ def npu_add_rms_norm_bias(
     return (y if beta is None else y + beta), rstd, total
 
 
+def _swiglu_quantised(
+    sums: torch.Tensor, counts: torch.Tensor, weight_scale: torch.Tensor, row_scale: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """int32 sums [n, 2I] by groups of rows -> scaled, swiglu in float32, then int8 [n, I] with a scale a row [n].
+
+    Rows past the last group stay undefined, as the emulated device marks them. Host sync.
+    """
+    counts = counts.cpu()
+    used = int(counts.sum())
+    zeros = envs.EMULATOR_UNDEFINED.read() == "zero"
+    shape = (len(sums), sums.shape[1] // 2)
+    values = torch.full(shape, 0 if zeros else -128, dtype=torch.int8, device=sums.device)
+    scales = torch.full(shape[:1], 0.0 if zeros else torch.nan, device=sums.device)
+    groups = torch.repeat_interleave(torch.arange(len(counts)), counts).to(sums.device)
+    scaled = sums[:used].float() * weight_scale.float()[groups] * row_scale[:used].float().unsqueeze(-1)
+    gate, up = scaled.chunk(2, -1)
+    rows = torch.nn.functional.silu(gate) * up
+    largest = rows.abs().amax(-1) / 127
+    divisor = largest.unsqueeze(-1)
+    values[:used] = torch.where(divisor > 0, rows / divisor, 0.0).round().to(torch.int8)
+    scales[:used] = largest
+    return values, scales
+
+
+def grouped_matmul_swiglu_quant_weight_nz(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    x_scale: torch.Tensor,
+    group_list: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    offset: torch.Tensor | None = None,
+    swiglu_limit: float = 0.0,
+) -> Tensors:
+    """int8 rows by their experts' gate and up, swiglu, int8. `group_list` has running sums.
+
+    The emulated device has plain formats only: run vllm-ascend with weight_nz_mode 0, else its cast to NZ is refused.
+    """
+    import torch_npu
+
+    if bias is not None or offset is not None or swiglu_limit:
+        raise NotImplementedError(
+            "grouped_matmul_swiglu_quant_weight_nz: bias, offset and swiglu_limit are not emulated"
+        )
+    sums = torch_npu.npu_grouped_matmul(
+        [x], [weight], group_list=group_list, split_item=2, group_type=0, group_list_type=0, output_dtype=torch.int32
+    )[0]
+    counts = torch.diff(group_list, prepend=group_list.new_zeros(1))
+    return *_swiglu_quantised(sums, counts, weight_scale, x_scale), x_scale.new_empty(0)
+
+
+def npu_dequant_swiglu_quant(
+    x: torch.Tensor,
+    *,
+    weight_scale: torch.Tensor | None = None,
+    activation_scale: torch.Tensor | None = None,
+    group_index: torch.Tensor | None = None,
+    activate_left: bool = True,
+    quant_mode: int = 0,
+    **rest: Any,
+) -> Tensors:
+    """int32 sums of experts' gate and up, swiglu, int8. `group_index` has counts; emulated for rows that choose their scale."""
+    if x.dtype != torch.int32 or weight_scale is None or activation_scale is None or group_index is None:
+        raise NotImplementedError("npu_dequant_swiglu_quant is emulated for int32 with both scales and group_index")
+    given = {name: value for name, value in rest.items() if value not in (None, 0, 0.0) and name != "glu_alpha"}
+    if not activate_left or quant_mode != 1 or given or rest.get("glu_alpha", 1.0) != 1.0:
+        raise NotImplementedError(
+            f"npu_dequant_swiglu_quant: activate_left={activate_left}, quant_mode={quant_mode}, {given} are not emulated"
+        )
+    return _swiglu_quantised(x, group_index, weight_scale, activation_scale)
+
+
 OPERATORS: dict[str, Callable[..., Tensors]] = {
     "moe_gating_top_k(Tensor x, int k, int k_group, int group_count, int group_select_mode, int renorm, int norm_type, "
     "bool out_flag, float routed_scaling_factor, float eps, Tensor? bias_opt=None) "
@@ -99,6 +174,13 @@ OPERATORS: dict[str, Callable[..., Tensors]] = {
     "-> (Tensor, Tensor, Tensor, Tensor)": npu_moe_init_routing_custom,
     "npu_add_rms_norm_bias(Tensor x1, Tensor x2, Tensor gamma, Tensor? beta=None, float epsilon=1e-6) "
     "-> (Tensor y, Tensor rstd, Tensor x)": npu_add_rms_norm_bias,
+    "grouped_matmul_swiglu_quant_weight_nz(Tensor x, Tensor weight, Tensor weight_scale, Tensor x_scale, Tensor group_list, "
+    "*, Tensor? bias=None, Tensor? offset=None, float swiglu_limit=0.0) "
+    "-> (Tensor output, Tensor output_scale, Tensor output_offset)": grouped_matmul_swiglu_quant_weight_nz,
+    "npu_dequant_swiglu_quant(Tensor x, *, Tensor? weight_scale=None, Tensor? activation_scale=None, Tensor? bias=None, "
+    "Tensor? quant_scale=None, Tensor? quant_offset=None, Tensor? group_index=None, bool activate_left=True, "
+    "int quant_mode=0, int swiglu_mode=0, float clamp_limit=0.0, float glu_alpha=1.0, float glu_bias=0.0) "
+    "-> (Tensor y, Tensor scale)": npu_dequant_swiglu_quant,
 }
 
 # vllm-ascend registers FakeTensor functions for these whenever its operators load. No kernel: a call says so.

@@ -1,0 +1,127 @@
+"""What stands in for vllm-ascend's compiled operators and vLLM's Triton kernel, against plain torch. Needs neither."""
+
+import ctypes
+from types import ModuleType
+
+import pytest
+import torch
+
+from tests.emulated.references import distinct_ids, random_rows
+from vllm_npu.emulator.ascend_stack import custom_ops, finder
+from vllm_npu.emulator.ascend_stack.slot_mapping import SlotMappingKernel
+
+pytestmark = pytest.mark.emulated
+
+ROWS, EXPERTS, TOP_K = 7, 16, 3
+
+
+@pytest.fixture(scope="module")
+def ops():
+    custom_ops.register()
+    custom_ops.register()  # once in a process is enough
+    return torch.ops._C_ascend
+
+
+@pytest.mark.parametrize(("norm_type", "renorm"), [(0, 0), (0, 1), (1, 1)])
+def test_gating_divides_the_chosen_weights_by_their_sum(ops, norm_type, renorm):
+    logits, bias = random_rows(ROWS, EXPERTS, dtype=torch.bfloat16), random_rows(EXPERTS, dtype=torch.bfloat16, seed=2)
+    weights, ids, _ = ops.moe_gating_top_k(
+        logits.npu(), TOP_K, 2, 4, 1, renorm, norm_type, False, 2.5, 1e-20, bias.npu() if norm_type else None
+    )
+    scores = torch.sigmoid(logits.float()) if norm_type else torch.softmax(logits.float(), -1)
+    choice = scores + bias.float() if norm_type else scores
+    best_groups = choice.view(ROWS, 4, -1).topk(2).values.sum(-1).topk(2).indices
+    kept = torch.zeros(ROWS, 4, dtype=torch.bool).scatter_(1, best_groups, True)
+    wanted_ids = choice.masked_fill(~kept.repeat_interleave(4, 1), -torch.inf).topk(TOP_K).indices
+    wanted = scores.gather(1, wanted_ids)
+    if norm_type or renorm:
+        wanted = wanted / wanted.sum(-1, keepdim=True)
+    assert torch.equal(ids.cpu().long(), wanted_ids)
+    torch.testing.assert_close(weights.cpu(), (wanted * 2.5).bfloat16())
+
+
+def test_routing_without_a_range_is_over_all_experts(ops):
+    x, ids = random_rows(ROWS, 8, dtype=torch.float16), distinct_ids(ROWS, TOP_K, EXPERTS, seed=1)
+    options = {"expert_num": EXPERTS, "expert_tokens_num_type": 1, "expert_tokens_num_flag": True, "quant_mode": -1}
+    rows, _, counts, _ = ops.npu_moe_init_routing_custom(x.npu(), ids.npu(), active_num=ROWS * TOP_K, **options)
+    assert torch.equal(counts.cpu(), torch.bincount(ids.flatten(), minlength=EXPERTS))
+    order = ids.flatten().argsort(stable=True)
+    torch.testing.assert_close(rows.cpu(), x.repeat_interleave(TOP_K, 0)[order])
+
+
+def test_norm_with_bias(ops):
+    x1, x2, gamma, beta = (random_rows(*shape, seed=len(shape)) for shape in ((4, 8), (4, 8), (8,), (8,)))
+    y, _, total = ops.npu_add_rms_norm_bias(x1.npu(), x2.npu(), gamma.npu(), beta.npu(), 1e-6)
+    torch.testing.assert_close(total.cpu(), x1 + x2)
+    torch.testing.assert_close(y.cpu(), torch.nn.functional.rms_norm(x1 + x2, (8,), gamma, 1e-6) + beta)
+
+
+def test_int8_swiglu_of_experts(ops):
+    """Both operators: the one that multiplies, and the one that is given the sums."""
+    counts, inner, width = torch.tensor([3, 0, 2]), 16, 12
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randint(-128, 128, (6, inner), generator=generator, dtype=torch.int8)  # a row more than the groups have
+    weight = torch.randint(-128, 128, (3, inner, width), generator=generator, dtype=torch.int8)
+    scale, x_scale = random_rows(3, width).abs() / 99, random_rows(6, seed=2).abs() / 99
+    groups = torch.repeat_interleave(torch.arange(3), counts)
+    sums = torch.stack([x[row].int() @ weight[group].int() for row, group in enumerate(groups)])
+    gate, up = (sums.float() * scale[groups] * x_scale[:5, None]).chunk(2, -1)
+    wanted = torch.nn.functional.silu(gate) * up
+    fused = ops.grouped_matmul_swiglu_quant_weight_nz(
+        x.npu(), weight.npu(), scale.npu(), x_scale.npu(), counts.cumsum(0).npu()
+    )
+    padded = torch.cat([sums, torch.full((1, width), 9, dtype=torch.int32)])
+    apart = ops.npu_dequant_swiglu_quant(
+        padded.npu(), weight_scale=scale.npu(), activation_scale=x_scale.npu(), group_index=counts.npu(), quant_mode=1
+    )
+    for values, scales in (fused[:2], apart):
+        assert values.dtype == torch.int8
+        steps = (values[:5].cpu().float() - wanted / scales[:5].cpu().unsqueeze(-1)).abs()
+        assert steps.max() <= 0.5 + 1e-4
+        torch.testing.assert_close(scales[:5].cpu(), wanted.abs().amax(-1) / 127)
+        assert bool(scales[5:].isnan().all())
+    with pytest.raises(NotImplementedError, match="swiglu_limit are not emulated"):
+        ops.grouped_matmul_swiglu_quant_weight_nz(
+            x.npu(), weight.npu(), scale.npu(), x_scale.npu(), counts.cumsum(0).npu(), swiglu_limit=7.0
+        )
+    with pytest.raises(NotImplementedError, match="quant_mode=0"):
+        ops.npu_dequant_swiglu_quant(
+            padded.npu(), weight_scale=scale.npu(), activation_scale=x_scale.npu(), group_index=counts.npu()
+        )
+
+
+def test_an_operator_that_is_not_there_is_named(ops):
+    with pytest.raises(AttributeError, match="dispatch_ffn_combine"):
+        print(ops.dispatch_ffn_combine)
+
+
+def test_slots_of_tokens():
+    """Two requests of 3 and 2 new tokens, from positions 2 and 7 on, blocks of 4."""
+    slots = torch.full((10,), 77).npu()
+    positions = torch.tensor([2, 3, 4, 7, 8])
+    table = torch.tensor([[5, 2, 9], [1, 3, 8], [4, 4, 4]], dtype=torch.int32)
+    arguments = (5, 10, torch.tensor([0, 3, 5], dtype=torch.int32).npu(), positions.npu(), table.npu(), 3, 4, slots)
+    constants = {"TOTAL_CP_RANK": 0, "CP_KV_CACHE_INTERLEAVE_SIZE": 1, "BLOCK_SIZE": 1024, "PAD_ID": -1}
+    SlotMappingKernel()[(3,)](*arguments, TOTAL_CP_WORLD_SIZE=1, **constants)
+    assert slots.tolist() == [22, 23, 8, 15, 32, -1, -1, -1, -1, -1]
+    with pytest.raises(NotImplementedError, match="context parallelism over 2 ranks"):
+        SlotMappingKernel()[(3,)](*arguments, TOTAL_CP_WORLD_SIZE=2, **constants)
+
+
+def test_acl_copies_over_the_runtime():
+    module = ModuleType("acl.rt")
+    finder.fill_acl_rt(module)
+    source, target = ctypes.create_string_buffer(b"abcdef"), ctypes.create_string_buffer(7)
+    assert module.memcpy(ctypes.addressof(target), 7, ctypes.addressof(source), 7, 0) == 0
+    assert target.value == b"abcdef"
+    assert module.memcpy(ctypes.addressof(target), 3, ctypes.addressof(source), 7, 0) != 0
+
+
+@pytest.mark.parametrize(
+    ("chip", "device_type"), [("A2", "A2"), ("Ascend910_9391", "A3"), ("310P", "_310P"), ("A5", "A5")]
+)
+def test_the_chip_is_that_of_the_process(monkeypatch, chip, device_type):
+    monkeypatch.setenv("VLLM_NPU_EMULATOR_SOC", chip)
+    module = ModuleType("_build_info")
+    finder.fill_build_info(module)
+    assert module.__device_type__ == device_type

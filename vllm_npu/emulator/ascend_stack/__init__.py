@@ -11,6 +11,8 @@ vllm_ascend.vllm_ascend_C
     routing of experts and norms have no other way.
 vllm.v1.worker.block_table
     vLLM's module with a kernel for Triton, which finds no device here. The kernel is replaced by slot_mapping.py.
+vllm_ascend.utils
+    Unchanged; once it is imported, torch_npu's cast of weights to the format NZ leaves them plain.
 torchvision._meta_registrations
     FakeTensor functions of torchvision's compiled operators. Those are built for CUDA and do not load beside a CPU build
     of torch; transformers' image processors, which vllm-ascend imports, do without. Here the module is empty.

@@ -192,7 +192,39 @@ DECLARED = (
     "int slice_size) -> Tensor",
 )
 
-_libraries: list[torch.library.Library] = []  # an operator lives as long as the library that defined it
+ACL_FORMAT_ND, ACL_FORMAT_FRACTAL_NZ = 2, 29
+
+
+def npu_format_cast(
+    tensor: torch.Tensor, acl_format: int, *, customize_dtype: int | None = None, input_dtype: int | None = None
+) -> torch.Tensor:
+    """torch_npu's cast for the weights that vllm-ascend wants in NZ: a copy in the plain format, in which ops take it too.
+
+    On a device the format is how memory is laid out and changes no value. Here all memory is plain: get_npu_format keeps
+    saying so, and op-plugin then calls the functions for plain weights.
+    """
+    if (
+        acl_format not in (ACL_FORMAT_ND, ACL_FORMAT_FRACTAL_NZ)
+        or customize_dtype is not None
+        or input_dtype is not None
+    ):
+        raise NotImplementedError(
+            f"npu_format_cast: acl_format={acl_format}, customize_dtype={customize_dtype}, input_dtype={input_dtype} are not "
+            "emulated; there are the formats ND (2) and FRACTAL_NZ (29)"
+        )
+    return tensor if acl_format == ACL_FORMAT_ND else tensor.clone()
+
+
+# What a library defined or overrode lives as long as it does.
+_libraries: list[torch.library.Library] = []
+_kept: list[torch.library.Library] = []
+
+
+def keep_formats_plain() -> None:
+    """Puts npu_format_cast above in the place of torch_npu's, which needs an operator of CANN's graph engine for NZ."""
+    library = torch.library.Library("npu", "IMPL")
+    library.impl("npu_format_cast", npu_format_cast, "PrivateUse1", allow_override=True)
+    _kept.append(library)
 
 
 def register() -> None:

@@ -51,6 +51,12 @@ def amend_block_table(module: ModuleType) -> None:
     module.__dict__["_compute_slot_mapping_kernel"] = SlotMappingKernel()
 
 
+def amend_formats(_module: ModuleType) -> None:
+    from vllm_npu.emulator.ascend_stack import custom_ops
+
+    custom_ops.keep_formats_plain()
+
+
 def leave_empty(_module: ModuleType) -> None:
     """For a module that is imported for its effects only."""
 
@@ -62,7 +68,10 @@ MADE: dict[str, Fill] = {
     "vllm_ascend._build_info": fill_build_info,
     "vllm_ascend.vllm_ascend_C": fill_custom_ops,
 }
-AMENDED: dict[str, Fill] = {"vllm.v1.worker.block_table": amend_block_table}
+AMENDED: dict[str, Fill] = {
+    "vllm.v1.worker.block_table": amend_block_table,
+    "vllm_ascend.utils": amend_formats,
+}
 
 
 class MadeModuleLoader(importlib.abc.Loader):

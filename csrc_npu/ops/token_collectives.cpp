@@ -93,7 +93,7 @@ std::int64_t row_bytes_of(const at::Tensor& x) {
   return std::accumulate(x.sizes().begin() + 1, x.sizes().end(), x.element_size(), std::multiplies<>());
 }
 
-// Fresh rows in the shape of x's. Never at a null address, which HCCL refuses even where nothing is to be written.
+// Fresh rows in the shape of x's, in memory of at least one row: see address().
 at::Tensor empty_rows(const at::Tensor& x, std::int64_t rows) {
   auto shape = x.sizes().vec();
   shape[0] = std::max<std::int64_t>(rows, 1);
@@ -101,8 +101,11 @@ at::Tensor empty_rows(const at::Tensor& x, std::int64_t rows) {
   return rows > 0 ? made : made.narrow(0, 0, 0);
 }
 
-// The address of x, or of `other` where x is empty: HCCL wants one even where nothing is read.
-void* address(const at::Tensor& x, const at::Tensor& other) { return x.numel() > 0 ? x.data_ptr() : other.data_ptr(); }
+// Where rows of empty_rows() lie. Not data_ptr(), which is null for no rows: HCCL wants an address even then.
+void* address(const at::Tensor& made) { return made.storage().mutable_data(); }
+
+// The address of x, or, where x is empty, that of `made`, from which nothing is read then.
+void* address(const at::Tensor& x, const at::Tensor& made) { return x.numel() > 0 ? x.data_ptr() : address(made); }
 
 void all_to_all_v(const Group& group, void* send, Counts send_counts, Counts send_starts, void* receive,
                   Counts receive_counts) {
@@ -119,7 +122,7 @@ at::Tensor gather_rows(const at::Tensor& x, at::IntArrayRef sizes, const Group& 
   const at::Tensor gathered = empty_rows(x, sum(sizes));
   if (gathered.numel() == 0) return gathered;  // on all ranks alike
   void* send = address(x, gathered);
-  void* receive = gathered.data_ptr();
+  void* receive = address(gathered);
   const Counts counts = scaled(sizes, row_bytes);
   const std::uint64_t own = counts[group.rank];
   const HcclComm communicator = group.communicator;
@@ -144,7 +147,7 @@ at::Tensor exchange(const at::Tensor& x, at::IntArrayRef send_sizes, at::IntArra
   const at::Tensor received = empty_rows(x, sum(receive_sizes));
   Counts send_counts = scaled(send_sizes, row_bytes);
   Counts send_starts = starts_of(send_counts);
-  all_to_all_v(group, address(x, received), std::move(send_counts), std::move(send_starts), received.data_ptr(),
+  all_to_all_v(group, address(x, received), std::move(send_counts), std::move(send_starts), address(received),
                scaled(receive_sizes, row_bytes));
   return received;
 }
@@ -292,7 +295,7 @@ at::Tensor scatter_reduce_tokens(const at::Tensor& x, at::IntArrayRef sizes, std
     return sum_in_rank_order(exchange(rows, sizes, from_each, group).view(shape));
   }
   void* send = rows.data_ptr();
-  void* receive = own.data_ptr();
+  void* receive = address(own);
   const Counts counts = scaled(sizes, rows.numel() / rows.size(0));
   const std::uint64_t own_count = counts[rank];
   const HcclComm communicator = group.communicator;

@@ -22,8 +22,8 @@ PREFIX = "model.layers.0.mlp.experts"
 OWN = "vllm-ascend"
 
 
-def write_config(folder: Path, *, hidden: int, experts: int, top_k: int) -> None:
-    """A Qwen3-MoE config.json; the layer's weights are drawn, not loaded."""
+def write_config(folder: Path, *, hidden: int, experts: int, top_k: int, int8: bool) -> None:
+    """A Qwen3-MoE config.json, for int8 experts with ModelSlim's description; the layer's weights are drawn, not loaded."""
     config = {
         "architectures": ["Qwen3MoeForCausalLM"],
         "model_type": "qwen3_moe",
@@ -46,6 +46,8 @@ def write_config(folder: Path, *, hidden: int, experts: int, top_k: int) -> None
         "tie_word_embeddings": False,
     }
     (folder / "config.json").write_text(json.dumps(config))
+    if not int8:
+        return
     kinds = {
         f"{PREFIX}.{expert}.{name}_proj.weight": "W8A8_DYNAMIC"
         for expert in range(experts)
@@ -116,7 +118,7 @@ def main(given: dict[str, Any]) -> None:
     device = torch.device("npu", rank)
     torch.distributed.init_process_group("hccl")
     with tempfile.TemporaryDirectory() as folder:
-        write_config(Path(folder), hidden=hidden_size, experts=experts, top_k=top_k)
+        write_config(Path(folder), hidden=hidden_size, experts=experts, top_k=top_k, int8=bool(given.get("int8")))
         config = EngineArgs(
             model=folder,
             skip_tokenizer_init=True,

@@ -26,6 +26,7 @@ def test_the_emulated_device_is_found(tmp_path):
     assert findings["import torch"]["status"] == "ok"
     assert findings["import torch_npu"]["what"] == "on the emulated device, 16 devices"
     assert findings["emulated device"]["what"].startswith("built, in ")
+    assert findings["tokens on HCCL"]["what"].startswith("built, in ")
 
 
 def test_the_real_torch_npu_without_cann_and_without_the_hook(tmp_path):
@@ -41,4 +42,5 @@ def test_what_building_lacks_is_named(tmp_path):
     )
     assert findings["emulated device"]["status"] == "warning"
     assert "needs a C++ compiler" in findings["emulated device"]["what"]
+    assert "needs a C++ compiler" in findings["tokens on HCCL"]["what"]
     assert "install one" in findings["emulated device"]["remedy"]

@@ -29,7 +29,6 @@ WAYS = {
     "V collectives": ("A3", 4, {"VLLM_NPU_EMULATOR_ASYNC": "7"}),
     "exchanges": ("A2", 4, {"VLLM_NPU_EMULATOR_ASYNC": "8"}),
     "task queue": ("A3", 2, {"TASK_QUEUE_ENABLE": "1"}),
-    "310P": ("310P", 2, {}),
 }
 
 
@@ -143,8 +142,8 @@ def test_same_bits_and_counts_as_through_torch_distributed(monkeypatch, capfd, w
         pool.run(same_as_torch_distributed, grid)
         called = {word for word in capfd.readouterr().err.split() if word.startswith("Hccl")}
         assert called & UNEVEN == (set() if family == "A2" else UNEVEN)
-        pool.run(outputs_and_counts, grid, ["allgather"] if family == "310P" else ["all2all", "allgather", "naive"])
-        for shows in IN_FLIGHT.values() if family != "310P" else ():
+        pool.run(outputs_and_counts, grid, ["all2all", "allgather", "naive"])
+        for shows in IN_FLIGHT.values():
             pool.run(shows, "all2all")
         if "VLLM_NPU_EMULATOR_ASYNC" in env:
             pool.run(start_does_not_wait)

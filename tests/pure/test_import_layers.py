@@ -38,7 +38,8 @@ def test_a_tree_that_keeps_the_rules_passes(tmp_path):
             "topology.py": "from vllm_npu import routing\n",
             "transport/gloo.py": "import torch.distributed as dist\nfrom ..routing import X\n",
             "device/npu_ops.py": "def load():\n    import torch_npu\n",
-            "hccl/library.py": "import torch_npu\n",
+            "hccl/library.py": "import torch_npu\nfrom vllm_npu import native_build\n",
+            "native_build.py": "import subprocess\nfrom vllm_npu import errors\n",
             "plugin/__init__.py": "import vllm_ascend\nfrom vllm.platforms import Platform\n",
             "strategies.py": (
                 "from typing import TYPE_CHECKING\n"
@@ -46,13 +47,14 @@ def test_a_tree_that_keeps_the_rules_passes(tmp_path):
                 "from vllm_npu.transport import gloo\n"
             ),
             "emulator/__init__.py": "import ctypes\nfrom vllm_npu import envs\ndef enable():\n    import torch_npu\n",
+            "emulator/build.py": "from vllm_npu import native_build\n",
             "emulator/pytest_plugin.py": "import pytest\n",
             "emulator/rank_program.py": "def f():\n    import torch\n    torch.distributed.barrier()\n",
             "cli/__init__.py": "from vllm_npu import emulator\nimport vllm_npu.plugin\n",
         },
     )
     result = run_check(tmp_path)
-    assert (result.returncode, result.stdout) == (0, "import layers: 13 files, no fault\n")
+    assert (result.returncode, result.stdout) == (0, "import layers: 15 files, no fault\n")
 
 
 CAUGHT = {

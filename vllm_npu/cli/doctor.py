@@ -26,7 +26,9 @@ from rich.text import Text
 import vllm_npu
 from vllm_npu import envs
 from vllm_npu.emulator import build, cann, loader, shared_memory, soc
-from vllm_npu.errors import EmulatorBuildError, UnsupportedConfigError
+from vllm_npu.errors import NativeBuildError, UnsupportedConfigError
+from vllm_npu.hccl.build import TOKEN_OPS
+from vllm_npu.native_build import Component
 from vllm_npu.plugin import entry_points
 
 OK, WARNING, PROBLEM = "ok", "warning", "problem"
@@ -249,7 +251,7 @@ def check_import_of_torch_npu() -> Iterator[Finding]:
         yield Finding("import torch_npu", OK, "not installed: needed on Ascend and for the emulated device")
         return
     found = cann.find()
-    if found is None and not library_is_built():
+    if found is None and not is_built(build.DEVICE, build.library_folder):
         return  # check_emulator says so
     how = "" if found is not None else "import vllm_npu.emulator; vllm_npu.emulator.enable(); "
     on = "CANN" if found is not None else "the emulated device"
@@ -294,33 +296,42 @@ def check_drivers() -> Iterator[Finding]:
             yield Finding(tool, OK, (tried.output.splitlines() or [path])[0])
 
 
-# --- the emulated device ---
+# --- the emulated device, and what else is built from csrc_npu ---
 
 
-def library_is_built() -> bool:
+def is_built(component: Component, library_folder: Callable[[], Path]) -> bool:
     try:
-        return (build.library_folder() / "libascendcl.so").is_file()
-    except EmulatorBuildError:
+        return (library_folder() / component.product).is_file()
+    except NativeBuildError:
         return False
 
 
-def check_emulator() -> Iterator[Finding]:
-    name = "emulated device"
+def check_native(
+    name: str, component: Component, library_folder: Callable[[], Path], command: str
+) -> Iterator[Finding]:
     if not is_importable("torch_npu"):
         yield Finding(name, OK, "not to be had without torch_npu; scripts/setup.sh --emulator installs it")
         return
-    if library_is_built():
-        yield Finding(name, OK, f"built, in {build.library_folder()}")
+    if is_built(component, library_folder):
+        yield Finding(name, OK, f"built, in {library_folder()}")
         return
     lacking = []
-    for find in (build.find_compiler, lambda: build.find_tool("cmake"), lambda: build.find_tool("ninja")):
+    for find in (component.find_compiler, lambda: component.find_tool("cmake"), lambda: component.find_tool("ninja")):
         try:
             find()
-        except EmulatorBuildError as error:
+        except NativeBuildError as error:
             lacking.append(str(error))
     yield from (Finding(name, WARNING, *fault.split("; ", 1)) for fault in lacking)
     if not lacking:
-        yield Finding(name, WARNING, "not built yet", "python -m vllm_npu.emulator build")
+        yield Finding(name, WARNING, "not built yet", command)
+
+
+def check_emulator() -> Iterator[Finding]:
+    return check_native("emulated device", build.DEVICE, build.library_folder, "python -m vllm_npu.emulator build")
+
+
+def check_token_ops() -> Iterator[Finding]:
+    return check_native("tokens on HCCL", TOKEN_OPS, TOKEN_OPS.library_folder, "python -m vllm_npu.hccl.build")
 
 
 def check_shared_memory() -> Iterator[Finding]:
@@ -509,6 +520,7 @@ CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
     check_drivers,
     check_import_of_torch_npu,
     check_emulator,
+    check_token_ops,
     check_shared_memory,
     check_plugins,
     check_target_device,

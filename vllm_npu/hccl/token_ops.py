@@ -1,9 +1,8 @@
 """The C++ operators of csrc_npu/ops: tokens travel straight through HCCL, on the current stream.
 
-`python -m vllm_npu.hccl.token_ops` builds them and prints their folder. Where nobody did, the first group builds them.
+Where nobody has run `python -m vllm_npu.hccl.build`, the first group builds them.
 """
 
-import sys
 from functools import cache
 from typing import Any
 
@@ -11,20 +10,18 @@ import torch
 
 from vllm_npu import envs
 from vllm_npu.errors import NativeBuildError
-from vllm_npu.native_build import Component
+from vllm_npu.hccl.build import TOKEN_OPS
 from vllm_npu.token_layout import RowFormat
-
-COMPONENT = Component("ops", "token collectives on HCCL", "libvllm_npu_ops.so", install_hint="pip install cmake ninja")
 
 
 @cache
 def why_not() -> str | None:
     """Why this process cannot use the operators, or None once they are loaded. LOCAL. Builds them where they are not built
-    yet: about 10 seconds."""
+    yet: about 40 seconds."""
     if not envs.HCCL_OPS.read_flag():
         return f"{envs.HCCL_OPS.name}=0"
     try:
-        library = COMPONENT.build() / COMPONENT.product
+        library = TOKEN_OPS.build() / TOKEN_OPS.product
         import torch_npu  # noqa: F401  # the library needs its symbols
 
         torch.ops.load_library(str(library))
@@ -64,10 +61,3 @@ def _message(tensors: list[torch.Tensor], rows: "int | torch.SymInt") -> torch.T
     if len(tensors) == 1:
         return tensors[0].new_empty((rows, *tensors[0].shape[1:]))
     return tensors[0].new_empty((rows, RowFormat.of(tensors).row_bytes), dtype=torch.uint8)
-
-
-if __name__ == "__main__":
-    try:
-        sys.stdout.write(f"{COMPONENT.build()}\n")
-    except NativeBuildError as fault:
-        sys.exit(f"vllm_npu: {fault}")

@@ -1,13 +1,16 @@
 #!/usr/bin/env python3
 """Measures the host's time of prepare + finalize on the emulated Ascend device, and prints a table.
 
-Usage: host_times.py [--ranks N] [--rounds N]    with the python of `scripts/setup.sh --emulator`, on an idle machine
+Usage: host_times.py [--ranks N] [--rounds N] [--layers N]
+with the python of `scripts/setup.sh --emulator`, on an idle machine
 
 Three ways in one run, taking turns: the call sequence of vllm-ascend's PrepareAndFinalize classes (written here from its
 documented behaviour: it is not vllm-ascend's code), this package through torch.distributed, and this package through its C++
 operators. Streams run on threads of their own, so a call returns before the collective has run, as on a device; what is
-measured is the processor time of the calling thread, for each of several layers in a row. Every number is of the emulated
-device: it says what the host does for each layer, nothing about an NPU.
+measured is the processor time of the calling thread, for each of --layers layers in a row. Every number is of the emulated
+device: it says what the host does for each layer, nothing about an NPU. An op that computes (F.pad, torch.cat; of the three
+ways only vllm-ascend's calls have them) runs on the calling thread there and waits for the stream first: with --layers 1 that
+wait is short.
 """
 
 import argparse
@@ -31,7 +34,6 @@ from vllm_npu.transport.recording import CollectiveCounter, record
 
 HIDDEN, EXPERTS, TOP_K = 2048, 64, 8
 WARM_UP = 5
-LAYERS = 8  # one behind another in each round, as in a step of a model
 FAMILY = "A3"
 WAYS = ("vllm-ascend's calls", "torch.distributed", "C++ operators")
 # strategy: tokens of each rank of its group, for N ranks
@@ -101,7 +103,9 @@ def transports_of(groups: Groups, with_ops: bool, counter: CollectiveCounter | N
     return Groups(groups.topology, *found)
 
 
-def measure(rank: Rank, strategy: str, counts: tuple[int, ...], rounds: int) -> list[tuple[list[float], int, int]]:
+def measure(
+    rank: Rank, strategy: str, counts: tuple[int, ...], rounds: int, layers: int
+) -> list[tuple[list[float], int, int]]:
     """For each way: microseconds of each round, collectives and bytes sent by this rank."""
     over_dp = strategy == "allgather"
     groups = rank.groups(tp_size=1 if over_dp else rank.num_ranks, dp_size=rank.num_ranks if over_dp else 1)
@@ -134,12 +138,12 @@ def measure(rank: Rank, strategy: str, counts: tuple[int, ...], rounds: int) -> 
             groups.ep.barrier()
             torch.accelerator.synchronize()
             start = time.thread_time()
-            results = [function() for _ in range(LAYERS)]
+            results = [function() for _ in range(layers)]
             end = time.thread_time()
             torch.accelerator.synchronize()
             del results
             if turn >= WARM_UP:
-                taken.append((end - start) * 1e6 / LAYERS)
+                taken.append((end - start) * 1e6 / layers)
     return [(taken, calls, sent) for taken, (_, calls, sent) in zip(times, runs, strict=True)]
 
 
@@ -147,17 +151,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--layers", type=int, default=8)
     options = parser.parse_args()
     os.environ.setdefault("VLLM_NPU_EMULATOR_SOC", FAMILY)
     os.environ.setdefault("VLLM_NPU_EMULATOR_ASYNC", "1")
     print(f"Load before: {os.getloadavg()[0]:.2f}. {len(os.sched_getaffinity(0))} cores, {options.ranks} ranks, hidden size "
-          f"{HIDDEN} in bfloat16, {EXPERTS} experts, top-{TOP_K}, {options.rounds} rounds.\n")  # fmt: skip
+          f"{HIDDEN} in bfloat16, {EXPERTS} experts, top-{TOP_K}, "
+          f"{options.rounds} rounds of {options.layers} layers.\n")  # fmt: skip
     print("| emulated | tokens | by | host µs (median) | p10 | p90 | of vllm-ascend's | collectives | bytes sent |")
     print("|---|---|---|---|---|---|---|---|---|")
     with launcher.emulated_devices(options.ranks), ProcessRankPool(options.ranks, transport="hccl") as pool:
         for strategy, workloads in WORKLOADS.items():
             for counts in workloads(options.ranks):
-                by_rank = pool.run(measure, strategy, counts, options.rounds)
+                by_rank = pool.run(measure, strategy, counts, options.rounds, options.layers)
                 base = 0.0
                 for i, way in enumerate(WAYS):
                     taken = [max(each) for each in zip(*(ways[i][0] for ways in by_rank), strict=True)]

@@ -243,9 +243,10 @@ class Transport(ABC):
     def _barrier(self) -> None: ...
 
     def _check_together(self, operation: str, tensors: Sequence[torch.Tensor]) -> None:
-        if not tensors or any(each.dim() != 2 or each.shape[0] != tensors[0].shape[0] for each in tensors):
+        shapes = [each.shape for each in tensors]
+        if not shapes or [len(shape) for shape in shapes] != [2] * len(shapes) or len({rows for rows, _ in shapes}) > 1:
             raise InvalidInputError(
-                f"{operation} on group '{self.group}': tensors of shapes {[tuple(each.shape) for each in tensors]} cannot "
+                f"{operation} on group '{self.group}': tensors of shapes {[tuple(shape) for shape in shapes]} cannot "
                 "share a message; they must be 2-D, with as many rows each"
             )
 

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from vllm_npu.device import npu_ops  # importing torch_npu is what makes c10d know hccl
-from vllm_npu.errors import UnknownGroupError
+from vllm_npu.errors import TransportError, UnknownGroupError
 from vllm_npu.hccl import token_ops
 from vllm_npu.transport.base import Exchanged
 from vllm_npu.transport.torch_dist import TorchDistTransport
@@ -78,14 +78,12 @@ class HcclTransport(TorchDistTransport):
     def _gather_tokens(self, tensors: Sequence[torch.Tensor], sizes: Sequence[int]) -> list[torch.Tensor]:
         if not self._has_ops():
             return super()._gather_tokens(tensors, sizes)
-        with self._collective("all_gather"):
-            gathered: list[torch.Tensor] = token_ops.ops().gather_tokens.default(tensors, sizes, self._name)
+        gathered: list[torch.Tensor] = self._call("all_gather", token_ops.ops().gather_tokens, tensors, sizes)
         return gathered
 
     def _reduce_scatter(self, x: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
         if self._has_ops():
-            with self._collective("reduce_scatter"):
-                own: torch.Tensor = token_ops.ops().scatter_reduce_tokens.default(x, sizes, self.rank, self._name)
+            own: torch.Tensor = self._call("reduce_scatter", token_ops.ops().scatter_reduce_tokens, x, sizes, self.rank)
             return own
         even = len(set(sizes)) == 1
         return super()._reduce_scatter(x, sizes) if even else self._reduce_scatter_by_exchange(x, sizes)
@@ -93,17 +91,21 @@ class HcclTransport(TorchDistTransport):
     def _all_to_all(self, x: torch.Tensor, send_sizes: Sequence[int], recv_sizes: Sequence[int]) -> torch.Tensor:
         if not self._has_ops():
             return super()._all_to_all(x, send_sizes, recv_sizes)
-        with self._collective("all_to_all"):
-            received: torch.Tensor = token_ops.ops().exchange_rows.default(x, send_sizes, recv_sizes, self._name)
+        received: torch.Tensor = self._call("all_to_all", token_ops.ops().exchange_rows, x, send_sizes, recv_sizes)
         return received
 
     def _exchange_tokens(self, tensors: Sequence[torch.Tensor], rows_per_rank: torch.Tensor) -> Exchanged:
         if not self._has_ops():
             return super()._exchange_tokens(tensors, rows_per_rank)
-        with self._collective("all_to_all"):
-            received, rows = token_ops.ops().exchange_tokens.default(tensors, rows_per_rank, self._name)
+        received, rows = self._call("all_to_all", token_ops.ops().exchange_tokens, tensors, rows_per_rank)
         sent_rows, received_rows = rows.tolist()
         return received, sent_rows, received_rows
+
+    def _call(self, operation: str, op: Any, *arguments: Any) -> Any:
+        try:
+            return op.default(*arguments, self._name)
+        except RuntimeError as error:
+            raise TransportError(operation, self.group, self.rank, str(error)) from error
 
     def _has_ops(self) -> bool:
         """Whether to call the operators. Their stream first waits (not the host) for what is in flight on another one: HCCL

@@ -19,6 +19,7 @@ from vllm_npu.reference import select_topk
 
 INTERMEDIATE = 64
 OWN = "vllm-ascend"
+PREFIX = "model.layers.0.mlp.experts"
 
 
 def write_config(folder: Path, *, hidden: int, experts: int, top_k: int) -> None:
@@ -59,6 +60,25 @@ def dense(hidden: torch.Tensor, logits: torch.Tensor, w13: torch.Tensor, w2: tor
             out = (torch.nn.functional.silu(gate) * up) @ w2[expert].float().T
             total[rows] += weights[rows, k, None] * out
     return total
+
+
+def int8_config(experts: int) -> Any:
+    """vllm-ascend's description of a checkpoint whose experts are W8A8_DYNAMIC."""
+    from vllm_ascend.quantization.modelslim_config import AscendModelSlimConfig
+
+    names = [f"{PREFIX}.{expert}.{name}_proj" for expert in range(experts) for name in ("gate", "up", "down")]
+    parts = ("weight", "weight_scale", "weight_offset")
+    return AscendModelSlimConfig({f"{name}.{part}": "W8A8_DYNAMIC" for name in names for part in parts})
+
+
+def load_int8(layer: Any, name: str, weight: torch.Tensor, own: slice) -> torch.Tensor:
+    """Give the layer its experts' weight [experts, out, in] as integers with a scale for each output; what they stand for."""
+    scale = (weight.float().abs().amax(dim=2, keepdim=True) / 127).to(weight.dtype)
+    quantised = (weight.float() / scale.float()).round().clamp(-127, 127)
+    getattr(layer, f"{name}_weight").data.copy_(quantised[own].to(torch.int8))
+    getattr(layer, f"{name}_weight_scale").data.copy_(scale[own])
+    getattr(layer, f"{name}_weight_offset").data.zero_()
+    return quantised * scale.float()
 
 
 def spoil_combine() -> None:
@@ -140,14 +160,19 @@ def main(given: dict[str, Any]) -> None:
                 intermediate_size=INTERMEDIATE,
                 params_dtype=dtype,
                 renormalize=True,
-                prefix="model.layers.0.mlp.experts",
+                prefix=PREFIX,
+                quant_config=int8_config(experts) if given.get("int8") else None,
             )
     generator = torch.Generator().manual_seed(3)
     w13 = (torch.randn(experts, 2 * INTERMEDIATE, hidden_size, generator=generator) * hidden_size**-0.5).to(dtype)
     w2 = (torch.randn(experts, hidden_size, INTERMEDIATE, generator=generator) * INTERMEDIATE**-0.5).to(dtype)
     local = experts // (tp * dp)
-    layer.w13_weight.data.copy_(w13[rank * local : (rank + 1) * local])
-    layer.w2_weight.data.copy_(w2[rank * local : (rank + 1) * local])
+    own_experts = slice(rank * local, (rank + 1) * local)
+    if given.get("int8"):
+        w13, w2 = load_int8(layer, "w13", w13, own_experts), load_int8(layer, "w2", w2, own_experts)
+    else:
+        layer.w13_weight.data.copy_(w13[own_experts])
+        layer.w2_weight.data.copy_(w2[own_experts])
     layer.quant_method.process_weights_after_loading(layer)
 
     def run(counts: list[int], seed: int) -> tuple[torch.Tensor, torch.Tensor, list[Any], str]:

@@ -18,12 +18,12 @@ import torch
 from vllm_npu.reference import select_topk
 
 INTERMEDIATE = 64
-PREFIX = "model.layers.0.mlp.experts"
 OWN = "vllm-ascend"
+PREFIX = "model.layers.0.mlp.experts"
 
 
-def write_config(folder: Path, *, hidden: int, experts: int, top_k: int, int8: bool) -> None:
-    """A Qwen3-MoE config.json, for int8 experts with ModelSlim's description; the layer's weights are drawn, not loaded."""
+def write_config(folder: Path, *, hidden: int, experts: int, top_k: int) -> None:
+    """A Qwen3-MoE config.json; the layer's weights are drawn, not loaded."""
     config = {
         "architectures": ["Qwen3MoeForCausalLM"],
         "model_type": "qwen3_moe",
@@ -46,20 +46,6 @@ def write_config(folder: Path, *, hidden: int, experts: int, top_k: int, int8: b
         "tie_word_embeddings": False,
     }
     (folder / "config.json").write_text(json.dumps(config))
-    if not int8:
-        return
-    kinds = {
-        f"{PREFIX}.{expert}.{name}_proj.weight": "W8A8_DYNAMIC"
-        for expert in range(experts)
-        for name in ("gate", "up", "down")
-    }
-    (folder / "quant_model_description.json").write_text(json.dumps({"model_quant_type": "W8A8_DYNAMIC", **kinds}))
-
-
-def rounded_to_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """[..., out, in] as int8 with a scale for each output channel, [..., out, 1]."""
-    scale = weight.float().abs().amax(-1, keepdim=True) / 127
-    return (weight.float() / scale).round().to(torch.int8), scale
 
 
 def dense(hidden: torch.Tensor, logits: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, top_k: int) -> torch.Tensor:
@@ -74,6 +60,25 @@ def dense(hidden: torch.Tensor, logits: torch.Tensor, w13: torch.Tensor, w2: tor
             out = (torch.nn.functional.silu(gate) * up) @ w2[expert].float().T
             total[rows] += weights[rows, k, None] * out
     return total
+
+
+def int8_config(experts: int) -> Any:
+    """vllm-ascend's description of a checkpoint whose experts are W8A8_DYNAMIC."""
+    from vllm_ascend.quantization.modelslim_config import AscendModelSlimConfig
+
+    names = [f"{PREFIX}.{expert}.{name}_proj" for expert in range(experts) for name in ("gate", "up", "down")]
+    parts = ("weight", "weight_scale", "weight_offset")
+    return AscendModelSlimConfig({f"{name}.{part}": "W8A8_DYNAMIC" for name in names for part in parts})
+
+
+def load_int8(layer: Any, name: str, weight: torch.Tensor, own: slice) -> torch.Tensor:
+    """Give the layer its experts' weight [experts, out, in] as integers with a scale for each output; what they stand for."""
+    scale = (weight.float().abs().amax(dim=2, keepdim=True) / 127).to(weight.dtype)
+    quantised = (weight.float() / scale.float()).round().clamp(-127, 127)
+    getattr(layer, f"{name}_weight").data.copy_(quantised[own].to(torch.int8))
+    getattr(layer, f"{name}_weight_scale").data.copy_(scale[own])
+    getattr(layer, f"{name}_weight_offset").data.zero_()
+    return quantised * scale.float()
 
 
 def spoil_combine() -> None:
@@ -118,7 +123,7 @@ def main(given: dict[str, Any]) -> None:
     device = torch.device("npu", rank)
     torch.distributed.init_process_group("hccl")
     with tempfile.TemporaryDirectory() as folder:
-        write_config(Path(folder), hidden=hidden_size, experts=experts, top_k=top_k, int8=bool(given.get("int8")))
+        write_config(Path(folder), hidden=hidden_size, experts=experts, top_k=top_k)
         config = EngineArgs(
             model=folder,
             skip_tokenizer_init=True,
@@ -129,7 +134,6 @@ def main(given: dict[str, Any]) -> None:
             data_parallel_backend="mp",
             enable_expert_parallel=True,
             enforce_eager=True,
-            quantization="ascend" if given.get("int8") else None,
             max_model_len=1024,
             max_num_seqs=16,
             max_num_batched_tokens=2048,
@@ -156,24 +160,19 @@ def main(given: dict[str, Any]) -> None:
                 intermediate_size=INTERMEDIATE,
                 params_dtype=dtype,
                 renormalize=True,
-                quant_config=config.quant_config,
                 prefix=PREFIX,
+                quant_config=int8_config(experts) if given.get("int8") else None,
             )
     generator = torch.Generator().manual_seed(3)
     w13 = (torch.randn(experts, 2 * INTERMEDIATE, hidden_size, generator=generator) * hidden_size**-0.5).to(dtype)
     w2 = (torch.randn(experts, hidden_size, INTERMEDIATE, generator=generator) * INTERMEDIATE**-0.5).to(dtype)
     local = experts // (tp * dp)
-    own = slice(rank * local, (rank + 1) * local)
+    own_experts = slice(rank * local, (rank + 1) * local)
     if given.get("int8"):
-        for name, weight in (("w13", w13), ("w2", w2)):
-            values, scales = rounded_to_int8(weight)
-            weight.copy_(values * scales)  # what the dense layer has
-            getattr(layer, f"{name}_weight").data.copy_(values[own])
-            getattr(layer, f"{name}_weight_scale").data.copy_(scales[own])
-            getattr(layer, f"{name}_weight_offset").data.zero_()
+        w13, w2 = load_int8(layer, "w13", w13, own_experts), load_int8(layer, "w2", w2, own_experts)
     else:
-        layer.w13_weight.data.copy_(w13[own])
-        layer.w2_weight.data.copy_(w2[own])
+        layer.w13_weight.data.copy_(w13[own_experts])
+        layer.w2_weight.data.copy_(w2[own_experts])
     layer.quant_method.process_weights_after_loading(layer)
 
     def run(counts: list[int], seed: int) -> tuple[torch.Tensor, torch.Tensor, list[Any], str]:

@@ -1,20 +1,25 @@
 """The vLLM plugin, and the only place that imports vllm. vLLM finds the two functions below by entry points."""
 
+from vllm_npu import envs
+
 
 def register_platform() -> str | None:
     """Entry point of `vllm.platform_plugins`: the platform class for this vLLM build, or None to stay out of the way.
 
     Raises nothing: vLLM ignores errors here. What is wrong is said by register_layers, whose errors vLLM shows.
     """
-    from vllm.platforms import cpu_platform_plugin
+    from vllm.platforms import cpu_platform_plugin, cuda_platform_plugin
 
-    if cpu_platform_plugin() is None:
-        return None
-    return "vllm_npu.plugin.platform.NPUPlatformOnCPU"
+    if cpu_platform_plugin() is not None:
+        return "vllm_npu.plugin.platform.NPUPlatformOnCPU"
+    if envs.CUDA_PLATFORM.read_flag() and cuda_platform_plugin() is not None:
+        return "vllm_npu.plugin.cuda_platform.NPUPlatformOnCUDA"
+    return None
 
 
 def register_layers() -> None:
-    """Entry point of `vllm.general_plugins`: replace vLLM's MoE layers by ours. Runs in every process of vLLM.
+    """Entry point of `vllm.general_plugins`: on a CPU, replace vLLM's MoE layers by ours; on GPUs they stay vLLM's. Runs in
+    every process of vLLM.
 
     Raises UnsupportedConfigError where vLLM's version is not supported.
     """
@@ -22,6 +27,10 @@ def register_layers() -> None:
 
     from vllm_npu.plugin import compat
 
+    if current_platform.is_cuda():
+        if envs.CUDA_PLATFORM.read_flag():
+            compat.check_cuda_version()
+        return
     compat.check_version()
     from vllm_npu.plugin.platform import NPUPlatformOnCPU
 

@@ -53,11 +53,9 @@ def test_any_other_version_is_refused_with_those_that_are_not(version):
 
 def test_the_cuda_platform_takes_its_own_lines():
     for line in compat.CUDA_LINES:
-        compat.check_cuda_version(f"{line}.0+cu130")
-    with pytest.raises(
-        UnsupportedConfigError, match=r"vLLM 0\.24\.0 is not supported by vllm_npu's CUDA platform.*0\.23, 0\.32"
-    ):
-        compat.check_cuda_version("0.24.0")
+        compat.check_version(f"{line}.0+cu130", on_gpus=True)
+    with pytest.raises(UnsupportedConfigError, match=r"on GPUs; supported release lines: 0\.23, 0\.32"):
+        compat.check_version("0.24.0", on_gpus=True)
 
 
 def test_the_installed_vllm_has_a_module_of_its_own():

@@ -77,7 +77,7 @@ def test_other_plugins_sections_are_not_ours(model):
     ("section", "message"),
     [
         ({"moe_comm": "fastest"}, "unknown moe_comm 'fastest'; there are: auto, mc2, all2all, allgather, naive"),
-        ({"moe_com": "mc2"}, "has unknown keys ['moe_com']; there is: moe_comm"),
+        ({"moe_com": "mc2"}, "has unknown keys ['moe_com']; there are: moe_comm, all2all, flashinfer_all_reduce"),
         ({"moe_comm": "mc2", "depth": 1, "age": 2}, "has unknown keys ['age', 'depth']"),
         ("mc2", "additional_config['vllm_npu'] is 'mc2'; it must be a dictionary"),
         (["mc2"], "additional_config['vllm_npu'] is ['mc2']; it must be a dictionary"),
@@ -256,8 +256,9 @@ def test_on_gpus_vllms_backend_follows_what_is_asked_for(model, section, backend
 
 
 def test_the_environment_asks_for_a_strategy_on_gpus_too(model, environment):
+    config = engine_config(model, **EP2)
     environment.setenv("VLLM_NPU_MOE_COMM", "symmetric")
-    assert cuda_backend(model, {}) == "allgather_reducescatter"
+    assert options.check_cuda_config(config) == "allgather_reducescatter"
 
 
 @pytest.mark.parametrize(

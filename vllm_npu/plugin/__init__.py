@@ -29,7 +29,7 @@ def register_layers() -> None:
 
     if current_platform.is_cuda():
         if envs.CUDA_PLATFORM.read_flag():
-            compat.check_cuda_version()
+            compat.check_version(on_gpus=True)
         return
     compat.check_version()
     from vllm_npu.plugin.platform import NPUPlatformOnCPU

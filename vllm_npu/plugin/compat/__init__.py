@@ -21,23 +21,14 @@ def release_line(version: str) -> str:
     return ".".join(version.split(".")[:2])
 
 
-def check_version(version: str | None = None) -> None:
+def check_version(version: str | None = None, *, on_gpus: bool = False) -> None:
     """Raise UnsupportedConfigError unless vLLM's version (this environment's by default) is of a supported line."""
     version = vllm.__version__ if version is None else version
-    if release_line(version) not in SUPPORTED:
+    lines = CUDA_LINES if on_gpus else tuple(SUPPORTED)
+    if release_line(version) not in lines:
         raise UnsupportedConfigError(
-            f"vLLM {version} is not supported by vllm_npu; supported release lines: {', '.join(SUPPORTED)}. Install one of "
-            'them, or keep vllm_npu out with VLLM_PLUGINS=""'
-        )
-
-
-def check_cuda_version(version: str | None = None) -> None:
-    """As check_version, for the CUDA platform."""
-    version = vllm.__version__ if version is None else version
-    if release_line(version) not in CUDA_LINES:
-        raise UnsupportedConfigError(
-            f"vLLM {version} is not supported by vllm_npu's CUDA platform; supported release lines: {', '.join(CUDA_LINES)}. "
-            "Install one of them, or unset VLLM_NPU_CUDA_PLATFORM"
+            f"vLLM {version} is not supported by vllm_npu{' on GPUs' if on_gpus else ''}; supported release lines: "
+            f'{", ".join(lines)}. Install one of them, or keep vllm_npu out with VLLM_PLUGINS=""'
         )
 
 

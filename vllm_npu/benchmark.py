@@ -17,7 +17,7 @@ from vllm_npu.errors import UnsupportedConfigError
 from vllm_npu.limits import MoELayer
 from vllm_npu.reference import select_topk
 from vllm_npu.step_plan import StepPlan, TokenSharding
-from vllm_npu.strategies import ALL_STRATEGIES, build, why_not
+from vllm_npu.strategies import ALL_STRATEGIES, build, check_strategy, why_not
 from vllm_npu.transport.base import Groups, Transport
 from vllm_npu.transport.launch import Rank
 from vllm_npu.transport.peers import Peer, PeerExchanges, Tokens
@@ -39,6 +39,7 @@ class Workload:
     layer: MoELayer
     rounds: int  # each times every exchange once
     graph: bool = False  # replay captured CUDA graphs
+    only: str | None = None  # this strategy beside the peers; None: all that can run
     seed: int = 0
 
 
@@ -115,7 +116,9 @@ def _strategies(rank: Rank, workload: Workload, tokens: Tokens) -> dict[str, tup
     groups = rank.groups(tp_size=1, dp_size=rank.num_ranks)
     limits = limits_of_device(rank)
     found = {}
-    for name in ALL_STRATEGIES:
+    if workload.only is not None:
+        check_strategy(workload.only, groups.topology, workload.layer, limits)
+    for name in ALL_STRATEGIES if workload.only is None else (workload.only,):
         fits = limits.fits(name, max(workload.counts)) and not (workload.graph and name in HOST_READS_SIZES)
         if fits and why_not(name, groups.topology, workload.layer, limits) is None:
             counter = CollectiveCounter()

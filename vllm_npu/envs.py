@@ -16,7 +16,11 @@ class Variable:
 
     def read(self) -> str:
         """The variable's text, or its default where it is unset or empty."""
-        return os.environ.get(self.name) or self.default
+        return self.read_if_set() or self.default
+
+    def read_if_set(self) -> str | None:
+        """The variable's text, or None where it is unset or empty."""
+        return os.environ.get(self.name) or None
 
     def read_flag(self) -> bool:
         """The variable as a switch. Raises UnsupportedConfigError for anything but 0 and 1."""
@@ -42,6 +46,11 @@ MOE_COMM = Variable(
     "auto",
     "Strategy where --additional-config does not name one: auto, mc2, all2all, allgather or naive; beside vllm-ascend also "
     "off, compare and compare:STRATEGY.",
+)
+CUDA_PLATFORM = Variable(
+    "VLLM_NPU_CUDA_PLATFORM",
+    "0",
+    "1 makes this package vLLM's platform on GPUs, so that its all2all managers can be asked for; 0 leaves vLLM alone there.",
 )
 COUNT_COLLECTIVES = Variable(
     "VLLM_NPU_COUNT_COLLECTIVES",
@@ -84,6 +93,7 @@ EMULATOR_LOG = Variable(
 )
 VARIABLES = (
     MOE_COMM,
+    CUDA_PLATFORM,
     COUNT_COLLECTIVES,
     TRANSPORT_TIMEOUT,
     HCCL_OPS,

@@ -192,6 +192,7 @@ def test_every_variable_has_a_rule_that_takes_its_default():
 @pytest.mark.parametrize("text", ["0", "1", "2", "true", "0.5", "nan", "60", "-1", "soon", "1e3"])
 def test_switches_and_seconds_are_judged_as_they_are_read(text, monkeypatch):
     for variable, read in (
+        (envs.CUDA_PLATFORM, envs.Variable.read_flag),
         (envs.COUNT_COLLECTIVES, envs.Variable.read_flag),
         (envs.TRANSPORT_TIMEOUT, envs.Variable.read_seconds),
     ):

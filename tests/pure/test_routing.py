@@ -13,6 +13,7 @@ from vllm_npu.errors import InvalidInputError
 from vllm_npu.routing import (
     ExpertPermutation,
     RankDestinations,
+    _sum_rows_without_sync,
     check_router_logits,
     check_topk,
     expert_ranges,
@@ -88,7 +89,8 @@ ROUNDING = {torch.float32: 2**-24, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 @given(routings(), SEEDS, st.sampled_from(list(ROUNDING)), st.integers(0, 3))
 @example((torch.zeros(0, 2, dtype=torch.int32), ExpertPlacement(4, 1), 0), 0, torch.bfloat16, 0)  # no token
 @example((torch.zeros(3, 1, dtype=torch.int64), ExpertPlacement(4, 2), 1), 0, torch.bfloat16, 2)  # no local pair
-def test_sum_rows_is_the_weighted_sum_of_each_tokens_rows(routing, seed, dtype, unused_rows):
+@pytest.mark.parametrize("on_gpus", [False, True])
+def test_sum_rows_is_the_weighted_sum_of_each_tokens_rows(on_gpus, routing, seed, dtype, unused_rows):
     local_ids, num_local = local_ids_of(routing), routing[1].experts_per_rank
     generator = seeded(seed)
     weights = torch.rand(local_ids.shape, generator=generator)
@@ -99,7 +101,10 @@ def test_sum_rows_is_the_weighted_sum_of_each_tokens_rows(routing, seed, dtype, 
     rows[len(pairs) :] = NAN
     before = rows.clone()
 
-    output = sum_rows(rows, permutation.row_of_pair, weights)
+    if on_gpus and local_ids.numel():  # what it does with CUDA tensors
+        output = _sum_rows_without_sync(rows, permutation.row_of_pair, permutation.row_of_pair >= 0, weights)
+    else:
+        output = sum_rows(rows, permutation.row_of_pair, weights)
 
     expected = torch.zeros(local_ids.shape[0], 5, dtype=torch.float64)
     magnitude = torch.zeros_like(expected)

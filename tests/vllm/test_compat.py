@@ -51,6 +51,13 @@ def test_any_other_version_is_refused_with_those_that_are_not(version):
     assert all(line in str(error.value).partition("lines:")[2] for line in compat.SUPPORTED)
 
 
+def test_the_cuda_platform_takes_its_own_lines():
+    for line in compat.CUDA_LINES:
+        compat.check_version(f"{line}.0+cu130", on_gpus=True)
+    with pytest.raises(UnsupportedConfigError, match=r"on GPUs; supported release lines: 0\.23, 0\.32"):
+        compat.check_version("0.24.0", on_gpus=True)
+
+
 def test_the_installed_vllm_has_a_module_of_its_own():
     import vllm
 

@@ -11,6 +11,7 @@ from vllm.config import ParallelConfig, VllmConfig
 from vllm.plugins import load_general_plugins
 
 from vllm_npu.cli.tiny_models import DEEPSEEK_V2, QWEN3_MOE, write_tiny_model
+from vllm_npu.errors import UnsupportedConfigError
 from vllm_npu.plugin import compat, options
 from vllm_npu.plugin.options import Options
 from vllm_npu.plugin.platform import THREADS_BIND
@@ -76,7 +77,7 @@ def test_other_plugins_sections_are_not_ours(model):
     ("section", "message"),
     [
         ({"moe_comm": "fastest"}, "unknown moe_comm 'fastest'; there are: auto, mc2, all2all, allgather, naive"),
-        ({"moe_com": "mc2"}, "has unknown keys ['moe_com']; there is: moe_comm"),
+        ({"moe_com": "mc2"}, "has unknown keys ['moe_com']; there are: moe_comm, all2all, flashinfer_all_reduce"),
         ({"moe_comm": "mc2", "depth": 1, "age": 2}, "has unknown keys ['age', 'depth']"),
         ("mc2", "additional_config['vllm_npu'] is 'mc2'; it must be a dictionary"),
         (["mc2"], "additional_config['vllm_npu'] is ['mc2']; it must be a dictionary"),
@@ -227,3 +228,58 @@ def test_models_that_infer_slices_from_shapes_run_without_sequence_parallelism(t
     assert parallel_config.use_sequence_parallel_moe is sliced
     assert parallel_config.use_all2all
     assert engine_config(model, **EP2).parallel_config.all2all_backend == "allgather_reducescatter"
+
+
+# ----------------------------------------------------------------------------------------------------- CUDA platform
+
+
+def cuda_backend(model: str, section: dict, **arguments) -> str | None:
+    """What the CUDA platform would set all2all_backend to. The configuration itself is built for the CPU, without a section,
+    and given the section afterwards: vLLM builds one for GPUs where there is one only."""
+    config = engine_config(model, **EP2, **arguments)
+    config.additional_config = {"vllm_npu": section}
+    return options.check_cuda_config(config)
+
+
+@pytest.mark.parametrize(
+    ("section", "backend"),
+    [
+        ({}, None),
+        ({"all2all": "naive"}, "allgather_reducescatter"),
+        ({"all2all": "agrs"}, "allgather_reducescatter"),
+        ({"moe_comm": "symmetric"}, "allgather_reducescatter"),
+        ({"moe_comm": "auto"}, "allgather_reducescatter"),
+    ],
+)
+def test_on_gpus_vllms_backend_follows_what_is_asked_for(model, section, backend):
+    assert cuda_backend(model, section) == backend
+
+
+def test_the_environment_asks_for_a_strategy_on_gpus_too(model, environment):
+    config = engine_config(model, **EP2)
+    environment.setenv("VLLM_NPU_MOE_COMM", "symmetric")
+    assert options.check_cuda_config(config) == "allgather_reducescatter"
+
+
+@pytest.mark.parametrize(
+    ("section", "arguments", "message"),
+    [
+        ({"all2all": "fast"}, {}, "unknown all2all 'fast'"),
+        ({"all2all": 3}, {}, "all2all=3; it must be a string, one of naive"),
+        ({"all2all": "deepep_low_latency"}, {}, "needs the Python module deep_ep, which is not installed"),
+        ({"all2all": "flashinfer_one_sided"}, {}, "pip install flashinfer-python"),
+        ({"flashinfer_all_reduce": True}, {}, "flashinfer_all_reduce needs the Python module flashinfer"),
+        ({"all2all": "naive", "moe_comm": "symmetric"}, {}, "give one of them"),
+        ({"moe_comm": "all2all"}, {"enforce_eager": False}, "set --enforce-eager"),
+        ({"moe_comm": "fast"}, {}, "unknown moe_comm 'fast'"),
+    ],
+)
+def test_on_gpus_what_cannot_be_is_refused_before_a_process_starts(model, section, arguments, message):
+    with pytest.raises(UnsupportedConfigError, match=message):
+        cuda_backend(model, section, **arguments)
+
+
+@pytest.mark.parametrize("section", [{"all2all": "naive"}, {"flashinfer_all_reduce": True}])
+def test_what_is_for_gpus_is_refused_on_a_cpu(model, section):
+    with pytest.raises(ValueError, match="is for GPUs; leave it out here"):
+        engine_config(model, section, **EP2)

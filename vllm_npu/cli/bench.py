@@ -14,13 +14,12 @@ from rich.progress import track
 from rich.table import Table
 
 from vllm_npu.benchmark import STRATEGY, Workload, best, counts_of, measure, with_ratios
-from vllm_npu.cli.devices import rank_pool
+from vllm_npu.cli.devices import TRANSPORT_CHOICES, rank_pool, split_symmetric
 from vllm_npu.cli.layers import DTYPES, moe_layer
 from vllm_npu.errors import UnsupportedConfigError
 from vllm_npu.topology import ExpertPlacement
-from vllm_npu.transport.launch import RANK_POOLS
 
-BETWEEN_PROCESSES = [name for name in RANK_POOLS if name != "threaded"]
+BETWEEN_PROCESSES = [name for name in TRANSPORT_CHOICES if name != "threaded"]
 
 
 def bench(
@@ -41,15 +40,17 @@ def bench(
     design's allgather and multicast, and bare collectives.
 
     Experts are left out. All exchanges take turns in each round; a round's time is its slowest rank's. Ratios are to AgRs.
+    Transport symmetric is nccl, with that strategy alone beside the peers.
     """
     if transport not in BETWEEN_PROCESSES:
         raise UnsupportedConfigError(f"unknown transport {transport!r}; there are: {', '.join(BETWEEN_PROCESSES)}")
+    transport, only = split_symmetric(transport, None)
     layer = moe_layer(experts, topk, hidden, dtype)
     ExpertPlacement(experts, ranks)
     if plot is not None:
         _import_pyplot()
     workloads = [
-        Workload(counts=counts_of(count, ranks, skew), layer=layer, rounds=rounds, graph=graph)
+        Workload(counts=counts_of(count, ranks, skew), layer=layer, rounds=rounds, graph=graph, only=only)
         for count in _counts(tokens)
     ]
     rows: list[dict[str, Any]] = []

@@ -458,6 +458,7 @@ def is_version(text: str) -> str | None:
 # What each variable takes: a function from its text to what is to be done, or None. Numbers as runtime/settings.cpp reads them.
 VALUES: dict[envs.Variable, Callable[[str], str | None]] = {
     envs.MOE_COMM: is_strategy,
+    envs.CUDA_PLATFORM: is_one_of("0", "1"),
     envs.COUNT_COLLECTIVES: is_one_of("0", "1"),
     envs.HCCL_OPS: is_one_of("0", "1"),
     envs.TRANSPORT_TIMEOUT: is_seconds,

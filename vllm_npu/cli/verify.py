@@ -10,17 +10,17 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
-from vllm_npu.cli.devices import rank_pool
+from vllm_npu.cli.devices import TRANSPORT_CHOICES, rank_pool, split_symmetric
 from vllm_npu.errors import UnsupportedConfigError, VllmNpuError
 from vllm_npu.strategies import ALL_STRATEGIES
-from vllm_npu.transport.launch import RANK_POOLS, RankPool
+from vllm_npu.transport.launch import RankPool
 from vllm_npu.verification import Case, cases, limits_of_device, run_case
 
 SHOWN_FAILURES = 20
 
 
 def verify(
-    transport: Annotated[str, typer.Option(help=f"How ranks talk: {', '.join(RANK_POOLS)}.")] = "threaded",
+    transport: Annotated[str, typer.Option(help=f"How ranks talk: {', '.join(TRANSPORT_CHOICES)}.")] = "threaded",
     ranks: Annotated[int, typer.Option(min=1, max=16, help="Ranks to start on this machine.")] = 4,
     strategy: Annotated[str | None, typer.Option(help="Only this strategy; all by default.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="One dtype and one routing of each layout.")] = False,
@@ -30,10 +30,12 @@ def verify(
     """Run every strategy on every grid of the ranks against a dense mixture of experts in one process.
 
     Token counts are odd, zero and skewed; rows that nobody may read are NaN; small integers must come out exactly. Exit
-    status 1 if any case failed. hccl runs on NPUs, and where there is no CANN on the emulated Ascend device.
+    status 1 if any case failed. hccl runs on NPUs, and where there is no CANN on the emulated Ascend device. symmetric is nccl
+    with that strategy alone.
     """
     if strategy is not None and strategy not in ALL_STRATEGIES:
         raise UnsupportedConfigError(f"unknown strategy {strategy!r}; there are: {', '.join(ALL_STRATEGIES)}")
+    transport, strategy = split_symmetric(transport, strategy)
     chosen = tuple(ALL_STRATEGIES) if strategy is None else (strategy,)
     started = time.monotonic()
     failures: dict[Case, str] = {}

@@ -1,5 +1,6 @@
 """The vLLM plugin, and the only place that imports vllm. vLLM finds the two functions below by entry points."""
 
+from vllm_npu import envs
 from vllm_npu.plugin import entry_points
 
 
@@ -12,15 +13,18 @@ def register_platform() -> str | None:
         return None
     if entry_points.vllm_ascend_is_installed():
         return "vllm_npu.plugin.ascend.platform.NPUPlatformOnAscend"
-    from vllm.platforms import cpu_platform_plugin
+    from vllm.platforms import cpu_platform_plugin, cuda_platform_plugin
 
-    if cpu_platform_plugin() is None:
-        return None
-    return "vllm_npu.plugin.platform.NPUPlatformOnCPU"
+    if cpu_platform_plugin() is not None:
+        return "vllm_npu.plugin.platform.NPUPlatformOnCPU"
+    if envs.CUDA_PLATFORM.read_flag() and cuda_platform_plugin() is not None:
+        return "vllm_npu.plugin.cuda_platform.NPUPlatformOnCUDA"
+    return None
 
 
 def register_layers() -> None:
-    """Entry point of `vllm.general_plugins`: replace vLLM's MoE layers by ours. Runs in every process of vLLM.
+    """Entry point of `vllm.general_plugins`: on a CPU, replace vLLM's MoE layers by ours; on GPUs they stay vLLM's. Runs in
+    every process of vLLM.
 
     Beside vllm-ascend the worker does that, when vllm-ascend has put its own layers in.
 
@@ -36,6 +40,10 @@ def register_layers() -> None:
 
     from vllm_npu.plugin import compat
 
+    if current_platform.is_cuda():
+        if envs.CUDA_PLATFORM.read_flag():
+            compat.check_version(on_gpus=True)
+        return
     compat.check_version()
     on_ascend = entry_points.vllm_ascend_is_installed()
     compat.check_base(vllm_ascend_is_installed=on_ascend)

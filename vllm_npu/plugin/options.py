@@ -5,7 +5,9 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 from vllm_npu import envs
+from vllm_npu.all2all import FLASHINFER, GATHERING, MANAGERS, manager_row
 from vllm_npu.errors import UnsupportedConfigError
+from vllm_npu.limits import NVLINK
 from vllm_npu.strategies import AUTO, check_strategy
 from vllm_npu.topology import ParallelTopology
 
@@ -13,6 +15,11 @@ if TYPE_CHECKING:
     from vllm.config import ParallelConfig, VllmConfig
 
 SECTION = "vllm_npu"
+KEYS: dict[str, tuple[type, str]] = {
+    "moe_comm": (str, "a string, the name of a strategy"),
+    "all2all": (str, f"a string, one of {', '.join(MANAGERS)}"),
+    "flashinfer_all_reduce": (bool, "true or false"),
+}
 
 
 class Mode(Enum):
@@ -32,8 +39,11 @@ class Mode(Enum):
 class Options:
     """The `vllm_npu` section of vLLM's additional_config."""
 
-    moe_comm: str  # auto, or a strategy
+    moe_comm: str  # auto, or a strategy; the environment's where the section names none
     mode: Mode
+    exchange: str | None  # a strategy, where the section or the environment names one
+    all2all: str | None  # a manager of all2all.MANAGERS; GPUs only
+    flashinfer_all_reduce: bool  # GPUs only
 
     @classmethod
     def of(cls, vllm_config: "VllmConfig") -> "Options":
@@ -41,28 +51,36 @@ class Options:
         section: Any = (vllm_config.additional_config or {}).get(SECTION, {})
         if not isinstance(section, dict):
             raise UnsupportedConfigError(f"additional_config[{SECTION!r}] is {section!r}; it must be a dictionary")
-        unknown = sorted(set(section) - {"moe_comm"})
+        unknown = sorted(set(section) - set(KEYS))
         if unknown:
             raise UnsupportedConfigError(
-                f"additional_config[{SECTION!r}] has unknown keys {unknown}; there is: moe_comm"
+                f"additional_config[{SECTION!r}] has unknown keys {unknown}; there are: {', '.join(KEYS)}"
             )
-        moe_comm = section.get("moe_comm")
-        if not isinstance(moe_comm, str | None):
-            raise UnsupportedConfigError(
-                f"additional_config[{SECTION!r}] has moe_comm={moe_comm!r}; it must be a string, the name of a strategy"
-            )
-        return cls.parse(moe_comm or envs.MOE_COMM.read())
+        for key, (kind, meaning) in KEYS.items():
+            if not isinstance(section.get(key), kind | None):
+                raise UnsupportedConfigError(
+                    f"additional_config[{SECTION!r}] has {key}={section[key]!r}; it must be {meaning}"
+                )
+        named = section.get("moe_comm") or None
+        moe_comm, mode = parse_moe_comm(named or envs.MOE_COMM.read())
+        return cls(
+            moe_comm=moe_comm,
+            mode=mode,
+            exchange=named or envs.MOE_COMM.read_if_set(),
+            all2all=section.get("all2all") or None,
+            flashinfer_all_reduce=bool(section.get("flashinfer_all_reduce")),
+        )
 
-    @classmethod
-    def parse(cls, text: str) -> "Options":
-        """The setting's text: a strategy, auto, off, compare, or compare:STRATEGY. The strategy's name is checked where the
-        topology is known."""
-        mode, _, strategy = text.partition(":")
-        if mode == Mode.COMPARE.value:
-            return cls(moe_comm=strategy or AUTO, mode=Mode.COMPARE)
-        if text == Mode.OFF.value:
-            return cls(moe_comm=AUTO, mode=Mode.OFF)
-        return cls(moe_comm=text, mode=Mode.TAKE_OVER)
+
+def parse_moe_comm(text: str) -> tuple[str, Mode]:
+    """The setting's text, a strategy, auto, off, compare, or compare:STRATEGY, as strategy and mode. The strategy's name is
+    checked where the topology is known."""
+    mode, _, strategy = text.partition(":")
+    if mode == Mode.COMPARE.value:
+        return strategy or AUTO, Mode.COMPARE
+    if text == Mode.OFF.value:
+        return AUTO, Mode.OFF
+    return text, Mode.TAKE_OVER
 
 
 def topology_of(parallel_config: "ParallelConfig", *, tp_rank: int = 0, dp_rank: int = 0) -> ParallelTopology:
@@ -81,6 +99,9 @@ def check_config(vllm_config: "VllmConfig", *, beside_vllm_ascend: bool = False)
     parallel_config = vllm_config.parallel_config
     options = Options.of(vllm_config)
     topology = topology_of(parallel_config)
+    for key, value in (("all2all", options.all2all), ("flashinfer_all_reduce", options.flashinfer_all_reduce)):
+        if value:
+            raise UnsupportedConfigError(f"{key}={value!r} is for GPUs; leave it out here, or choose moe_comm")
     if options.mode is not Mode.TAKE_OVER and not beside_vllm_ascend:
         raise UnsupportedConfigError(
             f"moe_comm={options.mode.value} is about vllm-ascend's own MoE communication, and this engine does not run on "
@@ -102,3 +123,36 @@ def check_config(vllm_config: "VllmConfig", *, beside_vllm_ascend: bool = False)
             f"expert placement {parallel_config.expert_placement_strategy!r} is not supported; set "
             "--expert-placement-strategy linear"
         )
+
+
+def check_cuda_config(vllm_config: "VllmConfig") -> str | None:
+    """vLLM's all2all_backend that goes with what is asked for on GPUs; None: leave vLLM's choice. Raises
+    UnsupportedConfigError for what cannot be served, before any process is started."""
+    parallel_config, model_config = vllm_config.parallel_config, vllm_config.model_config
+    options = Options.of(vllm_config)
+    if options.flashinfer_all_reduce:
+        FLASHINFER.require("flashinfer_all_reduce")
+    if options.all2all is None and options.exchange is None:
+        return None
+    if options.all2all is not None and options.exchange is not None:
+        raise UnsupportedConfigError(
+            f"all2all={options.all2all!r} and moe_comm={options.exchange!r} each say how tokens travel; give one of them"
+        )
+    if parallel_config.enable_eplb:
+        raise UnsupportedConfigError(
+            "EPLB moves experts between ranks, and these exchanges know their first places only"
+        )
+    if parallel_config.expert_placement_strategy != "linear":
+        raise UnsupportedConfigError(
+            f"expert placement {parallel_config.expert_placement_strategy!r} is not supported; set "
+            "--expert-placement-strategy linear"
+        )
+    if options.all2all is not None:
+        return manager_row(options.all2all).backend
+    check_strategy(options.exchange or AUTO, topology_of(parallel_config), device=NVLINK)
+    if options.exchange == "all2all" and model_config is not None and not model_config.enforce_eager:
+        raise UnsupportedConfigError(
+            "moe_comm all2all reads sizes on the host, so no CUDA graph can hold it; set --enforce-eager, or choose symmetric "
+            "or allgather"
+        )
+    return GATHERING

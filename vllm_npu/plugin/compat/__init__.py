@@ -18,19 +18,23 @@ SUPPORTED = {
 }
 BESIDE_VLLM_ASCEND = frozenset({"0.23"})  # the lines that are supported on NPUs, and there only
 
+# On GPUs the layers stay vLLM's: what the CUDA platform calls is the same in these, so there is no module for it.
+CUDA_LINES = ("0.23", "0.32")
+
 
 def release_line(version: str) -> str:
     """'0.32.0+cpu' -> '0.32'."""
     return ".".join(version.split(".")[:2])
 
 
-def check_version(version: str | None = None) -> None:
+def check_version(version: str | None = None, *, on_gpus: bool = False) -> None:
     """Raise UnsupportedConfigError unless vLLM's version (this environment's by default) is of a supported line."""
     version = vllm.__version__ if version is None else version
-    if release_line(version) not in SUPPORTED:
+    lines = CUDA_LINES if on_gpus else tuple(SUPPORTED)
+    if release_line(version) not in lines:
         raise UnsupportedConfigError(
-            f"vLLM {version} is not supported by vllm_npu; supported release lines: {', '.join(SUPPORTED)}. Install one of "
-            'them, or keep vllm_npu out with VLLM_PLUGINS=""'
+            f"vLLM {version} is not supported by vllm_npu{' on GPUs' if on_gpus else ''}; supported release lines: "
+            f'{", ".join(lines)}. Install one of them, or keep vllm_npu out with VLLM_PLUGINS=""'
         )
 
 

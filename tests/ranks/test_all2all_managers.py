@@ -1,0 +1,58 @@
+"""naive and AgRs on gloo: what they bring to the experts and take back, in DP and in sequence-parallel steps."""
+
+import inspect
+
+import pytest
+import torch
+
+from tests.managers import exchanges
+from vllm_npu.all2all import MANAGERS, All2AllManager, manager_class, manager_row
+from vllm_npu.errors import InvalidInputError, UnsupportedConfigError
+from vllm_npu.transport.launch import ProcessRankPool, Rank, ThreadRankPool
+
+GATHERING = ("naive", "agrs")
+
+
+@pytest.mark.parametrize("name", GATHERING)
+def test_all_ranks_see_all_rows_and_get_back_the_sum_of_the_shares(name):
+    with ProcessRankPool(4, timeout=60, transport="gloo") as pool:
+        assert [fault for found in pool.run(exchanges, name) for fault in found] == []
+
+
+def test_a_rank_that_brings_other_rows_than_the_step_says_is_told_so():
+    def wrong(rank: Rank):
+        manager = manager_class("agrs")(rank.groups(tp_size=1, dp_size=2), lambda: [3, 3])
+        x = torch.zeros(2, 4)
+        with pytest.raises(InvalidInputError, match="brings 2 rows"):
+            manager.dispatch(x, x, x)
+
+    with ThreadRankPool(2, timeout=5) as pool:
+        pool.run(wrong)
+
+
+def test_an_unknown_manager_and_an_absent_library_are_named():
+    with pytest.raises(UnsupportedConfigError, match=r"unknown all2all 'fast'; there are: naive, agrs, pplx"):
+        manager_row("fast")
+    with pytest.raises(
+        UnsupportedConfigError, match=r"pplx_kernels, which is not installed; build pplx-kernels.*naive, agrs"
+    ):
+        manager_row("pplx")
+    with pytest.raises(UnsupportedConfigError, match="needs the Python module deep_ep"):
+        manager_row("deepep_low_latency")
+
+
+@pytest.mark.parametrize("name", [name for name, row in MANAGERS.items() if row.manager and row.library is None])
+def test_managers_have_the_signatures_of_vllms_contract(name):
+    base = pytest.importorskip("vllm.distributed.device_communicators.base_device_communicator").All2AllManagerBase
+    for method in (
+        "get_handle",
+        "dispatch",
+        "dispatch_router_logits",
+        "combine",
+        "set_num_sms",
+        "max_sms_used",
+        "destroy",
+    ):
+        expected = inspect.signature(getattr(base, method)).parameters
+        for cls in (All2AllManager, manager_class(name)):
+            assert list(inspect.signature(getattr(cls, method)).parameters) == list(expected), method

@@ -1,0 +1,77 @@
+"""Buffers of DeepEP (github.com/deepseek-ai/DeepEP, legacy API), worked out without the library.
+
+vLLM ships both of its managers; this says beforehand what memory they will ask for.
+"""
+
+from dataclasses import dataclass
+
+from vllm_npu.errors import UnsupportedConfigError
+from vllm_npu.token_layout import ceil_div
+
+NUM_SMS = 20  # DeepEP's default, and vLLM's
+ALIGNMENT = 128  # bytes: NUM_BUFFER_ALIGNMENT_BYTES of csrc/kernels/configs.cuh
+SCALE_GROUP = 128  # channels that share an fp8 scale
+INT4_BYTES = 16  # CUDA's int4, a message's header
+
+
+@dataclass(frozen=True, slots=True)
+class DeepEPBuffer:
+    """What deep_ep.Buffer is made with."""
+
+    num_nvl_bytes: int
+    num_rdma_bytes: int
+    num_qps_per_rank: int
+    low_latency_mode: bool
+
+
+def high_throughput_buffer(*, buffer_mb: int, internode: bool, num_sms: int = NUM_SMS) -> DeepEPBuffer:
+    """The buffer of the high-throughput kernels: buffer_mb MiB over NVLink and, between hosts, as much over RDMA.
+
+    Source: the arguments of vLLM 0.23's DeepEPHTAll2AllManager; a pair of multiprocessors is one channel.
+    """
+    num_bytes = buffer_mb << 20
+    return DeepEPBuffer(
+        num_nvl_bytes=num_bytes,
+        num_rdma_bytes=num_bytes if internode else 0,
+        num_qps_per_rank=num_sms // 2 if internode else 1,
+        low_latency_mode=False,
+    )
+
+
+def low_latency_buffer(
+    *, buffer_mb: int, max_tokens_per_rank: int, hidden_size: int, ep_size: int, num_experts: int
+) -> DeepEPBuffer:
+    """The buffer of the low-latency kernels: as high_throughput_buffer over NVLink, and slots for every expert's tokens.
+
+    Raises UnsupportedConfigError where the kernels have no layout for these sizes.
+    """
+    if num_experts % ep_size:
+        raise UnsupportedConfigError(f"{num_experts} experts do not divide over ep_size={ep_size}")
+    if hidden_size % SCALE_GROUP:
+        raise UnsupportedConfigError(
+            f"DeepEP's low-latency kernels take hidden_size in multiples of {SCALE_GROUP}, not {hidden_size}"
+        )
+    return DeepEPBuffer(
+        num_nvl_bytes=buffer_mb << 20,
+        num_rdma_bytes=low_latency_bytes(max_tokens_per_rank, hidden_size, num_experts),
+        num_qps_per_rank=num_experts // ep_size,
+        low_latency_mode=True,
+    )
+
+
+def low_latency_bytes(max_tokens_per_rank: int, hidden_size: int, num_experts: int) -> int:
+    """Bytes of symmetric memory on each rank: Buffer.get_low_latency_rdma_size_hint.
+
+    Two of each, for odd and even steps: a send buffer, a receive buffer with a slot for each expert and token, and counters.
+    A dispatched row has a header and is bf16, or fp8 with scales; a returned one is bf16 with each group's minimum and maximum.
+    Source: LowLatencyLayout in csrc/config.hpp.
+    """
+    groups = hidden_size // SCALE_GROUP
+    dispatched_row = INT4_BYTES + max(2 * hidden_size, hidden_size + 4 * groups)
+    returned_row = 2 * hidden_size + 4 * groups
+    slots = num_experts * max_tokens_per_rank
+    send = max(max_tokens_per_rank * dispatched_row, slots * returned_row)
+    receive = slots * max(dispatched_row, returned_row)
+    counters = ceil_div(4 * num_experts, ALIGNMENT) * ALIGNMENT
+    total = 2 * (send + receive + counters)
+    return (total + ALIGNMENT) // ALIGNMENT * ALIGNMENT

@@ -471,6 +471,7 @@ VALUES: dict[envs.Variable, Callable[[str], str | None]] = {
     envs.EMULATOR_DEVICES: is_whole_number(1024),
     envs.EMULATOR_MEMORY_GB: is_whole_number(1024),
     envs.EMULATOR_LIMITS: is_one_of("device", "none"),
+    envs.EMULATOR_UNDEFINED: is_one_of("nan", "zero"),
     envs.EMULATOR_CANN: is_version,
     envs.EMULATOR_LOG: is_one_of("0", "1", "2", "3"),
 }

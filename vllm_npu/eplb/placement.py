@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 
 from vllm_npu.errors import InvalidInputError
+from vllm_npu.step_plan import TokenSharding
+from vllm_npu.topology import ParallelTopology
 
 EMPTY = -1  # a slot without an expert
 
@@ -80,6 +82,15 @@ class ReplicaPlacement:
         width = max(map(len, physical))
         rows = [[len(ids), *ids, *[EMPTY] * (width - len(ids))] for ids in physical]
         return torch.tensor(rows, dtype=torch.int32, device=device)
+
+
+def mapping_rank(topology: ParallelTopology, sharding: TokenSharding) -> int:
+    """The local_rank_id with which a rank maps its tokens' logical experts (BalanceMode.BY_RANK).
+
+    TP ranks that bring the same tokens map them alike, as the first of them: where ranks gather tokens, each computes the
+    choices of its own experts, and a token mapped in two ways would be computed twice, or not at all.
+    """
+    return topology.tp_group[0] if sharding is TokenSharding.REPLICATED else topology.rank
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from tests.cases import same_bits
 from tests.ranks.test_eplb_contract import PIECE, PROMISES, STAGING, keeps, two_in_flight, weights
+from tests.ranks.test_eplb_movement import moves
 from tests.ranks.test_transport_contract import CONTRACT, is_refused
 from vllm_npu.emulator import launcher
 from vllm_npu.eplb.communicator import EplbCommunicator
@@ -171,6 +172,10 @@ def a_call_fails(rank: Rank) -> None:
     library.load().call("HcclCommDestroy", ctypes.c_void_p(64), operation="close", group="lost", rank=rank.rank)
 
 
+def moves_experts(rank: Rank, kind: str) -> None:
+    moves(rank, communicator(rank, kind), GlooTransport(cpu_group(), "voters"))
+
+
 # --- tests ---
 
 
@@ -190,6 +195,7 @@ def test_bad_arguments_single_messages_and_which_chip_has_v_collectives(pool):
 def test_eplb_contract(pool, kind):
     pool.run(keeps, communicator, kind, list(PROMISES))
     pool.run(on_a_stream, kind)
+    pool.run(moves_experts, kind)
 
 
 @pytest.mark.parametrize("pool", ["A2-2"], indirect=True)

@@ -23,7 +23,7 @@ def agree(
     capture: no. Raises PlanDisagreementError on every rank where plans differ, after a second all-gather of the plans.
     """
     digest = int.from_bytes(hashlib.blake2b(plan.encode(), digest_size=8).digest(), "big", signed=True)
-    votes = transport.all_gather(torch.tensor([[digest, proposal]])).tolist()
+    votes = transport.all_gather(torch.tensor([[digest, proposal]], device="cpu")).tolist()
     if any(vote[0] != digest for vote in votes):
         raise PlanDisagreementError(_difference(difference, _all_plans(plan, transport), [vote[0] for vote in votes]))
     return [vote[1] for vote in votes]
@@ -31,7 +31,7 @@ def agree(
 
 def _all_plans(plan: str, transport: Transport) -> list[str]:
     text = plan.encode()[:MAX_PLAN_BYTES]
-    row = torch.zeros(1, MAX_PLAN_BYTES, dtype=torch.uint8)
+    row = torch.zeros(1, MAX_PLAN_BYTES, dtype=torch.uint8, device="cpu")
     row[0, : len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8) if text else row[0, :0]
     return [bytes(row.tolist()).rstrip(b"\0").decode(errors="replace") for row in transport.all_gather(row)]
 

@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from vllm_npu.eplb import COMMUNICATORS, EplbCommunicator, open_communicator
 from vllm_npu.errors import TransportError, UnsupportedConfigError
+from vllm_npu.transport.base import Transport
 from vllm_npu.transport.gloo import GlooTransport
 from vllm_npu.transport.launch import Rank
 from vllm_npu.transport.torch_dist import TorchDistTransport
@@ -101,7 +102,7 @@ def _communicators(rank: Rank) -> dict[str, EplbCommunicator]:
     if not isinstance(ep, TorchDistTransport):
         raise UnsupportedConfigError("EPLB is measured between processes; choose the transport gloo, hccl or nccl")
     device_type = rank.device.type
-    groups = {
+    groups: dict[str, Transport] = {
         "device_group": ep,
         "cpu_group": ep if device_type == "cpu" else GlooTransport(dist.new_group(backend="gloo"), "ep"),
     }

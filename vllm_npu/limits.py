@@ -22,6 +22,16 @@ class QuantMode(IntEnum):
     """int8 and one float32 scale a row: value = int8 * scale. Of W8A8 models with dynamic scales."""
 
 
+class BalanceMode(IntEnum):
+    """Which of an expert's replicas a token goes to. The values are the balance_mode of npu_moe_update_expert."""
+
+    BY_RANK = 0
+    """The ranks are shared out evenly over the replicas; all tokens of a rank go to the same one."""
+
+    BY_TOKEN = 1
+    """A rank's tokens take turns."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MoELayer:
     """What limits depend on and no step changes. Equal on every rank."""
@@ -235,6 +245,7 @@ class DeviceLimits:
     symmetric: SymmetricLimits | None = None  # None: ranks share no memory
     uneven_collectives: bool = False  # HcclAllGatherV and HcclReduceScatterV between the ranks of one server
     routing_ops: bool = True  # npu_moe_init_routing_v2 with a range of experts, and npu_moe_finalize_routing
+    update_expert: bool = False  # npu_moe_update_expert
     captures: tuple[str, ...] = ()  # strategies that read nothing on the host, so that a graph can hold them
 
     def for_layer(self, layer: MoELayer | None, ep_size: int) -> "DeviceLimits":
@@ -271,6 +282,7 @@ DEVICES = {
         mc2=A3_FULL_MESH,
         mc2_hierarchy=A3_HIERARCHY,
         uneven_collectives=True,
+        update_expert=True,
         socs=("Ascend910_93",),
         captures=_NPU_CAPTURES,
     ),
@@ -279,5 +291,5 @@ DEVICES = {
         family="310P", mc2=None, all2all=False, uneven_collectives=True, routing_ops=False, socs=("Ascend310P",)
     ),
     # No public document names A5's limits; its op takes A3's arguments.
-    "A5": DeviceLimits(family="A5", mc2=A3_FULL_MESH, socs=("Ascend950",), captures=_NPU_CAPTURES),
+    "A5": DeviceLimits(family="A5", mc2=A3_FULL_MESH, update_expert=True, socs=("Ascend950",), captures=_NPU_CAPTURES),
 }

@@ -1,6 +1,6 @@
 """A dense mixture of experts in one process: the truth that every strategy is compared with."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -61,6 +61,11 @@ class LinearExperts:
     def on_rank(self, first_expert: int, num_local_experts: int) -> "LinearExperts":
         """Those of one rank under expert parallelism: views."""
         own = slice(first_expert, first_expert + num_local_experts)
+        return LinearExperts(self.weights[own], None if self.scales is None else self.scales[own])
+
+    def at(self, ids: Sequence[int]) -> "LinearExperts":
+        """Those of a rank's slots, by id: copies."""
+        own = list(ids)
         return LinearExperts(self.weights[own], None if self.scales is None else self.scales[own])
 
     def quantized(self) -> "LinearExperts":

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from vllm_npu.device import ops_of
 from vllm_npu.device.portable_ops import Counts, npu_dynamic_quant
 from vllm_npu.dispatch.symmetric import why_not_symmetric
-from vllm_npu.limits import NVLINK, PORTABLE, DeviceLimits, MoELayer, QuantMode
+from vllm_npu.eplb.placement import ReplicaPlacement, mapping_rank
+from vllm_npu.limits import NVLINK, PORTABLE, BalanceMode, DeviceLimits, MoELayer, QuantMode
 from vllm_npu.reference import ExpertsFunction, LinearExperts, reference_moe, select_topk
 from vllm_npu.step_plan import StepPlan, TokenSharding
 from vllm_npu.strategies import ALL_STRATEGIES, build, why_not
@@ -51,18 +52,25 @@ class Case:
     top_k: int = 3
     quant_mode: QuantMode = QuantMode.NONE
     shared_expert_ranks: int = 0
+    redundant_per_rank: int = 0  # slots of each rank with replicas of experts that other slots have; placement by seed
+    balance_mode: BalanceMode = BalanceMode.BY_RANK  # among replicas
     seed: int = 0
 
     @property
     def num_experts(self) -> int:
-        """Routed experts over all ranks."""
+        """Routed experts over all ranks, replicas not counted."""
         return self.experts_per_rank * (self.tp_size * self.dp_size - self.shared_expert_ranks)
+
+    @property
+    def num_physical_experts(self) -> int:
+        """Slots for routed experts over all ranks."""
+        return self.num_experts + self.redundant_per_rank * self.tp_size * self.dp_size
 
     @property
     def layer(self) -> MoELayer:
         """What limits depend on."""
         return MoELayer(
-            num_experts=self.num_experts,
+            num_experts=self.num_physical_experts,
             top_k=self.top_k,
             hidden_size=self.hidden_size,
             dtype=self.dtype,
@@ -76,6 +84,8 @@ class Case:
         parts += [word for word, on in (("integer", self.integer), ("skewed", self.skewed)) if on]
         parts += [] if self.quant_mode is QuantMode.NONE else [self.quant_mode.name.lower()]
         parts += [f"{self.shared_expert_ranks} shared-expert ranks"] if self.shared_expert_ranks else []
+        if self.redundant_per_rank:
+            parts += [f"{self.redundant_per_rank} redundant experts a rank {self.balance_mode.name.lower()}"]
         return " ".join([*parts, f"hidden{self.hidden_size}", f"width{self.width}", f"seed{self.seed}"])
 
 
@@ -121,7 +131,11 @@ def _all_cases(num_ranks: int, strategies: tuple[str, ...], quick: bool, seed: i
     for strategy in strategies:
         for tp_size, dp_size in grids(num_ranks):
             for case in _layouts(strategy, tp_size, dp_size):
-                for counts in count_patterns(tp_size, dp_size):
+                patterns = count_patterns(tp_size, dp_size)
+                if case.expert_parallel and not case.shared_expert_ranks and tp_size * dp_size > 1:
+                    replicas = replace(case, num_tokens_across_dp=patterns[-1], redundant_per_rank=1, seed=seed)
+                    yield from (replace(replicas, balance_mode=mode) for mode in BalanceMode)
+                for counts in patterns:
                     exact = replace(case, num_tokens_across_dp=counts, seed=seed)
                     yield exact
                     yield replace(exact, quant_mode=QuantMode.INT8_PER_TOKEN)
@@ -178,12 +192,27 @@ def grouped_experts(experts: LinearExperts, dtype: torch.dtype) -> ExpertsFuncti
     return run
 
 
+def _replica_placement(case: Case) -> ReplicaPlacement:
+    """Every expert once and replicas of others, in slots drawn from the seed; no expert twice on a rank."""
+    num_ranks = case.tp_size * case.dp_size
+    generator = torch.Generator().manual_seed(case.seed)
+    order = torch.randperm(case.num_experts, generator=generator).tolist()
+    rows = [order[rank::num_ranks] for rank in range(num_ranks)]
+    for row in rows:
+        others = [
+            expert for expert in torch.randperm(case.num_experts, generator=generator).tolist() if expert not in row
+        ]
+        row += others[: case.redundant_per_rank]
+    return ReplicaPlacement.of(rows, case.num_experts)
+
+
 @dataclass(frozen=True, slots=True)
 class CaseTensors:
     """The whole grid's tensors of a case, the same on every rank."""
 
     dtype: torch.dtype
     shared_expert_ranks: int
+    replicas: ReplicaPlacement | None  # where experts are, if not one after the other
     hidden_states: list[torch.Tensor]  # of each DP rank [num_tokens, hidden_size]
     topk_weights: list[torch.Tensor]
     topk_ids: list[torch.Tensor]
@@ -212,6 +241,7 @@ class CaseTensors:
         return cls(
             case.dtype,
             case.shared_expert_ranks,
+            _replica_placement(case) if case.redundant_per_rank else None,
             hidden_states,
             weights,
             ids,
@@ -235,7 +265,9 @@ class CaseTensors:
 
     def experts_of(self, topology: ParallelTopology, device: torch.device) -> ExpertsFunction:
         """One rank's experts: whole ones, or its shard of all."""
-        if topology.expert_parallel:
+        if self.replicas is not None:
+            own = self.experts.at(self.replicas.slots[topology.ep_rank])
+        elif topology.expert_parallel:
             num_experts = self.experts.weights.shape[0] - 1
             placement = ExpertPlacement(num_experts, topology.ep_size, self.shared_expert_ranks)
             shared = placement.holds_shared_expert(topology.ep_rank)
@@ -280,9 +312,18 @@ def run_case(rank: Rank, case: Case) -> str | None:
     before = [tensor.clone() for tensor in (hidden_states, weights, ids)]
     step = StepPlan(num_tokens_across_dp=case.num_tokens_across_dp, sharding=case.sharding)
 
-    pipeline = build(case.strategy, groups, case.num_experts, case.quant_mode, case.shared_expert_ranks)
+    pipeline = build(case.strategy, groups, case.num_physical_experts, case.quant_mode, case.shared_expert_ranks)
     experts = tensors.experts_of(groups.topology, rank.device)
-    finalized = pipeline.run(hidden_states, weights, ids, experts, step)
+    physical_ids = ids
+    if tensors.replicas is not None:
+        physical_ids, _ = ops_of(ids).npu_moe_update_expert(
+            ids,
+            tensors.replicas.eplb_table(rank.device),
+            local_rank_id=mapping_rank(groups.topology, case.sharding),
+            world_size=groups.ep.size,
+            balance_mode=case.balance_mode,
+        )
+    finalized = pipeline.run(hidden_states, weights, physical_ids, experts, step)
 
     expected = tensors.expected_on(groups.topology, case.sharding)
     output = finalized.hidden_states

@@ -24,6 +24,9 @@ COMMANDS = {
     "demo": CommandRow("vllm_npu.cli.demo:demo", "Every strategy in real vLLM on a tiny model, against vanilla vLLM."),
     "verify": CommandRow("vllm_npu.cli.verify:verify", "Every strategy on real ranks against a dense reference."),
     "bench": CommandRow("vllm_npu.cli.bench:bench", "Times of every strategy beside its peers, in one run."),
+    "bench eplb": CommandRow(
+        "vllm_npu.cli.bench_eplb:bench_eplb", "Times of moving experts between ranks, by every communicator."
+    ),
     "plan": CommandRow("vllm_npu.cli.plan:plan", "Legal strategies, bytes and HCCL buffer of a layer on Ascend chips."),
     "doctor": CommandRow("vllm_npu.cli.doctor:doctor", "What is wrong with this environment, and what to do about it."),
     "serve": CommandRow(
@@ -71,16 +74,18 @@ def _build_app() -> typer.Typer:
 
 def _forward(context: typer.Context) -> None:
     """Import the command that was asked for and hand it the arguments as they were typed."""
-    name = str(context.info_name)
+    name, arguments = str(context.info_name), context.args
+    if arguments and f"{name} {arguments[0]}" in COMMANDS:
+        name, arguments = f"{name} {arguments[0]}", arguments[1:]
     row = COMMANDS[name]
     module, _, attribute = row.function.partition(":")
     function = getattr(import_module(module), attribute)
     if row.reads_raw_arguments:
-        function(context.args)
+        function(arguments)
         return
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command(name, help=_unwrapped(function.__doc__ or row.summary))(function)
-    app(args=context.args, prog_name=f"vllm-npu {name}")
+    app(args=arguments, prog_name=f"vllm-npu {name}")
 
 
 def _unwrapped(docstring: str) -> str:

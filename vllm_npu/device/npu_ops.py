@@ -4,13 +4,14 @@ Contracts: op-plugin's documents of the functions named (torch_npu 2.13).
 """
 
 from functools import cache
+from typing import Any
 
 import torch
 
 from vllm_npu.device import portable_ops
 from vllm_npu.device.portable_ops import Counts, DistributeDispatchOutput, GroupList, InitRoutingOutput, PrefixSums
 from vllm_npu.errors import UnsupportedConfigError
-from vllm_npu.limits import DEVICES, DeviceLimits, MoELayer
+from vllm_npu.limits import DEVICES, BalanceMode, DeviceLimits, MoELayer
 from vllm_npu.transport.base import Transport
 
 try:
@@ -119,6 +120,34 @@ def npu_grouped_matmul(
         output_dtype=output_dtype,
     )[0]
     return product
+
+
+def npu_moe_update_expert(
+    expert_ids: torch.Tensor,
+    eplb_table: torch.Tensor,
+    *,
+    expert_scales: torch.Tensor | None = None,
+    pruning_threshold: torch.Tensor | None = None,
+    active_mask: torch.Tensor | None = None,
+    local_rank_id: int,
+    world_size: int,
+    balance_mode: BalanceMode = BalanceMode.BY_RANK,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """As portable_ops has it. LOCAL. Host sync: no. Graph capture: yes."""
+    arguments: dict[str, Any] = {
+        "expert_scales": expert_scales,
+        "pruning_threshold": pruning_threshold,
+        "active_mask": active_mask,
+        "local_rank_id": local_rank_id,
+        "world_size": world_size,
+        "balance_mode": balance_mode,
+    }
+    # The op takes no empty tensors and no group of one rank.
+    if not device_limits().update_expert or expert_ids.numel() == 0 or world_size < 2:
+        return portable_ops.npu_moe_update_expert(expert_ids, eplb_table, **arguments)
+    arguments["balance_mode"] = int(balance_mode)
+    physical, kept = torch_npu.npu_moe_update_expert(expert_ids, eplb_table, **arguments)
+    return physical, None if expert_scales is None else kept
 
 
 def npu_moe_distribute_dispatch_v2(

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from vllm_npu.errors import InvalidInputError
-from vllm_npu.limits import PORTABLE, DeviceLimits, QuantMode
+from vllm_npu.limits import PORTABLE, BalanceMode, DeviceLimits, QuantMode
 from vllm_npu.routing import ExpertPermutation, expert_ranges, local_expert_ids, sum_rows
 from vllm_npu.token_layout import RowFormat, ceil_div, pad_rows
 from vllm_npu.topology import ExpertPlacement
@@ -146,6 +146,64 @@ def quantize_per_token(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     # A quotient of two tensors: torch takes 127 / tensor as 127 * (1 / tensor), which rounds twice.
     factor = torch.where(nonzero, torch.full_like(largest, INT8_MAX) / largest, 0)
     return (values * factor).round().to(torch.int8), torch.where(nonzero, 1 / factor, 0).squeeze(-1)
+
+
+def npu_moe_update_expert(
+    expert_ids: torch.Tensor,  # [B, K] int32 or int64, logical ids
+    eplb_table: torch.Tensor,  # [logical experts, F] int32: replica count of 1..F-1, physical ids, padding
+    *,
+    expert_scales: torch.Tensor | None = None,  # [B, K]: the top-k weights; for pruning only
+    pruning_threshold: torch.Tensor | None = None,  # [K] float32
+    active_mask: torch.Tensor | None = None,  # [B] bool, a prefix; with pruning only
+    local_rank_id: int,
+    world_size: int,
+    balance_mode: BalanceMode = BalanceMode.BY_RANK,
+) -> tuple[
+    torch.Tensor, torch.Tensor | None
+]:  # [B, K] physical ids of the same dtype; [B, K] bool, None without pruning
+    """Logical to physical expert ids, for every strategy: a replica by rank or by token (BalanceMode).
+
+    With pruning, a choice stays where its weight is at least pruning_threshold[k] times the sum of its token's weights, in
+    float32, and its token is active. LOCAL. Host sync: no. Graph capture: yes. Raises InvalidInputError for arguments that do
+    not fit, and on CPU tensors for ids and replica counts that the table does not have. Source: op-plugin's test of
+    npu_moe_update_expert (its document leaves out the first column's offset in mode 1).
+    """
+    if expert_ids.dim() != 2 or eplb_table.dim() != 2 or eplb_table.dtype != torch.int32:
+        raise InvalidInputError(
+            f"npu_moe_update_expert: expert_ids is {tuple(expert_ids.shape)} and eplb_table {eplb_table.dtype} "
+            f"{tuple(eplb_table.shape)}; they must be [tokens, top_k] and int32 [logical experts, 1 + replicas]"
+        )
+    if (expert_scales is None) != (pruning_threshold is None) or (active_mask is not None and expert_scales is None):
+        raise InvalidInputError(
+            "npu_moe_update_expert: expert_scales and pruning_threshold go together, and active_mask with both"
+        )
+    if not 0 <= local_rank_id < world_size:
+        raise InvalidInputError(f"npu_moe_update_expert: rank {local_rank_id} is not one of {world_size}")
+    ids = expert_ids.long()
+    if ids.device.type == "cpu" and ids.numel():
+        if int(ids.min()) < 0 or int(ids.max()) >= eplb_table.shape[0]:
+            raise InvalidInputError(
+                f"npu_moe_update_expert: expert_ids lie in [{int(ids.min())}, {int(ids.max())}]; the table has experts "
+                f"0..{eplb_table.shape[0] - 1}"
+            )
+        counts = eplb_table[:, 0]
+        if int(counts.min()) < 1 or int(counts.max()) >= eplb_table.shape[1]:
+            raise InvalidInputError(
+                f"npu_moe_update_expert: replica counts lie in [{int(counts.min())}, {int(counts.max())}]; with "
+                f"{eplb_table.shape[1]} columns they must lie in [1, {eplb_table.shape[1] - 1}]"
+            )
+    rows = eplb_table.long()[ids]  # [B, K, F]
+    replicas = rows[..., 0]
+    if balance_mode is BalanceMode.BY_RANK:
+        replica = local_rank_id // ((world_size + replicas - 1) // replicas)
+    else:
+        replica = torch.arange(ids.shape[0], device=ids.device)[:, None] % replicas
+    physical = rows.gather(2, (replica + 1)[..., None]).squeeze(2).to(expert_ids.dtype)
+    if expert_scales is None or pruning_threshold is None:
+        return physical, None
+    scales = expert_scales.float()
+    kept = scales >= pruning_threshold * scales.sum(1, keepdim=True)
+    return physical, kept & _active_tokens(ids, active_mask)[:, None]
 
 
 def npu_moe_distribute_dispatch_v2(

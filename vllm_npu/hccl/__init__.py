@@ -1,1 +1,1 @@
-"""HCCL without torch.distributed: operators that call it from C++."""
+"""HCCL without torch.distributed: operators that call it from C++, and a transport that calls it by ctypes."""

@@ -130,7 +130,7 @@ class HcclTransport(TorchDistTransport):
     def _open_ops(self) -> bool:
         reason = token_ops.why_not()
         has_v = reason is None and npu_ops.device_limits().uneven_collectives and token_ops.ops().has_v_collectives()
-        facts = torch.tensor([[reason is None, has_v, _number_of_this_host()]], device="npu")
+        facts = torch.tensor([[reason is None, has_v, number_of_this_host()]], device="npu")
         ranks = TorchDistTransport._all_gather(self, facts, [1] * self.size).tolist()
         without = [rank for rank, (has_ops, _, _) in enumerate(ranks) if not has_ops]
         if without:
@@ -153,6 +153,6 @@ def _number_of_this_device() -> int:
     return torch.accelerator.current_device_index()
 
 
-def _number_of_this_host() -> int:
+def number_of_this_host() -> int:
     """Equal on two ranks only where they run on one host."""
     return int.from_bytes(hashlib.sha256(socket.gethostname().encode()).digest()[:7], "big")

@@ -1,0 +1,100 @@
+"""Placements and the transfers between two of them: every expert arrives, loads are even, bad tables are named."""
+
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.cases import SEEDS, seeded
+from vllm_npu.eplb.placement import EMPTY, ReplicaPlacement, plan_transfers, transfers_of
+from vllm_npu.errors import InvalidInputError
+
+
+def drawn(num_ranks: int, slots: int, num_experts: int, seed: int, *, empty: bool = True) -> ReplicaPlacement:
+    """Every expert once, replicas of any in the slots that are left, some of these empty; no expert twice on a rank."""
+    generator = seeded(seed)
+    order = torch.randperm(num_ranks * slots, generator=generator).tolist()
+    table = [[EMPTY] * slots for _ in range(num_ranks)]
+    experts = torch.randperm(num_experts, generator=generator).tolist()
+    extra = torch.randint(-1 if empty else 0, num_experts, (len(order) - num_experts,), generator=generator).tolist()
+    for place, expert in zip(order, experts + extra, strict=True):
+        row = table[place // slots]
+        if expert not in row:
+            row[place % slots] = expert
+    return ReplicaPlacement.of(table, num_experts)
+
+
+@given(st.integers(1, 6), st.integers(1, 5), SEEDS)
+def test_a_simulated_move_brings_every_slot_its_expert(num_ranks, slots, seed):
+    num_experts = 1 + seed % (num_ranks * slots)
+    old, new = (drawn(num_ranks, slots, num_experts, seed + each) for each in (0, 1))
+    plan = plan_transfers(old, new)
+    held = [list(row) for row in old.slots]
+    by_rank = [transfers_of(plan, rank) for rank in range(num_ranks)]
+    for rank, own in enumerate(by_rank):
+        for other in range(num_ranks):
+            sent = [each for each in own.sends if each.rank == other]
+            assert sent == [each for each in by_rank[other].receives if each.source_rank == rank], "one order on both"
+        for each in own.sends + own.copies:
+            assert old.slots[rank][each.source_slot] == each.expert
+        for each in own.receives + own.copies + own.duplicates:
+            held[rank][each.slot] = each.expert
+        assert not {each.expert for each in own.receives} & set(old.slots[rank]), "fetched what it has"
+    assert all(has == want for row, wanted in zip(held, new.slots, strict=True)
+               for has, want in zip(row, wanted, strict=True) if want != EMPTY)  # fmt: skip
+
+
+@given(st.integers(2, 8), SEEDS)
+def test_no_source_sends_much_more_than_its_share(num_ranks, seed):
+    """Where all ranks have all that is fetched, loads differ by one at most."""
+    slots = 4
+    old = ReplicaPlacement.of([[0, 1, 2, 3]] * (num_ranks - 1) + [[EMPTY] * slots], 4)
+    order = torch.randperm(slots, generator=seeded(seed)).tolist()
+    new = ReplicaPlacement.of([[0, 1, 2, 3]] * (num_ranks - 1) + [order], 4)
+    loads = Counter(each.source_rank for each in plan_transfers(old, new))
+    assert max(loads.values()) - min(loads[rank] for rank in range(num_ranks - 1)) <= 1
+    assert plan_transfers(old, old) == ()
+
+
+def test_the_own_node_is_nearer_than_an_idle_rank():
+    old = ReplicaPlacement.of([[0, 1], [EMPTY, 2], [0, 1], [EMPTY, EMPTY]], 3)
+    new = ReplicaPlacement.of([[0, 1], [EMPTY, 2], [0, 1], [0, 1]], 3)
+    assert {each.source_rank for each in plan_transfers(old, new, ranks_per_node=2)} == {2}
+    assert {each.source_rank for each in plan_transfers(old, new)} == {0, 2}
+
+
+def test_one_expert_for_two_slots_of_a_rank_travels_once():
+    old = ReplicaPlacement.of([[0, 1], [2, 3]], 4)
+    new = ReplicaPlacement.of([[0, 1], [0, 0]], 2, allow_same_rank=True)
+    with pytest.raises(
+        InvalidInputError, match="the old one has 2 ranks, 2 slots a rank and 4 experts, the new one 2, 2 and 2"
+    ):
+        plan_transfers(old, new)
+    old = ReplicaPlacement.of([[0, 1], [1, EMPTY]], 2)
+    own = transfers_of(plan_transfers(old, new), 1)
+    assert ([each.slot for each in own.receives], [each.slot for each in own.duplicates]) == ([0], [1])
+
+
+@pytest.mark.parametrize(
+    ("table", "text"),
+    [
+        ([[0, 1], [2]], r"ranks have \[2, 1\] slots"),
+        ([], r"ranks have \[\] slots"),
+        ([[0, 1], [2, 7]], "slot 1 of rank 1 has expert 7; with 4 experts ids are 0..3"),
+        ([[0, 1], [-2, 3]], "slot 0 of rank 1 has expert -2"),
+        ([[0, 1], [2, 2]], "expert 2 is on slots 0 and 1 of rank 1"),
+        ([[0, 1], [2, 0]], "no rank of 0..1 has expert 3"),
+        (torch.zeros(4), r"the table is \[4\]; it must be \[ranks, slots of a rank\]"),
+    ],
+)
+def test_a_table_that_cannot_be_names_expert_and_rank(table, text):
+    with pytest.raises(InvalidInputError, match=text):
+        ReplicaPlacement.of(table, 4)
+
+
+def test_the_table_of_replicas_counts_and_lists_physical_experts():
+    table = ReplicaPlacement.of([[0, 2], [1, 0], [EMPTY, 0]], 3).eplb_table()
+    assert table.tolist() == [[3, 0, 3, 5], [1, 2, -1, -1], [1, 1, -1, -1]]
+    assert table.dtype == torch.int32

@@ -1,0 +1,39 @@
+"""`vllm-npu bench eplb`: a row for each communicator of the device, in the table and in the file."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+
+def run(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "vllm_npu.cli", "bench", "eplb", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+
+
+def test_every_communicator_of_cpus_is_timed(tmp_path):
+    report = tmp_path / "report.json"
+    done = run("--scale", "64", "--experts", "3", "--rounds", "2", "--json", str(report))
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(report.read_text())
+    assert [row["name"] for row in rows] == ["torch_dist", "gloo_staged"]
+    for row in rows:
+        assert row["name"] in done.stdout
+        assert row["mib_per_rank"] == round(3 * 2 * 3 * 112 * 32 / 2**20, 2)
+        assert 0 < row["ms_min"] <= row["ms_median"] <= row["ms_max"]
+        assert row["gb_per_second"] == pytest.approx(3 * 2 * 3 * 112 * 32 / row["ms_median"] / 1e6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--scale", "3"], "--scale 3 does not divide 7168 and 2048"),
+        (["--dtype", "int3"], "unknown dtype 'int3'"),
+        (["--transport", "threaded"], "unknown transport 'threaded'; there are: gloo"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(arguments, text):
+    done = run(*arguments)
+    assert done.returncode == 1
+    assert text in done.stderr

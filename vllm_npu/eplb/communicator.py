@@ -1,0 +1,179 @@
+"""The contract of an EPLB communicator: experts' weights from rank to rank, queued first, then all moved at once."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from vllm_npu.errors import InvalidInputError
+from vllm_npu.transport.base import SendRecv
+
+Tensors = torch.Tensor | Sequence[torch.Tensor]
+"""The weights of one expert, or one of them: vLLM queues an expert's tensors together, the original design each by itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Queued:
+    """One half of a message, as it was added."""
+
+    message: SendRecv
+    expert_id: int | None
+
+    def __str__(self) -> str:
+        tensor, way = self.message.tensor, "to" if self.message.is_send else "from"
+        expert = "" if self.expert_id is None else f" of expert {self.expert_id}"
+        return f"{tensor.dtype} {tuple(tensor.shape)}{expert} {way} rank {self.message.peer}"
+
+
+class EplbCommunicator(ABC):
+    """Queues messages and moves them in execute(). Subclasses move the bytes in _exchange().
+
+    Between two ranks, the n-th send meets the n-th receive; both must have as many bytes, dtypes do not matter. A rank may
+    send to itself. Tensors may be of any strides, of no elements too; those that are sent are not written. The queue is this
+    object's own, so several may be filled at once; over one group they must be executed in the same order on all ranks.
+    """
+
+    def __init__(self, group: str, rank: int, size: int) -> None:
+        self.group = group
+        self.rank = rank
+        self.size = size
+        self._queue: list[_Queued] = []
+        self._stream: torch.Stream | None = None
+
+    def add_send(self, tensors: Tensors, dst_rank: int, expert_id: int | None = None) -> None:
+        """Queue tensors for a rank of the group. LOCAL. They must stay unchanged until execute() is done.
+
+        expert_id is for messages only. Raises InvalidInputError, and queues nothing, for a rank that does not exist.
+        """
+        self._add(tensors, dst_rank, expert_id, is_send=True)
+
+    def add_recv(self, tensors: Tensors, src_rank: int, expert_id: int | None = None) -> None:
+        """Queue tensors to be filled with what a rank of the group sends. LOCAL. Raises as add_send does."""
+        self._add(tensors, src_rank, expert_id, is_send=False)
+
+    def execute(self) -> None:
+        """Move all that is queued; on return it has arrived, on an accelerator in the order of the stream.
+
+        COLLECTIVE over the ranks that have messages for each other; a rank without any returns at once. Host sync: as the
+        class says. Graph capture: no. The queue is empty afterwards, whatever happens. Raises InvalidInputError, before
+        anything moves, where messages to the rank itself do not pair up or a receive overlaps another message's memory;
+        TransportError where a peer does not come, or sends another number of bytes.
+        """
+        queue, self._queue = self._queue, []
+        own = self._pairs_with_itself(queue)
+        _check_overlaps(queue)
+        with _on_stream(self._stream):
+            for source, destination in own:
+                destination.copy_(source)
+            messages, results = [], []
+            for message in (each.message for each in queue):
+                if message.peer == self.rank or message.tensor.numel() == 0:
+                    continue
+                tensor = message.tensor
+                if message.is_send:
+                    tensor = tensor.contiguous()
+                elif not tensor.is_contiguous():
+                    tensor = torch.empty_like(tensor, memory_format=torch.contiguous_format)
+                    results.append((message.tensor, tensor))
+                messages.append(SendRecv(message.peer, bytes_of(tensor), message.is_send))
+            if messages:
+                self._exchange(messages)
+            for destination, tensor in results:
+                destination.copy_(tensor)
+
+    def clear(self) -> None:
+        """Forget what is queued. LOCAL. For a caller whose own fault keeps it from executing."""
+        self._queue = []
+
+    def set_stream(self, stream: torch.Stream | None) -> None:
+        """The stream of the tensors' device on which execute() works; None: the current one."""
+        self._stream = stream
+
+    @abstractmethod
+    def _exchange(self, messages: Sequence[SendRecv]) -> None:
+        """Move messages, at least one: contiguous bytes [n], n >= 1, none to the rank itself."""
+
+    def _add(self, tensors: Tensors, peer: int, expert_id: int | None, *, is_send: bool) -> None:
+        if not 0 <= peer < self.size:
+            raise InvalidInputError(
+                f"EPLB on group '{self.group}': rank {self.rank} {'sends to' if is_send else 'receives from'} rank {peer}"
+                f"{'' if expert_id is None else f', expert {expert_id}'}; it must be one of 0..{self.size - 1}"
+            )
+        together = [tensors] if isinstance(tensors, torch.Tensor) else tensors
+        self._queue += [_Queued(SendRecv(peer, tensor, is_send), expert_id) for tensor in together]
+
+    def _pairs_with_itself(self, queue: Sequence[_Queued]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        own = [each for each in queue if each.message.peer == self.rank]
+        sends = [each for each in own if each.message.is_send]
+        receives = [each for each in own if not each.message.is_send]
+        if len(sends) != len(receives):
+            raise InvalidInputError(
+                f"EPLB on group '{self.group}': rank {self.rank} sends itself {len(sends)} tensors and receives "
+                f"{len(receives)} from itself ({', '.join(map(str, own))})"
+            )
+        for send, receive in zip(sends, receives, strict=True):
+            one, other = send.message.tensor, receive.message.tensor
+            if one.shape != other.shape or one.dtype != other.dtype:
+                raise InvalidInputError(
+                    f"EPLB on group '{self.group}': rank {self.rank} sends itself {send}, and expects {receive}"
+                )
+        return [(one.message.tensor, two.message.tensor) for one, two in zip(sends, receives, strict=True)]
+
+
+def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    """A contiguous tensor's memory as uint8 [n]: a view."""
+    return tensor.detach().view(-1).view(torch.uint8)
+
+
+def rounds_of_pieces(messages: Sequence[SendRecv], piece_bytes: int) -> list[list[SendRecv]]:
+    """Messages cut into pieces of at most piece_bytes; round k has the k-th piece to and from each peer.
+
+    Both ends cut alike, so a peer's round k holds the other half, and rounds one after the other never wait in a circle.
+    """
+    rounds: list[list[SendRecv]] = []
+    started: dict[tuple[int, bool], int] = {}  # pieces so far, by peer and direction
+    for message in messages:
+        for piece in message.tensor.split(piece_bytes):
+            place = started.get((message.peer, message.is_send), 0)
+            if place == len(rounds):
+                rounds.append([])
+            rounds[place].append(SendRecv(message.peer, piece, message.is_send))
+            started[message.peer, message.is_send] = place + 1
+    return rounds
+
+
+def _check_overlaps(queue: Sequence[_Queued]) -> None:
+    """Compares contiguous tensors: memory of others may interleave without overlapping."""
+    spans = sorted(
+        (
+            (each.message.tensor.data_ptr(), each.message.tensor.nbytes, index)
+            for index, each in enumerate(queue)
+            if each.message.tensor.numel() and each.message.tensor.is_contiguous()
+        ),
+    )
+    ends = {True: (0, -1), False: (0, -1)}  # of sends and of receives: how far they reach so far, and which one does
+    for start, nbytes, index in spans:
+        for is_send in (True, False):
+            end, other = ends[is_send]
+            if start < end and not (is_send and queue[index].message.is_send):
+                raise InvalidInputError(
+                    f"EPLB: one execute may not write memory that it also sends, or write it twice: {queue[index]} overlaps "
+                    f"{queue[other]}; receive into a buffer"
+                )
+        kind = queue[index].message.is_send
+        ends[kind] = max(ends[kind], (start + nbytes, index))
+
+
+@contextmanager
+def _on_stream(stream: torch.Stream | None) -> Iterator[None]:
+    if stream is None:
+        yield
+        return
+    before = torch.accelerator.current_stream(stream.device)
+    torch.accelerator.set_stream(stream)
+    try:
+        yield
+    finally:
+        torch.accelerator.set_stream(before)

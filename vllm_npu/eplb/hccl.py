@@ -1,0 +1,27 @@
+"""EPLB over HCCL: a ProcessGroupHCCL's batches (HcclTransport), or HcclBatchSendRecv itself (PyHcclTransport)."""
+
+from collections.abc import Sequence
+
+from vllm_npu.eplb.communicator import EplbCommunicator, rounds_of_pieces
+from vllm_npu.limits import MIB
+from vllm_npu.transport.base import SendRecv, Transport
+
+MAX_MESSAGE_BYTES = 32 * MIB
+"""Of one piece. Batches of whole expert tensors have hung on NPUs (vllm-ascend #11282, which splits them too); HCCL's buffer
+for a group is 200 MiB by default."""
+
+
+class HcclEplbCommunicator(EplbCommunicator):
+    """Batches of pieces: at most one piece to a rank and one from it in each. Host sync: no.
+
+    HcclBatchSendRecv takes no second message to, or from, the same rank (HCCL's document of it, CANN 8.0).
+    """
+
+    def __init__(self, transport: Transport, max_message_bytes: int = MAX_MESSAGE_BYTES) -> None:
+        super().__init__(transport.group, transport.rank, transport.size)
+        self._transport = transport
+        self._max_message_bytes = max_message_bytes
+
+    def _exchange(self, messages: Sequence[SendRecv]) -> None:
+        for batch in rounds_of_pieces(messages, self._max_message_bytes):
+            self._transport.send_recv(batch)

@@ -1,0 +1,42 @@
+"""EPLB by ncclSend and ncclRecv in one NCCL group, without torch.distributed: vLLM's elastic groups have nothing else."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from vllm_npu.eplb.communicator import EplbCommunicator
+from vllm_npu.errors import TransportError
+from vllm_npu.transport.base import SendRecv
+
+
+class GroupedPointToPoint(Protocol):
+    """What is needed of vLLM's PyNcclCommunicator, which the plugin passes in. Tensors are on its device."""
+
+    rank: int
+    world_size: int
+
+    def group_start(self) -> None: ...
+    def group_end(self) -> None: ...
+    def send(self, tensor: torch.Tensor, dst: int, stream: torch.Stream | None = None) -> None: ...
+    def recv(self, tensor: torch.Tensor, src: int, stream: torch.Stream | None = None) -> None: ...
+
+
+class PyNcclEplbCommunicator(EplbCommunicator):
+    """All messages in one ncclGroup, opened and closed by execute(), as bytes: of any dtype. Host sync: no."""
+
+    def __init__(self, pynccl: GroupedPointToPoint, group: str = "ep") -> None:
+        super().__init__(group, pynccl.rank, pynccl.world_size)
+        self._pynccl = pynccl
+
+    def _exchange(self, messages: Sequence[SendRecv]) -> None:
+        try:
+            self._pynccl.group_start()
+            try:
+                for message in messages:
+                    call = self._pynccl.send if message.is_send else self._pynccl.recv
+                    call(message.tensor, message.peer, stream=self._stream)
+            finally:
+                self._pynccl.group_end()
+        except RuntimeError as error:
+            raise TransportError("execute", self.group, self.rank, str(error)) from error

@@ -443,7 +443,7 @@ def refused_arguments(rank: int, num_ranks: int) -> None:
         ({"expert_shard_type": 1}, r"(?s)561002.*expert_shard_type=1"),
         ({"elastic_info": torch.zeros(8, dtype=torch.int32).npu()}, r"(?s)161002.*elastic_info"),
         ({"performance_info": torch.zeros(8, dtype=torch.int64).npu()}, r"(?s)161002.*performance_info"),
-        ({"comm_alg": "hierarchy"}, r"(?s)561002.*comm_alg=hierarchy"),
+        ({"comm_alg": "hierarchy"}, r"(?s)161001.*expert_scales is missing: comm_alg=hierarchy"),
         ({"quant_mode": 1}, r"(?s)561002.*quant_mode=1"),
         ({"scales": torch.ones(case.experts, WIDTH).npu()}, r"(?s)561002.*scales is given, but quant_mode=0"),
         ({"scales": torch.ones(3, WIDTH).npu(), "quant_mode": 2}, r"(?s)561002.*scales has the shape"),

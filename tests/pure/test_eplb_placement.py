@@ -7,9 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.cases import SEEDS, seeded
-from vllm_npu.eplb.placement import EMPTY, ReplicaPlacement, plan_transfers, transfers_of
+from tests.cases import SEEDS, seeded, topologies
+from vllm_npu.eplb.placement import EMPTY, ReplicaPlacement, mapping_rank, plan_transfers, transfers_of
 from vllm_npu.errors import InvalidInputError
+from vllm_npu.step_plan import TokenSharding
 
 
 def drawn(num_ranks: int, slots: int, num_experts: int, seed: int, *, empty: bool = True) -> ReplicaPlacement:
@@ -98,3 +99,9 @@ def test_the_table_of_replicas_counts_and_lists_physical_experts():
     table = ReplicaPlacement.of([[0, 2], [1, 0], [EMPTY, 0]], 3).eplb_table()
     assert table.tolist() == [[3, 0, 3, 5], [1, 2, -1, -1], [1, 1, -1, -1]]
     assert table.dtype == torch.int32
+
+
+def test_ranks_with_the_same_tokens_map_them_alike():
+    grid = topologies(2, 2)
+    assert [mapping_rank(each, TokenSharding.REPLICATED) for each in grid] == [0, 0, 2, 2]
+    assert [mapping_rank(each, TokenSharding.SLICED_OVER_TP) for each in grid] == [0, 1, 2, 3]

@@ -351,6 +351,32 @@ def test_bytes_that_do_not_match_are_an_error_in_time(kind):
     assert any(isinstance(each, TransportError) and "on group 'ep' failed on rank" in str(each) for each in outcomes)
 
 
+class FailsOnce(GroupOverATransport):
+    """As where NCCL refuses a message within its group."""
+
+    failed = False
+
+    def send(self, tensor: torch.Tensor, dst: int, stream: torch.Stream | None = None) -> None:
+        if not self.failed:
+            self.failed = True
+            raise RuntimeError("NCCL error: invalid usage")
+        super().send(tensor, dst, stream)
+
+
+def fails_within_the_group(rank: Rank) -> None:
+    c = PyNcclEplbCommunicator(FailsOnce(rank.groups(tp_size=1, dp_size=rank.num_ranks).ep))
+    c.add_send(torch.ones(3), 1 - c.rank)
+    with pytest.raises(
+        TransportError, match=rf"execute on group 'ep' failed on rank {c.rank}: NCCL error: invalid usage"
+    ):
+        c.execute()
+    nothing_to_do(c)
+
+
+def test_a_failure_within_ncclgroup_closes_the_group(pools):
+    pools("gloo", 2).run(fails_within_the_group)
+
+
 # --- the factory ---
 
 

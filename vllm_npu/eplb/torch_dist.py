@@ -7,7 +7,10 @@ from vllm_npu.transport.base import SendRecv, Transport
 
 
 class TorchDistEplbCommunicator(EplbCommunicator):
-    """All messages in one batch, straight from and into the tensors. Host sync: with gloo only."""
+    """All messages in one batch, straight from and into the tensors. Host sync: with gloo only.
+
+    HCCL's document allows a batch one message to a rank and one from it: on NPUs take HcclEplbCommunicator, as CHOICE does.
+    """
 
     def __init__(self, transport: Transport) -> None:
         super().__init__(transport.group, transport.rank, transport.size)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from vllm_npu.errors import DeviceLimitError, HcclBufferError, UnsupportedDeviceError
-from vllm_npu.limits import DeviceLimits, MoELayer
+from vllm_npu.limits import DeviceLimits, MC2Limits, MoELayer
 from vllm_npu.step_plan import StepPlan, TokenSharding
 from vllm_npu.strategies import AUTO, check_strategy, select, why_not
 from vllm_npu.token_layout import ceil_div
@@ -40,8 +40,10 @@ def check_start(
     reason = why_not("mc2", topology, layer, device)
     if requested == "mc2" and reason is not None:
         raise (UnsupportedDeviceError if device.mc2 is None else DeviceLimitError)(reason)
-    if requested in (AUTO, "mc2") and reason is None:
-        device = _within_buffer(topology, layer, device, shape, hccl_buffer_mb)
+    if reason is None and device.mc2 is not None:  # whatever is requested now: a living engine may be told mc2 later
+        if requested in (AUTO, "mc2"):
+            _check_buffer(topology, layer, device.mc2, shape, hccl_buffer_mb)
+        device = replace(device, mc2=_within_buffer(topology, layer, device.mc2, hccl_buffer_mb))
     for tokens in shape.graph_tokens:
         counts = (tokens,) * topology.dp_size
         step = StepPlan(num_tokens_across_dp=counts, sharding=TokenSharding.REPLICATED, captured=True)
@@ -49,14 +51,9 @@ def check_start(
     return device
 
 
-def _within_buffer(
-    topology: ParallelTopology, layer: MoELayer, device: DeviceLimits, shape: PlannedShape, hccl_buffer_mb: int
-) -> DeviceLimits:
-    limits = device.mc2
-    assert limits is not None
-    needed = limits.buffer_mb(layer, topology.ep_size, 1)
-    if needed is None:
-        return device
+def _check_buffer(
+    topology: ParallelTopology, layer: MoELayer, limits: MC2Limits, shape: PlannedShape, hccl_buffer_mb: int
+) -> None:
     planned = min(ceil_div(shape.decode_tokens, topology.tp_size), limits.max_tokens_per_rank)
     needed = limits.buffer_mb(layer, topology.ep_size, planned)
     if needed is not None and needed > hccl_buffer_mb:
@@ -65,10 +62,13 @@ def _within_buffer(
             f"{layer.num_experts} experts, hidden size {layer.hidden_size}), and it is {hccl_buffer_mb} (MiB); export "
             f"HCCL_BUFFSIZE={needed} on every rank, lower --max-num-seqs, or choose another moe_comm"
         )
+
+
+def _within_buffer(topology: ParallelTopology, layer: MoELayer, limits: MC2Limits, hccl_buffer_mb: int) -> MC2Limits:
     capacity = limits.max_tokens_per_rank
-    while (limits.buffer_mb(layer, topology.ep_size, capacity) or 0) > hccl_buffer_mb:
+    while capacity > 0 and (limits.buffer_mb(layer, topology.ep_size, capacity) or 0) > hccl_buffer_mb:
         capacity -= 1
-    return replace(device, mc2=replace(limits, max_tokens_per_rank=capacity))
+    return replace(limits, max_tokens_per_rank=capacity)
 
 
 def describe_capacity(device: DeviceLimits, topology: ParallelTopology, layers: Sequence[MoELayer]) -> str:

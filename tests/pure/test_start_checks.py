@@ -87,6 +87,8 @@ def test_strategies_without_mc2_need_no_buffer(requested):
 def test_capacity_is_what_the_buffer_takes_and_never_more_than_the_op_takes():
     assert check(buffer_mb=1000).capacities["mc2"] == 133
     assert check(buffer_mb=PLENTY).capacities["mc2"] == 512
+    assert check("allgather", buffer_mb=1000).capacities["mc2"] == 133, "a living engine may be told mc2 later"
+    assert check("allgather", buffer_mb=1).capacities["mc2"] == 0
     assert describe_capacity(check(buffer_mb=1000), EP16, [LAYER]) == "mc2 takes up to 133 tokens a rank"
 
 

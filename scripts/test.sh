@@ -24,7 +24,7 @@ case " $* " in
     ;;
   " --ascend"*)
     shift
-    [ $# -gt 0 ] || set -- tests/ascend
+    case " $* " in *" tests/"*) ;; *) set -- tests/ascend "$@" ;; esac
     run_pytest --ascend "$@"
     ;;
   *" tests/ascend"*) run_pytest --ascend "$@" ;;

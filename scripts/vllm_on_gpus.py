@@ -13,6 +13,7 @@ import argparse
 import json
 import multiprocessing as mp
 import os
+import queue
 import socket
 import statistics
 import sys
@@ -192,7 +193,7 @@ def main() -> int:
                 return 1
             try:
                 rank, results = answers.get(timeout=1)
-            except Exception:  # noqa: BLE001 - queue.Empty of another process
+            except queue.Empty:
                 continue
             found[rank] = results
         status = report(options, [found[rank] for rank in range(options.dp)])

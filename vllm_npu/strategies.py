@@ -62,7 +62,6 @@ GPU_STRATEGIES = {
     ),
 }
 ALL_STRATEGIES = STRATEGIES | GPU_STRATEGIES
-GATHERING_STRATEGIES = ("allgather", "naive")  # prepare brings all tokens to all ranks, finalize adds the shares up
 
 # all2all sends a token to its distinct destination ranks, allgather to all. Below this share of the ranks the bytes saved
 # pay for the exchange of counts. Chosen from the byte model, not yet from measurements on a cluster.

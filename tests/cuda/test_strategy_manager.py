@@ -2,7 +2,7 @@
 
 import pytest
 
-pytest.importorskip("vllm")
+pytest.importorskip("vllm", reason="needs vLLM")
 
 from tests.cuda.conftest import NUM_RANKS
 from tests.strategy_manager_ranks import cases, run_cases

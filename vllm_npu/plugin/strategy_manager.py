@@ -22,7 +22,7 @@ from vllm_npu.limits import NVLINK, PORTABLE, MoELayer
 from vllm_npu.pipeline import MoEPipeline
 from vllm_npu.prepare_finalize.base import PrepareHandle
 from vllm_npu.step_plan import StepPlan, TokenSharding
-from vllm_npu.strategies import GATHERING_STRATEGIES, Selection, check_strategy, select
+from vllm_npu.strategies import Selection, check_strategy, select
 from vllm_npu.transport.base import Groups
 from vllm_npu.transport.gloo import GlooTransport
 from vllm_npu.transport.symmetric_memory import gather_facts
@@ -89,12 +89,13 @@ class StrategyAll2AllManager(All2AllManager):
         name = self._select(step, layer)
         pipeline = self._pipeline(name)
         extra = tuple(extra_tensors or ())
-        if name not in GATHERING_STRATEGIES:
+        gathers = pipeline.prepare_finalize.gathers_tokens
+        if not gathers:
             self._check_exchanging(name, step, extra)
         prepared = pipeline.prepare_finalize.prepare(hidden_states, (topk_weights, topk_ids, *extra), step)
         weights, ids, *scales = prepared.per_token
         rows = prepared.hidden_states
-        if name in GATHERING_STRATEGIES:  # fields of one message, and vLLM's experts take rows that lie close
+        if gathers:  # fields of one message, and vLLM's experts take rows that lie close
             rows, weights, ids, *scales = (x.contiguous() for x in (rows, weights, ids, *scales))
         handle: SlotHandle | DispatchHandle | None = None
         if name == "symmetric":
@@ -103,7 +104,7 @@ class StrategyAll2AllManager(All2AllManager):
             rows, weights, handle = slots.hidden_states, slots.topk_weights, slots.handle
             ids = torch.where(slots.topk_ids < 0, self._foreign_expert, slots.topk_ids + self._first_expert)
             scales = [] if slots.scales is None else [slots.scales]
-        elif name not in GATHERING_STRATEGIES:
+        elif not gathers:
             dispatched = pipeline.dispatcher.dispatch(RoutedTokens.of(prepared))
             rows, handle = dispatched.expert_input, dispatched.handle
             ids = self._ids_of_rows(rows.shape[0], dispatched.tokens_per_expert)

@@ -95,29 +95,24 @@ def spoil_combine() -> None:
     All2AllVDispatcher.combine = spoiled  # type: ignore[method-assign]
 
 
-def main(given: dict[str, Any]) -> None:
-    """Build the layer, run every step by every path, print the rows."""
+def make_layer(given: dict[str, Any]) -> tuple[Any, Any]:
+    """vLLM's configuration and groups, and vllm-ascend's layer, its weights not yet drawn."""
     rank, tp, dp = int(os.environ["RANK"]), given["tp"], given["dp"]
     hidden_size, experts, top_k = given["hidden"], given["experts"], given["top_k"]
     dtype = getattr(torch, given["dtype"])
-    os.environ["VLLM_NPU_COUNT_COLLECTIVES"] = "1"
 
     from vllm.plugins import load_general_plugins
 
     load_general_plugins()
     from vllm.config import set_current_vllm_config
-    from vllm.distributed import get_ep_group, parallel_state
+    from vllm.distributed import parallel_state
     from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.layers.fused_moe import FusedMoE
     from vllm.utils.torch_utils import set_default_torch_dtype
     from vllm_ascend.ascend_config import init_ascend_config
-    from vllm_ascend.ascend_forward_context import set_ascend_forward_context, set_mc2_mask, set_mc2_tokens_capacity
+    from vllm_ascend.ascend_forward_context import set_mc2_mask, set_mc2_tokens_capacity
     from vllm_ascend.distributed.parallel_state import init_ascend_model_parallel
     from vllm_ascend.utils import adapt_patch, register_ascend_customop
-
-    from tests.ascend.collective_log import CollectiveLog
-    from vllm_npu.plugin.ascend.worker import take_over
-    from vllm_npu.plugin.step_planner import planner_of
 
     torch.npu.set_device(rank)
     device = torch.device("npu", rank)
@@ -163,6 +158,26 @@ def main(given: dict[str, Any]) -> None:
                 prefix=PREFIX,
                 quant_config=int8_config(experts) if given.get("int8") else None,
             )
+    return config, layer
+
+
+def main(given: dict[str, Any]) -> None:
+    """Build the layer, run every step by every path, print the rows."""
+    rank, tp, dp = int(os.environ["RANK"]), given["tp"], given["dp"]
+    hidden_size, experts, top_k = given["hidden"], given["experts"], given["top_k"]
+    dtype = getattr(torch, given["dtype"])
+    os.environ["VLLM_NPU_COUNT_COLLECTIVES"] = "1"
+    config, layer = make_layer(given)
+    device = torch.device("npu", rank)
+
+    from vllm.config import set_current_vllm_config
+    from vllm.distributed import get_ep_group
+    from vllm_ascend.ascend_forward_context import set_ascend_forward_context
+
+    from tests.ascend.collective_log import CollectiveLog
+    from vllm_npu.plugin.ascend.worker import take_over
+    from vllm_npu.plugin.step_planner import planner_of
+
     generator = torch.Generator().manual_seed(3)
     w13 = (torch.randn(experts, 2 * INTERMEDIATE, hidden_size, generator=generator) * hidden_size**-0.5).to(dtype)
     w2 = (torch.randn(experts, hidden_size, INTERMEDIATE, generator=generator) * INTERMEDIATE**-0.5).to(dtype)

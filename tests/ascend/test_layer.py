@@ -20,11 +20,12 @@ COMM_TYPES = {"mc2": "MC2", "all2all": "ALLTOALL", "allgather": "ALLGATHER", "na
 
 
 def run(soc: str, tp: int, dp: int, **given: Any) -> tuple[Outcome, list[dict[str, Any]]]:
-    """Launch the program on tp * dp ranks; what each printed, in rank order."""
+    """Launch the program (another with `program`) on tp * dp ranks; what each printed, in rank order."""
     wanted = {"tp": tp, "dp": dp, "hidden": 1024, "experts": 8, "top_k": 2, "strategies": STRATEGIES} | given
     env = {"PYTHONPATH": str(ROOT), "VLLM_PLUGINS": PLUGINS, "TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1"}
     env |= wanted.pop("env", {})
-    outcome = launch([str(PROGRAM), json.dumps(wanted)], tp * dp, soc, env, 300)
+    program = wanted.pop("program", PROGRAM)
+    outcome = launch([str(program), json.dumps(wanted)], tp * dp, soc, env, 300)
     starts = [found.start() for found in re.finditer(r'\{"rank": \d', outcome.output)]  # ranks may share a line
     reports = [json.JSONDecoder().raw_decode(outcome.output, start)[0] for start in starts]
     return outcome, sorted(reports, key=lambda report: int(report["rank"]))

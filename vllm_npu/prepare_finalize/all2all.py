@@ -4,6 +4,7 @@ Chosen for many tokens (prefill) with expert parallelism; MC2 takes over below i
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -21,6 +22,18 @@ class All2AllHandle(PrepareHandle):
     input_rows: int
 
 
+@lru_cache(maxsize=4096)  # all layers of a step ask the same
+def _slices_over_tp(
+    num_tokens: int, tp_rank: int, tp_size: int, sharding: TokenSharding
+) -> tuple[TokenSlice, tuple[int, ...]]:
+    """This TP rank's rows of its input, and the rows of each TP rank."""
+    sliced = sharding is TokenSharding.SLICED_OVER_TP
+    cut = TokenSlice.chunk if sliced else TokenSlice.even
+    slices = [cut(num_tokens, rank=rank, size=tp_size) for rank in range(tp_size)]
+    own = slices[tp_rank]
+    return (TokenSlice(0, own.length) if sliced else own), tuple(each.length for each in slices)
+
+
 class All2AllPrepareAndFinalize(PrepareAndFinalize):
     """Slice over TP as evenly as the count allows, without padding."""
 
@@ -29,18 +42,8 @@ class All2AllPrepareAndFinalize(PrepareAndFinalize):
         self._check_prepare(hidden_states, per_token, step)
         topology = self.groups.topology
         num_tokens = step.num_tokens_across_dp[topology.dp_rank]
-        sliced = step.sharding is TokenSharding.SLICED_OVER_TP
-        cut = TokenSlice.chunk if sliced else TokenSlice.even
-        slices = [cut(num_tokens, rank=rank, size=topology.tp_size) for rank in range(topology.tp_size)]
-        own = slices[topology.tp_rank]
-        if sliced:
-            own = TokenSlice(0, own.length)
-        handle = All2AllHandle(
-            step=step,
-            prepared_rows=own.length,
-            tp_rows=tuple(each.length for each in slices),
-            input_rows=hidden_states.shape[0],
-        )
+        own, tp_rows = _slices_over_tp(num_tokens, topology.tp_rank, topology.tp_size, step.sharding)
+        handle = All2AllHandle(step=step, prepared_rows=own.length, tp_rows=tp_rows, input_rows=hidden_states.shape[0])
         return Prepared(
             hidden_states=own.take(hidden_states),
             per_token=tuple(own.take(tensor) for tensor in per_token),

@@ -72,7 +72,8 @@ class HcclTransport(TorchDistTransport):
 
     def _all_gather(self, x: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
         if self._has_ops():
-            return self._gather_tokens([x], sizes)[0]
+            gathered: torch.Tensor = self._call("all_gather", token_ops.ops().gather_message, [x], sizes)
+            return gathered
         return super()._all_gather(x, sizes) if len(set(sizes)) == 1 else self._all_gather_from_peers(x, sizes)
 
     def _gather_tokens(self, tensors: Sequence[torch.Tensor], sizes: Sequence[int]) -> list[torch.Tensor]:

@@ -1,0 +1,161 @@
+"""Host time of prepare + finalize: vllm-ascend's own classes and ours on the same steps, taking turns in one run.
+
+    scripts/setup.sh --ascend   # prints a python
+    PYTHON -m tests.ascend.host_times [CHIP [ROUNDS]]
+
+Emulated: it says what the host does for a layer, nothing about an NPU. Streams run on threads of their own, so a call returns
+before the collective has run, as on a device; measured is the processor time of the calling thread. Routing is outside:
+vllm-ascend moves router logits, ours moves the weights and ids chosen from them. An op that computes (padding and
+concatenating, which only vllm-ascend's classes do) runs on the calling thread on this device, and waits for its stream;
+with one layer between two synchronisations that wait is short, with eight it is the collectives' own time.
+"""
+
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+
+from tests.ascend.layer_program import make_layer
+
+THEIRS, THROUGH_TORCH, OURS = "vllm-ascend's class", "ours, torch.distributed", "ours, C++ operators"
+WARM_UP = 5
+LAYERS = (1, 8)
+# strategy: grid, and tokens of each data-parallel rank
+WORKLOADS: dict[str, tuple[int, int, list[list[int]]]] = {
+    "allgather": (1, 2, [[8, 8], [64, 64], [8, 5]]),
+    "all2all": (2, 1, [[8], [64]]),
+}
+LAYER = {"hidden": 2048, "experts": 64, "top_k": 8, "dtype": "bfloat16"}
+
+
+def main(given: dict[str, Any]) -> None:
+    """One rank: print microseconds a layer of every round, for each step, way and number of layers."""
+    config, _ = make_layer(given)
+
+    from vllm.config import set_current_vllm_config
+    from vllm_ascend.ascend_forward_context import MoECommType, set_ascend_forward_context
+    from vllm_ascend.ops.fused_moe.moe_comm_method import get_moe_comm_method
+
+    from vllm_npu.plugin.groups import model_groups
+    from vllm_npu.step_plan import StepPlan, TokenSharding
+    from vllm_npu.strategies import build
+    from vllm_npu.transport.base import Groups
+
+    kind = {"allgather": MoECommType.ALLGATHER, "all2all": MoECommType.ALLTOALL}[given["strategy"]]
+    theirs = get_moe_comm_method(kind).prepare_finalize
+    groups = model_groups(expert_parallel=True)
+    without = [type(each)(each.process_group, each.group) for each in (groups.tp, groups.dp, groups.ep)]
+    for transport in without:
+        transport._has_ops = lambda: False
+    stages = {
+        way: build(given["strategy"], each, given["experts"]).prepare_finalize
+        for way, each in ((THROUGH_TORCH, Groups(groups.topology, *without)), (OURS, groups))
+    }
+    device = torch.device("npu", int(os.environ["RANK"]))
+
+    def measure(counts: list[int]) -> list[dict[str, Any]]:
+        tokens = counts[groups.topology.dp_rank]
+        hidden = torch.randn(tokens, given["hidden"], device="cpu").bfloat16().to(device)
+        logits = torch.randn(tokens, given["experts"], device="cpu").bfloat16().to(device)
+        weights = torch.rand(tokens, given["top_k"], device="cpu").to(device)
+        ids = torch.zeros(tokens, given["top_k"], dtype=torch.int32, device="cpu").to(device)
+        step = StepPlan(num_tokens_across_dp=tuple(counts), sharding=TokenSharding.REPLICATED)
+
+        def by_theirs() -> torch.Tensor:
+            prepared = theirs.prepare(hidden, logits)
+            return theirs.finalize(prepared.hidden_states, False, prepared.padded_hidden_states_shape)
+
+        def by_ours(way: str) -> torch.Tensor:
+            prepared = stages[way].prepare(hidden, (weights, ids), step)
+            return stages[way].finalize(prepared.hidden_states, prepared.handle).hidden_states
+
+        ways: dict[str, Callable[[], torch.Tensor]] = {
+            THEIRS: by_theirs, THROUGH_TORCH: lambda: by_ours(THROUGH_TORCH), OURS: lambda: by_ours(OURS)
+        }  # fmt: skip
+        of_all_ranks = torch.tensor(counts, dtype=torch.int32) if given["dp"] > 1 else None
+        with (
+            torch.inference_mode(),
+            set_current_vllm_config(config),
+            set_ascend_forward_context(
+                None, config, num_tokens=tokens, num_tokens_across_dp=of_all_ranks, num_actual_tokens=tokens
+            ),
+        ):
+            reference = by_theirs().cpu()
+            for way, function in ways.items():
+                assert torch.equal(function().cpu(), reference), f"{way} {counts}"
+            return [
+                {
+                    "counts": counts,
+                    "layers": layers,
+                    "times": _take_turns(ways, layers, given["rounds"], groups.ep.barrier),
+                }
+                for layers in LAYERS
+            ]
+
+    rows = [row for counts in given["steps"] for row in measure(counts)]
+    print(json.dumps({"rank": int(os.environ["RANK"]), "rows": rows}), flush=True)
+
+
+def _take_turns(
+    ways: dict[str, Callable[[], torch.Tensor]], layers: int, rounds: int, barrier: Callable[[], None]
+) -> dict[str, list[float]]:
+    times: dict[str, list[float]] = {way: [] for way in ways}
+    for turn in range(WARM_UP + rounds):
+        for way, function in ways.items():
+            torch.npu.synchronize()
+            barrier()
+            torch.npu.synchronize()
+            start = time.thread_time()
+            results = [function() for _ in range(layers)]
+            end = time.thread_time()
+            torch.npu.synchronize()
+            del results
+            if turn >= WARM_UP:
+                times[way].append((end - start) * 1e6 / layers)
+    return times
+
+
+def table(chip: str, rounds: int) -> None:
+    """Launch each strategy's ranks and print what they measured: the slower rank of each round."""
+    from tests.ascend.test_layer import run
+
+    print(f"Load before: {os.getloadavg()[0]:.2f}; {len(os.sched_getaffinity(0))} cores, 2 ranks, emulated {chip}, {LAYER}, "
+          f"{rounds} rounds.\n")  # fmt: skip
+    print("| emulated | tokens | layers in a row | by | host µs (median) | p10 | p90 | of vllm-ascend's |")
+    print("|---|---|---|---|---|---|---|---|")
+    for strategy, (tp, dp, steps) in WORKLOADS.items():
+        outcome, reports = run(
+            chip,
+            tp,
+            dp,
+            **LAYER,
+            strategy=strategy,
+            steps=steps,
+            rounds=rounds,
+            program=Path(__file__),
+            env={"VLLM_NPU_EMULATOR_ASYNC": "1", "VLLM_LOGGING_LEVEL": "ERROR"},
+        )
+        if outcome.code != 0:
+            sys.exit(re.sub(r"\n{2,}", "\n", outcome.output))
+        for row, other in zip(*(report["rows"] for report in reports), strict=True):
+            base = 0.0
+            for way, own in row["times"].items():
+                taken = [max(pair) for pair in zip(own, other["times"][way], strict=True)]
+                tenths = quantiles(taken, n=10)
+                base = base or median(taken)
+                print(f"| {strategy} | {'/'.join(map(str, row['counts']))} | {row['layers']} | {way} | {median(taken):,.0f} "
+                      f"| {tenths[0]:,.0f} | {tenths[8]:,.0f} | {median(taken) / base:.2f} |", flush=True)  # fmt: skip
+
+
+if __name__ == "__main__":
+    if "RANK" in os.environ:
+        main(json.loads(sys.argv[1]))
+    else:
+        table(*(sys.argv[1:2] or ["A3"]), rounds=int((sys.argv[2:3] or ["60"])[0]))

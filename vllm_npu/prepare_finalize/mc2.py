@@ -4,6 +4,7 @@ Chosen for few tokens (decode): shapes depend only on the agreed length, so noth
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar
 
 import torch
@@ -12,6 +13,7 @@ from vllm_npu.handles import check_handle
 from vllm_npu.prepare_finalize.base import Finalized, PrepareAndFinalize, Prepared, PrepareHandle
 from vllm_npu.step_plan import StepPlan, TokenSharding
 from vllm_npu.token_layout import TokenSlice, pad_rows, unpad_rows
+from vllm_npu.topology import ParallelTopology
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,6 +22,34 @@ class MC2Handle(PrepareHandle):
 
     input_rows: int  # rows of this rank's input, padding included
     real_rows: int  # those of prepared_rows that are tokens: a prefix
+
+
+@dataclass(frozen=True, slots=True)
+class _Share:
+    """What one rank works on in a step."""
+
+    own: TokenSlice  # of this rank's input
+    rows: int  # after padding
+    real_rows: int
+    padded: bool  # on any rank: then all mask
+    max_rows: int | None
+
+
+@lru_cache(maxsize=4096)  # all layers of a step ask the same
+def _share_of(step: StepPlan, topology: ParallelTopology, takes_uneven_ranks: bool) -> _Share:
+    tp_size = topology.tp_size
+    most_rows = step.padded_tokens(tp_size) // tp_size
+    num_tokens = step.num_tokens_across_dp[topology.dp_rank]
+    full = step.is_full(tp_size)
+    padded = not full and not (takes_uneven_ranks and step.divides_over_tp(tp_size))
+    rows = most_rows if padded else num_tokens // tp_size
+    if step.sharding is TokenSharding.REPLICATED:
+        own = TokenSlice.chunk(rows * tp_size, rank=topology.tp_rank, size=tp_size)
+        real_rows = min(max(num_tokens - own.start, 0), rows)
+    else:
+        own = TokenSlice(0, rows)
+        real_rows = TokenSlice.chunk(num_tokens, rank=topology.tp_rank, size=tp_size).length
+    return _Share(own, rows, real_rows, padded, None if padded or full else most_rows)
 
 
 class MC2PrepareAndFinalize(PrepareAndFinalize):
@@ -35,28 +65,18 @@ class MC2PrepareAndFinalize(PrepareAndFinalize):
         step that needs no padding has no mask: views of the input, nothing is copied.
         """
         self._check_prepare(hidden_states, per_token, step)
-        topology = self.groups.topology
-        padded_tokens = step.padded_tokens(topology.tp_size)
-        most_rows = padded_tokens // topology.tp_size
-        num_tokens = step.num_tokens_across_dp[topology.dp_rank]
-        full = step.is_full(topology.tp_size)
-        padded = not full and not (self.takes_uneven_ranks and step.divides_over_tp(topology.tp_size))
-        rows = most_rows if padded else num_tokens // topology.tp_size
-        if step.sharding is TokenSharding.REPLICATED:
-            own = TokenSlice.chunk(rows * topology.tp_size, rank=topology.tp_rank, size=topology.tp_size)
-            real_rows = min(max(num_tokens - own.start, 0), rows)
-        else:
-            own = TokenSlice(0, rows)
-            real_rows = TokenSlice.chunk(num_tokens, rank=topology.tp_rank, size=topology.tp_size).length
-        handle = MC2Handle(step=step, prepared_rows=rows, input_rows=hidden_states.shape[0], real_rows=real_rows)
+        share = _share_of(step, self.groups.topology, self.takes_uneven_ranks)
+        rows, own = share.rows, share.own
         return Prepared(
             hidden_states=pad_rows(own.take(hidden_states), rows),
             per_token=tuple(
                 pad_rows(own.take(tensor), rows, 0 if tensor.is_floating_point() else -1) for tensor in per_token
             ),
-            mask=torch.arange(rows, device=hidden_states.device) < real_rows if padded else None,
-            max_rows=None if padded or full else most_rows,
-            handle=handle,
+            mask=torch.arange(rows, device=hidden_states.device) < share.real_rows if share.padded else None,
+            max_rows=share.max_rows,
+            handle=MC2Handle(
+                step=step, prepared_rows=rows, input_rows=hidden_states.shape[0], real_rows=share.real_rows
+            ),
         )
 
     def finalize(self, routed_output: torch.Tensor, handle: PrepareHandle, *, reduce_results: bool = True) -> Finalized:

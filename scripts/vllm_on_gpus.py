@@ -5,7 +5,8 @@ Usage: vllm_on_gpus.py [--dp 2] [--tp 1] [--graphs] [--measure] [--choices vllm,
 
 Starts one engine for each data-parallel rank and lets the living engines change their manager, so that all choices run on the
 same weights in one run; graphs are captured anew each time. "vllm" is vLLM's own allgather_reducescatter. Without --measure:
-greedy tokens of a tiny Qwen3-MoE, compared with vLLM's own. With it: times of a model of Qwen3-30B-A3B's shape, fewer
+greedy tokens of a tiny Qwen3-MoE in float16, compared with vLLM's own (the model of `demo --ascend-emulated`: its tokens survive
+rounding, as scripts/tiny_model_seeds.py says). With it: times of a model of Qwen3-30B-A3B's shape, fewer
 layers, random weights. --start-with CHOICE selects that one by additional_config, as a user does, and compares nothing else.
 """
 
@@ -96,7 +97,7 @@ def rank_main(rank: int, options: argparse.Namespace, model: str, port: int, bar
 
     started = time.perf_counter()
     llm = LLM(
-        model=model, skip_tokenizer_init=True, dtype="bfloat16", tensor_parallel_size=options.tp,
+        model=model, skip_tokenizer_init=True, dtype="bfloat16" if options.measure else "float16", tensor_parallel_size=options.tp,
         enable_expert_parallel=True, enforce_eager=not options.graphs, max_model_len=1024,
         max_num_seqs=DECODE_PROMPTS, max_num_batched_tokens=4096, kv_cache_memory_bytes=2 << 30, gpu_memory_utilization=0.2,
         enable_prefix_caching=False, disable_log_stats=True, load_format="dummy" if options.measure else "auto",
@@ -112,10 +113,11 @@ def rank_main(rank: int, options: argparse.Namespace, model: str, port: int, bar
         if options.measure:
             result |= measure(generate)
         else:
-            from vllm_npu.cli.tiny_models import DEMO_MAX_TOKENS, demo_prompts
+            from vllm_npu.cli.ascend_demo import MAX_TOKENS
+            from vllm_npu.cli.tiny_models import demo_prompts
 
             share = slice(rank, None, options.dp)
-            outputs, result["seconds"] = generate(demo_prompts()[share], DEMO_MAX_TOKENS[share], logprobs=2)
+            outputs, result["seconds"] = generate(demo_prompts()[share], MAX_TOKENS[share], logprobs=2)
             result["tokens"] = [list(output.token_ids) for output in outputs]
             result["margins"] = [[margin(position) for position in output.logprobs] for output in outputs]
         results.append(result)
@@ -171,9 +173,10 @@ def main() -> int:
                 json.dumps({**QWEN3_30B_A3B, "num_hidden_layers": options.layers})
             )
         else:
-            from vllm_npu.cli.tiny_models import QWEN3_MOE, write_tiny_model
+            from vllm_npu.cli.ascend_demo import MODELS
+            from vllm_npu.cli.tiny_models import write_tiny_model
 
-            write_tiny_model(QWEN3_MOE, Path(folder))
+            write_tiny_model(MODELS[0], Path(folder))
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
         probe.close()

@@ -36,18 +36,18 @@ DP2_EP = Parallelism(data_parallel_size=2, expert_parallel=True)
 
 
 def for_ascend(model: TinyModel, seed: int, **config: Any) -> TinyModel:
-    """A family as wide as MC2 asks for. The seed gives wide margins in float16."""
+    """A family as wide as MC2 asks for. The seed is one of scripts/tiny_model_seeds.py: tokens survive float16's rounding."""
     wide = {**model.config, "hidden_size": HIDDEN_SIZE, "torch_dtype": DTYPE, **config}
     return replace(model, seed=seed, config=wide)
 
 
 # In float16 vLLM leaves routed_scaling_factor to its own layer, and vllm-ascend's layer applies it again: so 1 here.
 MODELS = (
-    for_ascend(QWEN3_MOE, seed=175),
-    for_ascend(DEEPSEEK_V3, seed=145, routed_scaling_factor=1.0),
+    for_ascend(QWEN3_MOE, seed=7327),
+    for_ascend(DEEPSEEK_V3, seed=1089, routed_scaling_factor=1.0),
 )
-# 48 tokens, of which none is chosen by less than 0.027 nats over the next one, computed in float32. Sums in another order
-# differ by some 0.004 in float16, and over HTTP batches differ from run to run: with more tokens a tie would be near.
+# 48 tokens, of which none is chosen by less than 0.03 nats over the next one, nor changes where each layer's output is off
+# by 0.0015 of a row. Over HTTP batches differ from run to run: with more tokens a tie would be near.
 MAX_TOKENS = [10, 4, 8, 5, 6, 3, 8, 4]
 SAFE_MARGIN = 0.015  # nats; the reference must not come closer to a tie
 

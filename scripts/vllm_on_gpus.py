@@ -5,9 +5,9 @@ Usage: vllm_on_gpus.py [--dp 2] [--tp 1] [--graphs] [--measure] [--choices vllm,
 
 Starts one engine for each data-parallel rank and lets the living engines change their manager, so that all choices run on the
 same weights in one run; graphs are captured anew each time. "vllm" is vLLM's own allgather_reducescatter. Without --measure:
-greedy tokens of a tiny Qwen3-MoE in float16, compared with vLLM's own (the model of `demo --ascend-emulated`: its tokens survive
-rounding, as scripts/tiny_model_seeds.py says). With it: times of a model of Qwen3-30B-A3B's shape, fewer
-layers, random weights. --start-with CHOICE selects that one by additional_config, as a user does, and compares nothing else.
+greedy tokens of a tiny Qwen3-MoE in float16, compared with vLLM's own; it is the one of `demo --ascend-emulated`, whose tokens
+survive rounding. With it: times of a model of Qwen3-30B-A3B's shape, fewer layers, random weights. --start-with CHOICE selects
+that one by additional_config, as a user does, and compares nothing else.
 """
 
 import argparse
@@ -97,8 +97,8 @@ def rank_main(rank: int, options: argparse.Namespace, model: str, port: int, bar
 
     started = time.perf_counter()
     llm = LLM(
-        model=model, skip_tokenizer_init=True, dtype="bfloat16" if options.measure else "float16", tensor_parallel_size=options.tp,
-        enable_expert_parallel=True, enforce_eager=not options.graphs, max_model_len=1024,
+        model=model, skip_tokenizer_init=True, dtype="bfloat16" if options.measure else "float16",
+        tensor_parallel_size=options.tp, enable_expert_parallel=True, enforce_eager=not options.graphs, max_model_len=1024,
         max_num_seqs=DECODE_PROMPTS, max_num_batched_tokens=4096, kv_cache_memory_bytes=2 << 30, gpu_memory_utilization=0.2,
         enable_prefix_caching=False, disable_log_stats=True, load_format="dummy" if options.measure else "auto",
         additional_config={"vllm_npu": section(options.start_with or OWN)},

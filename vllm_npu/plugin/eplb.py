@@ -1,16 +1,24 @@
-"""vLLM's expert load balancing over our communicators: its interface in front of them, and its factory."""
+"""vLLM's expert load balancing (EPLB) with our parts: communicators behind its interface, and what its router does on GPUs."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.distributed.eplb.eplb_communicator import EplbCommunicator as VllmEplbCommunicator
+from vllm.distributed.eplb.eplb_state import EplbLayerState
 
 from vllm_npu.eplb import EplbCommunicator, open_communicator
 from vllm_npu.eplb.communicator import Tensors
+from vllm_npu.eplb.replicas import own_load
 from vllm_npu.errors import UnsupportedConfigError
+from vllm_npu.plugin import compat
+from vllm_npu.step_plan import TokenSharding
+from vllm_npu.topology import ParallelTopology
 from vllm_npu.transport import transport_class
 from vllm_npu.transport.gloo import GlooTransport
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
 
 # vLLM's names of communicators, by device of the weights. None: the device chooses.
 NAMES: dict[str | None, dict[str, str | None]] = {
@@ -26,8 +34,15 @@ class NPUEplbCommunicator(VllmEplbCommunicator):
     """One of ours as one of vLLM's. An expert's tensors come together with its id, as vLLM 0.23 and 0.32 queue them, or one
     by one without, as the original design does."""
 
-    def __init__(self, communicator: EplbCommunicator) -> None:
+    def __init__(self, communicator: EplbCommunicator, device_type: str) -> None:
         self.communicator = communicator
+        self.experts_received = 0
+        self._device_type = device_type
+
+    @property
+    def needs_profile_buffer_reservation(self) -> bool:
+        """Whether a profiling run has to make the communication library allocate its buffers: NCCL's and HCCL's are large."""
+        return self._device_type != "cpu"
 
     def add_send(self, tensors: Tensors, dst_rank: int, expert_id: int | None = None) -> None:
         """Queue for a rank of the group."""
@@ -36,6 +51,7 @@ class NPUEplbCommunicator(VllmEplbCommunicator):
     def add_recv(self, tensors: Tensors, src_rank: int, expert_id: int | None = None) -> None:
         """Queue for what a rank of the group sends."""
         self.communicator.add_recv(tensors, src_rank, expert_id)
+        self.experts_received += 1
 
     def execute(self) -> None:
         """Move all that is queued."""
@@ -71,4 +87,58 @@ def create_eplb_communicator(
         cpu_group=GlooTransport(group_coordinator.cpu_group, group_coordinator.unique_name),
         pynccl=getattr(group_coordinator.device_communicator, "pynccl_comm", None),
     )
-    return NPUEplbCommunicator(made)
+    return NPUEplbCommunicator(made, device_type)
+
+
+def check_eplb(vllm_config: "VllmConfig") -> None:
+    """Raise UnsupportedConfigError where EPLB is on and this platform cannot run it, before any process is started."""
+    parallel_config, model_config = vllm_config.parallel_config, vllm_config.model_config
+    if not parallel_config.enable_eplb:
+        return
+    if model_config is None or not model_config.is_moe:
+        raise UnsupportedConfigError("--enable-eplb: the model has no experts to balance; leave it out")
+    if parallel_config.eplb_config.use_async:
+        raise UnsupportedConfigError(
+            "asynchronous EPLB moves experts on a stream of the device beside the model, and a CPU has none; add "
+            '"use_async": false to --eplb-config'
+        )
+    if parallel_config.enable_elastic_ep:
+        raise UnsupportedConfigError(
+            "EPLB of an elastic engine is not supported on a CPU; leave out --enable-elastic-ep"
+        )
+    if vllm_config.use_v2_model_runner:
+        raise UnsupportedConfigError("EPLB on a CPU needs vLLM's first model runner; set VLLM_USE_V2_MODEL_RUNNER=0")
+    logical = model_config.get_num_experts()
+    redundant, ranks = parallel_config.eplb_config.num_redundant_experts, parallel_config.world_size_across_dp
+    if (logical + redundant) % ranks:
+        fitting = redundant + -(logical + redundant) % ranks
+        raise UnsupportedConfigError(
+            f"{logical} experts and {redundant} redundant ones do not divide over {ranks} ranks; set "
+            f'"num_redundant_experts": {fitting} in --eplb-config'
+        )
+
+
+def table_of(layer: EplbLayerState) -> torch.Tensor:  # [logical experts, 1 + most replicas] int32
+    """vLLM's placement of a layer as npu_moe_update_expert takes it. LOCAL. Host sync: yes."""
+    places, counts = layer.logical_to_physical_map, layer.logical_replica_count
+    if places is None or counts is None:
+        raise UnsupportedConfigError(
+            "an MoE layer is to be balanced and belongs to no model that vLLM balances (a draft model?); leave out "
+            "--enable-eplb"
+        )
+    return torch.cat([counts[:, None], places[:, : int(counts.max())]], dim=1).to(torch.int32)
+
+
+def count_load(
+    layer: EplbLayerState,
+    physical_ids: torch.Tensor,  # [rows, top_k]
+    topology: ParallelTopology,
+    sharding: TokenSharding,
+) -> None:
+    """Add the step's tokens to vLLM's load of each physical expert, in the steps in which vLLM records it. LOCAL. Host sync:
+    yes."""
+    if not bool(layer.should_record_tensor):
+        return
+    num_tokens = int(layer.num_unpadded_tokens_tensors[compat.current().micro_batch()])
+    load = layer.expert_load_view
+    load += own_load(physical_ids, load.shape[0], topology, sharding, num_tokens).to(load.dtype)

@@ -93,10 +93,8 @@ def create_eplb_communicator(
 def check_eplb(vllm_config: "VllmConfig") -> None:
     """Raise UnsupportedConfigError where EPLB is on and this platform cannot run it, before any process is started."""
     parallel_config, model_config = vllm_config.parallel_config, vllm_config.model_config
-    if not parallel_config.enable_eplb:
+    if not parallel_config.enable_eplb or model_config is None:
         return
-    if model_config is None or not model_config.is_moe:
-        raise UnsupportedConfigError("--enable-eplb: the model has no experts to balance; leave it out")
     if parallel_config.eplb_config.use_async:
         raise UnsupportedConfigError(
             "asynchronous EPLB moves experts on a stream of the device beside the model, and a CPU has none; add "
@@ -105,6 +103,10 @@ def check_eplb(vllm_config: "VllmConfig") -> None:
     if parallel_config.enable_elastic_ep:
         raise UnsupportedConfigError(
             "EPLB of an elastic engine is not supported on a CPU; leave out --enable-elastic-ep"
+        )
+    if parallel_config.pipeline_parallel_size > 1:
+        raise UnsupportedConfigError(
+            "EPLB on a CPU takes its steps where tokens are sampled, the last pipeline stage; set --pipeline-parallel-size 1"
         )
     if vllm_config.use_v2_model_runner:
         raise UnsupportedConfigError("EPLB on a CPU needs vLLM's first model runner; set VLLM_USE_V2_MODEL_RUNNER=0")

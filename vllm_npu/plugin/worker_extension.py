@@ -28,7 +28,7 @@ class MoECommWorkerExtension:
     def moe_comm_counters(self) -> dict[str, Any]:
         """What this rank did since the last call: steps, tokens, layers run, and, where VLLM_NPU_COUNT_COLLECTIVES=1,
         collectives and bytes sent; where moe_comm=compare, how many layer calls differed; where experts are balanced,
-        rearrangements and experts received since the start. LOCAL."""
+        rearrangements and experts received. LOCAL."""
         planner = _planner(self.vllm_config)
         counter = collective_counter()
         report = {

@@ -164,17 +164,31 @@ def _eplb_state_class() -> Any:
     from vllm.distributed.eplb.eplb_state import EplbState
 
     class HostEplbState(EplbState):
-        """Counts its rearrangements, and times them by the host's clock."""
+        """Counts its rearrangements, times them by the host's clock, and keeps what was counted before them right."""
 
         rearrangements = 0
 
         def rearrange(self, is_profile: bool = False, *args: Any, **kwargs: Any) -> torch.Tensor | None:
+            before = [state.physical_to_logical_map.clone() for state in self.model_states.values()]
             with _events_of_the_host():
                 result: torch.Tensor | None = super().rearrange(is_profile, *args, **kwargs)
             self.rearrangements += not is_profile
+            for state, placement in zip(self.model_states.values(), before, strict=True):
+                _renumber_load(state, placement)
             return result
 
     return HostEplbState
+
+
+# COMPAT(vllm 0.32): the window counts physical experts, and rearrange() reads it by the placement of that moment, also steps
+# from before the last move: a rank that was idle since, or a window longer than the interval, then counts for other experts.
+# CAN REMOVE when vLLM's window counts logical experts, or is emptied by a move.
+def _renumber_load(state: Any, before: torch.Tensor) -> None:  # before: [layers, physical experts], logical ones
+    window = state.expert_load_window  # [steps, layers, physical experts]
+    logical = window.new_zeros(*window.shape[:2], state.logical_replica_count.shape[1])
+    logical.scatter_add_(2, before.expand_as(window), window)
+    first_replica = state.logical_to_physical_map[None, :, :, 0].expand_as(logical)
+    window.zero_().scatter_(2, first_replica, logical)
 
 
 @contextmanager
@@ -205,9 +219,16 @@ class _HostEvent:
 
 
 def eplb_report(model_runner: Any) -> dict[str, int] | None:
-    """Rearrangements so far, and experts that this rank received in them; None where experts are not balanced."""
+    """Rearrangements, and experts that this rank received in them, since the last call; None where experts stay."""
     state = model_runner.eplb_state
     if state is None:
         return None
-    received = sum(each.communicator.experts_received for each in state.model_states.values())
-    return {"rearrangements": state.rearrangements, "experts_received": received}
+    communicators = [each.communicator for each in state.model_states.values()]
+    report = {
+        "rearrangements": state.rearrangements,
+        "experts_received": sum(communicator.experts_received for communicator in communicators),
+    }
+    state.rearrangements = 0
+    for communicator in communicators:
+        communicator.experts_received = 0
+    return report

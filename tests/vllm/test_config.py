@@ -152,6 +152,7 @@ def test_experts_may_be_balanced_as_vllm_users_write_it(model):
             '8 experts and 1 redundant ones do not divide over 2 ranks; set "num_redundant_experts": 2 in --eplb-config',
         ),
         ({"enable_elastic_ep": True, "data_parallel_size": 2}, "leave out --enable-elastic-ep"),
+        ({"runner": "pooling"}, "a pooling model samples none; leave out --enable-eplb"),
         ({"pipeline_parallel_size": 2}, "set --pipeline-parallel-size 1"),
         ({"worker_cls": "a.Worker"}, "--worker-cls names a.Worker; leave it out"),
         ({"enable_expert_parallel": False}, "enable_expert_parallel must be True to use EPLB"),  # vLLM's

@@ -183,3 +183,41 @@ class SlotState:
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_every_strategy_finds_replicas_and_counts_them(ranks: VllmRanks, layout):  # noqa: F811
     ranks.run(run_replicas, layout.grid, layout)
+
+
+# ------------------------------------------------------------------------------------- what vLLM cannot balance
+
+
+def run_quantised(grid: Grid) -> None:
+    from vllm.model_executor.layers.quantization.moe_wna16 import MoeWNA16Config, MoeWNA16Method
+
+    from vllm_npu.plugin import compat
+
+    class Quantised(MoeWNA16Config):
+        def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
+            return MoeWNA16Method(self, layer.moe_config) if prefix.endswith("experts") else None
+
+    quantised = Quantised(
+        linear_quant_method="gptq", weight_bits=4, group_size=32, has_zp=False, lm_head_quantized=False,
+        modules_to_not_convert=None, full_config={},
+    )  # fmt: skip
+    config = make_config(grid, redundant_experts=grid.size)
+    with (
+        pytest.raises(
+            UnsupportedConfigError, match=r"EPLB is not supported MoeWNA16Method.* serve an unquantised checkpoint"
+        ),
+        compat.current().unmovable_experts_explained(),
+    ):
+        build_layer(grid, config, quant_config=quantised, enable_eplb=True, num_redundant_experts=grid.size)
+
+
+def test_quantised_experts_that_cannot_move_are_refused_with_the_remedy(ranks: VllmRanks):  # noqa: F811
+    ranks.run(run_quantised, DP2)
+
+
+def test_models_that_vllm_cannot_balance_are_refused_by_name():
+    from vllm_npu.plugin import compat
+
+    runner = SimpleNamespace(model=torch.nn.Linear(2, 2))
+    with pytest.raises(UnsupportedConfigError, match=r"Linear is no MixtureOfExperts of vLLM.*leave out --enable-eplb"):
+        compat.current().start_eplb(runner)

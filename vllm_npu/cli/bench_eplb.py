@@ -123,10 +123,8 @@ def _draw(
     figure, axes = pyplot.subplots(1, 2 if balances else 1, figsize=(11, 4.5), squeeze=False, constrained_layout=True)
     medians = [each.ms_median for each in results]
     reach = [[each.ms_median - each.ms_min for each in results], [each.ms_max - each.ms_median for each in results]]
-    bars = axes[0, 0].bar([each.name for each in results], medians, yerr=reach, capsize=4, color="tab:blue")
-    axes[0, 0].bar_label(
-        bars, [f"{each.gb_per_second:.2f} GB/s" for each in results], label_type="center", color="white"
-    )
+    names = [f"{each.name}\n{each.gb_per_second:.2f} GB/s" for each in results]
+    axes[0, 0].bar(names, medians, yerr=reach, capsize=4)
     axes[0, 0].set(ylabel="ms (median; whiskers: fastest and slowest round)")
     axes[0, 0].set_title(", ".join(f"{name} {value}" for name, value in conditions.items()), fontsize=7, wrap=True)
     if balances:

@@ -104,6 +104,10 @@ def check_eplb(vllm_config: "VllmConfig") -> None:
         raise UnsupportedConfigError(
             "EPLB of an elastic engine is not supported on a CPU; leave out --enable-elastic-ep"
         )
+    if model_config.runner_type == "pooling":
+        raise UnsupportedConfigError(
+            "EPLB takes its steps where tokens are sampled, and a pooling model samples none; leave out --enable-eplb"
+        )
     if parallel_config.pipeline_parallel_size > 1:
         raise UnsupportedConfigError(
             "EPLB on a CPU takes its steps where tokens are sampled, the last pipeline stage; set --pipeline-parallel-size 1"
@@ -111,7 +115,8 @@ def check_eplb(vllm_config: "VllmConfig") -> None:
     if vllm_config.use_v2_model_runner:
         raise UnsupportedConfigError("EPLB on a CPU needs vLLM's first model runner; set VLLM_USE_V2_MODEL_RUNNER=0")
     logical = model_config.get_num_experts()
-    redundant, ranks = parallel_config.eplb_config.num_redundant_experts, parallel_config.world_size_across_dp
+    redundant = parallel_config.eplb_config.num_redundant_experts
+    ranks = parallel_config.tensor_parallel_size * parallel_config.data_parallel_size
     if (logical + redundant) % ranks:
         fitting = redundant + -(logical + redundant) % ranks
         raise UnsupportedConfigError(
@@ -123,11 +128,6 @@ def check_eplb(vllm_config: "VllmConfig") -> None:
 def table_of(layer: EplbLayerState) -> torch.Tensor:  # [logical experts, 1 + most replicas] int32
     """vLLM's placement of a layer as npu_moe_update_expert takes it. LOCAL. Host sync: yes."""
     places, counts = layer.logical_to_physical_map, layer.logical_replica_count
-    if places is None or counts is None:
-        raise UnsupportedConfigError(
-            "an MoE layer is to be balanced and belongs to no model that vLLM balances (a draft model?); leave out "
-            "--enable-eplb"
-        )
     return torch.cat([counts[:, None], places[:, : int(counts.max())]], dim=1).to(torch.int32)
 
 

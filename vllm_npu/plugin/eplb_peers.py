@@ -49,7 +49,8 @@ class Balance:
     @property
     def conditions(self) -> str:
         """For titles."""
-        return f"{NUM_EXPERTS} experts, top-{TOP_K}, {MOE_LAYERS} layers, an expert's chance 1 / place ** {SKEW}, seed {self.seed}"
+        load = f"an expert's chance 1 / place ** {SKEW}, seed {self.seed}"
+        return f"{NUM_EXPERTS} experts, top-{TOP_K}, {MOE_LAYERS} layers, {load}"
 
 
 def balance(ranks: int, redundant_experts: int, seed: int) -> Balance:

@@ -2,7 +2,6 @@
 
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from vllm_npu.errors import UnsupportedConfigError
 from vllm_npu.plugin import compat
 
 
@@ -11,13 +10,7 @@ class NPUCPUWorker(CPUWorker):
 
     def load_model(self, *, load_dummy_weights: bool = False) -> None:
         """Load the model and start EPLB. Raises UnsupportedConfigError where its experts cannot be balanced."""
-        try:
+        release = compat.current()
+        with release.unmovable_experts_explained():
             super().load_model(load_dummy_weights=load_dummy_weights)
-        except NotImplementedError as error:
-            if "EPLB" not in str(error):
-                raise
-            raise UnsupportedConfigError(
-                f"{error} Weights in that format cannot move from rank to rank; serve an unquantised checkpoint, or leave out "
-                "--enable-eplb and --eplb-config"
-            ) from error
-        compat.current().start_eplb(self.model_runner)
+        release.start_eplb(self.model_runner)

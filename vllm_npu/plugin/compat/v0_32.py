@@ -138,6 +138,20 @@ def set_eplb_worker(vllm_config: VllmConfig) -> None:
     parallel_config.worker_cls = EPLB_WORKER
 
 
+@contextmanager
+def unmovable_experts_explained() -> Iterator[None]:
+    """Around building the model: vLLM's error for a quantisation whose weights cannot move, with the remedy."""
+    try:
+        yield
+    except NotImplementedError as error:
+        if "EPLB" not in str(error):
+            raise
+        raise UnsupportedConfigError(
+            f"{error} Weights in that format cannot move from rank to rank; serve an unquantised checkpoint, or leave out "
+            "--enable-eplb and --eplb-config"
+        ) from error
+
+
 def start_eplb(model_runner: Any) -> None:  # CPUModelRunner, its model loaded
     """Give the runner what GPUModelRunner.load_model gives it; the steps, dummy ones too, are vLLM's. LOCAL.
 

@@ -35,6 +35,7 @@ def rearranges(rank: Rank, backends: list[str | None]) -> list[str]:
     from vllm.distributed.eplb.eplb_communicator import EplbCommunicator
     from vllm.distributed.eplb.rebalance_execute import rearrange_expert_weights_inplace
 
+    from vllm_npu.plugin import eplb
     from vllm_npu.plugin.eplb import create_eplb_communicator
 
     ep = rank.groups(tp_size=1, dp_size=rank.num_ranks).ep
@@ -71,6 +72,15 @@ def rearranges(rank: Rank, backends: list[str | None]) -> list[str]:
         communicator.execute()
         assert y.tolist() == [(rank.rank - 1) % rank.num_ranks] * 3
         kinds.append(type(communicator.communicator).__name__)
+    for original in (
+        eplb.TorchDistNcclEplbCommunicator(ep_group=dist.group.WORLD),
+        eplb.TorchDistGlooStagedEplbCommunicator(dist.group.WORLD, cuda_stream=None),
+    ):
+        y = torch.empty(3)
+        original.add_send(torch.full((3,), float(rank.rank)), (rank.rank + 1) % rank.num_ranks)
+        original.add_recv(y, (rank.rank - 1) % rank.num_ranks)
+        original.execute()
+        assert y.tolist() == [(rank.rank - 1) % rank.num_ranks] * 3
     with pytest.raises(
         UnsupportedConfigError, match=r"no EPLB communicator 'nixl' for weights on cpu; set .*: torch_gloo, torch_nccl"
     ):
@@ -189,26 +199,26 @@ def test_every_strategy_finds_replicas_and_counts_them(ranks: VllmRanks, layout)
 
 
 def run_quantised(grid: Grid) -> None:
-    from vllm.model_executor.layers.quantization.moe_wna16 import MoeWNA16Config, MoeWNA16Method
+    from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+    from vllm.model_executor.layers.quantization.experts_int8 import ExpertsInt8Config
 
     from vllm_npu.plugin import compat
 
-    class Quantised(MoeWNA16Config):
-        def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
-            return MoeWNA16Method(self, layer.moe_config) if prefix.endswith("experts") else None
+    class Unmovable(UnquantizedFusedMoEMethod):
+        supports_eplb = False  # as of every method that does not say otherwise
 
-    quantised = Quantised(
-        linear_quant_method="gptq", weight_bits=4, group_size=32, has_zp=False, lm_head_quantized=False,
-        modules_to_not_convert=None, full_config={},
-    )  # fmt: skip
+    class Quantisation(ExpertsInt8Config):
+        def get_quant_method(self, layer: Any, prefix: str) -> Unmovable:
+            return Unmovable(layer.moe_config)
+
     config = make_config(grid, redundant_experts=grid.size)
     with (
         pytest.raises(
-            UnsupportedConfigError, match=r"EPLB is not supported MoeWNA16Method.* serve an unquantised checkpoint"
+            UnsupportedConfigError, match=r"EPLB is not supported Unmovable\..* serve an unquantised checkpoint"
         ),
         compat.current().unmovable_experts_explained(),
     ):
-        build_layer(grid, config, quant_config=quantised, enable_eplb=True, num_redundant_experts=grid.size)
+        build_layer(grid, config, quant_config=Quantisation(), enable_eplb=True, num_redundant_experts=grid.size)
 
 
 def test_quantised_experts_that_cannot_move_are_refused_with_the_remedy(ranks: VllmRanks):  # noqa: F811

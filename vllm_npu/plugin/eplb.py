@@ -6,9 +6,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from vllm.distributed.eplb.eplb_communicator import EplbCommunicator as VllmEplbCommunicator
 from vllm.distributed.eplb.eplb_state import EplbLayerState
+from vllm.platforms import current_platform
 
-from vllm_npu.eplb import EplbCommunicator, open_communicator
+from vllm_npu.eplb import EplbCommunicator, open_communicator, pynccl
 from vllm_npu.eplb.communicator import Tensors
+from vllm_npu.eplb.gloo_staged import GlooStagedEplbCommunicator
+from vllm_npu.eplb.pynccl import GroupedPointToPoint
 from vllm_npu.eplb.replicas import own_load
 from vllm_npu.errors import UnsupportedConfigError
 from vllm_npu.plugin import compat
@@ -18,6 +21,7 @@ from vllm_npu.transport import transport_class
 from vllm_npu.transport.gloo import GlooTransport
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
     from vllm.config import VllmConfig
 
 # vLLM's names of communicators, by device of the weights. None: the device chooses.
@@ -34,15 +38,15 @@ class NPUEplbCommunicator(VllmEplbCommunicator):
     """One of ours as one of vLLM's. An expert's tensors come together with its id, as vLLM 0.23 and 0.32 queue them, or one
     by one without, as the original design does."""
 
-    def __init__(self, communicator: EplbCommunicator, device_type: str) -> None:
+    def __init__(self, communicator: EplbCommunicator, stream: torch.Stream | None = None) -> None:
         self.communicator = communicator
         self.experts_received = 0
-        self._device_type = device_type
+        self.set_stream(stream)
 
     @property
     def needs_profile_buffer_reservation(self) -> bool:
         """Whether a profiling run has to make the communication library allocate its buffers: NCCL's and HCCL's are large."""
-        return self._device_type != "cpu"
+        return current_platform.device_type != "cpu"
 
     def add_send(self, tensors: Tensors, dst_rank: int, expert_id: int | None = None) -> None:
         """Queue for a rank of the group."""
@@ -60,6 +64,33 @@ class NPUEplbCommunicator(VllmEplbCommunicator):
     def set_stream(self, stream: torch.Stream | None) -> None:
         """Where execute() works."""
         self.communicator.set_stream(stream)
+
+
+# The original design's names and constructors, for code that makes them itself; create_eplb_communicator does not.
+
+
+class PyNcclEplbCommunicator(NPUEplbCommunicator):
+    """ncclSend and ncclRecv in one group, through vLLM's PyNcclCommunicator."""
+
+    def __init__(self, pynccl_comm: GroupedPointToPoint, cuda_stream: torch.Stream | None = None) -> None:
+        super().__init__(pynccl.PyNcclEplbCommunicator(pynccl_comm), cuda_stream)
+
+
+class TorchDistGlooStagedEplbCommunicator(NPUEplbCommunicator):
+    """gloo, through CPU memory."""
+
+    def __init__(self, cpu_group: "ProcessGroup", cuda_stream: torch.Stream | None = None) -> None:
+        super().__init__(GlooStagedEplbCommunicator(GlooTransport(cpu_group, "eplb")), cuda_stream)
+
+
+class TorchDistNcclEplbCommunicator(NPUEplbCommunicator):
+    """isend and irecv in one batch, over the device's own backend: NCCL on GPUs, HCCL on NPUs, gloo on CPUs."""
+
+    def __init__(self, ep_group: "ProcessGroup", cuda_stream: torch.Stream | None = None) -> None:
+        device_type = current_platform.device_type
+        transport = transport_class(DEVICE_TRANSPORTS[device_type])(ep_group, "eplb")  # type: ignore[call-arg, arg-type]
+        name = NAMES["torch_nccl"][device_type]
+        super().__init__(open_communicator(device_type, name, device_group=transport), cuda_stream)
 
 
 def create_eplb_communicator(
@@ -87,7 +118,7 @@ def create_eplb_communicator(
         cpu_group=GlooTransport(group_coordinator.cpu_group, group_coordinator.unique_name),
         pynccl=getattr(group_coordinator.device_communicator, "pynccl_comm", None),
     )
-    return NPUEplbCommunicator(made, device_type)
+    return NPUEplbCommunicator(made)
 
 
 def check_eplb(vllm_config: "VllmConfig") -> None:

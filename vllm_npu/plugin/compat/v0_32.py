@@ -6,15 +6,18 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from vllm.config import VllmConfig
+from vllm.config import VllmConfig, parallel
+from vllm.distributed.eplb import eplb_state
 from vllm.distributed.parallel_state import GroupCoordinator
 from vllm.model_executor.custom_op import op_registry_oot
 from vllm.model_executor.layers.fused_moe.runner.moe_runner_interface import MoERunnerInterface
+from vllm.model_executor.models.interfaces import get_mixture_of_experts_model
 from vllm.utils.cpu_resource_utils import get_visible_memory_node
 from vllm.v1.worker.ubatching import dbo_current_ubatch_id
 
 from vllm_npu.errors import UnsupportedConfigError
 from vllm_npu.limits import PORTABLE, DeviceLimits
+from vllm_npu.plugin.eplb import create_eplb_communicator
 from vllm_npu.plugin.layer_facts import LayerFacts
 from vllm_npu.plugin.tensor_parallel import TensorParallelTransport
 from vllm_npu.topology import ParallelTopology
@@ -99,11 +102,6 @@ def register_out_of_tree(base: Any, replacement: type) -> None:
 
 def open_eplb() -> None:
     """Have vLLM take --enable-eplb on this platform, and our communicators. A second call does nothing more."""
-    from vllm.config import parallel
-    from vllm.distributed.eplb import eplb_state
-
-    from vllm_npu.plugin.eplb import create_eplb_communicator
-
     if not isinstance(parallel.current_platform, _BalancesExperts):
         parallel.current_platform = _BalancesExperts(parallel.current_platform)
     eplb_state.create_eplb_communicator = create_eplb_communicator
@@ -157,8 +155,6 @@ def start_eplb(model_runner: Any) -> None:  # CPUModelRunner, its model loaded
 
     Raises UnsupportedConfigError for models that vLLM cannot balance.
     """
-    from vllm.model_executor.models.interfaces import get_mixture_of_experts_model
-
     model = get_mixture_of_experts_model(model_runner.model)
     if model is None:
         raise UnsupportedConfigError(
@@ -169,29 +165,25 @@ def start_eplb(model_runner: Any) -> None:  # CPUModelRunner, its model loaded
         raise UnsupportedConfigError(
             "EPLB on a CPU does not balance a draft model with experts; leave out --enable-eplb, or choose another draft model"
         )
-    model_runner.eplb_state = _eplb_state_class()(model_runner.parallel_config, model_runner.device)
+    model_runner.eplb_state = HostEplbState(model_runner.parallel_config, model_runner.device)
     model_runner.eplb_state.add_model(model, model_runner.model_config)
     model_runner._moe_model = model
 
 
-def _eplb_state_class() -> Any:
-    from vllm.distributed.eplb.eplb_state import EplbState
+class HostEplbState(eplb_state.EplbState):
+    """Counts its rearrangements, times them by the host's clock, and keeps what was counted before them right."""
 
-    class HostEplbState(EplbState):
-        """Counts its rearrangements, times them by the host's clock, and keeps what was counted before them right."""
+    rearrangements = 0
 
-        rearrangements = 0
-
-        def rearrange(self, is_profile: bool = False, *args: Any, **kwargs: Any) -> torch.Tensor | None:
-            before = [state.physical_to_logical_map.clone() for state in self.model_states.values()]
-            with _events_of_the_host():
-                result: torch.Tensor | None = super().rearrange(is_profile, *args, **kwargs)
-            self.rearrangements += not is_profile
-            for state, placement in zip(self.model_states.values(), before, strict=True):
-                _renumber_load(state, placement)
-            return result
-
-    return HostEplbState
+    def rearrange(self, is_profile: bool = False, *args: Any, **kwargs: Any) -> torch.Tensor | None:
+        """vLLM's. COLLECTIVE over ep."""
+        before = [state.physical_to_logical_map.clone() for state in self.model_states.values()]
+        with _events_of_the_host():
+            result: torch.Tensor | None = super().rearrange(is_profile, *args, **kwargs)
+        self.rearrangements += not is_profile
+        for state, placement in zip(self.model_states.values(), before, strict=True):
+            _renumber_load(state, placement)
+        return result
 
 
 # COMPAT(vllm 0.32): the window counts physical experts, and rearrange() reads it by the placement of that moment, also steps

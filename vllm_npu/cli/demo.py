@@ -25,7 +25,7 @@ from vllm_npu.errors import UnsupportedConfigError
 # Least gap in log-probability between best and second-best token that the reference must have. fp32 sums in another
 # order differ by about 1e-5 here, so that a token can only change by a fault.
 SAFE_MARGIN = 1e-3
-LOG_WIDTH = 112  # columns of the table where it is not shown on a terminal
+LOG_WIDTH = 120  # columns of the table where it is not shown on a terminal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -388,12 +388,13 @@ def first_difference(got: Sequence[list[int]], expected: Sequence[list[int]]) ->
 
 def results_table(references: dict[str, Reference], comparisons: Sequence[Comparison]) -> Table:
     """One row per reference and per comparison, grouped by model."""
-    table = Table(title="Greedy tokens against vanilla vLLM", title_justify="left")
+    balanced = any(row.experts_moved is not None for row in comparisons)
+    moving = ", while experts move between ranks (EPLB)" if balanced else ""
+    table = Table(title=f"Greedy tokens against vanilla vLLM{moving}", title_justify="left")
     for header in ("model", "topology", "strategy"):
         table.add_column(header, no_wrap=True)
     for header in ("tokens\nidentical", "collectives\nper MoE layer", "bytes sent per\ntoken and layer", "tokens/s"):
         table.add_column(header, justify="right", no_wrap=True)
-    balanced = any(row.experts_moved is not None for row in comparisons)
     if balanced:
         table.add_column("experts\nmoved", justify="right", no_wrap=True)
     for reference in references.values():
@@ -403,7 +404,7 @@ def results_table(references: dict[str, Reference], comparisons: Sequence[Compar
         )
         rows = [row for row in comparisons if row.model == reference.model]
         for row in rows:
-            topology = f"{row.topology} {row.mode.removeprefix('eager')}".strip()
+            topology = f"{row.topology} compiled" if row.mode.startswith("compiled") else row.topology
             table.add_row(
                 row.model,
                 topology,

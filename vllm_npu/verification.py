@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from vllm_npu.device import ops_of
 from vllm_npu.device.portable_ops import Counts, npu_dynamic_quant
 from vllm_npu.dispatch.symmetric import why_not_symmetric
-from vllm_npu.eplb.placement import ReplicaPlacement, mapping_rank
+from vllm_npu.eplb.placement import ReplicaPlacement
+from vllm_npu.eplb.replicas import to_physical
 from vllm_npu.limits import NVLINK, PORTABLE, BalanceMode, DeviceLimits, MoELayer, QuantMode
 from vllm_npu.reference import ExpertsFunction, LinearExperts, reference_moe, select_topk
 from vllm_npu.step_plan import StepPlan, TokenSharding
@@ -316,13 +317,8 @@ def run_case(rank: Rank, case: Case) -> str | None:
     experts = tensors.experts_of(groups.topology, rank.device)
     physical_ids = ids
     if tensors.replicas is not None:
-        physical_ids, _ = ops_of(ids).npu_moe_update_expert(
-            ids,
-            tensors.replicas.eplb_table(rank.device),
-            local_rank_id=mapping_rank(groups.topology, case.sharding),
-            world_size=groups.ep.size,
-            balance_mode=case.balance_mode,
-        )
+        table = tensors.replicas.eplb_table(rank.device)
+        physical_ids = to_physical(ids, table, groups.topology, case.sharding, case.balance_mode)
     finalized = pipeline.run(hidden_states, weights, physical_ids, experts, step)
 
     expected = tensors.expected_on(groups.topology, case.sharding)

@@ -21,7 +21,11 @@ OPENED: dict[str, Any] = {}  # groups of a rank's process
 
 def communicator(rank: Rank, kind: str) -> EplbCommunicator:
     if kind == "torch_dist":
-        return TorchDistEplbCommunicator(rank.groups(tp_size=1, dp_size=rank.num_ranks).ep)
+        ep = rank.groups(tp_size=1, dp_size=rank.num_ranks).ep
+        if "nccl" not in OPENED:
+            ep.barrier()  # messages of some ranks only must not be NCCL's first
+            OPENED["nccl"] = ep
+        return TorchDistEplbCommunicator(ep)
     if "gloo" not in OPENED:
         OPENED["gloo"] = dist.new_group(backend="gloo")
     if kind == "gloo_staged":

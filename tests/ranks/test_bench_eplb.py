@@ -1,8 +1,9 @@
-"""`vllm-npu bench eplb`: a row for each communicator of the device, in the table and in the file."""
+"""`vllm-npu bench eplb`: a row for each communicator of the device, in the table and in the file; a chart."""
 
 import json
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 
@@ -13,12 +14,18 @@ def run(*arguments: str) -> "subprocess.CompletedProcess[str]":
 
 
 def test_every_communicator_of_cpus_is_timed(tmp_path):
-    report = tmp_path / "report.json"
-    done = run("--scale", "64", "--experts", "3", "--rounds", "2", "--json", str(report))
+    report, chart = tmp_path / "report.json", tmp_path / "chart.png"
+    done = run("--scale", "64", "--experts", "3", "--rounds", "2", "--json", str(report), "--plot", str(chart))
     assert done.returncode == 0, done.stderr
+    assert chart.read_bytes().startswith(b"\x89PNG")
     rows = json.loads(report.read_text())
-    assert [row["name"] for row in rows] == ["torch_dist", "gloo_staged"]
-    for row in rows:
+    timed = [row for row in rows if "name" in row]
+    balanced = [row for row in rows if "before" in row]
+    with_vllm = find_spec("vllm") is not None
+    assert [row["name"] for row in timed] == ["torch_dist", "gloo_staged"] + ["vLLM torch_nccl"] * with_vllm
+    assert bool(balanced) is with_vllm
+    assert all(1 <= row["after"] < row["before"] for row in balanced)
+    for row in timed:
         assert row["name"] in done.stdout
         assert row["mib_per_rank"] == round(3 * 2 * 3 * 112 * 32 / 2**20, 2)
         assert 0 < row["ms_min"] <= row["ms_median"] <= row["ms_max"]

@@ -133,6 +133,45 @@ def test_what_the_layers_cannot_do_is_refused_with_the_remedy(model, arguments, 
     assert message in str(error.value)
 
 
+EPLB = {"enable_eplb": True, "eplb_config": {"num_redundant_experts": 2, "use_async": False}}
+
+
+def test_experts_may_be_balanced_as_vllm_users_write_it(model):
+    config = engine_config(model, **EP2, **EPLB)
+    assert config.parallel_config.worker_cls == "vllm_npu.plugin.worker.NPUCPUWorker"
+    assert config.parallel_config.eplb_config.num_redundant_experts == 2
+    assert engine_config(model, **EP2).parallel_config.worker_cls == "vllm.v1.worker.cpu_worker.CPUWorker"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"eplb_config": {"num_redundant_experts": 2}}, 'add "use_async": false to --eplb-config'),
+        (
+            {"eplb_config": {"num_redundant_experts": 1, "use_async": False}},
+            '8 experts and 1 redundant ones do not divide over 2 ranks; set "num_redundant_experts": 2 in --eplb-config',
+        ),
+        ({"enable_elastic_ep": True, "data_parallel_size": 2}, "leave out --enable-elastic-ep"),
+        ({"runner": "pooling"}, "a pooling model samples none; leave out --enable-eplb"),
+        ({"pipeline_parallel_size": 2}, "set --pipeline-parallel-size 1"),
+        ({"worker_cls": "a.Worker"}, "--worker-cls names a.Worker; leave it out"),
+        ({"enable_expert_parallel": False}, "enable_expert_parallel must be True to use EPLB"),  # vLLM's
+        ({"tensor_parallel_size": 1}, "EPLB requires tensor, prefill-context, or data parallelism"),  # vLLM's
+    ],
+    ids=str,
+)
+def test_balancing_that_cannot_work_is_refused_with_the_remedy(model, arguments, message):
+    with pytest.raises(ValueError) as error:
+        engine_config(model, **(EP2 | EPLB | arguments))
+    assert message in str(error.value)
+
+
+def test_balancing_needs_vllms_first_model_runner(model, environment):
+    environment.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    with pytest.raises(ValueError, match="set VLLM_USE_V2_MODEL_RUNNER=0"):
+        engine_config(model, **EP2, **EPLB)
+
+
 def test_one_rank_may_ask_for_what_it_does_not_use(model):
     assert engine_config(model, expert_placement_strategy="round_robin").parallel_config.world_size == 1
 

@@ -139,9 +139,10 @@ def _open(grid: Grid, process: int) -> None:
     _open_grid = grid
 
 
-def make_config(grid: Grid, **options: str) -> "VllmConfig":
-    """vLLM's configuration of this rank, without a model; `options` are the plugin's."""
+def make_config(grid: Grid, *, redundant_experts: int = 0, **options: str) -> "VllmConfig":
+    """vLLM's configuration of this rank, without a model; `options` are the plugin's. Redundant experts turn EPLB on."""
     from vllm.config import CompilationConfig, CompilationMode, ParallelConfig, VllmConfig
+    from vllm.config.parallel import EPLBConfig
 
     return VllmConfig(
         parallel_config=ParallelConfig(
@@ -149,6 +150,8 @@ def make_config(grid: Grid, **options: str) -> "VllmConfig":
             data_parallel_size=grid.dp,
             data_parallel_rank=grid.dp_rank,
             enable_expert_parallel=grid.ep,
+            enable_eplb=redundant_experts > 0,
+            eplb_config=EPLBConfig(num_redundant_experts=redundant_experts, use_async=False),
         ),
         compilation_config=CompilationConfig(mode=CompilationMode.NONE),
         additional_config={"vllm_npu": options},

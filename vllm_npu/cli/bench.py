@@ -48,7 +48,7 @@ def bench(
     layer = moe_layer(experts, topk, hidden, dtype)
     ExpertPlacement(experts, ranks)
     if plot is not None:
-        _import_pyplot()
+        import_pyplot()
     workloads = [
         Workload(counts=counts_of(count, ranks, skew), layer=layer, rounds=rounds, graph=graph, only=only)
         for count in _counts(tokens)
@@ -112,7 +112,8 @@ def _counts(text: str) -> list[int]:
     return counts
 
 
-def _import_pyplot() -> Any:
+def import_pyplot() -> Any:
+    """matplotlib without a screen. Raises UnsupportedConfigError where it is not installed."""
     try:
         import matplotlib
     except ImportError as error:
@@ -125,7 +126,7 @@ def _import_pyplot() -> Any:
 
 def _draw(rows: list[dict[str, Any]], title: str, path: Path) -> None:
     """Time over tokens, both logarithmic: strategies as lines, peers dashed, the band from p10 to p90."""
-    pyplot = _import_pyplot()
+    pyplot = import_pyplot()
     figure, axes = pyplot.subplots(figsize=(9, 6), constrained_layout=True)
     for name in dict.fromkeys(row["strategy"] for row in rows):
         own = [row for row in rows if row["strategy"] == name]

@@ -3,20 +3,34 @@
 import json
 import os
 import platform
+from collections.abc import Sequence
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from vllm_npu.cli.bench import BETWEEN_PROCESSES
+from vllm_npu.cli.bench import BETWEEN_PROCESSES, import_pyplot
 from vllm_npu.cli.devices import rank_pool
 from vllm_npu.cli.layers import DTYPES
-from vllm_npu.eplb.benchmark import HIDDEN_SIZE, INTERMEDIATE_SIZE, EplbWorkload, measure_eplb
+from vllm_npu.eplb.benchmark import (
+    HIDDEN_SIZE,
+    INTERMEDIATE_SIZE,
+    EplbResult,
+    EplbWorkload,
+    Peers,
+    measure_eplb,
+)
 from vllm_npu.errors import UnsupportedConfigError
+
+if TYPE_CHECKING:
+    from vllm_npu.plugin.eplb_peers import Balance
+
+DEVICES_OF_VLLM = ("gloo", "nccl")  # transports of the devices for which vLLM has communicators
 
 
 def bench_eplb(
@@ -26,12 +40,17 @@ def bench_eplb(
     scale: Annotated[int, typer.Option(min=1, help="Divides both sizes of DeepSeek-V3's experts.")] = 8,
     dtype: Annotated[str, typer.Option(help=f"Of the weights: {', '.join(DTYPES)}.")] = "bfloat16",
     rounds: Annotated[int, typer.Option(min=1, help="Each moves the experts once by every communicator.")] = 5,
+    seed: Annotated[int, typer.Option(help="Of the load that is balanced.")] = 0,
+    plot: Annotated[Path | None, typer.Option(help="Draw them here: .png, .svg or .pdf (needs matplotlib).")] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the results here.")] = None,
 ) -> None:
     """Time the move of experts of DeepSeek-V3's shape, scaled down, to the next rank, through every communicator of the device.
 
-    A round's time is its slowest rank's. What arrived is compared with what was sent.
+    A round's time is its slowest rank's. What arrived is compared with what was sent. Where vLLM is installed, its own
+    communicators take turns with ours, and its policy balances a skewed load of DeepSeek-V3's experts: that is arithmetic.
     """
+    if plot is not None:
+        import_pyplot()
     if transport not in BETWEEN_PROCESSES:
         raise UnsupportedConfigError(f"unknown transport {transport!r}; there are: {', '.join(BETWEEN_PROCESSES)}")
     if dtype not in DTYPES:
@@ -41,8 +60,9 @@ def bench_eplb(
             f"--scale {scale} does not divide {HIDDEN_SIZE} and {INTERMEDIATE_SIZE}; take a power of 2"
         )
     workload = EplbWorkload(experts=experts, scale=scale, dtype=DTYPES[dtype], rounds=rounds)
+    peers, balances = _of_vllm(transport, seed)
     with rank_pool(transport, ranks) as (pool, device):
-        results = pool.run(measure_eplb, workload)[0]
+        results = pool.run(measure_eplb, workload, peers)[0]
     conditions = {
         "device": torch.cuda.get_device_name() if device == "GPU" else device,
         "cores": os.cpu_count(),
@@ -66,7 +86,58 @@ def bench_eplb(
             f"[bold]{result.name}[/bold]" if result is fastest else result.name,
             f"{result.ms_median:,.2f}", f"{result.ms_min:,.2f}", f"{result.ms_max:,.2f}", f"{result.gb_per_second:.2f}",
         )  # fmt: skip
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    if balances:
+        title = f"fullest rank's load over the mean: {balances[0].conditions}"
+        table = Table("ranks", "redundant experts", "at the start", "as vLLM's policy places them", title=title)
+        for each in balances:
+            table.add_row(str(each.ranks), str(each.redundant_experts), f"{each.before:.3f}", f"{each.after:.3f}")
+        console.print(table)
+    else:
+        console.print(
+            "vLLM's communicators and its policy are left out: vLLM is not installed, or has none for this device"
+        )
+    if plot is not None:
+        _draw(results, balances, conditions, plot)
     if json_path is not None:
         rows = [{**conditions, **asdict(result)} for result in results]
+        rows += [asdict(each) for each in balances]
         json_path.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+
+
+def _of_vllm(transport: str, seed: int) -> "tuple[Peers | None, list[Balance]]":
+    """Its communicators, and what its policy does; nothing where vLLM is not installed, or has none for the device."""
+    if transport not in DEVICES_OF_VLLM or find_spec("vllm") is None:
+        return None, []
+    from vllm_npu.plugin.eplb_peers import CASES, balance, vllm_communicators
+
+    return vllm_communicators, [balance(ranks, redundant, seed) for ranks, redundant in CASES]
+
+
+def _draw(
+    results: "Sequence[EplbResult]", balances: "Sequence[Balance]", conditions: dict[str, Any], path: Path
+) -> None:
+    """Times as bars, from the fastest to the slowest round; beside them each load, before and after."""
+    pyplot = import_pyplot()
+    figure, axes = pyplot.subplots(1, 2 if balances else 1, figsize=(11, 4.5), squeeze=False, constrained_layout=True)
+    medians = [each.ms_median for each in results]
+    reach = [[each.ms_median - each.ms_min for each in results], [each.ms_max - each.ms_median for each in results]]
+    names = [f"{each.name}\n{each.gb_per_second:.2f} GB/s" for each in results]
+    axes[0, 0].bar(names, medians, yerr=reach, capsize=4)
+    axes[0, 0].set(ylabel="ms (median; whiskers: fastest and slowest round)")
+    axes[0, 0].set_title(", ".join(f"{name} {value}" for name, value in conditions.items()), fontsize=7, wrap=True)
+    if balances:
+        places = range(len(balances))
+        for offset, label, values in (
+            (-0.2, "at the start", [each.before for each in balances]),
+            (0.2, "as vLLM's policy places them", [each.after for each in balances]),
+        ):
+            bars = axes[0, 1].bar([place + offset for place in places], values, width=0.4, label=label)
+            axes[0, 1].bar_label(bars, fmt="%.2f", fontsize=8)
+        axes[0, 1].axhline(1, color="black", linewidth=0.8)
+        axes[0, 1].set_xticks(list(places), [f"{each.ranks} ranks\n+{each.redundant_experts}" for each in balances])
+        axes[0, 1].set(ylabel="fullest rank's load over the mean")
+        axes[0, 1].set_title(f"arithmetic: {balances[0].conditions}", fontsize=7, wrap=True)
+        axes[0, 1].legend(fontsize=8)
+    figure.savefig(path, dpi=150)

@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,11 +20,12 @@ from rich.table import Table
 from vllm_npu.cli.engines import EngineFailedError, EngineSet, Generation, Parallelism, require_vllm
 from vllm_npu.cli.stop_signals import Interrupted, StopSignals
 from vllm_npu.cli.tiny_models import DEEPSEEK_V2, DEMO_MAX_TOKENS, QWEN3_MOE, TinyModel, demo_prompts, write_tiny_model
+from vllm_npu.errors import UnsupportedConfigError
 
 # Least gap in log-probability between best and second-best token that the reference must have. fp32 sums in another
 # order differ by about 1e-5 here, so that a token can only change by a fault.
 SAFE_MARGIN = 1e-3
-LOG_WIDTH = 112  # columns of the table where it is not shown on a terminal
+LOG_WIDTH = 120  # columns of the table where it is not shown on a terminal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,8 +35,27 @@ class PlannedEngines:
     model: TinyModel
     parallelism: Parallelism
     compiled: bool = False  # torch.compile instead of eager
+    balanced: bool = False  # with redundant experts that move while the engines serve
+
+    @property
+    def mode(self) -> str:
+        """For tables."""
+        return ("compiled" if self.compiled else "eager") + (" EPLB" if self.balanced else "")
+
+    @property
+    def engine_args(self) -> dict[str, Any]:
+        """vLLM's arguments beyond the topology. Experts move after every EPLB_STEPS steps, and each rank has one more."""
+        if not self.balanced:
+            return {}
+        ranks = self.parallelism.tensor_parallel_size * self.parallelism.data_parallel_size
+        steps = {"window_size": EPLB_STEPS, "step_interval": EPLB_STEPS}
+        return {
+            "enable_eplb": True,
+            "eplb_config": {"num_redundant_experts": ranks, "use_async": False, **steps},
+        }
 
 
+EPLB_STEPS = 5
 DP2_EP = Parallelism(data_parallel_size=2, expert_parallel=True)
 TP2_EP = Parallelism(tensor_parallel_size=2, expert_parallel=True)
 TP2_DP2_EP = Parallelism(tensor_parallel_size=2, data_parallel_size=2, expert_parallel=True)
@@ -49,6 +69,7 @@ FULL_PLAN = (
     PlannedEngines(model=DEEPSEEK_V2, parallelism=DP2_EP),
     PlannedEngines(model=DEEPSEEK_V2, parallelism=TP2_EP),
 )
+EPLB_PLAN = (*QUICK_PLAN, PlannedEngines(model=QWEN3_MOE, parallelism=TP2_EP))
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +88,7 @@ class Comparison:
 
     model: str
     topology: str
-    mode: str  # eager or compiled
+    mode: str  # eager or compiled, and whether experts move
     strategy: str  # as asked
     strategies_run: list[str]  # as the workers say; anything but [strategy] is a failure
     tokens_identical: int
@@ -78,15 +99,17 @@ class Comparison:
     bytes_sent_per_token_per_layer: float  # by all ranks; a token is a prompt's or a generated one, not padding
     tokens_per_second: float  # generated
     seconds: float
+    experts_moved: int | None  # into slots of another rank, by all ranks; None: experts stay
 
     @property
     def passed(self) -> bool:
-        """Every token identical, by the strategy that was asked for, and with communication."""
+        """Every token identical, by the strategy that was asked for, with communication, and moves where there are any."""
         return (
             self.first_difference is None
             and self.tokens_identical == self.tokens_total
             and self.strategies_run == [self.strategy]
             and self.collectives_per_moe_layer > 0
+            and self.experts_moved != 0
         )
 
 
@@ -105,6 +128,10 @@ def demo(
     full: Annotated[
         bool, typer.Option("--full", help="Also TP2×EP, TP2×DP2×EP with sequence parallel, torch.compile, DeepSeek-V2.")
     ] = False,
+    eplb: Annotated[
+        bool,
+        typer.Option("--eplb", help="With redundant experts, moved every few steps: DP2×EP, TP2×EP; with --full all."),
+    ] = False,
     ascend_emulated: Annotated[
         bool,
         typer.Option(
@@ -120,11 +147,15 @@ def demo(
     Vanilla vLLM on one worker is the reference. Then two data-parallel engines share the experts (DP2×EP) and go
     through the strategies without being restarted. Exit status 1 if any token differs or an engine fails.
     """
+    if ascend_emulated and eplb:
+        raise UnsupportedConfigError("beside vllm-ascend experts are balanced by vllm-ascend; leave out --eplb")
     if ascend_emulated:
         _ascend_demo(full=full, json_path=json_path, log_folder=log_folder)
         return
     require_vllm()
-    plan = FULL_PLAN if full else QUICK_PLAN
+    plan: tuple[PlannedEngines, ...] = FULL_PLAN if full else EPLB_PLAN if eplb else QUICK_PLAN
+    if eplb:
+        plan = tuple(replace(planned, balanced=True) for planned in plan)
     stage = Stage()
     started = time.monotonic()
     comparisons: list[Comparison] = []
@@ -258,8 +289,7 @@ class DemoRun:
     def _compare(self, planned: PlannedEngines, reference: Reference, comparisons: list[Comparison]) -> None:
         from vllm_npu.strategies import STRATEGIES  # imports torch, which `vllm-npu demo --help` need not wait for
 
-        mode = "compiled" if planned.compiled else "eager"
-        title = f"{planned.model.family} {planned.parallelism} {mode}"
+        title = f"{planned.model.family} {planned.parallelism} {planned.mode}"
         folder_name = title.replace(" ", "-").replace("×", "").replace("+", "-").lower()
         engines = self._engines(
             planned.model,
@@ -267,6 +297,7 @@ class DemoRun:
             folder_name,
             strategies=[next(iter(STRATEGIES)), *STRATEGIES],
             compiled=planned.compiled,
+            engine_args=planned.engine_args,
         )
         with self._logs_kept(folder_name), engines:
             with self._stage.show(f"{title}: starting engines"):
@@ -278,7 +309,11 @@ class DemoRun:
                     generation = engines.generate()
                 comparisons.append(
                     compare(
-                        generation, reference.tokens, model=planned.model, topology=str(planned.parallelism), mode=mode
+                        generation,
+                        reference.tokens,
+                        model=planned.model,
+                        topology=str(planned.parallelism),
+                        mode=planned.mode,
                     )
                 )
 
@@ -317,6 +352,7 @@ def compare(
     # The last generated token of a prompt is never an input.
     inputs = sum(map(len, demo_prompts())) + sum(map(len, expected)) - len(expected)
     num_generated = sum(map(len, generation.tokens))
+    moved = [worker["eplb"]["experts_received"] for worker in generation.counters if "eplb" in worker]
     return Comparison(
         model=model.family,
         topology=topology,
@@ -335,6 +371,7 @@ def compare(
         bytes_sent_per_token_per_layer=bytes_sent / (inputs * model.num_moe_layers),
         tokens_per_second=num_generated / generation.seconds,
         seconds=generation.seconds,
+        experts_moved=sum(moved) if moved else None,
     )
 
 
@@ -351,11 +388,15 @@ def first_difference(got: Sequence[list[int]], expected: Sequence[list[int]]) ->
 
 def results_table(references: dict[str, Reference], comparisons: Sequence[Comparison]) -> Table:
     """One row per reference and per comparison, grouped by model."""
-    table = Table(title="Greedy tokens against vanilla vLLM", title_justify="left")
+    balanced = any(row.experts_moved is not None for row in comparisons)
+    moving = ", while experts move between ranks (EPLB)" if balanced else ""
+    table = Table(title=f"Greedy tokens against vanilla vLLM{moving}", title_justify="left")
     for header in ("model", "topology", "strategy"):
         table.add_column(header, no_wrap=True)
     for header in ("tokens\nidentical", "collectives\nper MoE layer", "bytes sent per\ntoken and layer", "tokens/s"):
         table.add_column(header, justify="right", no_wrap=True)
+    if balanced:
+        table.add_column("experts\nmoved", justify="right", no_wrap=True)
     for reference in references.values():
         num_tokens = sum(map(len, reference.tokens))
         table.add_row(
@@ -363,7 +404,7 @@ def results_table(references: dict[str, Reference], comparisons: Sequence[Compar
         )
         rows = [row for row in comparisons if row.model == reference.model]
         for row in rows:
-            topology = row.topology if row.mode == "eager" else f"{row.topology} {row.mode}"
+            topology = f"{row.topology} compiled" if row.mode.startswith("compiled") else row.topology
             table.add_row(
                 row.model,
                 topology,
@@ -372,6 +413,7 @@ def results_table(references: dict[str, Reference], comparisons: Sequence[Compar
                 f"{row.collectives_per_moe_layer:.1f}",
                 f"{row.bytes_sent_per_token_per_layer:,.0f}",
                 f"{row.tokens_per_second:.1f}",
+                *([str(row.experts_moved)] if balanced else []),
                 style=None if row.passed else "red",
             )
         table.add_section()
@@ -391,6 +433,8 @@ def _problems(row: Comparison) -> list[str]:
         problems.append(f"{where}: the workers ran {row.strategies_run}; their logs (--logs) give the reason")
     if not row.collectives_per_moe_layer:
         problems.append(f"{where}: no collective was counted, so nothing was tested")
+    if row.experts_moved == 0:
+        problems.append(f"{where}: no expert moved, so nothing was tested")
     return problems
 
 

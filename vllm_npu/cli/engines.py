@@ -88,6 +88,7 @@ class EngineSet:
         measure_margins: bool = False,
         stop_signals: StopSignals | None = None,
         environment: Mapping[str, str] | None = None,  # on top of os.environ
+        engine_args: Mapping[str, Any] | None = None,  # further vllm.EngineArgs, by their Python names
     ) -> None:
         self.parallelism = parallelism
         self._name = f"{model.name} {parallelism}"
@@ -117,6 +118,7 @@ class EngineSet:
                 enforce_eager=not compiled,
                 await_go=True,
                 measure_margins=measure_margins,
+                engine_args=dict(engine_args or {}),
             )
             for rank in range(ranks)
         ]

@@ -1,12 +1,14 @@
 """How fast experts move: every communicator of the ranks' device, on the same experts, taking turns."""
 
 import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 
-from vllm_npu.eplb import COMMUNICATORS, EplbCommunicator, open_communicator
+from vllm_npu.eplb import COMMUNICATORS, open_communicator
 from vllm_npu.errors import TransportError, UnsupportedConfigError
 from vllm_npu.transport.base import Transport
 from vllm_npu.transport.gloo import GlooTransport
@@ -15,6 +17,18 @@ from vllm_npu.transport.torch_dist import TorchDistTransport
 
 HIDDEN_SIZE, INTERMEDIATE_SIZE = 7168, 2048  # of DeepSeek-V3's routed experts (its config.json)
 WARM_UP_ROUNDS = 1
+
+
+class Mover(Protocol):
+    """What is measured: an EplbCommunicator of ours, or of vLLM's."""
+
+    def add_send(self, tensors: Sequence[torch.Tensor], dst_rank: int, expert_id: int) -> None: ...
+    def add_recv(self, tensors: Sequence[torch.Tensor], src_rank: int, expert_id: int) -> None: ...
+    def execute(self) -> None: ...
+
+
+Peers = Callable[[torch.device, Mapping[str, Transport]], Mapping[str, Mover]]
+"""Makes others to measure beside ours, by name, on a device and the groups of open_communicator. Runs on every rank."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +63,7 @@ class EplbResult:
     gb_per_second: float  # received by a rank, at the median
 
 
-def measure_eplb(rank: Rank, workload: EplbWorkload) -> list[EplbResult]:
+def measure_eplb(rank: Rank, workload: EplbWorkload, peers: Peers | None = None) -> list[EplbResult]:
     """Every communicator on this workload, its received bytes checked. COLLECTIVE over all ranks; the same on each."""
     ep = rank.groups(tp_size=1, dp_size=rank.num_ranks).ep
     following, before = (ep.rank + 1) % ep.size, (ep.rank - 1) % ep.size
@@ -59,7 +73,7 @@ def measure_eplb(rank: Rank, workload: EplbWorkload) -> list[EplbResult]:
         for value in (ep.rank + 1.0, 0.0)
     )  # fmt: skip
 
-    def run(communicator: EplbCommunicator) -> float:
+    def run(communicator: Mover) -> float:
         for expert, tensors in enumerate(sent):
             communicator.add_send(tensors, following, expert)
         for expert, tensors in enumerate(received):
@@ -71,7 +85,7 @@ def measure_eplb(rank: Rank, workload: EplbWorkload) -> list[EplbResult]:
         _wait(rank.device)
         return time.perf_counter() - began
 
-    communicators = _communicators(rank)
+    communicators = _communicators(rank, peers)
     seconds: dict[str, list[float]] = {name: [] for name in communicators}
     for turn in range(WARM_UP_ROUNDS + workload.rounds):
         for name, communicator in communicators.items():
@@ -96,8 +110,8 @@ def measure_eplb(rank: Rank, workload: EplbWorkload) -> list[EplbResult]:
     ]
 
 
-def _communicators(rank: Rank) -> dict[str, EplbCommunicator]:
-    """Those that can be opened on the ranks' device; pynccl is vLLM's, which only the plugin has."""
+def _communicators(rank: Rank, peers: Peers | None) -> dict[str, Mover]:
+    """Those that can be opened on the ranks' device, and others; what pynccl needs is vLLM's, which only the plugin has."""
     ep = rank.groups(tp_size=1, dp_size=rank.num_ranks).ep
     if not isinstance(ep, TorchDistTransport):
         raise UnsupportedConfigError("EPLB is measured between processes; choose the transport gloo, hccl or nccl")
@@ -110,11 +124,12 @@ def _communicators(rank: Rank) -> dict[str, EplbCommunicator]:
         from vllm_npu.hccl.communicator import PyHcclTransport
 
         groups["pyhccl"] = PyHcclTransport(ep.process_group, "ep")
-    return {
+    ours: dict[str, Mover] = {
         name: open_communicator(device_type, name, **groups)
         for name, row in COMMUNICATORS.items()
         if device_type in row.device_types and row.argument in groups
     }
+    return ours | dict(peers(rank.device, groups) if peers is not None else {})
 
 
 def _wait(device: torch.device) -> None:

@@ -58,3 +58,4 @@ def register_layers() -> None:
     custom_ops.register()
     experts.register()
     moe_runner.register()
+    compat.current().open_eplb()

@@ -1,16 +1,28 @@
-"""vLLM's expert load balancing over our communicators: its interface in front of them, and its factory."""
+"""vLLM's expert load balancing (EPLB) with our parts: communicators behind its interface, and what its router does on GPUs."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.distributed.eplb.eplb_communicator import EplbCommunicator as VllmEplbCommunicator
+from vllm.distributed.eplb.eplb_state import EplbLayerState
+from vllm.platforms import current_platform
 
-from vllm_npu.eplb import EplbCommunicator, open_communicator
+from vllm_npu.eplb import EplbCommunicator, open_communicator, pynccl
 from vllm_npu.eplb.communicator import Tensors
+from vllm_npu.eplb.gloo_staged import GlooStagedEplbCommunicator
+from vllm_npu.eplb.pynccl import GroupedPointToPoint
+from vllm_npu.eplb.replicas import own_load
 from vllm_npu.errors import UnsupportedConfigError
+from vllm_npu.plugin import compat
+from vllm_npu.step_plan import TokenSharding
+from vllm_npu.topology import ParallelTopology
 from vllm_npu.transport import transport_class
 from vllm_npu.transport.gloo import GlooTransport
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from vllm.config import VllmConfig
 
 # vLLM's names of communicators, by device of the weights. None: the device chooses.
 NAMES: dict[str | None, dict[str, str | None]] = {
@@ -26,8 +38,15 @@ class NPUEplbCommunicator(VllmEplbCommunicator):
     """One of ours as one of vLLM's. An expert's tensors come together with its id, as vLLM 0.23 and 0.32 queue them, or one
     by one without, as the original design does."""
 
-    def __init__(self, communicator: EplbCommunicator) -> None:
+    def __init__(self, communicator: EplbCommunicator, stream: torch.Stream | None = None) -> None:
         self.communicator = communicator
+        self.experts_received = 0
+        self.set_stream(stream)
+
+    @property
+    def needs_profile_buffer_reservation(self) -> bool:
+        """Whether a profiling run has to make the communication library allocate its buffers: NCCL's and HCCL's are large."""
+        return current_platform.device_type != "cpu"
 
     def add_send(self, tensors: Tensors, dst_rank: int, expert_id: int | None = None) -> None:
         """Queue for a rank of the group."""
@@ -36,6 +55,7 @@ class NPUEplbCommunicator(VllmEplbCommunicator):
     def add_recv(self, tensors: Tensors, src_rank: int, expert_id: int | None = None) -> None:
         """Queue for what a rank of the group sends."""
         self.communicator.add_recv(tensors, src_rank, expert_id)
+        self.experts_received += 1
 
     def execute(self) -> None:
         """Move all that is queued."""
@@ -44,6 +64,33 @@ class NPUEplbCommunicator(VllmEplbCommunicator):
     def set_stream(self, stream: torch.Stream | None) -> None:
         """Where execute() works."""
         self.communicator.set_stream(stream)
+
+
+# The original design's names and constructors, for code that makes them itself; create_eplb_communicator does not.
+
+
+class PyNcclEplbCommunicator(NPUEplbCommunicator):
+    """ncclSend and ncclRecv in one group, through vLLM's PyNcclCommunicator."""
+
+    def __init__(self, pynccl_comm: GroupedPointToPoint, cuda_stream: torch.Stream | None = None) -> None:
+        super().__init__(pynccl.PyNcclEplbCommunicator(pynccl_comm), cuda_stream)
+
+
+class TorchDistGlooStagedEplbCommunicator(NPUEplbCommunicator):
+    """gloo, through CPU memory."""
+
+    def __init__(self, cpu_group: "ProcessGroup", cuda_stream: torch.Stream | None = None) -> None:
+        super().__init__(GlooStagedEplbCommunicator(GlooTransport(cpu_group, "eplb")), cuda_stream)
+
+
+class TorchDistNcclEplbCommunicator(NPUEplbCommunicator):
+    """isend and irecv in one batch, over the device's own backend: NCCL on GPUs, HCCL on NPUs, gloo on CPUs."""
+
+    def __init__(self, ep_group: "ProcessGroup", cuda_stream: torch.Stream | None = None) -> None:
+        device_type = current_platform.device_type
+        transport = transport_class(DEVICE_TRANSPORTS[device_type])(ep_group, "eplb")  # type: ignore[call-arg, arg-type]
+        name = NAMES["torch_nccl"][device_type]
+        super().__init__(open_communicator(device_type, name, device_group=transport), cuda_stream)
 
 
 def create_eplb_communicator(
@@ -72,3 +119,59 @@ def create_eplb_communicator(
         pynccl=getattr(group_coordinator.device_communicator, "pynccl_comm", None),
     )
     return NPUEplbCommunicator(made)
+
+
+def check_eplb(vllm_config: "VllmConfig") -> None:
+    """Raise UnsupportedConfigError where EPLB is on and this platform cannot run it, before any process is started."""
+    parallel_config, model_config = vllm_config.parallel_config, vllm_config.model_config
+    if not parallel_config.enable_eplb or model_config is None:
+        return
+    if parallel_config.eplb_config.use_async:
+        raise UnsupportedConfigError(
+            "asynchronous EPLB moves experts on a stream of the device beside the model, and a CPU has none; add "
+            '"use_async": false to --eplb-config'
+        )
+    if parallel_config.enable_elastic_ep:
+        raise UnsupportedConfigError(
+            "EPLB of an elastic engine is not supported on a CPU; leave out --enable-elastic-ep"
+        )
+    if model_config.runner_type == "pooling":
+        raise UnsupportedConfigError(
+            "EPLB takes its steps where tokens are sampled, and a pooling model samples none; leave out --enable-eplb"
+        )
+    if parallel_config.pipeline_parallel_size > 1:
+        raise UnsupportedConfigError(
+            "EPLB on a CPU takes its steps where tokens are sampled, the last pipeline stage; set --pipeline-parallel-size 1"
+        )
+    if vllm_config.use_v2_model_runner:
+        raise UnsupportedConfigError("EPLB on a CPU needs vLLM's first model runner; set VLLM_USE_V2_MODEL_RUNNER=0")
+    logical = model_config.get_num_experts()
+    redundant = parallel_config.eplb_config.num_redundant_experts
+    ranks = parallel_config.tensor_parallel_size * parallel_config.data_parallel_size
+    if (logical + redundant) % ranks:
+        fitting = redundant + -(logical + redundant) % ranks
+        raise UnsupportedConfigError(
+            f"{logical} experts and {redundant} redundant ones do not divide over {ranks} ranks; set "
+            f'"num_redundant_experts": {fitting} in --eplb-config'
+        )
+
+
+def table_of(layer: EplbLayerState) -> torch.Tensor:  # [logical experts, 1 + most replicas] int32
+    """vLLM's placement of a layer as npu_moe_update_expert takes it. LOCAL. Host sync: yes."""
+    places, counts = layer.logical_to_physical_map, layer.logical_replica_count
+    return torch.cat([counts[:, None], places[:, : int(counts.max())]], dim=1).to(torch.int32)
+
+
+def count_load(
+    layer: EplbLayerState,
+    physical_ids: torch.Tensor,  # [rows, top_k]
+    topology: ParallelTopology,
+    sharding: TokenSharding,
+) -> None:
+    """Add the step's tokens to vLLM's load of each physical expert, in the steps in which vLLM records it. LOCAL. Host sync:
+    yes."""
+    if not bool(layer.should_record_tensor):
+        return
+    num_tokens = int(layer.num_unpadded_tokens_tensors[compat.current().micro_batch()])
+    load = layer.expert_load_view
+    load += own_load(physical_ids, load.shape[0], topology, sharding, num_tokens).to(load.dtype)

@@ -9,9 +9,10 @@ from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 from vllm.model_executor.layers.fused_moe.runner.shared_experts import SharedExpertsOrder
 
 from vllm_npu import strategies
+from vllm_npu.eplb.replicas import to_physical
 from vllm_npu.errors import UnsupportedConfigError
 from vllm_npu.pipeline import MoEPipeline
-from vllm_npu.plugin import compat
+from vllm_npu.plugin import compat, eplb
 from vllm_npu.plugin.experts import NPUUnquantizedFusedMoEMethod
 from vllm_npu.plugin.forward_context import current_step
 from vllm_npu.plugin.groups import model_groups
@@ -111,6 +112,7 @@ class NPUMoERunner(MoERunner):
             topk_weights = torch.ones_like(topk_weights)
 
         step = current_step()
+        topk_ids = self._place(topk_ids)
         shared_experts, compute_shared = self._shared_experts, None
         if shared_experts is not None:
             compute_shared = partial(shared_experts, shared_experts_input, SharedExpertsOrder.NO_OVERLAP)
@@ -125,6 +127,20 @@ class NPUMoERunner(MoERunner):
         )
         shared = None if shared_experts is None else shared_experts.output
         return self._sum_over_tp(finalized.hidden_states, shared, routed_is_complete=finalized.reduced)
+
+    def _place(self, topk_ids: torch.Tensor) -> torch.Tensor:
+        """Logical to physical experts, the load counted, where experts are balanced (EPLB); else the ids as they are.
+
+        vLLM's router does both in a Triton kernel, and on a CPU neither.
+        """
+        balanced = self.eplb_state
+        if balanced is None:
+            return topk_ids
+        topology = model_groups(expert_parallel=bool(self.moe_config.use_ep)).topology
+        table = eplb.table_of(balanced)
+        physical_ids = to_physical(topk_ids, table, topology, self.facts.sharding)
+        eplb.count_load(balanced, physical_ids, topology, self.facts.sharding)
+        return physical_ids
 
     def _compute_experts(
         self, expert_input: torch.Tensor, tokens_per_expert: torch.Tensor, _: torch.Tensor | None

@@ -23,6 +23,8 @@ class NPUPlatformOnCPU(CpuPlatform):
     @classmethod
     def check_and_update_config(cls, vllm_config: "VllmConfig") -> None:
         """Our checks, then vLLM's, which turns dual batch overlap off without an error. Raises UnsupportedConfigError."""
+        from vllm_npu.plugin.eplb import check_eplb
+
         options.check_config(vllm_config)
         release = compat.current()
         if release.sequence_parallel_breaks(vllm_config):
@@ -32,6 +34,8 @@ class NPUPlatformOnCPU(CpuPlatform):
                 "strategies slice over TP themselves.",
                 ", ".join(vllm_config.model_config.architectures),
             )
+        check_eplb(vllm_config)
+        release.set_eplb_worker(vllm_config)
         super().check_and_update_config(vllm_config)
         parallel_config = vllm_config.parallel_config
         if not parallel_config.worker_extension_cls:

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from vllm_npu.errors import InvalidInputError
+from vllm_npu.plugin import compat
 from vllm_npu.plugin.groups import collective_counter
 from vllm_npu.plugin.step_planner import StepPlanner, planner_of
 
@@ -14,6 +15,7 @@ class MoECommWorkerExtension:
     """Mixed into vLLM's worker by our platform."""
 
     vllm_config: "VllmConfig"  # the worker's
+    model_runner: Any  # the worker's
 
     def set_moe_comm(self, name: str) -> None:
         """Change the strategy of a running engine: `llm.collective_rpc("set_moe_comm", args=("all2all",))`.
@@ -25,7 +27,8 @@ class MoECommWorkerExtension:
 
     def moe_comm_counters(self) -> dict[str, Any]:
         """What this rank did since the last call: steps, tokens, layers run, and, where VLLM_NPU_COUNT_COLLECTIVES=1,
-        collectives and bytes sent; where moe_comm=compare, how many layer calls differed. LOCAL."""
+        collectives and bytes sent; where moe_comm=compare, how many layer calls differed; where experts are balanced,
+        rearrangements and experts received. LOCAL."""
         planner = _planner(self.vllm_config)
         counter = collective_counter()
         report = {
@@ -39,6 +42,9 @@ class MoECommWorkerExtension:
         }
         if planner.comparison is not None:
             report["comparison"] = planner.comparison.take()
+        balanced = compat.current().eplb_report(self.model_runner)
+        if balanced is not None:
+            report["eplb"] = balanced
         planner.steps = planner.tokens = 0
         if counter:
             counter.reset()

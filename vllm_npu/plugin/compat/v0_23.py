@@ -76,6 +76,11 @@ def micro_batch() -> int:
     return index
 
 
+def eplb_report(model_runner: Any) -> dict[str, int] | None:
+    """Balancing experts is vllm-ascend's there, and not counted."""
+    return None
+
+
 class ExpertParallelTransport(HcclTransport):
     """The expert-parallel group. MC2's ops take vllm-ascend's group of the same ranks: its windows serve nothing else."""
 

@@ -1,15 +1,23 @@
 """vLLM 0.32, on CPUs."""
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from vllm.config import VllmConfig
+import torch
+from vllm.config import VllmConfig, parallel
+from vllm.distributed.eplb import eplb_state
 from vllm.distributed.parallel_state import GroupCoordinator
 from vllm.model_executor.custom_op import op_registry_oot
 from vllm.model_executor.layers.fused_moe.runner.moe_runner_interface import MoERunnerInterface
+from vllm.model_executor.models.interfaces import get_mixture_of_experts_model
 from vllm.utils.cpu_resource_utils import get_visible_memory_node
 from vllm.v1.worker.ubatching import dbo_current_ubatch_id
 
+from vllm_npu.errors import UnsupportedConfigError
 from vllm_npu.limits import PORTABLE, DeviceLimits
+from vllm_npu.plugin.eplb import create_eplb_communicator
 from vllm_npu.plugin.layer_facts import LayerFacts
 from vllm_npu.plugin.tensor_parallel import TensorParallelTransport
 from vllm_npu.topology import ParallelTopology
@@ -83,3 +91,150 @@ def register_out_of_tree(base: Any, replacement: type) -> None:
             "the two plugins (VLLM_PLUGINS names those to load)"
         )
     base.register_oot(replacement)
+
+
+# --- EPLB ---
+#
+# COMPAT(vllm 0.32): vLLM balances experts on CUDA, ROCm and XPU only. What forbids it elsewhere, or is missing there, is opened
+# here and nowhere else: the check of ParallelConfig, the choice of a communicator, the set-up that CPUModelRunner leaves out,
+# and the device's events that time a rearrangement. CAN REMOVE when vLLM asks the platform for each of them.
+
+
+def open_eplb() -> None:
+    """Have vLLM take --enable-eplb on this platform, and our communicators. A second call does nothing more."""
+    if not isinstance(parallel.current_platform, _BalancesExperts):
+        parallel.current_platform = _BalancesExperts(parallel.current_platform)
+    eplb_state.create_eplb_communicator = create_eplb_communicator
+
+
+class _BalancesExperts:
+    """The platform, as ParallelConfig alone sees it: it asks is_cuda_alike() for nothing but whether EPLB is supported."""
+
+    def __init__(self, platform: Any) -> None:
+        self._platform = platform
+
+    def is_cuda_alike(self) -> bool:
+        return True
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._platform, name)
+
+
+EPLB_WORKER = "vllm_npu.plugin.worker.NPUCPUWorker"
+DEFAULT_WORKERS = ("auto", "vllm.v1.worker.cpu_worker.CPUWorker", EPLB_WORKER)
+
+
+def set_eplb_worker(vllm_config: VllmConfig) -> None:
+    """Have workers start EPLB where it is on. Raises UnsupportedConfigError where the user names another worker class."""
+    parallel_config = vllm_config.parallel_config
+    if not parallel_config.enable_eplb:
+        return
+    if parallel_config.worker_cls not in DEFAULT_WORKERS:
+        raise UnsupportedConfigError(
+            f"EPLB on a CPU is started by {EPLB_WORKER}, and --worker-cls names {parallel_config.worker_cls}; leave it out"
+        )
+    parallel_config.worker_cls = EPLB_WORKER
+
+
+@contextmanager
+def unmovable_experts_explained() -> Iterator[None]:
+    """Around building the model: vLLM's error for a quantisation whose weights cannot move, with the remedy."""
+    try:
+        yield
+    except NotImplementedError as error:
+        if "EPLB" not in str(error):
+            raise
+        raise UnsupportedConfigError(
+            f"{error} Weights in that format cannot move from rank to rank; serve an unquantised checkpoint, or leave out "
+            "--enable-eplb and --eplb-config"
+        ) from error
+
+
+def start_eplb(model_runner: Any) -> None:  # CPUModelRunner, its model loaded
+    """Give the runner what GPUModelRunner.load_model gives it; the steps, dummy ones too, are vLLM's. LOCAL.
+
+    Raises UnsupportedConfigError for models that vLLM cannot balance.
+    """
+    model = get_mixture_of_experts_model(model_runner.model)
+    if model is None:
+        raise UnsupportedConfigError(
+            f"{type(model_runner.model).__name__} is no MixtureOfExperts of vLLM, so its experts cannot be balanced; leave out "
+            "--enable-eplb and --eplb-config"
+        )
+    if get_mixture_of_experts_model(getattr(getattr(model_runner, "drafter", None), "model", None)) is not None:
+        raise UnsupportedConfigError(
+            "EPLB on a CPU does not balance a draft model with experts; leave out --enable-eplb, or choose another draft model"
+        )
+    model_runner.eplb_state = HostEplbState(model_runner.parallel_config, model_runner.device)
+    model_runner.eplb_state.add_model(model, model_runner.model_config)
+    model_runner._moe_model = model
+
+
+class HostEplbState(eplb_state.EplbState):
+    """Counts its rearrangements, times them by the host's clock, and keeps what was counted before them right."""
+
+    rearrangements = 0
+
+    def rearrange(self, is_profile: bool = False, *args: Any, **kwargs: Any) -> torch.Tensor | None:
+        """vLLM's. COLLECTIVE over ep."""
+        before = [state.physical_to_logical_map.clone() for state in self.model_states.values()]
+        with _events_of_the_host():
+            result: torch.Tensor | None = super().rearrange(is_profile, *args, **kwargs)
+        self.rearrangements += not is_profile
+        for state, placement in zip(self.model_states.values(), before, strict=True):
+            _renumber_load(state, placement)
+        return result
+
+
+# COMPAT(vllm 0.32): the window counts physical experts, and rearrange() reads it by the placement of that moment, also steps
+# from before the last move: a rank that was idle since, or a window longer than the interval, then counts for other experts.
+# CAN REMOVE when vLLM's window counts logical experts, or is emptied by a move.
+def _renumber_load(state: Any, before: torch.Tensor) -> None:  # before: [layers, physical experts], logical ones
+    window = state.expert_load_window  # [steps, layers, physical experts]
+    logical = window.new_zeros(*window.shape[:2], state.logical_replica_count.shape[1])
+    logical.scatter_add_(2, before.expand_as(window), window)
+    first_replica = state.logical_to_physical_map[None, :, :, 0].expand_as(logical)
+    window.zero_().scatter_(2, first_replica, logical)
+
+
+@contextmanager
+def _events_of_the_host() -> Iterator[None]:
+    theirs = torch.Event
+    torch.Event = _HostEvent  # type: ignore[misc, assignment]
+    try:
+        yield
+    finally:
+        torch.Event = theirs  # type: ignore[misc]
+
+
+class _HostEvent:
+    """torch.Event on the host's clock: a CPU has none."""
+
+    def __init__(self, **_: Any) -> None:
+        self._seconds = 0.0
+
+    def record(self) -> None:
+        self._seconds = time.perf_counter()
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, end: "_HostEvent") -> float:
+        """Milliseconds."""
+        return 1e3 * (end._seconds - self._seconds)
+
+
+def eplb_report(model_runner: Any) -> dict[str, int] | None:
+    """Rearrangements, and experts that this rank received in them, since the last call; None where experts stay."""
+    state = model_runner.eplb_state
+    if state is None:
+        return None
+    communicators = [each.communicator for each in state.model_states.values()]
+    report = {
+        "rearrangements": state.rearrangements,
+        "experts_received": sum(communicator.experts_received for communicator in communicators),
+    }
+    state.rearrangements = 0
+    for communicator in communicators:
+        communicator.experts_received = 0
+    return report

@@ -1,0 +1,50 @@
+"""Which replica of its expert a token goes to, for every strategy alike, and how many tokens each replica gets."""
+
+import torch
+
+from vllm_npu.device import ops_of
+from vllm_npu.eplb.placement import mapping_rank
+from vllm_npu.limits import BalanceMode
+from vllm_npu.step_plan import TokenSharding
+from vllm_npu.token_layout import TokenSlice
+from vllm_npu.topology import ParallelTopology
+
+
+def to_physical(
+    topk_ids: torch.Tensor,  # [num_tokens, top_k] int32 or int64, logical experts
+    eplb_table: torch.Tensor,  # [logical experts, 1 + replicas] int32, see ReplicaPlacement.eplb_table
+    topology: ParallelTopology,
+    sharding: TokenSharding,
+    balance_mode: BalanceMode = BalanceMode.BY_TOKEN,
+) -> torch.Tensor:  # [num_tokens, top_k] of the same dtype, physical experts
+    """Logical to physical ids, before prepare: what travels, and what is dispatched, is physical.
+
+    By token, since placements are balanced for load that is shared evenly: by rank, the TP ranks of one DP rank, which map
+    the same tokens alike, would use one replica only. LOCAL. Host sync: no. Raises InvalidInputError as npu_moe_update_expert.
+    """
+    physical: torch.Tensor
+    physical, _ = ops_of(topk_ids).npu_moe_update_expert(
+        topk_ids,
+        eplb_table,
+        local_rank_id=mapping_rank(topology, sharding),
+        world_size=topology.world_size,
+        balance_mode=balance_mode,
+    )
+    return physical
+
+
+def own_load(
+    physical_ids: torch.Tensor,  # [rows, top_k], of the rows that this rank brings to the layer
+    num_physical: int,
+    topology: ParallelTopology,
+    sharding: TokenSharding,
+    num_tokens: int,  # real ones of this DP rank; rows past them are padding
+) -> torch.Tensor:  # [num_physical] int64
+    """Tokens for each physical expert, so that the sum over all ranks counts each choice of a real token once: where TP ranks
+    hold the same tokens, the first one counts them. LOCAL."""
+    if sharding is TokenSharding.REPLICATED:
+        real = TokenSlice(0, num_tokens if topology.tp_rank == 0 else 0)
+    else:
+        start = topology.tp_rank * physical_ids.shape[0]
+        real = TokenSlice(0, min(max(num_tokens - start, 0), physical_ids.shape[0]))
+    return torch.bincount(real.take(physical_ids).flatten(), minlength=num_physical)

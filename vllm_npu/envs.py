@@ -57,6 +57,11 @@ COUNT_COLLECTIVES = Variable(
     "0",
     "1 counts calls and bytes of every collective, for the worker call moe_comm_counters.",
 )
+METRICS = Variable(
+    "VLLM_NPU_METRICS",
+    "0",
+    "1 counts steps, tokens, bytes, fallbacks and failed votes of each rank for vLLM's /metrics.",
+)
 TRANSPORT_TIMEOUT = Variable(
     "VLLM_NPU_TRANSPORT_TIMEOUT",
     "60",
@@ -95,6 +100,7 @@ VARIABLES = (
     MOE_COMM,
     CUDA_PLATFORM,
     COUNT_COLLECTIVES,
+    METRICS,
     TRANSPORT_TIMEOUT,
     HCCL_OPS,
     EMULATOR,

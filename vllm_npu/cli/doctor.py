@@ -413,6 +413,7 @@ VALUES: dict[envs.Variable, Callable[[str], str | None]] = {
     envs.MOE_COMM: is_strategy,
     envs.CUDA_PLATFORM: is_one_of("0", "1"),
     envs.COUNT_COLLECTIVES: is_one_of("0", "1"),
+    envs.METRICS: is_one_of("0", "1"),
     envs.HCCL_OPS: is_one_of("0", "1"),
     envs.TRANSPORT_TIMEOUT: is_seconds,
     envs.EMULATOR: is_one_of("0", "1"),

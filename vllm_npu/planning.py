@@ -1,6 +1,8 @@
 """What a layer's exchange will be like before anything runs: legal strategies, auto's choice, bytes, HCCL's buffer."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from vllm_npu.limits import DeviceLimits, MC2Limits, MoELayer
 from vllm_npu.step_plan import StepPlan, TokenSharding
@@ -10,6 +12,23 @@ from vllm_npu.topology import ParallelTopology
 
 ROUTING_BYTES = 8  # of a chosen expert: a float32 weight and an int32 id
 COUNT_BYTES = 8  # of all2all's exchange of split sizes, to each rank
+
+# Where model families keep them in config.json; the first key that is there counts.
+CONFIG_KEYS = {
+    "experts": ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts"),
+    "topk": ("num_experts_per_tok", "moe_topk", "moe_top_k", "num_experts_per_token"),
+    "hidden": ("moe_latent_size", "hidden_size"),  # experts of a latent MoE take narrower rows
+    "dtype": ("torch_dtype", "dtype"),
+}
+
+
+def facts_of_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """experts, topk, hidden and dtype of a model's config.json; None for what it does not say."""
+    config = {**config, **(config.get("text_config") or {})}  # multimodal models keep the language model's there
+    return {
+        name: next((config[key] for key in keys if config.get(key) is not None), None)
+        for name, keys in CONFIG_KEYS.items()
+    }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

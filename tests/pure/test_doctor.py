@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from vllm_npu import envs
-from vllm_npu.cli import doctor, machine_checks
+from vllm_npu.cli import doctor, engine_findings, machine_checks
 from vllm_npu.cli.findings import Finding
 from vllm_npu.emulator import shared_memory
 from vllm_npu.errors import UnsupportedConfigError
@@ -29,12 +29,14 @@ TORCH_NPU_WITHOUT_CANN = "raise ImportError('libhccl.so: cannot open shared obje
 CLEAN = {"VLLM_TARGET_DEVICE", "VLLM_PLUGINS", "OMP_NUM_THREADS", "PYTHONPATH", "LD_LIBRARY_PATH"}
 
 
-def run_doctor(folder: Path, **environment: str) -> tuple[subprocess.CompletedProcess[str], list[dict[str, str]]]:
+def run_doctor(
+    folder: Path, *options: str, **environment: str
+) -> tuple[subprocess.CompletedProcess[str], list[dict[str, str]]]:
     """Runs the command in the folder; nothing of pytest's environment that it looks at reaches it."""
     kept = {name: text for name, text in os.environ.items() if name not in CLEAN and not name.startswith("VLLM_NPU_")}
     written = folder / "findings.json"
     done = subprocess.run(
-        [sys.executable, "-m", "vllm_npu.cli", "doctor", "--json", str(written)],
+        [sys.executable, "-m", "vllm_npu.cli", "doctor", "--json", str(written), *options],
         cwd=folder,
         env={**kept, **environment},
         capture_output=True,
@@ -345,3 +347,57 @@ def test_devices_that_a_container_does_not_let_in_are_named(tmp_path):
 )
 def test_an_error_becomes_what_and_remedy(message, what, remedy):
     assert Finding.refusal("it", message) == Finding("it", "problem", what, remedy)
+
+
+# --- an engine to be started ---
+
+DEEPSEEK_V3 = {"n_routed_experts": 256, "num_experts_per_tok": 8, "hidden_size": 7168, "torch_dtype": "bfloat16"}
+
+
+def find_in_engine(model: Path, **given) -> Finding:
+    engine = {"soc": "A3", "ep": 16, "tp": 1, "max_num_seqs": 32, "moe_comm": "auto", **given}
+    [finding] = engine_findings.findings_of(engine_findings.PlannedEngine(model=str(model), **engine))
+    return finding
+
+
+@pytest.mark.parametrize(
+    ("given", "what", "remedy"),
+    [
+        ({}, "HcclBufferError: mc2 on A3, full mesh needs HCCL_BUFFSIZE=239", "export HCCL_BUFFSIZE=239 on every rank"),
+        ({"moe_comm": "mc2", "soc": "310P"}, "UnsupportedDeviceError: 310P has no MC2", "use allgather"),
+        ({"moe_comm": "mc2", "soc": "A2", "ep": 4}, "DeviceLimitError: mc2 on A2, full mesh takes at most 24", "use all2all"),
+        ({"ep": 24, "soc": None}, "256 experts do not divide over ep_size=24", "choose tp_size * dp_size = 16 or 32, or add 8"),
+        ({"tp": 3}, "--ep 16 is no multiple of --tp 3", "choose ep = tp * dp"),
+        ({"soc": "A9"}, "there is no --soc A9", "name one of A2, A3, 310P, A5"),
+        ({"moe_comm": "fastest"}, "unknown moe_comm 'fastest'", "there are: auto"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_an_engine_that_the_plugin_would_refuse_is_a_problem(given, what, remedy, tmp_path, monkeypatch):
+    monkeypatch.delenv("HCCL_BUFFSIZE", raising=False)
+    (tmp_path / "config.json").write_text(json.dumps(DEEPSEEK_V3))
+    finding = find_in_engine(tmp_path, **given)
+    assert finding.status == "problem"
+    assert what in finding.what
+    assert remedy in finding.remedy
+
+
+def test_an_engine_that_may_start_is_told_what_it_may_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("HCCL_BUFFSIZE", "1000")
+    (tmp_path / "config.json").write_text(json.dumps(DEEPSEEK_V3))
+    assert find_in_engine(tmp_path) == Finding(
+        "engine", "ok", "moe_comm=auto may start on A3, TP1xDP16xEP; mc2 takes up to 133 tokens a rank"
+    )
+    assert find_in_engine(tmp_path, soc=None).what.startswith("moe_comm=auto may start on no NPU, TP1xDP16xEP")
+
+
+def test_the_command_looks_at_an_engine(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(DEEPSEEK_V3))
+    options = ("--model", str(tmp_path), "--soc", "A3", "--ep", "16", "--max-num-seqs", "32")
+    done, findings = run_doctor(tmp_path, *options, HCCL_BUFFSIZE="100")
+    assert done.returncode == 1
+    [finding] = of_check(findings, "engine")
+    assert "needs HCCL_BUFFSIZE=239" in finding["what"]
+    assert of_check(findings, "HCCL_BUFFSIZE")[0]["what"].startswith("is set to '100'")
+    command = [sys.executable, "-m", "vllm_npu", "doctor", "--ep", "16"]
+    assert subprocess.run(command, capture_output=True, check=False).returncode == 2

@@ -16,11 +16,12 @@ import sys
 import sysconfig
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import vllm_npu
 from vllm_npu import envs
-from vllm_npu.cli.findings import OK, PROBLEM, WARNING, Finding, probe_python
+from vllm_npu.cli.findings import IMPORT_SECONDS, OK, PROBLEM, WARNING, Finding, probe, probe_python
 from vllm_npu.cli.machine_checks import (
     check_cann,
     check_cores,
@@ -53,10 +54,24 @@ def doctor(arguments: Sequence[str]) -> None:
         const=STANDARD_OUTPUT,
         help="Write the findings here; without a PATH, to standard output in place of the text.",
     )
+    engine = parser.add_argument_group("an engine to be started", "Whether the plugin would let it, and what to set.")
+    engine.add_argument("--model", metavar="PATH", help="Its config.json, or the folder of that.")
+    engine.add_argument("--soc", help="Family of NPUs: A2, A3, A5 or 310P; without it, no NPU.")
+    engine.add_argument("--ep", type=int, help="Ranks that the experts are spread over: TP times DP.")
+    engine.add_argument("--tp", type=int, default=1, help="Tensor-parallel ranks (1).")
+    engine.add_argument("--max-num-seqs", type=int, default=256, help="As vLLM's option (256).")
+    engine.add_argument("--moe-comm", default="auto", help="As the plugin's option (auto).")
     given = parser.parse_args(arguments)
+    if (given.model is None) != (given.ep is None) or (given.model is None and given.soc is not None):
+        parser.error("an engine is named by --model and --ep together")
+    if given.ep is not None and min(given.ep, given.tp, given.max_num_seqs) < 1:
+        parser.error("--ep, --tp and --max-num-seqs are 1 or more")
     quiet = given.json == STANDARD_OUTPUT
     findings = []
-    for check in CHECKS:
+    checks: tuple[Callable[[], Iterator[Finding]], ...] = (
+        CHECKS if given.model is None else (*CHECKS, partial(check_engine, given))
+    )
+    for check in checks:
         for finding in check():
             findings.append(finding)
             if not quiet:
@@ -362,6 +377,17 @@ def check_target_device() -> Iterator[Finding]:
         )  # fmt: skip
 
 
+def check_engine(given: argparse.Namespace) -> Iterator[Finding]:
+    """What the plugin would say at the start of the engine that the options describe."""
+    engine = {name: getattr(given, name) for name in ("model", "soc", "ep", "tp", "max_num_seqs", "moe_comm")}
+    command = [sys.executable, "-m", "vllm_npu.cli.engine_findings", json.dumps(engine)]
+    tried = probe(command, IMPORT_SECONDS)
+    if tried.fault:
+        yield Finding("engine", PROBLEM, f"cannot be looked at: {tried.fault}", "see to the problems above first")
+        return
+    yield from (Finding(**finding) for finding in json.loads(tried.output.splitlines()[-1]))
+
+
 # --- environment variables ---
 
 
@@ -415,6 +441,7 @@ VALUES: dict[envs.Variable, Callable[[str], str | None]] = {
     envs.COUNT_COLLECTIVES: is_one_of("0", "1"),
     envs.METRICS: is_one_of("0", "1"),
     envs.HCCL_OPS: is_one_of("0", "1"),
+    envs.HCCL_BUFFSIZE: is_whole_number(2**31 - 1),
     envs.TRANSPORT_TIMEOUT: is_seconds,
     envs.EMULATOR: is_one_of("0", "1"),
     envs.EMULATOR_SOC: is_soc,
@@ -433,7 +460,8 @@ VALUES: dict[envs.Variable, Callable[[str], str | None]] = {
 
 def check_variables() -> Iterator[Finding]:
     known = {variable.name: variable for variable in envs.VARIABLES}
-    names = sorted(name for name in os.environ if name.startswith("VLLM_NPU_") and name not in OTHER_VARIABLES)
+    ours = {name for name in os.environ if name.startswith("VLLM_NPU_")} - set(OTHER_VARIABLES)
+    names = sorted(ours | (known.keys() & os.environ.keys()))
     for name in names:
         text = os.environ[name]
         if name not in known:

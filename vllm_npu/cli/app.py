@@ -25,6 +25,9 @@ COMMANDS = {
         "vllm_npu.cli.bench_eplb:bench_eplb", "Times of moving experts between ranks, by every communicator."
     ),
     "plan": CommandRow("vllm_npu.cli.plan:plan", "Legal strategies, bytes and HCCL buffer of a layer on Ascend chips."),
+    "simulate": CommandRow(
+        "vllm_npu.cli.simulate:simulate", "Estimated times of the exchange on clusters of 2 to 768 ranks."
+    ),
     "doctor": CommandRow(
         "vllm_npu.cli.doctor:doctor",
         "What is wrong with this environment, and what to do about it.",

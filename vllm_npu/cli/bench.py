@@ -14,6 +14,7 @@ from rich.progress import track
 from rich.table import Table
 
 from vllm_npu.benchmark import STRATEGY, Workload, best, counts_of, measure, with_ratios
+from vllm_npu.cli.charts import import_pyplot
 from vllm_npu.cli.devices import TRANSPORT_CHOICES, rank_pool, split_symmetric
 from vllm_npu.cli.layers import DTYPES, moe_layer
 from vllm_npu.errors import UnsupportedConfigError
@@ -48,7 +49,7 @@ def bench(
     layer = moe_layer(experts, topk, hidden, dtype)
     ExpertPlacement(experts, ranks)
     if plot is not None:
-        _import_pyplot()
+        import_pyplot()
     workloads = [
         Workload(counts=counts_of(count, ranks, skew), layer=layer, rounds=rounds, graph=graph, only=only)
         for count in _counts(tokens)
@@ -112,20 +113,9 @@ def _counts(text: str) -> list[int]:
     return counts
 
 
-def _import_pyplot() -> Any:
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise UnsupportedConfigError(f"--plot needs matplotlib ({error}); pip install 'vllm-npu[bench]'") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
-
-
 def _draw(rows: list[dict[str, Any]], title: str, path: Path) -> None:
     """Time over tokens, both logarithmic: strategies as lines, peers dashed, the band from p10 to p90."""
-    pyplot = _import_pyplot()
+    pyplot = import_pyplot()
     figure, axes = pyplot.subplots(figsize=(9, 6), constrained_layout=True)
     for name in dict.fromkeys(row["strategy"] for row in rows):
         own = [row for row in rows if row["strategy"] == name]

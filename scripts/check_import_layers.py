@@ -20,7 +20,7 @@ PACKAGE = "vllm_npu"
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("cli", "__main__"),
     ("plugin",),
-    ("strategies", "pipeline", "verification", "planning", "start_checks", "benchmark"),
+    ("strategies", "pipeline", "verification", "planning", "simulation", "start_checks", "benchmark"),
     ("prepare_finalize", "dispatch", "all2all", "eplb", "sequence_parallel", "agreement"),
     ("transport", "hccl", "device", "kernels"),
     ("topology", "step_plan", "token_layout", "routing", "reference", "limits", "handles"),

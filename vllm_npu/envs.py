@@ -29,6 +29,15 @@ class Variable:
             raise UnsupportedConfigError(f"{self.name}={text!r}: not a switch; set it to 0 or 1")
         return text == "1"
 
+    def read_whole_number(self) -> int:
+        """The variable as a number, 0 or more. Raises UnsupportedConfigError for anything else."""
+        text = self.read()
+        if not (text.isascii() and text.isdecimal()):
+            raise UnsupportedConfigError(
+                f"{self.name}={text!r}: not a whole number; set it to one, such as {self.default}"
+            )
+        return int(text)
+
     def read_seconds(self) -> float:
         """The variable as a positive number of seconds. Raises UnsupportedConfigError for anything else."""
         text = self.read()
@@ -57,6 +66,11 @@ COUNT_COLLECTIVES = Variable(
     "0",
     "1 counts calls and bytes of every collective, for the worker call moe_comm_counters.",
 )
+METRICS = Variable(
+    "VLLM_NPU_METRICS",
+    "0",
+    "1 counts steps, tokens, bytes, fallbacks and failed votes of each rank for vLLM's /metrics.",
+)
 TRANSPORT_TIMEOUT = Variable(
     "VLLM_NPU_TRANSPORT_TIMEOUT",
     "60",
@@ -67,6 +81,7 @@ HCCL_OPS = Variable(
     "1",
     "1: tokens travel by C++ operators straight on HCCL where these can be built; 0: by torch.distributed.",
 )
+HCCL_BUFFSIZE = Variable("HCCL_BUFFSIZE", "200", "HCCL's own: MiB of the buffer in which MC2's ops work.")
 EMULATOR = Variable("VLLM_NPU_EMULATOR", "0", "1 puts the emulated Ascend device under torch_npu in every interpreter.")
 EMULATOR_SOC = Variable("VLLM_NPU_EMULATOR_SOC", "A2", "Chip, or family of chips, that the emulated device passes for.")
 EMULATOR_LIBRARIES = Variable(
@@ -95,8 +110,10 @@ VARIABLES = (
     MOE_COMM,
     CUDA_PLATFORM,
     COUNT_COLLECTIVES,
+    METRICS,
     TRANSPORT_TIMEOUT,
     HCCL_OPS,
+    HCCL_BUFFSIZE,
     EMULATOR,
     EMULATOR_SOC,
     EMULATOR_LIBRARIES,

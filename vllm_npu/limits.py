@@ -9,7 +9,6 @@ import torch
 from vllm_npu.token_layout import ceil_div
 
 MIB = 1 << 20
-HCCL_BUFFSIZE_DEFAULT_MB = 200  # HCCL's own; the unit of HCCL_BUFFSIZE is MiB
 
 
 class QuantMode(IntEnum):

@@ -1,15 +1,36 @@
 """What a layer's exchange will be like before anything runs: legal strategies, auto's choice, bytes, HCCL's buffer."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from vllm_npu.limits import DeviceLimits, MC2Limits, MoELayer
+from vllm_npu.limits import DeviceLimits, MC2Limits, MoELayer, QuantMode
 from vllm_npu.step_plan import StepPlan, TokenSharding
 from vllm_npu.strategies import AUTO, STRATEGIES, distinct_destinations, select, why_not
 from vllm_npu.token_layout import ceil_div
 from vllm_npu.topology import ParallelTopology
 
 ROUTING_BYTES = 8  # of a chosen expert: a float32 weight and an int32 id
+ID_BYTES = 4
+SCALE_BYTES = 4  # of an int8 row
 COUNT_BYTES = 8  # of all2all's exchange of split sizes, to each rank
+
+# Where model families keep them in config.json; the first key that is there counts.
+CONFIG_KEYS = {
+    "experts": ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts"),
+    "topk": ("num_experts_per_tok", "moe_topk", "moe_top_k", "num_experts_per_token"),
+    "hidden": ("moe_latent_size", "hidden_size"),  # experts of a latent MoE take narrower rows
+    "dtype": ("torch_dtype", "dtype"),
+}
+
+
+def facts_of_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """experts, topk, hidden and dtype of a model's config.json; None for what it does not say."""
+    config = {**config, **(config.get("text_config") or {})}  # multimodal models keep the language model's there
+    return {
+        name: next((config[key] for key in keys if config.get(key) is not None), None)
+        for name, keys in CONFIG_KEYS.items()
+    }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,19 +123,29 @@ def bytes_sent(strategy: str, layer: MoELayer, topology: ParallelTopology, num_t
     """
     tp, dp, world = topology.tp_size, topology.dp_size, topology.world_size
     hidden = layer.hidden_size * layer.dtype.itemsize
-    routing = layer.top_k * ROUTING_BYTES
+    there_and_back = sum(row_bytes(strategy, layer, native_mc2=native_mc2))
     if strategy in ("allgather", "naive"):
-        over_dp = (dp - 1) * num_tokens * (hidden + routing + hidden)
-        return over_dp + 2 * (tp - 1) * num_tokens * hidden // tp
+        return (dp - 1) * num_tokens * there_and_back + 2 * (tp - 1) * num_tokens * hidden // tp
     rows = ceil_div(num_tokens, tp)
     gather_over_tp = (tp - 1) * rows * hidden
     if strategy == "all2all":
         sent_rows = rows * distinct_destinations(layer.num_experts, topology.ep_size, layer.top_k) * (world - 1) / world
-        return round(sent_rows * (2 * hidden + routing)) + (world - 1) * COUNT_BYTES + gather_over_tp
+        return round(sent_rows * there_and_back) + (world - 1) * COUNT_BYTES + gather_over_tp
     if native_mc2:
-        return 2 * rows * layer.top_k * hidden * (world - 1) // world + gather_over_tp
-    slots = rows * (world - 1)
-    return slots * (hidden + layer.top_k * 4) + slots * layer.top_k * hidden + gather_over_tp
+        return rows * layer.top_k * there_and_back * (world - 1) // world + gather_over_tp
+    return rows * (world - 1) * there_and_back + gather_over_tp
+
+
+def row_bytes(strategy: str, layer: MoELayer, *, native_mc2: bool) -> tuple[int, int]:
+    """Bytes of one row on its way to the experts, with what travels beside it, and on its way back.
+
+    A row is a token for one rank; of native mc2, for one expert; of portable mc2, one slot of a rank, back with top_k rows.
+    """
+    back = layer.hidden_size * layer.dtype.itemsize
+    there = back if layer.quant_mode is QuantMode.NONE else layer.hidden_size + SCALE_BYTES
+    if strategy != "mc2":
+        return there + layer.top_k * ROUTING_BYTES, back
+    return (there, back) if native_mc2 else (there + layer.top_k * ID_BYTES, layer.top_k * back)
 
 
 def _buffer(limits: MC2Limits, layer: MoELayer, ep_size: int, tokens_per_rank: int) -> BufferPlan:

@@ -1,4 +1,4 @@
-"""What must hold before the first token on an NPU: pure functions of facts that are equal on every rank."""
+"""What must hold before the first token: pure functions of facts that are equal on every rank."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -8,7 +8,7 @@ from vllm_npu.limits import DeviceLimits, MC2Limits, MoELayer
 from vllm_npu.step_plan import StepPlan, TokenSharding
 from vllm_npu.strategies import AUTO, check_strategy, select, why_not
 from vllm_npu.token_layout import ceil_div
-from vllm_npu.topology import ParallelTopology
+from vllm_npu.topology import ExpertPlacement, ParallelTopology
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,9 +32,10 @@ def check_start(
     HCCL_BUFFSIZE.
 
     Raises UnsupportedDeviceError for a chip without the op of `requested`, DeviceLimitError for a layer past its limits,
-    HcclBufferError where even the decode steps do not fit the buffer, UnsupportedConfigError for a strategy that reads
-    counts on the host inside of a captured graph.
+    HcclBufferError where even the decode steps do not fit the buffer, UnsupportedConfigError where the experts do not divide
+    over the ranks, and for a strategy that reads counts on the host inside of a captured graph.
     """
+    ExpertPlacement(layer.num_experts, topology.ep_size, layer.shared_expert_ranks)
     device = device.for_layer(layer, topology.ep_size)
     check_strategy(AUTO if requested == "mc2" else requested, topology, layer, device)
     reason = why_not("mc2", topology, layer, device)

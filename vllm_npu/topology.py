@@ -86,12 +86,21 @@ class ExpertPlacement:
             raise UnsupportedConfigError(
                 f"{self.shared_expert_ranks} ranks with the shared expert leave none of {self.ep_size} to others; take fewer"
             )
-        if self.num_experts < 1 or self.num_experts % (self.ep_size - self.shared_expert_ranks):
+        if self.num_experts < 1:
+            raise UnsupportedConfigError(f"num_experts={self.num_experts}: a layer has 1 or more")
+        ranks = self.ep_size - self.shared_expert_ranks
+        if self.num_experts % ranks:
             raise UnsupportedConfigError(
                 f"{self.num_experts} experts do not divide over ep_size={self.ep_size}"
-                f"{f' less {self.shared_expert_ranks} ranks' if self.shared_expert_ranks else ''}; choose tp_size * dp_size "
-                f"that divides {self.num_experts}, or add redundant experts"
+                f"{f' less {self.shared_expert_ranks} ranks' if self.shared_expert_ranks else ''}; choose tp_size * dp_size = "
+                f"{self._sizes_that_divide(ranks)}, or add {-self.num_experts % ranks} redundant experts"
             )
+
+    def _sizes_that_divide(self, ranks: int) -> str:
+        """The next smaller and the next larger ep_size over which the experts divide."""
+        divisors = [size for size in range(1, self.num_experts + 1) if self.num_experts % size == 0]
+        nearest = [*[size for size in divisors if size < ranks][-1:], *[size for size in divisors if size > ranks][:1]]
+        return " or ".join(str(size + self.shared_expert_ranks) for size in nearest)
 
     @property
     def experts_per_rank(self) -> int:

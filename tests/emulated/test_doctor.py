@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from vllm_npu.emulator import build
+
 pytestmark = pytest.mark.emulated
 
 
@@ -44,3 +46,14 @@ def test_what_building_lacks_is_named(tmp_path):
     assert "needs a C++ compiler" in findings["emulated device"]["what"]
     assert "needs a C++ compiler" in findings["tokens on HCCL"]["what"]
     assert "install one" in findings["emulated device"]["remedy"]
+
+
+def test_a_cann_whose_libraries_load_is_described(tmp_path):
+    """The emulated libraries on LD_LIBRARY_PATH pass for CANN, as they do for whatever does not know them."""
+    folder = build.library_folder()
+    findings = run_doctor(tmp_path, TORCH_DEVICE_BACKEND_AUTOLOAD="0", LD_LIBRARY_PATH=str(folder))
+    assert findings["CANN"]["what"] == str(folder / "libascendcl.so")
+    assert findings["libhccl"] == {"check": "libhccl", "status": "ok", "what": str(folder / "libhccl.so"), "remedy": ""}
+    assert findings["NPU devices"]["status"] == "warning"
+    assert findings["import torch_npu"]["what"].startswith("on CANN, ")
+    assert findings["CANN version"]["what"] == "8.5.0"

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 from vllm_npu import envs
-from vllm_npu.cli import doctor
+from vllm_npu.cli import doctor, engine_findings, machine_checks
+from vllm_npu.cli.findings import Finding
 from vllm_npu.emulator import shared_memory
 from vllm_npu.errors import UnsupportedConfigError
-from vllm_npu.plugin import compat
+from vllm_npu.plugin import release_lines
 from vllm_npu.strategies import STRATEGIES
 
 BROKEN_TORCH = "raise ImportError('libtorch_cpu.so: this torch is broken')\n"
@@ -28,12 +29,14 @@ TORCH_NPU_WITHOUT_CANN = "raise ImportError('libhccl.so: cannot open shared obje
 CLEAN = {"VLLM_TARGET_DEVICE", "VLLM_PLUGINS", "OMP_NUM_THREADS", "PYTHONPATH", "LD_LIBRARY_PATH"}
 
 
-def run_doctor(folder: Path, **environment: str) -> tuple[subprocess.CompletedProcess[str], list[dict[str, str]]]:
+def run_doctor(
+    folder: Path, *options: str, **environment: str
+) -> tuple[subprocess.CompletedProcess[str], list[dict[str, str]]]:
     """Runs the command in the folder; nothing of pytest's environment that it looks at reaches it."""
     kept = {name: text for name, text in os.environ.items() if name not in CLEAN and not name.startswith("VLLM_NPU_")}
     written = folder / "findings.json"
     done = subprocess.run(
-        [sys.executable, "-m", "vllm_npu.cli", "doctor", "--json", str(written)],
+        [sys.executable, "-m", "vllm_npu.cli", "doctor", "--json", str(written), *options],
         cwd=folder,
         env={**kept, **environment},
         capture_output=True,
@@ -166,6 +169,9 @@ def test_the_emulated_device_beside_cann_is_a_problem(tmp_path):
     assert of_check(findings, "CANN") == [
         {"check": "CANN", "status": "ok", "what": "ASCEND_HOME_PATH=/somewhere", "remedy": ""}
     ]
+    [hccl] = of_check(findings, "libhccl")
+    assert (hccl["status"], "does not load: " in hccl["what"]) == ("problem", True)
+    assert "source set_env.sh of CANN" in hccl["remedy"]
     enabled = "import os; os.environ['VLLM_NPU_EMULATOR'] = '1'; from vllm_npu.cli import doctor as d; "
     command = [sys.executable, "-c", enabled + "print(next(d.check_cann()).status)"]
     alone = subprocess.run(command, env={**os.environ, **home}, capture_output=True, text=True, check=True)
@@ -178,9 +184,28 @@ def test_plugins_that_vllm_is_told_to_leave_out(tmp_path):
     assert (finding["status"], finding["what"]) == ("warning", "VLLM_PLUGINS=other keeps vllm_npu out")
 
 
-def test_starting_it_imports_neither_torch_nor_vllm():
-    code = "import sys, vllm_npu.cli.doctor; sys.exit(bool({'torch', 'vllm', 'torch_npu'} & sys.modules.keys()))"
-    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
+def test_it_imports_the_standard_library_only():
+    code = "import sys; before = set(sys.modules); import vllm_npu.cli, vllm_npu.cli.doctor; print(*set(sys.modules) - before)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    packages = {name.partition(".")[0] for name in done.stdout.split()}
+    assert packages - sys.stdlib_module_names == {"vllm_npu"}
+
+
+@pytest.mark.parametrize("entry", [["-m", "vllm_npu"], ["-c", "from vllm_npu.cli import main; main()"]])
+def test_it_runs_where_no_dependency_can_be_imported(entry, tmp_path):
+    broken = "raise ImportError('this package is broken')\n"
+    packages = write_packages(tmp_path, torch=broken, typer=broken, rich=broken, numpy=broken, vllm=broken)
+    done = subprocess.run(
+        [sys.executable, *entry, "doctor", "--json"],
+        env={**os.environ, "PYTHONPATH": packages},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 1, done.stderr
+    [finding] = of_check(json.loads(done.stdout)["findings"], "import torch")
+    assert "this package is broken" in finding["what"]
 
 
 def test_every_variable_has_a_rule_that_takes_its_default():
@@ -206,7 +231,6 @@ def test_switches_and_seconds_are_judged_as_they_are_read(text, monkeypatch):
 
 
 def test_tables_are_read_without_importing_them():
-    assert doctor.keys_of_table("plugin/compat/__init__.py", "SUPPORTED") == list(compat.SUPPORTED)
     assert doctor.keys_of_table("strategies.py", "STRATEGIES") == list(STRATEGIES)
 
 
@@ -227,8 +251,153 @@ def test_versions_are_judged_by_the_pins_of_the_extras(distribution, version, st
     assert (finding.remedy == "") == (status == "ok")
 
 
-def test_an_unsupported_vllm_is_a_problem():
-    problems = [finding for finding in doctor.check_pairs(["0.31.2"]) if finding.check == "vllm"]
-    assert problems[0].what == "the plugin does not support vLLM 0.31.2"
-    assert "0.32.*" in problems[0].remedy
-    assert not [finding for finding in doctor.check_pairs(["0.32.1+cpu"]) if finding.check == "vllm"]
+def test_a_vllm_that_the_plugin_refuses_is_a_problem_with_the_plugins_words():
+    def of_vllm(version: str) -> list[Finding]:
+        return [finding for finding in doctor.check_pairs([version]) if finding.check == "vllm"]
+
+    [unsupported] = of_vllm("0.31.2")
+    lines = ", ".join(release_lines.SUPPORTED)
+    assert unsupported.what == f"vLLM 0.31.2 is not supported by vllm_npu; supported release lines: {lines}"
+    assert unsupported.remedy.startswith("Install one of them, or keep vllm_npu out")
+    [without_ascend] = of_vllm("0.23.0")
+    assert "supported on NPUs only, beside vllm-ascend" in without_ascend.what
+    assert without_ascend.remedy.startswith("install both, or on CPUs a vLLM of another line: 0.32")
+    assert of_vllm("0.32.1+cpu") == []
+
+
+@pytest.mark.parametrize(
+    ("version", "status"), [("8.5.0", "ok"), ("8.10.RC1", "ok"), ("8.3.RC1", "warning"), ("unknown", "warning")]
+)
+def test_a_cann_older_than_the_limits_is_warned_about(version, status):
+    finding = doctor.judged_cann(version)
+    assert (finding.status, bool(finding.remedy)) == (status, status == "warning")
+
+
+# --- the machine, by folders laid out as the kernel does ---
+
+
+@pytest.mark.parametrize(
+    ("files", "granted"),
+    [
+        ({"cpu.max": "max 100000\n"}, None),
+        ({"cpu.max": "50000 100000\n"}, 0.5),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, None),
+        ({"cpu/cpu.cfs_quota_us": "150000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 1.5),
+        ({}, None),
+    ],
+)
+def test_what_the_control_group_grants(files, granted, tmp_path):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert machine_checks.granted_cores(tmp_path) == granted
+
+
+def test_more_threads_than_the_control_group_grants_are_warned_about(tmp_path, monkeypatch):
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("needs two cores: less than one is granted to nobody")
+    (tmp_path / "cpu.max").write_text("100000 100000\n")
+    for threads, status in ((None, "warning"), ("2", "warning"), ("1", "ok"), ("one", "problem")):
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        if threads is not None:
+            monkeypatch.setenv("OMP_NUM_THREADS", threads)
+        [finding] = machine_checks.check_cores(tmp_path)
+        assert finding.status == status, finding
+        if status == "warning":
+            assert "grants the time of 1" in finding.what
+            assert finding.remedy == "set it to 1 divided by the number of ranks"
+
+
+def test_nodes_and_bindings_of_ranks(tmp_path, monkeypatch):
+    mine = sorted(os.sched_getaffinity(0))
+    for node, cores in enumerate((mine[:1], mine[1:], [max(mine) + 1])):
+        (tmp_path / f"node{node}").mkdir()
+        (tmp_path / f"node{node}/cpulist").write_text(",".join(map(str, cores)) + "\n")
+    monkeypatch.delenv(machine_checks.THREADS_BIND, raising=False)
+    [finding] = machine_checks.check_numa(tmp_path)
+    assert (finding.status, "node 0: 1 cores" in finding.what, "node 2" in finding.what) == ("ok", True, False)
+    for binding, status, said in (
+        ("auto", None, ""),
+        (f"{mine[0]}|{mine[-1]}", "ok", "2 ranks"),
+        (f"{mine[0]}-{max(mine) + 1}", "problem", f"names cores that this process may not use: {max(mine) + 1}"),
+        ("0:3", "problem", "no list of cores"),
+    ):
+        monkeypatch.setenv(machine_checks.THREADS_BIND, binding)
+        findings = [each for each in machine_checks.check_numa(tmp_path) if each.check == machine_checks.THREADS_BIND]
+        assert [each.status for each in findings] == ([status] if status else [])
+        assert all(said in each.what for each in findings)
+
+
+def test_devices_that_a_container_does_not_let_in_are_named(tmp_path):
+    [finding] = machine_checks.check_npu_devices(tmp_path)
+    assert (finding.status, "--device /dev/davinci0" in finding.remedy) == ("warning", True)
+    for name in ("davinci10", "davinci2", "davinci_manager"):
+        (tmp_path / name).touch()
+    [finding] = machine_checks.check_npu_devices(tmp_path)
+    assert (finding.status, finding.what) == ("ok", "2: 2, 10")
+
+
+@pytest.mark.parametrize(
+    ("message", "what", "remedy"),
+    [
+        ("mc2 takes 8 ranks, not 9; use all2all", "mc2 takes 8 ranks, not 9", "use all2all"),
+        ("lines: 0.23, 0.32; or so. Install one", "lines: 0.23, 0.32; or so", "Install one"),
+        ("nothing to be done", "nothing to be done", ""),
+    ],
+)
+def test_an_error_becomes_what_and_remedy(message, what, remedy):
+    assert Finding.refusal("it", message) == Finding("it", "problem", what, remedy)
+
+
+# --- an engine to be started ---
+
+DEEPSEEK_V3 = {"n_routed_experts": 256, "num_experts_per_tok": 8, "hidden_size": 7168, "torch_dtype": "bfloat16"}
+
+
+def find_in_engine(model: Path, **given) -> Finding:
+    engine = {"soc": "A3", "ep": 16, "tp": 1, "max_num_seqs": 32, "moe_comm": "auto", **given}
+    [finding] = engine_findings.findings_of(engine_findings.PlannedEngine(model=str(model), **engine))
+    return finding
+
+
+@pytest.mark.parametrize(
+    ("given", "what", "remedy"),
+    [
+        ({}, "HcclBufferError: mc2 on A3, full mesh needs HCCL_BUFFSIZE=239", "export HCCL_BUFFSIZE=239 on every rank"),
+        ({"moe_comm": "mc2", "soc": "310P"}, "UnsupportedDeviceError: 310P has no MC2", "use allgather"),
+        ({"moe_comm": "mc2", "soc": "A2", "ep": 4}, "DeviceLimitError: mc2 on A2, full mesh takes at most 24", "use all2all"),
+        ({"ep": 24, "soc": None}, "256 experts do not divide over ep_size=24", "choose tp_size * dp_size = 16 or 32, or add 8"),
+        ({"tp": 3}, "--ep 16 is no multiple of --tp 3", "choose ep = tp * dp"),
+        ({"soc": "A9"}, "there is no --soc A9", "name one of A2, A3, 310P, A5"),
+        ({"moe_comm": "fastest"}, "unknown moe_comm 'fastest'", "there are: auto"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_an_engine_that_the_plugin_would_refuse_is_a_problem(given, what, remedy, tmp_path, monkeypatch):
+    monkeypatch.delenv("HCCL_BUFFSIZE", raising=False)
+    (tmp_path / "config.json").write_text(json.dumps(DEEPSEEK_V3))
+    finding = find_in_engine(tmp_path, **given)
+    assert finding.status == "problem"
+    assert what in finding.what
+    assert remedy in finding.remedy
+
+
+def test_an_engine_that_may_start_is_told_what_it_may_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("HCCL_BUFFSIZE", "1000")
+    (tmp_path / "config.json").write_text(json.dumps(DEEPSEEK_V3))
+    assert find_in_engine(tmp_path) == Finding(
+        "engine", "ok", "moe_comm=auto may start on A3, TP1xDP16xEP; mc2 takes up to 133 tokens a rank"
+    )
+    assert find_in_engine(tmp_path, soc=None).what.startswith("moe_comm=auto may start on no NPU, TP1xDP16xEP")
+
+
+def test_the_command_looks_at_an_engine(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(DEEPSEEK_V3))
+    options = ("--model", str(tmp_path), "--soc", "A3", "--ep", "16", "--max-num-seqs", "32")
+    done, findings = run_doctor(tmp_path, *options, HCCL_BUFFSIZE="100")
+    assert done.returncode == 1
+    [finding] = of_check(findings, "engine")
+    assert "needs HCCL_BUFFSIZE=239" in finding["what"]
+    assert of_check(findings, "HCCL_BUFFSIZE")[0]["what"].startswith("is set to '100'")
+    command = [sys.executable, "-m", "vllm_npu", "doctor", "--ep", "16"]
+    assert subprocess.run(command, capture_output=True, check=False).returncode == 2

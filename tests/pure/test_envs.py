@@ -30,7 +30,7 @@ def test_the_table_lists_every_variable_once():
     declared = [value for value in vars(envs).values() if isinstance(value, envs.Variable)]
     assert sorted(each.name for each in envs.VARIABLES) == sorted(each.name for each in declared)
     assert len({each.name for each in declared}) == len(declared)
-    assert all(each.name.startswith("VLLM_NPU_") and each.meaning for each in declared)
+    assert all(each.name.startswith(("VLLM_NPU_", "HCCL_")) and each.meaning for each in declared)
 
 
 @pytest.mark.parametrize(("text", "value"), [("0", False), ("1", True), ("", False)])
@@ -57,6 +57,16 @@ def test_anything_else_is_no_number_of_seconds(text, monkeypatch):
     monkeypatch.setenv(SECONDS.name, text)
     with pytest.raises(UnsupportedConfigError, match=f"{SECONDS.name}='{text}': not a positive number of seconds"):
         SECONDS.read_seconds()
+
+
+@pytest.mark.parametrize(("text", "number"), [("1", 1), ("0", 0), ("", 200), ("x", None), ("-1", None), ("1.5", None)])
+def test_a_whole_number(text, number, monkeypatch):
+    monkeypatch.setenv(envs.HCCL_BUFFSIZE.name, text)
+    if number is not None:
+        assert envs.HCCL_BUFFSIZE.read_whole_number() == number
+        return
+    with pytest.raises(UnsupportedConfigError, match=f"HCCL_BUFFSIZE='{text}': not a whole number; set it to one"):
+        envs.HCCL_BUFFSIZE.read_whole_number()
 
 
 def test_a_bad_timeout_is_refused_before_any_rank_starts(monkeypatch):

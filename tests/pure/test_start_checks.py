@@ -54,7 +54,12 @@ def test_a_chip_without_the_op_is_named():
             EP16,
             "at most 1024 experts",
         ),
-        ("A2", LAYER, ParallelTopology.of_rank(0, tp_size=3, dp_size=3), "ep_size 2 to 8, 16, 32, 64, 128, 256, not 9"),
+        (
+            "A2",
+            replace(LAYER, num_experts=288),
+            ParallelTopology.of_rank(0, tp_size=3, dp_size=3),
+            "ep_size 2 to 8, 16, 32, 64, 128, 256, not 9",
+        ),
         ("A2", LAYER, ParallelTopology.of_rank(0, tp_size=2, dp_size=2), "at most 24 experts a rank, not 64"),
     ],
 )
@@ -65,6 +70,14 @@ def test_a_layer_past_a_limit_of_the_op_is_named_where_mc2_was_asked_for(family,
     assert "use all2all" in str(error.value)
     device = check("auto", family=family, layer=layer, topology=topology, buffer_mb=1)  # auto goes another way
     assert what in describe_capacity(device, topology, [layer])
+
+
+@pytest.mark.parametrize("requested", ["auto", "allgather"])
+def test_experts_that_do_not_divide_over_the_ranks_are_refused_with_the_sizes_that_do(requested):
+    with pytest.raises(
+        UnsupportedConfigError, match="over ep_size=24; choose tp_size \\* dp_size = 16 or 32, or add 8 redundant"
+    ):
+        check(requested, topology=ParallelTopology.of_rank(0, tp_size=2, dp_size=12))
 
 
 @pytest.mark.parametrize("requested", ["auto", "mc2"])

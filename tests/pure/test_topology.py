@@ -44,14 +44,24 @@ def test_without_expert_parallelism_each_rank_has_a_part_of_every_expert(tp_size
 
 
 @pytest.mark.parametrize(
-    ("num_experts", "ep_size"), [(1, 2), (7, 2), (8, 3), (0, 1), (0, 4), (-8, 4), (15, 16), (257, 16)]
+    ("num_experts", "ep_size", "sizes", "redundant"),
+    [(1, 2, "1", 1), (7, 2, "1 or 7", 1), (8, 3, "2 or 4", 1), (15, 16, "15", 1), (257, 16, "1 or 257", 15)],
 )
-def test_experts_that_do_not_divide_over_the_ranks_are_refused(num_experts, ep_size):
-    with pytest.raises(
-        UnsupportedConfigError,
-        match=rf"{num_experts} experts do not divide over ep_size={ep_size}; choose .* or add redundant experts",
-    ):
+def test_experts_that_do_not_divide_over_the_ranks_are_refused_with_the_numbers_that_would_do(
+    num_experts, ep_size, sizes, redundant
+):
+    with pytest.raises(UnsupportedConfigError) as error:
         ExpertPlacement(num_experts, ep_size)
+    assert str(error.value) == (
+        f"{num_experts} experts do not divide over ep_size={ep_size}; choose tp_size * dp_size = {sizes}, or add {redundant} "
+        "redundant experts"
+    )
+
+
+@pytest.mark.parametrize("num_experts", [0, -8])
+def test_a_layer_has_experts(num_experts):
+    with pytest.raises(UnsupportedConfigError, match=f"num_experts={num_experts}: a layer has 1 or more"):
+        ExpertPlacement(num_experts, 4)
 
 
 @pytest.mark.parametrize("rank", [-1, 6, 100])

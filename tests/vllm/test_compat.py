@@ -22,7 +22,7 @@ from vllm.platforms.interface import Platform
 from vllm.plugins import load_general_plugins
 
 from vllm_npu.errors import UnsupportedConfigError
-from vllm_npu.plugin import compat
+from vllm_npu.plugin import compat, release_lines
 from vllm_npu.plugin.experts import NPUUnquantizedFusedMoEMethod
 from vllm_npu.plugin.moe_runner import NPUMoERunner
 from vllm_npu.plugin.platform import NPUPlatformOnCPU
@@ -36,32 +36,32 @@ def plugins_loaded():
 # ------------------------------------------------------------------------------------------------------ versions
 
 
-@pytest.mark.parametrize("line", compat.SUPPORTED)
+@pytest.mark.parametrize("line", release_lines.SUPPORTED)
 @pytest.mark.parametrize("rest", [".0", ".7", ".0+cpu", ".1rc1", ".1.dev5+g1234567"])
 def test_every_release_of_a_supported_line_is_accepted(line, rest):
-    assert compat.release_line(line + rest) == line
-    compat.check_version(line + rest)
+    assert release_lines.release_line(line + rest) == line
+    release_lines.check_version(line + rest)
 
 
 @pytest.mark.parametrize("version", ["0.3.2", "0.31.9", "0.33.0", "0.320.0", "1.32.0", "32.0", "dev", ""])
 def test_any_other_version_is_refused_with_those_that_are_not(version):
     with pytest.raises(UnsupportedConfigError) as error:
-        compat.check_version(version)
+        release_lines.check_version(version)
     assert f"vLLM {version} is not supported" in str(error.value)
-    assert all(line in str(error.value).partition("lines:")[2] for line in compat.SUPPORTED)
+    assert all(line in str(error.value).partition("lines:")[2] for line in release_lines.SUPPORTED)
 
 
 def test_the_cuda_platform_takes_its_own_lines():
-    for line in compat.CUDA_LINES:
-        compat.check_version(f"{line}.0+cu130", on_gpus=True)
+    for line in release_lines.CUDA_LINES:
+        release_lines.check_version(f"{line}.0+cu130", on_gpus=True)
     with pytest.raises(UnsupportedConfigError, match=r"on GPUs; supported release lines: 0\.23, 0\.32"):
-        compat.check_version("0.24.0", on_gpus=True)
+        release_lines.check_version("0.24.0", on_gpus=True)
 
 
 def test_the_installed_vllm_has_a_module_of_its_own():
     import vllm
 
-    assert compat.current().__name__ == compat.SUPPORTED[compat.release_line(vllm.__version__)]
+    assert compat.current().__name__ == release_lines.SUPPORTED[release_lines.release_line(vllm.__version__)]
 
 
 SHARED = ("fused_moe.py", "groups.py", "step_planner.py")  # modules of the plugin that serve every line
@@ -69,7 +69,7 @@ SHARED = ("fused_moe.py", "groups.py", "step_planner.py")  # modules of the plug
 
 def test_every_line_has_the_functions_that_the_plugin_calls_there():
     def signatures(line: str) -> dict[str, str]:
-        source = Path(util.find_spec(compat.SUPPORTED[line]).origin).read_text(
+        source = Path(util.find_spec(release_lines.SUPPORTED[line]).origin).read_text(
             "utf-8"
         )  # not imported: it needs its vLLM
         functions = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]
@@ -90,9 +90,9 @@ def test_every_line_has_the_functions_that_the_plugin_calls_there():
     assert "register_out_of_tree" in on_cpu
     on_ascend = called(*plugin.glob("ascend/*.py"))
     assert "replace_choice" in on_ascend
-    tables = {line: signatures(line) for line in compat.SUPPORTED}
+    tables = {line: signatures(line) for line in release_lines.SUPPORTED}
     for line, table in tables.items():
-        needed = shared | (on_ascend if line in compat.BESIDE_VLLM_ASCEND else on_cpu)
+        needed = shared | (on_ascend if line in release_lines.BESIDE_VLLM_ASCEND else on_cpu)
         assert needed <= set(table), line
         assert {name: table[name] for name in shared} == {name: tables["0.32"][name] for name in shared}, line
 
@@ -123,7 +123,7 @@ def test_a_process_with_an_unsupported_vllm_ends_and_says_why():
     assert process.returncode != 0
     assert "started" not in process.stdout
     assert "UnsupportedConfigError: vLLM 0.99.1 is not supported by vllm_npu" in process.stderr
-    assert all(line in process.stderr for line in compat.SUPPORTED)
+    assert all(line in process.stderr for line in release_lines.SUPPORTED)
     assert 'VLLM_PLUGINS=""' in process.stderr
 
 

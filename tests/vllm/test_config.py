@@ -1,5 +1,6 @@
 """What a configuration may ask for: read and refused when vLLM builds its configuration, before any process starts."""
 
+import json
 import os
 
 import pytest
@@ -11,10 +12,12 @@ from vllm.config import ParallelConfig, VllmConfig
 from vllm.plugins import load_general_plugins
 
 from vllm_npu.cli.tiny_models import DEEPSEEK_V2, QWEN3_MOE, write_tiny_model
-from vllm_npu.errors import UnsupportedConfigError
-from vllm_npu.plugin import compat, options
+from vllm_npu.errors import HcclBufferError, UnsupportedConfigError, UnsupportedDeviceError
+from vllm_npu.limits import DEVICES
+from vllm_npu.plugin import compat, engine_check, options
 from vllm_npu.plugin.options import Options
 from vllm_npu.plugin.platform import THREADS_BIND
+from vllm_npu.start_checks import PlannedShape
 from vllm_npu.strategies import STRATEGIES
 
 EP2 = {"tensor_parallel_size": 2, "enable_expert_parallel": True}
@@ -170,6 +173,50 @@ def test_balancing_needs_vllms_first_model_runner(model, environment):
     environment.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
     with pytest.raises(ValueError, match="set VLLM_USE_V2_MODEL_RUNNER=0"):
         engine_config(model, **EP2, **EPLB)
+
+
+@pytest.mark.parametrize(
+    ("config", "ranks", "message"),
+    [
+        (
+            {"num_experts": 6},
+            4,
+            "6 experts do not divide over ep_size=4; choose tp_size * dp_size = 3 or 6, or add 2 redundant",
+        ),
+        ({"num_experts": 64}, 4, None),
+    ],
+)
+def test_a_model_that_the_planner_forbids_is_refused_before_a_process_starts(tmp_path, config, ranks, message):
+    folder = write_tiny_model(QWEN3_MOE, tmp_path / "model")
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | config))
+    arguments = {"tensor_parallel_size": ranks // 2, "data_parallel_size": 2, "enable_expert_parallel": True}
+    if message is None:
+        layer = engine_check.configured_layer(engine_config(str(folder), **arguments))
+        assert (layer.num_experts, layer.top_k, layer.hidden_size) == (64, 2, 256)
+        return
+    with pytest.raises(ValueError) as error:
+        engine_config(str(folder), **arguments)
+    assert message in str(error.value)
+
+
+def test_the_planner_sees_the_steps_that_vllm_is_configured_for(model):
+    config = engine_config(model, max_num_seqs=24, max_num_batched_tokens=256, **EP2)
+    assert engine_check.planned_shape(config) == PlannedShape(decode_tokens=24)
+
+
+def test_on_an_npu_the_same_check_names_the_buffer(model, environment):
+    """The check as the platform beside vllm-ascend calls it, on the configuration of an engine here."""
+    config = engine_config(model, max_num_seqs=24, dtype="bfloat16", **EP2)
+    config.model_config.hf_text_config.hidden_size = 7168
+    environment.setenv("HCCL_BUFFSIZE", "1")
+    with pytest.raises(HcclBufferError, match=r"export HCCL_BUFFSIZE=\d+ on every rank"):
+        engine_check.check_engine(config, DEVICES["A3"])
+    environment.setenv("HCCL_BUFFSIZE", "200")
+    engine_check.check_engine(config, DEVICES["A3"])
+    config.additional_config = {"vllm_npu": {"moe_comm": "mc2"}}
+    with pytest.raises(UnsupportedDeviceError, match="310P has no MC2; use allgather"):
+        engine_check.check_engine(config, DEVICES["310P"])
 
 
 def test_one_rank_may_ask_for_what_it_does_not_use(model):

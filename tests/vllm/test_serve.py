@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -63,6 +64,7 @@ def test_concurrent_streams_get_vanilla_tokens(
 
         with ThreadPoolExecutor(len(TEXTS)) as pool:
             assert list(pool.map(stream, TEXTS, TEXT_MAX_TOKENS)) == expected
+        check_metrics(f"http://127.0.0.1:{port}/metrics", num_tokens=sum(map(len, expected)))
         log = server.log()
         assert "MoE communication: all2all" in log, log
 
@@ -71,6 +73,36 @@ def test_concurrent_streams_get_vanilla_tokens(
     results = json.loads(report.read_text())
     assert results["exit_status"] == server.process.returncode == 0
     assert results["moe_comm"] == "all2all"
+    assert not list(short_folder.glob("vllm-npu-metrics-*")), "what the processes counted goes with the server"
+
+
+def check_metrics(url: str, num_tokens: int) -> None:
+    """What the two workers counted, at the API server's endpoint, among vLLM's own series."""
+    from prometheus_client.parser import text_string_to_metric_families
+
+    with urllib.request.urlopen(url, timeout=60) as answer:
+        samples = [
+            sample for family in text_string_to_metric_families(answer.read().decode()) for sample in family.samples
+        ]
+
+    def of(name: str) -> dict[tuple[str | None, str], float]:
+        found = [sample for sample in samples if sample.name == f"vllm_npu:moe_{name}_total"]
+        return {(sample.labels.get("strategy"), sample.labels["rank"]): sample.value for sample in found}
+
+    ranks = {("all2all", "0"), ("all2all", "1")}
+    steps = of("steps")
+    assert set(steps) == ranks
+    assert steps[("all2all", "0")] == steps[("all2all", "1")] > max(TEXT_MAX_TOKENS), "ranks step together"
+    tokens = of("tokens")
+    assert set(tokens) == ranks
+    assert sum(tokens.values()) > num_tokens, "the prompts' tokens are counted as well"
+    sent = of("sent_bytes")
+    assert set(sent) == ranks
+    assert all(count > tokens[rank] for rank, count in sent.items())
+    assert of("agreement_failures") == {(None, "0"): 0, (None, "1"): 0}
+    assert of("fallbacks") == {}
+    own = {sample.name for sample in samples}
+    assert {"vllm:generation_tokens_total", "vllm:num_requests_running"} <= own, "vLLM's own series are still there"
 
 
 class Server:
@@ -112,7 +144,8 @@ def running_server(model: Path, folder: Path, *options: str) -> Iterator[Server]
     """The server, once it answers, with `folder` for its sockets; stopped if the test fails."""
     server = Server(
         [str(model), "--moe-comm", "all2all", *VLLM_OPTIONS, *options],
-        os.environ | {"TMPDIR": str(folder), "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"},
+        os.environ
+        | {"TMPDIR": str(folder), "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_NPU_METRICS": "1"},
     )
     try:
         server.wait_until_started()

@@ -1,93 +1,25 @@
-"""The command line: `vllm-npu COMMAND`. A command's module is imported when the command runs, so help is instant."""
+"""The command line: `vllm-npu COMMAND`. See app.COMMANDS.
+
+Standard library only at first: doctor has to start where no other package can be imported.
+"""
 
 import sys
-from dataclasses import dataclass
-from importlib import import_module
 
-import typer
-from rich.console import Console
-
-from vllm_npu import __version__
 from vllm_npu.errors import VllmNpuError
-
-
-@dataclass(frozen=True, slots=True)
-class CommandRow:
-    """One command: where its function is, how it reads its arguments, what `vllm-npu --help` says about it."""
-
-    function: str  # "module:name"
-    summary: str
-    reads_raw_arguments: bool = False  # True: the function takes a list of strings; False: typer reads its signature
-
-
-COMMANDS = {
-    "demo": CommandRow("vllm_npu.cli.demo:demo", "Every strategy in real vLLM on a tiny model, against vanilla vLLM."),
-    "verify": CommandRow("vllm_npu.cli.verify:verify", "Every strategy on real ranks against a dense reference."),
-    "bench": CommandRow("vllm_npu.cli.bench:bench", "Times of every strategy beside its peers, in one run."),
-    "bench eplb": CommandRow(
-        "vllm_npu.cli.bench_eplb:bench_eplb", "Times of moving experts between ranks, by every communicator."
-    ),
-    "plan": CommandRow("vllm_npu.cli.plan:plan", "Legal strategies, bytes and HCCL buffer of a layer on Ascend chips."),
-    "doctor": CommandRow("vllm_npu.cli.doctor:doctor", "What is wrong with this environment, and what to do about it."),
-    "serve": CommandRow(
-        "vllm_npu.cli.serve:serve", "vLLM's OpenAI-compatible server with this plugin on.", reads_raw_arguments=True
-    ),
-}
 
 
 def main() -> None:
     """Entry point of `vllm-npu`. Exit status: 0, 1 for a failure, 2 for wrong usage, or what the command says."""
     try:
-        _build_app()(prog_name="vllm-npu")
+        if sys.argv[1:2] == ["doctor"]:
+            from vllm_npu.cli.doctor import doctor
+
+            doctor(sys.argv[2:])
+        else:
+            from vllm_npu.cli.app import build_app
+
+            build_app()(prog_name="vllm-npu")
     except VllmNpuError as error:
-        Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        red, plain = ("\033[31m", "\033[0m") if sys.stderr.isatty() else ("", "")
+        print(f"{red}error: {error}{plain}", file=sys.stderr)
         sys.exit(1)
-
-
-def _build_app() -> typer.Typer:
-    app = typer.Typer(
-        help="Expert-parallel communication of vLLM for Ascend NPUs, GPUs and CPUs.",
-        no_args_is_help=True,
-        add_completion=False,
-        pretty_exceptions_enable=False,
-    )
-
-    @app.callback(invoke_without_command=True)
-    def options(version: bool = typer.Option(False, "--version", help="Print the version and exit.")) -> None:
-        if version:
-            print(f"vllm_npu {__version__}")
-            raise typer.Exit
-
-    for name, row in COMMANDS.items():
-        app.command(
-            name,
-            help=row.summary,
-            add_help_option=False,  # the command's own help answers
-            context_settings={
-                "allow_extra_args": True,
-                "ignore_unknown_options": True,
-                "allow_interspersed_args": False,
-            },
-        )(_forward)
-    return app
-
-
-def _forward(context: typer.Context) -> None:
-    """Import the command that was asked for and hand it the arguments as they were typed."""
-    name, arguments = str(context.info_name), context.args
-    if arguments and f"{name} {arguments[0]}" in COMMANDS:
-        name, arguments = f"{name} {arguments[0]}", arguments[1:]
-    row = COMMANDS[name]
-    module, _, attribute = row.function.partition(":")
-    function = getattr(import_module(module), attribute)
-    if row.reads_raw_arguments:
-        function(arguments)
-        return
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command(name, help=_unwrapped(function.__doc__ or row.summary))(function)
-    app(args=arguments, prog_name=f"vllm-npu {name}")
-
-
-def _unwrapped(docstring: str) -> str:
-    """One line per paragraph: the terminal's width decides where help breaks, not the source's."""
-    return "\n\n".join(" ".join(paragraph.split()) for paragraph in docstring.split("\n\n"))

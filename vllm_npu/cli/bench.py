@@ -14,6 +14,7 @@ from rich.progress import track
 from rich.table import Table
 
 from vllm_npu.benchmark import STRATEGY, Workload, best, counts_of, measure, with_ratios
+from vllm_npu.cli.charts import import_pyplot
 from vllm_npu.cli.devices import TRANSPORT_CHOICES, rank_pool, split_symmetric
 from vllm_npu.cli.layers import DTYPES, moe_layer
 from vllm_npu.errors import UnsupportedConfigError
@@ -110,18 +111,6 @@ def _counts(text: str) -> list[int]:
     if not counts or min(counts) < 1:
         raise UnsupportedConfigError(f"--tokens {text!r}: give counts of 1 or more by commas, such as 1,8,512")
     return counts
-
-
-def import_pyplot() -> Any:
-    """matplotlib without a screen. Raises UnsupportedConfigError where it is not installed."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise UnsupportedConfigError(f"--plot needs matplotlib ({error}); pip install 'vllm-npu[bench]'") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
 
 
 def _draw(rows: list[dict[str, Any]], title: str, path: Path) -> None:

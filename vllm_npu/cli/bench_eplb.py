@@ -14,7 +14,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from vllm_npu.cli.bench import BETWEEN_PROCESSES, import_pyplot
+from vllm_npu.cli.bench import BETWEEN_PROCESSES
+from vllm_npu.cli.charts import import_pyplot
 from vllm_npu.cli.devices import rank_pool
 from vllm_npu.cli.layers import DTYPES
 from vllm_npu.eplb.benchmark import (

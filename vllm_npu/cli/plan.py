@@ -1,28 +1,20 @@
 """`vllm-npu plan`: which strategies a layer may use on a device, what auto takes, and what to set."""
 
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from vllm_npu.cli.layers import DTYPES, moe_layer
+from vllm_npu.cli.layers import DTYPES, layer_of_model
+from vllm_npu.envs import HCCL_BUFFSIZE
 from vllm_npu.errors import UnsupportedConfigError
-from vllm_npu.limits import DEVICES, HCCL_BUFFSIZE_DEFAULT_MB, MoELayer
+from vllm_npu.limits import DEVICES
 from vllm_npu.planning import LayerPlan, plan_layer
 from vllm_npu.topology import ExpertPlacement, ParallelTopology
-
-# Where model families keep them in config.json; the first key that is there counts.
-CONFIG_KEYS = {
-    "experts": ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts"),
-    "topk": ("num_experts_per_tok", "moe_topk", "moe_top_k", "num_experts_per_token"),
-    "hidden": ("hidden_size",),
-    "dtype": ("torch_dtype", "dtype"),
-}
 
 
 def plan(
@@ -51,11 +43,11 @@ def plan(
         raise UnsupportedConfigError(
             f"--ep {ep} is not a multiple of --tp {tp}; the experts lie on all ranks of the grid"
         )
-    layer = _layer(model, experts, topk, hidden, dtype)
+    layer = layer_of_model(model, experts=experts, topk=topk, hidden=hidden, dtype=dtype)
     ExpertPlacement(layer.num_experts, ep)
     topology = ParallelTopology.of_rank(0, tp_size=tp, dp_size=ep // tp)
     planned = plan_layer(layer, topology, DEVICES[soc], tokens)
-    todo = advice(planned, int(os.environ.get("HCCL_BUFFSIZE") or HCCL_BUFFSIZE_DEFAULT_MB))
+    todo = advice(planned, HCCL_BUFFSIZE.read_whole_number())
     if json_path is not None:
         json_path.write_text(json.dumps({**asdict(planned), "advice": todo}, indent=2) + "\n")
     _print(
@@ -74,28 +66,6 @@ def advice(planned: LayerPlan, buffer_mb: int) -> list[str]:
         if buffer.needed_mb is not None:
             break
     return []
-
-
-def _layer(
-    model: Path | None, experts: int | None, topk: int | None, hidden: int | None, dtype: str | None
-) -> MoELayer:
-    given: dict[str, Any] = {"experts": experts, "topk": topk, "hidden": hidden, "dtype": dtype}
-    config: dict[str, Any] = {}
-    if model is not None:
-        path = model / "config.json" if model.is_dir() else model
-        try:
-            config = json.loads(path.read_text())
-        except (OSError, json.JSONDecodeError) as error:
-            raise UnsupportedConfigError(f"--model {path} cannot be read as a config.json: {error}") from error
-        config = config | config.get("text_config", {})  # multimodal models keep the language model's there
-    for name, keys in CONFIG_KEYS.items():
-        if given[name] is None:
-            given[name] = next((config[key] for key in keys if config.get(key) is not None), None)
-    given["dtype"] = given["dtype"] or "bfloat16"
-    missing = [f"--{name}" for name, value in given.items() if value is None]
-    if missing:
-        raise UnsupportedConfigError(f"{', '.join(missing)} not given, nor in --model's config.json; give them")
-    return moe_layer(**given)
 
 
 def _print(planned: LayerPlan, todo: list[str], title: str) -> None:

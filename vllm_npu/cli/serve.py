@@ -4,19 +4,22 @@ import json
 import os
 import signal
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Final
 
 from vllm_npu.cli.engines import require_vllm
 from vllm_npu.cli.process_tree import ProcessTree
-from vllm_npu.envs import MOE_COMM
+from vllm_npu.envs import METRICS, MOE_COMM
 from vllm_npu.errors import UnsupportedConfigError
 from vllm_npu.plugin.entry_points import PLUGIN_NAME
 
 FORWARDED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
+METRICS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"  # prometheus_client's; vLLM's endpoint adds up what is in it
 LEFTOVER_SECONDS: Final = 5.0  # for vLLM's helpers to end after the server has
 
 HELP = """\
@@ -49,7 +52,8 @@ def serve(arguments: Sequence[str]) -> None:
     require_vllm()
 
     started = time.monotonic()
-    status = _run(command, _server_environment(moe_comm))
+    with _metrics_folder() as folder:
+        status = _run(command, _server_environment(moe_comm) | folder)
     if json_path is not None:
         report = {
             "command": command,
@@ -59,6 +63,16 @@ def serve(arguments: Sequence[str]) -> None:
         }
         Path(json_path).write_text(json.dumps(report, indent=1) + "\n")
     sys.exit(status)
+
+
+@contextmanager
+def _metrics_folder() -> Iterator[dict[str, str]]:
+    """The variable that names where processes leave what they count for /metrics, if that is wanted and not set."""
+    if not METRICS.read_flag() or os.environ.get(METRICS_FOLDER):
+        yield {}
+        return
+    with tempfile.TemporaryDirectory(prefix="vllm-npu-metrics-") as folder:
+        yield {METRICS_FOLDER: folder}
 
 
 def _run(command: list[str], environment: dict[str, str]) -> int:

@@ -1,7 +1,7 @@
 """The vLLM plugin, and the only place that imports vllm. vLLM finds the two functions below by entry points."""
 
 from vllm_npu import envs
-from vllm_npu.plugin import entry_points
+from vllm_npu.plugin import entry_points, release_lines
 
 
 def register_platform() -> str | None:
@@ -36,17 +36,16 @@ def register_layers() -> None:
     conflict = entry_points.conflict()
     if conflict is not None:
         raise PluginConflictError(conflict)
+    import vllm
     from vllm.platforms import current_platform
-
-    from vllm_npu.plugin import compat
 
     if current_platform.is_cuda():
         if envs.CUDA_PLATFORM.read_flag():
-            compat.check_version(on_gpus=True)
+            release_lines.check_version(vllm.__version__, on_gpus=True)
         return
-    compat.check_version()
+    release_lines.check_version(vllm.__version__)
     on_ascend = entry_points.vllm_ascend_is_installed()
-    compat.check_base(vllm_ascend_is_installed=on_ascend)
+    release_lines.check_base(vllm.__version__, vllm_ascend_is_installed=on_ascend)
     if on_ascend:
         return
     from vllm_npu.plugin.platform import NPUPlatformOnCPU

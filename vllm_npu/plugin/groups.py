@@ -14,8 +14,8 @@ from vllm_npu.transport.recording import CollectiveCounter, record
 
 @cache
 def collective_counter() -> CollectiveCounter | None:
-    """This process's counter, or None where VLLM_NPU_COUNT_COLLECTIVES is 0."""
-    return CollectiveCounter() if envs.COUNT_COLLECTIVES.read_flag() else None
+    """This process's counter, or None where VLLM_NPU_COUNT_COLLECTIVES and VLLM_NPU_METRICS are 0."""
+    return CollectiveCounter() if envs.COUNT_COLLECTIVES.read_flag() or envs.METRICS.read_flag() else None
 
 
 @cache

@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, Any
 from vllm.logger import init_logger
 from vllm.platforms.cpu import CpuPlatform
 
+from vllm_npu.limits import PORTABLE
 from vllm_npu.plugin import compat, options
+from vllm_npu.plugin.engine_check import check_engine
 
 if TYPE_CHECKING:
     from vllm.config import ParallelConfig, VllmConfig
@@ -37,6 +39,7 @@ class NPUPlatformOnCPU(CpuPlatform):
         check_eplb(vllm_config)
         release.set_eplb_worker(vllm_config)
         super().check_and_update_config(vllm_config)
+        check_engine(vllm_config, PORTABLE)
         parallel_config = vllm_config.parallel_config
         if not parallel_config.worker_extension_cls:
             parallel_config.worker_extension_cls = "vllm_npu.plugin.worker_extension.MoECommWorkerExtension"

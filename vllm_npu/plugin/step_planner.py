@@ -1,5 +1,6 @@
 """Once a step, on every rank: plan it, vote on the plan, and choose the strategy."""
 
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from vllm.config import CUDAGraphMode
@@ -10,8 +11,9 @@ from vllm_npu.agreement import agree
 from vllm_npu.errors import PlanDisagreementError
 from vllm_npu.plugin import compat
 from vllm_npu.plugin.forward_context import PlannedStep, as_additional_context, running_step
-from vllm_npu.plugin.groups import model_groups, vote_transport
+from vllm_npu.plugin.groups import collective_counter, model_groups, vote_transport
 from vllm_npu.plugin.layer_facts import LayerFacts
+from vllm_npu.plugin.metrics import StepMetrics
 from vllm_npu.plugin.options import Options
 from vllm_npu.start_checks import describe_capacity
 from vllm_npu.step_plan import StepPlan
@@ -40,12 +42,15 @@ class StepPlanner:
         self.num_layers = len(layers)
         self.steps = 0
         self.tokens = 0
+        self.calls_reported: Counter[str] = Counter()  # of collectives, by moe_comm_counters
+        self.bytes_reported: Counter[str] = Counter()
         self._agreed: str | None = None
         self._sharding = layers[0].sharding
         self._layer = layers[0].moe_layer
         self._layer_facts = "; ".join(sorted({str(layer) for layer in layers}))
         self._topology = model_groups(expert_parallel=layers[0].use_ep).topology
         self._device = compat.current().device_limits(vllm_config, layers, self._topology)
+        self._metrics = StepMetrics.if_wanted(self._topology, collective_counter())
 
     def propose(self, name: str) -> None:
         """Ask for another strategy from the next step on. LOCAL. Raises UnsupportedConfigError for one that cannot be."""
@@ -68,13 +73,22 @@ class StepPlanner:
     def plan(self, num_tokens_across_dp: list[int], *, captured: bool = False) -> PlannedStep:
         """Plan a step. COLLECTIVE over the grid: the vote's all-gather of 16 bytes, on CPU."""
         plan = StepPlan(num_tokens_across_dp=tuple(num_tokens_across_dp), sharding=self._sharding, captured=captured)
-        requested = self._vote(plan)
+        try:
+            requested = self._vote(plan)
+        except PlanDisagreementError:
+            if self._metrics is not None:
+                self._metrics.plans_differ()
+            raise
         selection = select(requested, self._topology, plan, layer=self._layer, device=self._device)
         if self._topology.rank == 0 and (self.selection is None or self.selection.strategy != selection.strategy):
             logger.info("MoE communication: %s on %s (%s)", selection.strategy, self._topology, selection.reason)
+        num_tokens = num_tokens_across_dp[self._topology.dp_rank]
+        if self._metrics is not None:
+            is_fallback = requested not in (AUTO, selection.strategy)
+            self._metrics.begin_step(requested, selection.strategy, num_tokens, is_fallback=is_fallback)
         self.selection = selection
         self.steps += 1
-        self.tokens += num_tokens_across_dp[self._topology.dp_rank]
+        self.tokens += num_tokens
         return PlannedStep(plan, selection.strategy)
 
     def _vote(self, plan: StepPlan) -> str:

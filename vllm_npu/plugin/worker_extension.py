@@ -1,11 +1,13 @@
 """Calls that a served model's workers understand, through vLLM's collective_rpc."""
 
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from vllm_npu.errors import InvalidInputError
 from vllm_npu.plugin import compat
 from vllm_npu.plugin.groups import collective_counter
 from vllm_npu.plugin.step_planner import StepPlanner, planner_of
+from vllm_npu.transport.recording import CollectiveCounter
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -30,15 +32,17 @@ class MoECommWorkerExtension:
         collectives and bytes sent; where moe_comm=compare, how many layer calls differed; where experts are balanced,
         rearrangements and experts received. LOCAL."""
         planner = _planner(self.vllm_config)
-        counter = collective_counter()
+        counter = collective_counter() or CollectiveCounter()
+        calls, sent = counter.calls - planner.calls_reported, counter.bytes_sent - planner.bytes_reported
+        planner.calls_reported, planner.bytes_reported = Counter(counter.calls), Counter(counter.bytes_sent)
         report = {
             "strategy": planner.selection.strategy if planner.selection else None,
             "reason": planner.selection.reason if planner.selection else None,
             "steps": planner.steps,
             "moe_layer_calls": planner.steps * planner.num_layers,
             "tokens": planner.tokens,
-            "calls": dict(counter.calls) if counter else {},
-            "bytes_sent": counter.bytes_sent.total() if counter else 0,
+            "calls": dict(calls),
+            "bytes_sent": sent.total(),
         }
         if planner.comparison is not None:
             report["comparison"] = planner.comparison.take()
@@ -46,8 +50,6 @@ class MoECommWorkerExtension:
         if balanced is not None:
             report["eplb"] = balanced
         planner.steps = planner.tokens = 0
-        if counter:
-            counter.reset()
         return report
 
 

@@ -3,9 +3,12 @@
 from typing import TYPE_CHECKING, Any
 
 from vllm_ascend.platform import NPUPlatform
+from vllm_ascend.utils import get_ascend_device_type
 
 from vllm_npu.errors import UnsupportedConfigError
+from vllm_npu.limits import DEVICES
 from vllm_npu.plugin import options
+from vllm_npu.plugin.engine_check import check_engine
 from vllm_npu.plugin.options import Mode, Options
 
 if TYPE_CHECKING:
@@ -23,6 +26,7 @@ class NPUPlatformOnAscend(NPUPlatform):
         """Our checks, then vllm-ascend's. Raises UnsupportedConfigError."""
         options.check_config(vllm_config, beside_vllm_ascend=True)
         super().check_and_update_config(vllm_config)
+        check_engine(vllm_config, DEVICES[get_ascend_device_type().name.strip("_")])
         parallel_config = vllm_config.parallel_config
         if Options.of(vllm_config).mode is Mode.OFF or parallel_config.worker_cls == OUR_WORKER:
             return

@@ -7,13 +7,12 @@ context's `moe_comm_type` and `moe_comm_method`, `AscendFusedMoE.forward_impl`, 
 MIN_SUPPORTED >= the first release line in which the layer itself can be replaced (AscendMoERunner).
 """
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from vllm.config import CUDAGraphMode, VllmConfig
+from vllm.config import VllmConfig
 from vllm.distributed.parallel_state import GroupCoordinator
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.fused_moe.layer import FusedMoE
@@ -28,11 +27,13 @@ from vllm_ascend.quantization.quant_type import QuantType
 from vllm_ascend.utils import enable_sp, enable_sp_by_pass, should_skip_allreduce_across_dp_group
 
 from vllm_npu.device.npu_ops import device_limits as limits_of_this_npu
+from vllm_npu.envs import HCCL_BUFFSIZE
 from vllm_npu.errors import UnsupportedConfigError
-from vllm_npu.limits import HCCL_BUFFSIZE_DEFAULT_MB, DeviceLimits, QuantMode
+from vllm_npu.limits import DeviceLimits, QuantMode
+from vllm_npu.plugin.engine_check import planned_shape
 from vllm_npu.plugin.layer_facts import LayerFacts, exchanges_tokens
 from vllm_npu.plugin.options import Options
-from vllm_npu.start_checks import PlannedShape, check_start
+from vllm_npu.start_checks import check_start
 from vllm_npu.step_plan import TokenSharding
 from vllm_npu.topology import ParallelTopology
 from vllm_npu.transport.base import Transport
@@ -103,15 +104,6 @@ def transports(
 
 def device_limits(vllm_config: VllmConfig, layers: list[LayerFacts], topology: ParallelTopology) -> DeviceLimits:
     """What this NPU can run of these layers. Raises the errors of start_checks.check_start."""
-    scheduler = vllm_config.scheduler_config
-    speculative = vllm_config.speculative_config
-    tokens_per_sequence = 1 + (speculative.num_speculative_tokens if speculative is not None else 0)
-    compilation = vllm_config.compilation_config
-    graphs = compilation.cudagraph_mode not in (None, CUDAGraphMode.NONE)
-    shape = PlannedShape(
-        decode_tokens=min(scheduler.max_num_seqs * tokens_per_sequence, scheduler.max_num_batched_tokens),
-        graph_tokens=tuple(compilation.cudagraph_capture_sizes or ()) if graphs else (),
-    )
     limits = limits_of_this_npu()
     for layer in layers:
         limits = check_start(
@@ -119,8 +111,8 @@ def device_limits(vllm_config: VllmConfig, layers: list[LayerFacts], topology: P
             topology,
             layer.moe_layer,
             limits,
-            shape=shape,
-            hccl_buffer_mb=int(os.environ.get("HCCL_BUFFSIZE") or HCCL_BUFFSIZE_DEFAULT_MB),
+            shape=planned_shape(vllm_config),
+            hccl_buffer_mb=HCCL_BUFFSIZE.read_whole_number(),
         )
     return limits
 

@@ -1,0 +1,98 @@
+"""What a rank counts of its steps. How that reaches /metrics is in test_serve.py."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.vllm.vllm_ranks import (
+    HIDDEN,
+    NUM_EXPERTS,
+    TP2_DP2,
+    Grid,
+    VllmRanks,
+    build_layer,
+    integers,
+    make_config,
+    ranks,  # noqa: F401
+    vllm_step,
+)
+from vllm_npu.errors import PlanDisagreementError
+from vllm_npu.topology import ParallelTopology
+
+COUNTS = (3, 5)  # tokens of the DP ranks
+TOO_MANY = (600 * TP2_DP2.tp, 1)  # for mc2, which takes 512 a rank
+
+
+def run_steps(grid: Grid, folder: str) -> tuple[dict[tuple[str, ...], float], list[int]]:
+    """One failed vote, two steps of mc2, one of all2all and one that mc2 cannot take; this rank's series, and the bytes."""
+    from prometheus_client import REGISTRY
+
+    from vllm_npu.plugin.groups import collective_counter
+    from vllm_npu.plugin.step_planner import planner_of
+
+    os.environ |= {"VLLM_NPU_METRICS": "1", "PROMETHEUS_MULTIPROC_DIR": folder}
+    try:
+        config = make_config(grid, moe_comm="mc2" if grid.rank else "naive")
+        layer = build_layer(grid, config)
+        before = collective_counter().bytes_sent.total()
+
+        def step(counts: tuple[int, ...], *, run: bool) -> None:
+            with vllm_step(grid, config, counts):
+                if run:
+                    num_tokens = counts[grid.dp_rank]
+                    layer(torch.ones(num_tokens, HIDDEN), integers(grid.dp_rank, num_tokens, NUM_EXPERTS))
+
+        with pytest.raises(PlanDisagreementError):
+            step(COUNTS, run=False)
+        planner = planner_of(config)
+        planner.propose("mc2")
+        step(COUNTS, run=True)
+        step(COUNTS, run=True)
+        sent_by_mc2 = collective_counter().bytes_sent.total() - before
+        step(TOO_MANY, run=False)
+        planner.propose("all2all")
+        step(COUNTS, run=True)
+        step(COUNTS, run=False)  # counts the bytes of the one before
+        series = {
+            (sample.name.removeprefix("vllm_npu:moe_"), *(sample.labels[key] for key in sorted(sample.labels))): sample.value
+            for family in REGISTRY.collect()
+            for sample in family.samples
+            if sample.name.startswith("vllm_npu:") and sample.name.endswith("_total")
+        }  # fmt: skip
+        total = collective_counter().bytes_sent.total() - before
+    finally:
+        del os.environ["VLLM_NPU_METRICS"], os.environ["PROMETHEUS_MULTIPROC_DIR"]
+    return series, [sent_by_mc2, total - sent_by_mc2]
+
+
+def test_steps_tokens_bytes_fallbacks_and_failed_votes(ranks: VllmRanks, tmp_path: Path):  # noqa: F811
+    for process, (series, sent) in enumerate(ranks.run(run_steps, TP2_DP2, str(tmp_path))):
+        rank = str(process)
+        dp_rank, is_first_of_tp = process // TP2_DP2.tp, process % TP2_DP2.tp == 0
+        assert series[("agreement_failures_total", rank)] == 1
+        assert series[("steps_total", rank, "mc2")] == 2
+        assert series[("steps_total", rank, "all2all")] == 3
+        assert series[("fallbacks_total", rank, "mc2", "all2all")] == 1
+        if is_first_of_tp:
+            assert series[("tokens_total", rank, "mc2")] == 2 * COUNTS[dp_rank]
+            assert series[("tokens_total", rank, "all2all")] == 2 * COUNTS[dp_rank] + TOO_MANY[dp_rank]
+        else:
+            assert ("tokens_total", rank, "mc2") not in series, "its DP rank's tokens are counted by the first"
+        assert [series[("sent_bytes_total", rank, name)] for name in ("mc2", "all2all")] == sent
+        assert min(sent) > 0
+
+
+def test_without_a_folder_nothing_is_counted_and_the_log_says_so(monkeypatch):
+    from vllm_npu.plugin import metrics
+
+    warnings = []
+    monkeypatch.setattr(metrics.logger, "warning_once", lambda text, *args: warnings.append(text % args))
+    monkeypatch.delenv(metrics.FOLDER, raising=False)
+    topology = ParallelTopology.of_rank(0, tp_size=1, dp_size=2)
+    assert metrics.StepMetrics.if_wanted(topology, None) is None
+    assert warnings == []
+    monkeypatch.setenv("VLLM_NPU_METRICS", "1")
+    assert metrics.StepMetrics.if_wanted(topology, None) is None
+    assert ["PROMETHEUS_MULTIPROC_DIR is not set" in text for text in warnings] == [True]

@@ -1,0 +1,6 @@
+"""`python -m vllm_npu`: the same as the command `vllm-npu`."""
+
+from vllm_npu.cli import main
+
+if __name__ == "__main__":
+    main()

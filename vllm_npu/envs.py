@@ -57,6 +57,11 @@ COUNT_COLLECTIVES = Variable(
     "0",
     "1 counts calls and bytes of every collective, for the worker call moe_comm_counters.",
 )
+RECORD = Variable(
+    "VLLM_NPU_RECORD",
+    "",
+    "Folder where each rank keeps a trace of its last collectives, for `vllm-npu doctor --trace`; empty: none.",
+)
 TRANSPORT_TIMEOUT = Variable(
     "VLLM_NPU_TRANSPORT_TIMEOUT",
     "60",
@@ -95,6 +100,7 @@ VARIABLES = (
     MOE_COMM,
     CUDA_PLATFORM,
     COUNT_COLLECTIVES,
+    RECORD,
     TRANSPORT_TIMEOUT,
     HCCL_OPS,
     EMULATOR,

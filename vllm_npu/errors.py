@@ -59,5 +59,9 @@ class TransportError(VllmNpuError, RuntimeError):
         self.rank = rank
         self.detail = detail
 
+    def with_detail(self, more: str) -> "TransportError":
+        """The same error, which says more."""
+        return type(self)(self.operation, self.group, self.rank, f"{self.detail}\n{more}")
+
     def __reduce__(self) -> tuple[type["TransportError"], tuple[str, str, int, str]]:
         return type(self), (self.operation, self.group, self.rank, self.detail)

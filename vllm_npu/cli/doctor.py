@@ -25,6 +25,7 @@ from rich.text import Text
 
 import vllm_npu
 from vllm_npu import envs
+from vllm_npu.cli.traces import compare_traces
 from vllm_npu.emulator import build, cann, loader, shared_memory, soc
 from vllm_npu.errors import NativeBuildError, UnsupportedConfigError
 from vllm_npu.hccl.build import TOKEN_OPS
@@ -53,6 +54,8 @@ class Finding:
 
 
 def doctor(
+    traces: Annotated[list[Path] | None, typer.Argument(help="With --trace: its files, or their folder.")] = None,
+    trace: Annotated[bool, typer.Option("--trace", help="Only compare ranks' traces, of VLLM_NPU_RECORD.")] = False,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the findings here.")] = None,
 ) -> None:
     """Look for what commonly goes wrong, and say what to do.
@@ -60,6 +63,9 @@ def doctor(
     Versions, imports, CANN and drivers, the emulated device, shared memory, plugins, environment variables, cores.
     Works where torch cannot be imported. Exit status 1 if there is a problem.
     """
+    if trace or traces:
+        compare_traces(traces or [], trace, json_path)
+        return
     console = Console()
     findings = []
     for check in CHECKS:
@@ -461,6 +467,7 @@ VALUES: dict[envs.Variable, Callable[[str], str | None]] = {
     envs.CUDA_PLATFORM: is_one_of("0", "1"),
     envs.COUNT_COLLECTIVES: is_one_of("0", "1"),
     envs.HCCL_OPS: is_one_of("0", "1"),
+    envs.RECORD: lambda text: None,
     envs.TRANSPORT_TIMEOUT: is_seconds,
     envs.EMULATOR: is_one_of("0", "1"),
     envs.EMULATOR_SOC: is_soc,

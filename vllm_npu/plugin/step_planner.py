@@ -10,7 +10,7 @@ from vllm_npu.agreement import agree
 from vllm_npu.errors import PlanDisagreementError
 from vllm_npu.plugin import compat
 from vllm_npu.plugin.forward_context import PlannedStep, as_additional_context, running_step
-from vllm_npu.plugin.groups import model_groups, vote_transport
+from vllm_npu.plugin.groups import model_groups, trace_ring, vote_transport
 from vllm_npu.plugin.layer_facts import LayerFacts
 from vllm_npu.plugin.options import Options
 from vllm_npu.start_checks import describe_capacity
@@ -40,6 +40,7 @@ class StepPlanner:
         self.num_layers = len(layers)
         self.steps = 0
         self.tokens = 0
+        self._planned = 0  # steps since the start
         self._agreed: str | None = None
         self._sharding = layers[0].sharding
         self._layer = layers[0].moe_layer
@@ -68,11 +69,16 @@ class StepPlanner:
     def plan(self, num_tokens_across_dp: list[int], *, captured: bool = False) -> PlannedStep:
         """Plan a step. COLLECTIVE over the grid: the vote's all-gather of 16 bytes, on CPU."""
         plan = StepPlan(num_tokens_across_dp=tuple(num_tokens_across_dp), sharding=self._sharding, captured=captured)
+        if (ring := trace_ring()) is not None:
+            ring.enter_step(self._planned, "vote")
         requested = self._vote(plan)
         selection = select(requested, self._topology, plan, layer=self._layer, device=self._device)
         if self._topology.rank == 0 and (self.selection is None or self.selection.strategy != selection.strategy):
             logger.info("MoE communication: %s on %s (%s)", selection.strategy, self._topology, selection.reason)
+        if ring is not None:
+            ring.enter_step(self._planned, selection.strategy)
         self.selection = selection
+        self._planned += 1
         self.steps += 1
         self.tokens += num_tokens_across_dp[self._topology.dp_rank]
         return PlannedStep(plan, selection.strategy)

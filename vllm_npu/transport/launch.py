@@ -24,7 +24,7 @@ from vllm_npu.errors import InvalidInputError, TransportError, UnsupportedConfig
 from vllm_npu.topology import ParallelTopology
 from vllm_npu.transport import transport_class
 from vllm_npu.transport.base import Groups, Transport
-from vllm_npu.transport.recording import CollectiveCounter, record
+from vllm_npu.transport.recording import CollectiveCounter, open_ring, record
 from vllm_npu.transport.threaded import ThreadedGroup, ThreadedTransport
 from vllm_npu.transport.torch_dist import TorchDistTransport
 
@@ -36,6 +36,7 @@ class Rank(ABC):
         self.rank = rank
         self.num_ranks = num_ranks
         self.device = device  # of the tensors that its groups move
+        self.ring = open_ring(rank, num_ranks)  # of VLLM_NPU_RECORD
 
     def groups(
         self, *, tp_size: int, dp_size: int, expert_parallel: bool = True, counter: CollectiveCounter | None = None
@@ -48,8 +49,9 @@ class Rank(ABC):
         topology = ParallelTopology.of_rank(
             self.rank, tp_size=tp_size, dp_size=dp_size, expert_parallel=expert_parallel
         )
-        tp, dp, ep = (record(transport, counter) for transport in self._open(topology))
-        return Groups(topology, tp, dp, ep)
+        members = topology.tp_group, topology.dp_group, tuple(range(self.num_ranks))
+        transports = zip(self._open(topology), members, strict=True)
+        return Groups(topology, *(record(transport, counter, self.ring, ranks) for transport, ranks in transports))
 
     @abstractmethod
     def _open(self, topology: ParallelTopology) -> tuple[Transport, Transport, Transport]:

@@ -21,7 +21,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("cli", "__main__"),
     ("plugin",),
     ("strategies", "pipeline", "verification", "planning", "start_checks", "benchmark"),
-    ("prepare_finalize", "dispatch", "all2all", "eplb", "sequence_parallel", "agreement"),
+    ("prepare_finalize", "dispatch", "all2all", "eplb", "sequence_parallel", "agreement", "self_test"),
     ("transport", "hccl", "device", "kernels"),
     ("topology", "step_plan", "token_layout", "routing", "reference", "limits", "handles", "trace"),
     ("native_build",),

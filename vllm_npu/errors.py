@@ -49,6 +49,10 @@ class PlanDisagreementError(VllmNpuError, RuntimeError):
     """Ranks planned different steps. Raised on every rank, naming ranks and plans, before any collective of the step."""
 
 
+class LyingCollectiveError(VllmNpuError, RuntimeError):
+    """A collective returned wrong data in the start-up self-test. Do not serve with it; the message names call and group."""
+
+
 class TransportError(VllmNpuError, RuntimeError):
     """A collective failed or did not end in time. The group must not be used again; restart its ranks."""
 

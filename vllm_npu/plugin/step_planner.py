@@ -2,17 +2,20 @@
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from vllm.config import CUDAGraphMode
 from vllm.logger import init_logger
+from vllm.platforms import current_platform
 
 from vllm_npu import __version__
 from vllm_npu.agreement import agree
 from vllm_npu.errors import PlanDisagreementError
 from vllm_npu.plugin import compat
 from vllm_npu.plugin.forward_context import PlannedStep, as_additional_context, running_step
-from vllm_npu.plugin.groups import model_groups, trace_ring, vote_transport
+from vllm_npu.plugin.groups import collective_counter, model_groups, trace_ring, vote_transport
 from vllm_npu.plugin.layer_facts import LayerFacts
 from vllm_npu.plugin.options import Options
+from vllm_npu.self_test import OFF, run_self_test
 from vllm_npu.start_checks import describe_capacity
 from vllm_npu.step_plan import StepPlan
 from vllm_npu.strategies import AUTO, STRATEGIES, Selection, check_strategy, select, why_not
@@ -34,7 +37,9 @@ class StepPlanner:
 
     def __init__(self, vllm_config: "VllmConfig", layers: list[LayerFacts]) -> None:
         self._vllm_config = vllm_config
-        self.proposed = Options.of(vllm_config).moe_comm
+        options = Options.of(vllm_config)
+        self.proposed = options.moe_comm
+        self._self_test = options.self_test
         self.selection: Selection | None = None
         self.comparison: Any = None  # of our path with vllm-ascend's, where moe_comm=compare
         self.num_layers = len(layers)
@@ -72,6 +77,8 @@ class StepPlanner:
         if (ring := trace_ring()) is not None:
             ring.enter_step(self._planned, "vote")
         requested = self._vote(plan)
+        if self._planned == 0:
+            self._test_collectives()
         selection = select(requested, self._topology, plan, layer=self._layer, device=self._device)
         if self._topology.rank == 0 and (self.selection is None or self.selection.strategy != selection.strategy):
             logger.info("MoE communication: %s on %s (%s)", selection.strategy, self._topology, selection.reason)
@@ -83,11 +90,24 @@ class StepPlanner:
         self.tokens += num_tokens_across_dp[self._topology.dp_rank]
         return PlannedStep(plan, selection.strategy)
 
+    def _test_collectives(self) -> None:
+        """COLLECTIVE over the grid. Its calls are not counted."""
+        if self._topology.world_size == 1 or self._self_test == OFF:
+            return
+        groups = model_groups(expert_parallel=self._topology.expert_parallel)
+        seconds = run_self_test(groups, vote_transport(), torch.device(current_platform.device_type), self._self_test)
+        if (counter := collective_counter()) is not None:
+            counter.reset()
+        logger.info(
+            "Self-test (%s) of collectives on %s: passed in %.0f ms", self._self_test, self._topology, seconds * 1e3
+        )
+
     def _vote(self, plan: StepPlan) -> str:
         if self._topology.world_size == 1:
             return self.proposed
         text = (
-            f"vllm_npu {__version__}, {self._topology}, {plan}, in force: {self._agreed}, layers: {self._layer_facts}, "
+            f"vllm_npu {__version__}, {self._topology}, self_test {self._self_test}, {plan}, in force: {self._agreed}, "
+            f"layers: {self._layer_facts}, "
             f"{self._device.family} {self._device.capacities}"
         )
         votes = agree(text, vote_transport(), PROPOSALS.index(self.proposed))

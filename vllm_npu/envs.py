@@ -67,6 +67,12 @@ TRANSPORT_TIMEOUT = Variable(
     "60",
     "Seconds after which a collective of a group that this package opens itself fails.",
 )
+COLLECTIVE_DEADLINE = Variable(
+    "VLLM_NPU_COLLECTIVE_DEADLINE",
+    "600",
+    "Seconds after which a collective of a served model fails over gloo, naming the ranks that are late; HCCL obeys "
+    "HCCL_EXEC_TIMEOUT.",
+)
 HCCL_OPS = Variable(
     "VLLM_NPU_HCCL_OPS",
     "1",
@@ -102,6 +108,7 @@ VARIABLES = (
     COUNT_COLLECTIVES,
     RECORD,
     TRANSPORT_TIMEOUT,
+    COLLECTIVE_DEADLINE,
     HCCL_OPS,
     EMULATOR,
     EMULATOR_SOC,

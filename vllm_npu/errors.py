@@ -69,3 +69,18 @@ class TransportError(VllmNpuError, RuntimeError):
 
     def __reduce__(self) -> tuple[type["TransportError"], tuple[str, str, int, str]]:
         return type(self), (self.operation, self.group, self.rank, self.detail)
+
+
+class RankFailureError(TransportError):
+    """A collective failed or was too late because other ranks ended or did not come: the message names them. Restart all."""
+
+    def __init__(self, operation: str, group: str, rank: int, detail: str, ranks: tuple[int, ...] = ()) -> None:
+        super().__init__(operation, group, rank, detail)
+        self.ranks = ranks  # that ended, or, where none did, that are late; numbers in the whole grid
+
+    def with_detail(self, more: str) -> "RankFailureError":
+        """The same error, which says more."""
+        return type(self)(self.operation, self.group, self.rank, f"{self.detail}\n{more}", self.ranks)
+
+    def __reduce__(self) -> tuple[type["RankFailureError"], tuple[str, str, int, str, tuple[int, ...]]]:  # type: ignore[override]
+        return type(self), (self.operation, self.group, self.rank, self.detail, self.ranks)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from vllm_npu.errors import LyingCollectiveError, UnsupportedConfigError
-from vllm_npu.transport.base import Groups, SendRecv, Transport
+from vllm_npu.transport.base import Groups, SendRecv, Transport, gather_texts
 
 QUICK, FULL, OFF = "quick", "full", "off"
 MODES = (QUICK, FULL, OFF)
@@ -203,19 +203,13 @@ def run_self_test(groups: Groups, vote: Transport, device: torch.device, mode: s
         found = faults_of(vote, torch.device("cpu"), mode)
         for transport in (groups.tp, groups.dp, groups.ep):
             found += faults_of(transport, device, mode) if transport.size > 1 else []
-        verdicts = {rank: text for rank, text in enumerate(_tell(found[:1], vote)) if text}
+        verdicts = {
+            rank: text for rank, text in enumerate(gather_texts(vote, "".join(found[:1]), VERDICT_BYTES)) if text
+        }
         verdicts |= {vote.rank: found[0]} if found else {}
         if verdicts:
             raise LyingCollectiveError(_refusal(verdicts))
     return time.perf_counter() - started
-
-
-def _tell(found: list[str], vote: Transport) -> list[str]:
-    row = torch.zeros(1, VERDICT_BYTES, dtype=torch.uint8)
-    text = "".join(found).encode()[:VERDICT_BYTES]
-    if text:
-        row[0, : len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-    return [bytes(each.tolist()).rstrip(b"\0").decode(errors="replace") for each in vote.all_gather(row)]
 
 
 def _refusal(faults: dict[int, str]) -> str:

@@ -469,6 +469,7 @@ VALUES: dict[envs.Variable, Callable[[str], str | None]] = {
     envs.HCCL_OPS: is_one_of("0", "1"),
     envs.RECORD: lambda text: None,
     envs.TRANSPORT_TIMEOUT: is_seconds,
+    envs.COLLECTIVE_DEADLINE: is_seconds,
     envs.EMULATOR: is_one_of("0", "1"),
     envs.EMULATOR_SOC: is_soc,
     envs.EMULATOR_LIBRARIES: is_libraries,

@@ -4,14 +4,18 @@ from functools import cache
 
 from vllm.distributed import get_dp_group, get_ep_group, get_tp_group
 from vllm.distributed.parallel_state import get_world_group
+from vllm.utils.network_utils import get_ip
 
 from vllm_npu import envs
 from vllm_npu.plugin import compat
 from vllm_npu.topology import ParallelTopology
 from vllm_npu.trace import TraceRing
-from vllm_npu.transport.base import Groups, Transport
+from vllm_npu.transport.base import Groups, Transport, gather_texts
 from vllm_npu.transport.gloo import GlooTransport
 from vllm_npu.transport.recording import CollectiveCounter, open_ring, record
+from vllm_npu.transport.watchdog import Watchdog
+
+MAX_ADDRESS_BYTES = 512
 
 
 @cache
@@ -47,3 +51,16 @@ def vote_transport() -> Transport:
     """The CPU group over all ranks of the grid, for the vote on each step. Not counted: it moves no tokens."""
     ep = get_ep_group()
     return record(GlooTransport(ep.cpu_group, "ep-vote"), None, trace_ring(), ep.ranks)
+
+
+def watch_groups(groups: Groups) -> None:
+    """Have failures of these groups, and of the vote's, name the ranks that ended or are late. COLLECTIVE over the grid."""
+    vote = vote_transport()
+    watchdog = Watchdog.open(
+        vote.rank,
+        lambda text: gather_texts(vote, text, MAX_ADDRESS_BYTES),
+        address=get_ip(),
+        deadline=envs.COLLECTIVE_DEADLINE.read_seconds(),
+    )
+    groups.watch(watchdog)
+    vote.watch(watchdog)

@@ -12,13 +12,14 @@ from vllm_npu.agreement import agree
 from vllm_npu.errors import PlanDisagreementError
 from vllm_npu.plugin import compat
 from vllm_npu.plugin.forward_context import PlannedStep, as_additional_context, running_step
-from vllm_npu.plugin.groups import collective_counter, model_groups, trace_ring, vote_transport
+from vllm_npu.plugin.groups import collective_counter, model_groups, trace_ring, vote_transport, watch_groups
 from vllm_npu.plugin.layer_facts import LayerFacts
 from vllm_npu.plugin.options import Options
 from vllm_npu.self_test import OFF, run_self_test
 from vllm_npu.start_checks import describe_capacity
 from vllm_npu.step_plan import StepPlan
 from vllm_npu.strategies import AUTO, STRATEGIES, Selection, check_strategy, select, why_not
+from vllm_npu.transport.base import Groups
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -77,8 +78,10 @@ class StepPlanner:
         if (ring := trace_ring()) is not None:
             ring.enter_step(self._planned, "vote")
         requested = self._vote(plan)
-        if self._planned == 0:
-            self._test_collectives()
+        if self._planned == 0 and self._topology.world_size > 1:
+            groups = model_groups(expert_parallel=self._topology.expert_parallel)
+            watch_groups(groups)
+            self._test_collectives(groups)
         selection = select(requested, self._topology, plan, layer=self._layer, device=self._device)
         if self._topology.rank == 0 and (self.selection is None or self.selection.strategy != selection.strategy):
             logger.info("MoE communication: %s on %s (%s)", selection.strategy, self._topology, selection.reason)
@@ -90,11 +93,10 @@ class StepPlanner:
         self.tokens += num_tokens_across_dp[self._topology.dp_rank]
         return PlannedStep(plan, selection.strategy)
 
-    def _test_collectives(self) -> None:
+    def _test_collectives(self, groups: Groups) -> None:
         """COLLECTIVE over the grid. Its calls are not counted."""
-        if self._topology.world_size == 1 or self._self_test == OFF:
+        if self._self_test == OFF:
             return
-        groups = model_groups(expert_parallel=self._topology.expert_parallel)
         seconds = run_self_test(groups, vote_transport(), torch.device(current_platform.device_type), self._self_test)
         if (counter := collective_counter()) is not None:
             counter.reset()

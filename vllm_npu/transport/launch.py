@@ -27,6 +27,7 @@ from vllm_npu.transport.base import Groups, Transport
 from vllm_npu.transport.recording import CollectiveCounter, open_ring, record
 from vllm_npu.transport.threaded import ThreadedGroup, ThreadedTransport
 from vllm_npu.transport.torch_dist import TorchDistTransport
+from vllm_npu.transport.watchdog import LOOPBACK, Watchdog
 
 
 class Rank(ABC):
@@ -37,6 +38,7 @@ class Rank(ABC):
         self.num_ranks = num_ranks
         self.device = device  # of the tensors that its groups move
         self.ring = open_ring(rank, num_ranks)  # of VLLM_NPU_RECORD
+        self.watchdog: Watchdog | None = None
 
     def groups(
         self, *, tp_size: int, dp_size: int, expert_parallel: bool = True, counter: CollectiveCounter | None = None
@@ -50,7 +52,10 @@ class Rank(ABC):
             self.rank, tp_size=tp_size, dp_size=dp_size, expert_parallel=expert_parallel
         )
         members = topology.tp_group, topology.dp_group, tuple(range(self.num_ranks))
-        transports = zip(self._open(topology), members, strict=True)
+        transports = list(zip(self._open(topology), members, strict=True))
+        if self.watchdog is not None:
+            for transport, _ in transports:
+                transport.watch(self.watchdog)
         return Groups(topology, *(record(transport, counter, self.ring, ranks) for transport, ranks in transports))
 
     @abstractmethod
@@ -189,9 +194,16 @@ def _serve_rank(
         this_rank = _ProcessRank(rank, num_ranks, transport, timeout)
         if this_rank.device.type != "cpu":
             torch.accelerator.set_device_index(this_rank.device)
+        meeting_place = dist.FileStore(store, num_ranks)
+
+        def exchange(text: str) -> list[str]:
+            meeting_place.set(f"mailbox {rank}", text)
+            return [meeting_place.get(f"mailbox {other}").decode() for other in range(num_ranks)]
+
+        this_rank.watchdog = Watchdog.open(rank, exchange, address=LOOPBACK, deadline=timeout)
         dist.init_process_group(
             transport.backend,
-            store=dist.FileStore(store, num_ranks),
+            store=meeting_place,
             rank=rank,
             world_size=num_ranks,
             timeout=datetime.timedelta(seconds=timeout),

@@ -14,6 +14,7 @@ from vllm_npu.handles import Pending
 from vllm_npu.token_layout import RowFormat
 from vllm_npu.trace import Call, Group, TraceRing, read_traces, report
 from vllm_npu.transport.base import Exchanged, SendRecv, Transport
+from vllm_npu.transport.watchdog import Watchdog
 
 
 class CollectiveCounter:
@@ -65,6 +66,10 @@ class RecordingTransport(Transport):
         """Count the op as one call, which has ended: the host does not wait for it."""
         with self._call(operation, sent):
             pass
+
+    def watch(self, watchdog: Watchdog) -> None:
+        """Watch the wrapped transport."""
+        self.inner.watch(watchdog)
 
     def close(self) -> None:
         """Close the wrapped transport."""

@@ -45,9 +45,13 @@ def nothing_left_behind() -> Iterator[None]:
     assert {file for file in files - before[0] if str(os.getpid()) in file.name} == set()
 
 
+MULTIPROCESSING_KEEPS = ("resource_tracker", "forkserver")  # until this process ends
+
+
 def _children(process: int) -> list[str]:
     """Processes that this one started, and that have not ended."""
     found = []
     for task in Path(f"/proc/{process}/task").iterdir():
         found += (task / "children").read_text().split()
-    return [child for child in found if "resource_tracker" not in Path(f"/proc/{child}/cmdline").read_text()]
+    commands = {child: Path(f"/proc/{child}/cmdline").read_text() for child in found}
+    return [child for child, text in commands.items() if not any(name in text for name in MULTIPROCESSING_KEEPS)]

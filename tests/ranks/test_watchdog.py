@@ -1,5 +1,6 @@
 """Ranks that end or are late: every other one says so, by name and in time; nothing is left, and a restart serves the same."""
 
+import multiprocessing
 import os
 import time
 from functools import partial
@@ -14,7 +15,9 @@ KILLS = int(os.environ.get("KILLS", "2"))  # 50 in the long form
 
 
 def test_survivors_of_a_kill_name_the_dead_rank_and_a_restart_serves_the_same(tmp_path, nothing_left_behind):
-    assert kill_and_restart(partial(ProcessRankPool, NUM_RANKS, DEADLINE), KILLS, tmp_path) == []
+    multiprocessing.set_forkserver_preload(["tests.serving_ranks"])
+    pool = partial(ProcessRankPool, NUM_RANKS, DEADLINE, start_method="forkserver")
+    assert kill_and_restart(pool, KILLS, tmp_path) == []
 
 
 def be_late(rank: Rank, seconds: float) -> tuple[RankFailureError | None, float]:
@@ -33,7 +36,7 @@ def be_late(rank: Rank, seconds: float) -> tuple[RankFailureError | None, float]
 def test_a_late_rank_is_named_at_the_deadline_also_to_itself():
     """By an uneven gather: sends and receives, which gloo lets wait for ever."""
     deadline = 2.0
-    with ProcessRankPool(3, timeout=deadline) as pool:
+    with ProcessRankPool(3, timeout=deadline, start_method="forkserver") as pool:
         outcomes = pool.run(be_late, 9.0)
     for rank in (0, 2):
         error, seconds = outcomes[rank]

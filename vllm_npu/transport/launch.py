@@ -14,7 +14,7 @@ from collections.abc import Callable
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 import torch.distributed as dist
@@ -233,11 +233,20 @@ class ProcessRankPool(RankPool):
     """Ranks as processes, over a transport that is a c10d backend; on an accelerator, rank r has device r.
 
     Starting takes some seconds (each imports torch); functions must be picklable. After a TransportError the ranks are of
-    no use: the next run starts new ones.
+    no use: the next run starts new ones. `start_method` is multiprocessing's: ranks of a forkserver start faster, but see the
+    environment as it was at the first start.
     """
 
-    def __init__(self, num_ranks: int, timeout: float | None = None, transport: str = "gloo") -> None:
+    def __init__(
+        self,
+        num_ranks: int,
+        timeout: float | None = None,
+        transport: str = "gloo",
+        *,
+        start_method: Literal["spawn", "forkserver"] = "spawn",
+    ) -> None:
         super().__init__(num_ranks)
+        self._start_method = start_method
         self._transport = transport
         self._timeout = envs.TRANSPORT_TIMEOUT.read_seconds() if timeout is None else timeout
         self._processes: list[Any] = []
@@ -270,10 +279,10 @@ class ProcessRankPool(RankPool):
     def _start(self) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="vllm_npu_ranks_")
         store = str(Path(self._folder.name) / "store")
-        spawn = multiprocessing.get_context("spawn")
+        context: Any = multiprocessing.get_context(self._start_method)
         for rank in range(self.num_ranks):
-            here, there = spawn.Pipe()
-            process = spawn.Process(
+            here, there = context.Pipe()
+            process = context.Process(
                 target=_serve_rank,
                 args=(rank, self.num_ranks, self._transport, store, self._timeout, there),
                 daemon=True,

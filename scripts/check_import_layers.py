@@ -21,9 +21,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("cli", "__main__"),
     ("plugin",),
     ("strategies", "pipeline", "verification", "planning", "simulation", "start_checks", "benchmark"),
-    ("prepare_finalize", "dispatch", "all2all", "eplb", "sequence_parallel", "agreement"),
+    ("prepare_finalize", "dispatch", "all2all", "eplb", "sequence_parallel", "agreement", "self_test"),
     ("transport", "hccl", "device", "kernels"),
-    ("topology", "step_plan", "token_layout", "routing", "reference", "limits", "handles"),
+    ("topology", "step_plan", "token_layout", "routing", "reference", "limits", "handles", "trace"),
     ("native_build",),
     ("errors", "envs"),
 )
@@ -56,7 +56,7 @@ CONFINED = {
     "torch._C._distributed_c10d": Confined(("transport/", "eplb/", "all2all/"), allowed_for_type_checking=True),
 }
 
-WITHOUT_TORCH = frozenset({"__init__.py", "errors.py", "envs.py", "native_build.py"})
+WITHOUT_TORCH = frozenset({"__init__.py", "errors.py", "envs.py", "native_build.py", "trace.py"})
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,8 @@
 """Settings and fixtures of all tests."""
 
+import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -27,3 +29,29 @@ def pools() -> Iterator[Callable[[str, int], RankPool]]:
     yield pool
     for each in opened.values():
         each.close()
+
+
+@pytest.fixture
+def nothing_left_behind() -> Iterator[None]:
+    """Fail if the test leaves processes that it started, or files of this package in /dev/shm."""
+
+    def left() -> tuple[set[Path], set[str]]:
+        return set(Path("/dev/shm").glob("vllm_npu*")), set(_children(os.getpid()))
+
+    before = left()
+    yield
+    files, processes = left()
+    assert processes - before[1] == set()
+    assert {file for file in files - before[0] if str(os.getpid()) in file.name} == set()
+
+
+MULTIPROCESSING_KEEPS = ("resource_tracker", "forkserver")  # until this process ends
+
+
+def _children(process: int) -> list[str]:
+    """Processes that this one started, and that have not ended."""
+    found = []
+    for task in Path(f"/proc/{process}/task").iterdir():
+        found += (task / "children").read_text().split()
+    commands = {child: Path(f"/proc/{child}/cmdline").read_text() for child in found}
+    return [child for child, text in commands.items() if not any(name in text for name in MULTIPROCESSING_KEEPS)]

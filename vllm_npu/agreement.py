@@ -5,7 +5,7 @@ import hashlib
 import torch
 
 from vllm_npu.errors import PlanDisagreementError
-from vllm_npu.transport.base import Transport
+from vllm_npu.transport.base import Transport, gather_texts
 
 MAX_PLAN_BYTES = 1024
 DIFFERENT_STEPS = "ranks planned different steps; start all of them with the same versions, model and vllm_npu options"
@@ -25,15 +25,10 @@ def agree(
     digest = int.from_bytes(hashlib.blake2b(plan.encode(), digest_size=8).digest(), "big", signed=True)
     votes = transport.all_gather(torch.tensor([[digest, proposal]], device="cpu")).tolist()
     if any(vote[0] != digest for vote in votes):
-        raise PlanDisagreementError(_difference(difference, _all_plans(plan, transport), [vote[0] for vote in votes]))
+        raise PlanDisagreementError(
+            _difference(difference, gather_texts(transport, plan, MAX_PLAN_BYTES), [vote[0] for vote in votes])
+        )
     return [vote[1] for vote in votes]
-
-
-def _all_plans(plan: str, transport: Transport) -> list[str]:
-    text = plan.encode()[:MAX_PLAN_BYTES]
-    row = torch.zeros(1, MAX_PLAN_BYTES, dtype=torch.uint8, device="cpu")
-    row[0, : len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8) if text else row[0, :0]
-    return [bytes(row.tolist()).rstrip(b"\0").decode(errors="replace") for row in transport.all_gather(row)]
 
 
 def _difference(difference: str, plans: list[str], digests: list[int]) -> str:

@@ -71,10 +71,21 @@ METRICS = Variable(
     "0",
     "1 counts steps, tokens, bytes, fallbacks and failed votes of each rank for vLLM's /metrics.",
 )
+RECORD = Variable(
+    "VLLM_NPU_RECORD",
+    "",
+    "Folder where each rank keeps a trace of its last collectives, for `vllm-npu doctor --trace`; empty: none.",
+)
 TRANSPORT_TIMEOUT = Variable(
     "VLLM_NPU_TRANSPORT_TIMEOUT",
     "60",
     "Seconds after which a collective of a group that this package opens itself fails.",
+)
+COLLECTIVE_DEADLINE = Variable(
+    "VLLM_NPU_COLLECTIVE_DEADLINE",
+    "600",
+    "Seconds after which a collective of a served model fails over gloo, naming the ranks that are late; HCCL obeys "
+    "HCCL_EXEC_TIMEOUT.",
 )
 HCCL_OPS = Variable(
     "VLLM_NPU_HCCL_OPS",
@@ -111,7 +122,9 @@ VARIABLES = (
     CUDA_PLATFORM,
     COUNT_COLLECTIVES,
     METRICS,
+    RECORD,
     TRANSPORT_TIMEOUT,
+    COLLECTIVE_DEADLINE,
     HCCL_OPS,
     HCCL_BUFFSIZE,
     EMULATOR,

@@ -49,6 +49,10 @@ class PlanDisagreementError(VllmNpuError, RuntimeError):
     """Ranks planned different steps. Raised on every rank, naming ranks and plans, before any collective of the step."""
 
 
+class LyingCollectiveError(VllmNpuError, RuntimeError):
+    """A collective returned wrong data in the start-up self-test. Do not serve with it; the message names call and group."""
+
+
 class TransportError(VllmNpuError, RuntimeError):
     """A collective failed or did not end in time. The group must not be used again; restart its ranks."""
 
@@ -59,5 +63,24 @@ class TransportError(VllmNpuError, RuntimeError):
         self.rank = rank
         self.detail = detail
 
+    def with_detail(self, more: str) -> "TransportError":
+        """The same error, which says more."""
+        return type(self)(self.operation, self.group, self.rank, f"{self.detail}\n{more}")
+
     def __reduce__(self) -> tuple[type["TransportError"], tuple[str, str, int, str]]:
         return type(self), (self.operation, self.group, self.rank, self.detail)
+
+
+class RankFailureError(TransportError):
+    """A collective failed or was too late because other ranks ended or did not come: the message names them. Restart all."""
+
+    def __init__(self, operation: str, group: str, rank: int, detail: str, ranks: tuple[int, ...] = ()) -> None:
+        super().__init__(operation, group, rank, detail)
+        self.ranks = ranks  # that ended, or, where none did, that are late; numbers in the whole grid
+
+    def with_detail(self, more: str) -> "RankFailureError":
+        """The same error, which says more."""
+        return type(self)(self.operation, self.group, self.rank, f"{self.detail}\n{more}", self.ranks)
+
+    def __reduce__(self) -> tuple[type["RankFailureError"], tuple[str, str, int, str, tuple[int, ...]]]:  # type: ignore[override]
+        return type(self), (self.operation, self.group, self.rank, self.detail, self.ranks)

@@ -1,12 +1,15 @@
 """RecordingTransport: calls and bytes as counted by hand, results as without it."""
 
+import time
+
 import pytest
 import torch
 
 from tests.cases import same_bits
-from vllm_npu.errors import InvalidInputError
+from vllm_npu.errors import InvalidInputError, TransportError
+from vllm_npu.trace import compare, read_traces
 from vllm_npu.transport.base import SendRecv, Transport
-from vllm_npu.transport.launch import Rank
+from vllm_npu.transport.launch import Rank, ThreadRankPool
 from vllm_npu.transport.recording import CollectiveCounter, RecordingTransport, record
 
 SIZES = [4, 0, 3]  # rows of each of 3 ranks
@@ -168,3 +171,112 @@ def without_counter(rank: Rank) -> bool:
 
 def test_without_a_counter_nothing_is_wrapped(pools):
     assert pools("threaded", 2).run(without_counter) == [True, True]
+
+
+# --- VLLM_NPU_RECORD ---
+
+
+def traced_calls(rank: Rank) -> None:
+    groups = rank.groups(tp_size=2, dp_size=2)
+    rank.ring.enter_step(7, "mc2")
+    rank.ring.enter_layer("model.layers.3")
+    several_in_one_message_on(groups.dp)
+    one = groups.ep.all_to_all_start(torch.zeros(4, 5, dtype=torch.bfloat16), [1] * 4, [1] * 4)
+    groups.tp.all_reduce(torch.zeros(3, 5))
+    one.finish()
+    groups.ep.broadcast(torch.zeros(2), 3)
+    groups.ep.send_recv([SendRecv(1, torch.zeros(1), is_send=True)] if rank.rank == 0 else
+                        [SendRecv(0, torch.zeros(1), is_send=False)] if rank.rank == 1 else [])  # fmt: skip
+    groups.ep.note_op("npu_moe_distribute_dispatch_v2", 100)
+
+
+def several_in_one_message_on(t: Transport) -> None:
+    fields = [torch.zeros(t.rank + 1, 5, dtype=torch.bfloat16), torch.zeros(t.rank + 1, 1)]
+    t.gather_tokens(fields, [1, 2])
+    t.exchange_tokens(fields, torch.tensor([t.rank + 1, 0]))
+
+
+def test_every_call_is_in_the_trace_with_group_sizes_layer_and_step(monkeypatch, tmp_path):
+    monkeypatch.setenv("VLLM_NPU_RECORD", str(tmp_path))
+    with ThreadRankPool(4, timeout=5) as pool:
+        pool.run(traced_calls)
+    traces = read_traces([tmp_path])
+    assert compare(traces) == []
+    assert [trace.rank for trace in traces] == [0, 1, 2, 3]
+    for trace in traces:
+        assert all(call.done and call.step == 7 and call.layer == "model.layers.3" for call in trace.calls)
+        dp = f"dp:{trace.rank % 2}-{trace.rank % 2 + 2}/2"
+        tp = "tp:0-1" if trace.rank < 2 else "tp:2-3"
+        place = trace.rank // 2
+        assert [
+            (str(call.group), call.operation, call.row, call.sizes, call.sent, call.received) for call in trace.calls
+        ] == [
+            (dp, "all_gather", "bfloat16[5]+float32[1]", (1, 2), (), ()),
+            (dp, "all_to_all", "bfloat16[5]+float32[1]", (), (place + 1, 0), (0, 0) if place else (1, 2)),
+            ("ep:0-3", "all_to_all", "bfloat16[5]", (), (1,) * 4, (1,) * 4),
+            (tp, "all_reduce", "float32[5]", (3,), (), ()),
+            ("ep:0-3", "broadcast from 3", "float32[]", (2,), (), ()),
+            ("ep:0-3", "send_recv", "", (), (), ()),
+            ("ep:0-3", "npu_moe_distribute_dispatch_v2", "", (), (), ()),
+        ]
+
+
+def make_another_call(rank: Rank) -> None:
+    t = rank.groups(tp_size=1, dp_size=4).ep
+    rank.ring.enter_step(1, "naive")
+    t.barrier()
+    if rank.rank == 2:
+        rank.ring.enter_layer("layer of rank 2")
+        t.all_reduce(torch.zeros(3))
+    else:
+        t.all_gather(torch.zeros(3))
+
+
+def come_late(rank: Rank) -> None:
+    t = rank.groups(tp_size=1, dp_size=4).ep
+    t.barrier()
+    if rank.rank != 1:
+        t.all_gather(torch.zeros(3))
+    else:
+        time.sleep(2)
+
+
+def wait_for_each_other(rank: Rank) -> None:
+    groups = rank.groups(tp_size=2, dp_size=2)
+    for t in (groups.tp, groups.ep) if rank.rank != 2 else (groups.ep, groups.tp):
+        t.barrier()
+
+
+@pytest.mark.parametrize(
+    ("function", "parts"),
+    [
+        (make_another_call, ["call 1 on group ep:0-3: ranks make different calls", "ranks [0, 1, 3]: all_gather float32[]",
+                             "ranks [2]: all_reduce float32[], sizes [3], step 1, layer layer of rank 2, strategy naive"]),
+        (come_late, ["ranks [0, 2, 3] are in call 1 on group ep:0-3: all_gather",
+                     "rank 1 did not come; its last call: ep:0-3 barrier"]),
+        (wait_for_each_other, ["ranks use groups ep:0-3 and tp:2-3 in different orders, and wait for each other",
+                               "rank 3: call 0 on tp:2-3 (barrier, step 0, layer -, strategy -, stream 0 (not ended)), "
+                               "then call 0 on ep:0-3 (to which it has not come)",
+                               "rank 2 did not come; its last call: ep:0-3 barrier"]),
+    ],
+)  # fmt: skip
+def test_an_error_says_what_the_traces_show(monkeypatch, tmp_path, function, parts):
+    monkeypatch.setenv("VLLM_NPU_RECORD", str(tmp_path))
+    with ThreadRankPool(4, timeout=1) as pool:
+        errors = [outcome for outcome in pool.outcomes(function) if outcome is not None]
+    assert len(errors) >= 3
+    assert all(isinstance(error, TransportError) for error in errors)
+    for part in parts:
+        assert any(part in str(error) for error in errors), (part, errors[0])
+
+
+def traced_from_the_environment(rank: Rank) -> bool:
+    return isinstance(rank.groups(tp_size=1, dp_size=2).ep, RecordingTransport)
+
+
+def test_nothing_is_wrapped_without_the_variable(monkeypatch, tmp_path):
+    monkeypatch.delenv("VLLM_NPU_RECORD", raising=False)
+    with ThreadRankPool(2) as pool:
+        assert pool.run(traced_from_the_environment) == [False, False]
+        monkeypatch.setenv("VLLM_NPU_RECORD", str(tmp_path))
+        assert pool.run(traced_from_the_environment) == [True, True]

@@ -58,6 +58,11 @@ def test_every_strategy_can_be_named(model, name):
     assert Options.of(engine_config(model, {"moe_comm": name}, **EP2)).moe_comm == name
 
 
+def test_the_self_test_is_quick_unless_the_section_says_otherwise(model):
+    assert Options.of(engine_config(model, **EP2)).self_test == "quick"
+    assert Options.of(engine_config(model, {"self_test": "off"}, **EP2)).self_test == "off"
+
+
 def test_without_expert_parallelism_some_strategies_remain(model):
     for name in ("auto", "allgather", "naive"):
         assert Options.of(engine_config(model, {"moe_comm": name}, tensor_parallel_size=2)).moe_comm == name
@@ -81,6 +86,7 @@ def test_other_plugins_sections_are_not_ours(model):
     [
         ({"moe_comm": "fastest"}, "unknown moe_comm 'fastest'; there are: auto, mc2, all2all, allgather, naive"),
         ({"moe_com": "mc2"}, "has unknown keys ['moe_com']; there are: moe_comm, all2all, flashinfer_all_reduce"),
+        ({"self_test": "slow"}, "has self_test='slow'; there are: quick, full, off"),
         ({"moe_comm": "mc2", "depth": 1, "age": 2}, "has unknown keys ['age', 'depth']"),
         ("mc2", "additional_config['vllm_npu'] is 'mc2'; it must be a dictionary"),
         (["mc2"], "additional_config['vllm_npu'] is ['mc2']; it must be a dictionary"),

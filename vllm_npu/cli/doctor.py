@@ -29,6 +29,7 @@ from vllm_npu.cli.machine_checks import (
     check_numa,
     check_shared_memory,
 )
+from vllm_npu.cli.traces import compare_traces
 from vllm_npu.emulator import build, cann, loader, soc
 from vllm_npu.errors import NativeBuildError, UnsupportedConfigError
 from vllm_npu.hccl.build import TOKEN_OPS
@@ -54,6 +55,13 @@ def doctor(arguments: Sequence[str]) -> None:
         const=STANDARD_OUTPUT,
         help="Write the findings here; without a PATH, to standard output in place of the text.",
     )
+    parser.add_argument(
+        "--trace",
+        metavar="FILE",
+        nargs="+",
+        type=Path,
+        help="Only compare ranks' traces, of VLLM_NPU_RECORD: its files, or their folder.",
+    )
     engine = parser.add_argument_group("an engine to be started", "Whether the plugin would let it, and what to set.")
     engine.add_argument("--model", metavar="PATH", help="Its config.json, or the folder of that.")
     engine.add_argument("--soc", help="Family of NPUs: A2, A3, A5 or 310P; without it, no NPU.")
@@ -66,6 +74,8 @@ def doctor(arguments: Sequence[str]) -> None:
         parser.error("an engine is named by --model and --ep together")
     if given.ep is not None and min(given.ep, given.tp, given.max_num_seqs) < 1:
         parser.error("--ep, --tp and --max-num-seqs are 1 or more")
+    if given.trace is not None:
+        sys.exit(compare_traces(given.trace, given.json))
     quiet = given.json == STANDARD_OUTPUT
     findings = []
     checks: tuple[Callable[[], Iterator[Finding]], ...] = (
@@ -442,7 +452,9 @@ VALUES: dict[envs.Variable, Callable[[str], str | None]] = {
     envs.METRICS: is_one_of("0", "1"),
     envs.HCCL_OPS: is_one_of("0", "1"),
     envs.HCCL_BUFFSIZE: is_whole_number(2**31 - 1),
+    envs.RECORD: lambda text: None,
     envs.TRANSPORT_TIMEOUT: is_seconds,
+    envs.COLLECTIVE_DEADLINE: is_seconds,
     envs.EMULATOR: is_one_of("0", "1"),
     envs.EMULATOR_SOC: is_soc,
     envs.EMULATOR_LIBRARIES: is_libraries,

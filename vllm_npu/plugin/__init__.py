@@ -52,7 +52,7 @@ def register_layers() -> None:
 
     if not isinstance(current_platform, NPUPlatformOnCPU):
         return
-    from vllm_npu.plugin import custom_ops, experts, moe_runner
+    from vllm_npu.plugin import compat, custom_ops, experts, moe_runner
 
     custom_ops.register()
     experts.register()

@@ -3,19 +3,31 @@
 from functools import cache
 
 from vllm.distributed import get_dp_group, get_ep_group, get_tp_group
+from vllm.distributed.parallel_state import get_world_group
+from vllm.utils.network_utils import get_ip
 
 from vllm_npu import envs
 from vllm_npu.plugin import compat
 from vllm_npu.topology import ParallelTopology
-from vllm_npu.transport.base import Groups, Transport
+from vllm_npu.trace import TraceRing
+from vllm_npu.transport.base import Groups, Transport, gather_texts
 from vllm_npu.transport.gloo import GlooTransport
-from vllm_npu.transport.recording import CollectiveCounter, record
+from vllm_npu.transport.recording import CollectiveCounter, open_ring, record
+from vllm_npu.transport.watchdog import Watchdog
+
+MAX_ADDRESS_BYTES = 512
 
 
 @cache
 def collective_counter() -> CollectiveCounter | None:
     """This process's counter, or None where VLLM_NPU_COUNT_COLLECTIVES and VLLM_NPU_METRICS are 0."""
     return CollectiveCounter() if envs.COUNT_COLLECTIVES.read_flag() or envs.METRICS.read_flag() else None
+
+
+@cache
+def trace_ring() -> TraceRing | None:
+    """This process's trace, or None where VLLM_NPU_RECORD is empty. vLLM must have initialised its groups."""
+    return open_ring(get_world_group().rank, get_world_group().world_size)
 
 
 @cache
@@ -29,12 +41,26 @@ def model_groups(*, expert_parallel: bool) -> Groups:
         dp_size=dp.world_size,
         expert_parallel=expert_parallel,
     )
-    counter = collective_counter()
-    transports = compat.current().transports(tp, dp, ep)
-    return Groups(topology, *(record(transport, counter) for transport in transports))
+    counter, ring = collective_counter(), trace_ring()
+    transports = zip(compat.current().transports(tp, dp, ep), (tp, dp, ep), strict=True)
+    return Groups(topology, *(record(transport, counter, ring, group.ranks) for transport, group in transports))
 
 
 @cache
 def vote_transport() -> Transport:
     """The CPU group over all ranks of the grid, for the vote on each step. Not counted: it moves no tokens."""
-    return GlooTransport(get_ep_group().cpu_group, "ep-vote")
+    ep = get_ep_group()
+    return record(GlooTransport(ep.cpu_group, "ep-vote"), None, trace_ring(), ep.ranks)
+
+
+def watch_groups(groups: Groups) -> None:
+    """Have failures of these groups, and of the vote's, name the ranks that ended or are late. COLLECTIVE over the grid."""
+    vote = vote_transport()
+    watchdog = Watchdog.open(
+        vote.rank,
+        lambda text: gather_texts(vote, text, MAX_ADDRESS_BYTES),
+        address=get_ip(),
+        deadline=envs.COLLECTIVE_DEADLINE.read_seconds(),
+    )
+    groups.watch(watchdog)
+    vote.watch(watchdog)

@@ -15,7 +15,7 @@ from vllm_npu.pipeline import MoEPipeline
 from vllm_npu.plugin import compat, eplb
 from vllm_npu.plugin.experts import NPUUnquantizedFusedMoEMethod
 from vllm_npu.plugin.forward_context import current_step
-from vllm_npu.plugin.groups import model_groups
+from vllm_npu.plugin.groups import model_groups, trace_ring
 from vllm_npu.plugin.layer_facts import LayerFacts, exchanges_tokens
 from vllm_npu.routing import check_router_logits
 from vllm_npu.step_plan import TokenSharding
@@ -113,6 +113,8 @@ class NPUMoERunner(MoERunner):
 
         step = current_step()
         topk_ids = self._place(topk_ids)
+        if (ring := trace_ring()) is not None:
+            ring.enter_layer(self.layer_name)
         shared_experts, compute_shared = self._shared_experts, None
         if shared_experts is not None:
             compute_shared = partial(shared_experts, shared_experts_input, SharedExpertsOrder.NO_OVERLAP)

@@ -8,6 +8,7 @@ from vllm_npu import envs
 from vllm_npu.all2all import FLASHINFER, GATHERING, MANAGERS, manager_row
 from vllm_npu.errors import UnsupportedConfigError
 from vllm_npu.limits import NVLINK
+from vllm_npu.self_test import MODES, QUICK
 from vllm_npu.strategies import AUTO, check_strategy
 from vllm_npu.topology import ParallelTopology
 
@@ -19,6 +20,7 @@ KEYS: dict[str, tuple[type, str]] = {
     "moe_comm": (str, "a string, the name of a strategy"),
     "all2all": (str, f"a string, one of {', '.join(MANAGERS)}"),
     "flashinfer_all_reduce": (bool, "true or false"),
+    "self_test": (str, f"a string, one of {', '.join(MODES)}"),
 }
 
 
@@ -44,6 +46,7 @@ class Options:
     exchange: str | None  # a strategy, where the section or the environment names one
     all2all: str | None  # a manager of all2all.MANAGERS; GPUs only
     flashinfer_all_reduce: bool  # GPUs only
+    self_test: str  # of collectives, at the first step: quick, full or off
 
     @classmethod
     def of(cls, vllm_config: "VllmConfig") -> "Options":
@@ -61,6 +64,11 @@ class Options:
                 raise UnsupportedConfigError(
                     f"additional_config[{SECTION!r}] has {key}={section[key]!r}; it must be {meaning}"
                 )
+        self_test = section.get("self_test") or QUICK
+        if self_test not in MODES:
+            raise UnsupportedConfigError(
+                f"additional_config[{SECTION!r}] has self_test={self_test!r}; there are: {', '.join(MODES)}"
+            )
         named = section.get("moe_comm") or None
         moe_comm, mode = parse_moe_comm(named or envs.MOE_COMM.read())
         return cls(
@@ -69,6 +77,7 @@ class Options:
             exchange=named or envs.MOE_COMM.read_if_set(),
             all2all=section.get("all2all") or None,
             flashinfer_all_reduce=bool(section.get("flashinfer_all_reduce")),
+            self_test=self_test,
         )
 
 

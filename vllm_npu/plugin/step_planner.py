@@ -3,21 +3,25 @@
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
+import torch
 from vllm.config import CUDAGraphMode
 from vllm.logger import init_logger
+from vllm.platforms import current_platform
 
 from vllm_npu import __version__
 from vllm_npu.agreement import agree
 from vllm_npu.errors import PlanDisagreementError
 from vllm_npu.plugin import compat
 from vllm_npu.plugin.forward_context import PlannedStep, as_additional_context, running_step
-from vllm_npu.plugin.groups import collective_counter, model_groups, vote_transport
+from vllm_npu.plugin.groups import collective_counter, model_groups, trace_ring, vote_transport, watch_groups
 from vllm_npu.plugin.layer_facts import LayerFacts
 from vllm_npu.plugin.metrics import StepMetrics
 from vllm_npu.plugin.options import Options
+from vllm_npu.self_test import OFF, run_self_test
 from vllm_npu.start_checks import describe_capacity
 from vllm_npu.step_plan import StepPlan
 from vllm_npu.strategies import AUTO, STRATEGIES, Selection, check_strategy, select, why_not
+from vllm_npu.transport.base import Groups
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -36,7 +40,9 @@ class StepPlanner:
 
     def __init__(self, vllm_config: "VllmConfig", layers: list[LayerFacts]) -> None:
         self._vllm_config = vllm_config
-        self.proposed = Options.of(vllm_config).moe_comm
+        options = Options.of(vllm_config)
+        self.proposed = options.moe_comm
+        self._self_test = options.self_test
         self.selection: Selection | None = None
         self.comparison: Any = None  # of our path with vllm-ascend's, where moe_comm=compare
         self.num_layers = len(layers)
@@ -44,6 +50,7 @@ class StepPlanner:
         self.tokens = 0
         self.calls_reported: Counter[str] = Counter()  # of collectives, by moe_comm_counters
         self.bytes_reported: Counter[str] = Counter()
+        self._planned = 0  # steps since the start
         self._agreed: str | None = None
         self._sharding = layers[0].sharding
         self._layer = layers[0].moe_layer
@@ -73,29 +80,50 @@ class StepPlanner:
     def plan(self, num_tokens_across_dp: list[int], *, captured: bool = False) -> PlannedStep:
         """Plan a step. COLLECTIVE over the grid: the vote's all-gather of 16 bytes, on CPU."""
         plan = StepPlan(num_tokens_across_dp=tuple(num_tokens_across_dp), sharding=self._sharding, captured=captured)
+        if (ring := trace_ring()) is not None:
+            ring.enter_step(self._planned, "vote")
         try:
             requested = self._vote(plan)
         except PlanDisagreementError:
             if self._metrics is not None:
                 self._metrics.plans_differ()
             raise
+        if self._planned == 0 and self._topology.world_size > 1:
+            groups = model_groups(expert_parallel=self._topology.expert_parallel)
+            watch_groups(groups)
+            self._test_collectives(groups)
         selection = select(requested, self._topology, plan, layer=self._layer, device=self._device)
         if self._topology.rank == 0 and (self.selection is None or self.selection.strategy != selection.strategy):
             logger.info("MoE communication: %s on %s (%s)", selection.strategy, self._topology, selection.reason)
+        if ring is not None:
+            ring.enter_step(self._planned, selection.strategy)
         num_tokens = num_tokens_across_dp[self._topology.dp_rank]
         if self._metrics is not None:
             is_fallback = requested not in (AUTO, selection.strategy)
             self._metrics.begin_step(requested, selection.strategy, num_tokens, is_fallback=is_fallback)
         self.selection = selection
+        self._planned += 1
         self.steps += 1
         self.tokens += num_tokens
         return PlannedStep(plan, selection.strategy)
+
+    def _test_collectives(self, groups: Groups) -> None:
+        """COLLECTIVE over the grid. Its calls are not counted."""
+        if self._self_test == OFF:
+            return
+        seconds = run_self_test(groups, vote_transport(), torch.device(current_platform.device_type), self._self_test)
+        if (counter := collective_counter()) is not None:
+            counter.reset()
+        logger.info(
+            "Self-test (%s) of collectives on %s: passed in %.0f ms", self._self_test, self._topology, seconds * 1e3
+        )
 
     def _vote(self, plan: StepPlan) -> str:
         if self._topology.world_size == 1:
             return self.proposed
         text = (
-            f"vllm_npu {__version__}, {self._topology}, {plan}, in force: {self._agreed}, layers: {self._layer_facts}, "
+            f"vllm_npu {__version__}, {self._topology}, self_test {self._self_test}, {plan}, in force: {self._agreed}, "
+            f"layers: {self._layer_facts}, "
             f"{self._device.family} {self._device.capacities}"
         )
         votes = agree(text, vote_transport(), PROPOSALS.index(self.proposed))

@@ -7,6 +7,7 @@ Sizes count rows (first dimension) and must be equal on all ranks of the group.
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -14,6 +15,9 @@ from vllm_npu.errors import InvalidInputError, UnsupportedConfigError
 from vllm_npu.handles import Pending
 from vllm_npu.token_layout import as_message, pack_and_move
 from vllm_npu.topology import ParallelTopology
+
+if TYPE_CHECKING:
+    from vllm_npu.transport.watchdog import Watchdog
 
 Exchanged = tuple[list[torch.Tensor], list[int], list[int]]
 """What exchange_tokens returns."""
@@ -195,6 +199,9 @@ class Transport(ABC):
     def note_op(self, operation: str, sent: int) -> None:  # noqa: B027 - nobody counts here
         """Say that a device op communicates over this group by itself. LOCAL. `sent`: the most bytes that it may send."""
 
+    def watch(self, watchdog: "Watchdog") -> None:  # noqa: B027 - threads name late ranks themselves
+        """Have this rank's failures on the group name the ranks that ended or are late, and its deadline kept. LOCAL."""
+
     @abstractmethod
     def close(self) -> None:
         """Release what this object opened itself. LOCAL. Safe to call twice."""
@@ -289,6 +296,11 @@ class Groups:
                     f"needs rank {rank} of {size}"
                 )
 
+    def watch(self, watchdog: "Watchdog") -> None:
+        """Have all three watched."""
+        for transport in (self.tp, self.dp, self.ep):
+            transport.watch(watchdog)
+
     def close(self) -> None:
         """Close the three transports."""
         for transport in (self.tp, self.dp, self.ep):
@@ -302,3 +314,12 @@ def sum_in_rank_order(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     for part in parts[1:]:
         total = total + part
     return total.to(first.dtype)
+
+
+def gather_texts(transport: Transport, text: str, max_bytes: int) -> list[str]:
+    """Every rank's text, in rank order, cut after max_bytes. COLLECTIVE over a CPU group."""
+    encoded = text.encode()[:max_bytes]
+    row = torch.zeros(1, max_bytes, dtype=torch.uint8, device="cpu")
+    if encoded:
+        row[0, : len(encoded)] = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
+    return [bytes(each.tolist()).rstrip(b"\0").decode(errors="replace") for each in transport.all_gather(row)]

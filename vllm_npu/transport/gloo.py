@@ -1,10 +1,13 @@
 """Transport over gloo: any CPU."""
 
+import datetime
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 
 from vllm_npu.transport.torch_dist import TorchDistTransport
+from vllm_npu.transport.watchdog import Watchdog
 
 
 class GlooTransport(TorchDistTransport):
@@ -13,6 +16,17 @@ class GlooTransport(TorchDistTransport):
 
     backend = "gloo"
     device_type = "cpu"
+    _deadline: datetime.timedelta | None = None
+
+    def watch(self, watchdog: Watchdog) -> None:
+        """As above. All collectives of the group, others' too, fail past the deadline."""
+        super().watch(watchdog)
+        self._deadline = datetime.timedelta(seconds=watchdog.deadline)
+        self.process_group._get_backend(torch.device("cpu"))._set_default_timeout(self._deadline)
+
+    def _wait(self, work: dist.Work) -> None:
+        """gloo's sends and receives wait for ever unless told how long, whatever the group's time-out is."""
+        work.wait() if self._deadline is None else work.wait(self._deadline)
 
     def _all_gather(self, x: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
         return self._all_gather_from_peers(x, sizes)

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from vllm_npu.device import npu_ops  # importing torch_npu is what makes c10d know hccl
-from vllm_npu.errors import TransportError, UnknownGroupError
+from vllm_npu.errors import UnknownGroupError
 from vllm_npu.hccl import token_ops
 from vllm_npu.transport.base import Exchanged
 from vllm_npu.transport.torch_dist import TorchDistTransport
@@ -106,7 +106,7 @@ class HcclTransport(TorchDistTransport):
         try:
             return op.default(*arguments, self._name)
         except RuntimeError as error:
-            raise TransportError(operation, self.group, self.rank, str(error)) from error
+            raise self._failure(operation, str(error)) from error
 
     def _has_ops(self) -> bool:
         """Whether to call the operators. Their stream first waits (not the host) for what is in flight on another one: HCCL

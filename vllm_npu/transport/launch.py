@@ -14,7 +14,7 @@ from collections.abc import Callable
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 import torch.distributed as dist
@@ -24,9 +24,10 @@ from vllm_npu.errors import InvalidInputError, TransportError, UnsupportedConfig
 from vllm_npu.topology import ParallelTopology
 from vllm_npu.transport import transport_class
 from vllm_npu.transport.base import Groups, Transport
-from vllm_npu.transport.recording import CollectiveCounter, record
+from vllm_npu.transport.recording import CollectiveCounter, open_ring, record
 from vllm_npu.transport.threaded import ThreadedGroup, ThreadedTransport
 from vllm_npu.transport.torch_dist import TorchDistTransport
+from vllm_npu.transport.watchdog import LOOPBACK, Watchdog
 
 
 class Rank(ABC):
@@ -36,6 +37,8 @@ class Rank(ABC):
         self.rank = rank
         self.num_ranks = num_ranks
         self.device = device  # of the tensors that its groups move
+        self.ring = open_ring(rank, num_ranks)  # of VLLM_NPU_RECORD
+        self.watchdog: Watchdog | None = None
 
     def groups(
         self, *, tp_size: int, dp_size: int, expert_parallel: bool = True, counter: CollectiveCounter | None = None
@@ -48,8 +51,12 @@ class Rank(ABC):
         topology = ParallelTopology.of_rank(
             self.rank, tp_size=tp_size, dp_size=dp_size, expert_parallel=expert_parallel
         )
-        tp, dp, ep = (record(transport, counter) for transport in self._open(topology))
-        return Groups(topology, tp, dp, ep)
+        members = topology.tp_group, topology.dp_group, tuple(range(self.num_ranks))
+        transports = list(zip(self._open(topology), members, strict=True))
+        if self.watchdog is not None:
+            for transport, _ in transports:
+                transport.watch(self.watchdog)
+        return Groups(topology, *(record(transport, counter, self.ring, ranks) for transport, ranks in transports))
 
     @abstractmethod
     def _open(self, topology: ParallelTopology) -> tuple[Transport, Transport, Transport]:
@@ -187,9 +194,16 @@ def _serve_rank(
         this_rank = _ProcessRank(rank, num_ranks, transport, timeout)
         if this_rank.device.type != "cpu":
             torch.accelerator.set_device_index(this_rank.device)
+        meeting_place = dist.FileStore(store, num_ranks)
+
+        def exchange(text: str) -> list[str]:
+            meeting_place.set(f"mailbox {rank}", text)
+            return [meeting_place.get(f"mailbox {other}").decode() for other in range(num_ranks)]
+
+        this_rank.watchdog = Watchdog.open(rank, exchange, address=LOOPBACK, deadline=timeout)
         dist.init_process_group(
             transport.backend,
-            store=dist.FileStore(store, num_ranks),
+            store=meeting_place,
             rank=rank,
             world_size=num_ranks,
             timeout=datetime.timedelta(seconds=timeout),
@@ -219,11 +233,20 @@ class ProcessRankPool(RankPool):
     """Ranks as processes, over a transport that is a c10d backend; on an accelerator, rank r has device r.
 
     Starting takes some seconds (each imports torch); functions must be picklable. After a TransportError the ranks are of
-    no use: the next run starts new ones.
+    no use: the next run starts new ones. `start_method` is multiprocessing's: ranks of a forkserver start faster, but see the
+    environment as it was at the first start.
     """
 
-    def __init__(self, num_ranks: int, timeout: float | None = None, transport: str = "gloo") -> None:
+    def __init__(
+        self,
+        num_ranks: int,
+        timeout: float | None = None,
+        transport: str = "gloo",
+        *,
+        start_method: Literal["spawn", "forkserver"] = "spawn",
+    ) -> None:
         super().__init__(num_ranks)
+        self._start_method = start_method
         self._transport = transport
         self._timeout = envs.TRANSPORT_TIMEOUT.read_seconds() if timeout is None else timeout
         self._processes: list[Any] = []
@@ -256,10 +279,10 @@ class ProcessRankPool(RankPool):
     def _start(self) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="vllm_npu_ranks_")
         store = str(Path(self._folder.name) / "store")
-        spawn = multiprocessing.get_context("spawn")
+        context: Any = multiprocessing.get_context(self._start_method)
         for rank in range(self.num_ranks):
-            here, there = spawn.Pipe()
-            process = spawn.Process(
+            here, there = context.Pipe()
+            process = context.Process(
                 target=_serve_rank,
                 args=(rank, self.num_ranks, self._transport, store, self._timeout, there),
                 daemon=True,

@@ -7,10 +7,11 @@ from typing import ClassVar
 import torch
 import torch.distributed as dist
 
-from vllm_npu.errors import TransportError, UnsupportedConfigError
+from vllm_npu.errors import RankFailureError, TransportError, UnsupportedConfigError
 from vllm_npu.handles import Pending
 from vllm_npu.token_layout import offsets
 from vllm_npu.transport.base import SendRecv, Transport, sum_in_rank_order
+from vllm_npu.transport.watchdog import Watchdog
 
 # torch 2.13 renamed both; the older names stay until 2.10 is no longer supported.
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -41,6 +42,11 @@ class TorchDistTransport(Transport):
     def __init__(self, process_group: dist.ProcessGroup, group: str) -> None:
         super().__init__(group, dist.get_rank(process_group), dist.get_world_size(process_group))
         self.process_group = process_group
+        self._watchdog: Watchdog | None = None
+
+    def watch(self, watchdog: Watchdog) -> None:
+        """Failures from now on name ranks. The deadline is that of whoever made the group; gloo takes the watchdog's."""
+        self._watchdog = watchdog
 
     def close(self) -> None:
         """Nothing to release."""
@@ -50,9 +56,18 @@ class TorchDistTransport(Transport):
         """Errors inside as TransportError of `operation`, also where it is made of other operations."""
         try:
             yield
+        except RankFailureError as error:
+            raise RankFailureError(operation, self.group, self.rank, error.detail, error.ranks) from error
         except RuntimeError as error:
-            detail = error.detail if isinstance(error, TransportError) else str(error)
-            raise TransportError(operation, self.group, self.rank, detail) from error
+            raise self._failure(operation, str(error)) from error
+
+    def _failure(self, operation: str, detail: str) -> TransportError:
+        if self._watchdog is None:
+            return TransportError(operation, self.group, self.rank, detail)
+        return self._watchdog.failure(operation, self.group, self.rank, detail)
+
+    def _wait(self, work: dist.Work) -> None:
+        work.wait()
 
     def _all_gather(self, x: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
         gathered = x.new_empty((sum(sizes), *x.shape[1:]))
@@ -89,7 +104,7 @@ class TorchDistTransport(Transport):
 
         def complete() -> torch.Tensor:
             with self._collective("all_to_all"):
-                work.wait()
+                self._wait(work)
             return received
 
         self._note_in_flight(work)
@@ -126,7 +141,7 @@ class TorchDistTransport(Transport):
                 ]
             )
             for work in works:
-                work.wait()
+                self._wait(work)
 
     def _barrier(self) -> None:
         with self._collective("barrier"):

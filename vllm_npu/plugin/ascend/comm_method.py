@@ -17,7 +17,7 @@ from vllm_npu.limits import QuantMode
 from vllm_npu.pipeline import MoEPipeline
 from vllm_npu.plugin import compat
 from vllm_npu.plugin.forward_context import current_step
-from vllm_npu.plugin.groups import model_groups
+from vllm_npu.plugin.groups import model_groups, trace_ring
 
 _PIPELINES: dict[tuple[str, bool, int, QuantMode], MoEPipeline] = {}
 
@@ -67,6 +67,8 @@ class PipelineCommMethod(MoECommMethod):
             hidden_states = hidden_states * topk_weights.to(hidden_states.dtype)  # top_k is 1 then
             topk_weights = torch.ones_like(topk_weights)
         step = current_step()
+        if (ring := trace_ring()) is not None:
+            ring.enter_layer()
         before_dispatch = torch.get_device_module(hidden_states.device).current_stream().record_event()
         quant_mode = compat.current().QUANT_MODES[fused_experts_input.quant.quant_type]
         finalized = self._pipeline(step.strategy, quant_mode).run(

@@ -1,0 +1,211 @@
+#!/usr/bin/env python3
+"""Serves a tiny model over DP2×EP on the CPU under random load, and watches memory: scripts/soak.py [--minutes 30]
+
+Real vLLM, eight clients with pauses of random length, so that ranks are busy, idle and unequal in
+turn. Every answer must be the one that the same prompt got before. Memory is that of all processes of the server: after a
+warm-up of a fifth of the time, the last third's median may be above the first third's by 2 % or 16 MiB, whichever is more.
+Exit status 1 where it grows further, or an answer is wrong. Runs on the environment of scripts/setup.sh.
+"""
+
+import argparse
+import json
+import os
+import random
+import statistics
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from vllm_npu.cli.engines import folder_for_sockets, free_port
+from vllm_npu.cli.process_tree import ProcessTree
+from vllm_npu.cli.tiny_models import DEMO_MAX_TOKENS, QWEN3_MOE, demo_prompts, write_tiny_model
+from vllm_npu.envs import MOE_COMM
+from vllm_npu.plugin.entry_points import PLUGIN_NAME
+
+START_SECONDS = 300.0
+SAMPLE_SECONDS = 10.0
+CLIENTS = 8
+WARM_UP_SHARE = 0.2
+ALLOWED_GROWTH, ALLOWED_MIB = 0.02, 16
+SERVER_OPTIONS = [
+    *("--served-model-name", "tiny", "--data-parallel-size", "2", "--enable-expert-parallel", "--dtype", "float32"),
+    *("--max-model-len", "256", "--max-num-seqs", "8", "--kv-cache-memory-bytes", str(64 << 20), "--enforce-eager"),
+    *("--no-enable-prefix-caching", "--host", "127.0.0.1", "--disable-uvicorn-access-log"),
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """The server's processes at one moment. MiB are sums over processes."""
+
+    seconds: float
+    anonymous_mib: float
+    shared_memory_mib: float  # resident pages of /dev/shm and the like, each process's own count
+    processes: int
+    threads: int
+    open_files: int
+    answers: int
+
+
+class Load:
+    """Clients that ask random prompts for random lengths until told to stop."""
+
+    def __init__(self, url: str, seed: int) -> None:
+        self._url, self._seed = url, seed
+        self._stopped = threading.Event()
+        self._lock = threading.Lock()
+        self._known: dict[int, list[int]] = {}  # the longest answer to each prompt so far
+        self.answers = self.tokens = 0
+        self.faults: list[str] = []
+        self._threads = [
+            threading.Thread(target=self._ask_on, args=(client,), daemon=True) for client in range(CLIENTS)
+        ]
+
+    def start(self) -> None:
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        self._stopped.set()
+        for thread in self._threads:
+            thread.join(60)
+
+    def _ask_on(self, client: int) -> None:
+        draw = random.Random(f"{self._seed} {client}")
+        prompts = demo_prompts()
+        while not self._stopped.is_set():
+            which = draw.randrange(len(prompts))
+            try:
+                answer = self._ask(prompts[which], draw.randint(1, DEMO_MAX_TOKENS[which]))
+            except (OSError, KeyError, ValueError) as error:
+                with self._lock:
+                    self.faults.append(f"client {client}: {type(error).__name__}: {error}")
+                return
+            with self._lock:
+                self.answers += 1
+                self.tokens += len(answer)
+                known = self._known.setdefault(which, answer)
+                both = min(len(known), len(answer))
+                if known[:both] != answer[:both]:
+                    self.faults.append(f"prompt {which}: {answer}, and before {known}")
+                self._known[which] = max(known, answer, key=len)
+            self._stopped.wait(draw.choice([0.0, 0.0, 0.05, 0.2, 2.0]))
+
+    def _ask(self, prompt: list[int], max_tokens: int) -> list[int]:
+        body = {"model": "tiny", "prompt": prompt, "max_tokens": max_tokens, "temperature": 0}
+        body |= {"ignore_eos": True, "return_token_ids": True}
+        request = urllib.request.Request(self._url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=120) as response:
+            token_ids = json.load(response)["choices"][0]["token_ids"]
+        if len(token_ids) != max_tokens:
+            raise ValueError(f"{len(token_ids)} tokens for {max_tokens}")
+        return [int(token) for token in token_ids]
+
+
+def sample(tree: ProcessTree, started: float, answers: int) -> Sample:
+    anonymous = shared = threads = files = 0
+    members = tree.members()
+    for pid in members:
+        try:
+            status = Path(f"/proc/{pid}/status").read_text()
+            files += len(os.listdir(f"/proc/{pid}/fd"))
+        except OSError:
+            continue  # ended meanwhile
+        fields = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
+        anonymous += int(fields.get("RssAnon", "0 kB").split()[0])
+        shared += int(fields.get("RssShmem", "0 kB").split()[0])
+        threads += int(fields["Threads"])
+    return Sample(
+        seconds=round(time.monotonic() - started, 1),
+        anonymous_mib=round(anonymous / 1024, 1),
+        shared_memory_mib=round(shared / 1024, 1),
+        processes=len(members),
+        threads=threads,
+        open_files=files,
+        answers=answers,
+    )
+
+
+def wait_until_healthy(tree: ProcessTree, port: int) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline and tree.process.poll() is None:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
+                return
+        except OSError:
+            time.sleep(1)
+    raise SystemExit("soak: the server did not start; see its log")
+
+
+def growth(samples: Sequence[Sample], field: str) -> tuple[float, float]:
+    """Medians of the first and of the last third after the warm-up."""
+    values = [getattr(each, field) for each in samples[int(len(samples) * WARM_UP_SHARE) :]]
+    third = max(1, len(values) // 3)
+    return statistics.median(values[:third]), statistics.median(values[-third:])
+
+
+def grew(first: float, last: float) -> bool:
+    return last - first > max(ALLOWED_GROWTH * first, ALLOWED_MIB)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=30.0)
+    parser.add_argument("--moe-comm", default="all2all")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--log", type=Path, default=Path("soak.log"), help="the server's output")
+    parser.add_argument("--json", type=Path, dest="json_path")
+    options = parser.parse_args()
+    port = free_port()
+    samples: list[Sample] = []
+    with tempfile.TemporaryDirectory(prefix="soak-", dir=folder_for_sockets()) as name, options.log.open("wb") as log:
+        model = write_tiny_model(QWEN3_MOE, Path(name) / "model")
+        # Not by `vllm-npu serve`, which gives the server a session of its own: what is measured is this tree.
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
+        command += [*SERVER_OPTIONS, "--port", str(port)]
+        environment = os.environ | {"TMPDIR": name, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+        environment |= {"VLLM_PLUGINS": PLUGIN_NAME, MOE_COMM.name: options.moe_comm}
+        server = ProcessTree(command, environment=environment, stdout=log, stderr=log)
+        try:
+            wait_until_healthy(server, port)
+            load = Load(f"http://127.0.0.1:{port}/v1/completions", options.seed)
+            started = time.monotonic()
+            load.start()
+            while (
+                time.monotonic() - started < options.minutes * 60 and server.process.poll() is None and not load.faults
+            ):
+                time.sleep(SAMPLE_SECONDS)
+                samples.append(sample(server, started, load.answers))
+            load.stop()
+            alive = server.process.poll() is None
+        finally:
+            server.terminate()
+            server.stop(grace_seconds=30)
+    faults = load.faults + ([] if alive else ["the server ended"])
+    grown = {field: growth(samples, field) for field in ("anonymous_mib", "shared_memory_mib", "threads", "open_files")}
+    faults += [
+        f"{field} grew from {first:g} to {last:g}" for field, (first, last) in grown.items() if grew(first, last)
+    ]
+    report = {
+        "minutes": round(samples[-1].seconds / 60, 1),
+        "moe_comm": options.moe_comm,
+        "seed": options.seed,
+        "answers": load.answers,
+        "tokens": load.tokens,
+        "medians_of_first_and_last_third": grown,
+        "faults": faults,
+    }
+    if options.json_path is not None:
+        whole = report | {"samples": [asdict(each) for each in samples]}
+        options.json_path.write_text(json.dumps(whole, indent=1) + "\n")
+    print(json.dumps(report, indent=1))
+    sys.exit(1 if faults else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,514 @@
+"""What each rank's collectives were, in a file a rank that outlives it; and what differs between the ranks.
+
+Standard library only: `vllm-npu doctor --trace` reads files where torch cannot be imported.
+"""
+
+import json
+import mmap
+import os
+import socket
+import threading
+import time
+import zlib
+from collections import Counter, defaultdict, deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from enum import Enum
+from itertools import pairwise
+from pathlib import Path
+
+from vllm_npu.errors import InvalidInputError
+
+VERSION = 1
+LINE_BYTES = 512
+RING_CALLS = 4096  # 2 MiB a rank; a decode step of 60 MoE layers makes about 200 calls
+OPEN, DONE = "o", "d"  # first letter of a line: the rank is inside the call, or it returned
+PEER_TO_PEER = frozenset({"send_recv"})  # not every rank of the group makes these: nothing to compare
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """A group of ranks, by the numbers that the ranks have in the whole run."""
+
+    name: str
+    members: tuple[int, ...]
+
+    def __str__(self) -> str:
+        """'ep:0-3', 'dp:1-7/2' (every second of 1 to 7), or 'tp:0,3,4'."""
+        first, last, count = self.members[0], self.members[-1], len(self.members)
+        stride = (last - first) // max(count - 1, 1) or 1
+        if self.members != tuple(range(first, last + 1, stride)):
+            return f"{self.name}:{','.join(map(str, self.members))}"
+        return f"{self.name}:{first}-{last}{f'/{stride}' if stride > 1 else ''}"
+
+    @classmethod
+    def parse(cls, text: str) -> "Group":
+        """The inverse of str()."""
+        name, _, ranks = text.rpartition(":")
+        if "-" not in ranks:
+            return cls(name=name, members=tuple(map(int, ranks.split(","))))
+        span, _, stride = ranks.partition("/")
+        first, last = map(int, span.split("-"))
+        return cls(name=name, members=tuple(range(first, last + 1, int(stride or 1))))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """One collective of one rank. A list of more counts than fit a line stands as (-how many, their sum, a checksum)."""
+
+    group: Group
+    number: int  # of the rank's calls on this group: ranks of the group meet in the same number
+    operation: str
+    row: str = ""  # dtype and shape of a row of each tensor: "bfloat16[4096]+int32[8]"
+    sizes: tuple[int, ...] = ()  # rows of each rank, the same on all ranks
+    sent: tuple[int, ...] = ()  # rows to each rank, all_to_all
+    received: tuple[int, ...] = ()  # rows from each rank, all_to_all
+    stream: int = 0  # in the order in which the process first used them
+    layer: str = ""
+    step: int = 0
+    strategy: str = ""
+    index: int = 0  # of all calls of the rank, on whatever group
+    done: bool = True
+
+    @property
+    def meeting(self) -> tuple[Group, int]:
+        """What the ranks of the group have in common."""
+        return self.group, self.number
+
+    @property
+    def must_be_equal(self) -> tuple[object, ...]:
+        """What must be the same on all ranks of the group."""
+        return self.operation, self.row, self.sizes, self.layer, self.step, self.strategy
+
+    def __str__(self) -> str:
+        parts = [f"{self.operation} {self.row}".rstrip()]
+        parts += [f"sizes {list(self.sizes)}"] if self.sizes else []
+        parts += [f"sends {list(self.sent)} receives {list(self.received)}"] if self.sent else []
+        parts += [f"step {self.step}", f"layer {self.layer or '-'}", f"strategy {self.strategy or '-'}"]
+        return ", ".join([*parts, f"stream {self.stream}"]) + ("" if self.done else " (not ended)")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankTrace:
+    """The last calls of one rank, in the order in which it made them."""
+
+    rank: int
+    calls: tuple[Call, ...]
+    process: int = 0
+    host: str = ""
+    world_size: int = 0
+
+
+class Kind(Enum):
+    """What compare() finds."""
+
+    DIFFERENCE = "different calls"
+    ORDER = "different order of groups"
+    WAITING = "ranks that did not come"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """Something that is wrong between ranks."""
+
+    kind: Kind
+    ranks: tuple[int, ...]  # DIFFERENCE, ORDER: those involved; WAITING: those that did not come
+    text: str
+    group: Group
+
+
+def compare(traces: Sequence[RankTrace]) -> list[Finding]:
+    """What is wrong between these ranks: the first difference in time, then those of other groups, then groups that are used
+    in different orders, then ranks that others wait for. LOCAL; pure. Ranks may be missing, and traces may begin late."""
+    by_rank = {trace.rank: trace for trace in traces}
+    if len(by_rank) < len(traces):
+        raise InvalidInputError(
+            f"several traces of one rank: {sorted(trace.rank for trace in traces)}; give one a rank"
+        )
+    return [*_differences(by_rank), *_orders(by_rank), *_waits(by_rank)]
+
+
+def _compared(trace: RankTrace) -> list[Call]:
+    return [call for call in trace.calls if call.operation not in PEER_TO_PEER]
+
+
+def _meetings(traces: Mapping[int, RankTrace]) -> dict[tuple[Group, int], dict[int, Call]]:
+    """Who made which call, by what they meet in."""
+    meetings: dict[tuple[Group, int], dict[int, Call]] = defaultdict(dict)
+    for rank, trace in sorted(traces.items()):
+        for call in _compared(trace):
+            meetings[call.meeting][rank] = call
+    return meetings
+
+
+def _differences(traces: Mapping[int, RankTrace]) -> list[Finding]:
+    """The first of each group, the first in time first."""
+    first: dict[Group, tuple[tuple[int, ...], Finding]] = {}
+    for (group, number), calls in _meetings(traces).items():
+        when = (number, min(call.index for call in calls.values()))
+        if group in first and first[group][0] <= when:
+            continue
+        text = _difference(group, calls)
+        if text is not None:
+            head = f"call {number} on group {group}: {text}"
+            first[group] = when, Finding(Kind.DIFFERENCE, tuple(sorted(calls)), head, group)
+    return [finding for _, finding in sorted(first.values(), key=lambda found: found[0][1])]
+
+
+def _difference(group: Group, calls: Mapping[int, Call]) -> str | None:
+    alike: dict[tuple[object, ...], list[int]] = defaultdict(list)
+    for rank, call in calls.items():
+        alike[call.must_be_equal].append(rank)
+    if len(alike) > 1:
+        lines = [f"ranks {ranks}: {calls[ranks[0]]}" for ranks in alike.values()]
+        return "\n  ".join(["ranks make different calls", *lines])
+    for sender, sent in calls.items():
+        for receiver, received in calls.items():
+            if not sent.sent or not received.received or sent.sent[0] < 0 or received.received[0] < 0:
+                continue
+            rows = sent.sent[group.members.index(receiver)]
+            expected = received.received[group.members.index(sender)]
+            if rows != expected:
+                return (
+                    f"rank {sender} sends {rows} rows to rank {receiver}, which expects {expected}"
+                    f"\n  rank {sender}: {sent}\n  rank {receiver}: {received}"
+                )
+    return None
+
+
+def _orders(traces: Mapping[int, RankTrace]) -> list[Finding]:
+    """A cycle: rank a makes call x before call y, rank b y before z, ... and some rank the last one before x. Where calls
+    wait for each other, as those on one stream do, none of these ranks can go on."""
+    after: dict[tuple[Group, int], dict[tuple[Group, int], int]] = defaultdict(dict)
+    when: dict[tuple[Group, int], int] = {}
+    for rank, trace in sorted(traces.items()):
+        calls = _compared(trace)
+        for call in calls:
+            when[call.meeting] = min(when.get(call.meeting, call.index), call.index)
+        for one, following in pairwise(calls):
+            after[one.meeting].setdefault(following.meeting, rank)
+    for group, number, _, late in _unmet(traces):
+        for rank in late:
+            last = traces[rank].calls[-1:]
+            if last and not last[0].done and last[0].operation not in PEER_TO_PEER:
+                when.setdefault((group, number), last[0].index)
+                after[last[0].meeting].setdefault(
+                    (group, number), rank
+                )  # it is inside the one, and will come to the other
+    on_cycles = _without_ends(after)
+    for start in sorted(on_cycles, key=lambda meeting: (when[meeting], str(meeting[0]))):
+        cycle = _shortest_cycle(start, after, on_cycles)
+        if cycle:
+            return [_order_finding(cycle, after, traces)]
+    return []
+
+
+def _without_ends(after: Mapping[tuple[Group, int], Mapping[tuple[Group, int], int]]) -> set[tuple[Group, int]]:
+    """The meetings that are left once those before all cycles, and those behind all cycles, are gone."""
+    left = set(after) | {following for each in after.values() for following in each}
+    edges = [(one, following) for one, each in after.items() for following in each]
+    for from_, to in ((0, 1), (1, 0)):
+        incoming = Counter(edge[to] for edge in edges if edge[0] in left and edge[1] in left)
+        outgoing: dict[tuple[Group, int], list[tuple[Group, int]]] = defaultdict(list)
+        for edge in edges:
+            if edge[0] in left and edge[1] in left:
+                outgoing[edge[from_]].append(edge[to])
+        free = deque(meeting for meeting in left if not incoming[meeting])
+        while free:
+            meeting = free.popleft()
+            left.discard(meeting)
+            for following in outgoing[meeting]:
+                incoming[following] -= 1
+                if not incoming[following]:
+                    free.append(following)
+    return left
+
+
+def _shortest_cycle(
+    start: tuple[Group, int],
+    after: Mapping[tuple[Group, int], Mapping[tuple[Group, int], int]],
+    among: set[tuple[Group, int]],
+) -> list[tuple[Group, int]]:
+    came_from: dict[tuple[Group, int], tuple[Group, int]] = {}
+    queue = deque([start])
+    while queue:
+        meeting = queue.popleft()
+        for following in after.get(meeting, {}):
+            if following == start:
+                path = [meeting]
+                while path[-1] != start:
+                    path.append(came_from[path[-1]])
+                return path[::-1]
+            if following in among and following not in came_from:
+                came_from[following] = meeting
+                queue.append(following)
+    return []
+
+
+def _order_finding(
+    cycle: list[tuple[Group, int]],
+    after: Mapping[tuple[Group, int], Mapping[tuple[Group, int], int]],
+    traces: Mapping[int, RankTrace],
+) -> Finding:
+    lines, ranks = [], []
+    for one, following in zip(cycle, [*cycle[1:], cycle[0]], strict=True):
+        rank = after[one][following]
+        calls = {call.meeting: call for call in traces[rank].calls}
+        ranks.append(rank)
+        then = f"then call {following[1]} on {following[0]} ({calls.get(following, 'to which it has not come')})"
+        lines.append(f"rank {rank}: call {one[1]} on {one[0]} ({calls[one]}), {then}")
+    names = " and ".join(sorted({str(group) for group, _ in cycle}))
+    head = f"ranks use groups {names} in different orders, and wait for each other"
+    return Finding(Kind.ORDER, tuple(sorted(set(ranks))), "\n  ".join([head, *lines]), cycle[0][0])
+
+
+def _unmet(traces: Mapping[int, RankTrace]) -> Iterator[tuple[Group, int, list[int], list[int]]]:
+    """Calls that ranks are inside of, those ranks, and those of the group that have a trace and did not come."""
+    for (group, number), calls in _meetings(traces).items():
+        waiting = [rank for rank, call in calls.items() if not call.done]
+        if waiting:
+            yield group, number, waiting, [rank for rank in group.members if rank in traces and rank not in calls]
+
+
+def _waits(traces: Mapping[int, RankTrace]) -> list[Finding]:
+    findings = []
+    for group, number, waiting, late in _unmet(traces):
+        unknown = [rank for rank in group.members if rank not in traces]
+        if not late and not unknown:
+            continue
+        call = next(call for call in traces[waiting[0]].calls if call.meeting == (group, number))
+        lines = [f"ranks {waiting} are in call {number} on group {group}: {call}"]
+        for rank in late:
+            last = traces[rank].calls[-1:]
+            lines.append(f"rank {rank} did not come; its last call: {f'{last[0].group} {last[0]}' if last else 'none'}")
+        lines += [f"ranks {unknown}: no trace of them here"] if unknown else []
+        findings.append(Finding(Kind.WAITING, tuple(late + unknown), "\n  ".join(lines), group))
+    return findings
+
+
+# --- the files ---
+
+
+@dataclass(frozen=True, slots=True)
+class _Shared:
+    """What a rank is doing, besides its calls."""
+
+    layer: str = ""
+    step: int = 0
+    strategy: str = ""
+
+
+@dataclass(slots=True)
+class TraceRing:
+    """The last RING_CALLS calls of this rank, in FOLDER/rankN.trace. LOCAL, some 10 microseconds a call.
+
+    The file is mapped memory: what a rank wrote is there when it is killed, and can be read while it runs. Its lines have
+    LINE_BYTES each, the first says whose file it is. A file of an earlier run is replaced.
+    """
+
+    path: Path
+    _map: mmap.mmap
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _calls: int = 0
+    _numbers: Counter[Group] = field(default_factory=Counter)
+    _shared: _Shared = field(default_factory=_Shared)
+    _layers: int = 0
+
+    @classmethod
+    def create(cls, folder: Path, rank: int, world_size: int) -> "TraceRing":
+        """Raises InvalidInputError where the folder cannot be written."""
+        path = folder / f"rank{rank}.trace"
+        header = {
+            "trace": VERSION,
+            "rank": rank,
+            "world_size": world_size,
+            "process": os.getpid(),
+            "host": socket.gethostname(),
+            "began": round(time.time(), 3),
+        }
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with path.open("wb") as file:
+                file.write(_line(json.dumps(header)))
+                file.truncate(LINE_BYTES * (1 + RING_CALLS))
+            with path.open("r+b") as file:
+                return cls(path, mmap.mmap(file.fileno(), 0))
+        except OSError as error:
+            raise InvalidInputError(
+                f"cannot record collectives in {folder}: {error}; name a folder that can be written"
+            ) from error
+
+    def enter_step(self, step: int, strategy: str) -> None:
+        """Calls from now on belong to this step."""
+        self._shared, self._layers = _Shared("", step, strategy), 0
+
+    def enter_layer(self, name: str = "") -> None:
+        """Calls from now on belong to this layer; without a name, to the next one of the step."""
+        self._layers += 1
+        self._shared = replace(self._shared, layer=name or f"layer {self._layers} of the step")
+
+    def begin(
+        self,
+        group: Group,
+        operation: str,
+        *,
+        row: str = "",
+        sizes: Sequence[int] = (),
+        sent: Sequence[int] = (),
+        received: Sequence[int] = (),
+        stream: int = 0,
+    ) -> Call:
+        """Write down a call that the rank is about to make."""
+        shared = self._shared
+        numbered = replace(group, name=f"{group.name} {operation}") if operation in PEER_TO_PEER else group
+        with self._lock:
+            call = Call(
+                group=group,
+                number=self._numbers[numbered],
+                operation=operation,
+                row=row,
+                sizes=tuple(sizes),
+                sent=tuple(sent),
+                received=tuple(received),
+                stream=stream,
+                layer=shared.layer,
+                step=shared.step,
+                strategy=shared.strategy,
+                index=self._calls,
+                done=False,
+            )
+            self._numbers[numbered] += 1
+            self._calls += 1
+            self._write(call)
+        return call
+
+    def end(self, call: Call, *, sent: Sequence[int] = (), received: Sequence[int] = ()) -> None:
+        """The call returned; `sent` and `received` where they were not known before."""
+        if self._calls - call.index > RING_CALLS:
+            return  # overwritten since
+        if sent:
+            self._write(replace(call, sent=tuple(sent), received=tuple(received), done=True))
+        else:
+            self._map[self._offset(call)] = ord(DONE)
+
+    def _offset(self, call: Call) -> int:
+        return LINE_BYTES * (1 + call.index % RING_CALLS)
+
+    def _write(self, call: Call) -> None:
+        offset = self._offset(call)
+        self._map[offset : offset + LINE_BYTES] = _line_of(call)
+
+
+def _line(text: str) -> bytes:
+    encoded = text.encode()
+    if len(encoded) >= LINE_BYTES:
+        raise InvalidInputError(f"a line of a trace has {len(encoded)} bytes, of {LINE_BYTES - 1} at most")
+    return encoded.ljust(LINE_BYTES - 1) + b"\n"
+
+
+def _line_of(call: Call) -> bytes:
+    try:
+        return _line(_text_of(call))
+    except InvalidInputError:
+        short = replace(
+            call,
+            sizes=_checksum(call.sizes),
+            sent=_checksum(call.sent),
+            received=_checksum(call.received),
+            row=call.row[-60:],
+            layer=call.layer[-60:],
+        )
+        return _line(_text_of(short))
+
+
+def _text_of(call: Call) -> str:
+    values = [str(call.group), call.number, call.operation, call.row, call.sizes, call.sent, call.received]
+    values += [call.stream, call.layer, call.step, call.strategy, call.index]
+    return (DONE if call.done else OPEN) + json.dumps(values, separators=(",", ":"))
+
+
+def _checksum(sizes: tuple[int, ...]) -> tuple[int, ...]:
+    return (-len(sizes), sum(sizes), zlib.crc32(repr(sizes).encode())) if sizes else ()
+
+
+def read_trace(path: Path) -> RankTrace:
+    """The trace in a file, which a living rank may be writing. Raises InvalidInputError for a file that is none."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise InvalidInputError(f"cannot read the trace {path}: {error}") from error
+    try:
+        header = json.loads(content[:LINE_BYTES])
+        if header["trace"] != VERSION:
+            raise InvalidInputError(
+                f"{path} is a trace of version {header['trace']}, not {VERSION}; read it with its own release"
+            )
+        calls = [
+            call
+            for offset in range(LINE_BYTES, len(content), LINE_BYTES)
+            if (call := _read_call(content[offset : offset + LINE_BYTES])) is not None
+        ]
+        return RankTrace(
+            rank=int(header["rank"]),
+            calls=tuple(sorted(calls, key=lambda call: call.index)),
+            process=int(header["process"]),
+            host=str(header["host"]),
+            world_size=int(header["world_size"]),
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        if isinstance(error, InvalidInputError):
+            raise
+        raise InvalidInputError(
+            f"{path} is no trace of collectives ({error}); VLLM_NPU_RECORD writes rank*.trace"
+        ) from error
+
+
+def _read_call(line: bytes) -> Call | None:
+    """None for a line that is empty, or half written."""
+    if line[:1] not in (OPEN.encode(), DONE.encode()):
+        return None
+    try:
+        group, number, operation, row, sizes, sent, received, stream, layer, step, strategy, index = json.loads(
+            line[1:]
+        )
+    except ValueError:
+        return None
+    return Call(
+        group=Group.parse(group),
+        number=number,
+        operation=operation,
+        row=row,
+        sizes=tuple(sizes),
+        sent=tuple(sent),
+        received=tuple(received),
+        stream=stream,
+        layer=layer,
+        step=step,
+        strategy=strategy,
+        index=index,
+        done=line[:1] == DONE.encode(),
+    )
+
+
+def read_traces(paths: Iterable[Path]) -> list[RankTrace]:
+    """The traces in these files, and in the folders among them. Raises InvalidInputError where they cannot be one run's."""
+    files = [file for path in paths for file in (sorted(path.glob("rank*.trace")) if path.is_dir() else [path])]
+    traces = [read_trace(file) for file in files]
+    worlds = {trace.world_size for trace in traces}
+    if len(worlds) > 1:
+        raise InvalidInputError(
+            f"traces of runs of {sorted(worlds)} ranks; clear the folder between runs, or name files of one"
+        )
+    return traces
+
+
+def report(traces: Sequence[RankTrace]) -> str:
+    """compare(), for people."""
+    if not traces:
+        return "no traces"
+    findings = compare(traces)
+    lines = [f"{finding.kind.value}: {finding.text}" for finding in findings]
+    calls = sum(len(trace.calls) for trace in traces)
+    missing = sorted(set(range(max(trace.world_size for trace in traces))) - {trace.rank for trace in traces})
+    ranks = f"ranks {sorted(trace.rank for trace in traces)}" + (f" (no trace of {missing})" if missing else "")
+    return "\n".join([*lines, f"{calls} calls of {ranks}: {len(findings)} findings"])

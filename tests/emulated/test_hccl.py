@@ -13,9 +13,11 @@ import torch.distributed as dist
 
 from tests.ranks.test_transport_contract import CONTRACT, with_tensors_on_its_device
 from vllm_npu.emulator import launcher, soc
+from vllm_npu.errors import UnknownGroupError
 from vllm_npu.limits import DEVICES, QuantMode
 from vllm_npu.step_plan import StepPlan, TokenSharding
 from vllm_npu.strategies import build
+from vllm_npu.transport.hccl import HcclTransport
 from vllm_npu.transport.launch import ProcessRankPool, Rank, RankPool
 from vllm_npu.transport.recording import CollectiveCounter
 from vllm_npu.verification import Case, limits_of_device, run_case
@@ -118,3 +120,16 @@ def test_mc2_is_the_devices_own_dispatch_and_combine(pool, grid):
     calls = {"ep.dispatch": 1, "ep.combine": 1}
     assert pool.run(calls_of, "mc2") == [calls] * (grid[0] * grid[1])
     assert pool.run(calls_of, "all2all")[0] == {"ep.all_to_all": 3}
+
+
+def asks_for_a_group_that_hccl_does_not_have(rank: Rank) -> str:
+    group = dist.new_group(backend="gloo")
+    with pytest.raises(UnknownGroupError) as error:
+        HcclTransport(group, "ep").name_for_ops  # noqa: B018 - a property that asks
+    return str(error.value)
+
+
+def test_a_group_unknown_to_hccl_is_named_before_a_token_moves(pool, grid):
+    for rank, text in enumerate(pool.run(asks_for_a_group_that_hccl_does_not_have)):
+        assert text.startswith(f"HCCL does not know the group 'ep' of rank {rank}, over which mc2 has to communicate (")
+        assert text.endswith("create the group with the hccl backend, or choose all2all or allgather")

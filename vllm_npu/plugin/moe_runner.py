@@ -112,7 +112,7 @@ class NPUMoERunner(MoERunner):
             topk_weights = torch.ones_like(topk_weights)
 
         step = current_step()
-        topk_ids = self._place(topk_ids)
+        topk_ids = self._place(topk_ids, step.plan.sharding)
         if (ring := trace_ring()) is not None:
             ring.enter_layer(self.layer_name)
         shared_experts, compute_shared = self._shared_experts, None
@@ -130,7 +130,7 @@ class NPUMoERunner(MoERunner):
         shared = None if shared_experts is None else shared_experts.output
         return self._sum_over_tp(finalized.hidden_states, shared, routed_is_complete=finalized.reduced)
 
-    def _place(self, topk_ids: torch.Tensor) -> torch.Tensor:
+    def _place(self, topk_ids: torch.Tensor, sharding: TokenSharding) -> torch.Tensor:
         """Logical to physical experts, the load counted, where experts are balanced (EPLB); else the ids as they are.
 
         vLLM's router does both in a Triton kernel, and on a CPU neither.
@@ -139,9 +139,8 @@ class NPUMoERunner(MoERunner):
         if balanced is None:
             return topk_ids
         topology = model_groups(expert_parallel=bool(self.moe_config.use_ep)).topology
-        table = eplb.table_of(balanced)
-        physical_ids = to_physical(topk_ids, table, topology, self.facts.sharding)
-        eplb.count_load(balanced, physical_ids, topology, self.facts.sharding)
+        physical_ids = to_physical(topk_ids, eplb.table_of(balanced), topology, sharding)
+        eplb.count_load(balanced, physical_ids, topology, sharding)
         return physical_ids
 
     def _compute_experts(

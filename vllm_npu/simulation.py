@@ -124,9 +124,9 @@ def popularity(num_experts: int, skew: float, seed: int) -> Array:
 @cache
 def draw_choices(num_experts: int, top_k: int, skew: float, seed: int) -> NDArray[np.int64]:
     """[DRAWN_TOKENS, top_k] different experts of each token, drawn by popularity."""
-    scores = np.random.default_rng(seed + 1).gumbel(size=(DRAWN_TOKENS, num_experts))
-    scores += np.log(popularity(num_experts, skew, seed))
-    return np.argpartition(-scores, top_k - 1, axis=1)[:, :top_k]
+    waits = np.random.default_rng(seed + 1).standard_exponential((DRAWN_TOKENS, num_experts), dtype=np.float32)
+    waits /= popularity(num_experts, skew, seed).astype(np.float32)
+    return np.argpartition(waits, top_k - 1, axis=1)[:, :top_k]  # the first to come, one after another
 
 
 @cache

@@ -111,7 +111,7 @@ def test_the_package_says_that_it_is_typed():
     assert (Path(vllm_npu.__file__).parent / "py.typed").is_file()
 
 
-def test_a_wheel_brings_what_the_native_parts_are_built_from(tmp_path):
+def test_a_wheel_brings_what_is_read_and_what_the_native_parts_are_built_from(tmp_path):
     copy = tmp_path / "source"  # setuptools writes beside what it builds
     shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", "tests", "__pycache__", "*.egg-info", "build"))
     build = [
@@ -130,7 +130,9 @@ def test_a_wheel_brings_what_the_native_parts_are_built_from(tmp_path):
     assert done.returncode == 0, done.stderr
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
-        inside = {name for name in archive.namelist() if name.startswith("vllm_npu/csrc_npu/")}
+        names = archive.namelist()
+    inside = {name for name in names if name.startswith("vllm_npu/csrc_npu/")}
+    assert "vllm_npu/fabrics.toml" in names
     sources = [path for path in (ROOT / "csrc_npu").glob("*/**/*") if path.is_file()]
     sources = [path for path in sources if "__pycache__" not in path.parts]
     assert inside == {f"vllm_npu/{path.relative_to(ROOT).as_posix()}" for path in sources}

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from vllm_npu.cli.tiny_models import QWEN3_MOE, write_tiny_model
 from vllm_npu.strategies import STRATEGIES
 
 
@@ -46,3 +47,11 @@ def test_options_and_help_of_vllm_are_reached(tmp_path: Path) -> None:
     refused = run("serve", "some-model", "--no-such-option-of-vllm")
     assert refused.returncode == 2
     assert "--no-such-option-of-vllm" in refused.stderr
+
+
+def test_ranks_without_a_server_are_vllms_serve_command(tmp_path: Path) -> None:
+    """vLLM's own refusal of a host without ranks: its API server's module does not know the option."""
+    model = write_tiny_model(QWEN3_MOE, tmp_path / "model")
+    refused = run("serve", str(model), "--headless", "--data-parallel-size", "2", "--data-parallel-size-local", "0")
+    assert refused.returncode != 0
+    assert "data_parallel_size_local must be > 0 in headless mode" in refused.stderr + refused.stdout

@@ -20,6 +20,7 @@ from tests.vllm.vllm_ranks import (
 )
 from vllm_npu.errors import PlanDisagreementError
 from vllm_npu.topology import ParallelTopology
+from vllm_npu.transport.recording import CollectiveCounter
 
 COUNTS = (3, 5)  # tokens of the DP ranks
 TOO_MANY = (600 * TP2_DP2.tp, 1)  # for mc2, which takes 512 a rank
@@ -96,3 +97,20 @@ def test_without_a_folder_nothing_is_counted_and_the_log_says_so(monkeypatch):
     monkeypatch.setenv("VLLM_NPU_METRICS", "1")
     assert metrics.StepMetrics.if_wanted(topology, None) is None
     assert ["PROMETHEUS_MULTIPROC_DIR is not set" in text for text in warnings] == [True]
+
+
+def test_a_counter_that_begins_anew_takes_nothing_back(monkeypatch, tmp_path):
+    from vllm_npu.plugin import metrics
+
+    monkeypatch.setenv("VLLM_NPU_METRICS", "1")
+    monkeypatch.setenv(metrics.FOLDER, str(tmp_path))
+    counter = CollectiveCounter()
+    counted = metrics.StepMetrics.if_wanted(ParallelTopology.of_rank(3, tp_size=1, dp_size=4), counter)
+    for sent in (100, None, 30):
+        counted.begin_step("naive", "naive", 1, is_fallback=False)
+        if sent is None:
+            counter.reset()
+            sent = 7
+        counter.add("dp", "broadcast", sent)
+    counted.begin_step("naive", "naive", 1, is_fallback=False)
+    assert metrics._series()["sent_bytes"].labels("naive", "3")._value.get() == 100 + 7 + 30

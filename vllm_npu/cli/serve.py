@@ -20,6 +20,7 @@ from vllm_npu.plugin.entry_points import PLUGIN_NAME
 
 FORWARDED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 METRICS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"  # prometheus_client's; vLLM's endpoint adds up what is in it
+HEADLESS = "--headless"
 LEFTOVER_SECONDS: Final = 5.0  # for vLLM's helpers to end after the server has
 
 HELP = """\
@@ -31,6 +32,8 @@ Usage: vllm-npu serve MODEL [--moe-comm NAME] [--json PATH] [any option of vLLM'
   --moe-comm NAME  Strategy: auto, or a name that `vllm-npu serve MODEL --moe-comm ?` lists.
                    Where --additional-config names one as well, that one counts.
   --json PATH      When the server has ended, write the command, its exit status and its seconds to this file.
+
+  --headless is vLLM's too: the ranks of a further host, without a server of their own (docs/multi_node.md).
 
   Signals reach the server; its exit status is returned (128 + N if signal N ended it).
 """
@@ -48,7 +51,10 @@ def serve(arguments: Sequence[str]) -> None:
     rest, json_path = _take_option(rest, "--json")
     if moe_comm is not None:
         _check_moe_comm(moe_comm)
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *_name_model(rest)]
+    named = _name_model(rest)
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *named]
+    if HEADLESS in rest:  # ranks without an API server: a part of vLLM's serve command alone
+        command = [sys.executable, "-m", "vllm_npu.plugin.serve_command", *rest]
     require_vllm()
 
     started = time.monotonic()

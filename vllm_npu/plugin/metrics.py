@@ -68,7 +68,8 @@ class StepMetrics:
         series = _series()
         if self._sent is not None and self._strategy is not None:
             total = self._sent.bytes_sent.total()
-            series["sent_bytes"].labels(self._strategy, self._rank).inc(total - self._sent_before)
+            sent = total - self._sent_before if total >= self._sent_before else total  # less: the counter began anew
+            series["sent_bytes"].labels(self._strategy, self._rank).inc(sent)
             self._sent_before = total
         self._strategy = strategy
         series["steps"].labels(strategy, self._rank).inc()

@@ -38,14 +38,14 @@ def agree(
 
 def _as_text(fields: Mapping[str, object]) -> str:
     """A line a field. A long value is cut, and a digest of it added, so that all fields fit in MAX_PLAN_BYTES."""
-    lines = []
-    for name, value in fields.items():
-        text = str(value)
-        if len(text) > MAX_VALUE_CHARACTERS:
-            digest = hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
-            text = f"{text[:MAX_VALUE_CHARACTERS]}... (digest {digest})"
-        lines.append(f"{name}: {text}")
-    return "\n".join(lines)
+    return "\n".join([f"{name}: {_short(str(value))}" for name, value in fields.items()])
+
+
+def _short(text: str) -> str:
+    if len(text) <= MAX_VALUE_CHARACTERS:
+        return text
+    digest = hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
+    return f"{text[:MAX_VALUE_CHARACTERS]}... (digest {digest})"
 
 
 def _different_plans(plans: list[str], digests: list[int]) -> list[str]:

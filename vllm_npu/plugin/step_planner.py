@@ -54,7 +54,7 @@ class StepPlanner:
         self._device = compat.current().device_limits(vllm_config, layers, self._topology)
         self._fixed_fields = {
             "vllm_npu": __version__,
-            "topology": self._topology,
+            "topology": str(self._topology),
             "layers": "; ".join(sorted({str(layer) for layer in layers})),  # sizes, dtype, quantisation
             "device": f"{self._device.family} {self._device.capacities}",
             "self_test": self._self_test,

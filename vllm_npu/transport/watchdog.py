@@ -85,10 +85,12 @@ class Watchdog:
         GRACE_SECONDS where nobody has ended."""
         report = f"{operation} on group '{group}': {detail}"[:REPORT_CHARACTERS]
         others = [other for other in range(len(self._mailboxes)) if other != self.rank]
-        give_up = time.monotonic() + GRACE_SECONDS
         with ThreadPoolExecutor(MOST_AT_ONCE) as pool:
             taken = pool.map(lambda other: self._mailboxes[other].take(self.rank, report), others)
-            there = dict(zip(others, taken, strict=True))
+            there = dict(
+                zip(others, taken, strict=True)
+            )  # which may have taken long: to ranks that are ending right now
+            give_up = time.monotonic() + GRACE_SECONDS
             while True:
                 silent = [other for other in others if not self._has_report_of(other)]
                 ended = [other for other in silent if not there[other]]

@@ -45,6 +45,7 @@ class Sample:
 
     seconds: float
     anonymous_mib: float
+    by_process_mib: dict[str, float]  # the same, of each
     shared_memory_mib: float  # resident pages of /dev/shm and the like, each process's own count
     processes: int
     threads: int
@@ -110,6 +111,7 @@ class Load:
 def sample(tree: ProcessTree, started: float, answers: int) -> Sample:
     anonymous = shared = threads = files = 0
     members = tree.members()
+    by_process = {}
     for pid in members:
         try:
             status = Path(f"/proc/{pid}/status").read_text()
@@ -117,12 +119,15 @@ def sample(tree: ProcessTree, started: float, answers: int) -> Sample:
         except OSError:
             continue  # ended meanwhile
         fields = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
-        anonymous += int(fields.get("RssAnon", "0 kB").split()[0])
+        own = int(fields.get("RssAnon", "0 kB").split()[0])
+        anonymous += own
+        by_process[f"{fields['Name'].strip()} {pid}"] = round(own / 1024, 1)
         shared += int(fields.get("RssShmem", "0 kB").split()[0])
         threads += int(fields["Threads"])
     return Sample(
         seconds=round(time.monotonic() - started, 1),
         anonymous_mib=round(anonymous / 1024, 1),
+        by_process_mib=by_process,
         shared_memory_mib=round(shared / 1024, 1),
         processes=len(members),
         threads=threads,
@@ -191,6 +196,7 @@ def main() -> None:
     faults += [
         f"{field} grew from {first:g} to {last:g}" for field, (first, last) in grown.items() if grew(first, last)
     ]
+    warm, last = samples[int(len(samples) * WARM_UP_SHARE)].by_process_mib, samples[-1].by_process_mib
     report = {
         "minutes": round(samples[-1].seconds / 60, 1),
         "moe_comm": options.moe_comm,
@@ -198,6 +204,7 @@ def main() -> None:
         "answers": load.answers,
         "tokens": load.tokens,
         "medians_of_first_and_last_third": grown,
+        "mib_of_processes_after_warm_up_and_at_the_end": {name: (warm.get(name), mib) for name, mib in last.items()},
         "faults": faults,
     }
     if options.json_path is not None:

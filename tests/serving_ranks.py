@@ -25,6 +25,7 @@ TP, DP = 2, 2
 NUM_RANKS = TP * DP
 STEPS, LAYERS = 12, 3
 DEADLINE = 10.0  # seconds: of a collective
+REPORT_SECONDS = 1.0  # for a failed rank's report to reach the test
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,9 @@ def serve(rank: Rank, kill: Kill | None, moment: str | None) -> Report:
             time.sleep(60)  # the timer ends it
         groups.ep.barrier()
     except VllmNpuError as error:
+        threading.Timer(
+            REPORT_SECONDS, os._exit, (1,)
+        ).start()  # as an engine does: others lose their connections to it
         return Report(served, error, time.time() - float(Path(moment or "").read_text()) if moment else 0.0)
     return Report(served, None, 0.0)
 
@@ -121,7 +125,9 @@ def kill_and_restart(pool_of: Callable[[], RankPool], kills: int, folder: Path) 
                 break
             outcomes = pool.outcomes(serve, kill, str(folder / f"moment{number}"))
             fault = check_kill(outcomes, kill)
-            faults += [f"{kill}: {fault}"] if fault else []
+            if fault:
+                print(f"{kill}: {fault}")
+                faults.append(f"{kill}: {fault}")
             seconds += [report.seconds_to_error for report in outcomes if isinstance(report, Report)]
     print(f"{kills} kills: {len(faults)} faults; survivors' reports after {max(seconds):.2f} s at most")
     return faults

@@ -96,7 +96,7 @@ class _Answer:
     pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]
 
 
-def _moving(round_: _Round, dtype: torch.dtype) -> Iterator[_Answer]:
+def _gathering(round_: _Round, dtype: torch.dtype) -> Iterator[_Answer]:
     t, rank, on = round_.transport, round_.rank, round_.device
     for sizes in (round_.even(), round_.uneven()):
         x = round_.moved(rank, sizes[rank], dtype).to(on)
@@ -106,7 +106,17 @@ def _moving(round_: _Round, dtype: torch.dtype) -> Iterator[_Answer]:
     tensors = [round_.moved(rank, sizes[rank], each, salt).to(on) for salt, each in enumerate(dtypes)]
     expected = [round_.gathered(sizes, each, salt) for salt, each in enumerate(dtypes)]
     yield _Answer("gather_tokens", list(zip(t.gather_tokens(tensors, sizes), expected, strict=True)))
+    for source in {0, round_.number % round_.size, round_.size - 1}:
+        x = round_.moved(rank, 7, dtype, source).to(on)
+        result = t.broadcast(x, source)
+        yield _Answer(
+            "broadcast", [(result, round_.moved(source, 7, dtype, source)), (x, round_.moved(rank, 7, dtype, source))]
+        )
 
+
+def _exchanging(round_: _Round, dtype: torch.dtype) -> Iterator[_Answer]:
+    t, rank, on = round_.transport, round_.rank, round_.device
+    dtypes = dtype, torch.float32
     matrix = round_.matrix()
     send, receive = matrix[rank], [row[rank] for row in matrix]
     unchanged = [round_.outgoing(rank, dtype, salt) for salt in (0, 1)]
@@ -119,13 +129,6 @@ def _moving(round_: _Round, dtype: torch.dtype) -> Iterator[_Answer]:
     expected = [round_.incoming(each, salt) for salt, each in enumerate(dtypes)]
     rows = torch.tensor([sent_rows, received_rows]), torch.tensor([send, receive])
     yield _Answer("exchange_tokens", [rows, *zip(received, expected, strict=True)])
-
-    for source in {0, round_.number % round_.size, round_.size - 1}:
-        x = round_.moved(rank, 7, dtype, source).to(on)
-        result = t.broadcast(x, source)
-        yield _Answer(
-            "broadcast", [(result, round_.moved(source, 7, dtype, source)), (x, round_.moved(rank, 7, dtype, source))]
-        )
     after, before = (rank + 1) % round_.size, (rank - 1) % round_.size
     received_row = torch.zeros(7, WIDTH, dtype=dtype, device=on)
     x = round_.moved(rank, 7, dtype).to(on)
@@ -172,11 +175,12 @@ def _what_is_wrong(got: torch.Tensor, expected: torch.Tensor) -> str | None:
     return f"{got[row, column].item():g} for {expected[row, column].item():g} in row {row} of {expected.shape[0]}"
 
 
-def faults_of(transport: Transport, device: torch.device, mode: str) -> list[str]:
+def faults_of(transport: Transport, device: torch.device, mode: str, exchanges: bool = True) -> list[str]:
     """What this rank finds wrong on one group. COLLECTIVE over it. Host sync: yes. Graph capture: no."""
     faults = []
     kinds: tuple[tuple[Callable[[_Round, torch.dtype], Iterator[_Answer]], tuple[torch.dtype, ...]], ...] = (
-        (_moving, MOVED_DTYPES[mode]),
+        (_gathering, MOVED_DTYPES[mode]),
+        (_exchanging, MOVED_DTYPES[mode] if exchanges else ()),
         (_summing, SUMMED_DTYPES[mode]),
     )
     for number, scale in enumerate(SCALES[mode]):
@@ -189,12 +193,15 @@ def faults_of(transport: Transport, device: torch.device, mode: str) -> list[str
     return faults
 
 
-def run_self_test(groups: Groups, vote: Transport, device: torch.device, mode: str = QUICK) -> float:
+def run_self_test(
+    groups: Groups, vote: Transport, device: torch.device, mode: str = QUICK, exchanges: bool = True
+) -> float:
     """Test all groups, and return the seconds that it took.
 
     COLLECTIVE over each group and the whole grid. `vote`: a CPU group over the grid, by which ranks tell each other what
-    they found; it is tested first. Host sync: yes. Graph capture: no. Raises LyingCollectiveError on every rank where any
-    rank got wrong data (at least on that one where `vote` itself lies); UnsupportedConfigError for an unknown mode.
+    they found; it is tested first. `exchanges`: whether the device has all-to-alls and sends to single ranks. Host sync:
+    yes. Graph capture: no. Raises LyingCollectiveError on every rank where any rank got wrong data (at least on that one
+    where `vote` itself lies); UnsupportedConfigError for an unknown mode.
     """
     if mode not in MODES:
         raise UnsupportedConfigError(f"unknown self_test {mode!r}; there are: {', '.join(MODES)}")
@@ -202,7 +209,7 @@ def run_self_test(groups: Groups, vote: Transport, device: torch.device, mode: s
     if mode != OFF and vote.size > 1:
         found = faults_of(vote, torch.device("cpu"), mode)
         for transport in (groups.tp, groups.dp, groups.ep):
-            found += faults_of(transport, device, mode) if transport.size > 1 else []
+            found += faults_of(transport, device, mode, exchanges) if transport.size > 1 else []
         verdicts = {
             rank: text for rank, text in enumerate(gather_texts(vote, "".join(found[:1]), VERDICT_BYTES)) if text
         }

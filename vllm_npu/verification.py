@@ -3,9 +3,12 @@
 Each rank builds all ranks' data from one seed, so the expected output needs no communication.
 """
 
-from collections.abc import Iterator
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +21,7 @@ from vllm_npu.eplb.replicas import to_physical
 from vllm_npu.limits import NVLINK, PORTABLE, BalanceMode, DeviceLimits, MoELayer, QuantMode
 from vllm_npu.reference import ExpertsFunction, LinearExperts, reference_moe, select_topk
 from vllm_npu.step_plan import StepPlan, TokenSharding
-from vllm_npu.strategies import ALL_STRATEGIES, build, why_not
+from vllm_npu.strategies import ALL_STRATEGIES, STRATEGIES, build, why_not
 from vllm_npu.token_layout import TokenSlice
 from vllm_npu.topology import ExpertPlacement, ParallelTopology
 from vllm_npu.transport.launch import Rank
@@ -126,6 +129,88 @@ def cases(
         )
         if why_not(case.strategy, topology, case.layer, device) is None:
             yield case
+
+
+def empty_rank_cases(num_ranks: int, seed: int) -> Iterator[Case]:
+    """Every pattern of DP ranks without tokens, with tokens for all ranks' experts and for the first rank's alone."""
+    for strategy, row in STRATEGIES.items():
+        for pattern in product((0, 3), repeat=num_ranks):
+            case = Case(
+                strategy=strategy, tp_size=1, dp_size=num_ranks, num_tokens_across_dp=pattern, top_k=2, seed=seed
+            )
+            if num_ranks > 1 or not row.needs_expert_parallel:
+                yield case
+                yield replace(case, skewed=True)
+
+
+RANDOM_COUNTS = (0, 1, 257)  # and those around tp_size
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RandomRun:
+    """A case that was drawn, and what happens between its dispatch and its combine."""
+
+    case: Case
+    between: Case | None = None  # another micro-batch, from beginning to end
+    interrupted: bool = False  # first once with an exception between the stages, on all ranks
+
+    def __str__(self) -> str:
+        parts = [str(self.case)] + [f"with {self.between} in between"] * (self.between is not None)
+        return "; ".join(parts + ["after an exception"] * self.interrupted)
+
+
+def random_runs(
+    num_ranks: int, count: int, seed: int, strategies: Sequence[str] = tuple(STRATEGIES)
+) -> list[RandomRun]:
+    """`count` runs drawn from the seed: the same on every machine."""
+    draw = random.Random(f"{num_ranks} {seed}")
+    runs: list[RandomRun] = []
+    while len(runs) < count:
+        case, other = (_random_case(num_ranks, draw, strategies) for _ in range(2))
+        same_grid = replace(other, tp_size=case.tp_size, dp_size=case.dp_size)
+        between = replace(same_grid, num_tokens_across_dp=_random_counts(case.tp_size, case.dp_size, draw))
+        runs.append(
+            RandomRun(
+                case=case,
+                between=between if draw.random() < 0.3 and between.expert_parallel == case.expert_parallel else None,
+                interrupted=draw.random() < 0.1,
+            )
+        )
+    return runs
+
+
+def _random_counts(tp_size: int, dp_size: int, draw: random.Random) -> tuple[int, ...]:
+    around_tp = (tp_size - 1, tp_size, tp_size + 1, 2 * tp_size - 1)
+    counts = [draw.choice((*RANDOM_COUNTS[:2], *around_tp, draw.randrange(40))) for _ in range(dp_size)]
+    if draw.random() < 0.1:
+        counts[draw.randrange(dp_size)] = RANDOM_COUNTS[2]
+    return tuple(counts)
+
+
+def _random_case(num_ranks: int, draw: random.Random, strategies: Sequence[str]) -> Case:
+    strategy = draw.choice([name for name in strategies if num_ranks > 1 or not STRATEGIES[name].needs_expert_parallel])
+    tp_size, dp_size = draw.choice(grids(num_ranks))
+    expert_parallel = STRATEGIES[strategy].needs_expert_parallel or draw.random() < 0.7
+    experts_per_rank = draw.choice((1, 2, 5))
+    integer = draw.random() < 0.7
+    dtype = torch.bfloat16 if integer else draw.choice((torch.bfloat16, torch.float16, torch.float32))
+    quantised = dtype is torch.bfloat16 and draw.random() < 0.3
+    return Case(
+        strategy=strategy,
+        tp_size=tp_size,
+        dp_size=dp_size,
+        num_tokens_across_dp=_random_counts(tp_size, dp_size, draw),
+        expert_parallel=expert_parallel,
+        sharding=draw.choice(list(TokenSharding)) if tp_size > 1 and expert_parallel else TokenSharding.REPLICATED,
+        dtype=dtype,
+        integer=integer,
+        skewed=draw.random() < 0.3,
+        width=HIDDEN_SIZE if quantised else draw.choice((HIDDEN_SIZE, HIDDEN_SIZE // 2)),
+        experts_per_rank=experts_per_rank,
+        top_k=draw.randint(1, min(4, experts_per_rank * num_ranks)),
+        quant_mode=QuantMode.INT8_PER_TOKEN if quantised else QuantMode.NONE,
+        seed=draw.randrange(1 << 16),
+    )
 
 
 def _all_cases(num_ranks: int, strategies: tuple[str, ...], quick: bool, seed: int) -> Iterator[Case]:
@@ -305,8 +390,45 @@ def limits_of_device(rank: Rank) -> DeviceLimits:
     return limits
 
 
-def run_case(rank: Rank, case: Case) -> str | None:
-    """Run the case on this rank. Returns what was wrong, or None. COLLECTIVE over all ranks."""
+class _BetweenStagesError(Exception):
+    """Raised between dispatch and combine, on all ranks."""
+
+
+def run_random(rank: Rank, run: RandomRun) -> str | None:
+    """Run it on this rank. Returns what was wrong, or None. COLLECTIVE over all ranks."""
+
+    def interrupt() -> None:
+        raise _BetweenStagesError
+
+    faults: list[str | None] = []
+    if run.interrupted:
+        with suppress(_BetweenStagesError):
+            run_case(rank, run.case, interrupt)
+    other = run.between
+    between = None if other is None else lambda: faults.append(run_case(rank, other))
+    faults.insert(0, run_case(rank, run.case, between))
+    return next(filter(None, faults), None)
+
+
+def poisoned(experts: ExpertsFunction, between: Callable[[], None] | None = None) -> ExpertsFunction:
+    """`experts`, with NaN and infinity in the rows that belong to no token, and `between` run first."""
+
+    def run(
+        expert_input: torch.Tensor, tokens_per_expert: torch.Tensor, dynamic_scales: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        if between is not None:
+            between()
+        output = experts(expert_input, tokens_per_expert, dynamic_scales)
+        unused = torch.arange(output.shape[0], device=output.device)[:, None] >= tokens_per_expert.sum()
+        poison = torch.tensor([float("nan"), float("inf")], device=output.device).repeat(output.shape[1])
+        return torch.where(unused, poison[: output.shape[1]].to(output.dtype), output)
+
+    return run
+
+
+def run_case(rank: Rank, case: Case, between: Callable[[], None] | None = None) -> str | None:
+    """Run the case on this rank. Returns what was wrong, or None. COLLECTIVE over all ranks. `between` runs between dispatch
+    and combine."""
     groups = rank.groups(tp_size=case.tp_size, dp_size=case.dp_size, expert_parallel=case.expert_parallel)
     tensors = CaseTensors.of(case)
     hidden_states, weights, ids = tensors.input_of(groups.topology, case.sharding, rank.device)
@@ -314,7 +436,7 @@ def run_case(rank: Rank, case: Case) -> str | None:
     step = StepPlan(num_tokens_across_dp=case.num_tokens_across_dp, sharding=case.sharding)
 
     pipeline = build(case.strategy, groups, case.num_physical_experts, case.quant_mode, case.shared_expert_ranks)
-    experts = tensors.experts_of(groups.topology, rank.device)
+    experts = poisoned(tensors.experts_of(groups.topology, rank.device), between)
     physical_ids = ids
     if tensors.replicas is not None:
         table = tensors.replicas.eplb_table(rank.device)

@@ -6,9 +6,11 @@ from contextlib import contextmanager
 
 import pytest
 
-from tests.serving_ranks import DEADLINE, NUM_RANKS, kill_and_restart
+from tests.serving_ranks import DEADLINE, NUM_RANKS, kill_and_restart, vote_of
 from vllm_npu.emulator import launcher
-from vllm_npu.transport.launch import ProcessRankPool, RankPool
+from vllm_npu.self_test import run_self_test
+from vllm_npu.transport.launch import ProcessRankPool, Rank, RankPool
+from vllm_npu.verification import limits_of_device
 
 pytestmark = pytest.mark.emulated
 
@@ -27,3 +29,16 @@ def test_survivors_of_a_kill_name_the_dead_rank_and_a_restart_serves_the_same(
     monkeypatch.setenv("HCCL_EXEC_TIMEOUT", str(int(DEADLINE)))
     monkeypatch.setenv("VLLM_NPU_EMULATOR_LIMITS", "none")  # the hidden size is small
     assert kill_and_restart(emulated_pool, KILLS, tmp_path) == []
+
+
+def self_test(rank: Rank) -> float:
+    groups = rank.groups(tp_size=1, dp_size=rank.num_ranks)
+    exchanges = limits_of_device(rank).all2all
+    return min(run_self_test(groups, vote_of(rank, groups), rank.device, exchanges=exchanges) for _ in range(2))
+
+
+@pytest.mark.parametrize("soc", os.environ.get("SOCS", "310P").split(","))
+def test_the_self_test_passes_on_a_chip_without_all_to_all_too(monkeypatch, soc):
+    monkeypatch.setenv("VLLM_NPU_EMULATOR_SOC", soc)
+    with launcher.emulated_devices(2), ProcessRankPool(2, transport="hccl") as pool:
+        print(soc, pool.run(self_test))

@@ -53,6 +53,22 @@ def test_different_plans_are_an_error_on_every_rank_that_names_ranks_and_plans(p
         assert sorted(lines) == sorted(f"  ranks {ranks}: {plan}" for plan, ranks in ranks_with.items())
 
 
+FIELDS = {"tokens": [4, 0], "sharding": "replicated", "dtype": "bfloat16", "layers": "x" * 5000}
+
+
+@pytest.mark.parametrize("kind", ["threaded", "gloo"])
+def test_of_plans_in_fields_the_fields_that_differ_are_named_with_their_ranks(pools, kind):
+    plans = [FIELDS, FIELDS | {"tokens": [4, 1]}, FIELDS | {"tokens": [4, 1], "layers": "x" * 4999 + "y"}, FIELDS]
+    for error in outcomes_of(pools, kind, plans):
+        assert isinstance(error, PlanDisagreementError)
+        _, tokens, layers = str(error).splitlines()
+        assert tokens == "  tokens: ranks [0, 3]: [4, 0]; ranks [1, 2]: [4, 1]"
+        assert layers.startswith("  layers: ranks [0, 1, 3]: xxx")
+        assert "; ranks [2]: xxx" in layers
+    for error in outcomes_of(pools, kind, [FIELDS, {"tokens": [4, 0]}]):
+        assert "  dtype: ranks [0]: bfloat16; ranks [1]: (absent)" in str(error)
+
+
 @pytest.mark.parametrize("kind", ["threaded", "gloo"])
 def test_an_empty_plan_and_one_of_many_bytes_a_letter_differ(pools, kind):
     for error in outcomes_of(pools, kind, ["", "ä€"]):

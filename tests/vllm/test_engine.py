@@ -4,7 +4,10 @@ Each case starts its engines once and switches the living engines from strategy 
 """
 
 import os
+import re
 import signal
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +19,8 @@ from vllm_npu.cli.tiny_models import DEEPSEEK_V2, DEMO_MAX_TOKENS, QWEN3_MOE, Ti
 from vllm_npu.strategies import STRATEGIES
 
 pytestmark = pytest.mark.slow
+
+REPORT_SECONDS = 30
 
 Checkpoint = Callable[[TinyModel], Path]
 VanillaTokens = Callable[[TinyModel], list[list[int]]]
@@ -50,14 +55,35 @@ def test_every_strategy_generates_vanilla_tokens(
     tmp_path: Path,
     shared_memory_unchanged: None,
 ) -> None:
-    """With torch.compile the first pass compiles; the strategies are switched afterwards, and none may be frozen in."""
+    """With torch.compile the first pass compiles; the strategies are switched afterwards, and none may be frozen in.
+
+    Where ranks are data parallel alone, one is killed in the end, and the other one's failure is reported.
+    """
     expected = vanilla_tokens(model)
     # The first strategy once more in the end: coming back must work as well.
     strategies = [*STRATEGIES, next(iter(STRATEGIES))]
-    with engines_for(model, parallelism, strategies, checkpoint, tmp_path, compiled=compiled) as engines:
+    killed = ["all2all"] if parallelism == DP2_EP else []
+    with engines_for(model, parallelism, strategies + killed, checkpoint, tmp_path, compiled=compiled) as engines:
         engines.wait_until_ready()
         for _ in strategies:
             assert_same_tokens(engines.generate(), expected, model)
+        if killed:
+            kill_a_rank(engines, tmp_path / "engines" / "rank0.log")
+
+
+def kill_a_rank(engines: EngineSet, log_of_the_other: Path) -> None:
+    """Kill the worker of rank 1 while both generate. Whichever collective rank 0 is in then fails within seconds: ours names
+    the rank; vLLM's own says what gloo says."""
+    victim = max(engines.trees[1].members())
+    timer = threading.Timer(0.05, os.kill, (victim, signal.SIGKILL))
+    began = time.monotonic()
+    timer.start()
+    with pytest.raises(EngineFailedError, match="while generating with all2all"):
+        engines.generate()
+    said = re.compile(r"RankFailureError: .* rank 1 has ended|Connection (closed|reset) by peer")
+    while not said.search(log_of_the_other.read_text(errors="replace")):
+        assert time.monotonic() - began < REPORT_SECONDS, log_of_the_other.read_text(errors="replace")[-3000:]
+        time.sleep(0.1)
 
 
 def test_tensor_parallel_experts_and_the_death_of_a_worker(

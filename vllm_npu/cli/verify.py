@@ -12,9 +12,10 @@ from rich.progress import track
 
 from vllm_npu.cli.devices import TRANSPORT_CHOICES, rank_pool, split_symmetric
 from vllm_npu.errors import UnsupportedConfigError, VllmNpuError
-from vllm_npu.strategies import ALL_STRATEGIES
+from vllm_npu.limits import DeviceLimits
+from vllm_npu.strategies import ALL_STRATEGIES, STRATEGIES
 from vllm_npu.transport.launch import RankPool
-from vllm_npu.verification import Case, cases, limits_of_device, run_case
+from vllm_npu.verification import Case, RandomRun, cases, limits_of_device, random_runs, run_case, run_random
 
 SHOWN_FAILURES = 20
 
@@ -24,6 +25,9 @@ def verify(
     ranks: Annotated[int, typer.Option(min=1, max=16, help="Ranks to start on this machine.")] = 4,
     strategy: Annotated[str | None, typer.Option(help="Only this strategy; all by default.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="One dtype and one routing of each layout.")] = False,
+    random_count: Annotated[
+        int | None, typer.Option("--random", min=1, help="Run this many drawn cases in place of the table's.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of hidden states, routing and experts.")] = 0,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the result here.")] = None,
 ) -> None:
@@ -38,10 +42,14 @@ def verify(
     transport, strategy = split_symmetric(transport, strategy)
     chosen = tuple(ALL_STRATEGIES) if strategy is None else (strategy,)
     started = time.monotonic()
-    failures: dict[Case, str] = {}
+    failures: dict[Case | RandomRun, str] = {}
     with rank_pool(transport, ranks) as (pool, device):
         limits = pool.run(limits_of_device)[0]
-        to_run = list(cases(ranks, strategies=chosen, quick=quick, seed=seed, device=limits))
+        to_run: list[Case | RandomRun]
+        if random_count is None:
+            to_run = list(cases(ranks, strategies=chosen, quick=quick, seed=seed, device=limits))
+        else:
+            to_run = list(random_runs(ranks, random_count, seed, _drawn_strategies(chosen, limits)))
         if not to_run:
             raise UnsupportedConfigError(
                 f"{', '.join(chosen)} cannot run on {ranks} ranks on {device}: no case is left"
@@ -61,7 +69,7 @@ def verify(
             "ranks": ranks,
             "seed": seed,
             "cases": len(to_run),
-            "strategies": Counter(case.strategy for case in to_run),
+            "strategies": Counter((case.case if isinstance(case, RandomRun) else case).strategy for case in to_run),
             "failed": {str(case): fault for case, fault in failures.items()},
             "seconds": round(time.monotonic() - started, 1),
         }
@@ -71,9 +79,22 @@ def verify(
         raise typer.Exit(1)
 
 
-def _run(pool: RankPool, case: Case) -> str | None:
+def _drawn_strategies(chosen: tuple[str, ...], limits: DeviceLimits) -> list[str]:
+    """Those whose hidden sizes are free: drawn cases are small."""
+    drawn = [name for name in chosen if name in STRATEGIES]
+    if limits.mc2 is None or limits.mc2.hidden_sizes is not None:
+        drawn = [name for name in drawn if name != "mc2"]
+    if not limits.all2all:
+        drawn = [name for name in drawn if name != "all2all"]
+    if not drawn:
+        raise UnsupportedConfigError(f"no drawn cases for {', '.join(chosen)} here; leave --random out")
+    return drawn
+
+
+def _run(pool: RankPool, case: Case | RandomRun) -> str | None:
     """What went wrong on the first rank where something did, or None."""
+    run = run_random if isinstance(case, RandomRun) else run_case
     try:
-        return next((fault for fault in pool.run(run_case, case) if fault), None)
+        return next((fault for fault in pool.run(run, case) if fault), None)
     except VllmNpuError as error:
         return f"{type(error).__name__}: {error}"

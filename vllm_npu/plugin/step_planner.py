@@ -54,10 +54,16 @@ class StepPlanner:
         self._agreed: str | None = None
         self._sharding = layers[0].sharding
         self._layer = layers[0].moe_layer
-        self._layer_facts = "; ".join(sorted({str(layer) for layer in layers}))
         self._topology = model_groups(expert_parallel=layers[0].use_ep).topology
         self._device = compat.current().device_limits(vllm_config, layers, self._topology)
         self._metrics = StepMetrics.if_wanted(self._topology, collective_counter())
+        self._fixed_fields = {
+            "vllm_npu": __version__,
+            "topology": str(self._topology),
+            "layers": "; ".join(sorted({str(layer) for layer in layers})),  # sizes, dtype, quantisation
+            "device": f"{self._device.family} {self._device.capacities}",
+            "self_test": self._self_test,
+        }
 
     def propose(self, name: str) -> None:
         """Ask for another strategy from the next step on. LOCAL. Raises UnsupportedConfigError for one that cannot be."""
@@ -121,12 +127,15 @@ class StepPlanner:
     def _vote(self, plan: StepPlan) -> str:
         if self._topology.world_size == 1:
             return self.proposed
-        text = (
-            f"vllm_npu {__version__}, {self._topology}, self_test {self._self_test}, {plan}, in force: {self._agreed}, "
-            f"layers: {self._layer_facts}, "
-            f"{self._device.family} {self._device.capacities}"
-        )
-        votes = agree(text, vote_transport(), PROPOSALS.index(self.proposed))
+        fields = {
+            **self._fixed_fields,
+            "tokens": list(plan.num_tokens_across_dp),
+            "sharding": plan.sharding.value,
+            "captured": plan.captured,
+            "step": self._planned,
+            "in force": self._agreed,
+        }
+        votes = agree(fields, vote_transport(), PROPOSALS.index(self.proposed))
         proposals = [PROPOSALS[vote] for vote in votes]
         if len(set(proposals)) == 1:
             self._agreed = self.proposed

@@ -9,6 +9,10 @@ import torch.distributed as dist
 from vllm_npu.transport.torch_dist import TorchDistTransport
 from vllm_npu.transport.watchdog import Watchdog
 
+# gloo's own ring takes half of the host's time where a message is a vote and no more than four ranks pass it on: 76 for 121 us
+# on 2 ranks, 124 for 269 on 4 (processor time of the calling thread, vllm_npu on 2 busy cores).
+SHORT_BYTES, FEW_RANKS = 1024, 4
+
 
 class GlooTransport(TorchDistTransport):
     """gloo gathers equal shapes only, and reduce-scatters by reducing everything everywhere: the exchanges used here in
@@ -29,6 +33,8 @@ class GlooTransport(TorchDistTransport):
         work.wait() if self._deadline is None else work.wait(self._deadline)
 
     def _all_gather(self, x: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
+        if len(set(sizes)) == 1 and 0 < x.nbytes <= SHORT_BYTES and self.size <= FEW_RANKS:
+            return super()._all_gather(x, sizes)
         return self._all_gather_from_peers(x, sizes)
 
     def _reduce_scatter(self, x: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:

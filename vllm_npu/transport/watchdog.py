@@ -12,6 +12,7 @@ import socket
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 
 import torch.distributed as dist
@@ -22,7 +23,7 @@ LOOPBACK = "127.0.0.1"
 KNOCK_SECONDS = 1.0  # for a mailbox to take a connection
 ANSWER_SECONDS = 2.0  # for a store to take a report; a stopped process takes connections and no report
 GRACE_SECONDS = 5.0  # for ranks that are alive to report; not waited for where one has ended
-POLL_SECONDS = 0.02
+POLL_SECONDS = 0.1
 REPORT_CHARACTERS = 300
 SHOWN_REPORTS = 3
 MOST_AT_ONCE = 32  # mailboxes, so that a dead host of 16 ranks does not take 16 time-outs
@@ -40,21 +41,26 @@ class Mailbox:
     def __str__(self) -> str:
         return f"process {self.process} on {self.host}"
 
-    def take(self, sender: int, report: str) -> bool:
-        """Leave a report. False where its rank has ended, or the way to it is cut."""
-        address = LOOPBACK if self.host == socket.gethostname() else self.address
+    def is_there(self) -> bool:
+        """False where its rank has ended, or the way to it is cut."""
         try:
-            socket.create_connection((address, self.port), KNOCK_SECONDS).close()
+            socket.create_connection((self._address, self.port), KNOCK_SECONDS).close()
         except OSError:
-            return False  # torch's store would try again until its time-out
-        try:
-            store = dist.TCPStore(
-                address, self.port, is_master=False, timeout=datetime.timedelta(seconds=ANSWER_SECONDS)
-            )
-            store.set(str(sender), report)
-        except (RuntimeError, dist.DistStoreError):
-            return True  # it is there, and does not answer
+            return False
         return True
+
+    def take(self, sender: int, report: str) -> bool:
+        """Leave a report, if the rank is there, and say so: True also where it does not answer."""
+        if not self.is_there():
+            return False  # torch's store would try again until its time-out
+        with suppress(RuntimeError, dist.DistStoreError):
+            timeout = datetime.timedelta(seconds=ANSWER_SECONDS)
+            dist.TCPStore(self._address, self.port, is_master=False, timeout=timeout).set(str(sender), report)
+        return True
+
+    @property
+    def _address(self) -> str:
+        return LOOPBACK if self.host == socket.gethostname() else self.address
 
 
 class Watchdog:
@@ -81,13 +87,18 @@ class Watchdog:
         others = [other for other in range(len(self._mailboxes)) if other != self.rank]
         with ThreadPoolExecutor(MOST_AT_ONCE) as pool:
             taken = pool.map(lambda other: self._mailboxes[other].take(self.rank, report), others)
-            reached = dict(zip(others, taken, strict=True))
-        silent = [other for other in others if not self._has_report_of(other)]
-        ended = [other for other in silent if not reached[other]]
-        give_up = time.monotonic() + (0 if ended else GRACE_SECONDS)
-        while silent and time.monotonic() < give_up:
-            time.sleep(POLL_SECONDS)
-            silent = [other for other in silent if not self._has_report_of(other)]
+            there = dict(
+                zip(others, taken, strict=True)
+            )  # which may have taken long: to ranks that are ending right now
+            give_up = time.monotonic() + GRACE_SECONDS
+            while True:
+                silent = [other for other in others if not self._has_report_of(other)]
+                ended = [other for other in silent if not there[other]]
+                if ended or not silent or time.monotonic() > give_up:
+                    break
+                # A rank that is being killed may lose its mailbox a moment after the connection that failed.
+                time.sleep(POLL_SECONDS)
+                there |= zip(silent, pool.map(lambda other: self._mailboxes[other].is_there(), silent), strict=True)
         late = [other for other in silent if other not in ended]
         return RankFailureError(operation, group, rank, self._text(detail, ended, late, others), tuple(ended or late))
 

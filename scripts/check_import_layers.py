@@ -23,7 +23,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("strategies", "pipeline", "verification", "planning", "simulation", "start_checks", "benchmark"),
     ("prepare_finalize", "dispatch", "all2all", "eplb", "sequence_parallel", "agreement", "self_test"),
     ("transport", "hccl", "device", "kernels"),
-    ("topology", "step_plan", "token_layout", "routing", "reference", "limits", "handles", "trace"),
+    ("topology", "step_plan", "token_layout", "routing", "reference", "limits", "handles", "trace", "trace_comparison"),
     ("native_build",),
     ("errors", "envs"),
 )

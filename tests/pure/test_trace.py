@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from vllm_npu import trace
 from vllm_npu.errors import InvalidInputError
-from vllm_npu.trace import Call, Group, Kind, RankTrace, TraceRing, compare, read_trace, read_traces, report
+from vllm_npu.trace import Call, Group, RankTrace, TraceRing, read_trace, read_traces
+from vllm_npu.trace_comparison import Kind, compare, report
 
 WORLD = 4
 GROUPS = [

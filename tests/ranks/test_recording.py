@@ -7,7 +7,8 @@ import torch
 
 from tests.cases import same_bits
 from vllm_npu.errors import InvalidInputError, TransportError
-from vllm_npu.trace import compare, read_traces
+from vllm_npu.trace import read_traces
+from vllm_npu.trace_comparison import compare
 from vllm_npu.transport.base import SendRecv, Transport
 from vllm_npu.transport.launch import Rank, ThreadRankPool
 from vllm_npu.transport.recording import CollectiveCounter, RecordingTransport, record

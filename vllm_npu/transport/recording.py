@@ -12,7 +12,8 @@ from vllm_npu import envs
 from vllm_npu.errors import InvalidInputError, TransportError
 from vllm_npu.handles import Pending
 from vllm_npu.token_layout import RowFormat
-from vllm_npu.trace import Call, Group, TraceRing, read_traces, report
+from vllm_npu.trace import Call, Group, TraceRing, read_traces
+from vllm_npu.trace_comparison import report
 from vllm_npu.transport.base import Exchanged, SendRecv, Transport
 from vllm_npu.transport.watchdog import Watchdog
 

@@ -22,7 +22,7 @@ class All2AllHandle(PrepareHandle):
     input_rows: int
 
 
-@lru_cache(maxsize=4096)  # all layers of a step ask the same
+@lru_cache(maxsize=64)  # all layers of a step ask the same; a few micro-batches are in flight
 def _slices_over_tp(
     num_tokens: int, tp_rank: int, tp_size: int, sharding: TokenSharding
 ) -> tuple[TokenSlice, tuple[int, ...]]:

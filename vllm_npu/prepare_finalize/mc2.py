@@ -35,7 +35,7 @@ class _Share:
     max_rows: int | None
 
 
-@lru_cache(maxsize=4096)  # all layers of a step ask the same
+@lru_cache(maxsize=64)  # all layers of a step ask the same; a few micro-batches are in flight
 def _share_of(step: StepPlan, topology: ParallelTopology, takes_uneven_ranks: bool) -> _Share:
     tp_size = topology.tp_size
     most_rows = step.padded_tokens(tp_size) // tp_size

@@ -44,4 +44,5 @@ def self_test(rank: Rank) -> float:
 def test_the_self_test_passes_on_a_chip_without_all_to_all_too(monkeypatch, soc):
     monkeypatch.setenv("VLLM_NPU_EMULATOR_SOC", soc)
     with launcher.emulated_devices(2), ProcessRankPool(2, transport="hccl") as pool:
-        print(soc, pool.run(self_test))
+        seconds = pool.run(self_test)  # raises where a collective gives wrong data
+    assert all(0 < each < 60 for each in seconds)

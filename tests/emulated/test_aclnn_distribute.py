@@ -566,37 +566,26 @@ def refused_sizes(rank: int, num_ranks: int, sizes: list[tuple[dict[str, int], s
 SYNCHRONOUS = {"TASK_QUEUE_ENABLE": "0"}  # torch_npu raises an op's error in the call that made it
 
 
-@pytest.mark.parametrize("num_ranks", [2, 4, 8])
-def test_layouts_and_tails(num_ranks: int, run_in_ranks) -> None:
-    run_in_ranks(layouts, num_ranks)
+def layers(rank: int, num_ranks: int) -> None:
+    """One launch of ranks for all of them."""
+    layouts(rank, num_ranks)
+    dense_layers(rank, num_ranks, torch.bfloat16)
+    quantised_layers(rank, num_ranks)
+    if num_ranks <= 4:
+        combines(rank, num_ranks)
+    if num_ranks == 4:
+        shared_expert_ranks(rank, num_ranks)
+        same_as_portable_ops(rank, num_ranks, 0)
+        same_as_portable_ops(rank, num_ranks, 2)
 
 
 @pytest.mark.parametrize("num_ranks", [2, 4, 8])
-def test_dense_layer_bf16(num_ranks: int, run_in_ranks) -> None:
-    run_in_ranks(dense_layers, num_ranks, torch.bfloat16)
+def test_layers_of(num_ranks: int, run_in_ranks) -> None:
+    run_in_ranks(layers, num_ranks)
 
 
 def test_dense_layer_on_a2(run_in_ranks) -> None:
     run_in_ranks(dense_layers, 2, torch.float16, soc="A2")
-
-
-@pytest.mark.parametrize("num_ranks", [2, 4, 8])
-def test_dense_layer_int8(num_ranks: int, run_in_ranks) -> None:
-    run_in_ranks(quantised_layers, num_ranks)
-
-
-@pytest.mark.parametrize("num_ranks", [2, 4])
-def test_combine(num_ranks: int, run_in_ranks) -> None:
-    run_in_ranks(combines, num_ranks)
-
-
-def test_shared_expert_ranks(run_in_ranks) -> None:
-    run_in_ranks(shared_expert_ranks, 4)
-
-
-@pytest.mark.parametrize("quant_mode", [0, 2])
-def test_same_as_portable_ops(quant_mode: int, run_in_ranks) -> None:
-    run_in_ranks(same_as_portable_ops, 4, quant_mode)
 
 
 def test_version_1(run_in_ranks) -> None:

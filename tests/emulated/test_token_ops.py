@@ -214,7 +214,8 @@ def test_messages_whole_graphs_and_what_a_failing_call_says(monkeypatch):
         for error in pool.outcomes(a_rank_differs):
             assert isinstance(error, TransportError)
             assert str(error).startswith(
-                f"all_gather on group 'dp' failed on rank {error.rank}: HcclAllGather returned 1"
+                f"all_gather on group 'dp' failed on rank {error.rank}: no rank has ended, and all have failed "
+                "(HcclAllGather returned 1"
             )
             assert "(parameter error); compare what each rank passed" in str(error)
             assert "rank 1: HcclAllGather count=24 dtype=int8" in str(error), "HCCL's own text"

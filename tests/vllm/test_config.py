@@ -287,6 +287,14 @@ def test_data_parallel_ranks_get_shares_of_their_own():
     assert len(shares) == 2 * more_ranks_than_nodes()
 
 
+def test_data_parallel_ranks_alone_get_shares_too():
+    """vLLM's own binding gives the ranks of one node all the same CPUs."""
+    shares = binding_of(1, data_parallel_size=more_ranks_than_nodes())
+    assert len(shares) == more_ranks_than_nodes()
+    if len(os.sched_getaffinity(0)) >= len(shares):
+        assert len({cpu for share in shares for cpu in share}) == sum(map(len, shares))
+
+
 def test_enough_numa_nodes_are_left_to_vllm():
     assert binding_of(1) is None
 

@@ -59,7 +59,10 @@ class NPUPlatformOnCPU(CpuPlatform):
 
 
 def _bind_threads(parallel_config: "ParallelConfig") -> None:
-    """Share this process's CPUs among the ranks where vLLM's own binding would refuse for want of NUMA nodes.
+    """Share this process's CPUs among the ranks where there are fewer NUMA nodes than ranks.
+
+    vLLM's own binding refuses more tensor-parallel ranks than nodes, and gives the data-parallel ranks of a node all the same
+    CPUs: on 2 cores both the first one, where decode steps take twice as long.
 
     A binding of the user's stays. One that was made here for an engine before, maybe of another size, is made anew.
     """
@@ -68,7 +71,7 @@ def _bind_threads(parallel_config: "ParallelConfig") -> None:
         del os.environ[THREADS_BIND]
     _own_binding = None
     ranks = parallel_config.world_size * parallel_config.data_parallel_size
-    if os.environ.get(THREADS_BIND, "auto") != "auto" or parallel_config.world_size <= compat.current().numa_nodes():
+    if os.environ.get(THREADS_BIND, "auto") != "auto" or ranks <= compat.current().numa_nodes():
         return
     cpus = sorted(os.sched_getaffinity(0))
     shares = [

@@ -283,16 +283,23 @@ def test_every_rank_gets_a_cpu_where_there_are_fewer_cpus_than_ranks():
 
 
 def test_data_parallel_ranks_get_shares_of_their_own():
-    shares = binding_of(more_ranks_than_nodes(), data_parallel_size=2)
+    shares = binding_of(more_ranks_than_nodes(), data_parallel_size=2, data_parallel_size_local=2)
     assert len(shares) == 2 * more_ranks_than_nodes()
 
 
 def test_data_parallel_ranks_alone_get_shares_too():
     """vLLM's own binding gives the ranks of one node all the same CPUs."""
-    shares = binding_of(1, data_parallel_size=more_ranks_than_nodes())
+    ranks = more_ranks_than_nodes()
+    shares = binding_of(1, data_parallel_size=ranks, data_parallel_size_local=ranks)
     assert len(shares) == more_ranks_than_nodes()
     if len(os.sched_getaffinity(0)) >= len(shares):
         assert len({cpu for share in shares for cpu in share}) == sum(map(len, shares))
+
+
+def test_ranks_of_other_hosts_take_no_cpus():
+    ranks = more_ranks_than_nodes()
+    assert binding_of(1, data_parallel_size=4 * ranks, data_parallel_size_local=1) is None
+    assert len(binding_of(1, data_parallel_size=4 * ranks, data_parallel_size_local=ranks)) == ranks
 
 
 def test_enough_numa_nodes_are_left_to_vllm():

@@ -58,6 +58,13 @@ class NPUPlatformOnCPU(CpuPlatform):
         return {**super().set_additional_forward_context(*args, **kwargs), **plan_step(**kwargs)}
 
 
+def _local_dp_size(parallel_config: "ParallelConfig") -> int:
+    """Data-parallel ranks on this host. Where each is launched by hand (VLLM_DP_RANK_LOCAL) vLLM does not know: then all."""
+    if parallel_config.data_parallel_rank_local is not None:
+        return parallel_config.data_parallel_size
+    return max(parallel_config.data_parallel_size_local, 1)
+
+
 def _bind_threads(parallel_config: "ParallelConfig") -> None:
     """Share this process's CPUs among the ranks where there are fewer NUMA nodes than ranks.
 
@@ -70,7 +77,7 @@ def _bind_threads(parallel_config: "ParallelConfig") -> None:
     if _own_binding is not None and os.environ.get(THREADS_BIND) == _own_binding:
         del os.environ[THREADS_BIND]
     _own_binding = None
-    ranks = parallel_config.world_size * parallel_config.data_parallel_size
+    ranks = parallel_config.world_size * _local_dp_size(parallel_config)
     if os.environ.get(THREADS_BIND, "auto") != "auto" or ranks <= compat.current().numa_nodes():
         return
     cpus = sorted(os.sched_getaffinity(0))

@@ -10,6 +10,7 @@ smallest margin, where no copy's tokens differ.
 import argparse
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +84,6 @@ def main() -> None:
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    from dataclasses import replace
-
     for seed in range(arguments.first, arguments.first + arguments.seeds):
         found = smallest_margin(replace(models[arguments.family], seed=seed), ascend_demo.MAX_TOKENS, arguments.margin)
         if found is not None:

@@ -25,7 +25,6 @@ import sys
 import tempfile
 import time
 import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -33,6 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vllm_npu.cli.engines import require_vllm
+from vllm_npu.cli.http_engine import ask_server
 from vllm_npu.cli.process_tree import ProcessTree
 from vllm_npu.cli.tiny_models import QWEN3_MOE, write_tiny_model
 
@@ -142,14 +142,7 @@ def on_two(a: Host, b: Host, model: Path, logs: Path, sockets: str, title: str) 
 
 
 def ask(path: str, body: dict[str, object] | None = None, timeout: float = 300.0) -> str:
-    request = urllib.request.Request(
-        f"http://127.0.0.1:{HTTP_PORT}{path}",
-        data=None if body is None else json.dumps(body).encode(),
-        headers={"Content-Type": "application/json"},
-    )
-    with urllib.request.urlopen(request, timeout=timeout) as answer:
-        text: str = answer.read().decode()
-    return text
+    return ask_server(HTTP_PORT, path, body, timeout)
 
 
 def complete(prompt: list[int], max_tokens: int) -> list[int]:

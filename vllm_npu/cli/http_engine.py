@@ -112,7 +112,7 @@ class HttpEngine:
         deadline = time.monotonic() + START_SECONDS
         while True:
             try:
-                self._request("/health", None, 5.0)
+                ask_server(self._port, "/health", None, 5.0)
             except (urllib.error.URLError, OSError):
                 if self._tree.process.poll() is not None:
                     raise self._failure(
@@ -174,7 +174,7 @@ class HttpEngine:
 
     def _ask(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         try:
-            answer: dict[str, Any] = json.loads(self._request(path, body, ANSWER_SECONDS) or "{}")
+            answer: dict[str, Any] = json.loads(ask_server(self._port, path, body, ANSWER_SECONDS) or "{}")
         except urllib.error.HTTPError as error:
             raise self._failure(
                 f"answered {path} with {error.code}: {error.read().decode(errors='replace')}"
@@ -183,16 +183,19 @@ class HttpEngine:
             raise self._failure(f"did not answer {path}: {error}") from error
         return answer
 
-    def _request(self, path: str, body: dict[str, Any] | None, timeout: float) -> str:
-        request = urllib.request.Request(
-            f"http://127.0.0.1:{self._port}{path}",
-            data=None if body is None else json.dumps(body).encode(),
-            headers={"Content-Type": "application/json"},
-        )
-        with urllib.request.urlopen(request, timeout=timeout) as answer:
-            text: str = answer.read().decode()
-        return text
-
     def _failure(self, what: str) -> EngineFailedError:
         tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:])
         return EngineFailedError(f"{self._name}: the server {what}\n--- end of {self.log.name} ---\n{tail}")
+
+
+def ask_server(port: int, path: str, body: dict[str, Any] | None, timeout: float) -> str:
+    """The answer of a server on 127.0.0.1: to a POST of `body`, or to a GET where it is None. `timeout` in seconds. Raises
+    urllib's errors."""
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}{path}",
+        data=None if body is None else json.dumps(body).encode(),
+        headers={"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=timeout) as answer:
+        text: str = answer.read().decode()
+    return text

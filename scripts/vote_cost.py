@@ -30,17 +30,18 @@ class VoteInBlocks:
 def install() -> None:
     from vllm_npu.plugin.step_planner import StepPlanner
 
-    vote, plan = StepPlanner._vote, StepPlanner.plan
+    start_vote, plan = StepPlanner._start_vote, StepPlanner.plan
     times = (Path(os.environ[TIMES_FOLDER]) / f"{os.getpid()}.times").open("w", buffering=1 << 16)
 
-    def in_blocks(self: Any, step: Any) -> str:
-        return str(vote(self, step) if self._planned < BLOCK or votes(self._planned) else self.proposed)
+    def in_blocks(self: Any, step: Any) -> None:
+        if self._planned < BLOCK or votes(self._planned):
+            start_vote(self, step)
 
     def timed(self: Any, num_tokens_across_dp: list[int], **options: Any) -> Any:
         print(self._planned, time.perf_counter(), *num_tokens_across_dp, file=times, flush=self._planned % 500 == 0)
         return plan(self, num_tokens_across_dp, **options)
 
-    StepPlanner._vote, StepPlanner.plan = in_blocks, timed  # type: ignore[method-assign,assignment]
+    StepPlanner._start_vote, StepPlanner.plan = in_blocks, timed  # type: ignore[method-assign,assignment]
 
 
 def votes(step: int) -> bool:

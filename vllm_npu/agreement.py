@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import torch
 
 from vllm_npu.errors import PlanDisagreementError
+from vllm_npu.handles import Pending
 from vllm_npu.transport.base import Transport, gather_texts
 
 MAX_PLAN_BYTES = 2048
@@ -21,19 +22,33 @@ def agree(
 ) -> list[int]:
     """Check that all ranks have the same plan; returns every rank's proposal, in rank order.
 
-    COLLECTIVE over the transport's group: one all-gather of 16 bytes. Host sync: the tensors are on the CPU. Graph
-    capture: no. Raises PlanDisagreementError on every rank where plans differ, after a second all-gather of the plans: it
+    COLLECTIVE over the transport's group: one exchange of 16 bytes with each rank. Host sync: the tensors are on the CPU.
+    Graph capture: no. Raises PlanDisagreementError on every rank where plans differ, after an all-gather of the plans: it
     names the ranks with each plan or, where plans are fields, the fields that differ.
     """
+    return agree_start(plan, transport, proposal, difference).finish()
+
+
+def agree_start(
+    plan: str | Mapping[str, object], transport: Transport, proposal: int = 0, difference: str = DIFFERENT_STEPS
+) -> Pending[list[int]]:
+    """agree that goes on while the caller computes: waiting and raising are the finish's."""
     text = plan if isinstance(plan, str) else _as_text(plan)
     digest = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big", signed=True)
-    votes = transport.all_gather(torch.tensor([[digest, proposal]], device="cpu")).tolist()
-    if any(vote[0] != digest for vote in votes):
-        plans = gather_texts(transport, text, MAX_PLAN_BYTES)
-        digests = [vote[0] for vote in votes]
-        lines = _different_plans(plans, digests) if isinstance(plan, str) else _different_fields(plans)
-        raise PlanDisagreementError("\n".join([f"{difference}:", *(lines or _different_plans(plans, digests))]))
-    return [vote[1] for vote in votes]
+    one_each = [1] * transport.size
+    vote = torch.tensor([[digest, proposal]] * transport.size, device="cpu")
+    pending = transport.all_to_all_start(vote, one_each, one_each)
+
+    def complete() -> list[int]:
+        votes = pending.finish().tolist()
+        if any(vote[0] != digest for vote in votes):
+            plans = gather_texts(transport, text, MAX_PLAN_BYTES)
+            digests = [vote[0] for vote in votes]
+            lines = _different_plans(plans, digests) if isinstance(plan, str) else _different_fields(plans)
+            raise PlanDisagreementError("\n".join([f"{difference}:", *(lines or _different_plans(plans, digests))]))
+        return [vote[1] for vote in votes]
+
+    return Pending(stage="agree", complete=complete)
 
 
 def _as_text(fields: Mapping[str, object]) -> str:

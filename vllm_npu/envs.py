@@ -84,8 +84,8 @@ TRANSPORT_TIMEOUT = Variable(
 COLLECTIVE_DEADLINE = Variable(
     "VLLM_NPU_COLLECTIVE_DEADLINE",
     "600",
-    "Seconds after which a collective of a served model fails over gloo, naming the ranks that are late; HCCL obeys "
-    "HCCL_EXEC_TIMEOUT.",
+    "Seconds after which a collective of a served model fails over gloo, naming the ranks that are late, where vLLM gave the "
+    "group no shorter time-out; HCCL obeys HCCL_EXEC_TIMEOUT.",
 )
 HCCL_OPS = Variable(
     "VLLM_NPU_HCCL_OPS",

@@ -533,6 +533,42 @@ def test_ranks_that_ask_for_different_strategies_are_all_named(ranks: VllmRanks,
         assert recovered == "all2all"
 
 
+def run_other_counts(grid: Grid) -> tuple[list[tuple[float, Exception]], int]:
+    from vllm_npu.plugin.groups import collective_counter
+
+    config = make_config(grid)
+    layer = build_layer(grid, config)
+    counts, unlike_others = (3,) * grid.dp, (3,) * (grid.dp - 1) + (3 + grid.rank,)
+
+    def step(counts: tuple[int, ...], *, layers: int) -> None:
+        with vllm_step(grid, config, counts):
+            for _ in range(layers):
+                tokens = counts[grid.dp_rank]
+                layer(hidden_states=torch.ones(tokens, HIDDEN), router_logits=torch.zeros(tokens, NUM_EXPERTS))
+
+    def step_without_layers_and_another() -> None:
+        step(unlike_others, layers=0)
+        step(counts, layers=1)
+
+    step(counts, layers=1)
+    collective_counter().reset()
+    failures = [seconds_until_error(lambda: step(unlike_others, layers=1))]
+    failures.append(seconds_until_error(step_without_layers_and_another))
+    moved = collective_counter().calls.total()
+    step(counts, layers=1)
+    return failures, moved
+
+
+@pytest.mark.parametrize("grid", [DP2, TP2_DP2], ids=str)
+def test_ranks_with_different_counts_fail_before_a_token_moves(ranks: VllmRanks, grid):  # noqa: F811
+    for failures, moved in ranks.run(run_other_counts, grid):
+        for seconds, error in failures:
+            assert isinstance(error, PlanDisagreementError)
+            assert "tokens: ranks [0" in str(error)
+            assert seconds < 10
+        assert moved == 0
+
+
 def run_other_model(grid: Grid, layout: Layout) -> tuple[float, Exception]:
     config = make_config(grid)
     build_layer(grid, config, top_k=1 + grid.rank % 2)

@@ -267,7 +267,7 @@ def planned_step(
 
     from vllm_npu.plugin.forward_context import PlannedStep, as_additional_context
 
-    step = PlannedStep(StepPlan(num_tokens_across_dp=tuple(counts), sharding=sharding), strategy)
+    step = PlannedStep(StepPlan(num_tokens_across_dp=tuple(counts), sharding=sharding), strategy, confirm=lambda: None)
     with override_forward_context(create_forward_context(None, config, additional_kwargs=as_additional_context(step))):
         yield
 

@@ -1,5 +1,6 @@
 """The plan of a step as vLLM's forward context carries it: one place that writes it, one that reads it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,9 @@ class PlannedStep:
 
     plan: StepPlan
     strategy: str
+    confirm: Callable[
+        [], None
+    ]  # waits for the vote on the plan; raises PlanDisagreementError where ranks' plans differ
 
 
 def as_additional_context(step: PlannedStep) -> dict[str, Any]:
@@ -35,7 +39,8 @@ def running_step() -> PlannedStep | None:
 
 
 def current_step() -> PlannedStep:
-    """The step that is running. Raises InvalidInputError where there is none."""
+    """The step that is running, on which all ranks agree: its first call waits for the vote. Raises PlanDisagreementError,
+    and InvalidInputError where there is no step."""
     step = running_step()
     if step is None:
         where = (
@@ -45,4 +50,5 @@ def current_step() -> PlannedStep:
             f"an MoE layer of vllm_npu ran {where}; wrap the call in vLLM's set_forward_context(..., num_tokens=n), and let "
             "vllm_npu be the active platform"
         )
+    step.confirm()
     return step

@@ -9,8 +9,9 @@ from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from vllm_npu import __version__
-from vllm_npu.agreement import agree
+from vllm_npu.agreement import agree_start
 from vllm_npu.errors import PlanDisagreementError
+from vllm_npu.handles import Pending
 from vllm_npu.plugin import compat
 from vllm_npu.plugin.forward_context import PlannedStep, as_additional_context, running_step
 from vllm_npu.plugin.groups import collective_counter, model_groups, trace_ring, vote_transport, watch_groups
@@ -52,6 +53,7 @@ class StepPlanner:
         self.bytes_reported: Counter[str] = Counter()
         self._planned = 0  # steps since the start
         self._agreed: str | None = None
+        self._vote: Pending[list[int]] | None = None  # under way
         self._sharding = layers[0].sharding
         self._layer = layers[0].moe_layer
         self._topology = model_groups(expert_parallel=layers[0].use_ep).topology
@@ -84,16 +86,16 @@ class StepPlanner:
         )
 
     def plan(self, num_tokens_across_dp: list[int], *, captured: bool = False) -> PlannedStep:
-        """Plan a step. COLLECTIVE over the grid: the vote's all-gather of 16 bytes, on CPU."""
+        """Plan a step, and start the vote on it. COLLECTIVE over the grid: 16 bytes to each rank, on CPU."""
+        self.confirm()  # of a step without an MoE layer
         plan = StepPlan(num_tokens_across_dp=tuple(num_tokens_across_dp), sharding=self._sharding, captured=captured)
         if (ring := trace_ring()) is not None:
             ring.enter_step(self._planned, "vote")
-        try:
-            requested = self._vote(plan)
-        except PlanDisagreementError:
-            if self._metrics is not None:
-                self._metrics.plans_differ()
-            raise
+        if self._topology.world_size > 1:
+            self._start_vote(plan)
+            if self._must_wait(plan):
+                self.confirm()
+        requested = self._agreed or self.proposed
         if self._planned == 0 and self._topology.world_size > 1:
             groups = model_groups(expert_parallel=self._topology.expert_parallel)
             watch_groups(groups)
@@ -111,7 +113,26 @@ class StepPlanner:
         self._planned += 1
         self.steps += 1
         self.tokens += num_tokens
-        return PlannedStep(plan, selection.strategy)
+        return PlannedStep(plan, selection.strategy, self.confirm)
+
+    def confirm(self) -> None:
+        """Wait for the vote that is under way, if one is. Raises PlanDisagreementError where ranks' plans differ."""
+        vote, self._vote = self._vote, None
+        if vote is None:
+            return
+        try:
+            proposals = [PROPOSALS[index] for index in vote.finish()]
+            if len(set(proposals)) == 1:
+                self._agreed = proposals[0]
+            elif self._agreed is None:
+                raise PlanDisagreementError(
+                    f"ranks ask for different moe_comm: {dict(enumerate(proposals))}; start all of them with the same "
+                    "--additional-config and VLLM_NPU_MOE_COMM"
+                )
+        except PlanDisagreementError:
+            if self._metrics is not None:
+                self._metrics.plans_differ()
+            raise
 
     def _test_collectives(self, groups: Groups) -> None:
         """COLLECTIVE over the grid. Its calls are not counted."""
@@ -124,9 +145,7 @@ class StepPlanner:
             "Self-test (%s) of collectives on %s: passed in %.0f ms", self._self_test, self._topology, seconds * 1e3
         )
 
-    def _vote(self, plan: StepPlan) -> str:
-        if self._topology.world_size == 1:
-            return self.proposed
+    def _start_vote(self, plan: StepPlan) -> None:
         fields = {
             **self._fixed_fields,
             "tokens": list(plan.num_tokens_across_dp),
@@ -135,16 +154,13 @@ class StepPlanner:
             "step": self._planned,
             "in force": self._agreed,
         }
-        votes = agree(fields, vote_transport(), PROPOSALS.index(self.proposed))
-        proposals = [PROPOSALS[vote] for vote in votes]
-        if len(set(proposals)) == 1:
-            self._agreed = self.proposed
-        elif self._agreed is None:
-            raise PlanDisagreementError(
-                f"ranks ask for different moe_comm: {dict(enumerate(proposals))}; start all of them with the same "
-                "--additional-config and VLLM_NPU_MOE_COMM"
-            )
-        return self._agreed or self.proposed
+        self._vote = agree_start(fields, vote_transport(), PROPOSALS.index(self.proposed))
+
+    def _must_wait(self, plan: StepPlan) -> bool:
+        """Whether the vote must end before the step begins, not before its first MoE layer: where it may change the strategy
+        (it does not while this rank proposes what is in force), where TP's own collectives come first, and where a graph
+        runs the layers."""
+        return self.proposed != self._agreed or self._topology.tp_size > 1 or plan.captured
 
 
 _PLANNERS: dict[int, StepPlanner] = {}  # by id of the vllm_config, which its planner keeps alive

@@ -23,10 +23,12 @@ class GlooTransport(TorchDistTransport):
     _deadline: datetime.timedelta | None = None
 
     def watch(self, watchdog: Watchdog) -> None:
-        """As above. All collectives of the group, others' too, fail past the deadline."""
+        """As above. All collectives of the group, others' too, fail past the deadline, or past the group's own time-out
+        where that is shorter."""
         super().watch(watchdog)
-        self._deadline = datetime.timedelta(seconds=watchdog.deadline)
-        self.process_group._get_backend(torch.device("cpu"))._set_default_timeout(self._deadline)
+        backend = self.process_group._get_backend(torch.device("cpu"))
+        self._deadline = min(datetime.timedelta(seconds=watchdog.deadline), backend.options._timeout)
+        backend._set_default_timeout(self._deadline)
 
     def _wait(self, work: dist.Work) -> None:
         """gloo's sends and receives wait for ever unless told how long, whatever the group's time-out is."""

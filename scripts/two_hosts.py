@@ -118,6 +118,7 @@ def launch(host: Host, model: Path, log: Path, sockets: str, *options: str) -> P
         "TMPDIR": sockets,
         "OMP_NUM_THREADS": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the hosts share their cores, and each would take the first ones
+        "VLLM_NPU_SHARED_WINDOW": "0",  # which two hosts do not have
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
         "TORCHDYNAMO_DISABLE": "1",

@@ -87,6 +87,11 @@ COLLECTIVE_DEADLINE = Variable(
     "Seconds after which a collective of a served model fails over gloo, naming the ranks that are late, where vLLM gave the "
     "group no shorter time-out; HCCL obeys HCCL_EXEC_TIMEOUT.",
 )
+SHARED_WINDOW = Variable(
+    "VLLM_NPU_SHARED_WINDOW",
+    "1",
+    "1: gloo's large messages between ranks of one host go through shared memory; 0: over sockets. The same on all ranks.",
+)
 HCCL_OPS = Variable(
     "VLLM_NPU_HCCL_OPS",
     "1",
@@ -125,6 +130,7 @@ VARIABLES = (
     RECORD,
     TRANSPORT_TIMEOUT,
     COLLECTIVE_DEADLINE,
+    SHARED_WINDOW,
     HCCL_OPS,
     HCCL_BUFFSIZE,
     EMULATOR,

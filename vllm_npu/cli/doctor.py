@@ -450,6 +450,7 @@ VALUES: dict[envs.Variable, Callable[[str], str | None]] = {
     envs.CUDA_PLATFORM: is_one_of("0", "1"),
     envs.COUNT_COLLECTIVES: is_one_of("0", "1"),
     envs.METRICS: is_one_of("0", "1"),
+    envs.SHARED_WINDOW: is_one_of("0", "1"),
     envs.HCCL_OPS: is_one_of("0", "1"),
     envs.HCCL_BUFFSIZE: is_whole_number(2**31 - 1),
     envs.RECORD: lambda text: None,

@@ -1,6 +1,7 @@
 """vLLM's device communicator on CPUs, with what vLLM's generic all2all managers call and its own class lacks."""
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
@@ -34,7 +35,7 @@ class NPUCpuCommunicator(CpuCommunicator):
         _check_dim(dim, "reduce_scatterv")
         return self._transport.reduce_scatter(input_, sizes)
 
-    @property
+    @cached_property
     def _transport(self) -> GlooTransport:
         return GlooTransport(self.device_group, self.unique_name)
 

@@ -1,22 +1,32 @@
 """Transport over gloo: any CPU."""
 
 import datetime
+import logging
+import math
 from collections.abc import Sequence
+from functools import cached_property
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
 
+from vllm_npu import envs
+from vllm_npu.errors import UnsupportedConfigError
+from vllm_npu.token_layout import offsets
+from vllm_npu.transport.base import gather_texts, sum_in_rank_order
+from vllm_npu.transport.shared_window import CAPACITY, MAX_TEXT_BYTES, SharedWindow
 from vllm_npu.transport.torch_dist import TorchDistTransport
 from vllm_npu.transport.watchdog import Watchdog
 
-# gloo's own ring takes half of the host's time where a message is a vote and no more than four ranks pass it on: 76 for 121 us
-# on 2 ranks, 124 for 269 on 4 (processor time of the calling thread, vllm_npu on 2 busy cores).
-SHORT_BYTES, FEW_RANKS = 1024, 4
+logger = logging.getLogger("vllm.npu.transport.gloo")  # under "vllm": the names whose messages vLLM shows
+
+WINDOW_MIN_BYTES = 256 << 10  # that the fullest rank gives another one; below, sockets are as fast (docs/benchmarks)
 
 
 class GlooTransport(TorchDistTransport):
     """gloo gathers equal shapes only, and reduce-scatters by reducing everything everywhere: the exchanges used here in
-    place of both need no padding, and half of the time of gloo's own reduce_scatter."""
+    place of both need no padding, and half of the time of gloo's own reduce_scatter. Where all ranks are on one host, large
+    messages of both go through shared memory."""
 
     backend = "gloo"
     device_type = "cpu"
@@ -34,10 +44,55 @@ class GlooTransport(TorchDistTransport):
         """gloo's sends and receives wait for ever unless told how long, whatever the group's time-out is."""
         work.wait() if self._deadline is None else work.wait(self._deadline)
 
+    def close(self) -> None:
+        """Release the shared memory."""
+        self.__dict__.pop("_window", None)
+
     def _all_gather(self, x: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
-        if len(set(sizes)) == 1 and 0 < x.nbytes <= SHORT_BYTES and self.size <= FEW_RANKS:
-            return super()._all_gather(x, sizes)
-        return self._all_gather_from_peers(x, sizes)
+        row_bytes = _row_bytes(x)
+        if not self._shares(max(sizes) * row_bytes, max(sizes) * row_bytes):
+            return self._all_gather_from_peers(x, sizes)
+        with self._collective("all_gather"):
+            parts = self._through_window(x, [(0, x.nbytes)] * self.size, [size * row_bytes for size in sizes])
+        return torch.cat(parts).view(-1, *x.shape[1:])
 
     def _reduce_scatter(self, x: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
-        return self._reduce_scatter_by_exchange(x, sizes)
+        if not self._shares(max(sizes) * _row_bytes(x), x.nbytes):
+            return self._reduce_scatter_by_exchange(x, sizes)
+        starts = [start * _row_bytes(x) for start in offsets(sizes)]
+        own_bytes = starts[self.rank + 1] - starts[self.rank]
+        with self._collective("reduce_scatter"):
+            parts = self._through_window(x, list(pairwise(starts)), [own_bytes] * self.size)
+        return sum_in_rank_order(parts).view(-1, *x.shape[1:])
+
+    def _shares(self, most_for_a_rank: int, message_bytes: int) -> bool:
+        """Whether messages go through shared memory. The same on all ranks, as both numbers are."""
+        return most_for_a_rank >= WINDOW_MIN_BYTES and message_bytes <= CAPACITY and self._window is not None
+
+    @cached_property
+    def _window(self) -> SharedWindow | None:
+        """COLLECTIVE at the first access."""
+        if not envs.SHARED_WINDOW.read_flag():
+            return None
+        try:
+            return SharedWindow.open(self.rank, lambda text: gather_texts(self, text, MAX_TEXT_BYTES))
+        except UnsupportedConfigError as error:
+            logger.info("Group '%s' exchanges tokens over gloo alone, without shared memory: %s", self.group, error)
+            return None
+
+    def _through_window(
+        self, x: torch.Tensor, spans: Sequence[tuple[int, int]], expected: Sequence[int]
+    ) -> list[torch.Tensor]:
+        """Of each rank, the elements that it has for this one, flat."""
+        if self._window is None:
+            raise TypeError(f"group '{self.group}' has no shared window")
+        one_each = [1] * self.size
+        parts = self._window.share(x, spans, lambda rows: self._all_to_all(rows, one_each, one_each))
+        for rank, (part, num_bytes) in enumerate(zip(parts, expected, strict=True)):
+            if part.nbytes != num_bytes:
+                raise RuntimeError(f"rank {rank} brings {part.nbytes} bytes, sizes say {num_bytes}")
+        return [part.view(x.dtype) for part in parts]
+
+
+def _row_bytes(x: torch.Tensor) -> int:
+    return math.prod(x.shape[1:]) * x.element_size()

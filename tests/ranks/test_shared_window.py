@@ -1,0 +1,113 @@
+"""Large messages over gloo between ranks of one host: the values that sockets give, errors where sizes differ."""
+
+import json
+import os
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.cases import seeded
+from vllm_npu.errors import TransportError, UnsupportedConfigError
+from vllm_npu.transport import gloo
+from vllm_npu.transport.launch import Rank
+from vllm_npu.transport.shared_window import SharedWindow
+
+MAPS = Path("/proc/self/maps")
+WIDTH = 64
+ROUNDS = 12
+SIZES = [(1500, 1500, 1500), (3000, 0, 7), (0, 0, 2500), (2100, 1, 2048)]  # of rows of WIDTH float64: over 256 KiB each
+
+
+def values(rank: int, rows: int, dtype: torch.dtype, round_: int) -> torch.Tensor:
+    return torch.randint(0, 16, (rows, WIDTH), generator=seeded(100 * round_ + rank)).to(dtype)
+
+
+def exchange(rank: Rank, window: str) -> bool:
+    os.environ["VLLM_NPU_SHARED_WINDOW"] = window
+    ep = rank.groups(tp_size=1, dp_size=rank.num_ranks).ep
+    ranks = range(rank.num_ranks)
+    for round_, (sizes, dtype) in enumerate(product(SIZES, (torch.float64, torch.int64, torch.bfloat16))):
+        sizes = [size * 8 // dtype.itemsize for size in sizes]
+        rows = [values(other, sizes[other], dtype, round_) for other in ranks]
+        own = rows[rank.rank].clone()
+        assert torch.equal(ep.all_gather(own, sizes), torch.cat(rows))
+        assert torch.equal(own, rows[rank.rank])
+        whole = [values(10 + other, sum(sizes), dtype, round_) for other in ranks]
+        expected = torch.stack(whole).sum(0, dtype=torch.float64 if dtype.is_floating_point else dtype).to(dtype)
+        assert torch.equal(ep.reduce_scatter(whole[rank.rank], sizes), expected.split(sizes)[rank.rank])
+    shared = "_window" in vars(ep) and ep._window is not None
+    ep.close()
+    assert "vllm_npu_window" not in MAPS.read_text(), "memory stays after close"
+    return shared
+
+
+@pytest.mark.parametrize("window", ["1", "0"])
+def test_large_messages_have_the_same_values_with_and_without_a_window(pools, window):
+    assert pools("gloo", 3).run(exchange, window) == [window == "1"] * 3
+
+
+def gather_in_a_hurry(rank: Rank) -> None:
+    """No rank waits for others between its calls: a message must not be written over while others read the last."""
+    os.environ["VLLM_NPU_SHARED_WINDOW"] = "1"
+    ep = rank.groups(tp_size=1, dp_size=rank.num_ranks).ep
+    gathered = []
+    for round_ in range(ROUNDS):
+        gathered.append(ep.all_gather(torch.full((2048, WIDTH), float(10 * round_ + rank.rank), dtype=torch.float64)))
+        torch.rand(1 << (10 + 2 * (rank.rank + round_) % 8)).sort()  # another rank is late in each round
+    for round_, rows in enumerate(gathered):
+        expected = torch.arange(rank.num_ranks, dtype=torch.float64).repeat_interleave(2048) + 10 * round_
+        assert torch.equal(rows, expected[:, None].expand(-1, WIDTH))
+
+
+def test_messages_in_a_row_do_not_overwrite_each_other(pools):
+    pools("gloo", 4).run(gather_in_a_hurry)
+
+
+def bring_other_rows(rank: Rank) -> None:
+    os.environ["VLLM_NPU_SHARED_WINDOW"] = "1"
+    ep = rank.groups(tp_size=1, dp_size=rank.num_ranks).ep
+    own = 3000 if rank.rank == 1 else 2048  # which only it believes
+    ep.all_gather(torch.zeros(own, WIDTH, dtype=torch.float64), [own if r == rank.rank else 2048 for r in range(3)])
+
+
+def test_a_rank_that_brings_other_rows_than_agreed_is_named(pools):
+    first, second, third = pools("gloo", 3).outcomes(bring_other_rows)
+    assert second is None, "what it was brought is as it believes"
+    for error in (first, third):
+        assert isinstance(error, TransportError)
+        assert "rank 1 brings 1536000 bytes, sizes say 1048576" in str(error)
+
+
+def larger_than_the_window(rank: Rank) -> bool:
+    os.environ["VLLM_NPU_SHARED_WINDOW"] = "1"
+    ep = rank.groups(tp_size=1, dp_size=rank.num_ranks).ep
+    before, gloo.CAPACITY = gloo.CAPACITY, 1 << 20
+    try:
+        gathered = ep.all_gather(torch.full((4096, WIDTH), float(rank.rank), dtype=torch.float64))
+    finally:
+        gloo.CAPACITY = before
+    assert torch.equal(gathered[:, 0], torch.arange(float(rank.num_ranks), dtype=torch.float64).repeat_interleave(4096))
+    return "_window" in vars(ep)
+
+
+def test_what_does_not_fit_goes_over_sockets(pools):
+    assert pools("gloo", 2).run(larger_than_the_window) == [False, False]
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({"boot": "another"}, "it runs on another host"),
+        ({"mark": "0" * 16}, "is something else; it runs in another container"),
+        ({"path": "/proc/self/fd/no"}, "No such file"),
+    ],
+)
+def test_a_rank_whose_memory_cannot_be_read_is_named(changed, expected):
+    def exchange_with_another(text: str) -> list[str]:
+        return [text, json.dumps(json.loads(text) | changed)] if text.startswith("{") else [text, ""]
+
+    with pytest.raises(UnsupportedConfigError, match="rank 0 cannot read the memory of rank 1") as error:
+        SharedWindow.open(0, exchange_with_another)
+    assert expected in str(error.value)

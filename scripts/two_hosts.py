@@ -190,15 +190,13 @@ def cut_and_watch(host: Host, servers: list[tuple[ProcessTree, Path]]) -> None:
                     ended[log] = time.monotonic() - cut
             time.sleep(0.2)
         for tree, log in servers:
-            named = re.findall(r"TransportError: (.+)|PlanDisagreementError: (.+)", log.read_text(errors="replace"))
+            named = re.findall(r"\w+ on group '[\w-]+' failed on rank \d+: .+", log.read_text(errors="replace"))
             if log not in ended:
                 tree.stop(grace_seconds=5.0)
                 raise NotAsItShouldBeError(f"{log} did not end in {END_SECONDS:.0f} s:\n{tail(log)}")
             if not named:
                 raise NotAsItShouldBeError(f"{log} ended without naming a collective:\n{tail(log)}")
-            print(
-                f"   {log.stem} ended after {ended[log]:.0f} s, status {tree.process.returncode}: {''.join(named[0])[:160]}"
-            )
+            print(f"   {log.stem} ended after {ended[log]:.0f} s, status {tree.process.returncode}: {named[0][:160]}")
             tree.stop(grace_seconds=5.0)
         if not all(answer.exception() for answer in answers):
             raise NotAsItShouldBeError("a request was answered though the ranks could not reach each other")

@@ -9,7 +9,7 @@ fused experts do). dispatch and combine put a sort by expert around them, for ex
 
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -151,8 +151,7 @@ class SlotHandle(Handle):
     mask: torch.Tensor | None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DispatchedSlots:
+class DispatchedSlots(NamedTuple):  # a fourth of a frozen dataclass's host time
     """Slot rank * num_tokens + t holds token t of that rank. Views of the window: read them before combine_slots."""
 
     hidden_states: torch.Tensor  # [ep_size * num_tokens, hidden_size]; empty slots are undefined

@@ -30,31 +30,22 @@ class PreparedLaunch:
         self._fixed = (*fixed, *numbers)
         self._constants = constants
         self._options = options
-        self._compiled: Any = None
+        self._run: Any = None  # how Triton launches what the first call compiled
+        self._function: tuple[Any, ...] = ()
         self._tail = (*(tensor.data_ptr() for tensor in fixed), *numbers, *constants.values())
 
     def __call__(self, tensors: Sequence[torch.Tensor | None], stream: int) -> None:
         """Launch on the current stream, whose raw handle is `stream`. No host sync; legal under graph capture."""
-        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-        misaligned = 0
-        for address in addresses:
-            misaligned |= address % ALIGNMENT
-        compiled = self._compiled
-        if misaligned or compiled is None:
+        addresses, bits = [], 0
+        for tensor in tensors:
+            address = 0 if tensor is None else tensor.data_ptr()
+            addresses.append(address)
+            bits |= address
+        if bits % ALIGNMENT or self._run is None:
             compiled = self._kernel[(self._num_programs,)](*tensors, *self._fixed, **self._constants, **self._options)
-            if not misaligned:
-                self._compiled = compiled
+            if not bits % ALIGNMENT:
+                self._run = compiled.run
+                # The three for profilers' hooks are left out.
+                self._function = (compiled.function, compiled.packed_metadata, None, None, None)
             return
-        compiled.run(
-            self._num_programs,
-            1,
-            1,
-            stream,
-            compiled.function,
-            compiled.packed_metadata,
-            None,  # for profilers' hooks, which are left out
-            None,
-            None,
-            *addresses,
-            *self._tail,
-        )
+        self._run(self._num_programs, 1, 1, stream, *self._function, *addresses, *self._tail)

@@ -33,7 +33,7 @@ def locked(name: str = "requirements.lock") -> dict[str, str]:
 
 
 def test_the_extras_are_those_that_the_documents_name():
-    assert set(EXTRAS) == {"cpu", "cuda", "ascend", "emulator", "bench", "dev"}
+    assert set(EXTRAS) == {"cpu", "cuda", "ascend", "emulator", "bench", "docs", "dev"}
 
 
 @pytest.mark.parametrize("extra", sorted(EXTRAS))
@@ -42,10 +42,10 @@ def test_an_extra_pins_exactly(extra):
         exact_pin(requirement)
 
 
-@pytest.mark.parametrize("extra", ["cpu", "bench", "dev"])
+@pytest.mark.parametrize("extra", ["cpu", "bench", "docs", "dev"])
 def test_the_lock_holds_the_versions_of_the_extra(extra):
     wanted = dict(exact_pin(requirement) for requirement in EXTRAS[extra])
-    lock = locked()
+    lock = locked("requirements-docs.lock" if extra == "docs" else "requirements.lock")
     assert {name: lock.get(name) for name in wanted} == wanted
 
 

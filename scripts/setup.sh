@@ -5,6 +5,7 @@
 #   scripts/setup.sh               the environment of vLLM on CPUs: demo, tests
 #   scripts/setup.sh --emulator    that of the emulated Ascend device: torch_npu too, and the device's libraries, built
 #   scripts/setup.sh --ascend      that of vllm-ascend on the emulated device: vLLM 0.23.0 and vllm-ascend too
+#   scripts/setup.sh --docs        that of scripts/docs.sh: nothing of the others
 #
 # Layers under ${VLLM_NPU_ENV_HOME:-${XDG_CACHE_HOME:-~/.cache}/vllm_npu}; each sees the packages of the one below:
 #   base-KEY      a virtual environment with the packages of requirements.lock, shared by all checkouts
@@ -13,6 +14,7 @@
 #   checkout-KEY  a small one per checkout: adds this checkout as an editable install
 #   emulator-KEY  with --emulator or --ascend: the device's built libraries, shared by checkouts of the same sources
 #   ops-KEY       with --emulator: the built token collectives, likewise
+#   docs-KEY      with --docs: the packages of requirements-docs.lock
 # KEY is a hash of what the layer is made from, so an edit of a lock makes new ones. Deleting the folder is safe at any
 # time. PYTHON names the interpreter to use (3.11 or newer). torch_npu has an environment of its own because packages that
 # find it import it, and without CANN or the emulated device that fails.
@@ -33,12 +35,13 @@ fail() {
 
 root=$(cd -P "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.." && pwd)
 
-with_emulator="" with_ascend=""
+with_emulator="" with_ascend="" with_docs=""
 case "$*" in
   "") ;;
   --emulator) with_emulator=yes ;;
   --ascend) with_emulator=yes with_ascend=yes ;;
-  *) fail "knows the options --emulator and --ascend, and takes one; got: $*" ;;
+  --docs) with_docs=yes ;;
+  *) fail "knows the options --emulator, --ascend and --docs, and takes one; got: $*" ;;
 esac
 
 # Sets python and python_key (what an environment depends on besides its packages) from the first candidate that is
@@ -111,6 +114,10 @@ checkout_key=$({
   find csrc_npu -name CMakeLists.txt -print | LC_ALL=C sort | xargs cat
 } | sha)
 overlay=$env_home/checkout-$checkout_key
+docs=$env_home/docs-$({
+  printf '%s\n' "$python_key"
+  cat "$root/requirements-docs.lock"
+} | sha)
 
 # --- how to make it ---
 
@@ -242,6 +249,13 @@ make_overlay() {
   finish "$overlay"
 }
 
+make_docs() {
+  begin "$docs"
+  "$python" -m venv "$docs" >&2 || fail "'$python -m venv' failed; its message is above"
+  install_locked "$docs" requirements-docs.lock '^[a-z0-9_-]+==' "mkdocs"
+  finish "$docs"
+}
+
 # Makes layer $1 by the function $2 unless it is complete.
 ensure() {
   [ ! -e "$1/$MARKER" ] || return 0
@@ -251,6 +265,11 @@ ensure() {
 
 # --- make it, unless it is there ---
 
+if [ -n "$with_docs" ]; then
+  ensure "$docs" make_docs
+  printf '%s\n' "$docs/bin/python"
+  exit
+fi
 ensure "$base" make_base
 [ -z "$with_emulator" ] || ensure "$npu_packages" make_npu_packages
 [ -z "$with_ascend" ] || ensure "$packages" make_ascend_packages

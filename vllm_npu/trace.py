@@ -111,7 +111,7 @@ class TraceRing:
     """The last RING_CALLS calls of this rank, in FOLDER/rankN.trace. LOCAL, some 10 microseconds a call.
 
     The file is mapped memory: what a rank wrote is there when it is killed, and can be read while it runs. Its lines have
-    LINE_BYTES each, the first says whose file it is. A file of an earlier run is replaced.
+    LINE_BYTES each, the first says whose file it is. A file of an earlier run is replaced. Only its owner may read it.
     """
 
     path: Path
@@ -136,10 +136,11 @@ class TraceRing:
         }
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with path.open("wb") as file:
+            path.unlink(missing_ok=True)
+            owner_only = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(owner_only, "r+b") as file:
                 file.write(_line(json.dumps(header)))
                 file.truncate(LINE_BYTES * (1 + RING_CALLS))
-            with path.open("r+b") as file:
                 return cls(path, mmap.mmap(file.fileno(), 0))
         except OSError as error:
             raise InvalidInputError(

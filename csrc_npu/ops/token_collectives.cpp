@@ -83,10 +83,16 @@ Counts starts_of(const Counts& counts) {
   return starts;
 }
 
+constexpr std::int64_t kMaxRows = 2147483647;  // routing ops number rows in int32; no sum of sizes overflows
+
+bool are_row_counts(at::IntArrayRef sizes) {
+  return std::all_of(sizes.begin(), sizes.end(), [](std::int64_t each) { return each >= 0 && each <= kMaxRows; });
+}
+
 void check_sizes(const char* what, at::IntArrayRef sizes, const Group& group) {
   TORCH_CHECK_VALUE(static_cast<std::int64_t>(sizes.size()) == group.size, what, ": ", sizes.size(),
                     " sizes for a group of ", group.size, " ranks");
-  for (const std::int64_t size : sizes) TORCH_CHECK_VALUE(size >= 0, what, ": sizes ", sizes, " must not be negative");
+  TORCH_CHECK_VALUE(are_row_counts(sizes), what, ": sizes ", sizes, " must lie in 0..", kMaxRows);
 }
 
 std::int64_t row_bytes_of(const at::Tensor& x) {
@@ -243,6 +249,8 @@ std::tuple<at::Tensor, at::Tensor> exchange_message(at::TensorList tensors, cons
   const auto* counts = on_host.const_data_ptr<std::int64_t>();
   const at::IntArrayRef sent(counts, group.size);
   const at::IntArrayRef received(counts + group.size, group.size);
+  check_sizes("exchange_tokens (sent)", sent, group);
+  TORCH_CHECK(are_row_counts(received), "exchange_tokens: the ranks announce ", received, " rows, which cannot be");
   TORCH_CHECK_VALUE(message.size(0) == sum(sent), "exchange_tokens: ", message.size(0), " rows, rows_per_rank ", sent,
                     " add up to ", sum(sent));
   return {exchange(message, sent, received, group), on_host};

@@ -106,19 +106,30 @@ def test_interrupting_the_launcher_ends_the_ranks(tmp_path):
     assert not is_running(int((tmp_path / "pid").read_text()))
 
 
-def test_shared_memory_of_killed_ranks_is_removed(launch_script):
+def test_shared_memory_is_its_owners_alone_and_that_of_killed_ranks_is_removed(launch_script):
     leave = """
-import ctypes, os, signal
-library = ctypes.CDLL(os.path.join(os.environ["VLLM_NPU_EMULATOR_LIBRARIES"], "libhccl.so"))
-root = ctypes.create_string_buffer(4108)
-library.HcclGetRootInfo(root)
-open("/dev/shm" + root.value.decode(), "w").close()
-print(root.value.decode(), flush=True)
+import ctypes, os, signal, threading, time
+folder = os.environ["VLLM_NPU_EMULATOR_LIBRARIES"]
+hccl, acl = (ctypes.CDLL(os.path.join(folder, name)) for name in ("libhccl.so", "libascendcl.so"))
+root, group = ctypes.create_string_buffer(4108), ctypes.c_void_p()
+hccl.HcclGetRootInfo(root)
+segment = "/dev/shm" + root.value.decode()
+
+def wait_for_another_rank():
+    acl.aclrtSetDevice(0)
+    hccl.HcclCommInitRootInfo(2, root, 0, ctypes.byref(group))
+
+os.umask(0)
+threading.Thread(target=wait_for_another_rank, daemon=True).start()
+while not os.path.exists(segment):
+    time.sleep(0.01)
+print(root.value.decode(), oct(os.stat(segment).st_mode & 0o777), flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
     outcome = launch_script(leave, 1)
-    name = outcome.output.splitlines()[0].removeprefix("/")
+    name, rights = outcome.output.splitlines()[0].removeprefix("/").split()
     assert name.startswith(shared_memory.PREFIX)
+    assert rights == "0o600"
     assert outcome.code == 128 + signal.SIGKILL
     assert not (shared_memory.FOLDER / name).exists()
 

@@ -203,6 +203,19 @@ def compiled(rank: Rank) -> None:
                     assert same_bits(a, b)
 
 
+def wrong_counts(rank: Rank) -> list[str]:
+    """Rank 1 says that it sends so many rows to the ranks; nothing is allocated or read by such counts, here or there."""
+    t, said = rank.groups(tp_size=1, dp_size=2).dp, []
+    assert t._has_ops()
+    rows = torch.ones(3, 2).to(rank.device)
+    for counts in ([-1, 4], [2**62, 3 - 2**62], [2**31, 0]):
+        each = torch.tensor(counts if rank.rank == 1 else [1, 2]).to(rank.device)
+        with pytest.raises((ValueError, RuntimeError)) as error:
+            token_ops.ops().exchange_tokens.default([rows], each, t._name)
+        said.append(str(error.value))
+    return said
+
+
 def a_rank_differs(rank: Rank) -> None:
     rank.groups(tp_size=1, dp_size=2).dp.all_gather(torch.ones(rank.rank + 1, 3).to(rank.device))
 
@@ -211,6 +224,9 @@ def test_messages_whole_graphs_and_what_a_failing_call_says(monkeypatch):
     with ranks_on(monkeypatch, "A3", 2, {}) as pool:
         assert all(map(all, pool.run(packs_as)))
         pool.run(compiled)
+        told, wrong = pool.run(wrong_counts)
+        assert all("exchange_tokens: the ranks announce [1, " in said for said in told)
+        assert all("exchange_tokens (sent): sizes [" in said for said in wrong)
         for error in pool.outcomes(a_rank_differs):
             assert isinstance(error, TransportError)
             assert str(error).startswith(

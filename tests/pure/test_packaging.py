@@ -33,7 +33,7 @@ def locked(name: str = "requirements.lock") -> dict[str, str]:
 
 
 def test_the_extras_are_those_that_the_documents_name():
-    assert set(EXTRAS) == {"cpu", "cuda", "ascend", "emulator", "bench", "dev"}
+    assert set(EXTRAS) == {"cpu", "cuda", "ascend", "emulator", "bench", "docs", "dev"}
 
 
 @pytest.mark.parametrize("extra", sorted(EXTRAS))
@@ -42,10 +42,10 @@ def test_an_extra_pins_exactly(extra):
         exact_pin(requirement)
 
 
-@pytest.mark.parametrize("extra", ["cpu", "bench", "dev"])
+@pytest.mark.parametrize("extra", ["cpu", "bench", "docs", "dev"])
 def test_the_lock_holds_the_versions_of_the_extra(extra):
     wanted = dict(exact_pin(requirement) for requirement in EXTRAS[extra])
-    lock = locked()
+    lock = locked("requirements-docs.lock" if extra == "docs" else "requirements.lock")
     assert {name: lock.get(name) for name in wanted} == wanted
 
 
@@ -86,6 +86,11 @@ def test_the_version_is_written_once():
     ]
 
 
+def test_the_changelog_begins_with_this_version():
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert re.search(r"^## \[(.+?)\]", changelog, re.MULTILINE)[1] == vllm_npu.__version__
+
+
 def test_the_entry_points_are_those_that_vllm_and_the_shell_call():
     points = metadata.distribution("vllm_npu").entry_points
     assert {(point.group, point.name, point.value) for point in points} == {
@@ -111,28 +116,27 @@ def test_the_package_says_that_it_is_typed():
     assert (Path(vllm_npu.__file__).parent / "py.typed").is_file()
 
 
-def test_a_wheel_brings_what_is_read_and_what_the_native_parts_are_built_from(tmp_path):
+def test_a_wheel_made_of_an_sdist_brings_what_is_read_and_what_the_native_parts_are_built_from(tmp_path):
     copy = tmp_path / "source"  # setuptools writes beside what it builds
     shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", "tests", "__pycache__", "*.egg-info", "build"))
-    build = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "-q",
-        "--no-deps",
-        "--no-build-isolation",
-        "-w",
-        str(tmp_path),
-        str(copy),
-    ]
-    done = subprocess.run(build, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
+    sdist = tmp_path / f"vllm_npu-{vllm_npu.__version__}.tar.gz"
+    for command in (
+        ["setup.py", "-q", "sdist", "-d", str(tmp_path)],
+        ["-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(sdist)],
+    ):
+        done = subprocess.run(
+            [sys.executable, *command], cwd=copy, capture_output=True, text=True, timeout=120, check=False
+        )
+        assert done.returncode == 0, done.stderr
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
+    outside = {name.partition(".dist-info/")[2] or name for name in names if not name.endswith((".py", ".pyc"))}
     inside = {name for name in names if name.startswith("vllm_npu/csrc_npu/")}
-    assert "vllm_npu/fabrics.toml" in names
+    assert outside - inside == {
+        *("vllm_npu/fabrics.toml", "vllm_npu/py.typed"),
+        *("licenses/LICENSE", "METADATA", "WHEEL", "entry_points.txt", "top_level.txt", "RECORD"),
+    }
     sources = [path for path in (ROOT / "csrc_npu").glob("*/**/*") if path.is_file()]
     sources = [path for path in sources if "__pycache__" not in path.parts]
     assert inside == {f"vllm_npu/{path.relative_to(ROOT).as_posix()}" for path in sources}

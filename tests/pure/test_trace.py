@@ -225,6 +225,15 @@ def test_a_ring_keeps_the_last_calls_and_says_which_did_not_end(tmp_path, monkey
     assert all(call.operation == "barrier" for call in read_trace(ring.path).calls)
 
 
+def test_a_file_is_its_owners_alone_and_never_somebody_elses(tmp_path):
+    other = tmp_path / "other"
+    other.write_text("kept")
+    (tmp_path / "rank0.trace").symlink_to(other)
+    ring = TraceRing.create(tmp_path, 0, 1)
+    assert other.read_text() == "kept"
+    assert ring.path.lstat().st_mode & 0o177777 == 0o100600
+
+
 def test_what_does_not_fit_a_line_is_kept_as_a_checksum_that_still_compares(tmp_path):
     members = Group(name="ep", members=tuple(range(768)))
     for rank in range(2):

@@ -1,4 +1,4 @@
-"""Fewer collectives and bytes than the original design, counted by the recording transport; the README's table is this."""
+"""Fewer collectives and bytes than the original design, counted by the recording transport; docs/strategies.md shows them."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ from vllm_npu.transport.recording import CollectiveCounter
 HIDDEN, EXPERTS, TOP_K = 1024, 64, 8
 RANKS = 4
 WORKLOADS = {"64 tokens on each rank": (64,) * RANKS, "64 on one rank, 4 on the others": (64, 4, 4, 4)}
-README = Path(__file__).parents[2] / "README.md"
+DOCUMENT = Path(__file__).parents[2] / "docs/strategies.md"
 
 
 def rank_inputs(rank: int, counts: tuple[int, ...]):
@@ -64,7 +64,7 @@ def measure(function, strategy: str, counts: tuple[int, ...]) -> tuple[int, floa
 
 
 def table() -> list[str]:
-    """The rows of the README's table."""
+    """The rows of the document's table."""
     rows = [
         "| step | strategy | collectives: original → here | KiB sent a token: original → here |",
         "|---|---|---|---|",
@@ -85,8 +85,8 @@ def test_costs_less_than_the_original(strategy, counts):
     assert sent < bytes_before
 
 
-def test_readme_shows_what_is_measured():
-    assert "\n".join(table()) in README.read_text(encoding="utf-8")
+def test_the_document_shows_what_is_measured():
+    assert "\n".join(table()) in DOCUMENT.read_text(encoding="utf-8")
 
 
 def test_allgather_sends_exactly_the_real_rows_with_ids_and_weights():

@@ -16,6 +16,8 @@ from vllm_npu.errors import InvalidInputError, TransportError, UnsupportedConfig
 from vllm_npu.transport import TRANSPORTS, Transport, transport_class
 from vllm_npu.transport.base import SendRecv
 from vllm_npu.transport.launch import ProcessRankPool, Rank, ThreadRankPool
+from vllm_npu.transport.recording import CollectiveCounter
+from vllm_npu.transport.symmetric_memory import SymmetricFacts, gather_facts
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.int32, torch.int64, torch.uint8)
 GRIDS = [(2, 1), (1, 3), (2, 2)]  # (tp_size, dp_size): groups of 1, 2, 3 and 4 ranks
@@ -633,6 +635,35 @@ def test_threads_that_bring_other_sizes_than_agreed_get_an_error_not_wrong_rows(
     outcomes = pools("threaded", 2).outcomes(sizes_differ, operation)
     assert all(isinstance(error, TransportError) for error in outcomes)
     assert any(re.search(r"ranks sent \[.*\] rows where \[.*\] were expected", str(error)) for error in outcomes)
+
+
+def announces(rank: Rank, rows: int) -> None:
+    """Rank 1 tells rank 0 a count that cannot be, past its own checks."""
+    *_, t = transports(rank, (2, 1))
+    exchange = t.exchange_tokens_start if t.rank == 0 else t._exchange_tokens
+    exchange([torch.ones(1, 1)], torch.tensor([rows, 1] if t.rank == 1 else [0, 1]))
+
+
+@pytest.mark.parametrize("rows", [-1, 2**31])
+def test_counts_that_cannot_be_are_refused_before_anything_is_allocated(pools, rows):
+    told, _ = pools("threaded", 2).outcomes(announces, rows)
+    assert isinstance(told, TransportError)
+    assert f"the ranks announce [0, {rows}] rows, which cannot be" in str(told)
+
+
+def facts_of(rank: Rank) -> SymmetricFacts:
+    return gather_facts(rank.groups(tp_size=1, dp_size=rank.num_ranks, counter=CollectiveCounter()).ep)
+
+
+def test_ranks_learn_each_others_place_and_devices(pools):
+    devices = torch.cuda.device_count()
+    facts = pools("gloo", 2).run(facts_of)
+    assert facts[0] == facts[1]
+    assert (facts[0].num_ranks, facts[0].num_hosts, facts[0].cuda) == (2, 1, False), (
+        "both are on the first device, or on none"
+    )
+    assert facts[0].triton == (importlib.util.find_spec("triton") is not None)
+    assert facts[0].peer_access == (devices > 0)
 
 
 def fails_on(rank: Rank, failing: int) -> None:

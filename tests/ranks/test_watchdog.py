@@ -1,15 +1,18 @@
 """Ranks that end or are late: every other one says so, by name and in time; nothing is left, and a restart serves the same."""
 
+import json
 import multiprocessing
 import os
 import time
 from functools import partial
 
 import torch
+import torch.distributed as dist
 
 from tests.serving_ranks import DEADLINE, NUM_RANKS, kill_and_restart
 from vllm_npu.errors import RankFailureError
 from vllm_npu.transport.launch import ProcessRankPool, Rank
+from vllm_npu.transport.watchdog import LOOPBACK, REPORT_CHARACTERS, Watchdog
 
 KILLS = int(os.environ.get("KILLS", "2"))  # 50 in the long form
 
@@ -45,3 +48,16 @@ def test_a_late_rank_is_named_at_the_deadline_also_to_itself():
         assert deadline <= seconds < deadline + 9
     error, _ = outcomes[1]
     assert "rank 0 reports: send_recv on group 'ep'" in str(error)
+
+
+def test_whatever_lies_in_a_mailbox_the_error_is_short_and_readable():
+    ports = []
+
+    def two_ranks(text: str) -> list[str]:
+        ports.append(json.loads(text)["port"])
+        return [text, text]
+
+    watchdog = Watchdog.open(0, two_ranks, address=LOOPBACK, deadline=1.0)
+    dist.TCPStore(LOOPBACK, ports[0], is_master=False).set("1", b"\xff" * 100_000)
+    error = watchdog.failure("all_gather", "ep", 0, "cut")
+    assert str(error).endswith("rank 1 reports: " + "\N{REPLACEMENT CHARACTER}" * REPORT_CHARACTERS)

@@ -13,12 +13,15 @@ import torch.distributed as dist
 from vllm_npu.errors import InvalidInputError
 from vllm_npu.limits import MIB
 from vllm_npu.token_layout import ceil_div
+from vllm_npu.transport.base import gather_texts
+from vllm_npu.transport.gloo import GlooTransport
 
 logger = logging.getLogger("vllm.npu.flashinfer")
 
 ALIGNMENT = 128  # bytes: of each part of a workspace
 MAX_TOP_K = 22  # kMaxTopK: a token's slots in the tables, whatever its top_k
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+MAX_REASON_BYTES = 300
 PDL_MAX_TOKENS = 16  # up to here the next kernel may start before this one's end: vLLM's empirical value
 
 # Largest tensor for which FlashInfer's all-reduce is taken, by compute capability and ranks; the source is vLLM's
@@ -124,7 +127,7 @@ class FlashInferAllReduce:
             self._workspaces.popitem()[1].destroy()
 
     def _open(self, hidden_size: int, dtype: torch.dtype) -> bool:
-        workspace, reason = None, None
+        workspace, reason = None, ""
         if torch.cuda.is_current_stream_capturing():
             reason = "a workspace cannot be opened while a CUDA graph is captured; run one step before"
         else:
@@ -141,10 +144,9 @@ class FlashInferAllReduce:
                     group=self.device_group,
                 )
             except (RuntimeError, ValueError) as error:  # CUDA's, c10d's, and FlashInfer's refusals
-                reason = str(error)
-        reasons: list[str | None] = [None] * self.world_size
-        dist.all_gather_object(reasons, reason, group=self.group)
-        failed = {rank: each for rank, each in enumerate(reasons) if each is not None}
+                reason = str(error) or type(error).__name__
+        reasons = gather_texts(GlooTransport(self.group, "tp"), reason, MAX_REASON_BYTES)
+        failed = {rank: each for rank, each in enumerate(reasons) if each}
         if failed:
             if workspace is not None:
                 workspace.destroy()

@@ -312,7 +312,7 @@ def check_native(
     name: str, component: Component, library_folder: Callable[[], Path], command: str
 ) -> Iterator[Finding]:
     if not is_importable("torch_npu"):
-        yield Finding(name, OK, "not to be had without torch_npu; scripts/setup.sh --emulator installs it")
+        yield Finding(name, OK, "not to be had without torch_npu: the extra emulator, or scripts/setup.sh --emulator")
         return
     if is_built(component, library_folder):
         yield Finding(name, OK, f"built, in {library_folder()}")

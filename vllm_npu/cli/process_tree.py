@@ -18,7 +18,8 @@ from typing import IO, Final
 
 SHARED_MEMORY_FOLDER = Path("/dev/shm")
 _PR_SET_PDEATHSIG: Final = 1
-_libc = ctypes.CDLL(None, use_errno=True)  # loaded before any fork: the child may only make the call
+_prctl = ctypes.CDLL(None, use_errno=True).prctl  # found before any fork: the child may only make the call
+_prctl.argtypes, _prctl.restype = [ctypes.c_int, ctypes.c_ulong], ctypes.c_int
 
 
 class ProcessTree:
@@ -86,7 +87,7 @@ class ProcessTree:
 
 def _terminate_with_parent() -> None:
     """Runs in the child between fork and exec: ask the kernel for SIGTERM when the parent dies."""
-    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _lives_in(session: int, pid: int) -> bool:

@@ -27,6 +27,8 @@ DEFAULT_TASK_QUEUE = "0"
 POLL_SECONDS = 0.05
 GRACE_SECONDS = 5.0  # after a failure: for the other ranks to report theirs, and again to end by themselves
 PR_SET_PDEATHSIG = 1
+prctl = ctypes.CDLL(None).prctl  # found before any fork
+prctl.argtypes, prctl.restype = [ctypes.c_int, ctypes.c_ulong], ctypes.c_int
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +49,7 @@ def free_port() -> int:
 
 def end_with_parent() -> None:
     """In a new process: ends it when the launcher ends, however that happens."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def device_environment(soc_name: str, num_ranks: int, run: str) -> dict[str, str]:

@@ -115,7 +115,7 @@ class HcclLibrary:
                 f"HCCL cannot be loaded ({error}); install CANN and source its set_env.sh, or run under the emulated Ascend "
                 "device: python -m vllm_npu.emulator run"
             ) from error
-        self._runtime.aclGetRecentErrMsg.restype = c_char_p
+        self._runtime.aclGetRecentErrMsg.argtypes, self._runtime.aclGetRecentErrMsg.restype = [], c_char_p
 
     def call(self, function: str, *arguments: Any, operation: str, group: str, rank: int) -> None:
         """Call one of FUNCTIONS. Raises TransportError with HCCL's own text and a remedy unless it succeeds, and

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from vllm_npu.errors import InvalidInputError, UnsupportedConfigError
+from vllm_npu.errors import InvalidInputError, TransportError, UnsupportedConfigError
 from vllm_npu.handles import Pending
 from vllm_npu.token_layout import as_message, pack_and_move
 from vllm_npu.topology import ParallelTopology
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 Exchanged = tuple[list[torch.Tensor], list[int], list[int]]
 """What exchange_tokens returns."""
+
+MAX_RECEIVED_ROWS = 2**31 - 1  # routing ops number rows in int32
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,6 +224,9 @@ class Transport(ABC):
         ones = [1] * self.size
         rows_from_each = self._all_to_all(rows_per_rank.contiguous(), ones, ones)
         sent_rows, received_rows = torch.stack([rows_per_rank, rows_from_each]).tolist()
+        if min(received_rows) < 0 or sum(received_rows) > MAX_RECEIVED_ROWS:  # memory is allocated by them
+            detail = f"the ranks announce {received_rows} rows, which cannot be; look for the rank that is wrong"
+            raise TransportError("exchange_tokens", self.group, self.rank, detail)
         return sent_rows, received_rows
 
     def _all_to_all_start(
@@ -316,10 +321,11 @@ def sum_in_rank_order(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     return total.to(first.dtype)
 
 
-def gather_texts(transport: Transport, text: str, max_bytes: int) -> list[str]:
-    """Every rank's text, in rank order, cut after max_bytes. COLLECTIVE over a CPU group."""
+def gather_texts(transport: Transport, text: str, max_bytes: int, device_type: str = "cpu") -> list[str]:
+    """Every rank's text, in rank order, cut after max_bytes. COLLECTIVE over a group that moves tensors of device_type."""
     encoded = text.encode()[:max_bytes]
     row = torch.zeros(1, max_bytes, dtype=torch.uint8, device="cpu")
     if encoded:
         row[0, : len(encoded)] = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
-    return [bytes(each.tolist()).rstrip(b"\0").decode(errors="replace") for each in transport.all_gather(row)]
+    rows = transport.all_gather(row.to(device_type)).tolist()
+    return [bytes(each).rstrip(b"\0").decode(errors="replace") for each in rows]

@@ -178,7 +178,7 @@ def _process_transport(name: str) -> type[TorchDistTransport]:
 def _portable(error: Exception) -> Exception:
     """`error`, or where it cannot be pickled and made again, a RuntimeError that says what it said."""
     try:
-        pickle.loads(pickle.dumps(error))
+        pickle.loads(pickle.dumps(error))  # noqa: S301 - its own
     except Exception:  # noqa: BLE001 - whatever a stranger's __reduce__ or __init__ raises
         return RuntimeError(f"{type(error).__name__}: {error}")
     return error

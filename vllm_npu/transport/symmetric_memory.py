@@ -16,12 +16,13 @@ import torch.distributed._symmetric_memory as symm_mem
 from vllm_npu import envs
 from vllm_npu.errors import InvalidInputError, TransportError, UnsupportedConfigError
 from vllm_npu.token_layout import ceil_div
-from vllm_npu.transport.base import Transport
+from vllm_npu.transport.base import Transport, gather_texts
 from vllm_npu.transport.recording import RecordingTransport
 from vllm_npu.transport.torch_dist import TorchDistTransport
 
 NUM_WINDOWS = 2
 ALIGNMENT = 256  # bytes; offsets in a window are multiples of it
+MAX_PLACE_BYTES = 128  # of a boot's or host's name and a device's UUID
 STAGES = {1: "dispatch", 2: "combine"}  # what the kernels write into the report
 
 
@@ -188,7 +189,7 @@ class SymmetricWindows:
 _open: dict[str, SymmetricWindows] = {}
 
 
-def _process_group(transport: Transport) -> dist.ProcessGroup:
+def _innermost(transport: Transport) -> TorchDistTransport:
     while isinstance(transport, RecordingTransport):
         transport = transport.inner
     if not isinstance(transport, TorchDistTransport):
@@ -196,7 +197,7 @@ def _process_group(transport: Transport) -> dist.ProcessGroup:
             f"symmetric memory needs a torch.distributed process group; group '{transport.group}' is a "
             f"{type(transport).__name__}; use transport nccl"
         )
-    return transport.process_group
+    return transport
 
 
 def open_windows(transport: Transport, size: WindowSize, timeout: float | None = None) -> SymmetricWindows:
@@ -205,7 +206,7 @@ def open_windows(transport: Transport, size: WindowSize, timeout: float | None =
     They are sized by the first call: a later one that needs more raises UnsupportedConfigError, since captured graphs hold
     their addresses. Host sync: yes, when called first. Graph capture: the first call must come before.
     """
-    process_group = _process_group(transport)
+    process_group = _innermost(transport).process_group
     name = process_group.group_name
     if name in _open:
         if not _open[name].size.fits(size):
@@ -225,28 +226,26 @@ def open_windows(transport: Transport, size: WindowSize, timeout: float | None =
 
 def close_windows(transport: Transport) -> None:
     """Close the windows of the transport's process group, where some are open. LOCAL."""
-    windows = _open.pop(_process_group(transport).group_name, None)
+    windows = _open.pop(_innermost(transport).process_group.group_name, None)
     if windows is not None:
         windows.close()
 
 
 def gather_facts(transport: Transport) -> SymmetricFacts:
-    """Facts of the transport's ranks. COLLECTIVE: two small gathers of Python objects. Host sync: yes."""
-    process_group = _process_group(transport)
-    size = dist.get_world_size(process_group)
+    """Facts of the transport's ranks. COLLECTIVE: two small gathers. Host sync: yes."""
+    group = _innermost(transport)
     has_cuda = torch.cuda.is_available()
     device = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid) if has_cuda else ""
-    places: list[tuple[str, str]] = [("", "")] * size
-    dist.all_gather_object(places, (_host(), device), group=process_group)
-    devices = [device for _, device in places]
-    can: list[tuple[bool, bool]] = [(False, False)] * size
-    dist.all_gather_object(can, (_reaches_all(devices), _has_triton()), group=process_group)
+    places = gather_texts(group, f"{_host()} {device}", MAX_PLACE_BYTES, group.device_type)
+    devices = [place.partition(" ")[2] for place in places]
+    can = torch.tensor([[_reaches_all(devices), _has_triton()]], dtype=torch.uint8, device=group.device_type)
+    peer_access, triton = group.all_gather(can).bool().all(dim=0).tolist()
     return SymmetricFacts(
-        num_ranks=size,
-        num_hosts=len({host for host, _ in places}),
-        cuda=all(devices) and len(set(devices)) == size,
-        peer_access=all(reaches for reaches, _ in can),
-        triton=all(triton for _, triton in can),
+        num_ranks=group.size,
+        num_hosts=len({place.partition(" ")[0] for place in places}),
+        cuda=all(devices) and len(set(devices)) == group.size,
+        peer_access=peer_access,
+        triton=triton,
     )
 
 

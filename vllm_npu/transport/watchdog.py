@@ -105,6 +105,10 @@ class Watchdog:
     def _has_report_of(self, other: int) -> bool:
         return bool(self._own.check([str(other)]))
 
+    def _report_of(self, other: int) -> str:
+        """Whatever lies in the mailbox, which takes anybody's: cut, and readable."""
+        return self._own.get(str(other)).decode(errors="replace")[:REPORT_CHARACTERS]
+
     def _text(self, detail: str, ended: list[int], late: list[int], others: list[int]) -> str:
         lines = [f"rank {other} has ended, or cannot be reached ({self._mailboxes[other]})" for other in ended]
         if ended and late:
@@ -116,5 +120,5 @@ class Watchdog:
         failed = [other for other in others if self._has_report_of(other)]
         if not lines:
             lines.append("no rank has ended, and all have failed")
-        lines += [f"rank {other} reports: {self._own.get(str(other)).decode()}" for other in failed[:SHOWN_REPORTS]]
+        lines += [f"rank {other} reports: {self._report_of(other)}" for other in failed[:SHOWN_REPORTS]]
         return "\n".join([f"{'; '.join(lines[:1])} ({detail})", *(f"  {line}" for line in lines[1:])])

@@ -29,6 +29,7 @@ def fill_acl_rt(module: ModuleType) -> None:
         """pyACL's signature: addresses and sizes in bytes, aclrtMemcpyKind; returns ACL's code."""
         copy = ctypes.CDLL("libascendcl.so").aclrtMemcpy
         copy.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+        copy.restype = ctypes.c_int
         return int(copy(destination, destination_size, source, size, kind))
 
     module.__dict__["memcpy"] = memcpy

@@ -6,7 +6,7 @@ import torch
 
 
 class SlotMappingKernel:
-    """Called as a Triton kernel is: kernel[grid](arguments). The contract is vLLM 0.23's _compute_slot_mapping_kernel."""
+    """Called as a Triton kernel is, `kernel[grid](arguments)`. The contract is vLLM 0.23's _compute_slot_mapping_kernel."""
 
     def __getitem__(self, grid: tuple[int]) -> "SlotMappingKernel":
         return self

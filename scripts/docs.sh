@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Builds the documents and the API's reference into build/site; a warning is an error. Arguments go to `mkdocs build`.
+set -u -e -o pipefail
+
+root=$(cd -P "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.." && pwd)
+PY=$("$root/scripts/setup.sh" --docs | tail -n1)
+exec "$PY" -m mkdocs build --strict --quiet -f "$root/mkdocs.yml" -d "$root/build/site" "$@"

@@ -1,0 +1,109 @@
+"""What the documents name exists: commands and their options, files, variables; tables are those of their sources."""
+
+import importlib
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import typer
+
+from vllm_npu import envs
+from vllm_npu.cli.app import COMMANDS
+from vllm_npu.emulator.__main__ import parse as parse_emulator
+from vllm_npu.plugin.options import KEYS
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCUMENTS = {
+    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+    for path in (*ROOT.glob("*.md"), *ROOT.glob("csrc_npu/*.md"), *ROOT.glob("docs/**/*.md"))
+}
+OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
+each_document = pytest.mark.parametrize("name", DOCUMENTS)
+
+
+def command_lines(text: str) -> Iterator[list[str]]:
+    """Words after `vllm-npu`, `python -m`, or a script's name, in code; without comments, brackets and what follows a pipe."""
+    fenced = re.findall(r"```\w*\n(.*?)```", text, re.DOTALL)
+    spans = re.findall(r"(?<!`)`([^`]+)`(?!`)", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+    for line in [line for block in fenced for line in block.replace("\\\n", " ").splitlines()] + spans:
+        line = re.sub(r"\s#.*|\.\.\.|[|>].*", "", " ".join(line.split()))
+        found = re.search(r"(?:^|\s)(vllm-npu|\S+ -m|scripts/\w+\.(?:py|sh))( .*|$)", line)
+        if found:
+            yield [*found[1].split()[-1:], *re.sub(r"[\[\]]", "", found[2]).split()]
+
+
+def options_of(command: str, capsys: pytest.CaptureFixture[str]) -> set[str]:
+    """Of a command of `vllm-npu`."""
+    row = COMMANDS[command]
+    module, _, name = row.function.partition(":")
+    function = getattr(importlib.import_module(module), name)
+    if not row.reads_raw_arguments:
+        app = typer.Typer()
+        app.command()(function)
+        return {option for parameter in typer.main.get_command(app).params for option in parameter.opts}
+    with pytest.raises(SystemExit):
+        function(["--help"])
+    return set(OPTION.findall(capsys.readouterr().out))
+
+
+def options_in(path: str) -> set[str]:
+    """Those that a program's text names."""
+    return set(OPTION.findall((ROOT / path).read_text(encoding="utf-8")))
+
+
+@each_document
+def test_commands_are_there_and_have_these_options(name, capsys):
+    """But for the options of `serve`, which are vLLM's, and of programs that are not this project's."""
+    for program, *words in command_lines(DOCUMENTS[name]):
+        used = {word.partition("=")[0] for word in words if word.startswith("--")}
+        if program == "-m" and words[0] in ("vllm_npu", "vllm_npu.cli"):
+            program, *words = "vllm-npu", *words[1:]
+        if program == "vllm-npu" and words and words[0] != "serve" and not words[0].startswith("-"):
+            command = " ".join(words[:2])
+            assert used <= options_of(command if command in COMMANDS else words[0], capsys), words
+        elif program == "-m" and words[0] == "vllm_npu.emulator":
+            parse_emulator(words[1:])
+        elif program == "-m" and words[0].startswith(("vllm_npu", "tests.")):
+            assert importlib.util.find_spec(words[0]) is not None, words
+        elif program == "scripts/demo.sh":
+            assert used <= options_of("demo", capsys), words
+        elif program.startswith("scripts/"):
+            assert used <= options_in(program), words
+
+
+@each_document
+def test_files_that_are_named_are_there(name):
+    named = re.findall(r"(?<![\w/.~])(?:scripts|tests|docs|vllm_npu|csrc_npu|\.github)/[\w./*-]*[\w*]", DOCUMENTS[name])
+    places = (ROOT, ROOT / "vllm_npu")
+    missing = [path for path in named if not any(list(place.glob(path)) for place in places)]
+    assert set(missing) <= {"vllm_npu/plugin/compat/v0_NN.py"}
+
+
+@each_document
+def test_variables_that_are_named_are_read(name):
+    known = {variable.name for variable in envs.VARIABLES} | {"VLLM_NPU_ENV_HOME"}
+    assert set(re.findall(r"VLLM_NPU_[A-Z_]+[A-Z]", DOCUMENTS[name])) <= known
+
+
+def test_the_tables_of_settings_are_complete():
+    rows = {
+        f"| `{each.name}` | {each.default or 'empty'} | {each.meaning} |"
+        for each in envs.VARIABLES
+        if each.name != "HCCL_BUFFSIZE"
+    }
+    emulator, settings = DOCUMENTS["docs/emulator.md"], DOCUMENTS["docs/settings.md"]
+    assert rows <= set(f"{settings}\n{emulator}".splitlines())
+    assert set(re.findall(r"^\| `(\w+)` \|", settings.partition("Environment")[0], re.MULTILINE)) == set(KEYS)
+
+
+def test_the_times_on_gpus_are_those_of_the_run():
+    """docs/gpu.md's table is of the rows that `vllm-npu bench` wrote."""
+    rows = json.loads((ROOT / "docs/benchmarks/2026-11-22-bench-2xH100.json").read_text(encoding="utf-8"))
+    names = ("symmetric", "AgRs", "original allgather", "original multicast")
+    for tokens in (8, 128, 512, 4096):
+        times = {row["name"]: row["us_median"] for row in rows if row["tokens"] == [tokens, tokens]}
+        ratio = f"{times['symmetric'] / times['AgRs']:.2f}"
+        expected = f"| {' | '.join([str(tokens), *(f'{times[name]:.1f}' for name in names), ratio])} |"
+        assert expected in DOCUMENTS["docs/gpu.md"]

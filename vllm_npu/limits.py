@@ -64,8 +64,10 @@ class MC2Limits:
     max_experts_per_rank_times_ep_size: int | None = None
     max_top_k: int | None = None
     shared_expert_ranks: bool = True  # whether ranks may hold shared experts alone
+    version: int = 2  # of the ops
     comm_alg: str = ""  # of the ops; empty: the full mesh
     takes_mask: bool = True  # x_active_mask
+    takes_weights: bool = False  # dispatch needs the top-k weights
     dtypes: tuple[torch.dtype, ...] | None = None
     buffer_bytes: BufferBytes | None = None
 
@@ -135,9 +137,17 @@ def _a2_hierarchy_bytes(layer: MoELayer, ep_size: int, tokens: int) -> int:
 def _a3_full_mesh_bytes(layer: MoELayer, ep_size: int, tokens: int) -> int:
     sent = _aligned(_aligned(2 * layer.hidden_size, 32) + 64, 512)  # a row and what travels with it
     returned = _aligned(2 * layer.hidden_size, 512)
-    experts_per_rank = layer.num_experts // (ep_size - layer.shared_expert_ranks)
     shared_experts = 1 if layer.shared_expert_ranks else 0
-    return 2 * tokens * (experts_per_rank * ep_size * sent + (layer.top_k + shared_experts) * returned)
+    return 2 * tokens * (_a3_slots(layer, ep_size) * sent + (layer.top_k + shared_experts) * returned)
+
+
+def _a3_version_1_bytes(layer: MoELayer, ep_size: int, tokens: int) -> int:
+    row = 2 * (layer.hidden_size + 128)
+    return 2 * MIB + 2 * tokens * row * (_a3_slots(layer, ep_size) + layer.top_k + 1)
+
+
+def _a3_slots(layer: MoELayer, ep_size: int) -> int:
+    return layer.num_experts // (ep_size - layer.shared_expert_ranks) * ep_size
 
 
 def _a3_hierarchy_bytes(layer: MoELayer, ep_size: int, tokens: int) -> int:
@@ -184,6 +194,7 @@ A2_HIERARCHY = MC2Limits(
     shared_expert_ranks=False,
     comm_alg="hierarchy",
     takes_mask=False,
+    takes_weights=True,
     dtypes=SIXTEEN_BIT,
     buffer_bytes=_a2_hierarchy_bytes,
 )
@@ -211,8 +222,41 @@ A3_HIERARCHY = MC2Limits(
     max_top_k=16,
     shared_expert_ranks=False,
     comm_alg="hierarchy",
+    takes_weights=True,
     dtypes=SIXTEEN_BIT,
     buffer_bytes=_a3_hierarchy_bytes,
+)
+_VERSION_1_DOCUMENT = "op-plugin's document of npu_moe_distribute_dispatch, where x_active_mask is reserved"
+A2_VERSION_1 = MC2Limits(
+    name="mc2 on A2, version 1",
+    native=True,
+    source=_VERSION_1_DOCUMENT,
+    max_tokens_per_rank=256,
+    ep_sizes=_one(16, 32, 64),
+    hidden_sizes=range(32, 7168 + 1, 32),
+    max_experts=512,
+    max_experts_per_rank=24,
+    max_top_k=16,
+    shared_expert_ranks=False,
+    version=1,
+    takes_mask=False,
+    takes_weights=True,
+    dtypes=SIXTEEN_BIT,
+    buffer_bytes=_a2_full_mesh_bytes,
+)
+A3_VERSION_1 = MC2Limits(
+    name="mc2 on A3, version 1",
+    native=True,
+    source=_VERSION_1_DOCUMENT,
+    max_tokens_per_rank=512,
+    ep_sizes=_one(8, 16, 32, 64, 128, 144, 256, 288),
+    hidden_sizes=range(7168, 7168 + 1),
+    max_experts=512,
+    max_top_k=8,
+    version=1,
+    takes_mask=False,
+    dtypes=SIXTEEN_BIT,
+    buffer_bytes=_a3_version_1_bytes,
 )
 
 
@@ -240,12 +284,19 @@ class DeviceLimits:
     mc2: MC2Limits | None  # None: it has no MC2 op
     socs: tuple[str, ...] = ()  # beginnings of the chips' names
     mc2_hierarchy: MC2Limits | None = None  # MC2's other algorithm: taken for layers that the first cannot take
+    mc2_version_1: MC2Limits | None = None  # in place of both, where torch_npu has only the first version of MC2's ops
     all2all: bool = True
     symmetric: SymmetricLimits | None = None  # None: ranks share no memory
     uneven_collectives: bool = False  # HcclAllGatherV and HcclReduceScatterV between the ranks of one server
     routing_ops: bool = True  # npu_moe_init_routing_v2 with a range of experts, and npu_moe_finalize_routing
     update_expert: bool = False  # npu_moe_update_expert
     captures: tuple[str, ...] = ()  # strategies that read nothing on the host, so that a graph can hold them
+
+    def of_version(self, version: int) -> "DeviceLimits":
+        """These limits where this is the newest version of MC2's ops that torch_npu has; 0: it has none."""
+        if version == 2:
+            return self
+        return replace(self, mc2=self.mc2_version_1 if version == 1 else None, mc2_hierarchy=None)
 
     def for_layer(self, layer: MoELayer | None, ep_size: int) -> "DeviceLimits":
         """These limits with the MC2 algorithm that takes the layer: the hierarchy where only it does."""
@@ -274,12 +325,18 @@ _NPU_CAPTURES = ("mc2", "allgather", "naive")
 # not tell; none names A5.
 DEVICES = {
     "A2": DeviceLimits(
-        family="A2", mc2=A2_FULL_MESH, mc2_hierarchy=A2_HIERARCHY, socs=("Ascend910B",), captures=_NPU_CAPTURES
+        family="A2",
+        mc2=A2_FULL_MESH,
+        mc2_hierarchy=A2_HIERARCHY,
+        mc2_version_1=A2_VERSION_1,
+        socs=("Ascend910B",),
+        captures=_NPU_CAPTURES,
     ),
     "A3": DeviceLimits(
         family="A3",
         mc2=A3_FULL_MESH,
         mc2_hierarchy=A3_HIERARCHY,
+        mc2_version_1=A3_VERSION_1,
         uneven_collectives=True,
         update_expert=True,
         socs=("Ascend910_93",),

@@ -3,9 +3,10 @@
 Every rank makes all ranks' data from one seed, so what it must receive is known without communication.
 """
 
+import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -14,8 +15,13 @@ import torch.distributed as dist
 import torch_npu
 
 from tests.emulated.references import Layer, flat, group_name, is_undefined, members, product_int8, random_rows
-from vllm_npu.device import portable_ops
+from vllm_npu.device import npu_ops, portable_ops
+from vllm_npu.errors import UnsupportedConfigError
+from vllm_npu.limits import QuantMode
+from vllm_npu.transport.hccl import HcclTransport
+from vllm_npu.transport.launch import _ProcessRank
 from vllm_npu.transport.torch_dist import TorchDistTransport
+from vllm_npu.verification import Case, run_case
 
 pytestmark = pytest.mark.emulated
 
@@ -245,23 +251,21 @@ def same_as_portable_ops(rank: int, num_ranks: int, quant_mode: int) -> None:
     masks = [torch.arange(6) < 6 - source % 4 for source in range(num_ranks)]
     case = Layer(num_ranks, [6] * num_ranks, masks=masks)
     arguments = {"group_ep": transport, "moe_expert_num": case.experts, "x_active_mask": masks[rank]}
-    wanted = portable_ops.npu_moe_distribute_dispatch_v2(
-        case.x[rank], case.ids[rank], quant_mode=quant_mode, **arguments
-    )
+    wanted = portable_ops.distribute_dispatch(case.x[rank], case.ids[rank], quant_mode=quant_mode, **arguments)
     sent = dispatch(case, rank, quant_mode=quant_mode)
     one_unit = 1 if quant_mode else 0
     torch.testing.assert_close(sent.expand_x.cpu(), wanted.expand_x, rtol=0, atol=one_unit, equal_nan=True)
-    assert torch.equal(sent.assist_info.cpu(), wanted.assist_info_for_combine)
+    assert torch.equal(sent.assist_info.cpu(), wanted.combine_index)
     assert torch.equal(sent.expert_token_nums.cpu(), wanted.expert_token_nums)
     assert torch.equal(sent.recv_counts.cpu(), wanted.ep_recv_counts)
     if wanted.dynamic_scales is not None:
         torch.testing.assert_close(sent.dynamic_scales.cpu(), wanted.dynamic_scales, rtol=2e-7, atol=0, equal_nan=True)
     rows = random_rows(*sent.expand_x.shape, seed=rank, dtype=case.dtype)
     out = combine(case, rank, rows.npu(), sent).cpu()
-    wanted_out = portable_ops.npu_moe_distribute_combine_v2(
+    wanted_out = portable_ops.distribute_combine(
         rows,
         case.ids[rank],
-        wanted.assist_info_for_combine,
+        wanted.combine_index,
         wanted.ep_recv_counts,
         case.weights[rank],
         **arguments,
@@ -429,6 +433,43 @@ def version_1(rank: int, num_ranks: int) -> None:
         total = total + case.x[rank].float() * case.weights[rank][:, k, None]
     assert torch.equal(restored, total.to(case.dtype))
 
+    mask = torch.ones(5, dtype=torch.bool).npu()
+    refused(
+        r"(?s)561002.*x_active_mask is given, and version 1",
+        lambda: npu.npu_moe_distribute_dispatch(
+            case.x[rank].npu(), case.ids[rank].npu(), **{**arguments, "x_active_mask": mask}
+        ),
+    )
+
+
+def mc2_by_version_1(rank: int, num_ranks: int) -> None:
+    """Where torch_npu has version 1 only, mc2 says so and equals the reference, and refuses a mask."""
+    del torch_npu.npu_moe_distribute_dispatch_v2
+    said: list[str] = []
+    npu_ops.logger.setLevel(logging.INFO)
+    npu_ops.logger.addFilter(lambda record: said.append(record.getMessage()) or True)
+    ranks = _ProcessRank(rank, num_ranks, HcclTransport, timeout=60)
+    even = Case(strategy="mc2", tp_size=1, dp_size=num_ranks, num_tokens_across_dp=(5,) * num_ranks)
+    for case in (
+        even,
+        replace(even, num_tokens_across_dp=(3, 7)),
+        replace(even, tp_size=num_ranks, dp_size=1, num_tokens_across_dp=(4,)),
+        replace(even, integer=False, dtype=torch.float16, skewed=True),
+        replace(even, quant_mode=QuantMode.INT8_PER_TOKEN),
+        replace(even, shared_expert_ranks=1, top_k=2),
+    ):
+        assert run_case(ranks, case) is None
+    assert [text.partition(":")[0] for text in said] == ["MC2 goes by version 1 of its ops"]
+    with pytest.raises(UnsupportedConfigError, match="mc2 on A3, version 1 takes no mask"):
+        run_case(ranks, replace(even, num_tokens_across_dp=(0, 3)))
+    assert run_case(ranks, even) is None
+
+
+def version_1_of_ops_and_strategy(rank: int, num_ranks: int) -> None:
+    """One launch of ranks for both."""
+    version_1(rank, num_ranks)
+    mc2_by_version_1(rank, num_ranks)
+
 
 def refused(text: str, call: Callable[[], Any]) -> None:
     with pytest.raises(RuntimeError, match=text):
@@ -589,7 +630,7 @@ def test_dense_layer_on_a2(run_in_ranks) -> None:
 
 
 def test_version_1(run_in_ranks) -> None:
-    run_in_ranks(version_1, 2, env={"VLLM_NPU_EMULATOR_LIMITS": "none"})
+    run_in_ranks(version_1_of_ops_and_strategy, 2, env=SYNCHRONOUS | {"VLLM_NPU_EMULATOR_LIMITS": "none"})
 
 
 def test_combine_add_rms_norm(run_in_ranks) -> None:

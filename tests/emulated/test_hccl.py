@@ -12,8 +12,9 @@ import torch
 import torch.distributed as dist
 
 from tests.ranks.test_transport_contract import CONTRACT, with_tensors_on_its_device
+from vllm_npu.dispatch.base import RoutedTokens
 from vllm_npu.emulator import launcher, soc
-from vllm_npu.errors import UnknownGroupError
+from vllm_npu.errors import InvalidInputError, UnknownGroupError, UnsupportedConfigError
 from vllm_npu.limits import DEVICES, QuantMode
 from vllm_npu.step_plan import StepPlan, TokenSharding
 from vllm_npu.strategies import build
@@ -88,7 +89,7 @@ def test_layers_that_only_the_hierarchy_takes_run_by_it_on_a2():
             replace(uneven, quant_mode=QuantMode.INT8_PER_TOKEN),
         ):
             assert [fault for fault in pool.run(run_case, each) if fault] == []
-        with pytest.raises(RuntimeError, match="561002"):  # a rank without tokens makes prepare mask, which A2 refuses
+        with pytest.raises(UnsupportedConfigError, match="hierarchy takes no mask"):  # prepare masks idle ranks
             pool.run(run_case, replace(case, num_tokens_across_dp=(0, *[3] * 15)))
 
 
@@ -120,6 +121,29 @@ def test_mc2_is_the_devices_own_dispatch_and_combine(pool, grid):
     calls = {"ep.dispatch": 1, "ep.combine": 1}
     assert pool.run(calls_of, "mc2") == [calls] * (grid[0] * grid[1])
     assert pool.run(calls_of, "all2all")[0] == {"ep.all_to_all": 3}
+
+
+def two_micro_batches(rank: Rank) -> None:
+    """A second dispatch before the first one's combine is refused; a result that nobody holds any more is in nobody's way."""
+    dispatcher = build("mc2", rank.groups(tp_size=1, dp_size=rank.num_ranks), num_experts=8).dispatcher
+    with rank.device:
+        ids = torch.arange(10).view(5, 2) % 8
+        x, weights = torch.full((5, 32), rank.rank + 1.0, dtype=torch.bfloat16), torch.ones(5, 2)
+    tokens = RoutedTokens(hidden_states=x, topk_weights=weights, topk_ids=ids)
+    first = dispatcher.dispatch(tokens)
+    with pytest.raises(
+        InvalidInputError, match=r"a second dispatch of mc2 on group 'ep' .* before the combine of the first"
+    ):
+        dispatcher.dispatch(tokens)
+    assert torch.equal(dispatcher.combine(first.expert_input, first.handle), 2 * x)
+    del first
+    dispatcher.dispatch(tokens)
+    again = dispatcher.dispatch(tokens)
+    assert torch.equal(dispatcher.combine(again.expert_input, again.handle), 2 * x)
+
+
+def test_micro_batches_of_mc2_take_turns_on_a_group(pool, grid):
+    pool.run(two_micro_batches)
 
 
 def asks_for_a_group_that_hccl_does_not_have(rank: Rank) -> str:

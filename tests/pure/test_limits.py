@@ -5,10 +5,20 @@ from dataclasses import replace
 import pytest
 import torch
 
-from vllm_npu.limits import A2_FULL_MESH, A2_HIERARCHY, A3_FULL_MESH, A3_HIERARCHY, PORTABLE_MC2, MoELayer
+from vllm_npu.limits import (
+    A2_FULL_MESH,
+    A2_HIERARCHY,
+    A2_VERSION_1,
+    A3_FULL_MESH,
+    A3_HIERARCHY,
+    A3_VERSION_1,
+    DEVICES,
+    PORTABLE_MC2,
+    MoELayer,
+)
 
 LAYER = MoELayer(num_experts=256, top_k=8, hidden_size=7168, dtype=torch.bfloat16)
-NATIVE = [A2_FULL_MESH, A2_HIERARCHY, A3_FULL_MESH, A3_HIERARCHY]
+NATIVE = [A2_FULL_MESH, A2_HIERARCHY, A2_VERSION_1, A3_FULL_MESH, A3_HIERARCHY, A3_VERSION_1]
 
 
 def test_the_portable_ops_take_any_layer():
@@ -38,6 +48,10 @@ def test_a_usual_layer_is_taken(limits):
         (A3_FULL_MESH, {"hidden_size": 1023}, 16, "takes hidden_size 1024 to 8192, not 1023"),
         (A3_FULL_MESH, {"num_experts": 1536}, 768, "takes at most 1024 experts, not 1536"),
         (A3_HIERARCHY, {}, 24, "takes ep_size 16 to 256 in steps of 16, not 24"),
+        (A2_VERSION_1, {}, 128, "takes ep_size 16, 32, 64, not 128"),
+        (A3_VERSION_1, {}, 24, "takes ep_size 8, 16, 32, 64, 128, 144, 256, 288, not 24"),
+        (A3_VERSION_1, {"hidden_size": 7136}, 16, "takes hidden_size 7168, not 7136"),
+        (A3_VERSION_1, {"top_k": 9}, 16, "takes at most 8 experts a token, not 9"),
         (A3_HIERARCHY, {"num_experts": 1024}, 32, "takes at most 512 experts, not 1024"),
     ],
 )
@@ -50,6 +64,15 @@ def test_buffers_of_the_published_cases():
     a3 = MoELayer(num_experts=128, top_k=8, hidden_size=2048, dtype=torch.bfloat16)
     assert A3_FULL_MESH.buffer_mb(a3, 2, 512) == 608
     assert A2_FULL_MESH.buffer_mb(LAYER, 16, 256) == 900
+    # By hand: 2 MiB and 2 * 128 rows of 2 * (7168 + 128) bytes for each of 8 * 8 + 8 + 1 slots.
+    assert A3_VERSION_1.buffer_mb(replace(LAYER, num_experts=64), 8, 128) == 263
+
+
+def test_version_1_of_the_ops_stands_in_where_torch_npu_has_no_other():
+    for family, limits in DEVICES.items():
+        assert limits.of_version(2) is limits
+        assert limits.of_version(1).mc2 is {"A2": A2_VERSION_1, "A3": A3_VERSION_1}.get(family)
+        assert limits.of_version(1).mc2_hierarchy is limits.of_version(0).mc2 is None
 
 
 @pytest.mark.parametrize("limits", NATIVE, ids=lambda limits: limits.name)

@@ -13,8 +13,8 @@ from tests.cases import SEEDS, distinct_ids, same_bits, seeded
 from vllm_npu.device.portable_ops import (
     ASSIST_CELLS,
     UNDEFINED,
-    npu_moe_distribute_combine_v2,
-    npu_moe_distribute_dispatch_v2,
+    distribute_combine,
+    distribute_dispatch,
 )
 from vllm_npu.errors import InvalidInputError
 from vllm_npu.transport.launch import Rank
@@ -107,7 +107,7 @@ def received_rows(case: OpCase, rank: int) -> list[tuple[int, int, int, int]]:
 def dispatch_on_rank(rank: Rank, case: OpCase, **keywords):
     x, ids, _, mask = case.arguments(rank.rank)
     ep = rank.groups(tp_size=1, dp_size=case.num_ranks).ep
-    return npu_moe_distribute_dispatch_v2(
+    return distribute_dispatch(
         x, ids, group_ep=ep, moe_expert_num=case.num_local * case.num_ranks, x_active_mask=mask, **keywords
     )
 
@@ -115,10 +115,10 @@ def dispatch_on_rank(rank: Rank, case: OpCase, **keywords):
 def combine_on_rank(rank: Rank, case: OpCase) -> torch.Tensor:
     _, ids, scales, mask = case.arguments(rank.rank)
     dispatched = dispatch_on_rank(rank, case)
-    return npu_moe_distribute_combine_v2(
+    return distribute_combine(
         case.expert_output(rank.rank, int(dispatched.ep_recv_counts[-1])),
         ids,
-        dispatched.assist_info_for_combine,
+        dispatched.combine_index,
         dispatched.ep_recv_counts,
         scales,
         group_ep=rank.groups(tp_size=1, dp_size=case.num_ranks).ep,
@@ -180,7 +180,7 @@ def dispatch_typed(rank: Rank, case: OpCase, kind: int) -> torch.Tensor:
 @example(AN_IDLE_RANK)
 def test_assist_info_names_each_rows_source_token_and_k_and_nothing_else(pools, case):
     for rank, output in enumerate(pools("threaded", case.num_ranks).run(dispatch_on_rank, case)):
-        cells = output.assist_info_for_combine
+        cells = output.combine_index
         assert (cells.shape, cells.dtype) == ((case.rows * ASSIST_CELLS,), torch.int32)
         triples = [cell for _, *triple in received_rows(case, rank) for cell in triple]
         assert cells[: len(triples)].tolist() == triples
@@ -227,15 +227,15 @@ def combine_that_cancels(rank: Rank, ids: list[int]) -> float:
     """Each rank's one token, whose experts 0, 1, 2, 3 return 2**24, 1, -2**24, 0."""
     ep = rank.groups(tp_size=1, dp_size=2).ep
     expert_ids = torch.tensor([ids], dtype=torch.int32)
-    dispatched = npu_moe_distribute_dispatch_v2(torch.zeros(1, 1), expert_ids, group_ep=ep, moe_expert_num=4)
+    dispatched = distribute_dispatch(torch.zeros(1, 1), expert_ids, group_ep=ep, moe_expert_num=4)
     values = torch.tensor([2.0**24, 1.0, -(2.0**24), 0.0])[rank.rank * 2 : rank.rank * 2 + 2]
     valid = values.repeat_interleave(dispatched.expert_token_nums)
     output = torch.full((dispatched.expand_x.shape[0], 1), NAN)
     output[: len(valid), 0] = valid
-    combined = npu_moe_distribute_combine_v2(
+    combined = distribute_combine(
         output,
         expert_ids,
-        dispatched.assist_info_for_combine,
+        dispatched.combine_index,
         dispatched.ep_recv_counts,
         torch.ones(1, len(ids)),
         group_ep=ep,
@@ -268,12 +268,10 @@ def arguments_after_both(rank: Rank, case: OpCase) -> list[bool]:
     copies = [tensor.clone() for tensor in (x, ids, scales, mask)]
     ep = rank.groups(tp_size=1, dp_size=case.num_ranks).ep
     fixed = {"group_ep": ep, "moe_expert_num": case.num_local * case.num_ranks, "x_active_mask": mask}
-    dispatched = npu_moe_distribute_dispatch_v2(x, ids, **fixed)
+    dispatched = distribute_dispatch(x, ids, **fixed)
     output = case.expert_output(rank.rank, int(dispatched.ep_recv_counts[-1]))
     copies.append(output.clone())
-    npu_moe_distribute_combine_v2(
-        output, ids, dispatched.assist_info_for_combine, dispatched.ep_recv_counts, scales, **fixed
-    )
+    distribute_combine(output, ids, dispatched.combine_index, dispatched.ep_recv_counts, scales, **fixed)
     return [same_bits(a, b) for a, b in zip((x, ids, scales, mask, output), copies, strict=True)]
 
 
@@ -285,14 +283,14 @@ def refusals(rank: Rank, mask: torch.Tensor) -> list[str]:
     ep = rank.groups(tp_size=1, dp_size=2).ep
     x, ids = torch.zeros(3, 2), torch.zeros(3, 1, dtype=torch.int32)
     fixed = {"group_ep": ep, "moe_expert_num": 2}
-    dispatched = npu_moe_distribute_dispatch_v2(x, ids, **fixed)
+    dispatched = distribute_dispatch(x, ids, **fixed)
     messages = []
     for call in (
-        lambda: npu_moe_distribute_dispatch_v2(x, ids, x_active_mask=mask, **fixed),
-        lambda: npu_moe_distribute_combine_v2(
+        lambda: distribute_dispatch(x, ids, x_active_mask=mask, **fixed),
+        lambda: distribute_combine(
             dispatched.expand_x,
             ids,
-            dispatched.assist_info_for_combine,
+            dispatched.combine_index,
             dispatched.ep_recv_counts,
             torch.ones(3, 1),
             x_active_mask=mask,
@@ -335,7 +333,7 @@ def int8_dispatch_on_rank(rank: Rank):
     x[2] = 0
     ids = torch.tensor([[0, 3], [1, 2], [2, 0]], dtype=torch.int32)
     groups = rank.groups(tp_size=1, dp_size=2)
-    output = npu_moe_distribute_dispatch_v2(
+    output = distribute_dispatch(
         x, ids, group_ep=groups.ep, moe_expert_num=4, x_active_mask=torch.tensor([True, True, True]), quant_mode=2
     )
     return x, output
@@ -346,7 +344,7 @@ def test_quantised_dispatch_carries_a_scale_for_each_row_and_gives_the_token_bac
     sources = [x for x, _ in outcomes]
     for _, output in outcomes:
         rows = int(output.ep_recv_counts[-1])
-        triples = output.assist_info_for_combine[: 3 * rows].view(rows, 3).tolist()
+        triples = output.combine_index[: 3 * rows].view(rows, 3).tolist()
         assert output.expand_x.dtype == torch.int8
         assert (output.expand_x[rows:] == -128).all()
         assert output.dynamic_scales[rows:].isnan().all()
@@ -365,4 +363,4 @@ def test_other_quantisation_modes_are_refused_by_name(pools):
 def refused_quant_mode(rank: Rank):
     ids = torch.zeros(1, 1, dtype=torch.int32)
     ep = rank.groups(tp_size=1, dp_size=1).ep
-    npu_moe_distribute_dispatch_v2(torch.zeros(1, 4), ids, group_ep=ep, moe_expert_num=1, quant_mode=4)
+    distribute_dispatch(torch.zeros(1, 4), ids, group_ep=ep, moe_expert_num=1, quant_mode=4)

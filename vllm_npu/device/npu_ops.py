@@ -3,15 +3,17 @@
 Contracts: op-plugin's documents of the functions named (torch_npu 2.13).
 """
 
+import logging
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
 
 from vllm_npu.device import portable_ops
 from vllm_npu.device.portable_ops import Counts, DistributeDispatchOutput, GroupList, InitRoutingOutput, PrefixSums
-from vllm_npu.errors import UnsupportedConfigError
-from vllm_npu.limits import DEVICES, BalanceMode, DeviceLimits, MoELayer
+from vllm_npu.errors import InvalidInputError, UnsupportedConfigError
+from vllm_npu.limits import DEVICES, BalanceMode, DeviceLimits, MC2Limits, MoELayer
 from vllm_npu.transport.base import Transport
 
 try:
@@ -22,6 +24,22 @@ except ImportError as error:
         "Ascend device: python -m vllm_npu.emulator run"
     ) from error
 
+logger = logging.getLogger("vllm.npu.device")
+
+
+class DistributeOps(NamedTuple):
+    """Names of a version of MC2's two ops in torch_npu."""
+
+    dispatch: str
+    combine: str
+
+
+DISTRIBUTE_OPS = {  # the first that torch_npu has is taken
+    2: DistributeOps("npu_moe_distribute_dispatch_v2", "npu_moe_distribute_combine_v2"),
+    1: DistributeOps("npu_moe_distribute_dispatch", "npu_moe_distribute_combine"),
+}
+# By HCCL group: what the combine of its last dispatch needs, for as long as somebody can still combine.
+_UNCOMBINED: "WeakValueDictionary[str, torch.Tensor]" = WeakValueDictionary()
 GROUP_LIST_TYPES = {PrefixSums: 0, Counts: 1}  # group_list_type of npu_grouped_matmul
 TOKEN_MAJOR_WITH_DROPPED_ROWS = 3  # drop_pad_mode: rows [E, C, H], and the one whose indices may be -1
 
@@ -32,9 +50,22 @@ def device_limits() -> DeviceLimits:
     name = str(torch_npu.npu.get_device_name())
     for limits in DEVICES.values():
         if name.startswith(limits.socs):
-            return limits
+            return limits.of_version(distribute_version())
     known = ", ".join(f"{limits.family} ({'*, '.join(limits.socs)}*)" for limits in DEVICES.values())
     raise UnsupportedConfigError(f"this NPU is a {name}, which is of no family that is known here: {known}")
+
+
+@cache
+def distribute_version() -> int:
+    """The version of MC2's ops that is taken: the newest of which this torch_npu has both; 0: it has none. LOCAL."""
+    for version, ops in DISTRIBUTE_OPS.items():
+        if all(hasattr(torch_npu, op) for op in ops):
+            logger.info(
+                "MC2 goes by version %d of its ops: torch_npu %s has %s", version, torch_npu.__version__, ops.dispatch
+            )
+            return version
+    logger.info("torch_npu %s has none of MC2's ops", torch_npu.__version__)
+    return 0
 
 
 def init_routing(
@@ -150,7 +181,7 @@ def npu_moe_update_expert(
     return physical, None if expert_scales is None else kept
 
 
-def npu_moe_distribute_dispatch_v2(
+def distribute_dispatch(
     x: torch.Tensor,
     expert_ids: torch.Tensor,
     *,
@@ -163,57 +194,67 @@ def npu_moe_distribute_dispatch_v2(
     quant_mode: int = 0,
     global_bs: int = 0,
 ) -> DistributeDispatchOutput:
-    """As portable_ops has it, by the full mesh, or by the hierarchy where only that takes the sizes. COLLECTIVE over
-    group_ep, in one kernel. Host sync: no. Graph capture: yes."""
-    comm_alg = _comm_alg(
-        MoELayer(
-            num_experts=moe_expert_num,
-            top_k=expert_ids.shape[1],
-            hidden_size=x.shape[1],
-            dtype=x.dtype,
-            shared_expert_ranks=shared_expert_rank_num,
-        ),
-        group_ep.size,
+    """As portable_ops has it, by the newest version of the op that torch_npu has: the full mesh, or the hierarchy where only
+    that takes the sizes. COLLECTIVE over group_ep, in one kernel. Host sync: no. Graph capture: yes.
+
+    Raises UnsupportedConfigError for a chip without the op, and for a mask where the op takes none; InvalidInputError where
+    the group's last dispatch still waits for its combine. The kernels of a group share one window, which each flips: op-
+    plugin's documents have the two ops in pairs.
+    """
+    layer = MoELayer(
+        num_experts=moe_expert_num,
+        top_k=expert_ids.shape[1],
+        hidden_size=x.shape[1],
+        dtype=x.dtype,
+        shared_expert_ranks=shared_expert_rank_num,
     )
-    group_ep.note_op("dispatch", expert_ids.numel() * x.shape[1] * (1 if quant_mode else x.element_size()))
-    expand_x, dynamic_scales, assist_info, expert_token_nums, ep_recv_counts, _, expand_scales = (
-        torch_npu.npu_moe_distribute_dispatch_v2(
-            x,
-            expert_ids.int(),
-            group_ep=group_ep.name_for_ops,
-            ep_world_size=group_ep.size,
-            ep_rank_id=group_ep.rank,
-            moe_expert_num=moe_expert_num,
-            expert_scales=expert_scales if comm_alg else None,
-            x_active_mask=x_active_mask,
-            comm_alg=comm_alg,
-            shared_expert_rank_num=shared_expert_rank_num,
-            quant_mode=quant_mode,
-            global_bs=global_bs,
-            expert_token_nums_type=expert_token_nums_type,
+    mc2 = _mc2_of(layer, group_ep.size)
+    if x_active_mask is not None and not mc2.takes_mask:
+        raise UnsupportedConfigError(
+            f"{mc2.name} takes no mask, which a step needs where a rank has no tokens or TP ranks have different numbers; "
+            "send such a step by all2all or allgather"
         )
+    group = group_ep.name_for_ops
+    if group in _UNCOMBINED:
+        raise InvalidInputError(
+            f"a second dispatch of mc2 on group '{group_ep.group}' (HCCL's {group}) before the combine of the first: Ascend's "
+            "ops alternate on a group; combine the first micro-batch before, or give the other one a group of its own"
+        )
+    of_version_2 = {"comm_alg": mc2.comm_alg} if mc2.version == 2 else {}
+    group_ep.note_op("dispatch", expert_ids.numel() * x.shape[1] * (1 if quant_mode else x.element_size()))
+    expand_x, dynamic_scales, combine_index, expert_token_nums, ep_recv_counts, _, expand_scales = getattr(
+        torch_npu, DISTRIBUTE_OPS[mc2.version].dispatch
+    )(
+        x,
+        expert_ids.int(),
+        group_ep=group,
+        ep_world_size=group_ep.size,
+        ep_rank_id=group_ep.rank,
+        moe_expert_num=moe_expert_num,
+        expert_scales=expert_scales if mc2.takes_weights else None,
+        x_active_mask=x_active_mask,
+        shared_expert_rank_num=shared_expert_rank_num,
+        quant_mode=quant_mode,
+        global_bs=global_bs,
+        expert_token_nums_type=expert_token_nums_type,
+        **of_version_2,
     )
+    _UNCOMBINED[group] = combine_index
     return DistributeDispatchOutput(
         expand_x=expand_x,
-        assist_info_for_combine=assist_info,
+        combine_index=combine_index,
         expert_token_nums=expert_token_nums,
         ep_recv_counts=ep_recv_counts,
         dynamic_scales=dynamic_scales if quant_mode else None,
         expand_scales=expand_scales,
-        comm_alg=comm_alg,
+        comm_alg=mc2.comm_alg,
     )
 
 
-@cache
-def _comm_alg(layer: MoELayer, ep_size: int) -> str:
-    mc2 = device_limits().for_layer(layer, ep_size).mc2
-    return "" if mc2 is None else mc2.comm_alg
-
-
-def npu_moe_distribute_combine_v2(
+def distribute_combine(
     expand_x: torch.Tensor,
     expert_ids: torch.Tensor,
-    assist_info_for_combine: torch.Tensor,
+    combine_index: torch.Tensor,
     ep_send_counts: torch.Tensor,
     expert_scales: torch.Tensor,
     *,
@@ -225,22 +266,38 @@ def npu_moe_distribute_combine_v2(
     shared_expert_rank_num: int = 0,
     global_bs: int = 0,
 ) -> torch.Tensor:
-    """As portable_ops has it. COLLECTIVE over group_ep, in one kernel. Host sync: no. Graph capture: yes."""
+    """As portable_ops has it, by the version of the dispatch. COLLECTIVE over group_ep, in one kernel. Host sync: no. Graph
+    capture: yes."""
+    version = distribute_version()
+    of_version_2 = {"comm_alg": comm_alg} if version == 2 else {}
+    group = group_ep.name_for_ops
     group_ep.note_op("combine", expert_ids.numel() * expand_x.shape[1] * expand_x.element_size())
-    combined: torch.Tensor = torch_npu.npu_moe_distribute_combine_v2(
+    combined: torch.Tensor = getattr(torch_npu, DISTRIBUTE_OPS[version].combine)(
         expand_x,
         expert_ids.int(),
-        assist_info_for_combine,
+        combine_index,
         ep_send_counts,
         expert_scales,
-        group_ep=group_ep.name_for_ops,
+        group_ep=group,
         ep_world_size=group_ep.size,
         ep_rank_id=group_ep.rank,
         moe_expert_num=moe_expert_num,
         x_active_mask=x_active_mask,
         expand_scales=expand_scales,
-        comm_alg=comm_alg,
         shared_expert_rank_num=shared_expert_rank_num,
         global_bs=global_bs,
+        **of_version_2,
     )
+    _UNCOMBINED.pop(group, None)
     return combined
+
+
+@cache
+def _mc2_of(layer: MoELayer, ep_size: int) -> MC2Limits:
+    limits = device_limits()
+    mc2 = limits.for_layer(layer, ep_size).mc2
+    if mc2 is None:
+        raise UnsupportedConfigError(
+            f"{limits.family} has no MC2, or this torch_npu none for it; use all2all or allgather"
+        )
+    return mc2

@@ -17,7 +17,7 @@ from vllm_npu.token_layout import RowFormat, ceil_div, pad_rows
 from vllm_npu.topology import ExpertPlacement
 from vllm_npu.transport.base import Transport, sum_in_rank_order
 
-ASSIST_CELLS = 128  # int32 cells that assist_info_for_combine has for each row of expand_x
+ASSIST_CELLS = 128  # int32 cells that combine_index has for each row of expand_x
 UNDEFINED = torch.iinfo(torch.int32).min
 INT8_MAX = 127
 
@@ -28,12 +28,13 @@ def device_limits() -> DeviceLimits:
 
 
 class DistributeDispatchOutput(NamedTuple):
-    """What npu_moe_distribute_dispatch_v2 returns, without its outputs for tensor parallelism and hierarchies."""
+    """What distribute_dispatch returns: npu_moe_distribute_dispatch_v2's outputs without those for tensor parallelism."""
 
     # [A, H]: by local expert, then source rank, then token; rows past the last count are NaN (-128 in int8)
     expand_x: torch.Tensor
-    # [A * 128] int32: row i has (source rank, token, k) at 3 * i
-    assist_info_for_combine: torch.Tensor
+    # For combine alone. Here and in version 2 of the op assist_info_for_combine: [A * 128] int32, row i has (source rank,
+    # token, k) at 3 * i. In its version 1 expand_idx: [B * K] int32, the earlier pairs of this rank for the same expert
+    combine_index: torch.Tensor
     # [num_local_experts] int64, counts or prefix sums
     expert_token_nums: torch.Tensor
     # [num_local_experts * W] int32: inclusive prefix sums, local expert major, source rank minor
@@ -206,7 +207,7 @@ def npu_moe_update_expert(
     return physical, kept & _active_tokens(ids, active_mask)[:, None]
 
 
-def npu_moe_distribute_dispatch_v2(
+def distribute_dispatch(
     x: torch.Tensor,  # [B, H]
     expert_ids: torch.Tensor,  # [B, K] int32, global ids, distinct in a row
     *,
@@ -222,7 +223,7 @@ def npu_moe_distribute_dispatch_v2(
     """Send each active token to the ranks of its experts, and to one of the shared expert's, in slots of fixed size.
 
     A = G * min(num_local_experts, K), G = global_bs or B * W; with the shared expert, rows of as many ranks as share its
-    copy. The shared expert is column K of assist_info_for_combine. global_bs, K, H, the dtype and quant_mode must be equal
+    copy. The shared expert is column K of combine_index. global_bs, K, H, the dtype and quant_mode must be equal
     on all ranks, and without global_bs B too (not checked here: the plan's vote does). COLLECTIVE over group_ep: one all-
     to-all of G / W slots a pair of ranks; a token takes one slot however many of the rank's experts it chose. Host sync:
     no. Graph capture: yes. Raises InvalidInputError for another quant_mode, a mask that is not a prefix (read on CPU
@@ -282,17 +283,17 @@ def npu_moe_distribute_dispatch_v2(
     token_nums = counts.sum(1)
     return DistributeDispatchOutput(
         expand_x=expand_x,
-        assist_info_for_combine=assist_info,
+        combine_index=assist_info,
         expert_token_nums=token_nums if expert_token_nums_type == 1 else token_nums.cumsum(0),
         ep_recv_counts=counts.flatten().cumsum(0).int(),
         dynamic_scales=scales[0].squeeze(-1) if scales else None,
     )
 
 
-def npu_moe_distribute_combine_v2(
+def distribute_combine(
     expand_x: torch.Tensor,  # [A, H]: the experts' output, rows as dispatch gave them
     expert_ids: torch.Tensor,  # [B, K] int32, as given to dispatch
-    assist_info_for_combine: torch.Tensor,  # as dispatch returned it
+    combine_index: torch.Tensor,  # as dispatch returned it
     ep_send_counts: torch.Tensor,  # dispatch's ep_recv_counts
     expert_scales: torch.Tensor,  # [B, K] float32: the top-k weights
     *,
@@ -318,7 +319,7 @@ def npu_moe_distribute_combine_v2(
 
     rows = torch.arange(expand_x.shape[0], device=expand_x.device)
     valid = rows < ep_send_counts[-1]
-    source, token, k = assist_info_for_combine[: 3 * expand_x.shape[0]].view(-1, 3).long().unbind(1)
+    source, token, k = combine_index[: 3 * expand_x.shape[0]].view(-1, 3).long().unbind(1)
     slot = torch.where(valid, source * slots_per_rank + token * columns + k, group_ep.size * slots_per_rank)
     window = expand_x.new_zeros(group_ep.size * slots_per_rank + 1, width)  # one slot more, for rows that go nowhere
     window[slot] = torch.where(valid[:, None], expand_x, 0)

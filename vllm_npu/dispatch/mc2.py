@@ -16,7 +16,7 @@ class MC2DispatchHandle(DispatchHandle):
     topk_ids: torch.Tensor
     topk_weights: torch.Tensor
     mask: torch.Tensor | None
-    assist_info_for_combine: torch.Tensor
+    combine_index: torch.Tensor
     ep_recv_counts: torch.Tensor
     expand_scales: torch.Tensor | None
     comm_alg: str
@@ -27,14 +27,14 @@ class MC2Dispatcher(Dispatcher):
     """Ranks bring as many rows each, or tokens.max_rows says how many the fullest brings and none is masked:
     MC2PrepareAndFinalize sees to that. int8 is made by the op.
 
-    Ascend's ops alternate on a group: there, combine a micro-batch before the next one's dispatch.
+    Ascend's ops alternate on a group: there, a second dispatch before the first one's combine is an InvalidInputError.
     """
 
     def dispatch(self, tokens: RoutedTokens) -> Dispatched:
-        """npu_moe_distribute_dispatch_v2. COLLECTIVE over ep: one. Host sync: no. Graph capture: yes."""
+        """The op's distribute_dispatch. COLLECTIVE over ep: one. Host sync: no. Graph capture: yes."""
         tokens.check(self.placement.num_experts)
         global_bs = (tokens.max_rows or 0) * self.placement.ep_size
-        output = ops_of(tokens.hidden_states).npu_moe_distribute_dispatch_v2(
+        output = ops_of(tokens.hidden_states).distribute_dispatch(
             tokens.hidden_states,
             tokens.topk_ids,
             group_ep=self.groups.ep,
@@ -50,7 +50,7 @@ class MC2Dispatcher(Dispatcher):
             topk_ids=tokens.topk_ids,
             topk_weights=tokens.topk_weights,
             mask=tokens.mask,
-            assist_info_for_combine=output.assist_info_for_combine,
+            combine_index=output.combine_index,
             ep_recv_counts=output.ep_recv_counts,
             expand_scales=output.expand_scales,
             comm_alg=output.comm_alg,
@@ -64,16 +64,16 @@ class MC2Dispatcher(Dispatcher):
         )
 
     def combine(self, expert_output: torch.Tensor, handle: DispatchHandle) -> torch.Tensor:
-        """npu_moe_distribute_combine_v2. COLLECTIVE over ep: one. Host sync: no. Graph capture: yes.
+        """The op's distribute_combine. COLLECTIVE over ep: one. Host sync: no. Graph capture: yes.
 
         Rows of masked tokens are undefined (NaN from the portable op): finalize drops them.
         """
         handle = check_handle(handle, MC2DispatchHandle, "MC2Dispatcher.combine")
         self._check_combine(expert_output, handle)
-        combined: torch.Tensor = ops_of(expert_output).npu_moe_distribute_combine_v2(
+        combined: torch.Tensor = ops_of(expert_output).distribute_combine(
             expert_output,
             handle.topk_ids,
-            handle.assist_info_for_combine,
+            handle.combine_index,
             handle.ep_recv_counts,
             handle.topk_weights,
             group_ep=self.groups.ep,

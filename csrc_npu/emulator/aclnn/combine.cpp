@@ -186,6 +186,7 @@ void check(const Combine& op) {
   require_dtype(op.weights, "expert_scales", {at::kFloat});
   require_shape(op.weights, "expert_scales", op.expert_ids.sizes());
   check_mask(op.expert_ids, op.mask);
+  require(!op.mask || op.version != "1", "x_active_mask is given, and version 1 of the op takes none");
   check_special(op);
   if (op.shared_expert_x) {
     require_dtype(*op.shared_expert_x, "shared_expert_x", {op.expand_x.scalar_type()});

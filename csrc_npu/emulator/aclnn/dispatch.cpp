@@ -180,6 +180,7 @@ void check_shapes(const Dispatch& op) {
   require_dtype(op.expert_ids, "expert_ids", {at::kInt});
   require(op.x.size(0) == op.num_tokens(), "x has ", op.x.size(0), " rows and expert_ids has ", op.num_tokens());
   check_mask(op.expert_ids, op.mask);
+  require(!op.mask || op.version != "1", "x_active_mask is given, and version 1 of the op takes none");
   if (op.place.is_hierarchical()) {
     if (!op.weights) refuse(Code::kMissing, "expert_scales is missing: comm_alg=hierarchy needs it");
     require(!op.mask || current_soc().family != Family::kA2, "x_active_mask is given, and comm_alg=hierarchy on ",

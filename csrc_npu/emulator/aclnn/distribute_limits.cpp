@@ -30,6 +30,7 @@ struct Limits {
 constexpr int64_t kUnlimited = INT64_MAX;
 constexpr int64_t kVersion1A3Width = 7168;
 constexpr int64_t kVersion1A3TopK = 8;
+constexpr int64_t kVersion1Experts = 512;
 
 const Limits kA2{"the document of aclnnMoeDistributeDispatchV2 for Atlas A2, CANN 8.5, full mesh",
                  {{2, 8}, {16, 16}, {32, 32}, {64, 64}, {128, 128}, {256, 256}},
@@ -80,6 +81,8 @@ Limits limits_of(Family family, bool version_1, bool hierarchical) {
   if (family != Family::kA2) {
     limits.width = {kVersion1A3Width, kVersion1A3Width};
     limits.top_k = kVersion1A3TopK;
+    limits.moe_experts = kVersion1Experts;
+    limits.experts_per_rank_times_world_size = kUnlimited;
   }
   return limits;
 }

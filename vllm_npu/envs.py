@@ -122,6 +122,13 @@ EMULATOR_CANN = Variable("VLLM_NPU_EMULATOR_CANN", "8.5.0", "Version that the em
 EMULATOR_LOG = Variable(
     "VLLM_NPU_EMULATOR_LOG", "", "Least level of the ACL log that is shown: 0 (all) to 3 (errors); empty: none."
 )
+
+# Of others, where more than one module needs the name.
+PROMETHEUS_FOLDER = (
+    "PROMETHEUS_MULTIPROC_DIR"  # prometheus_client's: where processes count, for vLLM's /metrics to add up
+)
+CPU_OMP_THREADS_BIND = "VLLM_CPU_OMP_THREADS_BIND"  # vLLM's: the cores of each rank
+
 VARIABLES = (
     MOE_COMM,
     CUDA_PLATFORM,

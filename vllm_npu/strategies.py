@@ -197,11 +197,10 @@ def build(
     check_strategy(name, groups.topology, device=NVLINK)  # whether memory is shared, the dispatcher itself finds out
     if shared_expert_ranks and name != "mc2":
         raise UnsupportedConfigError(f"{name} {SHARED_EXPERTS_NEED_MC2}")
-    shared = {"shared_expert_ranks": shared_expert_ranks} if shared_expert_ranks else {}
     row = ALL_STRATEGIES[name]
     return MoEPipeline(
         prepare_finalize=_class(row.prepare_finalize)(groups),
-        dispatcher=_class(row.dispatcher)(groups, num_experts, quant_mode, **shared),
+        dispatcher=_class(row.dispatcher)(groups, num_experts, quant_mode, shared_expert_ranks),
     )
 
 

@@ -12,7 +12,7 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 from vllm_npu.errors import InvalidInputError
@@ -84,6 +84,9 @@ class Call:
         parts += [f"sends {list(self.sent)} receives {list(self.received)}"] if self.sent else []
         parts += [f"step {self.step}", f"layer {self.layer or '-'}", f"strategy {self.strategy or '-'}"]
         return ", ".join([*parts, f"stream {self.stream}"]) + ("" if self.done else " (not ended)")
+
+
+FIELDS = tuple(each.name for each in fields(Call) if each.name not in ("group", "done"))  # in the order of a line
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -231,8 +234,7 @@ def _line_of(call: Call) -> bytes:
 
 
 def _text_of(call: Call) -> str:
-    values = [str(call.group), call.number, call.operation, call.row, call.sizes, call.sent, call.received]
-    values += [call.stream, call.layer, call.step, call.strategy, call.index]
+    values = [str(call.group), *(getattr(call, name) for name in FIELDS)]
     return (DONE if call.done else OPEN) + json.dumps(values, separators=(",", ":"))
 
 
@@ -277,26 +279,12 @@ def _read_call(line: bytes) -> Call | None:
     if line[:1] not in (OPEN.encode(), DONE.encode()):
         return None
     try:
-        group, number, operation, row, sizes, sent, received, stream, layer, step, strategy, index = json.loads(
-            line[1:]
-        )
+        group, *values = json.loads(line[1:])
+        found = dict(zip(FIELDS, values, strict=True))
     except ValueError:
         return None
-    return Call(
-        group=Group.parse(group),
-        number=number,
-        operation=operation,
-        row=row,
-        sizes=tuple(sizes),
-        sent=tuple(sent),
-        received=tuple(received),
-        stream=stream,
-        layer=layer,
-        step=step,
-        strategy=strategy,
-        index=index,
-        done=line[:1] == DONE.encode(),
-    )
+    found |= {name: tuple(found[name]) for name in ("sizes", "sent", "received")}
+    return Call(group=Group.parse(group), done=line[:1] == DONE.encode(), **found)
 
 
 def read_traces(paths: Iterable[Path]) -> list[RankTrace]:

@@ -313,7 +313,7 @@ def test_nodes_and_bindings_of_ranks(tmp_path, monkeypatch):
     for node, cores in enumerate((mine[:1], mine[1:], [max(mine) + 1])):
         (tmp_path / f"node{node}").mkdir()
         (tmp_path / f"node{node}/cpulist").write_text(",".join(map(str, cores)) + "\n")
-    monkeypatch.delenv(machine_checks.THREADS_BIND, raising=False)
+    monkeypatch.delenv(envs.CPU_OMP_THREADS_BIND, raising=False)
     [finding] = machine_checks.check_numa(tmp_path)
     assert (finding.status, "node 0: 1 cores" in finding.what, "node 2" in finding.what) == ("ok", True, False)
     for binding, status, said in (
@@ -322,8 +322,8 @@ def test_nodes_and_bindings_of_ranks(tmp_path, monkeypatch):
         (f"{mine[0]}-{max(mine) + 1}", "problem", f"names cores that this process may not use: {max(mine) + 1}"),
         ("0:3", "problem", "no list of cores"),
     ):
-        monkeypatch.setenv(machine_checks.THREADS_BIND, binding)
-        findings = [each for each in machine_checks.check_numa(tmp_path) if each.check == machine_checks.THREADS_BIND]
+        monkeypatch.setenv(envs.CPU_OMP_THREADS_BIND, binding)
+        findings = [each for each in machine_checks.check_numa(tmp_path) if each.check == envs.CPU_OMP_THREADS_BIND]
         assert [each.status for each in findings] == ([status] if status else [])
         assert all(said in each.what for each in findings)
 

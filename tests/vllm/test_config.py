@@ -12,11 +12,11 @@ from vllm.config import ParallelConfig, VllmConfig
 from vllm.plugins import load_general_plugins
 
 from vllm_npu.cli.tiny_models import DEEPSEEK_V2, QWEN3_MOE, write_tiny_model
+from vllm_npu.envs import CPU_OMP_THREADS_BIND
 from vllm_npu.errors import HcclBufferError, UnsupportedConfigError, UnsupportedDeviceError
 from vllm_npu.limits import DEVICES
 from vllm_npu.plugin import compat, engine_check, options
 from vllm_npu.plugin.options import Options
-from vllm_npu.plugin.platform import THREADS_BIND
 from vllm_npu.start_checks import PlannedShape
 from vllm_npu.strategies import STRATEGIES
 
@@ -32,7 +32,7 @@ def plugins_loaded():
 def environment(monkeypatch):
     """vLLM writes into the environment when it builds a configuration: put it back."""
     before = dict(os.environ)
-    for name in (THREADS_BIND, "VLLM_NPU_MOE_COMM"):
+    for name in (CPU_OMP_THREADS_BIND, "VLLM_NPU_MOE_COMM"):
         monkeypatch.delenv(name, raising=False)
     yield monkeypatch
     os.environ.clear()
@@ -256,7 +256,7 @@ def test_workers_understand_our_calls_unless_the_user_has_an_extension(model):
 def binding_of(world_size: int, **arguments) -> list[list[int]] | None:
     """CPUs of each rank, as vLLM's workers will read them, once vLLM has built a configuration."""
     VllmConfig(parallel_config=ParallelConfig(tensor_parallel_size=world_size, **arguments))
-    text = os.environ.get(THREADS_BIND)
+    text = os.environ.get(CPU_OMP_THREADS_BIND)
     return None if text is None else [[int(cpu) for cpu in share.split(",")] for share in text.split("|")]
 
 
@@ -308,9 +308,9 @@ def test_enough_numa_nodes_are_left_to_vllm():
 
 @pytest.mark.parametrize("setting", ["0-1|0-1|0", "nobind"])
 def test_a_users_binding_is_left_alone(environment, setting):
-    environment.setenv(THREADS_BIND, setting)
+    environment.setenv(CPU_OMP_THREADS_BIND, setting)
     VllmConfig(parallel_config=ParallelConfig(tensor_parallel_size=more_ranks_than_nodes()))
-    assert os.environ[THREADS_BIND] == setting
+    assert os.environ[CPU_OMP_THREADS_BIND] == setting
 
 
 def test_the_next_engine_of_a_process_gets_a_binding_of_its_own():

@@ -18,6 +18,7 @@ from tests.vllm.vllm_ranks import (
     ranks,  # noqa: F401
     vllm_step,
 )
+from vllm_npu import envs
 from vllm_npu.errors import PlanDisagreementError
 from vllm_npu.topology import ParallelTopology
 from vllm_npu.transport.recording import CollectiveCounter
@@ -91,7 +92,7 @@ def test_without_a_folder_nothing_is_counted_and_the_log_says_so(monkeypatch):
 
     warnings = []
     monkeypatch.setattr(metrics.logger, "warning_once", lambda text, *args: warnings.append(text % args))
-    monkeypatch.delenv(metrics.FOLDER, raising=False)
+    monkeypatch.delenv(envs.PROMETHEUS_FOLDER, raising=False)
     topology = ParallelTopology.of_rank(0, tp_size=1, dp_size=2)
     assert metrics.StepMetrics.if_wanted(topology, None) is None
     assert warnings == []
@@ -104,7 +105,7 @@ def test_a_counter_that_begins_anew_takes_nothing_back(monkeypatch, tmp_path):
     from vllm_npu.plugin import metrics
 
     monkeypatch.setenv("VLLM_NPU_METRICS", "1")
-    monkeypatch.setenv(metrics.FOLDER, str(tmp_path))
+    monkeypatch.setenv(envs.PROMETHEUS_FOLDER, str(tmp_path))
     counter = CollectiveCounter()
     counted = metrics.StepMetrics.if_wanted(ParallelTopology.of_rank(3, tp_size=1, dp_size=4), counter)
     for sent in (100, None, 30):

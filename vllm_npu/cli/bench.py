@@ -1,13 +1,10 @@
 """`vllm-npu bench`: every strategy beside its peers in one run."""
 
 import json
-import os
-import platform
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
 from rich.progress import track
@@ -15,8 +12,9 @@ from rich.table import Table
 
 from vllm_npu.benchmark import STRATEGY, Workload, best, counts_of, measure, with_ratios
 from vllm_npu.cli.charts import import_pyplot
-from vllm_npu.cli.devices import TRANSPORT_CHOICES, rank_pool, split_symmetric
-from vllm_npu.cli.layers import DTYPES, moe_layer
+from vllm_npu.cli.devices import TRANSPORT_CHOICES, conditions_of, rank_pool, split_symmetric
+from vllm_npu.cli.layers import moe_layer
+from vllm_npu.cli.shared_options import Dtype, Experts, HiddenSize, JsonPath, PlotPath, SeveralRanks, TopK
 from vllm_npu.errors import UnsupportedConfigError
 from vllm_npu.topology import ExpertPlacement
 
@@ -25,17 +23,17 @@ BETWEEN_PROCESSES = [name for name in TRANSPORT_CHOICES if name != "threaded"]
 
 def bench(
     transport: Annotated[str, typer.Option(help=f"How ranks talk: {', '.join(BETWEEN_PROCESSES)}.")] = "gloo",
-    ranks: Annotated[int, typer.Option(min=2, max=16, help="Ranks to start on this machine.")] = 4,
+    ranks: SeveralRanks = 4,
     tokens: Annotated[str, typer.Option(help="Tokens of a rank, several counts by commas.")] = "1,8,64,512",
     skew: Annotated[float, typer.Option(min=1, help="Ranks but the first bring this many times fewer tokens.")] = 1,
-    hidden: Annotated[int, typer.Option(min=1, help="hidden_size.")] = 2048,
-    experts: Annotated[int, typer.Option(min=1, help="Experts of the layer.")] = 64,
-    topk: Annotated[int, typer.Option(min=1, help="Experts a token.")] = 8,
-    dtype: Annotated[str, typer.Option(help=f"Of hidden states: {', '.join(DTYPES)}.")] = "bfloat16",
+    hidden: HiddenSize = 2048,
+    experts: Experts = 64,
+    topk: TopK = 8,
+    dtype: Dtype = "bfloat16",
     rounds: Annotated[int, typer.Option(min=3, help="Each times every exchange once.")] = 30,
     graph: Annotated[bool, typer.Option("--graph", help="Replay captured CUDA graphs.")] = False,
-    json_path: Annotated[Path | None, typer.Option("--json", help="Write the results here.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw them here: .png, .svg or .pdf (needs matplotlib).")] = None,
+    json_path: JsonPath = None,
+    plot: PlotPath = None,
 ) -> None:
     """Time the exchange of one layer's tokens through every strategy, and through what others do: vLLM's AgRs, the original
     design's allgather and multicast, and bare collectives.
@@ -57,12 +55,7 @@ def bench(
     rows: list[dict[str, Any]] = []
     with rank_pool(transport, ranks) as (pool, device):
         conditions = {
-            "device": torch.cuda.get_device_name() if device == "GPU" else device,
-            "cores": os.cpu_count(),
-            "machine": platform.machine(),
-            "torch": torch.__version__,
-            "transport": transport,
-            "ranks": ranks,
+            **conditions_of(transport, ranks, device),
             "hidden_size": hidden,
             "experts": experts,
             "top_k": topk,

@@ -1,23 +1,21 @@
 """`vllm-npu bench eplb`: every way of moving experts between ranks, in one run."""
 
 import json
-import os
-import platform
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from vllm_npu.cli.bench import BETWEEN_PROCESSES
 from vllm_npu.cli.charts import import_pyplot
-from vllm_npu.cli.devices import rank_pool
+from vllm_npu.cli.devices import conditions_of, rank_pool
 from vllm_npu.cli.layers import DTYPES
+from vllm_npu.cli.shared_options import JsonPath, PlotPath, SeveralRanks
 from vllm_npu.eplb.benchmark import (
     HIDDEN_SIZE,
     INTERMEDIATE_SIZE,
@@ -36,14 +34,14 @@ DEVICES_OF_VLLM = ("gloo", "nccl")  # transports of the devices for which vLLM h
 
 def bench_eplb(
     transport: Annotated[str, typer.Option(help=f"How ranks talk: {', '.join(BETWEEN_PROCESSES)}.")] = "gloo",
-    ranks: Annotated[int, typer.Option(min=2, max=16, help="Ranks to start on this machine.")] = 2,
+    ranks: SeveralRanks = 2,
     experts: Annotated[int, typer.Option(min=1, help="Experts that each rank sends and receives.")] = 4,
     scale: Annotated[int, typer.Option(min=1, help="Divides both sizes of DeepSeek-V3's experts.")] = 8,
     dtype: Annotated[str, typer.Option(help=f"Of the weights: {', '.join(DTYPES)}.")] = "bfloat16",
     rounds: Annotated[int, typer.Option(min=1, help="Each moves the experts once by every communicator.")] = 5,
     seed: Annotated[int, typer.Option(help="Of the load that is balanced.")] = 0,
-    plot: Annotated[Path | None, typer.Option(help="Draw them here: .png, .svg or .pdf (needs matplotlib).")] = None,
-    json_path: Annotated[Path | None, typer.Option("--json", help="Write the results here.")] = None,
+    plot: PlotPath = None,
+    json_path: JsonPath = None,
 ) -> None:
     """Time the move of experts of DeepSeek-V3's shape, scaled down, to the next rank, through every communicator of the device.
 
@@ -65,12 +63,7 @@ def bench_eplb(
     with rank_pool(transport, ranks) as (pool, device):
         results = pool.run(measure_eplb, workload, peers)[0]
     conditions = {
-        "device": torch.cuda.get_device_name() if device == "GPU" else device,
-        "cores": os.cpu_count(),
-        "machine": platform.machine(),
-        "torch": torch.__version__,
-        "transport": transport,
-        "ranks": ranks,
+        **conditions_of(transport, ranks, device),
         "experts": experts,
         "scale": scale,
         "dtype": dtype,

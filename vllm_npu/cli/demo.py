@@ -139,7 +139,7 @@ def demo(
             help="Over HTTP beside vllm-ascend, on two emulated NPUs (A3; with --full also A2, DeepSeek-V3).",
         ),
     ] = False,
-    json_path: Annotated[Path | None, typer.Option("--json", help="Write the results to this file as JSON.")] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write the results here.")] = None,
     log_folder: Annotated[Path | None, typer.Option("--logs", help="Keep the engines' logs in this folder.")] = None,
 ) -> None:
     """Run every strategy inside real vLLM on a tiny random model and compare each token with vanilla vLLM.

@@ -1,8 +1,13 @@
 """What the ranks of verify and bench run on."""
 
+import os
+import platform
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
+
+import torch
 
 from vllm_npu.emulator import cann, launcher
 from vllm_npu.errors import UnsupportedConfigError
@@ -20,6 +25,18 @@ def split_symmetric(transport: str, strategy: str | None) -> tuple[str, str | No
         raise UnsupportedConfigError(f"--transport symmetric is for strategy symmetric; use nccl for {strategy}")
     print("--transport symmetric: ranks meet over nccl, tokens travel by strategy symmetric alone", file=sys.stderr)
     return "nccl", SYMMETRIC
+
+
+def conditions_of(transport: str, ranks: int, device: str) -> dict[str, Any]:
+    """What times that ranks took were taken under; `device` is rank_pool's."""
+    return {
+        "device": torch.cuda.get_device_name() if device == "GPU" else device,
+        "cores": os.cpu_count(),
+        "machine": platform.machine(),
+        "torch": torch.__version__,
+        "transport": transport,
+        "ranks": ranks,
+    }
 
 
 @contextmanager

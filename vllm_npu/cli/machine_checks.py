@@ -18,7 +18,6 @@ HCCL_LIBRARY = "libhccl.so"
 DEVICES = Path("/dev")
 NUMA_NODES = Path("/sys/devices/system/node")
 CONTROL_GROUPS = Path("/sys/fs/cgroup")
-THREADS_BIND = "VLLM_CPU_OMP_THREADS_BIND"
 
 
 # --- NPUs and GPUs ---
@@ -175,22 +174,22 @@ def check_numa(nodes: Path = NUMA_NODES) -> Iterator[Finding]:
     if spread:
         listed = ", ".join(f"node {node}: {count} cores" for node, count in sorted(spread.items()))
         yield Finding("NUMA", OK, f"{len(spread)} nodes, {listed}" if len(spread) > 1 else listed)
-    binding = os.environ.get(THREADS_BIND, "auto")
+    binding = os.environ.get(envs.CPU_OMP_THREADS_BIND, "auto")
     if binding in ("auto", "nobind"):
         return
     try:
         ranks = [parse_cores(part) for part in binding.split("|")]
     except ValueError:
         yield Finding(
-            THREADS_BIND, PROBLEM, f"is {binding!r}, which is no list of cores for each rank",
+            envs.CPU_OMP_THREADS_BIND, PROBLEM, f"is {binding!r}, which is no list of cores for each rank",
             "set it to lists such as 0-31|32-63, one a rank, to auto, or to nobind",
         )  # fmt: skip
         return
     foreign = sorted(set().union(*ranks) - allowed)
     if foreign:
         yield Finding(
-            THREADS_BIND, PROBLEM, f"names cores that this process may not use: {', '.join(map(str, foreign))}",
+            envs.CPU_OMP_THREADS_BIND, PROBLEM, f"names cores that this process may not use: {', '.join(map(str, foreign))}",
             f"name cores among {', '.join(map(str, sorted(allowed)))}, or set it to auto",
         )  # fmt: skip
     else:
-        yield Finding(THREADS_BIND, OK, f"{len(ranks)} ranks: {binding}")
+        yield Finding(envs.CPU_OMP_THREADS_BIND, OK, f"{len(ranks)} ranks: {binding}")

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vllm_npu.cli.layers import DTYPES, layer_of_model
+from vllm_npu.cli.shared_options import JsonPath
 from vllm_npu.envs import HCCL_BUFFSIZE
 from vllm_npu.errors import UnsupportedConfigError
 from vllm_npu.limits import DEVICES
@@ -29,7 +30,7 @@ def plan(
     model: Annotated[
         Path | None, typer.Option(help="A config.json, or its folder: for what is not given here.")
     ] = None,
-    json_path: Annotated[Path | None, typer.Option("--json", help="Write the result here.")] = None,
+    json_path: JsonPath = None,
 ) -> None:
     """Say which strategies are legal for a mixture-of-experts layer and why others are not, which one auto takes at which
     token counts, what a rank sends for a layer, and the HCCL_BUFFSIZE that mc2 needs.

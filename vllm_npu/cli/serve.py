@@ -14,12 +14,11 @@ from typing import Final
 
 from vllm_npu.cli.engines import require_vllm
 from vllm_npu.cli.process_tree import ProcessTree
-from vllm_npu.envs import METRICS, MOE_COMM
+from vllm_npu.envs import METRICS, MOE_COMM, PROMETHEUS_FOLDER
 from vllm_npu.errors import UnsupportedConfigError
 from vllm_npu.plugin.entry_points import PLUGIN_NAME
 
 FORWARDED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
-METRICS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"  # prometheus_client's; vLLM's endpoint adds up what is in it
 HEADLESS = "--headless"
 LEFTOVER_SECONDS: Final = 5.0  # for vLLM's helpers to end after the server has
 
@@ -74,11 +73,11 @@ def serve(arguments: Sequence[str]) -> None:
 @contextmanager
 def _metrics_folder() -> Iterator[dict[str, str]]:
     """The variable that names where processes leave what they count for /metrics, if that is wanted and not set."""
-    if not METRICS.read_flag() or os.environ.get(METRICS_FOLDER):
+    if not METRICS.read_flag() or os.environ.get(PROMETHEUS_FOLDER):
         yield {}
         return
     with tempfile.TemporaryDirectory(prefix="vllm-npu-metrics-") as folder:
-        yield {METRICS_FOLDER: folder}
+        yield {PROMETHEUS_FOLDER: folder}
 
 
 def _run(command: list[str], environment: dict[str, str]) -> int:

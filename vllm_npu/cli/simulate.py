@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from vllm_npu.cli.charts import import_pyplot
-from vllm_npu.cli.layers import DTYPES, moe_layer
+from vllm_npu.cli.layers import moe_layer
+from vllm_npu.cli.shared_options import Dtype, HiddenSize, JsonPath, TopK
 from vllm_npu.errors import UnsupportedConfigError
 from vllm_npu.limits import MoELayer
 from vllm_npu.simulation import Comparison, Estimate, Fabric, Workload, compare, estimates, fabrics, fastest
@@ -25,15 +26,15 @@ def simulate(
     ep: Annotated[str, typer.Option(help="Ranks, all data parallel; several sizes by commas.")] = EP_SIZES,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of each rank.")] = 128,
     experts: Annotated[int, typer.Option(min=1, help="Experts of the layer; redundant ones fill the ranks up.")] = 256,
-    topk: Annotated[int, typer.Option(min=1, help="Experts a token.")] = 8,
-    hidden: Annotated[int, typer.Option(min=1, help="hidden_size.")] = 7168,
+    topk: TopK = 8,
+    hidden: HiddenSize = 7168,
     intermediate: Annotated[int, typer.Option(min=1, help="Intermediate size of an expert.")] = 2048,
     layers: Annotated[int, typer.Option(min=1, help="MoE layers of the model.")] = 58,
-    dtype: Annotated[str, typer.Option(help=f"Of hidden states: {', '.join(DTYPES)}.")] = "bfloat16",
+    dtype: Dtype = "bfloat16",
     skew: Annotated[float, typer.Option(min=0, help="Exponent of the experts' popularity by Zipf; 0: uniform.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the popularity and of what ranks receive.")] = 0,
     published: Annotated[bool, typer.Option("--published", help="Compare with published times instead.")] = False,
-    json_path: Annotated[Path | None, typer.Option("--json", help="Write the results here.")] = None,
+    json_path: JsonPath = None,
     plot: Annotated[Path | None, typer.Option(help="Draw which strategy is fastest where: .png, .svg, .pdf.")] = None,
 ) -> None:
     """Estimate dispatch, combine and the step's MoE layers from the bandwidths and start-up times of fabrics.toml.

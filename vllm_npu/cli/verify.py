@@ -3,7 +3,6 @@
 import json
 import time
 from collections import Counter
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -11,6 +10,7 @@ from rich.console import Console
 from rich.progress import track
 
 from vllm_npu.cli.devices import TRANSPORT_CHOICES, rank_pool, split_symmetric
+from vllm_npu.cli.shared_options import JsonPath, Ranks
 from vllm_npu.errors import UnsupportedConfigError, VllmNpuError
 from vllm_npu.limits import DeviceLimits
 from vllm_npu.strategies import ALL_STRATEGIES, STRATEGIES
@@ -22,14 +22,14 @@ SHOWN_FAILURES = 20
 
 def verify(
     transport: Annotated[str, typer.Option(help=f"How ranks talk: {', '.join(TRANSPORT_CHOICES)}.")] = "threaded",
-    ranks: Annotated[int, typer.Option(min=1, max=16, help="Ranks to start on this machine.")] = 4,
+    ranks: Ranks = 4,
     strategy: Annotated[str | None, typer.Option(help="Only this strategy; all by default.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="One dtype and one routing of each layout.")] = False,
     random_count: Annotated[
         int | None, typer.Option("--random", min=1, help="Run this many drawn cases in place of the table's.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of hidden states, routing and experts.")] = 0,
-    json_path: Annotated[Path | None, typer.Option("--json", help="Write the result here.")] = None,
+    json_path: JsonPath = None,
 ) -> None:
     """Run every strategy on every grid of the ranks against a dense mixture of experts in one process.
 

@@ -186,10 +186,11 @@ class SymmetricDispatcher(Dispatcher):
         groups: Groups,
         num_experts: int,
         quant_mode: QuantMode = QuantMode.NONE,
+        shared_expert_ranks: int = 0,  # none
         limits: SymmetricLimits = SYMMETRIC,
         timeout: float | None = None,  # seconds; None: VLLM_NPU_TRANSPORT_TIMEOUT. Counts when the windows are opened
     ) -> None:
-        super().__init__(groups, num_experts, quant_mode)
+        super().__init__(groups, num_experts, quant_mode, shared_expert_ranks)
         if not 2 <= groups.topology.ep_size <= limits.max_ep_size:
             raise UnsupportedConfigError(
                 f"symmetric needs 2 <= ep_size <= {limits.max_ep_size} (got {groups.topology.ep_size}); use all2all or "

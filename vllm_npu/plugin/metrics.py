@@ -16,8 +16,6 @@ from vllm_npu.transport.recording import CollectiveCounter
 
 logger = init_logger("vllm.npu.metrics")
 
-FOLDER = "PROMETHEUS_MULTIPROC_DIR"  # prometheus_client's
-
 
 @cache
 def _series() -> dict[str, Counter]:
@@ -53,12 +51,12 @@ class StepMetrics:
         """The metrics, or None where VLLM_NPU_METRICS is not 1, or nothing would show them, which is logged."""
         if not envs.METRICS.read_flag():
             return None
-        if not os.environ.get(FOLDER):
+        if not os.environ.get(envs.PROMETHEUS_FOLDER):
             logger.warning_once(
                 "%s=1, and %s is not set, without which vLLM's /metrics cannot show what workers count; start the server "
                 "by vllm-npu serve, or set it to an empty folder before the start",
                 envs.METRICS.name,
-                FOLDER,
+                envs.PROMETHEUS_FOLDER,
             )
             return None
         return cls(topology, sent)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.logger import init_logger
 from vllm.platforms.cpu import CpuPlatform
 
+from vllm_npu import envs
 from vllm_npu.limits import PORTABLE
 from vllm_npu.plugin import compat, options
 from vllm_npu.plugin.engine_check import check_engine
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
 
 logger = init_logger("vllm.npu.platform")
 
-THREADS_BIND = "VLLM_CPU_OMP_THREADS_BIND"
 _own_binding: str | None = None  # the last value that this process gave to it
 
 
@@ -74,22 +74,22 @@ def _bind_threads(parallel_config: "ParallelConfig") -> None:
     A binding of the user's stays. One that was made here for an engine before, maybe of another size, is made anew.
     """
     global _own_binding
-    if _own_binding is not None and os.environ.get(THREADS_BIND) == _own_binding:
-        del os.environ[THREADS_BIND]
+    if _own_binding is not None and os.environ.get(envs.CPU_OMP_THREADS_BIND) == _own_binding:
+        del os.environ[envs.CPU_OMP_THREADS_BIND]
     _own_binding = None
     ranks = parallel_config.world_size * _local_dp_size(parallel_config)
-    if os.environ.get(THREADS_BIND, "auto") != "auto" or ranks <= compat.current().numa_nodes():
+    if os.environ.get(envs.CPU_OMP_THREADS_BIND, "auto") != "auto" or ranks <= compat.current().numa_nodes():
         return
     cpus = sorted(os.sched_getaffinity(0))
     shares = [
         cpus[rank * len(cpus) // ranks : max((rank + 1) * len(cpus) // ranks, rank * len(cpus) // ranks + 1)]
         for rank in range(ranks)
     ]
-    _own_binding = os.environ[THREADS_BIND] = "|".join(",".join(map(str, share)) for share in shares)
+    _own_binding = os.environ[envs.CPU_OMP_THREADS_BIND] = "|".join(",".join(map(str, share)) for share in shares)
     logger.info(
         "%s=%s: %d ranks share %d CPUs, since there are fewer NUMA nodes than ranks",
-        THREADS_BIND,
-        os.environ[THREADS_BIND],
+        envs.CPU_OMP_THREADS_BIND,
+        os.environ[envs.CPU_OMP_THREADS_BIND],
         ranks,
         len(cpus),
     )

@@ -48,6 +48,18 @@ def test_large_messages_have_the_same_values_with_and_without_a_window(pools, wi
     assert pools("gloo", 3).run(exchange, window) == [window == "1"] * 3
 
 
+def exchange_where_one_rank_is_unwilling(rank: Rank) -> bool:
+    os.environ["VLLM_NPU_SHARED_WINDOW"] = "1" if rank.rank else "0"
+    ep = rank.groups(tp_size=1, dp_size=rank.num_ranks).ep
+    gathered = ep.all_gather(torch.full((2048, WIDTH), float(rank.rank), dtype=torch.float64))
+    assert gathered[::2048, 0].tolist() == list(range(rank.num_ranks))
+    return ep._window is None
+
+
+def test_one_rank_that_does_not_want_it_is_enough(pools):
+    assert pools("gloo", 3).run(exchange_where_one_rank_is_unwilling) == [True] * 3
+
+
 def gather_in_a_hurry(rank: Rank) -> None:
     """No rank waits for others between its calls: a message must not be written over while others read the last."""
     os.environ["VLLM_NPU_SHARED_WINDOW"] = "1"
@@ -106,7 +118,7 @@ def test_what_does_not_fit_goes_over_sockets(pools):
 )
 def test_a_rank_whose_memory_cannot_be_read_is_named(changed, expected):
     def exchange_with_another(text: str) -> list[str]:
-        return [text, json.dumps(json.loads(text) | changed)] if text.startswith("{") else [text, ""]
+        return [text, json.dumps(json.loads(text) | changed)] if text.startswith("{") else [text, text]
 
     with pytest.raises(UnsupportedConfigError, match="rank 0 cannot read the memory of rank 1") as error:
         SharedWindow.open(0, exchange_with_another)

@@ -50,44 +50,46 @@ class GlooTransport(TorchDistTransport):
 
     def _all_gather(self, x: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
         row_bytes = _row_bytes(x)
-        if not self._shares(max(sizes) * row_bytes, max(sizes) * row_bytes):
+        window = self._window_for(max(sizes) * row_bytes, max(sizes) * row_bytes)
+        if window is None:
             return self._all_gather_from_peers(x, sizes)
         with self._collective("all_gather"):
-            parts = self._through_window(x, [(0, x.nbytes)] * self.size, [size * row_bytes for size in sizes])
+            parts = self._share(window, x, [(0, x.nbytes)] * self.size, [size * row_bytes for size in sizes])
         return torch.cat(parts).view(-1, *x.shape[1:])
 
     def _reduce_scatter(self, x: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
-        if not self._shares(max(sizes) * _row_bytes(x), x.nbytes):
+        row_bytes = _row_bytes(x)
+        window = self._window_for(max(sizes) * row_bytes, x.nbytes)
+        if window is None:
             return self._reduce_scatter_by_exchange(x, sizes)
-        starts = [start * _row_bytes(x) for start in offsets(sizes)]
-        own_bytes = starts[self.rank + 1] - starts[self.rank]
+        spans = list(pairwise(start * row_bytes for start in offsets(sizes)))
         with self._collective("reduce_scatter"):
-            parts = self._through_window(x, list(pairwise(starts)), [own_bytes] * self.size)
+            parts = self._share(window, x, spans, [sizes[self.rank] * row_bytes] * self.size)
         return sum_in_rank_order(parts).view(-1, *x.shape[1:])
 
-    def _shares(self, most_for_a_rank: int, message_bytes: int) -> bool:
-        """Whether messages go through shared memory. The same on all ranks, as both numbers are."""
-        return most_for_a_rank >= WINDOW_MIN_BYTES and message_bytes <= CAPACITY and self._window is not None
+    def _window_for(self, most_for_a_rank: int, message_bytes: int) -> SharedWindow | None:
+        """The shared memory, where messages of this many bytes go through it. The same on all ranks, as both numbers are."""
+        return self._window if most_for_a_rank >= WINDOW_MIN_BYTES and message_bytes <= CAPACITY else None
 
     @cached_property
     def _window(self) -> SharedWindow | None:
         """COLLECTIVE at the first access."""
-        if not envs.SHARED_WINDOW.read_flag():
-            return None
         try:
-            return SharedWindow.open(self.rank, lambda text: gather_texts(self, text, MAX_TEXT_BYTES))
+            return SharedWindow.open(
+                self.rank,
+                lambda text: gather_texts(self, text, MAX_TEXT_BYTES),
+                wanted=envs.SHARED_WINDOW.read_flag(),
+            )
         except UnsupportedConfigError as error:
             logger.info("Group '%s' exchanges tokens over gloo alone, without shared memory: %s", self.group, error)
             return None
 
-    def _through_window(
-        self, x: torch.Tensor, spans: Sequence[tuple[int, int]], expected: Sequence[int]
+    def _share(
+        self, window: SharedWindow, x: torch.Tensor, spans: Sequence[tuple[int, int]], expected: Sequence[int]
     ) -> list[torch.Tensor]:
         """Of each rank, the elements that it has for this one, flat."""
-        if self._window is None:
-            raise TypeError(f"group '{self.group}' has no shared window")
         one_each = [1] * self.size
-        parts = self._window.share(x, spans, lambda rows: self._all_to_all(rows, one_each, one_each))
+        parts = window.share(x, spans, lambda rows: self._all_to_all(rows, one_each, one_each))
         for rank, (part, num_bytes) in enumerate(zip(parts, expected, strict=True)):
             if part.nbytes != num_bytes:
                 raise RuntimeError(f"rank {rank} brings {part.nbytes} bytes, sizes say {num_bytes}")

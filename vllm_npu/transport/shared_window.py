@@ -15,6 +15,7 @@ from typing import Self
 
 import torch
 
+from vllm_npu import envs
 from vllm_npu.errors import UnsupportedConfigError
 
 CAPACITY = 64 << 20  # bytes of a message; memory is used only once it is written to
@@ -33,10 +34,13 @@ class SharedWindow:
         self._shared = 0  # messages so far
 
     @classmethod
-    def open(cls, rank: int, exchange: Callable[[str], list[str]]) -> Self:
+    def open(cls, rank: int, exchange: Callable[[str], list[str]], *, wanted: bool = True) -> Self:
         """COLLECTIVE: `exchange` gives every rank's text, cut after MAX_TEXT_BYTES, in rank order. Raises
-        UnsupportedConfigError on every rank where one cannot read another's memory. Nothing is left in the file system,
-        and nothing remains when the ranks end."""
+        UnsupportedConfigError on every rank where one does not want it, or cannot read another's memory. Nothing is left in
+        the file system, and nothing remains when the ranks end."""
+        unwilling = [other for other, text in enumerate(exchange("wanted" if wanted else "")) if not text]
+        if unwilling:
+            raise UnsupportedConfigError(f"{envs.SHARED_WINDOW.name}=0 on ranks {unwilling}")
         length = HALVES * CAPACITY + mmap.PAGESIZE
         mark = secrets.token_hex(MARK_BYTES // 2).encode()
         descriptor = os.memfd_create("vllm_npu_window")

@@ -315,9 +315,10 @@ class Groups:
 def sum_in_rank_order(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     """The parts' sum, first rank first, floating-point parts in float32 at least: the same bits in every run."""
     first = parts[0]
-    total = first.to(torch.promote_types(first.dtype, torch.float32)) if first.is_floating_point() else first.clone()
+    wide = torch.promote_types(first.dtype, torch.float32) if first.is_floating_point() else first.dtype
+    total = first.to(wide, copy=True)
     for part in parts[1:]:
-        total = total + part
+        total += part
     return total.to(first.dtype)
 
 

@@ -20,6 +20,8 @@ from vllm_npu.errors import InvalidInputError
 VERSION = 1
 LINE_BYTES = 512
 RING_CALLS = 4096  # 2 MiB a rank; a decode step of 60 MoE layers makes about 200 calls
+MAX_RANKS = 1 << 16  # of a group, in a file that is read
+VALUES = [str, int, str, str, list, list, list, int, str, int, str, int]  # of a line, in the order of _text_of
 OPEN, DONE = "o", "d"  # first letter of a line: the rank is inside the call, or it returned
 PEER_TO_PEER = frozenset({"send_recv"})  # not every rank of the group makes these: nothing to compare
 
@@ -41,13 +43,16 @@ class Group:
 
     @classmethod
     def parse(cls, text: str) -> "Group":
-        """The inverse of str()."""
+        """The inverse of str(). Raises ValueError for other texts."""
         name, _, ranks = text.rpartition(":")
         if "-" not in ranks:
             return cls(name=name, members=tuple(map(int, ranks.split(","))))
         span, _, stride = ranks.partition("/")
         first, last = map(int, span.split("-"))
-        return cls(name=name, members=tuple(range(first, last + 1, int(stride or 1))))
+        members = range(first, last + 1, int(stride or 1))
+        if not members or last - first >= MAX_RANKS:
+            raise ValueError(f"{text} is no group of 1 to {MAX_RANKS} ranks")
+        return cls(name=name, members=tuple(members))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -264,7 +269,7 @@ def read_trace(path: Path) -> RankTrace:
             host=str(header["host"]),
             world_size=int(header["world_size"]),
         )
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         if isinstance(error, InvalidInputError):
             raise
         raise InvalidInputError(
@@ -273,17 +278,20 @@ def read_trace(path: Path) -> RankTrace:
 
 
 def _read_call(line: bytes) -> Call | None:
-    """None for a line that is empty, or half written."""
+    """None for a line that is empty, half written, or not of a call: a file may come from anywhere."""
     if line[:1] not in (OPEN.encode(), DONE.encode()):
         return None
     try:
-        group, number, operation, row, sizes, sent, received, stream, layer, step, strategy, index = json.loads(
-            line[1:]
-        )
-    except ValueError:
+        values = json.loads(line[1:])
+        counts = [count for sizes in values[4:7] for count in sizes]
+        if [type(value) for value in values] != VALUES or any(type(count) is not int for count in counts):
+            return None
+        group, number, operation, row, sizes, sent, received, stream, layer, step, strategy, index = values
+        members = Group.parse(group)
+    except (ValueError, TypeError, KeyError, RecursionError):
         return None
     return Call(
-        group=Group.parse(group),
+        group=members,
         number=number,
         operation=operation,
         row=row,

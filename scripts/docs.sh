@@ -4,4 +4,4 @@ set -u -e -o pipefail
 
 root=$(cd -P "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.." && pwd)
 PY=$("$root/scripts/setup.sh" --docs | tail -n1)
-exec "$PY" -m mkdocs build --strict --quiet -f "$root/mkdocs.yml" -d "$root/build/site" "$@"
+exec "$PY" -m mkdocs build --strict -f "$root/mkdocs.yml" -d "$root/build/site" "$@"

@@ -79,32 +79,29 @@ PY
 }
 
 sha() { sha256sum | cut -c1-16; }
+key_of() { # what lies below, and a lock
+  {
+    printf '%s\n' "$1"
+    cat "$root/$2"
+  } | sha
+}
 
 find_python
 env_home=${VLLM_NPU_ENV_HOME:-${XDG_CACHE_HOME:-${HOME:-}/.cache}/vllm_npu}
 mkdir -p "$env_home" 2>/dev/null || fail "cannot create $env_home; set VLLM_NPU_ENV_HOME to a folder that you can write"
 env_home=$(cd -P "$env_home" && pwd)
 
-base_key=$({
-  printf '%s\n' "$python_key"
-  cat "$root/requirements.lock"
-} | sha)
-base=$env_home/base-$base_key
-packages_key=$base_key
+docs=$env_home/docs-$(key_of "$python_key" requirements-docs.lock)
+packages_key=$(key_of "$python_key" requirements.lock)
+base=$env_home/base-$packages_key
 packages=$base # the layer that the checkout's lies on
 if [ -n "$with_emulator" ]; then
-  packages_key=$({
-    printf '%s\n' "$base_key"
-    cat "$root/requirements-emulator.lock"
-  } | sha)
+  packages_key=$(key_of "$packages_key" requirements-emulator.lock)
   npu_packages=$env_home/npu-$packages_key
   packages=$npu_packages
 fi
 if [ -n "$with_ascend" ]; then
-  packages_key=$({
-    printf '%s\n' "$packages_key"
-    cat "$root/requirements-ascend.lock"
-  } | sha)
+  packages_key=$(key_of "$packages_key" requirements-ascend.lock)
   packages=$env_home/ascend-$packages_key
 fi
 checkout_key=$({
@@ -114,10 +111,6 @@ checkout_key=$({
   find csrc_npu -name CMakeLists.txt -print | LC_ALL=C sort | xargs cat
 } | sha)
 overlay=$env_home/checkout-$checkout_key
-docs=$env_home/docs-$({
-  printf '%s\n' "$python_key"
-  cat "$root/requirements-docs.lock"
-} | sha)
 
 # --- how to make it ---
 

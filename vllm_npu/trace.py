@@ -14,12 +14,14 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
 from vllm_npu.errors import InvalidInputError
 
 VERSION = 1
 LINE_BYTES = 512
 RING_CALLS = 4096  # 2 MiB a rank; a decode step of 60 MoE layers makes about 200 calls
+MAX_RANKS = 1 << 16  # of a group, in a file that is read
 OPEN, DONE = "o", "d"  # first letter of a line: the rank is inside the call, or it returned
 PEER_TO_PEER = frozenset({"send_recv"})  # not every rank of the group makes these: nothing to compare
 
@@ -41,13 +43,16 @@ class Group:
 
     @classmethod
     def parse(cls, text: str) -> "Group":
-        """The inverse of str()."""
+        """The inverse of str(). Raises ValueError for other texts."""
         name, _, ranks = text.rpartition(":")
         if "-" not in ranks:
             return cls(name=name, members=tuple(map(int, ranks.split(","))))
         span, _, stride = ranks.partition("/")
         first, last = map(int, span.split("-"))
-        return cls(name=name, members=tuple(range(first, last + 1, int(stride or 1))))
+        members = range(first, last + 1, int(stride or 1))
+        if not members or last - first >= MAX_RANKS:
+            raise ValueError(f"{text} is no group of 1 to {MAX_RANKS} ranks")
+        return cls(name=name, members=tuple(members))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +91,8 @@ class Call:
         return ", ".join([*parts, f"stream {self.stream}"]) + ("" if self.done else " (not ended)")
 
 
-FIELDS = tuple(each.name for each in fields(Call) if each.name not in ("group", "done"))  # in the order of a line
+FIELDS: dict[str, Any] = {each.name: each.type for each in fields(Call) if each.name not in ("group", "done")}
+"""A line's values after its group: int, str, or a list of ints."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -266,7 +272,7 @@ def read_trace(path: Path) -> RankTrace:
             host=str(header["host"]),
             world_size=int(header["world_size"]),
         )
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         if isinstance(error, InvalidInputError):
             raise
         raise InvalidInputError(
@@ -275,16 +281,24 @@ def read_trace(path: Path) -> RankTrace:
 
 
 def _read_call(line: bytes) -> Call | None:
-    """None for a line that is empty, or half written."""
+    """None for a line that is empty, half written, or not of a call: a file may come from anywhere."""
     if line[:1] not in (OPEN.encode(), DONE.encode()):
         return None
     try:
         group, *values = json.loads(line[1:])
-        found = dict(zip(FIELDS, values, strict=True))
-    except ValueError:
+        found = {name: _checked(value, kind) for (name, kind), value in zip(FIELDS.items(), values, strict=True)}
+        return Call(group=Group.parse(_checked(group, str)), done=line[:1] == DONE.encode(), **found)
+    except (ValueError, TypeError, RecursionError):
         return None
-    found |= {name: tuple(found[name]) for name in ("sizes", "sent", "received")}
-    return Call(group=Group.parse(group), done=line[:1] == DONE.encode(), **found)
+
+
+def _checked(value: Any, kind: Any) -> Any:
+    """A value of a line as a field of this type. Raises TypeError where it is none."""
+    if kind in (int, str):
+        if type(value) is not kind:
+            raise TypeError(f"{value!r} is no {kind}")
+        return value
+    return tuple(_checked(count, int) for count in value)
 
 
 def read_traces(paths: Iterable[Path]) -> list[RankTrace]:

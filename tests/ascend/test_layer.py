@@ -63,6 +63,12 @@ def test_every_strategy_gives_what_vllm_ascend_gives(case):
         own_by_mc2 = [row["counts"] for row in rows if row["path"] == OWN and row["ran"] == "MC2"]
         assert bool(own_by_mc2) == (soc == "A3")
         assert all(row["from_own"] == 0 for row in rows if row["path"] == "mc2" and row["counts"] in own_by_mc2)
+    if case == "A3 DP2 bfloat16, ragged":
+        document = (ROOT / "docs/ascend.md").read_text(encoding="utf-8")
+        for row in reports[0]["rows"]:
+            if row["counts"] == [5, 5] and row["path"] in ("mc2", "all2all", "allgather"):
+                shown = re.search(rf"\| 5, 5 \| {row['path']} \| (.+) \| ([\d,]+) \|\n", document)
+                assert (len(shown[1].split(", ")), shown[2]) == (len(row["calls"]), f"{row['bytes']:,}")
 
 
 def test_a_step_past_mc2s_capacity_goes_another_way():

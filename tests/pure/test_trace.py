@@ -267,6 +267,35 @@ def test_a_half_written_line_is_left_out(tmp_path):
     assert [call.index for call in read_trace(ring.path).calls] == [0, 2]
 
 
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (0, "ep:0-999999999999"),
+        (0, "ep:3-1"),
+        (0, "ep:0-3/-1"),
+        (0, 5),
+        (0, "ep"),
+        (1, "0"),
+        (4, [[1]]),
+        (4, None),
+        (7, True),
+        (11, 1.5),
+        (11, "x"),
+    ],
+)
+def test_a_line_that_is_no_calls_is_left_out_and_allocates_nothing(tmp_path, place, value):
+    ring = TraceRing.create(tmp_path, 0, 1)
+    for _ in range(2):
+        ring.end(ring.begin(EP, "barrier", sizes=[1, 2]))
+    content = bytearray(ring.path.read_bytes())
+    line = slice(trace.LINE_BYTES, 2 * trace.LINE_BYTES)
+    values = json.loads(content[line][1:])
+    values[place] = value
+    content[line] = (trace.DONE + json.dumps(values)).encode().ljust(trace.LINE_BYTES - 1) + b"\n"
+    ring.path.write_bytes(content)
+    assert [call.index for call in read_trace(ring.path).calls] == [1]
+
+
 @pytest.mark.parametrize("content", ["", "hello\n", '{"trace": 1}', '{"trace": 99, "rank": 0}', "[]"])
 def test_other_files_are_refused(tmp_path, content):
     file = tmp_path / "rank0.trace"

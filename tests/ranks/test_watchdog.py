@@ -58,6 +58,6 @@ def test_whatever_lies_in_a_mailbox_the_error_is_short_and_readable():
         return [text, text]
 
     watchdog = Watchdog.open(0, two_ranks, address=LOOPBACK, deadline=1.0)
-    dist.TCPStore(LOOPBACK, ports[0], is_master=False).set("1", b"\xff" * 100_000)
+    dist.TCPStore(LOOPBACK, ports[0], is_master=False).set("1", b"\x1b\n" + b"\xff" * 100_000)
     error = watchdog.failure("all_gather", "ep", 0, "cut")
-    assert str(error).endswith("rank 1 reports: " + "\N{REPLACEMENT CHARACTER}" * REPORT_CHARACTERS)
+    assert str(error).endswith("rank 1 reports:   " + "\N{REPLACEMENT CHARACTER}" * (REPORT_CHARACTERS - 2))

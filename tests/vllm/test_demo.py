@@ -15,6 +15,7 @@ from vllm_npu.strategies import STRATEGIES
 
 pytestmark = pytest.mark.slow
 
+README = Path(__file__).parents[2] / "README.md"
 DEMO = [sys.executable, "-m", "vllm_npu.cli", "demo"]
 END_SECONDS = 60  # for a stopped demo to be gone
 
@@ -43,6 +44,8 @@ def test_every_strategy_passes(short_folder: Path, tmp_path: Path, shared_memory
         assert sum(row["collectives"].values()) > 0
         assert row["bytes_sent_per_token_per_layer"] > 0
         assert f"{num_tokens}/{num_tokens}" in finished.stdout
+        shown = f"{row['strategy']} | {num_tokens}/{num_tokens} | {row['collectives_per_moe_layer']:.1f} |"
+        assert shown in README.read_text(encoding="utf-8")  # bytes depend on which requests meet in a step
     assert leftovers(short_folder) == []
     assert processes_of(short_folder) == []
 

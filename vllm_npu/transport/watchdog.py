@@ -106,8 +106,9 @@ class Watchdog:
         return bool(self._own.check([str(other)]))
 
     def _report_of(self, other: int) -> str:
-        """Whatever lies in the mailbox, which takes anybody's: cut, and readable."""
-        return self._own.get(str(other)).decode(errors="replace")[:REPORT_CHARACTERS]
+        """Whatever lies in the mailbox, which takes anybody's: cut, on one line, and printable."""
+        text = self._own.get(str(other)).decode(errors="replace")[:REPORT_CHARACTERS]
+        return "".join(character if character.isprintable() else " " for character in text)
 
     def _text(self, detail: str, ended: list[int], late: list[int], others: list[int]) -> str:
         lines = [f"rank {other} has ended, or cannot be reached ({self._mailboxes[other]})" for other in ended]

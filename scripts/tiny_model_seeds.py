@@ -9,35 +9,66 @@ smallest margin, where no copy's tokens differ.
 
 import argparse
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import transformers
+from torch.overrides import TorchFunctionMode
 
 from vllm_npu.cli import ascend_demo
-from vllm_npu.cli.tiny_models import TinyModel, demo_prompts, write_tiny_model
+from vllm_npu.cli.tiny_models import VOCAB_SIZE, TinyModel, demo_prompts, write_tiny_model
 
 COPIES = 16
-# Of a row's root mean square; float16 rounds to 0.0005 of a number, and strategies differ by some 0.001 of a row.
+# Of a row's root mean square; float16 rounds to 0.0005 of a number, and strategies differ by some 0.001 of a row. Around int8
+# matmuls rows are bfloat16, which rounds 8 times coarser; those matmuls are exact, so that MLPs alone differ.
 NOISE = 0.0015
+NOISE_INT8 = 0.003
 
 
-def disturb(model: torch.nn.Module, generator: torch.Generator) -> None:
-    """Add noise to what attention and MLP of each layer put out, in every row of the batch but the first."""
+class Int8Linears(TorchFunctionMode):
+    """Linear layers with weights and rows of int8 values, as W8A8_DYNAMIC has them; the router and the head as they are."""
+
+    def __init__(self, tiny: TinyModel) -> None:
+        super().__init__()
+        self._float_outputs = tiny.num_experts, VOCAB_SIZE
+        self._weights: dict[tuple[int, torch.Size], torch.Tensor] = {}
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is not F.linear or args[1].shape[0] in self._float_outputs:
+            return function(*args, **(kwargs or {}))
+        rows, weight, *bias = args
+        key = weight.data_ptr(), weight.shape
+        if key not in self._weights:
+            self._weights[key] = through_int8(weight)
+        return F.linear(through_int8(rows), self._weights[key], *bias)
+
+
+def through_int8(rows: torch.Tensor) -> torch.Tensor:
+    """What is left of each row as int8 and one scale."""
+    scale = rows.abs().amax(-1, keepdim=True) / 127
+    return (rows / scale).round() * scale
+
+
+def disturb(model: Any, generator: torch.Generator, *, int8: bool) -> None:
+    """Add noise to what MLP and attention of each layer put out, in every row of the batch but the first."""
+    noise = NOISE_INT8 if int8 else NOISE
 
     def hook(_module: torch.nn.Module, _inputs: Any, output: Any) -> Any:
         rows = output[0] if isinstance(output, tuple) else output
-        size = NOISE * rows.square().mean(-1, keepdim=True).sqrt()
+        size = noise * rows.square().mean(-1, keepdim=True).sqrt()
         size[0] = 0.0
         disturbed = rows + size * torch.randn(rows.shape, generator=generator)
         return (disturbed, *output[1:]) if isinstance(output, tuple) else disturbed
 
     for layer in model.model.layers:
-        layer.self_attn.register_forward_hook(hook)
         layer.mlp.register_forward_hook(hook)
+        if not int8:
+            layer.self_attn.register_forward_hook(hook)
 
 
 def decode(model: Any, prompt: list[int], max_tokens: int) -> Iterator[tuple[int, float]]:
@@ -56,15 +87,21 @@ def decode(model: Any, prompt: list[int], max_tokens: int) -> Iterator[tuple[int
 
 
 @torch.inference_mode()
-def smallest_margin(tiny: TinyModel, max_tokens: list[int], at_least: float) -> tuple[float, int] | None:
+def smallest_margin(
+    tiny: TinyModel, max_tokens: Sequence[int], at_least: float, *, int8: bool = False
+) -> tuple[float, int] | None:
     """Of one seed, with the number of distinct tokens; None where a copy differs or the margin is below `at_least`."""
     with tempfile.TemporaryDirectory() as folder:
         write_tiny_model(tiny, Path(folder))
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    disturb(model, torch.Generator().manual_seed(0))
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, experts_implementation="eager"
+        ).eval()
+    disturb(model, torch.Generator().manual_seed(0), int8=int8)
+    linears = Int8Linears(tiny) if int8 else nullcontext()
     least, seen = float("inf"), set()
     for prompt, wanted in zip(demo_prompts(), max_tokens, strict=True):
-        decoded = list(decode(model, prompt, wanted))
+        with linears:
+            decoded = list(decode(model, prompt, wanted))
         least = min([least, *(margin for _, margin in decoded)])
         seen |= {token for token, _ in decoded}
         if len(decoded) < wanted or least < at_least:
@@ -75,7 +112,7 @@ def smallest_margin(tiny: TinyModel, max_tokens: list[int], at_least: float) -> 
 def main() -> None:
     """Print seed, margin and distinct tokens, one line a seed that holds."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    models = {model.family: model for model in ascend_demo.MODELS}
+    models = {planned.model.family: planned for planned in ascend_demo.FULL_PLAN}
     parser.add_argument("family", choices=models)
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--seeds", type=int, default=100)
@@ -85,7 +122,9 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     for seed in range(arguments.first, arguments.first + arguments.seeds):
-        found = smallest_margin(replace(models[arguments.family], seed=seed), ascend_demo.MAX_TOKENS, arguments.margin)
+        planned = models[arguments.family]
+        tiny = replace(planned.model, seed=seed)
+        found = smallest_margin(tiny, planned.max_tokens, arguments.margin, int8=planned.int8)
         if found is not None:
             print(f"seed {seed}: margin {found[0]:.3f}, {found[1]} distinct tokens", flush=True)
 

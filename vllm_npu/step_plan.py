@@ -1,7 +1,8 @@
 """What is known of one forward step before any tensor moves, equal on every rank."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 from vllm_npu.errors import InvalidInputError
 from vllm_npu.token_layout import TokenSlice, ceil_div
@@ -34,6 +35,9 @@ class StepPlan:
     sharding: TokenSharding
     captured: bool = False
     """Whether a graph is captured from the step, or replayed for it: the counts are then the graph's, padding included."""
+
+    derived: dict[object, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """What follows from the step for who keeps it here: each layer asks the same, and host time counts. Not of the plan."""
 
     def __post_init__(self) -> None:
         if not self.num_tokens_across_dp or min(self.num_tokens_across_dp) < 0:

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 OFF = "off"
 AUTO = "auto"
-DTYPE = "float16"  # MC2's ops take no float32
 HIDDEN_SIZE = 1024  # the least that MC2 takes on A3
 NUM_DEVICES = 2
 
@@ -35,10 +34,10 @@ TP2_EP = Parallelism(tensor_parallel_size=2, expert_parallel=True)
 DP2_EP = Parallelism(data_parallel_size=2, expert_parallel=True)
 
 
-def for_ascend(model: TinyModel, seed: int, **config: Any) -> TinyModel:
-    """A family as wide as MC2 asks for. The seed is one of scripts/tiny_model_seeds.py: tokens survive float16's rounding."""
-    wide = {**model.config, "hidden_size": HIDDEN_SIZE, "torch_dtype": DTYPE, **config}
-    return replace(model, seed=seed, config=wide)
+def for_ascend(model: TinyModel, seed: int, name: str | None = None, **config: Any) -> TinyModel:
+    """A family as wide as MC2 asks for. The seed is one of scripts/tiny_model_seeds.py: tokens survive rounding."""
+    wide = {**model.config, "hidden_size": HIDDEN_SIZE, **config}
+    return replace(model, family=name or model.family, seed=seed, config=wide)
 
 
 # In float16 vLLM leaves routed_scaling_factor to its own layer, and vllm-ascend's layer applies it again: so 1 here.
@@ -46,9 +45,14 @@ MODELS = (
     for_ascend(QWEN3_MOE, seed=7327),
     for_ascend(DEEPSEEK_V3, seed=1089, routed_scaling_factor=1.0),
 )
+# More experts than MC2 takes on two A2: 26 a rank, and 24 are the most.
+MANY_EXPERTS = for_ascend(QWEN3_MOE, 359, "qwen3-moe-52", num_experts=52, moe_intermediate_size=32)
+QWEN3_MOE_INT8 = for_ascend(QWEN3_MOE, 5113, "qwen3-moe-w8a8", num_hidden_layers=2)
 # 48 tokens, of which none is chosen by less than 0.03 nats over the next one, nor changes where each layer's output is off
 # by 0.0015 of a row. Over HTTP batches differ from run to run: with more tokens a tie would be near.
-MAX_TOKENS = [10, 4, 8, 5, 6, 3, 8, 4]
+MAX_TOKENS = (10, 4, 8, 5, 6, 3, 8, 4)
+# 24 tokens, of which the same holds; the W8A8 model's may have MLPs that are off by 0.003 of a row.
+FEWER_TOKENS = (5, 2, 4, 3, 3, 2, 3, 2)
 SAFE_MARGIN = 0.015  # nats; the reference must not come closer to a tie
 
 
@@ -59,17 +63,31 @@ class PlannedServers:
     chip: str
     model: TinyModel
     parallelism: Parallelism
+    int8: bool = False  # W8A8 with a scale for each token, as vllm-ascend's quantization="ascend" has it
+    max_tokens: Sequence[int] = MAX_TOKENS  # of each prompt
+
+    @property
+    def dtype(self) -> str:
+        """MC2's ops take no float32, and matmuls of int8 no float16 scales."""
+        return "bfloat16" if self.int8 else "float16"
 
     def __str__(self) -> str:
         return f"{self.chip} {self.model.family} {self.parallelism}"
 
 
 QUICK_PLAN = tuple(PlannedServers(chip="A3", model=MODELS[0], parallelism=each) for each in (TP2_EP, DP2_EP))
-FULL_PLAN = tuple(
-    PlannedServers(chip=chip, model=model, parallelism=parallelism)
-    for chip in ("A3", "A2")
-    for model in MODELS
-    for parallelism in (TP2_EP, DP2_EP)
+FULL_PLAN = (
+    *(
+        PlannedServers(chip=chip, model=model, parallelism=parallelism)
+        for chip in ("A3", "A2")
+        for model in MODELS
+        for parallelism in (TP2_EP, DP2_EP)
+    ),
+    *(
+        PlannedServers(chip=chip, model=QWEN3_MOE_INT8, parallelism=parallelism, int8=True, max_tokens=FEWER_TOKENS)
+        for chip, parallelism in (("A3", TP2_EP), ("A3", DP2_EP), ("A2", DP2_EP))
+    ),
+    PlannedServers(chip="A2", model=MANY_EXPERTS, parallelism=DP2_EP, max_tokens=FEWER_TOKENS),
 )
 
 
@@ -119,12 +137,12 @@ class AscendDemo:
         for planned in plan:
             model_folder = self._folder / planned.model.family
             if not model_folder.exists():
-                write_tiny_model(planned.model, model_folder)
+                write_tiny_model(planned.model, model_folder, int8=planned.int8)
             with self._server(planned, OFF) as server:
                 with self._stage.show(f"{planned}: starting vllm-ascend alone"):
                     server.wait_until_ready()
                 with self._stage.show(f"{planned}: generating with moe_comm=off"):
-                    reference = server.generate(demo_prompts(), MAX_TOKENS, measure_margin=True)
+                    reference = server.generate(demo_prompts(), planned.max_tokens, measure_margin=True)
             rows.append(_row(planned, OFF, reference, reference, []))
             self._strategies(planned, reference, rows)
 
@@ -150,7 +168,7 @@ class AscendDemo:
                 with self._stage.show(f"{planned}: generating with {strategy}"):
                     server.set_moe_comm(strategy)
                     server.take_counters()
-                    served = server.generate(demo_prompts(), MAX_TOKENS)
+                    served = server.generate(demo_prompts(), planned.max_tokens)
                     rows.append(_row(planned, strategy, served, reference, server.take_counters()))
 
     @contextmanager
@@ -161,9 +179,10 @@ class AscendDemo:
             server = HttpEngine(
                 self._folder / planned.model.family,
                 planned.parallelism,
+                *(("--quantization", "ascend") if planned.int8 else ()),
                 plugins=plugins.without(plugins.ASCEND_PLATFORM).partition("=")[2],
                 moe_comm=moe_comm,
-                dtype=DTYPE,
+                dtype=planned.dtype,
                 folder=self._folder / name,
                 stop_signals=self._stop_signals,
                 environment={
@@ -217,7 +236,7 @@ def _why_not(strategy: str, planned: PlannedServers) -> str | None:
         num_experts=planned.model.num_experts,
         top_k=int(planned.model.config["num_experts_per_tok"]),
         hidden_size=HIDDEN_SIZE,
-        dtype=getattr(torch, DTYPE),
+        dtype=getattr(torch, planned.dtype),
     )
     topology = ParallelTopology.of_rank(
         0, tp_size=planned.parallelism.tensor_parallel_size, dp_size=planned.parallelism.data_parallel_size

@@ -136,7 +136,7 @@ def demo(
         bool,
         typer.Option(
             "--ascend-emulated",
-            help="Over HTTP beside vllm-ascend, on two emulated NPUs (A3; with --full also A2, DeepSeek-V3).",
+            help="Over HTTP beside vllm-ascend, on two emulated NPUs (A3; with --full also A2, DeepSeek-V3, W8A8).",
         ),
     ] = False,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the results here.")] = None,

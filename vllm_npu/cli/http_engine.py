@@ -43,7 +43,7 @@ class HttpEngine:
         self,
         model: Path,
         parallelism: Parallelism,
-        *,
+        *options: str,  # of the server, beyond those that all have
         plugins: str,  # VLLM_PLUGINS
         moe_comm: str,
         dtype: str,
@@ -66,6 +66,7 @@ class HttpEngine:
             *("--gpu-memory-utilization", "0.3", "--enforce-eager", "--no-enable-prefix-caching", "--seed", "0"),
             *("--host", "127.0.0.1", "--port", str(self._port)),
             *("--additional-config", json.dumps({"vllm_npu": {"moe_comm": moe_comm}})),
+            *options,
         ]
         self._environment = {
             **engine_environment(folder, vanilla=False),

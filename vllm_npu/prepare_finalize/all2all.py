@@ -4,7 +4,6 @@ Chosen for many tokens (prefill) with expert parallelism; MC2 takes over below i
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 
@@ -14,24 +13,22 @@ from vllm_npu.step_plan import StepPlan, TokenSharding
 from vllm_npu.token_layout import TokenSlice, pad_rows
 
 
+@dataclass(frozen=True, slots=True)
+class _Cut:
+    """A step's tokens over the TP ranks."""
+
+    own: slice | None  # rows of the input that this rank works on; None: all
+    own_rows: int
+    input_rows: int
+    tp_rows: tuple[int, ...]  # rows of each TP rank
+    gathers: bool  # whether finalize brings the TP ranks' rows together again
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class All2AllHandle(PrepareHandle):
     """Returned by All2AllPrepareAndFinalize.prepare, consumed by its finalize."""
 
-    tp_rows: tuple[int, ...]  # rows of each TP rank
-    input_rows: int
-
-
-@lru_cache(maxsize=64)  # all layers of a step ask the same; a few micro-batches are in flight
-def _slices_over_tp(
-    num_tokens: int, tp_rank: int, tp_size: int, sharding: TokenSharding
-) -> tuple[TokenSlice, tuple[int, ...]]:
-    """This TP rank's rows of its input, and the rows of each TP rank."""
-    sliced = sharding is TokenSharding.SLICED_OVER_TP
-    cut = TokenSlice.chunk if sliced else TokenSlice.even
-    slices = [cut(num_tokens, rank=rank, size=tp_size) for rank in range(tp_size)]
-    own = slices[tp_rank]
-    return (TokenSlice(0, own.length) if sliced else own), tuple(each.length for each in slices)
+    cut: _Cut
 
 
 class All2AllPrepareAndFinalize(PrepareAndFinalize):
@@ -40,16 +37,12 @@ class All2AllPrepareAndFinalize(PrepareAndFinalize):
     def prepare(self, hidden_states: torch.Tensor, per_token: tuple[torch.Tensor, ...], step: StepPlan) -> Prepared:
         """Take this TP rank's slice of the real tokens (views). LOCAL. Host sync: no."""
         self._check_prepare(hidden_states, per_token, step)
-        topology = self.groups.topology
-        num_tokens = step.num_tokens_across_dp[topology.dp_rank]
-        own, tp_rows = _slices_over_tp(num_tokens, topology.tp_rank, topology.tp_size, step.sharding)
-        handle = All2AllHandle(step=step, prepared_rows=own.length, tp_rows=tp_rows, input_rows=hidden_states.shape[0])
-        return Prepared(
-            hidden_states=own.take(hidden_states),
-            per_token=tuple(own.take(tensor) for tensor in per_token),
-            mask=None,
-            handle=handle,
-        )
+        cut: _Cut = step.derived.get(self) or self._cut(step)
+        handle = All2AllHandle(step=step, prepared_rows=cut.own_rows, cut=cut)
+        own = cut.own
+        if own is not None:
+            hidden_states, per_token = hidden_states[own], tuple([tensor[own] for tensor in per_token])
+        return Prepared(hidden_states=hidden_states, per_token=per_token, mask=None, handle=handle)
 
     def finalize(self, routed_output: torch.Tensor, handle: PrepareHandle, *, reduce_results: bool = True) -> Finalized:
         """Gather the TP ranks' slices where the input was replicated. The output is complete: reduce_results has no say.
@@ -58,10 +51,28 @@ class All2AllPrepareAndFinalize(PrepareAndFinalize):
         """
         handle = check_handle(handle, All2AllHandle, "All2AllPrepareAndFinalize.finalize")
         self._check_finalize(routed_output, handle)
-        if handle.step.sharding is TokenSharding.SLICED_OVER_TP:
-            output = pad_rows(routed_output, handle.input_rows)
-        elif self.groups.topology.tp_size > 1:
-            output = self.groups.tp.all_gather(routed_output, handle.tp_rows)
+        if handle.cut.gathers:
+            output = self.groups.tp.all_gather(routed_output, handle.cut.tp_rows)
         else:
-            output = routed_output
+            output = pad_rows(routed_output, handle.cut.input_rows)
         return Finalized(hidden_states=output, sharding=handle.step.sharding, reduced=True)
+
+    def _cut(self, step: StepPlan) -> _Cut:
+        topology = self.groups.topology
+        num_tokens, tp_size = step.num_tokens_across_dp[topology.dp_rank], topology.tp_size
+        sliced = step.sharding is TokenSharding.SLICED_OVER_TP
+        parts = [
+            (TokenSlice.chunk if sliced else TokenSlice.even)(num_tokens, rank=rank, size=tp_size)
+            for rank in range(tp_size)
+        ]
+        own = parts[topology.tp_rank]
+        start = 0 if sliced else own.start
+        input_rows = step.input_rows(topology)
+        cut = step.derived[self] = _Cut(
+            own=None if own.length == input_rows else slice(start, start + own.length),
+            own_rows=own.length,
+            input_rows=input_rows,
+            tp_rows=tuple(part.length for part in parts),
+            gathers=not sliced and tp_size > 1,
+        )
+        return cut

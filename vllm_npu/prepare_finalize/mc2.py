@@ -4,7 +4,6 @@ Chosen for few tokens (decode): shapes depend only on the agreed length, so noth
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import ClassVar
 
 import torch
@@ -13,7 +12,6 @@ from vllm_npu.handles import check_handle
 from vllm_npu.prepare_finalize.base import Finalized, PrepareAndFinalize, Prepared, PrepareHandle
 from vllm_npu.step_plan import StepPlan, TokenSharding
 from vllm_npu.token_layout import TokenSlice, pad_rows, unpad_rows
-from vllm_npu.topology import ParallelTopology
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,23 +33,6 @@ class _Share:
     max_rows: int | None
 
 
-@lru_cache(maxsize=64)  # all layers of a step ask the same; a few micro-batches are in flight
-def _share_of(step: StepPlan, topology: ParallelTopology, takes_uneven_ranks: bool) -> _Share:
-    tp_size = topology.tp_size
-    most_rows = step.padded_tokens(tp_size) // tp_size
-    num_tokens = step.num_tokens_across_dp[topology.dp_rank]
-    full = step.is_full(tp_size)
-    padded = not full and not (takes_uneven_ranks and step.divides_over_tp(tp_size))
-    rows = most_rows if padded else num_tokens // tp_size
-    if step.sharding is TokenSharding.REPLICATED:
-        own = TokenSlice.chunk(rows * tp_size, rank=topology.tp_rank, size=tp_size)
-        real_rows = min(max(num_tokens - own.start, 0), rows)
-    else:
-        own = TokenSlice(0, rows)
-        real_rows = TokenSlice.chunk(num_tokens, rank=topology.tp_rank, size=tp_size).length
-    return _Share(own, rows, real_rows, padded, None if padded or full else most_rows)
-
-
 class MC2PrepareAndFinalize(PrepareAndFinalize):
     """Slice over TP; where that leaves some rank without a token or TP ranks uneven, pad to the agreed length and mask."""
 
@@ -65,7 +46,7 @@ class MC2PrepareAndFinalize(PrepareAndFinalize):
         step that needs no padding has no mask: views of the input, nothing is copied.
         """
         self._check_prepare(hidden_states, per_token, step)
-        share = _share_of(step, self.groups.topology, self.takes_uneven_ranks)
+        share: _Share = step.derived.get(self) or self._share(step)
         rows, own = share.rows, share.own
         return Prepared(
             hidden_states=pad_rows(own.take(hidden_states), rows),
@@ -92,6 +73,23 @@ class MC2PrepareAndFinalize(PrepareAndFinalize):
         else:
             output = pad_rows(unpad_rows(routed_output, handle.real_rows), handle.input_rows)
         return Finalized(hidden_states=output, sharding=handle.step.sharding, reduced=True)
+
+    def _share(self, step: StepPlan) -> _Share:
+        topology = self.groups.topology
+        tp_size = topology.tp_size
+        most_rows = step.padded_tokens(tp_size) // tp_size
+        num_tokens = step.num_tokens_across_dp[topology.dp_rank]
+        full = step.is_full(tp_size)
+        padded = not full and not (self.takes_uneven_ranks and step.divides_over_tp(tp_size))
+        rows = most_rows if padded else num_tokens // tp_size
+        if step.sharding is TokenSharding.REPLICATED:
+            own = TokenSlice.chunk(rows * tp_size, rank=topology.tp_rank, size=tp_size)
+            real_rows = min(max(num_tokens - own.start, 0), rows)
+        else:
+            own = TokenSlice(0, rows)
+            real_rows = TokenSlice.chunk(num_tokens, rank=topology.tp_rank, size=tp_size).length
+        share = step.derived[self] = _Share(own, rows, real_rows, padded, None if padded or full else most_rows)
+        return share
 
 
 class EvenPrepareAndFinalize(MC2PrepareAndFinalize):

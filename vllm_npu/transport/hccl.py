@@ -72,19 +72,19 @@ class HcclTransport(TorchDistTransport):
 
     def _all_gather(self, x: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
         if self._has_ops():
-            gathered: torch.Tensor = self._call("all_gather", token_ops.ops().gather_message, [x], sizes)
+            gathered: torch.Tensor = self._call("all_gather", "gather_message", [x], sizes)
             return gathered
         return super()._all_gather(x, sizes) if len(set(sizes)) == 1 else self._all_gather_from_peers(x, sizes)
 
     def _gather_tokens(self, tensors: Sequence[torch.Tensor], sizes: Sequence[int]) -> list[torch.Tensor]:
         if not self._has_ops():
             return super()._gather_tokens(tensors, sizes)
-        gathered: list[torch.Tensor] = self._call("all_gather", token_ops.ops().gather_tokens, tensors, sizes)
+        gathered: list[torch.Tensor] = self._call("all_gather", "gather_tokens", tensors, sizes)
         return gathered
 
     def _reduce_scatter(self, x: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
         if self._has_ops():
-            own: torch.Tensor = self._call("reduce_scatter", token_ops.ops().scatter_reduce_tokens, x, sizes, self.rank)
+            own: torch.Tensor = self._call("reduce_scatter", "scatter_reduce_tokens", x, sizes, self.rank)
             return own
         even = len(set(sizes)) == 1
         return super()._reduce_scatter(x, sizes) if even else self._reduce_scatter_by_exchange(x, sizes)
@@ -92,26 +92,26 @@ class HcclTransport(TorchDistTransport):
     def _all_to_all(self, x: torch.Tensor, send_sizes: Sequence[int], recv_sizes: Sequence[int]) -> torch.Tensor:
         if not self._has_ops():
             return super()._all_to_all(x, send_sizes, recv_sizes)
-        received: torch.Tensor = self._call("all_to_all", token_ops.ops().exchange_rows, x, send_sizes, recv_sizes)
+        received: torch.Tensor = self._call("all_to_all", "exchange_rows", x, send_sizes, recv_sizes)
         return received
 
     def _exchange_tokens(self, tensors: Sequence[torch.Tensor], rows_per_rank: torch.Tensor) -> Exchanged:
         if not self._has_ops():
             return super()._exchange_tokens(tensors, rows_per_rank)
-        received, rows = self._call("all_to_all", token_ops.ops().exchange_tokens, tensors, rows_per_rank)
+        received, rows = self._call("all_to_all", "exchange_tokens", tensors, rows_per_rank)
         sent_rows, received_rows = rows.tolist()
         return received, sent_rows, received_rows
 
-    def _call(self, operation: str, op: Any, *arguments: Any) -> Any:
+    def _call(self, operation: str, op: str, *arguments: Any) -> Any:
         try:
-            return op.default(*arguments, self._name)
+            return token_ops.overload(op)(*arguments, self._name)
         except RuntimeError as error:
             raise self._failure(operation, str(error)) from error
 
     def _has_ops(self) -> bool:
         """Whether to call the operators. Their stream first waits (not the host) for what is in flight on another one: HCCL
         runs the calls on a communicator one after another. COLLECTIVE over the group the first time."""
-        shared = self._of_all_ranks()
+        shared = self._shared or self._of_all_ranks()
         while shared.in_flight:
             shared.in_flight.pop().wait()
         return shared.has_ops

@@ -113,6 +113,20 @@ def start_does_not_wait(rank: Rank) -> None:
     assert took < 1, f"the start waited {took:.1f} s for a rank that was late"
 
 
+def one_tensor_alone(rank: Rank) -> None:
+    """exchange_tokens_start of one large tensor, which is its own message: the caller may write it after the start."""
+    groups = rank.groups(tp_size=1, dp_size=rank.num_ranks)
+    for t in (groups.tp, groups.ep):
+        rows = 1 << 18
+        x = torch.full((rows * t.size, 8), float(rank.rank), device=rank.device)
+        pending = t.exchange_tokens_start([x], torch.full((t.size,), rows, device=rank.device))
+        x.fill_(-7)
+        (received,), sent_rows, received_rows = pending.finish()
+        assert sent_rows == received_rows == [rows] * t.size
+        senders = [rank.rank] if t.size == 1 else range(t.size)
+        assert [part.unique().tolist() for part in received.split(rows)] == [[sender] for sender in senders]
+
+
 # What each rank runs, by what it shows.
 IN_FLIGHT = {"two batches": in_flight, "others between": between, "meanwhile": counts_and_overlap}
 
@@ -122,6 +136,11 @@ IN_FLIGHT = {"two batches": in_flight, "others between": between, "meanwhile": c
 @pytest.mark.parametrize("strategy", ["all2all", "allgather"])
 def test_start_and_finish(pools, kind, shows, strategy):
     pools(kind, 3).run(IN_FLIGHT[shows], strategy)
+
+
+@pytest.mark.parametrize("kind", ["threaded", "gloo"])
+def test_one_tensor_alone_may_be_written_after_the_start(pools, kind):
+    pools(kind, 3).run(one_tensor_alone)
 
 
 def test_a_start_does_not_wait_for_the_other_ranks(pools):

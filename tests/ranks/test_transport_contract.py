@@ -683,3 +683,20 @@ def test_nccl_without_gpus_says_what_it_needs():
 def test_a_transport_that_is_not_between_processes_is_refused(name):
     with ProcessRankPool(2, transport=name) as pool, pytest.raises(UnsupportedConfigError, match=name):
         pool.run(echo)
+
+
+def reaches_all_three(rank: Rank) -> list[str]:
+    """The groups whose transports are told what Groups is told, on a grid where no two are alike."""
+    groups = rank.groups(tp_size=2, dp_size=1)
+    told: list[str] = []
+    for t in (groups.tp, groups.dp, groups.ep):
+        t.watch = lambda watchdog, name=t.group: told.append(f"watch {name} {watchdog}")
+        t.close = lambda name=t.group: told.append(f"close {name}")
+    groups.watch("it")
+    groups.close()
+    return told
+
+
+def test_all_three_groups_are_watched_and_closed(pools):
+    expected = ["watch tp it", "watch dp it", "watch ep it", "close tp", "close dp", "close ep"]
+    assert pools("threaded", 2).run(reaches_all_three) == [expected] * 2

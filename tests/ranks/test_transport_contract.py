@@ -635,6 +635,39 @@ def test_threads_that_bring_other_sizes_than_agreed_get_an_error_not_wrong_rows(
     assert any(re.search(r"ranks sent \[.*\] rows where \[.*\] were expected", str(error)) for error in outcomes)
 
 
+def sends_something_else(rank: Rank, sent: list[torch.Tensor]) -> None:
+    *_, t = transports(rank, (2, 1))
+    sends = [SendRecv(1, x, is_send=True) for x in sent]
+    t.send_recv(sends if t.rank == 0 else [SendRecv(0, torch.zeros(2), is_send=False)])
+
+
+@pytest.mark.parametrize(
+    ("sent", "what"),
+    [
+        ([], "nothing"),
+        ([torch.zeros(2, dtype=torch.int32)], "torch.int32 (2,)"),
+        ([torch.zeros(1, 2)], "torch.float32 (1, 2)"),
+    ],
+    ids=["nothing", "dtype", "shape"],
+)
+def test_threads_that_are_sent_something_else_say_what(pools, sent, what):
+    _, error = pools("threaded", 2).outcomes(sends_something_else, sent)
+    assert str(error) == f"send_recv on group 'ep' failed on rank 1: rank 0 sent {what}, not torch.float32 (2,)"
+
+
+def brings_other_rows(rank: Rank, operation: str) -> None:
+    *_, t = transports(rank, (2, 1))
+    x = torch.zeros(2, 3, dtype=(torch.float32, torch.int32)[t.rank])
+    t.all_gather(x) if operation == "all_gather" else t.all_to_all(x, [1, 1], [1, 1])
+
+
+@pytest.mark.parametrize("operation", ["all_gather", "all_to_all"])
+def test_threads_that_bring_rows_of_another_dtype_get_an_error(pools, operation):
+    for error in pools("threaded", 2).outcomes(brings_other_rows, operation):
+        assert isinstance(error, TransportError)
+        assert "ranks brought rows of different dtype or shape: [" in str(error)
+
+
 def fails_on(rank: Rank, failing: int) -> None:
     *_, t = transports(rank, (3, 1))
     if t.rank == failing:

@@ -96,6 +96,20 @@ def counts_and_overlap(rank: Rank, strategy: str) -> None:
     assert results[0][1:] == results[1][1:]
 
 
+def leaves_the_sum_over_tp(rank: Rank) -> tuple[bool, int]:
+    """Of a pipeline whose caller adds up over TP itself: the tag of its output, and its all-reduces."""
+    counter = CollectiveCounter()
+    pipeline = build("allgather", rank.groups(tp_size=2, dp_size=1, counter=counter), EXPERTS)
+    tensors = torch.ones(3, HIDDEN), torch.ones(3, 1), torch.tensor([[0], [5], [11]])
+    step = StepPlan(num_tokens_across_dp=(3,), sharding=TokenSharding.REPLICATED)
+    output = pipeline.run(*tensors, lambda rows, *_: rows, step, reduce_results=False)
+    return output.reduced, counter.calls["tp.all_reduce"]
+
+
+def test_a_pipeline_leaves_the_sum_over_tp_to_its_caller(pools):
+    assert pools("threaded", 2).run(leaves_the_sum_over_tp) == [(False, 0)] * 2
+
+
 def start_does_not_wait(rank: Rank) -> None:
     """The last rank comes late to its combine; the others have started theirs by then."""
     groups = rank.groups(tp_size=1, dp_size=rank.num_ranks)

@@ -7,10 +7,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.cases import SEEDS, seeded, topologies
+from tests.cases import GRIDS, SEEDS, seeded, topologies
 from vllm_npu.eplb.placement import EMPTY, ReplicaPlacement, mapping_rank, plan_transfers, transfers_of
+from vllm_npu.eplb.replicas import own_load, to_physical
 from vllm_npu.errors import InvalidInputError
+from vllm_npu.limits import BalanceMode
 from vllm_npu.step_plan import TokenSharding
+from vllm_npu.token_layout import TokenSlice, pad_rows
 
 
 def drawn(num_ranks: int, slots: int, num_experts: int, seed: int, *, empty: bool = True) -> ReplicaPlacement:
@@ -83,7 +86,7 @@ def test_one_expert_for_two_slots_of_a_rank_travels_once():
     [
         ([[0, 1], [2]], r"ranks have \[2, 1\] slots"),
         ([], r"ranks have \[\] slots"),
-        ([[0, 1], [2, 7]], "slot 1 of rank 1 has expert 7; with 4 experts ids are 0..3"),
+        ([[0, 1], [2, 4]], "slot 1 of rank 1 has expert 4; with 4 experts ids are 0..3"),
         ([[0, 1], [-2, 3]], "slot 0 of rank 1 has expert -2"),
         ([[0, 1], [2, 2]], "expert 2 is on slots 0 and 1 of rank 1"),
         ([[0, 1], [2, 0]], "no rank of 0..1 has expert 3"),
@@ -105,3 +108,32 @@ def test_ranks_with_the_same_tokens_map_them_alike():
     grid = topologies(2, 2)
     assert [mapping_rank(each, TokenSharding.REPLICATED) for each in grid] == [0, 0, 2, 2]
     assert [mapping_rank(each, TokenSharding.SLICED_OVER_TP) for each in grid] == [0, 1, 2, 3]
+
+
+def test_replicas_are_taken_by_rank_or_in_turns():
+    table = ReplicaPlacement.of([[0, 1], [0, 2], [0, 3], [0, 4]], 5).eplb_table()
+    ids, grid = torch.tensor([[0, 4]] * 5, dtype=torch.int32), topologies(2, 2)
+
+    def first_choices(sharding: TokenSharding, *mode: BalanceMode) -> list[list[int]]:
+        return [to_physical(ids, table, topology, sharding, *mode)[:, 0].tolist() for topology in grid]
+
+    assert first_choices(TokenSharding.REPLICATED) == [[0, 2, 4, 6, 0]] * 4
+    assert first_choices(TokenSharding.REPLICATED, BalanceMode.BY_RANK) == [[0] * 5, [0] * 5, [4] * 5, [4] * 5]
+    assert first_choices(TokenSharding.SLICED_OVER_TP, BalanceMode.BY_RANK) == [[0] * 5, [2] * 5, [4] * 5, [6] * 5]
+
+
+@given(st.sampled_from([grid for grid in GRIDS if grid[0] * grid[1] <= 8]), st.sampled_from(list(TokenSharding)), SEEDS)
+def test_the_loads_of_all_ranks_count_each_choice_of_a_real_token_once(grid, sharding, seed):
+    (tp_size, dp_size), generator = grid, seeded(seed)
+    counts = torch.randint(0, 9, (dp_size,), generator=generator).tolist()
+    ids = [torch.randint(0, 6, (count, 2), generator=generator) for count in counts]
+    total = torch.zeros(6, dtype=torch.int64)
+    for topology in topologies(tp_size, dp_size):
+        num_tokens, own = counts[topology.dp_rank], ids[topology.dp_rank]
+        if sharding is TokenSharding.SLICED_OVER_TP:
+            rows = TokenSlice.chunk(num_tokens, rank=0, size=tp_size).length
+            own = pad_rows(TokenSlice.chunk(num_tokens, rank=topology.tp_rank, size=tp_size).take(own), rows)
+        else:
+            own = pad_rows(own, num_tokens + 3)
+        total += own_load(own, 6, topology, sharding, num_tokens)
+    assert total.tolist() == torch.cat(ids).flatten().bincount(minlength=6).tolist()

@@ -40,13 +40,17 @@ def test_a_usual_layer_is_taken(limits):
         (A2_FULL_MESH, {}, 8, "takes at most 24 experts a rank, not 32"),
         (A2_FULL_MESH, {"hidden_size": 7200}, 16, "takes hidden_size 32 to 7168 in steps of 32, not 7200"),
         (A2_FULL_MESH, {"hidden_size": 48}, 16, "takes hidden_size 32 to 7168 in steps of 32, not 48"),
-        (A2_FULL_MESH, {"num_experts": 528}, 32, "takes at most 512 experts, not 528"),
-        (A2_FULL_MESH, {"top_k": 17}, 16, "takes at most 16 experts a token, not 17"),
         (A2_FULL_MESH, {"dtype": torch.float32}, 16, "takes bfloat16 and float16, hidden_states are float32"),
         (A2_HIERARCHY, {}, 128, "takes ep_size 16, 32, 64, not 128"),
         (A3_FULL_MESH, {}, 1, "takes ep_size 2 to 768, not 1"),
         (A3_FULL_MESH, {"hidden_size": 1023}, 16, "takes hidden_size 1024 to 8192, not 1023"),
-        (A3_FULL_MESH, {"num_experts": 1536}, 768, "takes at most 1024 experts, not 1536"),
+        (
+            A3_FULL_MESH,
+            {"shared_expert_ranks": 9, "num_experts": 897},
+            16,
+            "takes at most 2048 experts a rank times ep_size, not 2064",
+        ),
+        (A2_FULL_MESH, {"shared_expert_ranks": 1}, 16, "has no ranks for shared experts alone"),
         (A3_HIERARCHY, {}, 24, "takes ep_size 16 to 256 in steps of 16, not 24"),
         (A2_VERSION_1, {}, 128, "takes ep_size 16, 32, 64, not 128"),
         (A3_VERSION_1, {}, 24, "takes ep_size 8, 16, 32, 64, 128, 144, 256, 288, not 24"),
@@ -57,6 +61,46 @@ def test_a_usual_layer_is_taken(limits):
 )
 def test_the_first_limit_that_is_broken_is_named(limits, changes, ep_size, reason):
     assert limits.why_not(replace(LAYER, **changes), ep_size) == f"{limits.name} {reason}"
+
+
+@pytest.mark.parametrize(
+    ("limits", "field", "most", "what"),
+    [
+        (A2_FULL_MESH, "num_experts", 512, "experts"),
+        (A2_FULL_MESH, "top_k", 16, "experts a token"),
+        (A2_HIERARCHY, "num_experts", 512, "experts"),
+        (A2_HIERARCHY, "top_k", 16, "experts a token"),
+        (A3_FULL_MESH, "num_experts", 1024, "experts"),
+        (A3_FULL_MESH, "top_k", 16, "experts a token"),
+        (A3_HIERARCHY, "num_experts", 512, "experts"),
+        (A3_HIERARCHY, "top_k", 16, "experts a token"),
+    ],
+)
+def test_the_most_is_taken_and_one_more_is_not(limits, field, most, what):
+    assert limits.why_not(replace(LAYER, **{field: most}), 64) is None
+    reason = f"{limits.name} takes at most {most} {what}, not {most + 1}"
+    assert limits.why_not(replace(LAYER, **{field: most + 1}), 64) == reason
+
+
+def test_the_experts_of_a_rank_that_the_full_mesh_of_a2_takes():
+    assert A2_FULL_MESH.why_not(replace(LAYER, num_experts=24 * 16), 16) is None
+    assert A2_FULL_MESH.why_not(replace(LAYER, num_experts=24 * 16 + 1), 16) is not None
+
+
+# 33 tokens of a rank, 6 experts a token, 256 experts on 16 ranks, rows of 14336 bytes; by hand from the documents.
+@pytest.mark.parametrize(
+    ("limits", "shared_expert_ranks", "num_bytes"),
+    [
+        (A2_FULL_MESH, 0, 2 * (33 * 16 * 6 * 14336 + 2 * 2**20)),
+        (A2_HIERARCHY, 0, (256 + 4) * 933 * 512 + 8 * 2**20),  # 933 * 512 holds 33 * (14336 + 16 * 8)
+        (A3_FULL_MESH, 0, 2 * 33 * (16 * 16 * 14848 + 6 * 14336)),  # 14848 = 29 * 512 holds 14336 + 64
+        (A3_FULL_MESH, 8, 2 * 33 * (32 * 16 * 14848 + 7 * 14336)),
+        (A3_HIERARCHY, 0, 256 * 33 * (14336 + 16 * 8) + 404 * 2**20),
+    ],
+)
+def test_buffers_to_the_byte(limits, shared_expert_ranks, num_bytes):
+    layer = replace(LAYER, top_k=6, shared_expert_ranks=shared_expert_ranks)
+    assert limits.buffer_bytes(layer, 16, 33) == num_bytes
 
 
 def test_buffers_of_the_published_cases():

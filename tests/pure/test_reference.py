@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.cases import SEEDS, distinct_ids, same_bits, seeded, small_integers
-from vllm_npu.device.portable_ops import Counts, PrefixSums, npu_dynamic_quant, npu_grouped_matmul
+from vllm_npu.device.portable_ops import Counts, PrefixSums, _int8_product, npu_dynamic_quant, npu_grouped_matmul
+from vllm_npu.errors import InvalidInputError
 from vllm_npu.reference import LinearExperts, reference_moe, select_topk
 
 
@@ -125,6 +126,18 @@ def test_a_rank_computes_each_row_with_its_expert_and_leaves_poison_behind_the_l
     assert bool(output[len(owners) :].isnan().all())
     sums = PrefixSums(torch.tensor(counts).cumsum(0))
     assert same_bits(npu_grouped_matmul(rows, experts.on_rank(2, 2).weights, sums), output)
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_a_group_list_that_is_not_one_of_the_weights_is_refused(groups):
+    with pytest.raises(InvalidInputError, match=f"group_list has {groups} groups, weight 2"):
+        npu_grouped_matmul(torch.zeros(0, 5), torch.zeros(2, 5, 4), Counts(torch.zeros(groups, dtype=torch.int64)))
+
+
+def test_int8_products_are_exact_where_float32_has_no_odd_numbers():
+    values = torch.full((1, 2049), -128, dtype=torch.int8)
+    values[0, 0] = 1
+    assert _int8_product(values, values.t()).item() == 2048 * 128**2 + 1 > 2**25
 
 
 @given(st.integers(1, 5), st.sampled_from([torch.bfloat16, torch.float32]), SEEDS)

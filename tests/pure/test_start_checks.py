@@ -94,11 +94,20 @@ def test_tokens_are_shared_by_the_tp_ranks():
         check(topology=TP2_EP16, buffer_mb=100)
 
 
+@pytest.mark.parametrize("family", ["A2", "A3"])
 @pytest.mark.parametrize("requested", ["all2all", "allgather", "naive"])
-def test_strategies_without_mc2_need_no_buffer(requested):
-    limits = check(requested, buffer_mb=1)
+def test_strategies_without_mc2_need_no_buffer(requested, family):
+    limits = check(requested, family=family, buffer_mb=1)
     assert limits.capacities["mc2"] == 0, "should the living engine be told mc2 later, its steps take all2all"
-    assert replace(limits, mc2=None) == replace(DEVICES["A3"], mc2=None)
+    assert replace(limits, mc2=None) == replace(DEVICES[family], mc2=None)
+
+
+def test_a_layer_that_only_the_hierarchy_takes_is_checked_against_its_buffer():
+    layer = replace(LAYER, num_experts=512)  # 32 a rank
+    assert check(family="A2", layer=layer).mc2 == DEVICES["A2"].mc2_hierarchy
+    # (512 experts + 16 / 4) * 32 tokens * 14464 bytes + 8 MiB
+    with pytest.raises(HcclBufferError, match="mc2 on A2, hierarchy needs HCCL_BUFFSIZE=236"):
+        check(family="A2", layer=layer, buffer_mb=200)
 
 
 def test_capacity_is_what_the_buffer_takes_and_never_more_than_the_op_takes():

@@ -95,6 +95,19 @@ def test_one_changed_call_is_the_first_finding_and_names_its_rank_layer_and_stra
     assert f"strategy {wrong.strategy}" in findings[0].text
 
 
+def test_the_first_difference_in_time_comes_first():
+    one, other = (Group(name=name, members=(0, 1)) for name in ("tp", "ep"))
+    calls = {
+        rank: [
+            Call(group=one, number=0, operation="barrier"),
+            Call(group=one, number=0, operation="barrier", step=rank),  # the second of its group, and the first in time
+            Call(group=other, number=0, operation="barrier", step=rank),
+        ]
+        for rank in range(2)
+    }
+    assert [finding.group for finding in compare(traces_of(calls))] == [one, other]
+
+
 @given(SEEDS, st.integers(0, WORLD - 1), st.data())
 def test_a_changed_size_is_found(seed, rank, data):
     calls = program(seed)

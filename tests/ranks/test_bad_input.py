@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from vllm_npu.dispatch.base import RoutedTokens
 from vllm_npu.errors import HandleMismatchError, InvalidInputError, TransportError, UnsupportedConfigError
 from vllm_npu.reference import LinearExperts
 from vllm_npu.routing import check_router_logits
@@ -137,6 +138,30 @@ def _finalize_wrong_rows_first(rank: Rank, strategy: str):
 def _one_rank_wrong(rank: Rank, strategy: str):
     hidden_states, weights, ids = inputs()
     return run(rank, strategy, hidden_states[:, :, None] if rank.rank == 1 else hidden_states, weights, ids)
+
+
+def _dispatch_with_a_mask(rank: Rank, strategy: str, max_rows: int | None = None) -> torch.Tensor:
+    dispatcher = build(strategy, rank.groups(tp_size=1, dp_size=2), EXPERTS).dispatcher
+    hidden_states, weights, ids = inputs()
+    mask = torch.tensor([True, False, False])
+    tokens = RoutedTokens(hidden_states=hidden_states, topk_weights=weights, topk_ids=ids, mask=mask, max_rows=max_rows)
+    dispatched = dispatcher.dispatch(tokens)
+    return dispatcher.combine(dispatched.expert_input, dispatched.handle).isnan().any(1)
+
+
+@pytest.mark.parametrize("strategy", [name for name in STRATEGIES if name != "mc2"])
+def test_a_mask_is_refused_where_shapes_are_not_fixed(strategy):
+    for outcome in errors_on_all_ranks(_dispatch_with_a_mask, strategy):
+        assert isinstance(outcome, InvalidInputError)
+        assert "bring the rows that are tokens only" in str(outcome)
+
+
+def test_mc2_takes_a_mask_and_leaves_its_rows_out_but_not_on_top_of_different_numbers_of_rows():
+    for outcome in errors_on_all_ranks(_dispatch_with_a_mask, "mc2"):
+        assert outcome.tolist() == [False, True, True]
+    for outcome in errors_on_all_ranks(_dispatch_with_a_mask, "mc2", 3):
+        assert isinstance(outcome, InvalidInputError)
+        assert "max_rows=3 says that they differ" in str(outcome)
 
 
 def test_router_logits_must_fit_tokens_and_experts():

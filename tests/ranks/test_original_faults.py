@@ -208,6 +208,7 @@ def test_output_has_the_rows_of_the_input_for_every_flag(strategy):
                 x = tokens(counts[rank.rank])
                 prepared = stages.prepare(x, (), plan(*counts, sharding=sharding))
                 output = stages.finalize(prepared.hidden_states, prepared.handle, reduce_results=reduce_results)
+                assert output.reduced, "there is no other TP rank"
                 rows.append(output.hidden_states.shape[0] == x.shape[0] and output.sharding is sharding)
         return all(rows)
 
@@ -231,8 +232,11 @@ def test_padding_tokens_reach_no_expert():
         x = tokens(counts[rank.rank])
         stages = MC2PrepareAndFinalize(rank.groups(tp_size=1, dp_size=3))
         prepared = stages.prepare(x, select_topk(logits(x.shape[0]), 2), plan(*counts))
-        permutation = ExpertPermutation.build(local_expert_ids(prepared.per_token[1], 0, EXPERTS), EXPERTS)
-        return prepared.per_token[1].shape[0], int(permutation.tokens_per_expert.sum())
+        weights, ids = prepared.per_token
+        assert bool((weights[x.shape[0] :] == 0).all())
+        assert bool((ids[x.shape[0] :] == -1).all())
+        permutation = ExpertPermutation.build(local_expert_ids(ids, 0, EXPERTS), EXPERTS)
+        return ids.shape[0], int(permutation.tokens_per_expert.sum())
 
     assert on_ranks(2, original) == [[padded - num_tokens] * 2 + [0] * (EXPERTS - 2)] * 2
     assert on_ranks(3, ours) == [(padded, num_tokens * 2), (padded, padded * 2), (padded, 0)]

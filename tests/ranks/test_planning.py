@@ -1,10 +1,12 @@
 """planning: its bytes and collectives are those that the recording transport counts."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from tests.cases import seeded
-from vllm_npu.limits import DEVICES, PORTABLE, MoELayer
+from vllm_npu.limits import DEVICES, PORTABLE, MoELayer, QuantMode
 from vllm_npu.planning import auto_ranges, bytes_sent, collectives, plan_layer
 from vllm_npu.reference import select_topk
 from vllm_npu.step_plan import StepPlan, TokenSharding
@@ -14,20 +16,22 @@ from vllm_npu.transport.launch import Rank, ThreadRankPool
 from vllm_npu.transport.recording import CollectiveCounter
 
 LAYER = MoELayer(num_experts=16, top_k=4, hidden_size=64, dtype=torch.bfloat16)
+# Where a token needs all ranks, all2all's mean is what it sends.
+LAYERS = {"mean": LAYER, "exact": replace(LAYER, top_k=16), "int8": replace(LAYER, quant_mode=QuantMode.INT8_PER_TOKEN)}
 TOKENS = 512
 GRIDS = [(1, 4), (2, 2), (4, 1)]  # (tp_size, dp_size)
 
 
-def count(rank: Rank, strategy: str, tp_size: int, dp_size: int) -> tuple[int, int]:
+def count(rank: Rank, layer: MoELayer, strategy: str, tp_size: int, dp_size: int) -> tuple[int, int]:
     """Calls and bytes of one rank for one layer with uniform routing."""
     counter = CollectiveCounter()
     groups = rank.groups(tp_size=tp_size, dp_size=dp_size, counter=counter)
-    pipeline = build(strategy, groups, LAYER.num_experts)
+    pipeline = build(strategy, groups, layer.num_experts, layer.quant_mode)
     generator = seeded(groups.topology.dp_rank)
-    hidden_states = torch.randn(TOKENS, LAYER.hidden_size, generator=generator).to(LAYER.dtype)
-    weights, ids = select_topk(torch.randn(TOKENS, LAYER.num_experts, generator=generator), LAYER.top_k)
+    hidden_states = torch.randn(TOKENS, layer.hidden_size, generator=generator).to(layer.dtype)
+    weights, ids = select_topk(torch.randn(TOKENS, layer.num_experts, generator=generator), layer.top_k)
     step = StepPlan(num_tokens_across_dp=(TOKENS,) * dp_size, sharding=TokenSharding.REPLICATED)
-    pipeline.run(hidden_states, weights, ids, lambda rows, *_: rows, step)
+    pipeline.run(hidden_states, weights, ids, lambda rows, *_: rows.to(layer.dtype), step)
     return counter.calls.total(), counter.bytes_sent.total()
 
 
@@ -35,12 +39,20 @@ def count(rank: Rank, strategy: str, tp_size: int, dp_size: int) -> tuple[int, i
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_what_is_planned_is_what_is_sent(strategy, grid):
     topology = ParallelTopology.of_rank(0, tp_size=grid[0], dp_size=grid[1])
-    with ThreadRankPool(4, timeout=30) as pool:
-        counted = pool.run(count, strategy, *grid)
-    assert {calls for calls, _ in counted} == {collectives(strategy, topology)}
-    sent = sum(sent for _, sent in counted) / 4
-    planned = bytes_sent(strategy, LAYER, topology, TOKENS, native_mc2=False)
-    assert sent == pytest.approx(planned, rel=0.02 if strategy == "all2all" else 0)
+    for name, layer in LAYERS.items():
+        with ThreadRankPool(4, timeout=30) as pool:
+            counted = pool.run(count, layer, strategy, *grid)
+        assert {calls for calls, _ in counted} == {collectives(strategy, topology)}
+        sent = sum(sent for _, sent in counted) / 4
+        planned = bytes_sent(strategy, layer, topology, TOKENS, native_mc2=False)
+        assert sent == pytest.approx(planned, rel=0.02 if strategy == "all2all" and name != "exact" else 0), name
+
+
+def test_a_native_mc2_sends_a_row_an_expert_there_and_back():
+    topology = ParallelTopology.of_rank(0, tp_size=2, dp_size=2)
+    rows = TOKENS // 2
+    there_and_back = rows * 4 * (128 + 128) * 3 // 4
+    assert bytes_sent("mc2", LAYER, topology, TOKENS, native_mc2=True) == there_and_back + rows * 128
 
 
 def test_auto_ranges_meet_and_cover_all_steps():

@@ -37,6 +37,7 @@ def one_of_each(t: Transport) -> dict[str, torch.Tensor]:
         "all_gather": t.all_gather(rows(SIZES[t.rank], t.rank), SIZES),
         "reduce_scatter": t.reduce_scatter(rows(sum(SIZES), t.rank), SIZES),
         "all_to_all": t.all_to_all(rows(6, t.rank), [1, 2, 3], [t.rank + 1] * 3),
+        "all_to_all_start": t.all_to_all_start(rows(6, t.rank), [1, 2, 3], [t.rank + 1] * 3).finish(),
         "broadcast": t.broadcast(rows(4, t.rank), 2),
         "all_reduce": t.all_reduce(rows(5, t.rank)),
         "send_recv": received,
@@ -47,7 +48,7 @@ def one_of_each(t: Transport) -> dict[str, torch.Tensor]:
 ROWS_SENT = {
     "all_gather": (4 * 2, 0, 3 * 2),  # own rows to two others
     "reduce_scatter": (0 + 3, 4 + 3, 4 + 0),  # the others' parts
-    "all_to_all": (2 + 3, 1 + 3, 1 + 2),
+    "all_to_all": (2 * (2 + 3), 2 * (1 + 3), 2 * (1 + 2)),  # at once, and with a start
     "broadcast": (0, 0, 4 * 2),
     "send_recv": (2 + 1,) * 3,
     "barrier": (0, 0, 0),
@@ -72,13 +73,13 @@ def test_calls_and_bytes_are_those_counted_by_hand(pools, kind):
     for rank, (calls, bytes_sent, _) in enumerate(pools(kind, 3).run(counted_and_bare)):
         expected = {f"ep.{name}": sent[rank] * ROW_BYTES for name, sent in ROWS_SENT.items()}
         assert bytes_sent == expected | {"ep.all_reduce": ALL_REDUCE_BYTES}
-        assert calls == dict.fromkeys(bytes_sent, 1)
+        assert calls == dict.fromkeys(bytes_sent, 1) | {"ep.all_to_all": 2}
 
 
 @pytest.mark.parametrize("kind", ["threaded", "gloo"])
 def test_results_are_those_of_the_transport_inside(pools, kind):
     for _, _, same in pools(kind, 3).run(counted_and_bare):
-        assert len(same) == 6
+        assert len(same) == 7
         assert all(same.values()), same
 
 
@@ -185,7 +186,8 @@ def traced_calls(rank: Rank) -> None:
     one = groups.ep.all_to_all_start(torch.zeros(4, 5, dtype=torch.bfloat16), [1] * 4, [1] * 4)
     groups.tp.all_reduce(torch.zeros(3, 5))
     one.finish()
-    groups.ep.broadcast(torch.zeros(2), 3)
+    groups.ep.broadcast(torch.zeros(2, 4), 3)
+    groups.ep.reduce_scatter(torch.zeros(4, 2), [0, 1, 2, 1])
     groups.ep.send_recv([SendRecv(1, torch.zeros(1), is_send=True)] if rank.rank == 0 else
                         [SendRecv(0, torch.zeros(1), is_send=False)] if rank.rank == 1 else [])  # fmt: skip
     groups.ep.note_op("npu_moe_distribute_dispatch_v2", 100)
@@ -216,7 +218,8 @@ def test_every_call_is_in_the_trace_with_group_sizes_layer_and_step(monkeypatch,
             (dp, "all_to_all", "bfloat16[5]+float32[1]", (), (place + 1, 0), (0, 0) if place else (1, 2)),
             ("ep:0-3", "all_to_all", "bfloat16[5]", (), (1,) * 4, (1,) * 4),
             (tp, "all_reduce", "float32[5]", (3,), (), ()),
-            ("ep:0-3", "broadcast from 3", "float32[]", (2,), (), ()),
+            ("ep:0-3", "broadcast from 3", "float32[4]", (2,), (), ()),
+            ("ep:0-3", "reduce_scatter", "float32[2]", (0, 1, 2, 1), (), ()),
             ("ep:0-3", "send_recv", "", (), (), ()),
             ("ep:0-3", "npu_moe_distribute_dispatch_v2", "", (), (), ()),
         ]

@@ -10,7 +10,7 @@ import torch
 
 from tests.cases import seeded
 from vllm_npu.errors import TransportError, UnsupportedConfigError
-from vllm_npu.transport import gloo
+from vllm_npu.transport import gloo, shared_window
 from vllm_npu.transport.launch import Rank
 from vllm_npu.transport.shared_window import SharedWindow
 
@@ -92,20 +92,24 @@ def test_a_rank_that_brings_other_rows_than_agreed_is_named(pools):
         assert "rank 1 brings 1536000 bytes, sizes say 1048576" in str(error)
 
 
-def larger_than_the_window(rank: Rank) -> bool:
+def about_as_large_as_the_window(rank: Rank, num_rows: int) -> bool:
+    """Two messages of this many rows, one in each half; whether there is a window then."""
     os.environ["VLLM_NPU_SHARED_WINDOW"] = "1"
     ep = rank.groups(tp_size=1, dp_size=rank.num_ranks).ep
-    before, gloo.CAPACITY = gloo.CAPACITY, 1 << 20
+    before, gloo.CAPACITY, shared_window.CAPACITY = gloo.CAPACITY, 1 << 20, 1 << 20
     try:
-        gathered = ep.all_gather(torch.full((4096, WIDTH), float(rank.rank), dtype=torch.float64))
+        for first in (0.0, 10.0):
+            gathered = ep.all_gather(torch.full((num_rows, WIDTH), first + rank.rank, dtype=torch.float64))
+            expected = torch.arange(first, first + rank.num_ranks, dtype=torch.float64).repeat_interleave(num_rows)
+            assert torch.equal(gathered, expected[:, None].expand(-1, WIDTH))
     finally:
-        gloo.CAPACITY = before
-    assert torch.equal(gathered[:, 0], torch.arange(float(rank.num_ranks), dtype=torch.float64).repeat_interleave(4096))
+        gloo.CAPACITY = shared_window.CAPACITY = before
     return "_window" in vars(ep)
 
 
-def test_what_does_not_fit_goes_over_sockets(pools):
-    assert pools("gloo", 2).run(larger_than_the_window) == [False, False]
+@pytest.mark.parametrize(("num_rows", "fits"), [(2048, True), (2049, False)])
+def test_what_does_not_fit_goes_over_sockets(pools, num_rows, fits):
+    assert pools("gloo", 2).run(about_as_large_as_the_window, num_rows) == [fits] * 2
 
 
 @pytest.mark.parametrize(
@@ -118,7 +122,11 @@ def test_what_does_not_fit_goes_over_sockets(pools):
 )
 def test_a_rank_whose_memory_cannot_be_read_is_named(changed, expected):
     def exchange_with_another(text: str) -> list[str]:
-        return [text, json.dumps(json.loads(text) | changed)] if text.startswith("{") else [text, text]
+        if not text.startswith("{"):
+            return [text, text]
+        place = json.loads(text)
+        assert place["boot"] == shared_window.BOOT_ID.read_text().strip()
+        return [text, json.dumps(place | changed)]
 
     with pytest.raises(UnsupportedConfigError, match="rank 0 cannot read the memory of rank 1") as error:
         SharedWindow.open(0, exchange_with_another)

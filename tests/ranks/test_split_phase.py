@@ -96,6 +96,20 @@ def counts_and_overlap(rank: Rank, strategy: str) -> None:
     assert results[0][1:] == results[1][1:]
 
 
+def leaves_the_sum_over_tp(rank: Rank) -> tuple[bool, int]:
+    """Of a pipeline whose caller adds up over TP itself: the tag of its output, and its all-reduces."""
+    counter = CollectiveCounter()
+    pipeline = build("allgather", rank.groups(tp_size=2, dp_size=1, counter=counter), EXPERTS)
+    tensors = torch.ones(3, HIDDEN), torch.ones(3, 1), torch.tensor([[0], [5], [11]])
+    step = StepPlan(num_tokens_across_dp=(3,), sharding=TokenSharding.REPLICATED)
+    output = pipeline.run(*tensors, lambda rows, *_: rows, step, reduce_results=False)
+    return output.reduced, counter.calls["tp.all_reduce"]
+
+
+def test_a_pipeline_leaves_the_sum_over_tp_to_its_caller(pools):
+    assert pools("threaded", 2).run(leaves_the_sum_over_tp) == [(False, 0)] * 2
+
+
 def start_does_not_wait(rank: Rank) -> None:
     """The last rank comes late to its combine; the others have started theirs by then."""
     groups = rank.groups(tp_size=1, dp_size=rank.num_ranks)
@@ -113,6 +127,20 @@ def start_does_not_wait(rank: Rank) -> None:
     assert took < 1, f"the start waited {took:.1f} s for a rank that was late"
 
 
+def one_tensor_alone(rank: Rank) -> None:
+    """exchange_tokens_start of one large tensor, which is its own message: the caller may write it after the start."""
+    groups = rank.groups(tp_size=1, dp_size=rank.num_ranks)
+    for t in (groups.tp, groups.ep):
+        rows = 1 << 18
+        x = torch.full((rows * t.size, 8), float(rank.rank), device=rank.device)
+        pending = t.exchange_tokens_start([x], torch.full((t.size,), rows, device=rank.device))
+        x.fill_(-7)
+        (received,), sent_rows, received_rows = pending.finish()
+        assert sent_rows == received_rows == [rows] * t.size
+        senders = [rank.rank] if t.size == 1 else range(t.size)
+        assert [part.unique().tolist() for part in received.split(rows)] == [[sender] for sender in senders]
+
+
 # What each rank runs, by what it shows.
 IN_FLIGHT = {"two batches": in_flight, "others between": between, "meanwhile": counts_and_overlap}
 
@@ -122,6 +150,11 @@ IN_FLIGHT = {"two batches": in_flight, "others between": between, "meanwhile": c
 @pytest.mark.parametrize("strategy", ["all2all", "allgather"])
 def test_start_and_finish(pools, kind, shows, strategy):
     pools(kind, 3).run(IN_FLIGHT[shows], strategy)
+
+
+@pytest.mark.parametrize("kind", ["threaded", "gloo"])
+def test_one_tensor_alone_may_be_written_after_the_start(pools, kind):
+    pools(kind, 3).run(one_tensor_alone)
 
 
 def test_a_start_does_not_wait_for_the_other_ranks(pools):

@@ -2,8 +2,9 @@
 
 import pytest
 
+from vllm_npu.limits import PORTABLE
 from vllm_npu.strategies import STRATEGIES
-from vllm_npu.verification import Case, cases, run_case
+from vllm_npu.verification import Case, cases, limits_of_device, run_case
 
 
 def failures(pool, to_run: list[Case]) -> dict[str, list[str]]:
@@ -29,3 +30,7 @@ def test_equals_the_reference_on_processes(pools, strategy, num_ranks):
 
 def test_equals_the_reference_on_eight_ranks(pools):
     assert failures(pools("threaded", 8), list(cases(8, quick=True, seed=7))) == {}
+
+
+def test_a_cpu_runs_what_the_portable_ops_can(pools):
+    assert pools("threaded", 1).run(limits_of_device) == [PORTABLE]

@@ -666,6 +666,39 @@ def test_ranks_learn_each_others_place_and_devices(pools):
     assert facts[0].peer_access == (devices > 0)
 
 
+def sends_something_else(rank: Rank, sent: list[torch.Tensor]) -> None:
+    *_, t = transports(rank, (2, 1))
+    sends = [SendRecv(1, x, is_send=True) for x in sent]
+    t.send_recv(sends if t.rank == 0 else [SendRecv(0, torch.zeros(2), is_send=False)])
+
+
+@pytest.mark.parametrize(
+    ("sent", "what"),
+    [
+        ([], "nothing"),
+        ([torch.zeros(2, dtype=torch.int32)], "torch.int32 (2,)"),
+        ([torch.zeros(1, 2)], "torch.float32 (1, 2)"),
+    ],
+    ids=["nothing", "dtype", "shape"],
+)
+def test_threads_that_are_sent_something_else_say_what(pools, sent, what):
+    _, error = pools("threaded", 2).outcomes(sends_something_else, sent)
+    assert str(error) == f"send_recv on group 'ep' failed on rank 1: rank 0 sent {what}, not torch.float32 (2,)"
+
+
+def brings_other_rows(rank: Rank, operation: str) -> None:
+    *_, t = transports(rank, (2, 1))
+    x = torch.zeros(2, 3, dtype=(torch.float32, torch.int32)[t.rank])
+    t.all_gather(x) if operation == "all_gather" else t.all_to_all(x, [1, 1], [1, 1])
+
+
+@pytest.mark.parametrize("operation", ["all_gather", "all_to_all"])
+def test_threads_that_bring_rows_of_another_dtype_get_an_error(pools, operation):
+    for error in pools("threaded", 2).outcomes(brings_other_rows, operation):
+        assert isinstance(error, TransportError)
+        assert "ranks brought rows of different dtype or shape: [" in str(error)
+
+
 def fails_on(rank: Rank, failing: int) -> None:
     *_, t = transports(rank, (3, 1))
     if t.rank == failing:
@@ -714,3 +747,20 @@ def test_nccl_without_gpus_says_what_it_needs():
 def test_a_transport_that_is_not_between_processes_is_refused(name):
     with ProcessRankPool(2, transport=name) as pool, pytest.raises(UnsupportedConfigError, match=name):
         pool.run(echo)
+
+
+def reaches_all_three(rank: Rank) -> list[str]:
+    """The groups whose transports are told what Groups is told, on a grid where no two are alike."""
+    groups = rank.groups(tp_size=2, dp_size=1)
+    told: list[str] = []
+    for t in (groups.tp, groups.dp, groups.ep):
+        t.watch = lambda watchdog, name=t.group: told.append(f"watch {name} {watchdog}")
+        t.close = lambda name=t.group: told.append(f"close {name}")
+    groups.watch("it")
+    groups.close()
+    return told
+
+
+def test_all_three_groups_are_watched_and_closed(pools):
+    expected = ["watch tp it", "watch dp it", "watch ep it", "close tp", "close dp", "close ep"]
+    assert pools("threaded", 2).run(reaches_all_three) == [expected] * 2

@@ -112,7 +112,13 @@ def npu_grouped_matmul(
     per_token_scale: torch.Tensor | None = None,  # [rows] float32: of int8 rows
     output_dtype: torch.dtype | None = None,  # of int8 rows; else x's
 ) -> torch.Tensor:  # [rows, N]; rows past the last group are undefined (NaN)
-    """Each group's rows times its matrix. LOCAL. Host sync: yes (the groups' sizes)."""
+    """Each group's rows times its matrix. LOCAL. Host sync: yes (the groups' sizes). Raises InvalidInputError unless there is
+    one matrix a group."""
+    if group_list.values.shape != weight.shape[:1]:
+        raise InvalidInputError(
+            f"npu_grouped_matmul: group_list has {group_list.values.numel()} groups, weight {weight.shape[0]}; "
+            "give one matrix a group"
+        )
     counts = (
         group_list.values
         if isinstance(group_list, Counts)

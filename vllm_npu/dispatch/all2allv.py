@@ -46,17 +46,14 @@ class All2AllVDispatcher(Dispatcher):
 
     def _outgoing(self, tokens: RoutedTokens) -> tuple[RankDestinations, tuple[torch.Tensor, ...]]:
         tokens.check(self.placement.num_experts)
-        hidden_states, topk_weights, topk_ids = tokens.hidden_states, tokens.topk_weights, tokens.topk_ids
-        if tokens.mask is not None:
-            hidden_states, topk_weights, topk_ids = (x[tokens.mask] for x in (hidden_states, topk_weights, topk_ids))
-        payload = (hidden_states,)
+        payload = (tokens.hidden_states,)
         if self.quant_mode is not QuantMode.NONE:
-            payload = ops_of(hidden_states).npu_dynamic_quant(hidden_states)
-        destinations = RankDestinations.build(topk_ids, self.placement)
+            payload = ops_of(tokens.hidden_states).npu_dynamic_quant(tokens.hidden_states)
+        destinations = RankDestinations.build(tokens.topk_ids, self.placement)
         outgoing = (
             *(part[destinations.tokens] for part in payload),
-            topk_weights[destinations.tokens].float(),
-            destinations.local_ids(topk_ids, self.placement).int(),
+            tokens.topk_weights[destinations.tokens].float(),
+            destinations.local_ids(tokens.topk_ids, self.placement).int(),
         )
         return destinations, outgoing
 

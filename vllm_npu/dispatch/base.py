@@ -29,7 +29,7 @@ class RoutedTokens:
     topk_weights: torch.Tensor  # [num_tokens, top_k] float32
     topk_ids: torch.Tensor  # [num_tokens, top_k] int32 or int64, global expert ids, distinct in a row
     dynamic_scales: torch.Tensor | None = None  # [num_tokens, 1] float32, of rows that prepare gathered as int8
-    mask: torch.Tensor | None = None  # [num_tokens] bool, a prefix; None: all tokens are real
+    mask: torch.Tensor | None = None  # [num_tokens] bool, a prefix; None: all tokens are real. Of fixed shapes only
     max_rows: int | None = None  # of the fullest rank, where ranks bring different numbers; None: all bring as many
 
     @classmethod
@@ -45,9 +45,12 @@ class RoutedTokens:
             max_rows=prepared.max_rows,
         )
 
-    def check(self, num_experts: int) -> None:
-        """Raise InvalidInputError as routing.check_topk does, and for a mask on top of different numbers of rows."""
+    def check(self, num_experts: int, *, takes_mask: bool = False) -> None:
+        """Raise InvalidInputError as routing.check_topk does, for a mask that the dispatcher does not take, and for one on top
+        of different numbers of rows."""
         check_topk(self.hidden_states, self.topk_weights, self.topk_ids, num_experts, self.mask)
+        if self.mask is not None and not takes_mask:
+            raise InvalidInputError("a mask is for strategies of fixed shapes; bring the rows that are tokens only")
         if self.mask is not None and self.max_rows is not None:
             raise InvalidInputError(
                 f"a mask needs as many rows on every rank, but max_rows={self.max_rows} says that they differ; pad to that"

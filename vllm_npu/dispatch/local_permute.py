@@ -26,8 +26,6 @@ class LocalPermuteDispatcher(Dispatcher):
         tokens.check(self.placement.num_experts)
         first_expert = self.placement.first_expert(self.groups.topology.ep_rank)
         local_ids = local_expert_ids(tokens.topk_ids, first_expert, self.placement.experts_per_rank)
-        if tokens.mask is not None:
-            local_ids = torch.where(tokens.mask[:, None], local_ids, -1)
         routed = ops_of(tokens.hidden_states).init_routing(
             tokens.hidden_states, local_ids, self.placement.experts_per_rank, tokens.dynamic_scales
         )

@@ -32,7 +32,7 @@ class MC2Dispatcher(Dispatcher):
 
     def dispatch(self, tokens: RoutedTokens) -> Dispatched:
         """The op's distribute_dispatch. COLLECTIVE over ep: one. Host sync: no. Graph capture: yes."""
-        tokens.check(self.placement.num_experts)
+        tokens.check(self.placement.num_experts, takes_mask=True)
         global_bs = (tokens.max_rows or 0) * self.placement.ep_size
         output = ops_of(tokens.hidden_states).distribute_dispatch(
             tokens.hidden_states,

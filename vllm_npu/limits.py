@@ -227,35 +227,26 @@ A3_HIERARCHY = MC2Limits(
     buffer_bytes=_a3_hierarchy_bytes,
 )
 _VERSION_1_DOCUMENT = "op-plugin's document of npu_moe_distribute_dispatch, where x_active_mask is reserved"
-A2_VERSION_1 = MC2Limits(
+A2_VERSION_1 = replace(
+    A2_FULL_MESH,
     name="mc2 on A2, version 1",
-    native=True,
     source=_VERSION_1_DOCUMENT,
-    max_tokens_per_rank=256,
     ep_sizes=_one(16, 32, 64),
-    hidden_sizes=range(32, 7168 + 1, 32),
-    max_experts=512,
-    max_experts_per_rank=24,
-    max_top_k=16,
-    shared_expert_ranks=False,
     version=1,
     takes_mask=False,
     takes_weights=True,
-    dtypes=SIXTEEN_BIT,
-    buffer_bytes=_a2_full_mesh_bytes,
 )
-A3_VERSION_1 = MC2Limits(
+A3_VERSION_1 = replace(
+    A3_FULL_MESH,
     name="mc2 on A3, version 1",
-    native=True,
     source=_VERSION_1_DOCUMENT,
-    max_tokens_per_rank=512,
     ep_sizes=_one(8, 16, 32, 64, 128, 144, 256, 288),
     hidden_sizes=range(7168, 7168 + 1),
     max_experts=512,
+    max_experts_per_rank_times_ep_size=None,
     max_top_k=8,
     version=1,
     takes_mask=False,
-    dtypes=SIXTEEN_BIT,
     buffer_bytes=_a3_version_1_bytes,
 )
 

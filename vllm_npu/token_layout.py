@@ -136,8 +136,8 @@ def move_together(
 def as_message(
     tensors: Sequence[torch.Tensor],  # each [n, width]
 ) -> tuple[torch.Tensor, Callable[[torch.Tensor], list[torch.Tensor]]]:
-    """The tensors' rows as one message, and what takes such a message apart again, into views. One tensor is its own
-    message."""
+    """The tensors' rows as one contiguous message, and what takes such a message apart again, into views. One tensor is its
+    own message."""
     if len(tensors) == 1:
         return tensors[0].contiguous(), lambda message: [message]
     row_format = RowFormat.of(tensors)

@@ -124,6 +124,25 @@ def test_bad_input_anywhere_is_an_error_everywhere_and_changes_nothing(pools, fa
         assert all(text in said for text in texts), said
 
 
+def brings_what_does_not_fit(rank: Rank) -> list[str]:
+    ep = rank.groups(tp_size=1, dp_size=rank.num_ranks).ep
+    own, communicator = held(OLD[rank.rank]), TorchDistEplbCommunicator(ep)
+    said = []
+    for brought, table in ((own, [*OLD, OLD[0]]), ([w[:2] for w in own], OLD), ([], OLD)):
+        with pytest.raises((InvalidInputError, PlanDisagreementError)) as error:
+            move_experts(brought, table, table, 6, communicator, ep)
+        said.append(str(error.value))
+    return said
+
+
+def test_tables_of_another_group_and_weights_of_other_slots_are_refused(pools):
+    for table, slots, none in pools("gloo", 2).run(brings_what_does_not_fit):
+        assert "the table has 3 ranks, group 'ep' has 2; give one row a rank" in table
+        for rank in range(2):
+            assert f"weights are [(2, 4, 6), (2, 6, 3), (2,)]; each needs 3 experts, the slots of rank {rank}" in slots
+            assert f"weights are []; each needs 3 experts, the slots of rank {rank}" in none
+
+
 def test_a_failure_on_one_rank_is_a_failure_on_all_and_changes_nothing(pools):
     said = pools("gloo", 2).run(stays_as_it_was, {}, True)
     assert said[1] == "TransportError execute on group 'ep' failed on rank 1: the cable is out"

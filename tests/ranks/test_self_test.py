@@ -177,6 +177,25 @@ def test_every_lie_is_refused_by_name_on_every_rank(pools):
                 assert f": {operation} of " in text, (group, operation, lie, text)
 
 
+class GathersZeros(LyingTransport):
+    """Verdicts too do not come through."""
+
+    def _tell(self, operation: str, x: torch.Tensor, result: torch.Tensor, **known) -> torch.Tensor:
+        return torch.zeros_like(result) if operation == "all_gather" else result
+
+
+def finds_out_alone(rank: Rank) -> list[str]:
+    groups = rank.groups(tp_size=1, dp_size=2)
+    with pytest.raises(LyingCollectiveError) as error:
+        run_self_test(groups, GathersZeros(groups.ep, "all_gather", "zeros"), rank.device)
+    return str(error.value).splitlines()[1:]
+
+
+def test_a_rank_that_cannot_tell_the_others_refuses_by_itself(pools):
+    for rank, faults in enumerate(pools("threaded", 2).run(finds_out_alone)):
+        assert faults == [f"  rank {rank}: all_gather of int32 on group 'ep' gives its rank {rank} of 2 zeros"]
+
+
 def honest(rank: Rank, mode: str) -> float:
     groups = rank.groups(tp_size=2, dp_size=2)
     seconds = run_self_test(groups, rank.groups(tp_size=1, dp_size=4).ep, rank.device, mode)

@@ -218,7 +218,7 @@ class Transport(ABC):
     def _all_to_all(self, x: torch.Tensor, send_sizes: Sequence[int], recv_sizes: Sequence[int]) -> torch.Tensor: ...
 
     def _gather_tokens(self, tensors: Sequence[torch.Tensor], sizes: Sequence[int]) -> list[torch.Tensor]:
-        return pack_and_move(tensors, lambda message: self._all_gather(message.contiguous(), sizes))
+        return pack_and_move(tensors, lambda message: self._all_gather(message, sizes))
 
     def _exchange_sizes(self, rows_per_rank: torch.Tensor) -> tuple[list[int], list[int]]:
         ones = [1] * self.size
@@ -237,9 +237,7 @@ class Transport(ABC):
 
     def _exchange_tokens(self, tensors: Sequence[torch.Tensor], rows_per_rank: torch.Tensor) -> Exchanged:
         sent_rows, received_rows = self._exchange_sizes(rows_per_rank)
-        received = pack_and_move(
-            tensors, lambda message: self._all_to_all(message.contiguous(), sent_rows, received_rows)
-        )
+        received = pack_and_move(tensors, lambda message: self._all_to_all(message, sent_rows, received_rows))
         return received, sent_rows, received_rows
 
     @abstractmethod

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,19 +31,25 @@ class GlooTransport(TorchDistTransport):
 
     backend = "gloo"
     device_type = "cpu"
-    _deadline: datetime.timedelta | None = None
+
+    def __init__(self, process_group: dist.ProcessGroup, group: str) -> None:
+        super().__init__(process_group, group)
+        self._deadline = self._backend.options._timeout
+
+    @property
+    def _backend(self) -> Any:
+        return self.process_group._get_backend(torch.device("cpu"))
 
     def watch(self, watchdog: Watchdog) -> None:
         """As above. All collectives of the group, others' too, fail past the deadline, or past the group's own time-out
         where that is shorter."""
         super().watch(watchdog)
-        backend = self.process_group._get_backend(torch.device("cpu"))
-        self._deadline = min(datetime.timedelta(seconds=watchdog.deadline), backend.options._timeout)
-        backend._set_default_timeout(self._deadline)
+        self._deadline = min(datetime.timedelta(seconds=watchdog.deadline), self._backend.options._timeout)
+        self._backend._set_default_timeout(self._deadline)
 
     def _wait(self, work: dist.Work) -> None:
-        """gloo's sends and receives wait for ever unless told how long, whatever the group's time-out is."""
-        work.wait() if self._deadline is None else work.wait(self._deadline)
+        """gloo's sends and receives wait for ever unless told how long."""
+        work.wait(self._deadline)
 
     def close(self) -> None:
         """Release the shared memory."""

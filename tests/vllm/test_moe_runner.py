@@ -1,5 +1,6 @@
 """The MoE layer alone, as vLLM builds it, on several ranks, against a dense computation from the same weights."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -145,19 +146,25 @@ def test_every_strategy_gives_the_dense_output(ranks: VllmRanks, layout, shared,
     ranks.run(run_against_dense, layout.grid, layout, shared, dtype)
 
 
-def run_variant(grid: Grid, layout: Layout, options, top_k: int, factor: float) -> None:
-    """factor: of the routed output; the shared one is added as it is."""
+def outputs_of(layer: Any, config: Any, grid: Grid, layout: Layout) -> Iterator[tuple[str, Tokens, torch.Tensor]]:
+    """Each strategy in a step of its own, on the same tokens: its name, they, and what the layer makes of them."""
     from vllm_npu.plugin.step_planner import planner_of
 
-    config = make_config(grid)
-    layer = build_layer(grid, config, shared=True, top_k=top_k, **options)
-    weights = Weights.random(torch.float32)
+    counts = counts_of(grid)[0]
     for strategy in layout.strategies:
         planner_of(config).propose(strategy)
-        counts = counts_of(grid)[0]
         tokens = Tokens.random(layout, grid, counts, torch.float32)
         with vllm_step(grid, config, counts):
             output = layer(hidden_states=tokens.hidden_states, router_logits=tokens.router_logits)
+        yield strategy, tokens, output
+
+
+def run_variant(grid: Grid, layout: Layout, options, top_k: int, factor: float) -> None:
+    """factor: of the routed output; the shared one is added as it is."""
+    config = make_config(grid)
+    layer = build_layer(grid, config, shared=True, top_k=top_k, **options)
+    weights = Weights.random(torch.float32)
+    for strategy, tokens, output in outputs_of(layer, config, grid, layout):
         routed = dense_moe(tokens, weights, shared=False, top_k=top_k)
         shared = dense_moe(tokens, weights, shared=True, top_k=top_k) - routed
         check_output(output, tokens, routed * factor + shared, (strategy, options))
@@ -170,17 +177,10 @@ def test_routed_experts_are_scaled_once(ranks: VllmRanks, layout):  # noqa: F811
 
 
 def run_weight_on_input(grid: Grid, layout: Layout) -> None:
-    from vllm_npu.plugin.step_planner import planner_of
-
     config = make_config(grid)
     layer = build_layer(grid, config, top_k=1, renormalize=False, apply_router_weight_on_input=True)
     weights = Weights.random(torch.float32)
-    for strategy in layout.strategies:
-        planner_of(config).propose(strategy)
-        counts = counts_of(grid)[0]
-        tokens = Tokens.random(layout, grid, counts, torch.float32)
-        with vllm_step(grid, config, counts):
-            output = layer(hidden_states=tokens.hidden_states, router_logits=tokens.router_logits)
+    for strategy, tokens, output in outputs_of(layer, config, grid, layout):
         x, logits = tokens.whole
         weighted = x * logits.softmax(-1).amax(-1, keepdim=True)
         expected = dense_moe(Tokens(weighted, logits, (weighted, logits), tokens.own), weights, shared=False, top_k=1)
@@ -193,8 +193,6 @@ def test_the_router_weight_may_go_on_the_input(ranks: VllmRanks, layout):  # noq
 
 
 def run_bias(grid: Grid, layout: Layout) -> None:
-    from vllm_npu.plugin.step_planner import planner_of
-
     config = make_config(grid)
     layer = build_layer(grid, config, has_bias=True)
     generator = torch.Generator().manual_seed(5)
@@ -208,12 +206,7 @@ def run_bias(grid: Grid, layout: Layout) -> None:
             experts.w2_bias, down_bias[expert], "model.layers.0.mlp.experts.w2_bias", "w2", expert
         )
     weights = Weights.random(torch.float32)
-    for strategy in layout.strategies:
-        planner_of(config).propose(strategy)
-        counts = counts_of(grid)[0]
-        tokens = Tokens.random(layout, grid, counts, torch.float32)
-        with vllm_step(grid, config, counts):
-            output = layer(hidden_states=tokens.hidden_states, router_logits=tokens.router_logits)
+    for strategy, tokens, output in outputs_of(layer, config, grid, layout):
         logits = tokens.whole[1].double()
         scores, ids = logits.softmax(-1).topk(TOP_K, dim=-1)
         choice = torch.zeros_like(logits).scatter_(1, ids, scores / scores.sum(-1, keepdim=True))
@@ -280,17 +273,10 @@ def test_shared_experts_may_be_wider_than_the_routed_ones(ranks: VllmRanks, layo
 def run_without_final_reduction(grid: Grid, layout: Layout, shared: bool) -> None:
     from vllm.distributed import get_tp_group
 
-    from vllm_npu.plugin.step_planner import planner_of
-
     config = make_config(grid)
     layer = build_layer(grid, config, shared=shared, reduce_results=False)
     assert layer.moe_config.skip_final_all_reduce
-    for strategy in layout.strategies:
-        planner_of(config).propose(strategy)
-        counts = counts_of(grid)[0]
-        tokens = Tokens.random(layout, grid, counts, torch.float32)
-        with vllm_step(grid, config, counts):
-            partial = layer(hidden_states=tokens.hidden_states, router_logits=tokens.router_logits)
+    for strategy, tokens, partial in outputs_of(layer, config, grid, layout):
         output = get_tp_group().all_reduce(partial.clone())  # as the model's next layer does
         check_output(output, tokens, dense_moe(tokens, Weights.random(torch.float32), shared=shared), strategy)
 

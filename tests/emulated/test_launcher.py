@@ -42,7 +42,8 @@ def emulator(*arguments: str, env: dict[str, str | None] | None = None) -> subpr
 
 def test_each_rank_gets_torchruns_variables(launch_script):
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    outcome = launch_script(f"import os; print(*(os.environ[name] for name in {names}))", 3)
+    line = f"' '.join(os.environ[name] for name in {names})"
+    outcome = launch_script(f"import os; os.write(1, ({line} + '\\n').encode())", 3)  # at once: ranks share the pipe
     lines = sorted(outcome.output.split("\n")[:-1])
     assert outcome.code == 0
     port = lines[0].split()[-1]

@@ -1,7 +1,9 @@
 """Large messages over gloo between ranks of one host: the values that sockets give, errors where sizes differ."""
 
+import gc
 import json
 import os
+import resource
 from itertools import product
 from pathlib import Path
 
@@ -118,6 +120,7 @@ def test_what_does_not_fit_goes_over_sockets(pools, num_rows, fits):
         ({"boot": "another"}, "it runs on another host"),
         ({"mark": "0" * 16}, "is something else; it runs in another container"),
         ({"path": "/proc/self/fd/no"}, "No such file"),
+        ({"path": __file__}, "mmap length is greater than file size"),
     ],
 )
 def test_a_rank_whose_memory_cannot_be_read_is_named(changed, expected):
@@ -131,3 +134,27 @@ def test_a_rank_whose_memory_cannot_be_read_is_named(changed, expected):
     with pytest.raises(UnsupportedConfigError, match="rank 0 cannot read the memory of rank 1") as error:
         SharedWindow.open(0, exchange_with_another)
     assert expected in str(error.value)
+
+
+def test_a_rank_without_memory_to_share_is_named_and_this_ranks_is_released():
+    with pytest.raises(UnsupportedConfigError, match=r"^rank 1: no memory to share: \[Errno 24\]"):
+        SharedWindow.open(0, lambda text: [text, "no memory to share: [Errno 24] Too many open files"])
+    gc.collect()  # the error's frames
+    assert "vllm_npu_window" not in MAPS.read_text()
+
+
+def test_a_rank_that_can_open_no_file_says_so():
+    told = []
+
+    def exchange_with_another(text: str) -> list[str]:
+        told.append(text)
+        return [text, '{"boot": "", "path": "", "mark": ""}']
+
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, before[1]))
+    try:
+        with pytest.raises(UnsupportedConfigError, match="rank 0: no memory to share"):
+            SharedWindow.open(0, exchange_with_another)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert told == ["no memory to share: [Errno 24] Too many open files"]

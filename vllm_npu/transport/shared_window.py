@@ -10,6 +10,7 @@ import os
 import secrets
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Self
 
@@ -20,6 +21,7 @@ from vllm_npu.errors import UnsupportedConfigError
 
 CAPACITY = 64 << 20  # bytes of a message; memory is used only once it is written to
 HALVES = 2  # one to write while others may still read the other
+LENGTH = HALVES * CAPACITY + mmap.PAGESIZE
 MARK_BYTES = 16  # at the end, by which a rank knows that it opened the right memory
 MAX_TEXT_BYTES = 512
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -36,29 +38,25 @@ class SharedWindow:
     @classmethod
     def open(cls, rank: int, exchange: Callable[[str], list[str]], *, wanted: bool = True) -> Self:
         """COLLECTIVE: `exchange` gives every rank's text, cut after MAX_TEXT_BYTES, in rank order. Raises
-        UnsupportedConfigError on every rank where one does not want it, or cannot read another's memory. Nothing is left in
-        the file system, and nothing remains when the ranks end."""
-        unwilling = [other for other, text in enumerate(exchange("wanted" if wanted else "")) if not text]
-        if unwilling:
-            raise UnsupportedConfigError(f"{envs.SHARED_WINDOW.name}=0 on ranks {unwilling}")
-        length = HALVES * CAPACITY + mmap.PAGESIZE
-        mark = secrets.token_hex(MARK_BYTES // 2).encode()
-        descriptor = os.memfd_create("vllm_npu_window")
-        try:
-            os.ftruncate(descriptor, length)
-            own = mmap.mmap(descriptor, length)
-            own[-MARK_BYTES:] = mark
-            place = {"boot": _boot_id(), "path": f"/proc/{os.getpid()}/fd/{descriptor}", "mark": mark.decode()}
-            places = [json.loads(text) for text in exchange(json.dumps(place))]
+        UnsupportedConfigError on every rank where one does not want it, has no memory to share, or cannot read another's.
+        Nothing is left in the file system, and nothing remains when the ranks end."""
+        mark = secrets.token_hex(MARK_BYTES // 2)
+        with ExitStack() as until_all_have_opened:
+            try:
+                own, offer = _offer(mark, until_all_have_opened) if wanted else (None, f"{envs.SHARED_WINDOW.name}=0")
+            except OSError as error:
+                own, offer = None, f"no memory to share: {error}"
+            offers = exchange(offer)
+            refusals = [f"rank {other}: {text}" for other, text in enumerate(offers) if not text.startswith("{")]
+            if own is None or refusals:
+                raise UnsupportedConfigError("; ".join(refusals))
             windows, failure = [], ""
             try:
-                for other, place_of_other in enumerate(places):
-                    windows.append(own if other == rank else _open_memory(**place_of_other, length=length))
-            except (OSError, UnsupportedConfigError) as error:
+                for other, text in enumerate(offers):
+                    windows.append(own if other == rank else _open_memory(**json.loads(text)))
+            except (OSError, ValueError, UnsupportedConfigError) as error:  # a ValueError: the file is shorter
                 failure = f"rank {rank} cannot read the memory of rank {len(windows)}: {error}"
             failures = list(filter(None, exchange(failure)))
-        finally:
-            os.close(descriptor)
         if failures:
             raise UnsupportedConfigError(failures[0])
         with warnings.catch_warnings():
@@ -83,12 +81,22 @@ def _boot_id() -> str:
     return BOOT_ID.read_text().strip()
 
 
-def _open_memory(*, boot: str, path: str, mark: str, length: int) -> mmap.mmap:
+def _offer(mark: str, until_all_have_opened: ExitStack) -> tuple[mmap.mmap, str]:
+    """New memory, and the text by which another process opens it, while its descriptor is open."""
+    descriptor = os.memfd_create("vllm_npu_window")
+    until_all_have_opened.callback(os.close, descriptor)
+    os.ftruncate(descriptor, LENGTH)
+    memory = mmap.mmap(descriptor, LENGTH)
+    memory[-MARK_BYTES:] = mark.encode()
+    return memory, json.dumps({"boot": _boot_id(), "path": f"/proc/{os.getpid()}/fd/{descriptor}", "mark": mark})
+
+
+def _open_memory(*, boot: str, path: str, mark: str) -> mmap.mmap:
     if boot != _boot_id():
         raise UnsupportedConfigError("it runs on another host")
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     try:
-        memory = mmap.mmap(descriptor, length, access=mmap.ACCESS_READ)
+        memory = mmap.mmap(descriptor, LENGTH, access=mmap.ACCESS_READ)
     finally:
         os.close(descriptor)
     if memory[-MARK_BYTES:] != mark.encode():

@@ -18,9 +18,8 @@ class PlannedStep:
 
     plan: StepPlan
     strategy: str
-    confirm: Callable[
-        [], None
-    ]  # waits for the vote on the plan; raises PlanDisagreementError where ranks' plans differ
+    confirm: Callable[[], None]
+    """Waits for the vote on the plan. Raises PlanDisagreementError where ranks' plans differ."""
 
 
 def as_additional_context(step: PlannedStep) -> dict[str, Any]:

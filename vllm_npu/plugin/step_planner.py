@@ -95,11 +95,11 @@ class StepPlanner:
             self._start_vote(plan)
             if self._must_wait(plan):
                 self.confirm()
+            if self._planned == 0:
+                groups = model_groups(expert_parallel=self._topology.expert_parallel)
+                watch_groups(groups)
+                self._test_collectives(groups)
         requested = self._agreed or self.proposed
-        if self._planned == 0 and self._topology.world_size > 1:
-            groups = model_groups(expert_parallel=self._topology.expert_parallel)
-            watch_groups(groups)
-            self._test_collectives(groups)
         selection = select(requested, self._topology, plan, layer=self._layer, device=self._device)
         if self._topology.rank == 0 and (self.selection is None or self.selection.strategy != selection.strategy):
             logger.info("MoE communication: %s on %s (%s)", selection.strategy, self._topology, selection.reason)

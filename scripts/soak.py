@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from vllm_npu.cli.engines import folder_for_sockets, free_port
+from vllm_npu.cli.engine_processes import folder_for_sockets, free_port
 from vllm_npu.cli.process_tree import ProcessTree
 from vllm_npu.cli.tiny_models import DEMO_MAX_TOKENS, QWEN3_MOE, demo_prompts, write_tiny_model
 from vllm_npu.envs import MOE_COMM

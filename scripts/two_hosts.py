@@ -31,7 +31,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from vllm_npu.cli.engines import require_vllm
+from vllm_npu.cli.engine_processes import require_vllm
 from vllm_npu.cli.http_engine import ask_server
 from vllm_npu.cli.process_tree import ProcessTree
 from vllm_npu.cli.tiny_models import QWEN3_MOE, write_tiny_model

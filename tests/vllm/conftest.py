@@ -12,7 +12,8 @@ import pytest
 
 from tests.vllm.text_prompts import TEXT_MAX_TOKENS, text_prompts
 from vllm_npu.cli.demo import SAFE_MARGIN
-from vllm_npu.cli.engines import EngineSet, Parallelism, require_vllm
+from vllm_npu.cli.engine_processes import Parallelism, require_vllm
+from vllm_npu.cli.engines import EngineSet
 from vllm_npu.cli.process_tree import SHARED_MEMORY_FOLDER, mapped_shared_memory
 from vllm_npu.cli.tiny_models import DEMO_MAX_TOKENS, QWEN3_MOE, TinyModel, demo_prompts, write_tiny_model
 from vllm_npu.errors import UnsupportedConfigError

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.vllm.text_prompts import TEXT_MAX_TOKENS, TEXTS
-from vllm_npu.cli.engines import free_port
+from vllm_npu.cli.engine_processes import free_port
 from vllm_npu.cli.tiny_models import DEMO_MAX_TOKENS, QWEN3_MOE, TinyModel
 
 pytestmark = pytest.mark.slow

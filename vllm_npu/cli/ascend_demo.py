@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from vllm_npu import envs
-from vllm_npu.cli.engines import Parallelism
+from vllm_npu.cli.engine_processes import Parallelism
 from vllm_npu.cli.http_engine import HttpEngine, Served
 from vllm_npu.cli.stop_signals import StopSignals
 from vllm_npu.cli.tiny_models import DEEPSEEK_V3, QWEN3_MOE, TinyModel, demo_prompts, write_tiny_model

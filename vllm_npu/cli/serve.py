@@ -12,7 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Final
 
-from vllm_npu.cli.engines import require_vllm
+from vllm_npu.cli.engine_processes import require_vllm
 from vllm_npu.cli.process_tree import ProcessTree
 from vllm_npu.envs import METRICS, MOE_COMM, PROMETHEUS_FOLDER
 from vllm_npu.errors import UnsupportedConfigError

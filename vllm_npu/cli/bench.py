@@ -1,6 +1,5 @@
 """`vllm-npu bench`: every strategy beside its peers in one run."""
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,9 +11,10 @@ from rich.table import Table
 
 from vllm_npu.benchmark import STRATEGY, Workload, best, counts_of, measure, with_ratios
 from vllm_npu.cli.charts import import_pyplot
-from vllm_npu.cli.devices import TRANSPORT_CHOICES, conditions_of, rank_pool, split_symmetric
+from vllm_npu.cli.devices import TRANSPORT_CHOICES, as_title, conditions_of, rank_pool, split_symmetric
 from vllm_npu.cli.layers import moe_layer
-from vllm_npu.cli.shared_options import Dtype, Experts, HiddenSize, JsonPath, PlotPath, SeveralRanks, TopK
+from vllm_npu.cli.outputs import JsonPath, PlotPath, write_rows
+from vllm_npu.cli.shared_options import Dtype, Experts, HiddenSize, SeveralRanks, TopK
 from vllm_npu.errors import UnsupportedConfigError
 from vllm_npu.topology import ExpertPlacement
 
@@ -63,7 +63,7 @@ def bench(
             "rounds": rounds,
             "graph": graph,
         }
-        title = ", ".join(f"{name} {value}" for name, value in conditions.items())
+        title = as_title(conditions)
         table = Table(
             "tokens", "exchange", "µs (median)", "p10", "p90", "of AgRs", "collectives", "KiB sent a rank", "of link",
             title=title,
@@ -90,8 +90,7 @@ def bench(
                 )  # fmt: skip
             table.add_section()
     Console(width=None if Console().is_terminal else 140).print(table)
-    if json_path is not None:
-        json_path.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+    write_rows(json_path, rows)
     if plot is not None:
         _draw(rows, title, plot)
 

@@ -1,6 +1,5 @@
 """`vllm-npu bench eplb`: every way of moving experts between ranks, in one run."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.util import find_spec
@@ -13,9 +12,10 @@ from rich.table import Table
 
 from vllm_npu.cli.bench import BETWEEN_PROCESSES
 from vllm_npu.cli.charts import import_pyplot
-from vllm_npu.cli.devices import conditions_of, rank_pool
+from vllm_npu.cli.devices import as_title, conditions_of, rank_pool
 from vllm_npu.cli.layers import DTYPES
-from vllm_npu.cli.shared_options import JsonPath, PlotPath, SeveralRanks
+from vllm_npu.cli.outputs import JsonPath, PlotPath, write_rows
+from vllm_npu.cli.shared_options import SeveralRanks
 from vllm_npu.eplb.benchmark import (
     HIDDEN_SIZE,
     INTERMEDIATE_SIZE,
@@ -72,7 +72,7 @@ def bench_eplb(
     }
     table = Table(
         "communicator", "ms (median)", "min", "max", "GB/s a rank",
-        title=", ".join(f"{name} {value}" for name, value in conditions.items()),
+        title=as_title(conditions),
     )  # fmt: skip
     fastest = min(results, key=lambda each: each.ms_median)
     for result in results:
@@ -94,10 +94,7 @@ def bench_eplb(
         )
     if plot is not None:
         _draw(results, balances, conditions, plot)
-    if json_path is not None:
-        rows = [{**conditions, **asdict(result)} for result in results]
-        rows += [asdict(each) for each in balances]
-        json_path.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+    write_rows(json_path, [*({**conditions, **asdict(result)} for result in results), *map(asdict, balances)])
 
 
 def _of_vllm(transport: str, seed: int) -> "tuple[Peers | None, list[Balance]]":
@@ -120,7 +117,7 @@ def _draw(
     names = [f"{each.name}\n{each.gb_per_second:.2f} GB/s" for each in results]
     axes[0, 0].bar(names, medians, yerr=reach, capsize=4)
     axes[0, 0].set(ylabel="ms (median; whiskers: fastest and slowest round)")
-    axes[0, 0].set_title(", ".join(f"{name} {value}" for name, value in conditions.items()), fontsize=7, wrap=True)
+    axes[0, 0].set_title(as_title(conditions), fontsize=7, wrap=True)
     if balances:
         places = range(len(balances))
         for offset, label, values in (

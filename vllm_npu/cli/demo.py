@@ -19,6 +19,7 @@ from rich.table import Table
 
 from vllm_npu.cli.engine_processes import EngineFailedError, Parallelism, require_vllm
 from vllm_npu.cli.engines import EngineSet, Generation
+from vllm_npu.cli.outputs import JsonPath
 from vllm_npu.cli.stop_signals import Interrupted, StopSignals
 from vllm_npu.cli.tiny_models import DEEPSEEK_V2, DEMO_MAX_TOKENS, QWEN3_MOE, TinyModel, demo_prompts, write_tiny_model
 from vllm_npu.errors import UnsupportedConfigError
@@ -140,7 +141,7 @@ def demo(
             help="Over HTTP beside vllm-ascend, on two emulated NPUs (A3; with --full also A2, DeepSeek-V3, W8A8).",
         ),
     ] = False,
-    json_path: Annotated[Path | None, typer.Option("--json", help="Write the results here.")] = None,
+    json_path: JsonPath = None,
     log_folder: Annotated[Path | None, typer.Option("--logs", help="Keep the engines' logs in this folder.")] = None,
 ) -> None:
     """Run every strategy inside real vLLM on a tiny random model and compare each token with vanilla vLLM.

@@ -39,6 +39,11 @@ def conditions_of(transport: str, ranks: int, device: str) -> dict[str, Any]:
     }
 
 
+def as_title(conditions: dict[str, Any]) -> str:
+    """Of a table or a chart."""
+    return ", ".join(f"{name} {value}" for name, value in conditions.items())
+
+
 @contextmanager
 def rank_pool(transport: str, ranks: int) -> Iterator[tuple[RankPool, str]]:
     """Ranks over this transport, and the name of their device. hccl without CANN: the emulated Ascend device."""

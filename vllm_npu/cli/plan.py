@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vllm_npu.cli.layers import DTYPES, layer_of_model
-from vllm_npu.cli.shared_options import JsonPath
+from vllm_npu.cli.outputs import JsonPath
 from vllm_npu.envs import HCCL_BUFFSIZE
 from vllm_npu.errors import UnsupportedConfigError
 from vllm_npu.limits import DEVICES

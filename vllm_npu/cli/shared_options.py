@@ -1,6 +1,5 @@
-"""Options that several commands take, so that they read and mean the same in each."""
+"""Options of a layer and its ranks that several commands take, so that they read and mean the same in each."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -13,5 +12,3 @@ Experts = Annotated[int, typer.Option(min=1, help="Experts of the layer.")]
 TopK = Annotated[int, typer.Option(min=1, help="Experts a token.")]
 HiddenSize = Annotated[int, typer.Option(min=1, help="hidden_size.")]
 Dtype = Annotated[str, typer.Option(help=f"Of hidden states: {', '.join(DTYPES)}.")]
-JsonPath = Annotated[Path | None, typer.Option("--json", help="Write the results here.")]
-PlotPath = Annotated[Path | None, typer.Option(help="Draw them here: .png, .svg or .pdf (needs matplotlib).")]

@@ -1,6 +1,5 @@
 """`vllm-npu simulate`: what the exchange of a layer would take on clusters that are not here."""
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,7 +10,8 @@ from rich.table import Table
 
 from vllm_npu.cli.charts import import_pyplot
 from vllm_npu.cli.layers import moe_layer
-from vllm_npu.cli.shared_options import Dtype, HiddenSize, JsonPath, TopK
+from vllm_npu.cli.outputs import JsonPath, in_a_folder, write_rows
+from vllm_npu.cli.shared_options import Dtype, HiddenSize, TopK
 from vllm_npu.errors import UnsupportedConfigError
 from vllm_npu.limits import MoELayer
 from vllm_npu.simulation import Comparison, Estimate, Fabric, Workload, compare, estimates, fabrics, fastest
@@ -35,7 +35,10 @@ def simulate(
     seed: Annotated[int, typer.Option(help="Of the popularity and of what ranks receive.")] = 0,
     published: Annotated[bool, typer.Option("--published", help="Compare with published times instead.")] = False,
     json_path: JsonPath = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw which strategy is fastest where: .png, .svg, .pdf.")] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(callback=in_a_folder, help="Draw which strategy is fastest where: .png, .svg, .pdf."),
+    ] = None,
 ) -> None:
     """Estimate dispatch, combine and the step's MoE layers from the bandwidths and start-up times of fabrics.toml.
 
@@ -71,8 +74,7 @@ def simulate(
             for each in each_found
             if each.reason is None
         ]
-    if json_path is not None:
-        json_path.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+    write_rows(json_path, rows)
     if plot is not None:
         best = {
             name: [
@@ -135,9 +137,7 @@ def comparison_rows(compared: list[Comparison]) -> list[str]:
 
 def _print_comparison(compared: list[Comparison], json_path: Path | None) -> None:
     print("\n".join(comparison_rows(compared)))
-    if json_path is not None:
-        rows = [{**asdict(each), "error": each.error} for each in compared]
-        json_path.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+    write_rows(json_path, [{**asdict(each), "error": each.error} for each in compared])
 
 
 def _draw(

@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.progress import track
 
 from vllm_npu.cli.devices import TRANSPORT_CHOICES, rank_pool, split_symmetric
-from vllm_npu.cli.shared_options import JsonPath, Ranks
+from vllm_npu.cli.outputs import JsonPath
+from vllm_npu.cli.shared_options import Ranks
 from vllm_npu.errors import UnsupportedConfigError, VllmNpuError
 from vllm_npu.limits import DeviceLimits
 from vllm_npu.strategies import ALL_STRATEGIES, STRATEGIES

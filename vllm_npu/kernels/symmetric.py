@@ -46,6 +46,15 @@ def _scales_of(scales, token, s, SCALE_WORDS: tl.constexpr):
         return tl.load(scales + token * SCALE_WORDS + s, mask=s < SCALE_WORDS)
 
 
+@triton.jit
+def _signal_others(addresses, others, rank, flags_offset, rank_flags, program, epoch, DEPENDENT_LAUNCH: tl.constexpr):
+    """This program's rows are in the other ranks' windows; the next kernel of this rank may start."""
+    flags = (addresses + flags_offset + rank * rank_flags * 4).to(tl.pointer_type(tl.int32)) + program
+    signal(flags, others, epoch)
+    if DEPENDENT_LAUNCH:
+        gdc_launch_dependents()
+
+
 @triton.jit(do_not_specialize=["num_tokens", "rank", "experts_per_rank", "timeout_ns"])
 def dispatch_kernel(
     hidden_states,  # [num_tokens, HIDDEN_WORDS * 4 bytes]
@@ -120,10 +129,7 @@ def dispatch_kernel(
                 received_scales = _in_window(addresses, ranks, destination, scales_offset, tl.float32)
                 tl.store(received_scales + slot * SCALE_WORDS + s, row_scales, mask=(s < SCALE_WORDS) & addressed)
     others = (ranks < EP_SIZE) & (ranks != rank)
-    flags = (addresses + flags_offset + rank * rank_flags * 4).to(tl.pointer_type(tl.int32)) + program
-    signal(flags, others, epoch)
-    if DEPENDENT_LAUNCH:
-        gdc_launch_dependents()
+    _signal_others(addresses, others, rank, flags_offset, rank_flags, program, epoch, DEPENDENT_LAUNCH)
     if program == 0:
         tl.store(epochs + 1, epoch)
     own_flags = _in_window(addresses, ranks, rank, flags_offset, tl.int32) + ranks * rank_flags + program
@@ -186,10 +192,7 @@ def combine_kernel(
             returned = _in_window(addresses, ranks, source, returned_offset, element_type)
             tl.store(returned + own_slot * WIDTH + columns, row, mask=inside)
     others = (ranks < EP_SIZE) & (ranks != rank)
-    flags = (addresses + flags_offset + rank * rank_flags * 4).to(tl.pointer_type(tl.int32)) + program
-    signal(flags, others, epoch)
-    if DEPENDENT_LAUNCH:
-        gdc_launch_dependents()
+    _signal_others(addresses, others, rank, flags_offset, rank_flags, program, epoch, DEPENDENT_LAUNCH)
     if program == 0:
         tl.store(epochs, epoch + 1)
     is_token = True

@@ -24,7 +24,7 @@ from vllm_npu.transport.peers import Peer, PeerExchanges, Tokens
 from vllm_npu.transport.recording import CollectiveCounter
 from vllm_npu.verification import limits_of_device
 
-HOST_READS_SIZES = ("all2all",)  # so no graph can hold it
+HOST_READS_SIZES = ("all2all",)  # in what is timed here, where sorts by expert are left out: no graph can hold it
 WARM_UP_ROUNDS = 5
 CALLS_IN_A_GRAPH = 10  # one behind another, so that starting the graph costs each a tenth
 LINK_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20, "npu": 16 << 20}  # what each rank sends to find the bandwidth

@@ -105,10 +105,9 @@ def _orders(traces: Mapping[int, RankTrace]) -> list[Finding]:
         for rank in late:
             last = traces[rank].calls[-1:]
             if last and not last[0].done and last[0].operation not in PEER_TO_PEER:
+                # It is inside the one, and will come to the other.
                 when.setdefault((group, number), last[0].index)
-                after[last[0].meeting].setdefault(
-                    (group, number), rank
-                )  # it is inside the one, and will come to the other
+                after[last[0].meeting].setdefault((group, number), rank)
     on_cycles = _without_ends(after)
     for start in sorted(on_cycles, key=lambda meeting: (when[meeting], str(meeting[0]))):
         cycle = _shortest_cycle(start, after, on_cycles)
@@ -198,9 +197,6 @@ def _waits(traces: Mapping[int, RankTrace]) -> list[Finding]:
         lines += [f"ranks {unknown}: no trace of them here"] if unknown else []
         findings.append(Finding(Kind.WAITING, tuple(late + unknown), "\n  ".join(lines), group))
     return findings
-
-
-# --- the files ---
 
 
 def report(traces: Sequence[RankTrace]) -> str:

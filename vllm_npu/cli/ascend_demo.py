@@ -4,6 +4,7 @@ against vllm-ascend's own MoE communication.
 Collectives and bytes are those of our groups, on the first data-parallel rank's workers: after allgather and naive vllm-ascend
 adds over tp itself, which is not counted."""
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -205,8 +206,6 @@ class AscendDemo:
 @contextmanager
 def chip(name: str) -> Iterator[None]:
     """Emulated devices inside the block pass for this chip."""
-    import os
-
     before = os.environ.get(envs.EMULATOR_SOC.name)
     os.environ[envs.EMULATOR_SOC.name] = name
     try:

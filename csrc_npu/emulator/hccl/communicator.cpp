@@ -57,11 +57,12 @@ Segment* map_segment(const std::string& name, std::size_t& bytes, std::string& f
     if (status.st_size != 0 || ftruncate(descriptor, static_cast<off_t>(bytes)) == 0) {
       mapped = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, descriptor, /*offset=*/0);
     }
+    flock(descriptor, LOCK_UN);  // closing alone would not unlock: the mapping holds on to the lock
   }
   if (mapped == MAP_FAILED) {
     fault = "cannot use the shared memory " + name + ": " + std::strerror(errno);
   }
-  close(descriptor);  // unlocks
+  close(descriptor);
   return mapped == MAP_FAILED ? nullptr : static_cast<Segment*>(mapped);
 }
 

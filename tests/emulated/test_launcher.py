@@ -207,6 +207,8 @@ def test_chips_and_families():
     ):
         soc.resolve("Ascend910A")
     assert "soc 'H100' is not emulated" in emulator("run", "--soc", "H100", "-m", "this").stderr
+    by_environment = emulator("run", "-m", "this", env={"VLLM_NPU_EMULATOR_SOC": "H200"})
+    assert "soc 'H200' is not emulated" in by_environment.stderr
 
 
 def test_trace_lists_the_calls(launch_script):

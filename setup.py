@@ -32,9 +32,7 @@ class BuildWithNativeSources(build_py):
         if not self.editable_mode:  # a checkout has them beside the package
             destination = Path(self.build_lib) / "vllm_npu" / "csrc_npu"
             ignored = shutil.ignore_patterns("__pycache__")
-            for component in ("emulator", "ops"):
-                source = ROOT / "csrc_npu" / component
-                shutil.copytree(source, destination / component, ignore=ignored, dirs_exist_ok=True)
+            shutil.copytree(ROOT / "csrc_npu", destination, ignore=ignored, dirs_exist_ok=True)
 
 
 def read_readme() -> str:

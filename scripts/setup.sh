@@ -107,8 +107,7 @@ fi
 checkout_key=$({
   printf '%s\n%s\n' "$packages_key" "$root"
   cd "$root"
-  cat setup.py pyproject.toml vllm_npu/__init__.py CMakeLists.txt
-  find csrc_npu -name CMakeLists.txt -print | LC_ALL=C sort | xargs cat
+  cat setup.py pyproject.toml vllm_npu/__init__.py
 } | sha)
 overlay=$env_home/checkout-$checkout_key
 

@@ -19,11 +19,12 @@ from vllm_npu.errors import NativeBuildError
 COMPILERS = ("c++", "g++", "clang++")
 JOBS = max(1, min(os.cpu_count() or 1, 8))
 SHOWN_LOG_LINES = 40
+BUILD_FILE = "CMakeLists.txt"  # of csrc_npu: what all components are built with
 
 
 @dataclass(frozen=True, slots=True)
 class Component:
-    """One folder of csrc_npu that has a CMakeLists.txt of its own. Its libraries end up in BUILD/lib."""
+    """A folder of csrc_npu, built by itself."""
 
     name: str  # of the folder
     what: str  # in messages
@@ -32,11 +33,11 @@ class Component:
     install_hint: str = "pip install 'vllm-npu[emulator]'"  # brings what building needs
 
     def source_folder(self) -> Path:
-        """csrc_npu/<name>: beside the package in a checkout, inside of it in an installation."""
+        """csrc_npu: beside the package in a checkout, inside of it in an installation."""
         package = Path(__file__).resolve().parent
         for parent in (package.parent, package):
-            folder = parent / "csrc_npu" / self.name
-            if (folder / "CMakeLists.txt").is_file():
+            folder = parent / "csrc_npu"
+            if (folder / BUILD_FILE).is_file():
                 return folder
         raise self.error(
             f"the C++ sources of {self.what} are neither beside nor in {package}; install vllm-npu from a checkout "
@@ -83,7 +84,7 @@ class Component:
         """Changes with everything that the libraries are made from."""
         digest = hashlib.sha256()
         folder = self.source_folder()
-        for path in sorted(folder.rglob("*")):
+        for path in (folder / BUILD_FILE, *sorted((folder / self.name).rglob("*"))):
             if path.is_file() and "__pycache__" not in path.parts:
                 digest.update(f"{path.relative_to(folder)}\n".encode())
                 digest.update(path.read_bytes())
@@ -130,6 +131,7 @@ class Component:
             self._run_step(
                 [
                     *(cmake, "-S", str(self.source_folder()), "-B", building, "-G", "Ninja"),
+                    f"-DCOMPONENTS={self.name}",
                     f"-DCMAKE_MAKE_PROGRAM={ninja}",
                     f"-DCMAKE_CXX_COMPILER={compiler}",
                     f"-DPython3_EXECUTABLE={sys.executable}",

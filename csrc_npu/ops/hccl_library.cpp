@@ -3,36 +3,23 @@
 #include <c10/util/Exception.h>
 #include <dlfcn.h>
 
+#include <map>
+#include <utility>
+
 #include "acl/acl.h"
 
 namespace vllm_npu {
 namespace {
 
-struct Remedy {
-  HcclResult code;
-  const char* name;
-  const char* what_to_do;
-};
+// Set before the first call of HCCL, then only read.
+std::map<std::int64_t, std::string>& remedies() {
+  static auto* by_code = new std::map<std::int64_t, std::string>;
+  return *by_code;
+}
 
-// Codes: hccl_types.h. What is not here gets the last row.
-constexpr Remedy kRemedies[] = {
-    {HCCL_E_PARA, "parameter error", "compare what each rank passed: counts and types must match between them"},
-    {HCCL_E_MEMORY, "memory error", "lower HCCL_BUFFSIZE or the memory that the engine may use"},
-    {HCCL_E_OOM, "out of memory", "lower HCCL_BUFFSIZE or the memory that the engine may use"},
-    {HCCL_E_NOT_SUPPORT, "not supported", "set VLLM_NPU_HCCL_OPS=0 to go through torch.distributed"},
-    {HCCL_E_TIMEOUT, "time-out", "look for the rank that is late or lost, or raise HCCL_EXEC_TIMEOUT"},
-    {HCCL_E_TCP_CONNECT, "connection failed", "check the network between the ranks' hosts and HCCL_IF_IP"},
-    {HCCL_E_ROCE_CONNECT, "connection failed", "check the devices' network (hccn_tool)"},
-    {HCCL_E_NETWORK, "network error", "check the devices' network (hccn_tool)"},
-    {HCCL_E_REMOTE, "another rank failed", "look at the other ranks' logs"},
-    {HCCL_E_SUSPENDING, "the communicator is suspended", "restart the group's ranks"},
-    {HCCL_E_RESERVED, "see hccl_types.h", "look at the first error in the ranks' logs; restart the group's ranks"},
-};
-
-const Remedy& remedy_of(HcclResult code) {
-  const Remedy* row = kRemedies;
-  while (row->code != code && row->code != HCCL_E_RESERVED) ++row;
-  return *row;
+std::string& other_remedy() {
+  static auto* text = new std::string;
+  return *text;
 }
 
 template <typename Function>
@@ -62,11 +49,17 @@ const HcclLibrary& hccl() {
   return library;
 }
 
+void set_remedies(c10::IntArrayRef codes, const std::vector<std::string>& texts, std::string other) {
+  for (std::size_t i = 0; i < codes.size(); ++i) remedies()[codes[i]] = texts.at(i);
+  other_remedy() = std::move(other);
+}
+
 void check(HcclResult result, const char* function) {
   if (result == HCCL_SUCCESS) return;
-  const Remedy& remedy = remedy_of(result);
+  const auto known = remedies().find(result);
   const char* text = aclGetRecentErrMsg();
-  TORCH_CHECK(false, function, " returned ", static_cast<int>(result), " (", remedy.name, "); ", remedy.what_to_do,
+  TORCH_CHECK(false, function, " returned ", static_cast<int>(result), " ",
+              known == remedies().end() ? other_remedy() : known->second,
               text == nullptr ? "" : ". HCCL says: ", text == nullptr ? "" : text);
 }
 

@@ -1,7 +1,11 @@
 // HCCL's functions, looked up in the library that torch_npu has loaded, and what to do about their result codes.
 #pragma once
 
+#include <c10/util/ArrayRef.h>
+
 #include <cstdint>
+#include <string>
+#include <vector>
 
 #include "hccl/hccl.h"
 
@@ -19,6 +23,9 @@ struct HcclLibrary {
 
 // Raises c10::Error where libhccl.so is not loaded, or lacks what every version has.
 const HcclLibrary& hccl();
+
+// What to do about result codes, and about all others. vllm_npu/hccl/library.py has the table.
+void set_remedies(c10::IntArrayRef codes, const std::vector<std::string>& texts, std::string other);
 
 // Raises c10::Error unless `result` is HCCL_SUCCESS: the function, the code, HCCL's own text, and what to do.
 void check(HcclResult result, const char* function);

@@ -1,9 +1,11 @@
-// Rows of tokens between the ranks of an HCCL group: pack, move, unpack in one call, on the current stream, without padding.
+// Rows of tokens between the ranks of an HCCL group: pack, move, unpack in one call, on the current stream, without
+// padding.
 //
 // Bytes travel as int8, which every chip's collectives take; sums travel in their own type.
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <functional>
 #include <map>
 #include <mutex>
@@ -324,14 +326,13 @@ at::Tensor scatter_reduce_tokens(const at::Tensor& x, at::IntArrayRef sizes, std
 
 template <typename Function>
 auto& operator_named(const char* name) {
-  static const auto handle =
-      c10::Dispatcher::singleton().findSchemaOrThrow(name, "").template typed<Function>();
+  static const auto handle = c10::Dispatcher::singleton().findSchemaOrThrow(name, "").template typed<Function>();
   return handle;
 }
 
 std::vector<at::Tensor> gather_tokens(at::TensorList tensors, c10::SymIntArrayRef sizes, c10::string_view group) {
-  auto& message = operator_named<at::Tensor(at::TensorList, c10::SymIntArrayRef, c10::string_view)>(
-      "vllm_npu::gather_message");
+  auto& message =
+      operator_named<at::Tensor(at::TensorList, c10::SymIntArrayRef, c10::string_view)>("vllm_npu::gather_message");
   return unpack(message.call(tensors, sizes, group), tensors);
 }
 
@@ -347,6 +348,7 @@ std::tuple<std::vector<at::Tensor>, at::Tensor> exchange_tokens(at::TensorList t
 }  // namespace
 
 TORCH_LIBRARY(vllm_npu, library) {
+  library.def("set_remedies(int[] codes, str[] texts, str other) -> ()", set_remedies);
   library.def("has_v_collectives() -> bool", has_v_collectives);
   library.def("register_group(str name, int communicator, int rank, int size, bool use_v) -> ()", register_group);
   library.def("gather_message(Tensor[] tensors, SymInt[] sizes, str group) -> Tensor");

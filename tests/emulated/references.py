@@ -1,18 +1,24 @@
-"""What the ops must give, in plain Python: layouts, counts and roundings, as their documents have them."""
+"""What the ops must give, in plain Python: layouts, counts and roundings, as their documents have them; and refusals."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
+
+from tests import cases
+from tests.cases import seeded
 
 Triple = tuple[int, int, int]  # source rank, token, k
 
 
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+def refused(text: str, call: Callable[[], Any]) -> None:
+    """The call must raise an error that has the text: a regular expression, whose dots are line ends too."""
+    with pytest.raises(RuntimeError, match=rf"(?s){text}"):
+        call()
 
 
 def random_rows(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 1) -> torch.Tensor:
@@ -26,7 +32,7 @@ def small_integers(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 
 
 def distinct_ids(tokens: int, top_k: int, experts: int, seed: int) -> torch.Tensor:
     """[tokens, top_k] int32 expert ids, distinct in a row."""
-    return torch.rand(tokens, experts, generator=seeded(seed)).argsort(1)[:, :top_k].int()
+    return cases.distinct_ids(tokens, top_k, experts, seeded(seed)).int()
 
 
 def is_undefined(x: torch.Tensor) -> bool:

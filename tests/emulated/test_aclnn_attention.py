@@ -331,7 +331,7 @@ def refused_while_running(rank: int, num_ranks: int) -> None:
 
 
 def test_what_is_refused_while_it_runs(run_in_ranks) -> None:
-    run_in_ranks(refused_while_running, 1, env={"TASK_QUEUE_ENABLE": "0"})
+    run_in_ranks(refused_while_running, 1)
 
 
 # --- int8 ---

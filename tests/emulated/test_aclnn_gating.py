@@ -148,7 +148,7 @@ def bad_tables(rank: int, num_ranks: int) -> None:
 
 
 def test_gating_by_table_refuses_by_name(run_in_ranks) -> None:
-    run_in_ranks(bad_tables, 1, env={"TASK_QUEUE_ENABLE": "0"})
+    run_in_ranks(bad_tables, 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

@@ -6,6 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.cases import seeded
+from tests.emulated.references import random_rows
+
 pytestmark = pytest.mark.emulated
 
 npu = torch.ops.npu
@@ -15,13 +18,8 @@ SIZES = [3, 0, 5, 2]
 ROWS = sum(SIZES)
 
 
-def random_rows(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 1) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
 def random_int8(*shape: int, seed: int = 1) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(-128, 128, shape, generator=generator, dtype=torch.int8)
+    return torch.randint(-128, 128, shape, generator=seeded(seed), dtype=torch.int8)
 
 
 def to_npu(value: Any) -> Any:
@@ -147,7 +145,7 @@ def test_int8_is_scaled_to_floats(scale_dtype: torch.dtype, per_token: bool, wit
     x, weight = random_int8(ROWS + 2, INNER), random_int8(GROUPS, INNER, WIDTH, seed=2)
     scale = random_rows(GROUPS, WIDTH, seed=3).abs().mul(1e-2).to(scale_dtype)
     token_scale = random_rows(ROWS + 2, seed=4).abs() * 1e-1
-    bias = torch.randint(-999, 999, (GROUPS, WIDTH), dtype=torch.int32, generator=torch.Generator().manual_seed(5))
+    bias = torch.randint(-999, 999, (GROUPS, WIDTH), dtype=torch.int32, generator=seeded(5))
     options = {"per_token_scale": [token_scale]} if per_token else {}
     options |= {"bias": [bias]} if with_bias else {}
     [out] = grouped_matmul([x], [weight], scale=[scale], group_list=group_list(1), output_dtype=output, **options)
@@ -227,7 +225,7 @@ def bad_group_lists(rank: int, num_ranks: int) -> None:
 
 
 def test_refuses_bad_group_lists(run_in_ranks) -> None:
-    run_in_ranks(bad_group_lists, 1, env={"TASK_QUEUE_ENABLE": "0"})
+    run_in_ranks(bad_group_lists, 1)
 
 
 # --- dynamic_quant ---

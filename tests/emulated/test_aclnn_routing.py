@@ -296,6 +296,19 @@ def test_finalize_routing_refuses_by_name() -> None:
         npu.npu_moe_finalize_routing(rows, None, None, rows, None, index, None, 2)
     with pytest.raises(RuntimeError, match=r"(?s)561002.*skip1 has the shape"):
         npu.npu_moe_finalize_routing(rows, rows[:2], None, None, None, index, None, 2)
+    half, one = rows.half(), torch.ones(TOKENS, 1).npu()
+    for place, name in ((1, "skip1"), (2, "skip2"), (3, "bias"), (4, "scales")):
+        arguments = [half, None, None, None, None, index, index.view(TOKENS, 1), 2]
+        arguments[place] = one if name == "scales" else rows
+        with pytest.raises(RuntimeError, match=rf"(?s)161002.*{name} is Float"):
+            npu.npu_moe_finalize_routing(*arguments)
+
+
+def test_finalize_routing_of_bfloat16_takes_float32_scales() -> None:
+    rows, scales = random_rows(TOKENS, WIDTH, dtype=torch.bfloat16), random_rows(TOKENS, 1, seed=5)
+    index = torch.arange(TOKENS, dtype=torch.int32)
+    out = npu.npu_moe_finalize_routing(rows.npu(), None, None, None, scales.npu(), index.npu(), None, 2)
+    assert torch.equal(out.cpu(), (rows.float() * scales).bfloat16())
 
 
 # --- re-routing ---
@@ -408,11 +421,11 @@ def indices_found_bad_on_the_device(rank: int, num_ranks: int) -> None:
 
 
 def test_replicas_and_pruning(run_in_ranks) -> None:
-    run_in_ranks(replicas_and_pruning, 1, soc="A3", env={"TASK_QUEUE_ENABLE": "0"})
+    run_in_ranks(replicas_and_pruning, 1, soc="A3")
 
 
 def test_indices_found_bad_on_the_device(run_in_ranks) -> None:
-    run_in_ranks(indices_found_bad_on_the_device, 1, env={"TASK_QUEUE_ENABLE": "0"})
+    run_in_ranks(indices_found_bad_on_the_device, 1)
 
 
 def test_update_expert_is_refused_on_a2() -> None:

@@ -204,6 +204,44 @@ def test_a_killed_rank_is_named_at_once(run_in_ranks, tmp_path):
         assert float(seconds) < 10
 
 
+CLAIMS = """
+import ctypes, os, threading, time
+folder = os.environ["VLLM_NPU_EMULATOR_LIBRARIES"]
+hccl, acl = (ctypes.CDLL(os.path.join(folder, name)) for name in ("libhccl.so", "libascendcl.so"))
+acl.aclGetRecentErrMsg.restype = ctypes.c_char_p
+for claimed in (1, 3):
+    root = ctypes.create_string_buffer(4108)
+    hccl.HcclGetRootInfo(root)
+    segment = "/dev/shm" + root.value.decode()
+
+    def join(size, rank):
+        acl.aclrtSetDevice(0)
+        code = hccl.HcclCommInitRootInfo(size, root, rank, ctypes.byref(ctypes.c_void_p()))
+        print(code, acl.aclGetRecentErrMsg().decode(), flush=True)
+
+    waiting = threading.Thread(target=join, args=(2, 1))
+    waiting.start()
+    while not os.path.exists(segment) or os.stat(segment).st_size == 0:
+        time.sleep(0.01)
+    size = os.stat(segment).st_size
+    kept = os.open(segment, os.O_RDONLY)
+    join(claimed, 0)
+    assert os.fstat(kept).st_size == size
+    waiting.join()
+    assert not os.path.exists(segment)
+"""
+
+
+def test_a_rank_that_claims_another_size_is_refused_and_leaves_the_others_memory_alone(launch_script):
+    outcome = launch_script(CLAIMS, 1)
+    assert outcome.code == 0, outcome.output
+    lines = [line for line in outcome.output.splitlines() if line.startswith("1 HcclCommInit ")]
+    assert len(lines) == 4, outcome.output
+    for claimed in (1, 3):
+        says = f"this rank says that the group has {claimed} ranks, others say 2"
+        assert sum(says in line for line in lines) == 2, "on both ranks"
+
+
 @pytest.mark.parametrize("seed", ["3", "4"])
 def test_asynchronous_streams_show_an_early_read(run_in_ranks, seed):
     env = {"VLLM_NPU_EMULATOR_ASYNC": seed}

@@ -23,6 +23,8 @@ from vllm_npu.transport.launch import ProcessRankPool, Rank, RankPool
 from vllm_npu.transport.recording import CollectiveCounter
 from vllm_npu.verification import Case, limits_of_device, run_case
 
+pytestmark = pytest.mark.emulated
+
 GRIDS = [(2, 1), (2, 2)]  # (tp_size, dp_size): groups of 1, 2 and 4 ranks
 
 
@@ -144,6 +146,17 @@ def two_micro_batches(rank: Rank) -> None:
 
 def test_micro_batches_of_mc2_take_turns_on_a_group(pool, grid):
     pool.run(two_micro_batches)
+
+
+def puts_two_messages_into_a_batch(rank: Rank) -> None:
+    """What HCCL's document does not allow, and HcclTransport.send_recv therefore never does."""
+    peer, x = (rank.rank + 1) % rank.num_ranks, torch.ones(2, device=rank.device)
+    with pytest.raises(RuntimeError, match=f"HcclBatchSendRecv: two messages to rank {peer}; put each into a batch of"):
+        dist.batch_isend_irecv([dist.P2POp(dist.isend, x, peer)] * 2)
+
+
+def test_a_batch_takes_one_message_to_a_rank(pool, grid):
+    pool.run(puts_two_messages_into_a_batch)
 
 
 def asks_for_a_group_that_hccl_does_not_have(rank: Rank) -> str:

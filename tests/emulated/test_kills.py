@@ -27,9 +27,8 @@ def test_survivors_of_a_kill_name_the_dead_rank_and_a_restart_serves_the_same(
     tmp_path, monkeypatch, nothing_left_behind
 ):
     monkeypatch.setenv("HCCL_EXEC_TIMEOUT", str(int(DEADLINE)))
-    monkeypatch.setenv(
-        "TORCH_HCCL_ASYNC_ERROR_HANDLING", "0"
-    )  # else torch_npu may abort the process before it has reported
+    # Else torch_npu may abort the process before it has reported.
+    monkeypatch.setenv("TORCH_HCCL_ASYNC_ERROR_HANDLING", "0")
     monkeypatch.setenv("VLLM_NPU_EMULATOR_LIMITS", "none")  # the hidden size is small
     assert kill_and_restart(emulated_pool, KILLS, tmp_path) == []
 

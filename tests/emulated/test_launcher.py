@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from vllm_npu import envs
 from vllm_npu.emulator import build, loader, shared_memory, soc
 from vllm_npu.emulator.launcher import STARTUP_FOLDER
 from vllm_npu.errors import EmulatorBuildError, UnsupportedConfigError
@@ -50,16 +51,11 @@ def test_each_rank_gets_torchruns_variables(launch_script):
     assert lines == [f"{rank} {rank} 3 3 127.0.0.1 {port}" for rank in range(3)]
 
 
-def test_arguments_and_modules(launch_script, tmp_path):
-    outcome = launch([], "import sys; print(sys.argv[1:])", tmp_path, ["--nproc", "9", "-m"])
-    assert outcome.stdout == "['--nproc', '9', '-m']\n"
+def test_arguments_and_modules(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text("import sys; print(sys.argv[1:])")
+    assert emulator("run", str(script), "--nproc", "9", "-m").stdout == "['--nproc', '9', '-m']\n"
     assert emulator("run", "-m", "json.tool", "--help").stdout.startswith("usage: ")
-
-
-def launch(options: list[str], text: str, folder: Path, arguments: list[str]) -> subprocess.CompletedProcess[str]:
-    script = folder / "script.py"
-    script.write_text(text)
-    return emulator("run", *options, str(script), *arguments)
 
 
 def test_a_failing_rank_ends_the_others_and_gives_its_exit_code(launch_script):
@@ -166,7 +162,12 @@ def test_refuses_where_a_real_library_would_be_found(tmp_path):
 
 
 def test_a_missing_compiler_is_named(tmp_path):
-    hidden = {build.LIBRARIES_VARIABLE: None, "VLLM_NPU_ENV_HOME": str(tmp_path), "CXX": None, "PATH": str(tmp_path)}
+    hidden = {
+        envs.EMULATOR_LIBRARIES.name: None,
+        "VLLM_NPU_ENV_HOME": str(tmp_path),
+        "CXX": None,
+        "PATH": str(tmp_path),
+    }
     refused = emulator("build", env=hidden)
     assert refused.returncode == 2
     assert "needs a C++ compiler, and there is no c++, g++, clang++ on PATH" in refused.stderr
@@ -176,7 +177,7 @@ def test_a_failing_build_names_its_log(tmp_path):
     broken = tmp_path / "compiler"
     broken.write_text("#!/bin/sh\necho 'this compiler is broken' >&2\nexit 1\n")
     broken.chmod(0o755)
-    env = {build.LIBRARIES_VARIABLE: None, "VLLM_NPU_ENV_HOME": str(tmp_path), "CXX": str(broken)}
+    env = {envs.EMULATOR_LIBRARIES.name: None, "VLLM_NPU_ENV_HOME": str(tmp_path), "CXX": str(broken)}
     refused = emulator("build", env=env)
     assert refused.returncode == 2
     [log] = tmp_path.glob("emulator-*.log")
@@ -190,7 +191,7 @@ def test_a_failing_build_names_its_log(tmp_path):
     [(False, "holds no libascendcl.so; unset it"), (True, "run `python -m vllm_npu.emulator build`")],
 )
 def test_libraries_that_cannot_be_used(tmp_path, monkeypatch, broken, text):
-    monkeypatch.setenv(build.LIBRARIES_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(envs.EMULATOR_LIBRARIES.name, str(tmp_path))
     if broken:
         (tmp_path / "libascendcl.so").write_text("no library")
     with pytest.raises(EmulatorBuildError, match=text):
@@ -206,6 +207,8 @@ def test_chips_and_families():
     ):
         soc.resolve("Ascend910A")
     assert "soc 'H100' is not emulated" in emulator("run", "--soc", "H100", "-m", "this").stderr
+    by_environment = emulator("run", "-m", "this", env={"VLLM_NPU_EMULATOR_SOC": "H200"})
+    assert "soc 'H200' is not emulated" in by_environment.stderr
 
 
 def test_trace_lists_the_calls(launch_script):
@@ -228,8 +231,8 @@ def test_torchrun(tmp_path):
 
 def test_enable_in_a_script_and_a_plain_import_of_torch(tmp_path):
     env = {name: value for name, value in os.environ.items() if not name.startswith(("VLLM_NPU_EMULATOR", "TORCH_"))}
-    if build.LIBRARIES_VARIABLE in os.environ:
-        env[build.LIBRARIES_VARIABLE] = os.environ[build.LIBRARIES_VARIABLE]
+    if envs.EMULATOR_LIBRARIES.name in os.environ:
+        env[envs.EMULATOR_LIBRARIES.name] = os.environ[envs.EMULATOR_LIBRARIES.name]
     script = (
         "import vllm_npu.emulator as e; e.enable('310P'); import torch, torch_npu; print(torch.npu.get_device_name())"
     )

@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests.cases import seeded
 from tests.emulated.references import (
     Layer,
     counts_of,
@@ -25,7 +26,6 @@ from tests.emulated.references import (
     product_int8,
     quotient_int8,
     random_rows,
-    seeded,
     small_integers,
     sorted_pairs,
     through_int8_groups,

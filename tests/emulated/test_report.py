@@ -160,7 +160,7 @@ def with_renamed_symbol(folder: Path, library: str, symbol: str) -> Path:
 
 def test_a_function_that_a_library_lacks_is_absent(tmp_path):
     libraries = with_renamed_symbol(tmp_path / "lib", "libhccl.so", "HcclAllReduce")
-    done, read = run_report(tmp_path, **{build.LIBRARIES_VARIABLE: str(libraries)})
+    done, read = run_report(tmp_path, **{envs.EMULATOR_LIBRARIES.name: str(libraries)})
     assert done.returncode == 0, done.stderr
     assert read["libraries"] == str(libraries)
     assert read["looked_up"]["HcclAllReduce"] == "absent"
@@ -169,7 +169,7 @@ def test_a_function_that_a_library_lacks_is_absent(tmp_path):
 
 def test_a_needed_function_that_is_absent_makes_it_fail(tmp_path):
     libraries = with_renamed_symbol(tmp_path / "lib", "libascendcl.so", "aclrtGetSocName")
-    done, read = run_report(tmp_path, **{build.LIBRARIES_VARIABLE: str(libraries)})
+    done, read = run_report(tmp_path, **{envs.EMULATOR_LIBRARIES.name: str(libraries)})
     assert needed(read)["aclrtGetSocName"] == "absent"
     assert "absent although libtorch_npu.so needs it, which therefore fails: aclrtGetSocName" in done.stdout
     assert (done.returncode, read["operators"]) == (1, {})

@@ -104,6 +104,8 @@ def test_bad_settings_are_refused_by_name():
     assert "VLLM_NPU_EMULATOR_MEMORY_GB=lots: set it to a whole number" in done.stderr
     done = run_python("print(acl.aclInit(None))", VLLM_NPU_EMULATOR_LOG="error")
     assert "VLLM_NPU_EMULATOR_LOG=error: set it to a whole number from 0 to 3" in done.stderr
+    done = run_python("print(acl.aclInit(None))", VLLM_NPU_EMULATOR_LIMITS="some")
+    assert "VLLM_NPU_EMULATOR_LIMITS=some: set it to device or none" in done.stderr
 
 
 def test_the_runtime_and_the_launcher_know_the_same_chips():

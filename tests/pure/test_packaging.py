@@ -80,7 +80,7 @@ def test_the_version_is_written_once():
     assert "version" not in PROJECT
     assert metadata.version("vllm_npu") == vllm_npu.__version__
     written = re.compile(rf"""version\w*\s*[=(]\s*["']?{re.escape(vllm_npu.__version__)}\b""", re.IGNORECASE)
-    sources = [ROOT / "setup.py", ROOT / "pyproject.toml", ROOT / "CMakeLists.txt", *(ROOT / "vllm_npu").rglob("*.py")]
+    sources = [ROOT / "setup.py", ROOT / "pyproject.toml", *(ROOT / "vllm_npu").rglob("*.py")]
     assert [path.relative_to(ROOT).as_posix() for path in sources if written.search(path.read_text("utf-8"))] == [
         "vllm_npu/__init__.py"
     ]
@@ -137,6 +137,6 @@ def test_a_wheel_made_of_an_sdist_brings_what_is_read_and_what_the_native_parts_
         *("vllm_npu/fabrics.toml", "vllm_npu/py.typed"),
         *("licenses/LICENSE", "METADATA", "WHEEL", "entry_points.txt", "top_level.txt", "RECORD"),
     }
-    sources = [path for path in (ROOT / "csrc_npu").glob("*/**/*") if path.is_file()]
+    sources = [path for path in (ROOT / "csrc_npu").rglob("*") if path.is_file()]
     sources = [path for path in sources if "__pycache__" not in path.parts]
     assert inside == {f"vllm_npu/{path.relative_to(ROOT).as_posix()}" for path in sources}

@@ -4,6 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from vllm_npu import envs
 from vllm_npu.emulator import build, launcher, report, shared_memory, soc, startup
 from vllm_npu.errors import VllmNpuError
 
@@ -15,7 +16,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     run = commands.add_parser("run", help="run a script in one or more processes, each with an emulated device")
     run.add_argument("--nproc", type=int, default=1, metavar="N", help="number of ranks (default: 1)")
     families = ", ".join(f"{family.name} = {family.default_soc}" for family in soc.FAMILIES)
-    run.add_argument("--soc", default=soc.DEFAULT_SOC, help=f"the chip, or its family: {families}")
+    run.add_argument("--soc", default=envs.EMULATOR_SOC.read(), help=f"the chip, or its family: {families}")
     run.add_argument("--trace", action="store_true", help="list the calls of ACL, HCCL and aclnn on standard error")
     run.add_argument("-m", dest="module", action="store_true", help="the script is the name of a module")
     run.add_argument("script", help="a Python file, or with -m a module")

@@ -17,8 +17,6 @@ from vllm_npu import envs
 from vllm_npu.emulator import build, cann, loader, shared_memory, soc
 
 STARTUP_FOLDER = Path(__file__).resolve().parent / "startup"
-RUN_VARIABLE = envs.EMULATOR_RUN.name
-TRACE_VARIABLE = envs.EMULATOR_TRACE.name
 # Seconds; HCCL's own default is half an hour. Below VLLM_NPU_TRANSPORT_TIMEOUT: HCCL's error names the ranks.
 DEFAULT_EXEC_TIMEOUT = "50"
 # torch_npu's own default is 1. Without its queue an op raises its error in its own call, where the queue drops all that comes
@@ -36,8 +34,8 @@ class Launch:
     """What to run, and where."""
 
     command: Sequence[str]  # after the interpreter: a script or -m module, then its arguments
-    num_ranks: int = 1
-    soc_name: str = soc.DEFAULT_SOC
+    num_ranks: int
+    soc_name: str
     trace: bool = False
 
 
@@ -60,11 +58,11 @@ def device_environment(soc_name: str, num_ranks: int, run: str) -> dict[str, str
     cann.refuse_if_found()
     variables = {
         **os.environ,
-        loader.ENABLED_VARIABLE: "1",
-        loader.SOC_VARIABLE: soc.resolve(soc_name),
+        envs.EMULATOR.name: "1",
+        envs.EMULATOR_SOC.name: soc.resolve(soc_name),
         loader.AUTOLOAD_VARIABLE: "0",
-        build.LIBRARIES_VARIABLE: str(build.build()),
-        RUN_VARIABLE: run,
+        envs.EMULATOR_LIBRARIES.name: str(build.build()),
+        envs.EMULATOR_RUN.name: run,
         "PYTHONPATH": os.pathsep.join(filter(None, (str(STARTUP_FOLDER), os.environ.get("PYTHONPATH")))),
     }
     variables.setdefault("HCCL_EXEC_TIMEOUT", DEFAULT_EXEC_TIMEOUT)
@@ -87,7 +85,7 @@ def emulated_devices(num_ranks: int) -> Iterator[str]:
     before = dict(os.environ)
     os.environ.update(device_environment(envs.EMULATOR_SOC.read(), num_ranks, run_name))
     try:
-        yield os.environ[loader.SOC_VARIABLE]
+        yield envs.EMULATOR_SOC.read()
     finally:
         os.environ.clear()
         os.environ.update(before)
@@ -105,7 +103,7 @@ def rank_environments(launch: Launch, run: str) -> Iterator[dict[str, str]]:
         "MASTER_PORT": str(free_port()),
     }
     if launch.trace:
-        common[TRACE_VARIABLE] = "1"
+        common[envs.EMULATOR_TRACE.name] = "1"
     for rank in range(launch.num_ranks):
         yield {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
 
@@ -116,13 +114,11 @@ def signal_group(process: subprocess.Popen[bytes], signal_number: int) -> None:
         os.killpg(process.pid, signal_number)
 
 
-def wait_until_ended(processes: Sequence[subprocess.Popen[bytes]], seconds: float) -> bool:
+def wait_for_all(processes: Sequence[subprocess.Popen[bytes]], seconds: float) -> None:
+    """Returns once all have ended, or that time is over."""
     deadline = time.monotonic() + seconds
-    while any(process.poll() is None for process in processes):
-        if time.monotonic() > deadline:
-            return False
+    while time.monotonic() <= deadline and any(process.poll() is None for process in processes):
         time.sleep(POLL_SECONDS)
-    return True
 
 
 def end_all(processes: Sequence[subprocess.Popen[bytes]]) -> None:
@@ -130,7 +126,7 @@ def end_all(processes: Sequence[subprocess.Popen[bytes]]) -> None:
     for process in processes:
         if process.poll() is None:
             signal_group(process, signal.SIGTERM)
-    wait_until_ended(processes, GRACE_SECONDS)
+    wait_for_all(processes, GRACE_SECONDS)
     for process in processes:
         signal_group(process, signal.SIGKILL)
     for process in processes:
@@ -150,7 +146,7 @@ def wait_for_ranks(processes: Sequence[subprocess.Popen[bytes]]) -> int:
     code = codes[failed] or 0
     what = f"exit code {code}" if code > 0 else f"signal {signal.Signals(-code).name}"
     print(f"vllm_npu emulator: rank {failed} ended with {what}; ending the others", file=sys.stderr)
-    wait_until_ended(processes, GRACE_SECONDS)
+    wait_for_all(processes, GRACE_SECONDS)
     return code if code > 0 else 128 - code
 
 

@@ -24,8 +24,6 @@ BEFORE_TORCH = (
 )
 AFTER_TORCH = ("libopapi.so", "libatb.so")  # need torch's own libraries
 OPERATORS = "libvllm_npu_emulator_aten.so"  # registers with torch_npu's device, so it comes after torch_npu
-ENABLED_VARIABLE = envs.EMULATOR.name  # 1: every interpreter that loads emulator/startup enables the device
-SOC_VARIABLE = envs.EMULATOR_SOC.name
 AUTOLOAD_VARIABLE = "TORCH_DEVICE_BACKEND_AUTOLOAD"
 
 
@@ -95,7 +93,7 @@ def enable(soc_name: str | None = None) -> None:
     cann.refuse_if_found()
     if "torch_npu" in sys.modules:
         raise UnsupportedConfigError("torch_npu has been imported already; call vllm_npu.emulator.enable() before")
-    os.environ[SOC_VARIABLE] = soc.resolve(soc_name or os.environ.get(SOC_VARIABLE) or soc.DEFAULT_SOC)
+    os.environ[envs.EMULATOR_SOC.name] = soc.resolve(soc_name or envs.EMULATOR_SOC.read())
     folder = build.build()
     for name in BEFORE_TORCH:
         load_library(folder, name)

@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
-from vllm_npu.emulator import build
+from vllm_npu.emulator.build import DEVICE, build
 from vllm_npu.errors import EmulatorBuildError
 
 IMPORT_SECONDS = 120.0
@@ -105,7 +105,7 @@ def defined_by(libraries: Iterable[Path]) -> set[str]:
 
 def wheel_libraries() -> list[Path]:
     """torch_npu's own shared libraries."""
-    folder = build.package_folder("torch_npu")
+    folder = DEVICE.package_folder("torch_npu")
     return sorted([*folder.glob("lib/*.so"), *folder.glob("_C*.so")])
 
 
@@ -126,7 +126,7 @@ def system_libraries() -> list[ctypes.CDLL]:
 def needed_symbols() -> dict[str, set[str]]:
     """What each of torch_npu's libraries needs from CANN in order to load: what nothing else on the machine has."""
     libraries = wheel_libraries()
-    present = defined_by([*libraries, *build.package_folder("torch").glob("lib/*.so")])
+    present = defined_by([*libraries, *DEVICE.package_folder("torch").glob("lib/*.so")])
     needed = {}
     for path in libraries:
         undefined = {name for kind, name in symbols(path, "--undefined-only") if kind == "U"}
@@ -154,9 +154,8 @@ INSTRUCTION = re.compile(r"^\s*[0-9a-f]+:\s+(\S+)\s*(.*)$")
 PADDING = re.compile(r"nop|xchg|data16|cs|endbr64|bti|hint")
 CONDITIONAL = re.compile(r"j(?!mp)|b\.|cbn?z|tbn?z|loop")
 TRANSFER = re.compile(r"call|jmp|bl?r?$")
-REFUSAL = re.compile(
-    r"emulator_(?:refuse|abort)|_ZN8vllm_npu8emulator4fail"
-)  # runtime/stubs.cpp, runtime/diagnostics.cpp
+# runtime/stubs.cpp, runtime/diagnostics.cpp
+REFUSAL = re.compile(r"emulator_(?:refuse|abort)|_ZN8vllm_npu8emulator4fail")
 CONSTANT = re.compile(r"(?:xor (%\w+),\1|mov \$0x[0-9a-f]+,%[re]ax|mov [wx]0, (?:#\S+|[wx]zr))(?: .*)?$")
 
 
@@ -262,13 +261,13 @@ def make_report() -> Report:
 
     Raises EmulatorBuildError where torch_npu or a tool is missing.
     """
-    folder = build.build()
+    folder = build()
     states = states_of_folder(folder)
     needed = needed_symbols()
     looked_up = looked_up_names().difference(*needed.values())
     report = Report(
-        torch_npu=build.package_version("torch_npu"),
-        torch=build.package_version("torch"),
+        torch_npu=DEVICE.package_version("torch_npu"),
+        torch=DEVICE.package_version("torch"),
         libraries=str(folder),
         needed={
             library: {name: states.get(name, State.ABSENT) for name in sorted(names)}
@@ -284,8 +283,11 @@ def make_report() -> Report:
     return report
 
 
+FAMILIES, OTHERS = ("aclrt", "Hccl", "aclnn"), "other acl"  # of functions, by their prefixes
+
+
 def family(name: str) -> str:
-    return next((prefix for prefix in ("aclnn", "aclrt", "Hccl") if name.startswith(prefix)), "other acl")
+    return next((prefix for prefix in FAMILIES if name.startswith(prefix)), OTHERS)
 
 
 def shortened(names: list[str]) -> str:
@@ -308,7 +310,7 @@ def table(heading: str, columns: Iterable[str], rows: Mapping[str, Collection[st
 def as_text(report: Report) -> str:
     """For people."""
     rows = {f"needed by {library}": list(needed.values()) for library, needed in report.needed.items()}
-    for each in ("aclrt", "Hccl", "aclnn", "other acl"):
+    for each in (*FAMILIES, OTHERS):
         rows[f"looked up while it runs: {each}*"] = [
             state for name, state in report.looked_up.items() if family(name) == each
         ]

@@ -28,9 +28,10 @@ def remove(path: Path) -> bool:
     return True
 
 
-def clean_run(run: str) -> list[str]:
-    """Removes what the processes of one launch left; they must have ended. Returns the names."""
-    return [path.name for path in sorted(FOLDER.glob(f"{PREFIX}{run}.*")) if remove(path)]
+def clean_run(run: str) -> None:
+    """Removes what the processes of one launch left; they must have ended."""
+    for path in FOLDER.glob(f"{PREFIX}{run}.*"):
+        remove(path)
 
 
 def leftovers() -> list[Path]:

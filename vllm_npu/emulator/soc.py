@@ -20,7 +20,6 @@ FAMILIES = (
     SocFamily("310P", "Ascend310P3", ("Ascend310P",)),
     SocFamily("A5", "Ascend950PR_9599", ("Ascend950",)),
 )
-DEFAULT_SOC = FAMILIES[0].default_soc
 
 
 def family_of(name: str) -> SocFamily:

@@ -14,7 +14,7 @@ from vllm_npu.hccl import library
 from vllm_npu.hccl.library import BYTES, DATA_TYPES, RECV, SEND, SUM, RootInfo, SendRecvItem
 from vllm_npu.token_layout import offsets
 from vllm_npu.transport.base import SendRecv, Transport, sum_in_rank_order
-from vllm_npu.transport.hccl import number_of_this_host
+from vllm_npu.transport.hccl import batches_for_hccl, number_of_this_host
 
 
 class StatelessGroup(Protocol):
@@ -72,9 +72,7 @@ class PyHcclTransport(Transport):
         self._call("check", "HcclGetCommAsyncError", self._comm, ctypes.byref(code))
         if code.value:
             remedy = library.REMEDIES.get(code.value, library.OTHER)
-            raise TransportError(
-                "check", self.group, self.rank, f"HCCL has error {code.value} ({remedy.name}); {remedy.what_to_do}"
-            )
+            raise TransportError("check", self.group, self.rank, f"HCCL has error {code.value} {remedy}")
 
     def close(self) -> None:
         """Destroy the communicator."""
@@ -138,21 +136,13 @@ class PyHcclTransport(Transport):
         return result
 
     def _send_recv(self, operations: Sequence[SendRecv]) -> None:
-        """Batches with at most one message to and from a rank: HcclBatchSendRecv takes no second one (CANN 8.0)."""
-        batches: list[list[SendRecvItem]] = []
-        placed: dict[tuple[int, bool], int] = {}
-        kept = []
-        for each in operations:
-            tensor = each.tensor.contiguous()
-            kept.append(tensor)
-            place = placed.get((each.peer, each.is_send), 0)
-            placed[each.peer, each.is_send] = place + 1
-            if place == len(batches):
-                batches.append([])
-            kind = SEND if each.is_send else RECV
-            batches[place].append(SendRecvItem(kind, tensor.data_ptr(), tensor.nbytes, BYTES, each.peer))
-        for batch in batches:
-            self._on_stream("send_recv", "HcclBatchSendRecv", (SendRecvItem * len(batch))(*batch), len(batch))
+        for batch in batches_for_hccl(operations):
+            tensors = [each.tensor.contiguous() for each in batch]
+            items = [
+                SendRecvItem(SEND if each.is_send else RECV, tensor.data_ptr(), tensor.nbytes, BYTES, each.peer)
+                for each, tensor in zip(batch, tensors, strict=True)
+            ]
+            self._on_stream("send_recv", "HcclBatchSendRecv", (SendRecvItem * len(items))(*items), len(items))
 
     def _barrier(self) -> None:
         self._on_stream("barrier", "HcclBarrier")

@@ -5,7 +5,6 @@ Declarations: hccl.h and hccl_types.h (CANN 8.5), which torch_npu ships.
 
 import ctypes
 from ctypes import POINTER, c_char_p, c_int, c_uint32, c_uint64, c_void_p
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -72,33 +71,24 @@ FUNCTIONS: dict[str, list[Any]] = {
 """Arguments by name; each returns an HcclResult."""
 
 
-@dataclass(frozen=True, slots=True)
-class Remedy:
-    """A result code: its name, and what a user can do about it."""
-
-    name: str
-    what_to_do: str
-
-
 _BUFFER_MEMORY = "lower HCCL_BUFFSIZE or the memory that the engine may use"
 _NETWORK = "check the devices' network (hccn_tool)"
 REMEDIES = {
-    1: Remedy("parameter error", "compare what each rank passed: counts and types must match between them"),
-    2: Remedy("empty pointer", "the communicator is closed, or a tensor has no memory"),
-    3: Remedy("memory error", _BUFFER_MEMORY),
-    5: Remedy("not supported", "this chip or CANN lacks the function; go through torch.distributed"),
-    9: Remedy("time-out", "look for the rank that is late or lost, or raise HCCL_EXEC_TIMEOUT or HCCL_CONNECT_TIMEOUT"),
-    11: Remedy("connection failed", "check the network between the ranks' hosts and HCCL_IF_IP"),
-    12: Remedy("connection failed", _NETWORK),
-    15: Remedy("runtime call failed", "set the device of this rank first: torch.npu.set_device(rank)"),
-    19: Remedy("network error", _NETWORK),
-    21: Remedy("another rank failed", "look at the other ranks' logs"),
-    22: Remedy("the communicator is suspended", "restart the group's ranks"),
-    24: Remedy("out of memory", _BUFFER_MEMORY),
+    1: "(parameter error); compare what each rank passed: counts and types must match between them",
+    2: "(empty pointer); the communicator is closed, or a tensor has no memory",
+    3: f"(memory error); {_BUFFER_MEMORY}",
+    5: "(not supported); this chip or CANN lacks the function; go through torch.distributed (VLLM_NPU_HCCL_OPS=0)",
+    9: "(time-out); look for the rank that is late or lost, or raise HCCL_EXEC_TIMEOUT or HCCL_CONNECT_TIMEOUT",
+    11: "(connection failed); check the network between the ranks' hosts and HCCL_IF_IP",
+    12: f"(connection failed); {_NETWORK}",
+    15: "(runtime call failed); set the device of this rank first: torch.npu.set_device(rank)",
+    19: f"(network error); {_NETWORK}",
+    21: "(another rank failed); look at the other ranks' logs",
+    22: "(the communicator is suspended); restart the group's ranks",
+    24: f"(out of memory); {_BUFFER_MEMORY}",
 }
-OTHER = Remedy(
-    "see HcclResult in hccl_types.h", "look at the first error in the ranks' logs; restart the group's ranks"
-)
+"""What a result code means, and what a user can do about it."""
+OTHER = "(see HcclResult in hccl_types.h); look at the first error in the ranks' logs; restart the group's ranks"
 
 
 class HcclLibrary:
@@ -129,11 +119,10 @@ class HcclLibrary:
         found.argtypes, found.restype = FUNCTIONS[function], c_int
         code = found(*arguments)
         if code:
-            remedy = REMEDIES.get(code, OTHER)
             text = self._runtime.aclGetRecentErrMsg()
             said = f". HCCL says: {text.decode(errors='replace')}" if text else ""
             raise TransportError(
-                operation, group, rank, f"{function} returned {code} ({remedy.name}); {remedy.what_to_do}{said}"
+                operation, group, rank, f"{function} returned {code} {REMEDIES.get(code, OTHER)}{said}"
             )
 
 

@@ -11,6 +11,7 @@ import torch
 from vllm_npu import envs
 from vllm_npu.errors import NativeBuildError
 from vllm_npu.hccl.build import TOKEN_OPS
+from vllm_npu.hccl.library import OTHER, REMEDIES
 from vllm_npu.token_layout import RowFormat
 
 
@@ -25,6 +26,7 @@ def why_not() -> str | None:
         import torch_npu  # noqa: F401  # the library needs its symbols
 
         torch.ops.load_library(str(library))
+        ops().set_remedies(list(REMEDIES), list(REMEDIES.values()), OTHER)
     except (NativeBuildError, ImportError, OSError) as error:
         return str(error)
     _register_shapes()

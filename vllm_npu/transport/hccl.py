@@ -15,7 +15,7 @@ import torch.distributed as dist
 from vllm_npu.device import npu_ops  # importing torch_npu is what makes c10d know hccl
 from vllm_npu.errors import UnknownGroupError
 from vllm_npu.hccl import token_ops
-from vllm_npu.transport.base import Exchanged
+from vllm_npu.transport.base import Exchanged, SendRecv
 from vllm_npu.transport.torch_dist import TorchDistTransport
 
 logger = logging.getLogger("vllm.npu.hccl")
@@ -102,6 +102,10 @@ class HcclTransport(TorchDistTransport):
         sent_rows, received_rows = rows.tolist()
         return received, sent_rows, received_rows
 
+    def _send_recv(self, operations: Sequence[SendRecv]) -> None:
+        for batch in batches_for_hccl(operations):
+            super()._send_recv(batch)
+
     def _call(self, operation: str, op: str, *arguments: Any) -> Any:
         try:
             return token_ops.overload(op)(*arguments, self._name)
@@ -147,6 +151,22 @@ class HcclTransport(TorchDistTransport):
         logger.debug("group '%s' uses the C++ operators, uneven rows by %s", self.group,
                      "HCCL's V collectives" if use_v else "HcclAlltoAllV")  # fmt: skip
         return True
+
+
+def batches_for_hccl(operations: Sequence[SendRecv]) -> list[list[SendRecv]]:
+    """Batch k has the k-th message to and from each rank: HcclBatchSendRecv takes no second one (CANN 8.0 and 8.5).
+
+    The peer's batch k has the other half, so batches one after another never wait in a circle.
+    """
+    batches: list[list[SendRecv]] = []
+    placed: dict[tuple[int, bool], int] = {}  # by peer and direction
+    for each in operations:
+        place = placed.get((each.peer, each.is_send), 0)
+        placed[each.peer, each.is_send] = place + 1
+        if place == len(batches):
+            batches.append([])
+        batches[place].append(each)
+    return batches
 
 
 def _number_of_this_device() -> int:

@@ -1,10 +1,9 @@
 #include "attention.h"
 
-#include <cstdlib>
 #include <limits>
-#include <string>
 
 #include "refusal.h"
+#include "runtime/settings.h"
 
 namespace vllm_npu::emulator::aclnn {
 
@@ -34,8 +33,7 @@ at::Tensor gather_blocks(const at::Tensor& cache, const at::Tensor& blocks, int6
 }
 
 void require_attention_dtype(const at::Tensor& tensor, const char* name) {
-  const char* limits = std::getenv("VLLM_NPU_EMULATOR_LIMITS");
-  if (limits != nullptr && std::string(limits) == "none" && tensor.scalar_type() == at::kFloat) return;
+  if (limits_are_off() && tensor.scalar_type() == at::kFloat) return;
   require_dtype(tensor, name, {at::kHalf, at::kBFloat16});
 }
 

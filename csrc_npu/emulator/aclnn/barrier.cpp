@@ -8,8 +8,8 @@ namespace vllm_npu::emulator::aclnn {
 namespace {
 
 // `x` only orders the op among others: it is neither read nor written.
-Plan distribute_barrier_v2(at::Tensor /*x*/, std::optional<at::Tensor> time_out,
-                           std::optional<at::Tensor> elastic_info, std::string group_name, int64_t world_size) {
+Plan distribute_barrier_v2(at::Tensor /*x*/, OptionalTensor time_out, OptionalTensor elastic_info,
+                           std::string group_name, int64_t world_size) {
   require(current_soc().family == Family::kA3, current_soc().name,
           " has no _npu_distribute_barrier; Ascend910_93 has it");
   require_absent(time_out, "time_out", "it is not emulated; set HCCL_EXEC_TIMEOUT");
@@ -19,8 +19,7 @@ Plan distribute_barrier_v2(at::Tensor /*x*/, std::optional<at::Tensor> time_out,
   require(world_size == group->size(), "world_size=", world_size, " is not that of group ", group_name, ", ",
           group->size());
   return [group] {
-    std::vector<std::string> nothing;
-    if (group->gather({"DistributeBarrier", "", {}, {}}, nullptr, 0, nothing) != HCCL_SUCCESS) {
+    if (group->exchange({"DistributeBarrier", "", {}, {}}, {}, [](const Chunk&) {}) != HCCL_SUCCESS) {
       refuse(Code::kRuntime, last_error_text());
     }
   };

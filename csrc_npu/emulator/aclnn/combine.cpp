@@ -28,10 +28,10 @@ struct Options {
   OptionalTensor activation_scale;  // this and the next two: for a quantised expand_x, which no version honours yet
   OptionalTensor weight_scale;
   OptionalTensor group_list;
-  OptionalTensor expand_scales;  // dispatch's own output, for the hierarchical algorithm: must be there, and is not read
+  OptionalTensor expand_scales;  // dispatch's own output: the hierarchy wants it to be there, and does not read it
 
-  using Fields = std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor,
-                            OptionalTensor>;
+  using Fields =
+      std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor>;
 };
 
 struct Constants {
@@ -105,8 +105,8 @@ at::Tensor constant_rows(const Combine& op, const at::Tensor& x, const at::Tenso
          op.constants.value->to(at::kFloat).index_select(0, index) * coefficient(*op.constants.alpha_2);
 }
 
-// As sum_of_rows, but of the rows of each server first, whose sums travel in the rows' type. The order inside a server and
-// the rounding between servers are our reading: no document says them.
+// As sum_of_rows, but of the rows of each server first, whose sums travel in the rows' type. The order inside a server
+// and the rounding between servers are our reading: no document says them.
 at::Tensor sum_by_server(const Combine& op, const at::Tensor& rows, const at::Tensor& active) {
   constexpr int64_t kRanksOfServer = 8;
   const at::Tensor owners = op.expert_ids.to(at::kLong).floor_divide(op.place.experts_per_rank());
@@ -242,8 +242,7 @@ Plan combine_v4(Inputs inputs, Options options, OptionalTensor shared_expert_x, 
   check_reserved(options, modes);
   const Placement place = make_placement(members, modes.global_bs, comm_alg, elastic_info, performance_info);
   const Finish finish = [out](const at::Tensor& total, const at::Tensor& active) { write_active(out, total, active); };
-  return plan(
-      {inputs, options, "2", place, special, constants, shared_expert_x, modes.comm_quant_mode, finish});
+  return plan({inputs, options, "2", place, special, constants, shared_expert_x, modes.comm_quant_mode, finish});
 }
 
 Plan combine_v3(Inputs inputs, Options options, OptionalTensor shared_expert_x, OptionalTensor elastic_info,
@@ -262,8 +261,8 @@ Plan combine_v2(Inputs inputs, Options options, OptionalTensor shared_expert_x, 
 Plan combine_v1(Inputs inputs, Options options, Members members, Modes modes, at::Tensor out) {
   check_reserved(options, modes);
   const Finish finish = [out](const at::Tensor& total, const at::Tensor& active) { write_active(out, total, active); };
-  return plan({inputs, options, "1", make_placement(members, modes.global_bs), {0, 0, 0}, {}, std::nullopt,
-               modes.comm_quant_mode, finish});
+  const Placement place = make_placement(members, modes.global_bs);
+  return plan({inputs, options, "1", place, {0, 0, 0}, {}, std::nullopt, modes.comm_quant_mode, finish});
 }
 
 // --- combine, the sum with a residual, and its root mean square normalisation in one op ---

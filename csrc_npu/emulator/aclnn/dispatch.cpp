@@ -34,8 +34,7 @@ struct Outputs {
   OptionalTensor tp_recv_counts;
   OptionalTensor expand_scales;
 
-  using Fields =
-      std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, OptionalTensor, OptionalTensor>;
+  using Fields = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, OptionalTensor, OptionalTensor>;
 };
 
 struct Dispatch : Inputs, Outputs {

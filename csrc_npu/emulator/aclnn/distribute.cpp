@@ -16,9 +16,9 @@ Placement make_placement(const Members& members, int64_t global_bs, const std::s
   require_absent(elastic_info, "elastic_info", "it is not emulated");
   require_absent(performance_info, "performance_info", "it is not emulated");
   const bool hierarchy = comm_alg == "hierarchy";
-  require(comm_alg.empty() || comm_alg == "fullmesh" || comm_alg == "fullmesh_v1" || comm_alg == "fullmesh_v2" ||
-              hierarchy,
-          "comm_alg=", comm_alg, " is not emulated; there are fullmesh, fullmesh_v1, fullmesh_v2 and hierarchy");
+  require(
+      comm_alg.empty() || comm_alg == "fullmesh" || comm_alg == "fullmesh_v1" || comm_alg == "fullmesh_v2" || hierarchy,
+      "comm_alg=", comm_alg, " is not emulated; there are fullmesh, fullmesh_v1, fullmesh_v2 and hierarchy");
   require(!hierarchy || shared_ranks == 0, "comm_alg=hierarchy takes shared_expert_rank_num=0 only, not ",
           shared_ranks);
   require(rank >= 0 && rank < world_size, "ep_rank_id=", rank, " is not in 0..", world_size - 1);
@@ -49,7 +49,7 @@ std::string agreed_facts(const std::string& version, const Placement& place, con
                   place.is_hierarchical() ? " hierarchy" : "");
 }
 
-void check_mask(const at::Tensor& expert_ids, const std::optional<at::Tensor>& mask) {
+void check_mask(const at::Tensor& expert_ids, const OptionalTensor& mask) {
   if (!mask) return;
   require_dtype(*mask, "x_active_mask", {at::kBool});
   if (mask->dim() == 2) {
@@ -60,7 +60,7 @@ void check_mask(const at::Tensor& expert_ids, const std::optional<at::Tensor>& m
   }
 }
 
-at::Tensor active_pairs(const at::Tensor& expert_ids, const std::optional<at::Tensor>& mask) {
+at::Tensor active_pairs(const at::Tensor& expert_ids, const OptionalTensor& mask) {
   if (!mask) return at::ones(expert_ids.sizes(), at::kBool);
   if (mask->dim() == 2) return mask->clone();
   require((mask->to(at::kInt).diff() <= 0).all().item<bool>(),

@@ -6,7 +6,6 @@
 #pragma once
 
 #include <string>
-#include <vector>
 
 #include "op.h"
 
@@ -25,8 +24,8 @@ struct Members {
   int64_t shared_experts;
   int64_t shared_ranks;
 
-  using Fields = std::tuple<std::string, int64_t, int64_t, int64_t, std::string, int64_t, int64_t, int64_t, int64_t,
-                            int64_t>;
+  using Fields =
+      std::tuple<std::string, int64_t, int64_t, int64_t, std::string, int64_t, int64_t, int64_t, int64_t, int64_t>;
 };
 
 // A rank's place among the experts. The first shared_ranks ranks hold copies of the shared experts, the others
@@ -63,8 +62,6 @@ struct SpecialExperts {
   int64_t total() const { return zero + copy + constant; }
 };
 
-using OptionalTensor = std::optional<at::Tensor>;
-
 // Builds the placement. Refuses sizes that do not fit together, and what later versions of the ops have and the
 // emulator does not.
 Placement make_placement(const Members& members, int64_t global_bs, const std::string& comm_alg = "",
@@ -75,9 +72,9 @@ std::string agreed_facts(const std::string& version, const Placement& place, con
                          int64_t top_k, int64_t width, at::ScalarType dtype);
 
 // Which pairs of a token and an expert take part: all, those of a prefix of the tokens, or any. [B, K] bool.
-at::Tensor active_pairs(const at::Tensor& expert_ids, const std::optional<at::Tensor>& mask);
+at::Tensor active_pairs(const at::Tensor& expert_ids, const OptionalTensor& mask);
 
-void check_mask(const at::Tensor& expert_ids, const std::optional<at::Tensor>& mask);
+void check_mask(const at::Tensor& expert_ids, const OptionalTensor& mask);
 
 // Refuses ids that are negative or too large, and ids that are twice in a row.
 void check_ids(const at::Tensor& expert_ids, const at::Tensor& active, int64_t num_ids);

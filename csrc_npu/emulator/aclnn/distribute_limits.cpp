@@ -1,11 +1,11 @@
 #include "distribute_limits.h"
 
 #include <algorithm>
-#include <cstdlib>
 #include <string>
 #include <vector>
 
 #include "hccl/communicator.h"
+#include "runtime/settings.h"
 
 namespace vllm_npu::emulator::aclnn {
 namespace {
@@ -59,9 +59,11 @@ const Limits kA2Hierarchy{"the document of aclnnMoeDistributeDispatchV2 for Atla
                           kUnlimited,
                           kUnlimited,
                           16};
+const std::vector<Range> kA3HierarchyWorldSizes{{16, 16},   {32, 32},   {48, 48},   {64, 64},   {80, 80},   {96, 96},
+                                                {112, 112}, {128, 128}, {144, 144}, {160, 160}, {176, 176}, {192, 192},
+                                                {208, 208}, {224, 224}, {240, 240}, {256, 256}};
 const Limits kA3Hierarchy{"the document of aclnnMoeDistributeDispatchV2 for Atlas A3, CANN 8.5, hierarchy",
-                          {{16, 16},   {32, 32},   {48, 48},   {64, 64},   {80, 80},   {96, 96},   {112, 112}, {128, 128},
-                           {144, 144}, {160, 160}, {176, 176}, {192, 192}, {208, 208}, {224, 224}, {240, 240}, {256, 256}},
+                          kA3HierarchyWorldSizes,
                           {1, 256},
                           {1024, 8192},
                           1,
@@ -104,14 +106,6 @@ std::string as_text(const std::vector<Range>& ranges) {
   return text;
 }
 
-bool limits_are_off() {
-  const char* setting = std::getenv("VLLM_NPU_EMULATOR_LIMITS");
-  const std::string text = setting == nullptr ? "" : setting;
-  require(text.empty() || text == "device" || text == "none", "VLLM_NPU_EMULATOR_LIMITS=", text,
-          " is not known; there are device and none");
-  return text == "none";
-}
-
 int64_t rounded_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
 // MB of the group's buffer that one dispatch and its combine need, and where that is said.
@@ -134,10 +128,12 @@ BufferNeed buffer_need(Family family, const Placement& place, bool version_1, in
     constexpr int64_t kRanksOfGroup = 4;
     const int64_t row_and_facts = row + 4 * 4 * rounded_up(top_k, 8);
     if (family == Family::kA2) {
-      return {mb((place.moe_experts + place.world_size / kRanksOfGroup) * rounded_up(tokens * row_and_facts, kBlock)) + 8,
-              "(E + W / 4) * al512(B * (2H + 16 * al8(K))) + 8 MB, the hierarchy on A2"};
+      return {
+          mb((place.moe_experts + place.world_size / kRanksOfGroup) * rounded_up(tokens * row_and_facts, kBlock)) + 8,
+          "(E + W / 4) * al512(B * (2H + 16 * al8(K))) + 8 MB, the hierarchy on A2"};
     }
-    return {mb(place.moe_experts * tokens * row_and_facts) + 404, "E * B * (2H + 16 * al8(K)) + 404 MB, the hierarchy on A3"};
+    return {mb(place.moe_experts * tokens * row_and_facts) + 404,
+            "E * B * (2H + 16 * al8(K)) + 404 MB, the hierarchy on A3"};
   }
   if (family == Family::kA2) {
     const int64_t copies = std::min(place.experts_per_rank(), top_k);

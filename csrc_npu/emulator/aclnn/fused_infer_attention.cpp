@@ -3,6 +3,7 @@
 // Contract: CANN's documents of aclnnFusedInferAttentionScoreV2 to V4. Emulated without quantisation, prefixes or
 // padding.
 #include <algorithm>
+#include <limits>
 #include <map>
 
 #include "attention.h"
@@ -12,7 +13,6 @@
 namespace vllm_npu::emulator::aclnn {
 namespace {
 
-using OptionalTensor = std::optional<at::Tensor>;
 using Tensors = std::vector<at::Tensor>;
 using Ints = std::vector<int64_t>;
 

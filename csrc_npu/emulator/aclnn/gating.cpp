@@ -2,6 +2,7 @@
 //
 // Contracts: op-plugin's documents of npu_moe_gating_top_k, npu_moe_gating_top_k_softmax(_v2) and
 // npu_moe_update_expert; CANN's kernels where they say more. Of equal scores the lowest index comes first.
+#include <algorithm>
 #include <limits>
 
 #include "op.h"
@@ -35,10 +36,10 @@ at::Tensor keep_best_groups(const at::Tensor& choice, int64_t group_count, int64
 
 // The experts that a table gives for each token's id, as in layers that route by a hash of the token.
 struct ByToken {
-  std::optional<at::Tensor> input_ids;  // [N]
-  std::optional<at::Tensor> table;      // tid2eid: [ids, k]
+  OptionalTensor input_ids;  // [N]
+  OptionalTensor table;      // tid2eid: [ids, k]
 
-  using Fields = std::tuple<std::optional<at::Tensor>, std::optional<at::Tensor>>;
+  using Fields = std::tuple<OptionalTensor, OptionalTensor>;
 };
 
 // How scores choose experts.
@@ -81,8 +82,7 @@ void check_choice(const Choice& choice, int64_t num_experts) {
           ", the experts of k_group groups");
 }
 
-void check_by_token(const ByToken& by_token, const std::optional<at::Tensor>& bias, const Choice& choice,
-                    int64_t num_tokens) {
+void check_by_token(const ByToken& by_token, const OptionalTensor& bias, const Choice& choice, int64_t num_tokens) {
   require(by_token.input_ids && by_token.table, "input_ids and tid2eid go together");
   require_absent(bias, "bias", "tid2eid chooses the experts");
   require(choice.group_count == 1, "group_count=", choice.group_count, ", but tid2eid chooses the experts");
@@ -103,8 +103,7 @@ at::Tensor experts_by_token(const ByToken& by_token, int64_t num_experts) {
   return chosen;
 }
 
-Plan gating_top_k_v2(at::Tensor x, std::optional<at::Tensor> bias, ByToken by_token, Choice choice,
-                     GatingOutputs outputs) {
+Plan gating_top_k_v2(at::Tensor x, OptionalTensor bias, ByToken by_token, Choice choice, GatingOutputs outputs) {
   refuse_on_310p("npu_moe_gating_top_k");
   require_dimensions(x, "x", 2);
   require_dtype(x, "x", {at::kHalf, at::kBFloat16, at::kFloat});
@@ -135,11 +134,11 @@ Plan gating_top_k_v2(at::Tensor x, std::optional<at::Tensor> bias, ByToken by_to
   };
 }
 
-Plan gating_top_k(at::Tensor x, std::optional<at::Tensor> bias, Choice choice, GatingOutputs outputs) {
+Plan gating_top_k(at::Tensor x, OptionalTensor bias, Choice choice, GatingOutputs outputs) {
   return gating_top_k_v2(x, bias, {}, choice, outputs);
 }
 
-void check_softmax(const at::Tensor& x, const std::optional<at::Tensor>& finished, int64_t k) {
+void check_softmax(const at::Tensor& x, const OptionalTensor& finished, int64_t k) {
   refuse_on_310p("npu_moe_gating_top_k_softmax");
   require_dtype(x, "x", {at::kHalf, at::kBFloat16, at::kFloat});
   require(1 <= k && k <= std::min(x.size(-1), kMaxSoftmaxTopK), "k=", k, " is not in 1..",
@@ -151,13 +150,12 @@ void check_softmax(const at::Tensor& x, const std::optional<at::Tensor>& finishe
 }
 
 // A finished row's ids are E, which no expert has.
-void write_ids(const at::Tensor& out, const at::Tensor& ids, const std::optional<at::Tensor>& finished,
-               int64_t experts) {
+void write_ids(const at::Tensor& out, const at::Tensor& ids, const OptionalTensor& finished, int64_t experts) {
   out.copy_(finished ? at::where(finished->unsqueeze(-1), experts, ids) : ids);
 }
 
-Plan gating_top_k_softmax(at::Tensor x, std::optional<at::Tensor> finished, int64_t k, at::Tensor weights,
-                          at::Tensor expert_ids, at::Tensor row_ids) {
+Plan gating_top_k_softmax(at::Tensor x, OptionalTensor finished, int64_t k, at::Tensor weights, at::Tensor expert_ids,
+                          at::Tensor row_ids) {
   check_softmax(x, finished, k);
   return [=] {
     const at::Tensor scores = at::softmax(x.to(at::kFloat), -1);
@@ -169,9 +167,8 @@ Plan gating_top_k_softmax(at::Tensor x, std::optional<at::Tensor> finished, int6
 }
 
 // renorm 0: softmax over all experts, then the choice. renorm 1: the choice, then softmax over the chosen.
-Plan gating_top_k_softmax_v2(at::Tensor x, std::optional<at::Tensor> finished, int64_t k, int64_t renorm,
-                             bool wants_scores, at::Tensor weights, at::Tensor expert_ids,
-                             std::optional<at::Tensor> scores_out) {
+Plan gating_top_k_softmax_v2(at::Tensor x, OptionalTensor finished, int64_t k, int64_t renorm, bool wants_scores,
+                             at::Tensor weights, at::Tensor expert_ids, OptionalTensor scores_out) {
   check_softmax(x, finished, k);
   require_one_of(renorm, "renorm", {0, 1});
   require(!wants_scores || renorm == 0, "output_softmax=true needs renorm=0");
@@ -210,9 +207,9 @@ void require_prefix(const at::Tensor& mask, const char* name) {
   require((flags.diff() <= 0).all().item<bool>(), name, " has a hole: active tokens must come first");
 }
 
-Plan update_expert(at::Tensor expert_ids, at::Tensor table, std::optional<at::Tensor> scales,
-                   std::optional<at::Tensor> threshold, std::optional<at::Tensor> active_mask, int64_t rank,
-                   int64_t world_size, int64_t balance_mode, at::Tensor physical_ids, at::Tensor mask) {
+Plan update_expert(at::Tensor expert_ids, at::Tensor table, OptionalTensor scales, OptionalTensor threshold,
+                   OptionalTensor active_mask, int64_t rank, int64_t world_size, int64_t balance_mode,
+                   at::Tensor physical_ids, at::Tensor mask) {
   const Family family = current_soc().family;
   require(family == Family::kA3 || family == Family::kA5, current_soc().name,
           " has no npu_moe_update_expert; Ascend910_93 and Ascend950 have it");

@@ -22,7 +22,7 @@ struct GroupedMatmul {
   std::vector<at::Tensor> bias;
   std::vector<at::Tensor> scale;
   std::vector<at::Tensor> per_token_scale;
-  std::optional<at::Tensor> group_list;
+  OptionalTensor group_list;
   int64_t group_list_type;
   int64_t group_type;
   int64_t activation;
@@ -84,10 +84,9 @@ at::Tensor activate(const at::Tensor& values, int64_t activation) {
 
 // One group's product in float32, or int32 where nothing scales it, before the cast to y's dtype.
 at::Tensor product(const GroupedMatmul& op, const at::Tensor& rows, const at::Tensor& weight, int64_t group,
-                   const std::optional<at::Tensor>& row_scale) {
+                   const OptionalTensor& row_scale) {
   const int64_t num_groups = op.num_groups();
-  const std::optional<at::Tensor> bias =
-      op.bias.empty() ? std::nullopt : std::optional(of_group(op.bias, group, num_groups));
+  const OptionalTensor bias = op.bias.empty() ? std::nullopt : std::optional(of_group(op.bias, group, num_groups));
   if (!op.is_int8()) {
     at::Tensor result = at::matmul(rows.to(at::kFloat), weight.to(at::kFloat));
     if (bias) result = result + bias->to(at::kFloat);
@@ -106,7 +105,7 @@ at::Tensor product(const GroupedMatmul& op, const at::Tensor& rows, const at::Te
 // group_type 0: y's rows are x's rows; those past the last group are left unwritten.
 void split_rows(const GroupedMatmul& op) {
   const at::Tensor x = at::cat(op.x);
-  const std::optional<at::Tensor> row_scale =
+  const OptionalTensor row_scale =
       op.per_token_scale.empty() ? std::nullopt : std::optional(at::cat(op.per_token_scale));
   std::vector<Group> groups;
   if (op.group_list) {
@@ -134,8 +133,7 @@ void split_rows(const GroupedMatmul& op) {
 // group_type -1: x, weight and y are lists of one matrix for each group.
 void multiply_lists(const GroupedMatmul& op) {
   for (size_t i = 0; i < op.x.size(); ++i) {
-    const std::optional<at::Tensor> row_scale =
-        op.per_token_scale.empty() ? std::nullopt : std::optional(op.per_token_scale[i]);
+    const OptionalTensor row_scale = op.per_token_scale.empty() ? std::nullopt : std::optional(op.per_token_scale[i]);
     op.y[i].copy_(product(op, op.x[i], op.weight[i], static_cast<int64_t>(i), row_scale));
   }
 }
@@ -257,7 +255,7 @@ Plan plan(const GroupedMatmul& op, int64_t split_item) {
 using Tensors = std::vector<at::Tensor>;
 
 Plan grouped_matmul_v5(Tensors x, Tensors weight, Tensors bias, Tensors scale, Tensors offset, Tensors antiquant_scale,
-                       Tensors antiquant_offset, Tensors per_token_scale, std::optional<at::Tensor> group_list,
+                       Tensors antiquant_offset, Tensors per_token_scale, OptionalTensor group_list,
                        Tensors activation_input, Tensors activation_quant_scale, Tensors activation_quant_offset,
                        int64_t split_item, int64_t group_type, int64_t group_list_type, int64_t activation,
                        std::vector<int64_t> /*tuning_config: speed only*/, Tensors y, Tensors activation_out,
@@ -276,7 +274,7 @@ Plan grouped_matmul_v5(Tensors x, Tensors weight, Tensors bias, Tensors scale, T
 }
 
 Plan grouped_matmul_v4(Tensors x, Tensors weight, Tensors bias, Tensors scale, Tensors offset, Tensors antiquant_scale,
-                       Tensors antiquant_offset, Tensors per_token_scale, std::optional<at::Tensor> group_list,
+                       Tensors antiquant_offset, Tensors per_token_scale, OptionalTensor group_list,
                        Tensors activation_input, Tensors activation_quant_scale, Tensors activation_quant_offset,
                        int64_t split_item, int64_t group_type, int64_t group_list_type, int64_t activation, Tensors y,
                        Tensors activation_out, Tensors dynamic_quant_scale_out) {

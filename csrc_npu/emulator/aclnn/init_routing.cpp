@@ -1,6 +1,7 @@
 // Init routing: a token's row once for each of its experts, sorted by expert.
 //
 // Contract: op-plugin's document of npu_moe_init_routing_v2; roundings: CANN's moe_init_routing_v3 kernels.
+#include <algorithm>
 #include <limits>
 
 #include "numerics.h"
@@ -23,8 +24,8 @@ constexpr int64_t kMaxExpertsKeyValue = 5120;
 struct InitRouting {
   at::Tensor x;           // [N, H]
   at::Tensor expert_ids;  // [N, K] int32
-  std::optional<at::Tensor> scale;
-  std::optional<at::Tensor> offset;
+  OptionalTensor scale;
+  OptionalTensor offset;
   int64_t active_num;
   int64_t expert_capacity;
   int64_t expert_num;
@@ -36,8 +37,8 @@ struct InitRouting {
   int64_t row_index_type;
   at::Tensor expanded_x;
   at::Tensor expanded_row_index;
-  std::optional<at::Tensor> counts;
-  std::optional<at::Tensor> expanded_scale;
+  OptionalTensor counts;
+  OptionalTensor expanded_scale;
 
   int64_t top_k() const { return expert_ids.size(1); }
   int64_t num_active_experts() const { return end_expert - first_expert; }
@@ -78,7 +79,7 @@ void write_counts(const InitRouting& op, const at::Tensor& counts) {
 // The rows of `pairs`, as expanded_x holds them, and their scales where the op has any.
 struct Rows {
   at::Tensor values;
-  std::optional<at::Tensor> scales;
+  OptionalTensor scales;
 };
 
 Rows take_rows(const InitRouting& op, const at::Tensor& pairs, const at::Tensor& experts) {
@@ -197,11 +198,11 @@ Plan plan(const InitRouting& op) {
   return [op] { op.drop_pad ? route_with_capacity(op) : route_dropless(op); };
 }
 
-Plan init_routing_v3(at::Tensor x, at::Tensor expert_ids, std::optional<at::Tensor> scale,
-                     std::optional<at::Tensor> offset, int64_t active_num, int64_t expert_capacity, int64_t expert_num,
-                     int64_t drop_pad_mode, int64_t counts_type, bool wants_counts, int64_t quant_mode,
-                     std::vector<int64_t> active_range, int64_t row_index_type, at::Tensor expanded_x,
-                     at::Tensor expanded_row_index, at::Tensor counts, std::optional<at::Tensor> expanded_scale) {
+Plan init_routing_v3(at::Tensor x, at::Tensor expert_ids, OptionalTensor scale, OptionalTensor offset,
+                     int64_t active_num, int64_t expert_capacity, int64_t expert_num, int64_t drop_pad_mode,
+                     int64_t counts_type, bool wants_counts, int64_t quant_mode, std::vector<int64_t> active_range,
+                     int64_t row_index_type, at::Tensor expanded_x, at::Tensor expanded_row_index, at::Tensor counts,
+                     OptionalTensor expanded_scale) {
   require_one_of(drop_pad_mode, "drop_pad_mode", {0, 1});
   if (active_range.empty()) active_range = {0, expert_num};
   require(active_range.size() == 2, "active_expert_range has ", active_range.size(), " numbers; it must have 2");

@@ -6,8 +6,6 @@
 namespace vllm_npu::emulator::aclnn {
 namespace {
 
-using OptionalTensor = std::optional<at::Tensor>;
-
 // torch_npu passes tensors without elements for some that are not given.
 void require_none(const OptionalTensor& tensor, const char* name, const char* reason) {
   if (tensor && tensor->numel() > 0) require_absent(tensor, name, reason);

@@ -3,6 +3,7 @@
 // Contracts: op-plugin's documents of npu_rms_norm, npu_add_rms_norm, npu_rotary_mul, npu_interleave_rope and
 // npu_kv_rmsnorm_rope_cache. Computed in float32, rounded once.
 #include "op.h"
+#include "rotary.h"
 #include "undefined.h"
 
 namespace vllm_npu::emulator::aclnn {
@@ -55,16 +56,6 @@ Plan add_rms_norm(at::Tensor x1, at::Tensor x2, at::Tensor gamma, double epsilon
   };
 }
 
-at::Tensor turned_halves(const at::Tensor& x) {
-  const std::vector<at::Tensor> halves = x.chunk(2, -1);
-  return at::cat({-halves[1], halves[0]}, -1);
-}
-
-at::Tensor turned_neighbours(const at::Tensor& x) {
-  const at::Tensor pairs = x.unflatten(-1, {x.size(-1) / 2, 2});
-  return at::stack({-pairs.select(-1, 1), pairs.select(-1, 0)}, -1).flatten(-2);
-}
-
 // Neighbours apart, into two halves, then turned as halves: how DeepSeek's models rotate.
 at::Tensor interleave_rotated(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin) {
   const at::Tensor apart = x.to(at::kFloat).unflatten(-1, {x.size(-1) / 2, 2}).transpose(-1, -2).flatten(-2);
@@ -93,10 +84,9 @@ Plan interleave_rope(at::Tensor x, at::Tensor cos, at::Tensor sin, at::Tensor ou
 }
 
 struct CacheQuantisation {
-  std::optional<at::Tensor> k_rope_scale, c_kv_scale, k_rope_offset, c_kv_offset;
+  OptionalTensor k_rope_scale, c_kv_scale, k_rope_offset, c_kv_offset;
 
-  using Fields = std::tuple<std::optional<at::Tensor>, std::optional<at::Tensor>, std::optional<at::Tensor>,
-                            std::optional<at::Tensor>>;
+  using Fields = std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor>;
 };
 
 // kv [B, 1, 1, latent + rope]: the latent part normed into ckv_cache, the rest rotated into k_cache, both at `index`.

@@ -1,10 +1,9 @@
 // Planning and running, the same for every op.
 #include "op.h"
 
-#include <c10/core/InferenceMode.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
-
 #include <memory>
+
+#include "cpu_kernels_only.h"
 
 struct aclOpExecutor {
   vllm_npu::emulator::aclnn::Plan plan;
@@ -13,18 +12,10 @@ struct aclOpExecutor {
 namespace vllm_npu::emulator::aclnn {
 namespace {
 
-// Torch's kernels for the CPU and nothing above them: no autograd, autocast or Python mode of the calling thread.
-class CpuKernelsOnly {
- private:
-  c10::InferenceMode ordinary_tensors_{false};
-  c10::impl::ExcludeDispatchKeyGuard excluded_{c10::autograd_dispatch_keyset_with_ADInplaceOrView |
-                                               c10::autocast_dispatch_keyset | c10::python_ks};
-};
-
 // Turns what `act` throws into the op's return code: nothing may be thrown through the C interface.
 int guarded(const char* name, const std::function<void()>& act) {
   try {
-    CpuKernelsOnly kernels;
+    const CpuKernelsOnly kernels;
     act();
     return ACL_SUCCESS;
   } catch (const Refusal& refusal) {

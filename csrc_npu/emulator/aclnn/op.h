@@ -28,6 +28,8 @@ struct aclOpExecutor;
 
 namespace vllm_npu::emulator::aclnn {
 
+using OptionalTensor = std::optional<at::Tensor>;
+
 // An op's work. It throws Refusal for a value that it finds in the tensors and does not honour.
 using Plan = std::function<void()>;
 
@@ -44,9 +46,9 @@ struct Argument {  // numbers cross as they are
 };
 
 template <>
-struct Argument<std::optional<at::Tensor>> {
+struct Argument<OptionalTensor> {
   using Handle = const aclTensor*;
-  static std::optional<at::Tensor> take(Handle handle) {
+  static OptionalTensor take(Handle handle) {
     if (handle == nullptr) return std::nullopt;
     if (!handle->fault.empty()) refuse(Code::kInvalid, "an argument ", handle->fault);
     return handle->tensor;
@@ -57,7 +59,7 @@ template <>
 struct Argument<at::Tensor> {
   using Handle = const aclTensor*;
   static at::Tensor take(Handle handle) {
-    auto tensor = Argument<std::optional<at::Tensor>>::take(handle);
+    auto tensor = Argument<OptionalTensor>::take(handle);
     if (!tensor) refuse(Code::kMissing, "a tensor that the op needs is missing");
     return *tensor;
   }
@@ -156,8 +158,7 @@ template <class Name, auto plan>
 struct Entry;
 
 template <class Name, class... Parameters, Plan (*plan)(Parameters...)>
-struct Entry<Name, plan>
-    : EntryOf<Name, plan, decltype(std::tuple_cat(std::declval<PartsOf<Parameters>>()...))> {};
+struct Entry<Name, plan> : EntryOf<Name, plan, decltype(std::tuple_cat(std::declval<PartsOf<Parameters>>()...))> {};
 
 // An exported C function cannot be a template. So each exported name is an indirect function: the dynamic linker asks
 // its resolver for the address, and the resolver answers with the template's.

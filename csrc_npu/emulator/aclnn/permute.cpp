@@ -1,7 +1,7 @@
 // Permuting tokens by expert and back; the merge of the experts' outputs; rank-major to expert-major.
 //
 // Contracts: op-plugin's documents of npu_moe_token_permute, npu_moe_token_unpermute, npu_moe_finalize_routing and
-// npu_moe_re_routing.
+// npu_moe_re_routing; CANN 8.5's of aclnnMoeFinalizeRoutingV2, for its types.
 #include "op.h"
 #include "undefined.h"
 
@@ -10,8 +10,6 @@ namespace {
 
 constexpr int64_t kMaxTopK = 512;
 constexpr int64_t kMaxReRoutingWidth = 16384;  // exclusive
-
-const auto kFloatTypes = {at::kHalf, at::kBFloat16, at::kFloat};
 
 int64_t top_k_of(const at::Tensor& indices) { return indices.dim() == 1 ? 1 : indices.size(1); }
 
@@ -53,7 +51,7 @@ Plan permute(at::Tensor tokens, at::Tensor indices, int64_t num_out_tokens, bool
 }
 
 // float32, k ascending, a multiply and an add rounded apart.
-Plan unpermute(at::Tensor permuted, at::Tensor sorted_indices, std::optional<at::Tensor> probs, bool padded_mode,
+Plan unpermute(at::Tensor permuted, at::Tensor sorted_indices, OptionalTensor probs, bool padded_mode,
                std::vector<int64_t> /*restore_shape: of padded_mode*/, at::Tensor unpermuted) {
   require(!padded_mode, "padded_mode=true is not emulated");
   require_dimensions(permuted, "permuted_tokens", 2);
@@ -78,13 +76,25 @@ Plan unpermute(at::Tensor permuted, at::Tensor sorted_indices, std::optional<at:
   };
 }
 
-Plan finalize_routing(at::Tensor rows, at::Tensor source_to_row, std::optional<at::Tensor> skip1,
-                      std::optional<at::Tensor> skip2, std::optional<at::Tensor> bias, std::optional<at::Tensor> scales,
-                      std::optional<at::Tensor> expert_of_source, int64_t drop_pad_mode, at::Tensor out) {
+// All in the rows' type; but for bfloat16 the scales may be float32.
+void check_finalize_types(const at::Tensor& rows, const OptionalTensor& skip1, const OptionalTensor& skip2,
+                          const OptionalTensor& bias, const OptionalTensor& scales) {
+  const at::ScalarType type = rows.scalar_type();
+  require_dtype(rows, "expanded_permuted_rows", {at::kHalf, at::kBFloat16, at::kFloat});
+  if (skip1) require_dtype(*skip1, "skip1", {type});
+  if (skip2) require_dtype(*skip2, "skip2", {type});
+  if (bias) require_dtype(*bias, "bias", {type});
+  const bool is_mixed = type == at::kBFloat16 && scales && scales->scalar_type() == at::kFloat;
+  if (scales && !is_mixed) require_dtype(*scales, "scales", {type});
+}
+
+Plan finalize_routing(at::Tensor rows, at::Tensor source_to_row, OptionalTensor skip1, OptionalTensor skip2,
+                      OptionalTensor bias, OptionalTensor scales, OptionalTensor expert_of_source,
+                      int64_t drop_pad_mode, at::Tensor out) {
   require_one_of(drop_pad_mode, "drop_pad_mode", {0, 1, 2, 3});
   const bool has_capacity = drop_pad_mode == 1 || drop_pad_mode == 3;
   const bool token_major = drop_pad_mode >= 2;
-  require_dtype(rows, "expanded_permuted_rows", kFloatTypes);
+  check_finalize_types(rows, skip1, skip2, bias, scales);
   require_dimensions(rows, "expanded_permuted_rows", has_capacity ? 3 : 2);
   require_dtype(source_to_row, "expanded_src_to_dst_row", {at::kInt});
   const int64_t num_tokens = out.size(0);
@@ -121,9 +131,8 @@ Plan finalize_routing(at::Tensor rows, at::Tensor source_to_row, std::optional<a
 }
 
 // From (source rank, expert) to (expert, source rank).
-Plan re_routing(at::Tensor tokens, at::Tensor counts, std::optional<at::Tensor> scales, int64_t counts_type,
-                int64_t index_type, at::Tensor out_tokens, std::optional<at::Tensor> out_scales, at::Tensor source_rows,
-                at::Tensor expert_counts) {
+Plan re_routing(at::Tensor tokens, at::Tensor counts, OptionalTensor scales, int64_t counts_type, int64_t index_type,
+                at::Tensor out_tokens, OptionalTensor out_scales, at::Tensor source_rows, at::Tensor expert_counts) {
   refuse_on_310p("npu_moe_re_routing");
   require_one_of(counts_type, "expert_token_num_type", {1});
   require_one_of(index_type, "idx_type", {0});

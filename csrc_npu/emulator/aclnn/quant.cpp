@@ -23,7 +23,7 @@ at::Tensor pack_int4(const at::Tensor& values) {
 }
 
 // The smooth row of each row of x: the one of its group, where group_index has each group's last row + 1.
-at::Tensor smooth_rows(const at::Tensor& smooth, const std::optional<at::Tensor>& group_index, int64_t num_rows) {
+at::Tensor smooth_rows(const at::Tensor& smooth, const OptionalTensor& group_index, int64_t num_rows) {
   if (!group_index) return smooth;
   const at::Tensor ends = group_index->to(at::kLong).contiguous();
   const at::Tensor sizes = at::diff(ends, 1, -1, at::zeros({1}, at::kLong));
@@ -33,9 +33,8 @@ at::Tensor smooth_rows(const at::Tensor& smooth, const std::optional<at::Tensor>
   return at::repeat_interleave(smooth, sizes, 0);
 }
 
-Plan dynamic_quant_v2(at::Tensor x, std::optional<at::Tensor> smooth, std::optional<at::Tensor> group_index,
-                      int32_t /*dst_type: y has it*/, at::Tensor y, at::Tensor scale,
-                      std::optional<at::Tensor> offset) {
+Plan dynamic_quant_v2(at::Tensor x, OptionalTensor smooth, OptionalTensor group_index, int32_t /*dst_type: y has it*/,
+                      at::Tensor y, at::Tensor scale, OptionalTensor offset) {
   refuse_on_310p("npu_dynamic_quant");
   require_dtype(x, "input", {at::kHalf, at::kBFloat16});
   require_absent(offset, "offset", "asymmetric quantisation is not emulated");
@@ -64,7 +63,7 @@ Plan dynamic_quant_v2(at::Tensor x, std::optional<at::Tensor> smooth, std::optio
   };
 }
 
-Plan dynamic_quant(at::Tensor x, std::optional<at::Tensor> smooth, at::Tensor y, at::Tensor scale) {
+Plan dynamic_quant(at::Tensor x, OptionalTensor smooth, at::Tensor y, at::Tensor scale) {
   return dynamic_quant_v2(x, smooth, std::nullopt, ACL_INT8, y, scale, std::nullopt);
 }
 

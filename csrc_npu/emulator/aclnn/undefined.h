@@ -3,19 +3,17 @@
 
 #include <ATen/ATen.h>
 
-#include <cstdlib>
 #include <limits>
-#include <string>
+
+#include "runtime/settings.h"
 
 namespace vllm_npu::emulator::aclnn {
 
-// NaN; in integers the smallest value; in booleans true. With VLLM_NPU_EMULATOR_UNDEFINED=zero: zeros, for software that
-// multiplies such rows by zero.
+// NaN; in integers the smallest value; in booleans true. Or zeros (undefined_is_zero), for software that multiplies
+// such rows by zero.
 inline void fill_undefined(const at::Tensor& tensor) {
-  static const char* setting = std::getenv("VLLM_NPU_EMULATOR_UNDEFINED");
-  static const bool zeros = setting != nullptr && std::string(setting) == "zero";
   if (tensor.numel() == 0) return;
-  if (zeros) {
+  if (undefined_is_zero()) {
     tensor.zero_();
     return;
   }

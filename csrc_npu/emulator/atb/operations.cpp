@@ -4,17 +4,18 @@
 // torch_npu looks at what Setup returns and not at what Execute returns, and of an operation it shows the name only: so
 // everything is checked in Setup, the name then says why, and an error while computing is thrown.
 #include <ATen/ATen.h>
-#include <c10/core/InferenceMode.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
 
+#include <algorithm>
 #include <functional>
 #include <stdexcept>
 #include <vector>
 
 #include "abi.h"
 #include "aclnn/attention.h"
+#include "aclnn/cpu_kernels_only.h"
 #include "aclnn/handles.h"
 #include "aclnn/refusal.h"
+#include "aclnn/rotary.h"
 #include "runtime/runtime.h"
 
 namespace {
@@ -29,12 +30,6 @@ using Tensors = std::vector<at::Tensor>;
 struct Operands {
   Tensors in;
   Tensors out;
-};
-
-struct OrdinaryTensors {
-  c10::InferenceMode mode{false};
-  c10::impl::ExcludeDispatchKeyGuard excluded{c10::autograd_dispatch_keyset_with_ADInplaceOrView |
-                                              c10::autocast_dispatch_keyset | c10::python_ks};
 };
 
 at::Tensor as_torch(const atb::Tensor& tensor, const char* which, std::size_t index) {
@@ -100,14 +95,7 @@ Work plan(const atb::infer::RopeParam& param, const Operands& operands) {
     const auto factor = [](const at::Tensor& tensor) { return tensor.to(at::kFloat).unsqueeze(1); };
     for (const int i : {0, 1}) {
       const at::Tensor x = operands.in[i].to(at::kFloat).reshape({cos.size(0), -1, width});
-      at::Tensor turned;
-      if (param.rotaryCoeff == 2) {
-        const Tensors halves = x.chunk(2, -1);
-        turned = at::cat({-halves[1], halves[0]}, -1);
-      } else {
-        const at::Tensor pairs = x.unflatten(-1, {width / 2, 2});
-        turned = at::stack({-pairs.select(-1, 1), pairs.select(-1, 0)}, -1).flatten(-2);
-      }
+      const at::Tensor turned = param.rotaryCoeff == 2 ? aclnn::turned_halves(x) : aclnn::turned_neighbours(x);
       operands.out[i].copy_((x * factor(cos) + turned * factor(sin)).view(operands.out[i].sizes()));
     }
   };
@@ -190,7 +178,7 @@ class EmulatedOperation : public atb::Operation {
   atb::Status Setup(const atb::VariantPack& tensors, uint64_t& workspace_size, atb::Context*) override {
     workspace_size = 0;
     try {
-      const OrdinaryTensors guard;
+      const aclnn::CpuKernelsOnly kernels;
       refusal_.clear();
       plan(param_, as_torch(tensors));
       return atb::NO_ERROR;
@@ -204,13 +192,13 @@ class EmulatedOperation : public atb::Operation {
   atb::Status Execute(const atb::VariantPack& tensors, uint8_t*, uint64_t, atb::Context* context) override {
     trace(name_.c_str());
     const Work work = [&] {
-      const OrdinaryTensors guard;
+      const aclnn::CpuKernelsOnly kernels;
       return plan(param_, as_torch(tensors));
     }();
     const std::string name = name_;
     const int code = enqueue(context->GetExecuteStream(), name_.c_str(), [work, name] {
       try {
-        const OrdinaryTensors guard;
+        const aclnn::CpuKernelsOnly kernels;
         work();
         return atb::NO_ERROR;
       } catch (const std::exception& error) {

@@ -18,6 +18,7 @@
 #include <algorithm>
 #include <optional>
 #include <string>
+#include <unordered_map>
 #include <unordered_set>
 #include <utility>
 
@@ -61,10 +62,6 @@ const std::unordered_set<std::string> kTorchNpuOps = {
     "aten::view_as_real",
 };
 
-const std::unordered_set<std::string> kOwnOps = {
-    "aten::_fused_sdp_choice", "aten::_local_scalar_dense", "aten::copy_", "aten::histc", "aten::native_dropout",
-};
-
 // Composites that choose an implementation by the kind of device, and would choose one of torch_npu's.
 const std::unordered_set<std::string> kWholeOnCpu = {
     "aten::_convolution",
@@ -88,6 +85,14 @@ int64_t fused_sdp_choice(const at::Tensor&, const at::Tensor&, const at::Tensor&
                          double, bool, std::optional<double>, bool) {
   return 0;
 }
+
+const std::unordered_map<std::string, torch::CppFunction (*)()> kOwnOps = {
+    {"aten::_fused_sdp_choice", [] { return torch::CppFunction(TORCH_FN(fused_sdp_choice)); }},
+    {"aten::_local_scalar_dense", [] { return torch::CppFunction(TORCH_FN(local_scalar_dense)); }},
+    {"aten::copy_", [] { return torch::CppFunction(TORCH_FN(copy_)); }},
+    {"aten::histc", [] { return torch::CppFunction(TORCH_FN(histc)); }},
+    {"aten::native_dropout", [] { return torch::CppFunction(TORCH_FN(native_dropout)); }},
+};
 
 bool takes_tensors_or_device(const OperatorHandle& op) {
   const auto& arguments = op.schema().arguments();
@@ -129,8 +134,11 @@ bool is_differentiated_inside(const OperatorHandle& op) {
 // The kernel for the device itself; nothing where what is there is right.
 std::optional<torch::CppFunction> device_kernel(const OperatorHandle& op) {
   using torch::CppFunction;
+  const auto name = full_name(op.operator_name());
+  if (kTorchNpuOps.count(name)) return {};
+  if (const auto own = kOwnOps.find(name); own != kOwnOps.end()) return own->second();
   const bool of_torch_npu = op.hasKernelForDispatchKey(DispatchKey::PrivateUse1);
-  if (kWholeOnCpu.count(full_name(op.operator_name()))) return CppFunction::makeFromBoxedFunction<run_on_cpu_aliases>();
+  if (kWholeOnCpu.count(name)) return CppFunction::makeFromBoxedFunction<run_on_cpu_aliases>();
   if (op.hasKernelForDispatchKey(DispatchKey::CPU) && !is_differentiated_inside(op)) {
     return draws_without_generator(op) ? CppFunction::makeFromBoxedFunction<refuse>()
                                        : CppFunction::makeFromBoxedFunction<run_on_cpu_aliases>();
@@ -154,14 +162,6 @@ std::optional<torch::CppFunction> autograd_kernel(const OperatorHandle& op) {
   return {};
 }
 
-void register_own_ops(torch::Library& library) {
-  library.impl("_fused_sdp_choice", TORCH_FN(fused_sdp_choice));
-  library.impl("_local_scalar_dense", TORCH_FN(local_scalar_dense));
-  library.impl("copy_", TORCH_FN(copy_));
-  library.impl("histc", TORCH_FN(histc));
-  library.impl("native_dropout", TORCH_FN(native_dropout));
-}
-
 // That a kernel replaces another is the purpose here, and PyTorch warns of it.
 class IgnoreWarnings : public c10::WarningHandler {
   void process(const c10::Warning&) override {}
@@ -180,10 +180,8 @@ void register_all() {
     const auto name = full_name(operator_name);
     if (!op || operator_name.getNamespace() != "aten" || !takes_tensors_or_device(*op)) continue;
     if (auto kernel = autograd_kernel(*op)) autograd->impl(name.c_str(), std::move(*kernel));
-    if (kTorchNpuOps.count(name) || kOwnOps.count(name)) continue;
     if (auto kernel = device_kernel(*op)) device->impl(name.c_str(), std::move(*kernel));
   }
-  register_own_ops(*device);
 }
 
 const bool registered = [] {

@@ -72,7 +72,8 @@ class Collective {
   }
 
   Collective& agree(const char* name, const std::string& value) {
-    call_.agreed += (call_.agreed.empty() ? "" : " ") + std::string(name) + "=" + value;
+    if (!call_.agreed.empty()) call_.agreed += ' ';
+    call_.agreed.append(name).append("=").append(value);
     return *this;
   }
 

@@ -1,6 +1,7 @@
 #include "communicator.h"
 
 #include <fcntl.h>
+#include <sys/file.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -21,8 +22,6 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-constexpr std::chrono::milliseconds kLongestSleep{500};  // between two looks at whether the others are still alive
-
 std::uint64_t process_namespace() {
   struct stat status{};
   return stat("/proc/self/ns/pid", &status) == 0 ? status.st_ino : 0;
@@ -38,19 +37,14 @@ bool has_ended(pid_t process) {
   return name_end != std::string::npos && name_end + 2 < text.size() && text[name_end + 2] == 'Z';
 }
 
-std::string list_ranks(const std::vector<int>& ranks) {
-  std::string text = ranks.size() == 1 ? "rank " : "ranks ";
-  for (std::size_t i = 0; i < ranks.size(); ++i) text += (i == 0 ? "" : ", ") + std::to_string(ranks[i]);
-  return text;
-}
-
 template <std::size_t Bytes>
 void copy_text(char (&destination)[Bytes], const std::string& text) {
   std::snprintf(destination, Bytes, "%s", text.c_str());
 }
 
-// Opens the segment, or makes it; the ranks attach in any order.
-Segment* map_segment(const std::string& name, std::size_t bytes, std::string& fault) {
+// Opens the segment, or makes it with `bytes`; the ranks attach in any order. One that is there keeps its size, which
+// `bytes` then receives: other ranks have mapped it.
+Segment* map_segment(const std::string& name, std::size_t& bytes, std::string& fault) {
   const int descriptor = shm_open(name.c_str(), O_CREAT | O_RDWR | O_CLOEXEC, S_IRUSR | S_IWUSR);
   if (descriptor < 0) {
     fault = "cannot open the shared memory " + name + ": " + std::strerror(errno);
@@ -58,9 +52,12 @@ Segment* map_segment(const std::string& name, std::size_t bytes, std::string& fa
   }
   void* mapped = MAP_FAILED;
   struct stat status{};
-  if (fstat(descriptor, &status) == 0 && status.st_uid == geteuid() &&
-      ftruncate(descriptor, static_cast<off_t>(bytes)) == 0) {
-    mapped = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, descriptor, /*offset=*/0);
+  if (flock(descriptor, LOCK_EX) == 0 && fstat(descriptor, &status) == 0 && status.st_uid == geteuid()) {
+    if (status.st_size != 0) bytes = static_cast<std::size_t>(status.st_size);
+    if (status.st_size != 0 || ftruncate(descriptor, static_cast<off_t>(bytes)) == 0) {
+      mapped = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, descriptor, /*offset=*/0);
+    }
+    flock(descriptor, LOCK_UN);  // closing alone would not unlock: the mapping holds on to the lock
   }
   if (mapped == MAP_FAILED) {
     fault = "cannot use the shared memory " + name + ": " + std::strerror(errno);
@@ -91,7 +88,7 @@ Communicator::Communicator(std::string name, std::string segment_name, int rank,
       channel_mutexes_(2 * static_cast<std::size_t>(std::clamp(size, 0, kMaxRanks))) {}
 
 Communicator::~Communicator() {
-  if (segment_ != nullptr) munmap(segment_, Segment::bytes_for(size_));
+  if (segment_ != nullptr) munmap(segment_, segment_bytes_);
 }
 
 int Communicator::open(const std::string& segment_name, int rank, int size, const std::string& name,
@@ -105,12 +102,13 @@ int Communicator::open(const std::string& segment_name, int rank, int size, cons
                                     " ranks: the emulator takes 1 to " + std::to_string(kMaxRanks) + " ranks");
   }
   std::string fault;
-  Segment* segment = map_segment(segment_name, Segment::bytes_for(size), fault);
+  communicator->segment_bytes_ = Segment::bytes_for(size);
+  Segment* segment = map_segment(segment_name, communicator->segment_bytes_, fault);
   if (segment == nullptr) return communicator->report(HCCL_E_SYSCALL, kOperation, fault);
   communicator->segment_ = segment;
 
-  std::uint32_t size_of_others = 0;
-  if (!segment->size.compare_exchange_strong(size_of_others, size) && size_of_others != std::uint32_t(size)) {
+  const int size_of_others = Segment::size_for(communicator->segment_bytes_);
+  if (size_of_others != size) {
     return communicator->declare_failed(HCCL_E_PARA, kOperation,
                                         "this rank says that the group has " + std::to_string(size) +
                                             " ranks, others say " + std::to_string(size_of_others));
@@ -126,6 +124,12 @@ int Communicator::open(const std::string& segment_name, int rank, int size, cons
   // Now that all ranks have the memory, its name can go: nothing stays behind, however the processes end.
   if (code != HCCL_SUCCESS || rank == 0) shm_unlink(segment_name.c_str());
   return code;
+}
+
+std::string Communicator::list_ranks(const std::vector<int>& ranks) {
+  std::string text = ranks.size() == 1 ? "rank " : "ranks ";
+  for (std::size_t i = 0; i < ranks.size(); ++i) text += (i == 0 ? "" : ", ") + std::to_string(ranks[i]);
+  return text;
 }
 
 // Records the error, with where it happened.
@@ -263,15 +267,6 @@ int Communicator::exchange(const Call& call, const std::vector<Part>& data, cons
     chunk.offset += kPieceBytes;
   } while (chunk.offset < most_bytes);
   return HCCL_SUCCESS;
-}
-
-int Communicator::gather(const Call& call, const void* data, std::uint64_t bytes, std::vector<std::string>& all) {
-  all.assign(size_, "");
-  return exchange(call, data, bytes, [&all](const Chunk& chunk) {
-    for (std::size_t rank = 0; rank < all.size(); ++rank) {
-      all[rank].append(chunk.parts[rank].data, chunk.parts[rank].size);
-    }
-  });
 }
 
 }  // namespace vllm_npu::emulator

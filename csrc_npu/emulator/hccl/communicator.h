@@ -1,7 +1,6 @@
 // Communicators: the processes of one group, and the one exchange that all collectives are made of.
 #pragma once
 
-#include <atomic>
 #include <chrono>
 #include <cstdint>
 #include <functional>
@@ -86,9 +85,6 @@ class EMULATOR_API Communicator {
     return exchange(call, {{static_cast<const char*>(data), bytes}}, reader);
   }
 
-  // COLLECTIVE, waits for all ranks: each rank's bytes, by rank.
-  int gather(const Call& call, const void* data, std::uint64_t bytes, std::vector<std::string>& all);
-
   // Messages to and from single ranks, all at the same time; those with the same peer and direction in their order.
   // Waits for the peers.
   int transfer(const char* operation, const std::vector<Transfer>& transfers);
@@ -109,6 +105,7 @@ class EMULATOR_API Communicator {
   int report(int code, const char* operation, const std::string& what);
   int declare_failed(int code, const char* operation, const std::string& what);
   std::string ended_processes(const std::vector<int>& ranks) const;
+  static std::string list_ranks(const std::vector<int>& ranks);
 
   const std::string name_;
   const std::string segment_name_;
@@ -117,6 +114,7 @@ class EMULATOR_API Communicator {
   const std::chrono::seconds timeout_;
   std::uint32_t buffer_mb_ = HCCL_COMM_DEFAULT_BUFFSIZE;
   Segment* segment_ = nullptr;
+  std::size_t segment_bytes_ = 0;
   std::mutex exchange_mutex_;
   std::vector<std::mutex> channel_mutexes_;  // to each rank, then from each rank
   std::uint64_t barriers_ = 0;               // that this rank has entered

@@ -2,8 +2,8 @@
 #pragma once
 
 #include <atomic>
+#include <cstddef>
 #include <cstdint>
-#include <cstring>
 
 #include "communicator.h"
 
@@ -45,22 +45,28 @@ struct Channel {
 enum FailureState : std::uint32_t { kSound, kFailing, kFailed };
 
 struct Segment {
-  std::atomic<std::uint32_t> size;  // number of ranks, set by the first that attaches
   std::atomic<std::uint32_t> arrived;
   std::atomic<std::uint32_t> barrier_generation;  // waited on
   std::atomic<std::uint32_t> channel_changes;     // waited on
   std::atomic<std::uint32_t> failure_state;
   std::int32_t failure_code;
   char failure_text[kFailureBytes];
-  RankArea ranks[];  // `size` of them, then size * size channels
+  RankArea ranks[];  // one for each rank, then a channel from each rank to each
 
-  static std::size_t bytes_for(int ranks) {
-    return sizeof(Segment) + ranks * sizeof(RankArea) + static_cast<std::size_t>(ranks) * ranks * sizeof(Channel);
+  static std::size_t bytes_for(int size) {
+    return sizeof(Segment) + size * sizeof(RankArea) + static_cast<std::size_t>(size) * size * sizeof(Channel);
   }
 
-  Channel& channel(int from, int to) {
-    auto* channels = reinterpret_cast<Channel*>(reinterpret_cast<char*>(ranks + size.load()));
-    return channels[static_cast<std::size_t>(from) * size.load() + to];
+  // The number of ranks that a segment of so many bytes is for; 0 if for none.
+  static int size_for(std::size_t bytes) {
+    int size = 1;
+    while (size <= kMaxRanks && bytes_for(size) != bytes) ++size;
+    return size <= kMaxRanks ? size : 0;
+  }
+
+  Channel& channel(int size, int from, int to) {
+    auto* channels = reinterpret_cast<Channel*>(ranks + size);
+    return channels[static_cast<std::size_t>(from) * size + to];
   }
 };
 

@@ -13,8 +13,6 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-constexpr std::chrono::milliseconds kLongestSleep{500};
-
 struct Header {
   char facts[64];
 };
@@ -77,13 +75,12 @@ int Communicator::wait_for_channels(const char* operation, std::uint32_t seen, C
   if (segment_->channel_changes != seen) return HCCL_SUCCESS;
   const std::string ended = ended_processes(waited_for);
   if (segment_->channel_changes != seen) return HCCL_SUCCESS;  // its last act was to send or to receive
-  std::string who;
-  for (const int rank : waited_for) who += (who.empty() ? "rank " : ", rank ") + std::to_string(rank);
+  const std::string who = list_ranks(waited_for);
   if (!ended.empty()) return declare_failed(HCCL_E_INTERNAL, operation, who + " did not take part" + ended);
   if (Clock::now() < deadline) return HCCL_SUCCESS;
   return declare_failed(HCCL_E_TIMEOUT, operation,
                         who + " did not take part within " + std::to_string(timeout_.count()) +
-                            " s; look for what it does instead, or raise HCCL_EXEC_TIMEOUT");
+                            " s; look for what they do instead, or raise HCCL_EXEC_TIMEOUT");
 }
 
 int Communicator::transfer(const char* operation, const std::vector<Transfer>& transfers) {
@@ -94,7 +91,8 @@ int Communicator::transfer(const char* operation, const std::vector<Transfer>& t
 
   std::vector<Progress> all;
   for (const Transfer& each : transfers) {
-    Progress progress{&each, each.sends ? &segment_->channel(rank_, each.peer) : &segment_->channel(each.peer, rank_)};
+    Progress progress{
+        &each, each.sends ? &segment_->channel(size_, rank_, each.peer) : &segment_->channel(size_, each.peer, rank_)};
     if (each.sends) std::snprintf(progress.header.facts, sizeof progress.header.facts, "%s", each.facts.c_str());
     all.push_back(progress);
   }

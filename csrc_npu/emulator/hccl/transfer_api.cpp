@@ -1,6 +1,8 @@
 // HCCL's messages between two ranks. They wait for their peer on the stream's thread: the caller goes on, as it does
 // on a real device, and may make the call that the peer waits for.
+#include <set>
 #include <string>
+#include <utility>
 
 #include "communicator.h"
 #include "data_types.h"
@@ -47,6 +49,13 @@ HcclResult HcclRecv(void* buffer, uint64_t count, HcclDataType type, uint32_t pe
   return enqueue_transfers(__func__, &item, 1, communicator, stream);
 }
 
+// A rank gives each other one at most one message in a batch, and takes at most one: CANN's document of the call.
 HcclResult HcclBatchSendRecv(HcclSendRecvItem* items, uint32_t count, HcclComm communicator, aclrtStream stream) {
+  std::set<std::pair<std::uint32_t, HcclSendRecvType>> seen;
+  for (std::uint32_t i = 0; i < count; ++i) {
+    if (seen.emplace(items[i].remoteRank, items[i].sendRecvType).second) continue;
+    return HcclResult(fail(HCCL_E_PARA, "%s: two messages %s rank %u; put each into a batch of its own", __func__,
+                           items[i].sendRecvType == HCCL_SEND ? "to" : "from", items[i].remoteRank));
+  }
   return enqueue_transfers(__func__, items, count, communicator, stream);
 }

@@ -7,6 +7,8 @@
 
 namespace vllm_npu::emulator {
 
+constexpr std::chrono::milliseconds kLongestSleep{500};  // between two looks at whether the others are still alive
+
 // Returns when the word is not `seen` any more, somebody woke its waiters, or the time is over; also for no reason.
 void sleep_while_equal(std::atomic<std::uint32_t>& word, std::uint32_t seen, std::chrono::milliseconds longest);
 

@@ -6,9 +6,7 @@
 #include <array>
 #include <atomic>
 #include <cstdio>
-#include <cstring>
 #include <map>
-#include <memory>
 #include <mutex>
 #include <vector>
 

@@ -1,4 +1,5 @@
 // ACL's events: marks in a stream that other streams and the host can wait for, and that carry a time.
+#include <algorithm>
 #include <chrono>
 #include <condition_variable>
 #include <memory>

@@ -1,4 +1,4 @@
-// What hccl/, aten/ and aclnn/ use of the emulated device's runtime. Link against libascendcl.so.
+// What the other folders use of the emulated device's runtime. Link against libascendcl.so.
 //
 // Device memory is host memory: a device pointer can be read and written by any thread of the process.
 #pragma once

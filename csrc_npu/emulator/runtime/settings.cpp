@@ -19,6 +19,8 @@ struct Settings {
   std::optional<std::uint64_t> seed;
   std::optional<std::uint64_t> log_level;
   std::string cann_version;
+  bool limits_are_off = false;
+  bool undefined_is_zero = false;
   std::string fault;
 };
 
@@ -35,6 +37,13 @@ std::optional<std::uint64_t> read_number(const char* name, std::uint64_t largest
     return std::nullopt;
   }
   return value;
+}
+
+// Whether the variable is `other` in place of its default; on anything else, `fault` says so.
+bool read_switch(const char* name, const std::string& usual, const std::string& other, std::string& fault) {
+  const std::string text = environment(name, usual.c_str());
+  if (text != usual && text != other) fault = std::string(name) + "=" + text + ": set it to " + usual + " or " + other;
+  return text == other;
 }
 
 // How many of the devices ASCEND_RT_VISIBLE_DEVICES leaves: those listed before the first that does not exist.
@@ -67,6 +76,8 @@ Settings read_settings() {
   settings.seed = read_number("VLLM_NPU_EMULATOR_ASYNC", UINT64_MAX, settings.fault);
   settings.log_level = read_number("VLLM_NPU_EMULATOR_LOG", kMaxLogLevel, settings.fault);
   settings.cann_version = environment("VLLM_NPU_EMULATOR_CANN", kDefaultCannVersion);
+  settings.limits_are_off = read_switch("VLLM_NPU_EMULATOR_LIMITS", "device", "none", settings.fault);
+  settings.undefined_is_zero = read_switch("VLLM_NPU_EMULATOR_UNDEFINED", "nan", "zero", settings.fault);
   return settings;
 }
 
@@ -87,6 +98,8 @@ std::size_t configured_memory_bytes() { return settings().memory_bytes; }
 std::optional<std::uint64_t> asynchronous_seed() { return settings().seed; }
 std::optional<std::uint64_t> least_log_level() { return settings().log_level; }
 const std::string& cann_version() { return settings().cann_version; }
+bool limits_are_off() { return settings().limits_are_off; }
+bool undefined_is_zero() { return settings().undefined_is_zero; }
 const std::string& settings_fault() { return settings().fault; }
 
 }  // namespace vllm_npu::emulator

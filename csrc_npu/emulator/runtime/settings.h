@@ -1,4 +1,4 @@
-// The emulator's environment variables. Each is read once, when first asked for.
+// The emulator's settings, from environment variables: each is read once, when first asked for.
 #pragma once
 
 #include <cstddef>
@@ -27,6 +27,12 @@ const std::string& cann_version();
 
 // VLLM_NPU_EMULATOR_LOG: the least level of the ACL log that is shown; nothing for none.
 std::optional<std::uint64_t> least_log_level();
+
+// VLLM_NPU_EMULATOR_LIMITS=none: ops take sizes and types that the chip's refuse.
+EMULATOR_API bool limits_are_off();
+
+// VLLM_NPU_EMULATOR_UNDEFINED=zero: what an op leaves unwritten is zeros, in place of values that show.
+EMULATOR_API bool undefined_is_zero();
 
 // What is wrong with the environment variables, or "".
 const std::string& settings_fault();

@@ -8,7 +8,6 @@
 #include <mutex>
 #include <optional>
 #include <random>
-#include <string>
 #include <vector>
 
 #include "runtime.h"

@@ -1,4 +1,5 @@
 // ACL's stream calls, and host functions on streams.
+#include <algorithm>
 #include <chrono>
 #include <mutex>
 #include <thread>

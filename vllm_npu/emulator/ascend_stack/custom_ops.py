@@ -5,6 +5,7 @@ not here are absent: torch.ops raises AttributeError with their name.
 """
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -215,26 +216,24 @@ def npu_format_cast(
     return tensor if acl_format == ACL_FORMAT_ND else tensor.clone()
 
 
-# What a library defined or overrode lives as long as it does.
-_libraries: list[torch.library.Library] = []
-_kept: list[torch.library.Library] = []
+# What a library defined or overrode lives as long as it does: the caches below hold them.
 
 
-def keep_formats_plain() -> None:
+@cache
+def keep_formats_plain() -> torch.library.Library:
     """Puts npu_format_cast above in the place of torch_npu's, which needs an operator of CANN's graph engine for NZ."""
     library = torch.library.Library("npu", "IMPL")
     library.impl("npu_format_cast", npu_format_cast, "PrivateUse1", allow_override=True)
-    _kept.append(library)
+    return library
 
 
-def register() -> None:
+@cache
+def register() -> torch.library.Library:
     """Defines the operators, once in a process. Kernels for the device only: torch.compile is not for them."""
-    if _libraries:
-        return
     library = torch.library.Library(NAMESPACE, "FRAGMENT")
     for schema in DECLARED:
         library.define(schema)
     for schema, function in OPERATORS.items():
         library.define(schema)
         library.impl(schema.partition("(")[0], function, "PrivateUse1")
-    _libraries.append(library)
+    return library

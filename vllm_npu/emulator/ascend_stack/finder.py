@@ -4,7 +4,6 @@ import ctypes
 import importlib.abc
 import importlib.machinery
 import importlib.util
-import os
 import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
@@ -36,7 +35,7 @@ def fill_acl_rt(module: ModuleType) -> None:
 
 
 def fill_build_info(module: ModuleType) -> None:
-    family = soc.family_of(os.environ.get(envs.EMULATOR_SOC.name) or soc.DEFAULT_SOC)
+    family = soc.family_of(envs.EMULATOR_SOC.read())
     module.__dict__["__device_type__"] = DEVICE_TYPES[family.name]
 
 

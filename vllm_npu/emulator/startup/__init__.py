@@ -16,10 +16,11 @@ PTH_LINE = "import vllm_npu.emulator.startup; vllm_npu.emulator.startup.prepare_
 
 def prepare_interpreter() -> None:
     """Ends the process if the emulated device was asked for and cannot be had: errors of start-up code are ignored."""
+    from vllm_npu import envs
     from vllm_npu.emulator import cann, loader
     from vllm_npu.errors import VllmNpuError
 
-    if os.environ.get(loader.ENABLED_VARIABLE, "0") == "1":
+    if envs.EMULATOR.read() == "1":
         try:
             loader.enable()
         except VllmNpuError as error:

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.original_design import (
+from tests.ranks.original_design import (
     OriginalAll2All,
     OriginalAllGather,
     OriginalMC2,

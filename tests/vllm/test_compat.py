@@ -80,10 +80,8 @@ SHARED = ("fused_moe.py", "groups.py", "step_planner.py")  # modules of the plug
 
 def test_every_line_has_the_functions_that_the_plugin_calls_there():
     def signatures(line: str) -> dict[str, str]:
-        source = Path(util.find_spec(release_lines.SUPPORTED[line]).origin).read_text(
-            "utf-8"
-        )  # not imported: it needs its vLLM
-        functions = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]
+        source = Path(util.find_spec(release_lines.SUPPORTED[line]).origin)  # not imported: it needs its vLLM
+        functions = [node for node in ast.parse(source.read_text("utf-8")).body if isinstance(node, ast.FunctionDef)]
         return {node.name: ast.unparse(node.args) for node in functions if not node.name.startswith("_")}
 
     plugin = Path(compat.__file__).parents[1]

@@ -50,7 +50,7 @@ def test_every_strategy_passes(short_folder: Path, tmp_path: Path, shared_memory
     assert processes_of(short_folder) == []
 
 
-def test_interrupt_leaves_nothing_behind(short_folder: Path, tmp_path: Path, shared_memory_unchanged: None) -> None:
+def test_interrupt_leaves_nothing_behind(short_folder: Path, shared_memory_unchanged: None) -> None:
     """Ctrl-C while two engines with their workers are at work."""
     with running_demo(short_folder) as demo:
         wait_for(demo, "DP2×EP eager: generating with")

@@ -78,6 +78,7 @@ def gather_in_a_hurry(rank: Rank) -> None:
                 ep.all_gather(torch.full((2048, WIDTH), float(10 * round_ + rank.rank), dtype=torch.float64))
             )
             torch.rand(1 << (10 + 2 * (rank.rank + round_) % 8)).sort()  # another rank is late in each round
+        assert ep._window is not None
         for round_, rows in enumerate(gathered):
             expected = torch.arange(rank.num_ranks, dtype=torch.float64).repeat_interleave(2048) + 10 * round_
             assert torch.equal(rows, expected[:, None].expand(-1, WIDTH))

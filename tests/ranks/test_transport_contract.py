@@ -282,8 +282,11 @@ def test_contract(pools, kind, grid, promise):
 
 
 def waits_for_the_last(rank: Rank, grid: tuple[int, int]) -> tuple[float, float]:
-    """When this rank came to the barrier of all ranks, and when it left; the last rank comes late."""
-    *_, t = transports(rank, grid)
+    """When this rank came to the barrier of all ranks, and when it left; the last rank comes late. A barrier of the first TP
+    group before it is for that group alone."""
+    tp, _, t = transports(rank, grid)
+    if rank.rank < tp.size:
+        tp.barrier()
     t.barrier()
     if t.rank == t.size - 1:
         time.sleep(0.2)

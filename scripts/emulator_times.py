@@ -1,7 +1,6 @@
-#!/usr/bin/env python3
 """Measures what the emulated Ascend device costs on this machine, and prints docs/emulator.md's table.
 
-Usage: emulator_times.py [--build]    with the python of `scripts/setup.sh --emulator`, on an idle machine
+Usage: $PY scripts/emulator_times.py [--build]    with the python of scripts/setup.sh --emulator, on an idle machine
 
 Every number is of the emulated device: it says how long tests take, nothing about an NPU. --build adds a build from
 scratch, in a temporary folder.

@@ -1,10 +1,11 @@
-#!/usr/bin/env python3
-"""Serves a tiny model over DP2×EP on the CPU under random load, and watches memory: scripts/soak.py [--minutes 30]
+"""Serves a tiny model over DP2×EP on the CPU under random load, and watches memory.
+
+Usage: $PY scripts/soak.py [--minutes 30]    with the python of scripts/setup.sh
 
 Real vLLM, eight clients with pauses of random length, so that ranks are busy, idle and unequal in
 turn. Every answer must be the one that the same prompt got before. Memory is that of all processes of the server: after a
 warm-up of a fifth of the time, the last third's median may be above the first third's by 2 % or 16 MiB, whichever is more.
-Exit status 1 where it grows further, or an answer is wrong. Runs on the environment of scripts/setup.sh.
+Exit status 1 where it grows further, or an answer is wrong.
 """
 
 import argparse
@@ -16,12 +17,12 @@ import sys
 import tempfile
 import threading
 import time
-import urllib.request
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from vllm_npu.cli.engine_processes import folder_for_sockets, free_port
+from vllm_npu.cli.http_engine import ask_server
 from vllm_npu.cli.process_tree import ProcessTree
 from vllm_npu.cli.tiny_models import DEMO_MAX_TOKENS, QWEN3_MOE, demo_prompts, write_tiny_model
 from vllm_npu.envs import MOE_COMM
@@ -56,8 +57,8 @@ class Sample:
 class Load:
     """Clients that ask random prompts for random lengths until told to stop."""
 
-    def __init__(self, url: str, seed: int) -> None:
-        self._url, self._seed = url, seed
+    def __init__(self, port: int, seed: int) -> None:
+        self._port, self._seed = port, seed
         self._stopped = threading.Event()
         self._lock = threading.Lock()
         self._known: dict[int, list[int]] = {}  # the longest answer to each prompt so far
@@ -100,9 +101,7 @@ class Load:
     def _ask(self, prompt: list[int], max_tokens: int) -> list[int]:
         body = {"model": "tiny", "prompt": prompt, "max_tokens": max_tokens, "temperature": 0}
         body |= {"ignore_eos": True, "return_token_ids": True}
-        request = urllib.request.Request(self._url, json.dumps(body).encode(), {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=120) as response:
-            token_ids = json.load(response)["choices"][0]["token_ids"]
+        token_ids = json.loads(ask_server(self._port, "/v1/completions", body, 120.0))["choices"][0]["token_ids"]
         if len(token_ids) != max_tokens:
             raise ValueError(f"{len(token_ids)} tokens for {max_tokens}")
         return [int(token) for token in token_ids]
@@ -140,10 +139,11 @@ def wait_until_healthy(tree: ProcessTree, port: int) -> None:
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline and tree.process.poll() is None:
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
-                return
+            ask_server(port, "/health", None, 5.0)
         except OSError:
             time.sleep(1)
+        else:
+            return
     raise SystemExit("soak: the server did not start; see its log")
 
 
@@ -178,7 +178,7 @@ def main() -> None:
         server = ProcessTree(command, environment=environment, stdout=log, stderr=log)
         try:
             wait_until_healthy(server, port)
-            load = Load(f"http://127.0.0.1:{port}/v1/completions", options.seed)
+            load = Load(port, options.seed)
             started = time.monotonic()
             load.start()
             while (

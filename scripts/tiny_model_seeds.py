@@ -1,5 +1,6 @@
-#!/usr/bin/env python3
-"""Seeds of tiny models whose greedy tokens survive rounding: python scripts/tiny_model_seeds.py qwen3-moe --first 0 --seeds 200
+"""Seeds of tiny models whose greedy tokens survive rounding.
+
+Usage: $PY scripts/tiny_model_seeds.py qwen3-moe --first 0 --seeds 200    with the python of scripts/setup.sh
 
 Sums in another order differ in their last bits. That changes a token where two tokens are nearly as likely, and where two
 experts are: a router that picks the other one changes the whole row. Neither margin alone finds the second, so every model

@@ -1,7 +1,6 @@
-#!/usr/bin/env python3
 """Data and expert parallelism over two hosts, by vLLM's own multi-node launch, and what happens when their link is cut.
 
-Usage: $PY scripts/two_hosts.py [--logs FOLDER]
+Usage: $PY scripts/two_hosts.py [--logs FOLDER]    with the python of scripts/setup.sh
 
 The hosts are two network namespaces of this machine with a cable (a veth pair) between them: nothing else leads from one to
 the other. A runs the API server and data-parallel rank 0, B rank 1, headless. In order:

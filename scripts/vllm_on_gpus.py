@@ -1,7 +1,6 @@
-#!/usr/bin/env python3
 """Real vLLM on GPUs through every all2all manager and strategy: are the tokens vLLM's own, and what does a step take?
 
-Usage: vllm_on_gpus.py [--dp 2] [--tp 1] [--graphs] [--measure] [--choices vllm,agrs,symmetric,...] [--json FILE]
+Usage: python scripts/vllm_on_gpus.py [--dp 2] [--tp 1] [--graphs] [--measure] [--choices vllm,agrs,symmetric,...] [--json FILE]
 
 Starts one engine for each data-parallel rank and lets the living engines change their manager, so that all choices run on the
 same weights in one run; graphs are captured anew each time. "vllm" is vLLM's own allgather_reducescatter. Without --measure:
@@ -15,7 +14,6 @@ import json
 import multiprocessing as mp
 import os
 import queue
-import socket
 import statistics
 import sys
 import tempfile
@@ -162,12 +160,14 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    from vllm_npu.cli.engine_processes import free_port
+
     os.environ["VLLM_NPU_CUDA_PLATFORM"] = "1"
     os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # collective_rpc of change_manager
     if options.graphs and not options.start_with:
         left_out = {"moe_comm=all2all"}  # its sizes are read on the host
         options.choices = ",".join(each for each in options.choices.split(",") if each not in left_out)
-    with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
+    with tempfile.TemporaryDirectory() as folder:
         if options.measure:
             (Path(folder) / "config.json").write_text(
                 json.dumps({**QWEN3_30B_A3B, "num_hidden_layers": options.layers})
@@ -177,9 +177,7 @@ def main() -> int:
             from vllm_npu.cli.tiny_models import write_tiny_model
 
             write_tiny_model(MODELS[0], Path(folder))
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-        probe.close()
+        port = free_port()
         spawn = mp.get_context("spawn")
         barrier, answers = spawn.Barrier(options.dp), spawn.Queue()
         ranks = [

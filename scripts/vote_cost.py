@@ -1,9 +1,10 @@
-#!/usr/bin/env python3
-"""What the vote on each step's plan adds to a decode step: real vLLM, DP2×EP on the CPU: scripts/vote_cost.py
+"""What the vote on each step's plan adds to a decode step: real vLLM, DP2×EP on the CPU.
+
+Usage: $PY scripts/vote_cost.py [--rounds 8] [--layers 3]    with the python of scripts/setup.sh
 
 Two engines decode the same number of tokens together, and the vote is left out in every second block of steps, by the steps'
-number, which is the same on both ranks. A step's time is that from one plan to the next. Runs on scripts/setup.sh's
-environment. The model is tiny: with three layers the share is about the largest that can be.
+number, which is the same on both ranks. A step's time is that from one plan to the next. The model is tiny: with three layers
+the share is about the largest that can be.
 """
 
 import argparse

@@ -84,9 +84,7 @@ def serve(rank: Rank, kill: Kill | None, moment: str | None) -> Report:
             time.sleep(60)  # the timer ends it
         groups.ep.barrier()
     except VllmNpuError as error:
-        threading.Timer(
-            REPORT_SECONDS, os._exit, (1,)
-        ).start()  # as an engine does: others lose their connections to it
+        threading.Timer(REPORT_SECONDS, os._exit, (1,)).start()  # as an engine does: others lose their connections
         return Report(served, error, time.time() - float(Path(moment or "").read_text()) if moment else 0.0)
     return Report(served, None, 0.0)
 

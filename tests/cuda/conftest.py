@@ -7,9 +7,7 @@ import torch
 
 from vllm_npu.transport.launch import ProcessRankPool, RankPool
 
-NUM_RANKS = 1 << (
-    max(2, min(torch.cuda.device_count(), 8)).bit_length() - 1
-)  # a power of two: all experts divide by it
+NUM_RANKS = 1 << (max(2, min(torch.cuda.device_count(), 8)).bit_length() - 1)  # a power of two divides all experts
 
 
 def missing() -> str | None:

@@ -1,13 +1,11 @@
 """`vllm-npu plan` as it is typed."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.command_line import vllm_npu
 from vllm_npu.cli import plan as command
 from vllm_npu.errors import UnsupportedConfigError
 
@@ -15,15 +13,9 @@ LAYER = {"soc": "A3", "ep": 2, "experts": 128, "topk": 8, "hidden": 2048}
 A3_CASE = ["--soc", "A3", "--ep", "2", "--experts", "128", "--topk", "8", "--hidden", "2048", "--tokens", "512"]
 
 
-def plan(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "vllm_npu.cli", "plan", *arguments]
-    environment = {name: value for name, value in os.environ.items() if name != "HCCL_BUFFSIZE"} | (env or {})
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-
-
 def test_the_published_case_asks_for_its_buffer(tmp_path):
     report = tmp_path / "plan.json"
-    done = plan(*A3_CASE, "--json", str(report))
+    done = vllm_npu("plan", *A3_CASE, "--json", str(report), HCCL_BUFFSIZE="")  # as if it were not set
     assert done.returncode == 0, done.stderr
     assert "set HCCL_BUFFSIZE=608 (MiB) on all ranks before the start" in done.stdout
     planned = json.loads(report.read_text())
@@ -36,10 +28,10 @@ def test_a_model_gives_what_is_not_typed_and_a_buffer_that_is_set_is_enough(tmp_
         "text_config": {"n_routed_experts": 256, "num_experts_per_tok": 8, "hidden_size": 7168, "dtype": "float32"}
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
-    options = ["--soc", "A2", "--ep", "16", "--tokens", "256", "--model", str(tmp_path)]
-    done = plan(*options, env={"HCCL_BUFFSIZE": "900", "COLUMNS": "200"})
+    options = ["plan", "--soc", "A2", "--ep", "16", "--tokens", "256", "--model", str(tmp_path)]
+    done = vllm_npu(*options, HCCL_BUFFSIZE="900", COLUMNS="200")
     assert "no: mc2 on A2, full mesh takes bfloat16 and float16, hidden_states are float32; use all2all" in done.stdout
-    done = plan(*options, "--dtype", "bfloat16", env={"HCCL_BUFFSIZE": "900"})
+    done = vllm_npu(*options, "--dtype", "bfloat16", HCCL_BUFFSIZE="900")
     assert done.returncode == 0, done.stderr
     assert "HCCL_BUFFSIZE=" not in done.stdout
 
@@ -62,7 +54,7 @@ def test_numbers_that_cannot_be_are_refused(options, message):
 
 
 def test_a_file_of_results_needs_its_folder_before_the_work_begins(tmp_path):
-    done = plan(*A3_CASE, "--json", str(tmp_path / "missing" / "plan.json"), env={"COLUMNS": "400"})
+    done = vllm_npu("plan", *A3_CASE, "--json", str(tmp_path / "missing" / "plan.json"), COLUMNS="400")
     assert done.returncode == 2
     assert f"there is no folder {tmp_path / 'missing'}" in done.stderr
     assert "HCCL_BUFFSIZE" not in done.stdout

@@ -12,6 +12,7 @@ from vllm_npu.topology import ParallelTopology
 
 LAYER = MoELayer(num_experts=256, top_k=8, hidden_size=7168, dtype=torch.bfloat16)
 EP16 = ParallelTopology.of_rank(0, tp_size=1, dp_size=16)
+TP3_DP3 = ParallelTopology.of_rank(0, tp_size=3, dp_size=3)
 TP2_EP16 = ParallelTopology.of_rank(0, tp_size=2, dp_size=8)
 DECODE_32 = PlannedShape(decode_tokens=32)
 PLENTY = 1 << 20
@@ -30,36 +31,11 @@ def test_a_chip_without_the_op_is_named():
 @pytest.mark.parametrize(
     ("family", "layer", "topology", "what"),
     [
-        (
-            "A3",
-            MoELayer(num_experts=256, top_k=8, hidden_size=512, dtype=torch.bfloat16),
-            EP16,
-            "hidden_size 1024 to 8192",
-        ),
-        (
-            "A3",
-            MoELayer(num_experts=256, top_k=8, hidden_size=7168, dtype=torch.float32),
-            EP16,
-            "hidden_states are float32",
-        ),
-        (
-            "A3",
-            MoELayer(num_experts=256, top_k=17, hidden_size=7168, dtype=torch.float16),
-            EP16,
-            "at most 16 experts a token",
-        ),
-        (
-            "A3",
-            MoELayer(num_experts=1040, top_k=8, hidden_size=7168, dtype=torch.float16),
-            EP16,
-            "at most 1024 experts",
-        ),
-        (
-            "A2",
-            replace(LAYER, num_experts=288),
-            ParallelTopology.of_rank(0, tp_size=3, dp_size=3),
-            "ep_size 2 to 8, 16, 32, 64, 128, 256, not 9",
-        ),
+        ("A3", replace(LAYER, hidden_size=512), EP16, "hidden_size 1024 to 8192"),
+        ("A3", replace(LAYER, dtype=torch.float32), EP16, "hidden_states are float32"),
+        ("A3", replace(LAYER, dtype=torch.float16, top_k=17), EP16, "at most 16 experts a token"),
+        ("A3", replace(LAYER, dtype=torch.float16, num_experts=1040), EP16, "at most 1024 experts"),
+        ("A2", replace(LAYER, num_experts=288), TP3_DP3, "ep_size 2 to 8, 16, 32, 64, 128, 256, not 9"),
         ("A2", LAYER, ParallelTopology.of_rank(0, tp_size=2, dp_size=2), "at most 24 experts a rank, not 64"),
     ],
 )

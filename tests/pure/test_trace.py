@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.cases import SEEDS
 from vllm_npu import trace
 from vllm_npu.errors import InvalidInputError
 from vllm_npu.trace import Call, Group, RankTrace, TraceRing, read_trace, read_traces
@@ -22,7 +23,6 @@ GROUPS = [
     *(Group(name="dp", members=members) for members in ((0, 2), (1, 3))),
     Group(name="ep", members=(0, 1, 2, 3)),
 ]
-SEEDS = st.integers(0, 2**32 - 1)
 
 
 def program(seed: int, length: int = 30) -> dict[int, list[Call]]:

@@ -8,15 +8,14 @@ import torch
 from tests.managers import exchanges
 from vllm_npu.all2all import MANAGERS, All2AllManager, manager_class, manager_row
 from vllm_npu.errors import InvalidInputError, UnsupportedConfigError
-from vllm_npu.transport.launch import ProcessRankPool, Rank, ThreadRankPool
+from vllm_npu.transport.launch import Rank, ThreadRankPool
 
 GATHERING = ("naive", "agrs")
 
 
 @pytest.mark.parametrize("name", GATHERING)
-def test_all_ranks_see_all_rows_and_get_back_the_sum_of_the_shares(name):
-    with ProcessRankPool(4, timeout=60, transport="gloo") as pool:
-        assert [fault for found in pool.run(exchanges, name) for fault in found] == []
+def test_all_ranks_see_all_rows_and_get_back_the_sum_of_the_shares(pools, name):
+    assert [fault for found in pools("gloo", 4).run(exchanges, name) for fault in found] == []
 
 
 def test_a_rank_that_brings_other_rows_than_the_step_says_is_told_so():

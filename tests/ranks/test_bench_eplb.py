@@ -1,21 +1,17 @@
 """`vllm-npu bench eplb`: a row for each communicator of the device, in the table and in the file; a chart."""
 
 import json
-import subprocess
-import sys
 from importlib.util import find_spec
 
 import pytest
 
-
-def run(*arguments: str) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-m", "vllm_npu.cli", "bench", "eplb", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+from tests.command_line import vllm_npu
 
 
 def test_every_communicator_of_cpus_is_timed(tmp_path):
     report, chart = tmp_path / "report.json", tmp_path / "chart.png"
-    done = run("--scale", "64", "--experts", "3", "--rounds", "2", "--json", str(report), "--plot", str(chart))
+    sizes = ["--scale", "64", "--experts", "3", "--rounds", "2"]
+    done = vllm_npu("bench", "eplb", *sizes, "--json", str(report), "--plot", str(chart))
     assert done.returncode == 0, done.stderr
     assert chart.read_bytes().startswith(b"\x89PNG")
     rows = json.loads(report.read_text())
@@ -41,6 +37,6 @@ def test_every_communicator_of_cpus_is_timed(tmp_path):
     ],
 )
 def test_what_cannot_be_measured_is_refused(arguments, text):
-    done = run(*arguments)
+    done = vllm_npu("bench", "eplb", *arguments)
     assert done.returncode == 1
     assert text in done.stderr

@@ -1,12 +1,11 @@
 """`vllm-npu bench`: its peers exchange what they say, and its report has every row."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
 
+from tests.command_line import vllm_npu
 from vllm_npu.benchmark import Workload, counts_of, measure, with_ratios
 from vllm_npu.errors import UnsupportedConfigError
 from vllm_npu.limits import MoELayer
@@ -72,8 +71,7 @@ def test_skew_leaves_every_rank_a_token():
 def test_the_command_writes_rows_and_a_chart(tmp_path):
     report, chart = tmp_path / "bench.json", tmp_path / "bench.png"
     sizes = ["--ranks", "2", "--tokens", "1,4", "--hidden", "16", "--experts", "4", "--topk", "2", "--rounds", "3"]
-    command = [sys.executable, "-m", "vllm_npu.cli", "bench", *sizes, "--json", str(report), "--plot", str(chart)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    done = vllm_npu("bench", *sizes, "--json", str(report), "--plot", str(chart))
     assert done.returncode == 0, done.stderr
     rows = json.loads(report.read_text())
     assert len(rows) == 2 * (len(STRATEGIES) + len(PEERS))
@@ -92,8 +90,6 @@ def test_the_command_writes_rows_and_a_chart(tmp_path):
     ],
 )
 def test_wrong_options_are_refused_before_ranks_start(options, message):
-    done = subprocess.run(
-        [sys.executable, "-m", "vllm_npu.cli", "bench", *options], capture_output=True, text=True, check=False
-    )
+    done = vllm_npu("bench", *options)
     assert done.returncode == 1
     assert message in done.stderr

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.original_design import (
+from tests.ranks.original_design import (
     OriginalAllGather,
     OriginalNaiveMulticast,
     original_all2all_exchange,

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.original_design import (
+from tests.ranks.original_design import (
     OriginalAll2All,
     OriginalAllGather,
     OriginalMC2,
@@ -28,6 +28,7 @@ from vllm_npu.transport.launch import Rank, ThreadRankPool
 from vllm_npu.transport.recording import CollectiveCounter
 
 HIDDEN, EXPERTS = 4, 8
+CLASSES = (MC2PrepareAndFinalize, All2AllPrepareAndFinalize, AllGatherPrepareAndFinalize)
 LAYER = MoELayer(num_experts=EXPERTS, top_k=2, hidden_size=HIDDEN, dtype=torch.float32)
 
 
@@ -103,7 +104,7 @@ def test_state_on_self_mixes_two_calls_in_flight():
     def ours(rank: Rank):
         results = []
         groups = rank.groups(tp_size=2, dp_size=1)
-        for strategy in (MC2PrepareAndFinalize, All2AllPrepareAndFinalize, AllGatherPrepareAndFinalize):
+        for strategy in CLASSES:
             stages = strategy(groups)
             a = stages.prepare(tokens(4), (), plan(4))
             b = stages.prepare(tokens(8, offset=100), (), plan(8))
@@ -128,7 +129,7 @@ def test_output_may_have_another_dtype_or_width_than_the_input(dtype, width):
     def ours(rank: Rank):
         shapes = []
         groups = rank.groups(tp_size=2, dp_size=1)
-        for strategy in (MC2PrepareAndFinalize, All2AllPrepareAndFinalize, AllGatherPrepareAndFinalize):
+        for strategy in CLASSES:
             stages = strategy(groups)
             prepared = stages.prepare(tokens(4), (), plan(4))
             routed = prepared.hidden_states.new_ones(prepared.hidden_states.shape[0], width, dtype=dtype)
@@ -296,7 +297,7 @@ def test_output_keeps_no_larger_buffer_alive():
     def ours(rank: Rank):
         largest = 0
         counts = (num_tokens, padded)
-        for strategy in (MC2PrepareAndFinalize, All2AllPrepareAndFinalize, AllGatherPrepareAndFinalize):
+        for strategy in CLASSES:
             stages = strategy(rank.groups(tp_size=1, dp_size=2))
             prepared = stages.prepare(tokens(counts[rank.rank]), (), plan(*counts))
             output = stages.finalize(prepared.hidden_states, prepared.handle).hidden_states
@@ -343,7 +344,7 @@ def test_more_tokens_than_planned_are_refused():
 
     def ours(rank: Rank):
         refusals = []
-        for strategy in (MC2PrepareAndFinalize, All2AllPrepareAndFinalize, AllGatherPrepareAndFinalize):
+        for strategy in CLASSES:
             with pytest.raises(InvalidInputError, match="has 6 rows on rank"):
                 strategy(rank.groups(tp_size=2, dp_size=1)).prepare(tokens(6), (), plan(4))
             refusals.append(strategy)
@@ -368,7 +369,7 @@ def test_the_output_says_whether_a_sum_over_tp_is_missing():
     def ours(rank: Rank):
         outputs = []
         groups = rank.groups(tp_size=2, dp_size=1)
-        for strategy in (MC2PrepareAndFinalize, All2AllPrepareAndFinalize, AllGatherPrepareAndFinalize):
+        for strategy in CLASSES:
             for reduce_results in (False, True):
                 stages = strategy(groups)
                 prepared = stages.prepare(tokens(4), (), plan(4))

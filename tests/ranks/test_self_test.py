@@ -23,6 +23,7 @@ class Call:
     x: torch.Tensor  # what this rank brought
     result: torch.Tensor
     blocks: list[int] | None  # rows of each rank in the result, where it has such
+    sizes: list[int] | None  # rows of each rank that the call was told, where it is told any
     own: torch.Tensor  # of x, in the result's shape: this rank's part, or what comes closest
     of_last: torch.Tensor | None  # what the last rank adds to a sum
     previous: torch.Tensor | None  # the result of the last call of this shape
@@ -70,6 +71,7 @@ LIES: dict[str, Callable[[Call], torch.Tensor]] = {
     "the caller's tensor overwritten": overwrite_input,
     "one rank alone gets zeros": lambda call: torch.zeros_like(call.result) if call.rank == 1 else call.result,
     "every second call": lambda call: torch.zeros_like(call.result) if call.number % 2 else call.result,
+    "where a rank has no rows": lambda call: torch.zeros_like(call.result) if 0 in (call.sizes or ()) else call.result,
 }
 OPERATIONS = ("all_gather", "reduce_scatter", "all_to_all", "broadcast", "all_reduce", "send_recv")
 
@@ -93,7 +95,7 @@ class LyingTransport(Transport):
         own = torch.zeros_like(result)
         own[: x.shape[0]] = x[: own.shape[0]]
         call = Call(self.rank, self.size, x, result, own=own, previous=self._previous.get(result.shape),
-                    number=self._calls, **({"blocks": None, "of_last": None} | known))  # fmt: skip
+                    number=self._calls, **({"blocks": None, "sizes": None, "of_last": None} | known))  # fmt: skip
         brought = x.clone()
         wrong = self._lie(call)
         self._calls += 1
@@ -103,15 +105,16 @@ class LyingTransport(Transport):
         return wrong
 
     def _all_gather(self, x: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
-        return self._tell("all_gather", x, self._inner.all_gather(x, sizes), blocks=list(sizes))
+        return self._tell("all_gather", x, self._inner.all_gather(x, sizes), blocks=list(sizes), sizes=list(sizes))
 
     def _reduce_scatter(self, x: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
         start = offsets(sizes)[self.rank]
         last = self._inner.broadcast(x, self.size - 1)[start : start + sizes[self.rank]]
-        return self._tell("reduce_scatter", x, self._inner.reduce_scatter(x, sizes), of_last=last)
+        return self._tell("reduce_scatter", x, self._inner.reduce_scatter(x, sizes), of_last=last, sizes=list(sizes))
 
     def _all_to_all(self, x: torch.Tensor, send_sizes: Sequence[int], recv_sizes: Sequence[int]) -> torch.Tensor:
-        return self._tell("all_to_all", x, self._inner.all_to_all(x, send_sizes, recv_sizes), blocks=list(recv_sizes))
+        result = self._inner.all_to_all(x, send_sizes, recv_sizes)
+        return self._tell("all_to_all", x, result, blocks=list(recv_sizes), sizes=list(recv_sizes))
 
     def _broadcast(self, x: torch.Tensor, source: int) -> torch.Tensor:
         return self._tell("broadcast", x, self._inner.broadcast(x, source))
@@ -132,7 +135,7 @@ class LyingTransport(Transport):
 
 
 SUMS = ("reduce_scatter", "all_reduce")
-# What cannot be: only sums are reduced, and a receive keeps the caller's own tensor.
+# What cannot be: only sums are reduced, a receive keeps the caller's own tensor, and not all are told rows of each rank.
 IMPOSSIBLE = {
     **{
         lie: set(OPERATIONS) - set(SUMS)
@@ -140,6 +143,7 @@ IMPOSSIBLE = {
     },
     "another type": {"send_recv"},
     "a row too few": {"send_recv"},
+    "where a rank has no rows": {"broadcast", "all_reduce", "send_recv"},
 }
 GROUPS = ("tp", "dp", "ep", "vote")
 MATRIX = [

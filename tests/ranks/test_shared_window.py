@@ -2,8 +2,9 @@
 
 import gc
 import json
-import os
 import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 
 from tests.cases import seeded
 from vllm_npu.errors import TransportError, UnsupportedConfigError
-from vllm_npu.transport import gloo, shared_window
+from vllm_npu.transport import Transport, gloo, shared_window
 from vllm_npu.transport.launch import Rank
 from vllm_npu.transport.shared_window import SharedWindow
 
@@ -26,23 +27,30 @@ def values(rank: int, rows: int, dtype: torch.dtype, round_: int) -> torch.Tenso
     return torch.randint(0, 16, (rows, WIDTH), generator=seeded(100 * round_ + rank)).to(dtype)
 
 
+@contextmanager
+def group_of(rank: Rank, *, window: str) -> Iterator[Transport]:
+    """All ranks' group, with that VLLM_NPU_SHARED_WINDOW meanwhile: other tests use the rank's process as well."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("VLLM_NPU_SHARED_WINDOW", window)
+        yield rank.groups(tp_size=1, dp_size=rank.num_ranks).ep
+
+
 def exchange(rank: Rank, window: str) -> bool:
-    os.environ["VLLM_NPU_SHARED_WINDOW"] = window
-    ep = rank.groups(tp_size=1, dp_size=rank.num_ranks).ep
-    ranks = range(rank.num_ranks)
-    for round_, (sizes, dtype) in enumerate(product(SIZES, (torch.float64, torch.int64, torch.bfloat16))):
-        sizes = [size * 8 // dtype.itemsize for size in sizes]
-        rows = [values(other, sizes[other], dtype, round_) for other in ranks]
-        own = rows[rank.rank].clone()
-        assert torch.equal(ep.all_gather(own, sizes), torch.cat(rows))
-        assert torch.equal(own, rows[rank.rank])
-        whole = [values(10 + other, sum(sizes), dtype, round_) for other in ranks]
-        expected = torch.stack(whole).sum(0, dtype=torch.float64 if dtype.is_floating_point else dtype).to(dtype)
-        assert torch.equal(ep.reduce_scatter(whole[rank.rank], sizes), expected.split(sizes)[rank.rank])
-    shared = "_window" in vars(ep) and ep._window is not None
-    ep.close()
-    assert "vllm_npu_window" not in MAPS.read_text(), "memory stays after close"
-    return shared
+    with group_of(rank, window=window) as ep:
+        ranks = range(rank.num_ranks)
+        for round_, (sizes, dtype) in enumerate(product(SIZES, (torch.float64, torch.int64, torch.bfloat16))):
+            sizes = [size * 8 // dtype.itemsize for size in sizes]
+            rows = [values(other, sizes[other], dtype, round_) for other in ranks]
+            own = rows[rank.rank].clone()
+            assert torch.equal(ep.all_gather(own, sizes), torch.cat(rows))
+            assert torch.equal(own, rows[rank.rank])
+            whole = [values(10 + other, sum(sizes), dtype, round_) for other in ranks]
+            expected = torch.stack(whole).sum(0, dtype=torch.float64 if dtype.is_floating_point else dtype).to(dtype)
+            assert torch.equal(ep.reduce_scatter(whole[rank.rank], sizes), expected.split(sizes)[rank.rank])
+        shared = "_window" in vars(ep) and ep._window is not None
+        ep.close()
+        assert "vllm_npu_window" not in MAPS.read_text(), "memory stays after close"
+        return shared
 
 
 @pytest.mark.parametrize("window", ["1", "0"])
@@ -51,11 +59,10 @@ def test_large_messages_have_the_same_values_with_and_without_a_window(pools, wi
 
 
 def exchange_where_one_rank_is_unwilling(rank: Rank) -> bool:
-    os.environ["VLLM_NPU_SHARED_WINDOW"] = "1" if rank.rank else "0"
-    ep = rank.groups(tp_size=1, dp_size=rank.num_ranks).ep
-    gathered = ep.all_gather(torch.full((2048, WIDTH), float(rank.rank), dtype=torch.float64))
-    assert gathered[::2048, 0].tolist() == list(range(rank.num_ranks))
-    return ep._window is None
+    with group_of(rank, window="1" if rank.rank else "0") as ep:
+        gathered = ep.all_gather(torch.full((2048, WIDTH), float(rank.rank), dtype=torch.float64))
+        assert gathered[::2048, 0].tolist() == list(range(rank.num_ranks))
+        return ep._window is None
 
 
 def test_one_rank_that_does_not_want_it_is_enough(pools):
@@ -64,15 +71,17 @@ def test_one_rank_that_does_not_want_it_is_enough(pools):
 
 def gather_in_a_hurry(rank: Rank) -> None:
     """No rank waits for others between its calls: a message must not be written over while others read the last."""
-    os.environ["VLLM_NPU_SHARED_WINDOW"] = "1"
-    ep = rank.groups(tp_size=1, dp_size=rank.num_ranks).ep
-    gathered = []
-    for round_ in range(ROUNDS):
-        gathered.append(ep.all_gather(torch.full((2048, WIDTH), float(10 * round_ + rank.rank), dtype=torch.float64)))
-        torch.rand(1 << (10 + 2 * (rank.rank + round_) % 8)).sort()  # another rank is late in each round
-    for round_, rows in enumerate(gathered):
-        expected = torch.arange(rank.num_ranks, dtype=torch.float64).repeat_interleave(2048) + 10 * round_
-        assert torch.equal(rows, expected[:, None].expand(-1, WIDTH))
+    with group_of(rank, window="1") as ep:
+        gathered = []
+        for round_ in range(ROUNDS):
+            gathered.append(
+                ep.all_gather(torch.full((2048, WIDTH), float(10 * round_ + rank.rank), dtype=torch.float64))
+            )
+            torch.rand(1 << (10 + 2 * (rank.rank + round_) % 8)).sort()  # another rank is late in each round
+        assert ep._window is not None
+        for round_, rows in enumerate(gathered):
+            expected = torch.arange(rank.num_ranks, dtype=torch.float64).repeat_interleave(2048) + 10 * round_
+            assert torch.equal(rows, expected[:, None].expand(-1, WIDTH))
 
 
 def test_messages_in_a_row_do_not_overwrite_each_other(pools):
@@ -80,10 +89,9 @@ def test_messages_in_a_row_do_not_overwrite_each_other(pools):
 
 
 def bring_other_rows(rank: Rank) -> None:
-    os.environ["VLLM_NPU_SHARED_WINDOW"] = "1"
-    ep = rank.groups(tp_size=1, dp_size=rank.num_ranks).ep
-    own = 3000 if rank.rank == 1 else 2048  # which only it believes
-    ep.all_gather(torch.zeros(own, WIDTH, dtype=torch.float64), [own if r == rank.rank else 2048 for r in range(3)])
+    with group_of(rank, window="1") as ep:
+        own = 3000 if rank.rank == 1 else 2048  # which only it believes
+        ep.all_gather(torch.zeros(own, WIDTH, dtype=torch.float64), [own if r == rank.rank else 2048 for r in range(3)])
 
 
 def test_a_rank_that_brings_other_rows_than_agreed_is_named(pools):
@@ -96,17 +104,16 @@ def test_a_rank_that_brings_other_rows_than_agreed_is_named(pools):
 
 def about_as_large_as_the_window(rank: Rank, num_rows: int) -> bool:
     """Two messages of this many rows, one in each half; whether there is a window then."""
-    os.environ["VLLM_NPU_SHARED_WINDOW"] = "1"
-    ep = rank.groups(tp_size=1, dp_size=rank.num_ranks).ep
-    before, gloo.CAPACITY, shared_window.CAPACITY = gloo.CAPACITY, 1 << 20, 1 << 20
-    try:
-        for first in (0.0, 10.0):
-            gathered = ep.all_gather(torch.full((num_rows, WIDTH), first + rank.rank, dtype=torch.float64))
-            expected = torch.arange(first, first + rank.num_ranks, dtype=torch.float64).repeat_interleave(num_rows)
-            assert torch.equal(gathered, expected[:, None].expand(-1, WIDTH))
-    finally:
-        gloo.CAPACITY = shared_window.CAPACITY = before
-    return "_window" in vars(ep)
+    with group_of(rank, window="1") as ep:
+        before, gloo.CAPACITY, shared_window.CAPACITY = gloo.CAPACITY, 1 << 20, 1 << 20
+        try:
+            for first in (0.0, 10.0):
+                gathered = ep.all_gather(torch.full((num_rows, WIDTH), first + rank.rank, dtype=torch.float64))
+                expected = torch.arange(first, first + rank.num_ranks, dtype=torch.float64).repeat_interleave(num_rows)
+                assert torch.equal(gathered, expected[:, None].expand(-1, WIDTH))
+        finally:
+            gloo.CAPACITY = shared_window.CAPACITY = before
+        return "_window" in vars(ep)
 
 
 @pytest.mark.parametrize(("num_rows", "fits"), [(2048, True), (2049, False)])

@@ -93,12 +93,6 @@ def gathers(rank: Rank, grid: tuple[int, int]) -> None:
             expect(t.all_gather(x), torch.cat(parts), x, parts[t.rank], t)
 
 
-@on_all_transports
-@on_all_grids
-def test_all_gather_brings_all_ranks_rows_in_rank_order(pools, kind, grid):
-    run_on(pools, kind, grid, gathers)
-
-
 def reduce_scatters(rank: Rank, grid: tuple[int, int]) -> None:
     dtypes = [dtype for dtype in DTYPES if (rank.device.type, dtype) != ("npu", torch.uint8)]  # torch_npu refuses it
     for t in transports(rank, grid):
@@ -110,12 +104,6 @@ def reduce_scatters(rank: Rank, grid: tuple[int, int]) -> None:
                 whole = torch.stack(parts).to(torch.int64).sum(0).to(dtype)
                 own = whole.split([2] * t.size if sizes is None else sizes)[t.rank]
                 expect(t.reduce_scatter(x, sizes), own, x, parts[t.rank], t)
-
-
-@on_all_transports
-@on_all_grids
-def test_reduce_scatter_gives_each_rank_its_rows_of_the_sum(pools, kind, grid):
-    run_on(pools, kind, grid, reduce_scatters)
 
 
 def exchanges(rank: Rank, grid: tuple[int, int]) -> None:
@@ -133,12 +121,6 @@ def exchanges(rank: Rank, grid: tuple[int, int]) -> None:
                 expect(result, torch.cat(expected), x, sent[t.rank], t)
 
 
-@on_all_transports
-@on_all_grids
-def test_all_to_all_brings_each_rank_the_part_meant_for_it(pools, kind, grid):
-    run_on(pools, kind, grid, exchanges)
-
-
 def broadcasts(rank: Rank, grid: tuple[int, int]) -> None:
     for t in transports(rank, grid):
         for dtype in DTYPES:
@@ -148,12 +130,6 @@ def broadcasts(rank: Rank, grid: tuple[int, int]) -> None:
                     expect(t.broadcast(x, source), rows_of(source, num_rows, dtype), x, x.clone(), t)
 
 
-@on_all_transports
-@on_all_grids
-def test_broadcast_brings_the_sources_rows_to_all(pools, kind, grid):
-    run_on(pools, kind, grid, broadcasts)
-
-
 def all_reduces(rank: Rank, grid: tuple[int, int]) -> None:
     for t in transports(rank, grid):
         for dtype in DTYPES:
@@ -161,12 +137,6 @@ def all_reduces(rank: Rank, grid: tuple[int, int]) -> None:
                 x = rows_of(t.rank, num_rows, dtype)
                 parts = torch.stack([rows_of(r, num_rows, dtype) for r in range(t.size)])
                 expect(t.all_reduce(x), parts.to(torch.int64).sum(0).to(dtype), x, x.clone(), t)
-
-
-@on_all_transports
-@on_all_grids
-def test_all_reduce_gives_all_ranks_the_sum(pools, kind, grid):
-    run_on(pools, kind, grid, all_reduces)
 
 
 def strided_inputs(rank: Rank, grid: tuple[int, int]) -> None:
@@ -191,12 +161,6 @@ def strided_inputs(rank: Rank, grid: tuple[int, int]) -> None:
             assert same_bits(x, before)
 
 
-@on_all_transports
-@on_all_grids
-def test_inputs_need_not_be_contiguous(pools, kind, grid):
-    run_on(pools, kind, grid, strided_inputs)
-
-
 def overwrites_inputs(rank: Rank, grid: tuple[int, int]) -> None:
     *_, t = transports(rank, grid)
     ones = [1] * t.size
@@ -214,12 +178,6 @@ def overwrites_inputs(rank: Rank, grid: tuple[int, int]) -> None:
             assert bool((result > 0).all()), "another rank's later write is in the result"
 
 
-@on_all_transports
-@on_all_grids
-def test_an_input_may_be_overwritten_as_soon_as_the_call_returns(pools, kind, grid):
-    run_on(pools, kind, grid, overwrites_inputs)
-
-
 def ordered_sums(rank: Rank, grid: tuple[int, int]) -> None:
     for t in transports(rank, grid):
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
@@ -231,12 +189,6 @@ def ordered_sums(rank: Rank, grid: tuple[int, int]) -> None:
             own = total.to(dtype).split(sizes)[t.rank]
             for _ in range(2):
                 assert same_bits(t.reduce_scatter(parts[t.rank], sizes), own)
-
-
-@on_all_transports
-@on_all_grids
-def test_reduce_scatter_adds_in_rank_order_in_float32_so_the_bits_repeat(pools, kind, grid):
-    run_on(pools, kind, grid, ordered_sums)
 
 
 def messages_of(rank: int) -> list[torch.Tensor]:
@@ -259,12 +211,6 @@ def sends_in_a_ring(rank: Rank, grid: tuple[int, int]) -> None:
         assert [each.tolist() for each in messages] == [each.tolist() for each in messages_of(t.rank)]
 
 
-@on_all_transports
-@on_all_grids
-def test_the_nth_message_to_a_rank_meets_its_nth_receive(pools, kind, grid):
-    run_on(pools, kind, grid, sends_in_a_ring)
-
-
 def sends_between_two(rank: Rank, grid: tuple[int, int]) -> None:
     *_, t = transports(rank, grid)
     operations, received = [], torch.zeros(2, 3)
@@ -276,12 +222,6 @@ def sends_between_two(rank: Rank, grid: tuple[int, int]) -> None:
     t.send_recv(operations)
     assert torch.equal(received, sent if t.rank == t.size - 1 else torch.zeros(2, 3))
     t.barrier()
-
-
-@on_all_transports
-@on_all_grids
-def test_ranks_with_nothing_to_send_or_receive_are_not_waited_for(pools, kind, grid):
-    run_on(pools, kind, grid, sends_between_two)
 
 
 FIELDS = ((5, torch.bfloat16), (3, torch.float32), (1, torch.int8), (2, torch.int64))  # width, dtype
@@ -318,31 +258,35 @@ def messages_of_several(rank: Rank, grid: tuple[int, int]) -> None:
                 assert same_bits(mine[i], parts[t.rank][i])
 
 
-@on_all_transports
-@on_all_grids
-def test_several_tensors_travel_as_one_message(pools, kind, grid):
-    run_on(pools, kind, grid, messages_of_several)
-
-
-# What each rank runs to show the contract, by what it shows.
+# What each rank runs, by what it shows.
 CONTRACT = {
-    "all-gather": gathers,
-    "reduce-scatter": reduce_scatters,
-    "all-to-all": exchanges,
-    "several tensors in one message": messages_of_several,
-    "broadcast": broadcasts,
-    "all-reduce": all_reduces,
-    "strided inputs": strided_inputs,
-    "overwritten inputs": overwrites_inputs,
-    "sums in rank order": ordered_sums,
-    "messages in a ring": sends_in_a_ring,
-    "messages between two": sends_between_two,
+    "all_gather brings all ranks' rows in rank order": gathers,
+    "reduce_scatter gives each rank its rows of the sum": reduce_scatters,
+    "all_to_all brings each rank the part meant for it": exchanges,
+    "several tensors travel as one message": messages_of_several,
+    "broadcast brings the source's rows to all": broadcasts,
+    "all_reduce gives all ranks the sum": all_reduces,
+    "inputs need not be contiguous": strided_inputs,
+    "an input may be overwritten as soon as the call returns": overwrites_inputs,
+    "reduce_scatter adds in rank order in float32, so the bits repeat": ordered_sums,
+    "the nth message to a rank meets its nth receive": sends_in_a_ring,
+    "ranks with nothing to send or receive are not waited for": sends_between_two,
 }
 
 
+@on_all_transports
+@on_all_grids
+@pytest.mark.parametrize("promise", CONTRACT)
+def test_contract(pools, kind, grid, promise):
+    run_on(pools, kind, grid, CONTRACT[promise])
+
+
 def waits_for_the_last(rank: Rank, grid: tuple[int, int]) -> tuple[float, float]:
-    """When this rank came to the barrier of all ranks, and when it left; the last rank comes late."""
-    *_, t = transports(rank, grid)
+    """When this rank came to the barrier of all ranks, and when it left; the last rank comes late. A barrier of the first TP
+    group before it is for that group alone."""
+    tp, _, t = transports(rank, grid)
+    if rank.rank < tp.size:
+        tp.barrier()
     t.barrier()
     if t.rank == t.size - 1:
         time.sleep(0.2)

@@ -21,9 +21,20 @@ from vllm.platforms import current_platform
 from vllm.platforms.interface import Platform
 from vllm.plugins import load_general_plugins
 
+from tests.vllm.vllm_ranks import (
+    NUM_RANKS,
+    TP2,
+    Grid,
+    VllmRanks,
+    build_layer,
+    make_config,
+    ranks,  # noqa: F401 - fixture
+    vllm_step,
+)
 from vllm_npu.errors import UnsupportedConfigError
 from vllm_npu.plugin import compat, release_lines
 from vllm_npu.plugin.experts import NPUUnquantizedFusedMoEMethod
+from vllm_npu.plugin.forward_context import current_step
 from vllm_npu.plugin.moe_runner import NPUMoERunner
 from vllm_npu.plugin.platform import NPUPlatformOnCPU
 
@@ -69,10 +80,8 @@ SHARED = ("fused_moe.py", "groups.py", "step_planner.py")  # modules of the plug
 
 def test_every_line_has_the_functions_that_the_plugin_calls_there():
     def signatures(line: str) -> dict[str, str]:
-        source = Path(util.find_spec(release_lines.SUPPORTED[line]).origin).read_text(
-            "utf-8"
-        )  # not imported: it needs its vLLM
-        functions = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]
+        source = Path(util.find_spec(release_lines.SUPPORTED[line]).origin)  # not imported: it needs its vLLM
+        functions = [node for node in ast.parse(source.read_text("utf-8")).body if isinstance(node, ast.FunctionDef)]
         return {node.name: ast.unparse(node.args) for node in functions if not node.name.startswith("_")}
 
     plugin = Path(compat.__file__).parents[1]
@@ -239,31 +248,34 @@ def test_the_opaque_ops_around_the_layer_are_there(op, schema):
     assert found.endswith(after)
 
 
-def test_the_step_reaches_the_platform_with_these_arguments(monkeypatch):
-    from vllm.config import VllmConfig
-    from vllm.forward_context import get_forward_context, set_forward_context
+def run_step(grid: Grid) -> list[tuple[int, list[str]]]:
+    """What vLLM gives the platform's hook in a step of MoE layers; what the hook gives back is in the step's context."""
+    platform = type(current_platform)
+    hook = platform.set_additional_forward_context
+    given = []
 
-    calls = []
+    def noted(*args, **kwargs):
+        given.append((len(args), sorted(kwargs)))
+        return hook(*args, **kwargs)
 
-    def record(*args, **kwargs):
-        calls.append((args, sorted(kwargs)))
-        return {"a_key": "a value"}
+    config = make_config(grid)
+    build_layer(grid, config)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(platform, "set_additional_forward_context", staticmethod(noted))
+        with vllm_step(grid, config, (3,)):
+            assert current_step().plan.num_tokens_across_dp == (3,)
+    return given
 
-    monkeypatch.setattr(type(current_platform), "set_additional_forward_context", staticmethod(record))
-    with set_forward_context(None, VllmConfig(), num_tokens=3):
-        assert get_forward_context().additional_kwargs == {"a_key": "a value"}
-    assert calls == [
-        (
-            (),
-            [
-                "attn_metadata",
-                "batch_descriptor",
-                "cudagraph_runtime_mode",
-                "dp_metadata",
-                "num_tokens",
-                "num_tokens_across_dp",
-                "ubatch_slices",
-                "vllm_config",
-            ],
-        )
+
+def test_the_step_reaches_the_platform_with_these_arguments(ranks: VllmRanks):  # noqa: F811
+    keywords = [
+        "attn_metadata",
+        "batch_descriptor",
+        "cudagraph_runtime_mode",
+        "dp_metadata",
+        "num_tokens",
+        "num_tokens_across_dp",
+        "ubatch_slices",
+        "vllm_config",
     ]
+    assert ranks.run(run_step, TP2) == [[(0, keywords)]] * NUM_RANKS

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.vllm.processes import kill_processes_of, processes_of
 from vllm_npu.strategies import STRATEGIES
 
 pytestmark = pytest.mark.slow
@@ -50,7 +51,7 @@ def test_every_strategy_passes(short_folder: Path, tmp_path: Path, shared_memory
     assert processes_of(short_folder) == []
 
 
-def test_interrupt_leaves_nothing_behind(short_folder: Path, tmp_path: Path, shared_memory_unchanged: None) -> None:
+def test_interrupt_leaves_nothing_behind(short_folder: Path, shared_memory_unchanged: None) -> None:
     """Ctrl-C while two engines with their workers are at work."""
     with running_demo(short_folder) as demo:
         wait_for(demo, "DP2×EP eager: generating with")
@@ -90,20 +91,6 @@ def leftovers(folder: Path) -> list[Path]:
     return list(folder.iterdir())
 
 
-def processes_of(folder: Path) -> list[int]:
-    """Living processes that were started with a TMPDIR inside `folder`, however they are related by now."""
-    marker = f"TMPDIR={folder}".encode()
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdecimal():
-            try:
-                if any(variable.startswith(marker) for variable in (entry / "environ").read_bytes().split(b"\0")):
-                    found.append(int(entry.name))
-            except OSError:
-                continue  # gone meanwhile, or not ours
-    return found
-
-
 def children_of(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
@@ -118,7 +105,7 @@ def running_demo(folder: Path, *options: str) -> Iterator["subprocess.Popen[str]
         yield demo
     finally:
         if demo.poll() is None:
-            demo.kill()
+            kill_processes_of(folder)
             demo.communicate()
 
 

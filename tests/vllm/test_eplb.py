@@ -10,10 +10,11 @@ import torch.distributed as dist
 from tests.cases import same_bits
 from tests.pure.test_eplb_placement import drawn
 from tests.ranks.test_eplb_movement import SLOTS, expert, held
-from tests.vllm.test_moe_runner import Layout, Tokens, check_output, counts_of, dense_moe
+from tests.vllm.test_moe_runner import Layout, Tokens, check_output, counts_of, dense_moe, quantisation
 from tests.vllm.vllm_ranks import (
     DP2,
     NUM_EXPERTS,
+    NUM_RANKS,
     TOP_K,
     TP2,
     TP2_DP2,
@@ -28,7 +29,7 @@ from tests.vllm.vllm_ranks import (
 from vllm_npu.eplb.movement import move_experts
 from vllm_npu.eplb.placement import EMPTY
 from vllm_npu.errors import UnsupportedConfigError
-from vllm_npu.transport.launch import ProcessRankPool, Rank
+from vllm_npu.transport.launch import Rank
 
 
 def rearranges(rank: Rank, backends: list[str | None]) -> list[str]:
@@ -88,10 +89,9 @@ def rearranges(rank: Rank, backends: list[str | None]) -> list[str]:
     return kinds
 
 
-def test_vllms_rearrangement_brings_every_slot_its_expert():
-    with ProcessRankPool(2, timeout=60) as pool:
-        names = pool.run(rearranges, [None, "torch_gloo", "torch_nccl"])
-    assert names == [["TorchDistEplbCommunicator"] * 3] * 2
+def test_vllms_rearrangement_brings_every_slot_its_expert(ranks: VllmRanks):  # noqa: F811
+    names = ranks.run_on_pool(rearranges, [None, "torch_gloo", "torch_nccl"])
+    assert names == [["TorchDistEplbCommunicator"] * 3] * NUM_RANKS
 
 
 # ------------------------------------------------------------------------------------ replicas in vLLM's MoE layer
@@ -199,26 +199,18 @@ def test_every_strategy_finds_replicas_and_counts_them(ranks: VllmRanks, layout)
 
 
 def run_quantised(grid: Grid) -> None:
-    from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
-    from vllm.model_executor.layers.quantization.experts_int8 import ExpertsInt8Config
-
     from vllm_npu.plugin import compat
 
-    class Unmovable(UnquantizedFusedMoEMethod):
-        supports_eplb = False  # as of every method that does not say otherwise
-
-    class Quantisation(ExpertsInt8Config):
-        def get_quant_method(self, layer: Any, prefix: str) -> Unmovable:
-            return Unmovable(layer.moe_config)
-
+    unmovable = quantisation(supports_eplb=False)  # as of every method that does not say otherwise
     config = make_config(grid, redundant_experts=grid.size)
     with (
         pytest.raises(
-            UnsupportedConfigError, match=r"EPLB is not supported Unmovable\..* serve an unquantised checkpoint"
+            UnsupportedConfigError,
+            match=r"EPLB is not supported QuantisedMoEMethod\..* serve an unquantised checkpoint",
         ),
         compat.current().unmovable_experts_explained(),
     ):
-        build_layer(grid, config, quant_config=Quantisation(), enable_eplb=True, num_redundant_experts=grid.size)
+        build_layer(grid, config, quant_config=unmovable, enable_eplb=True, num_redundant_experts=grid.size)
 
 
 def test_quantised_experts_that_cannot_move_are_refused_with_the_remedy(ranks: VllmRanks):  # noqa: F811

@@ -392,57 +392,24 @@ def test_inductor_may_switch_strategies_too(ranks: VllmRanks):  # noqa: F811
 # ------------------------------------------------------------------------------------------------ what is refused
 
 
-def quantised_method():
-    """A quantisation whose MoE method is not ours. Its numbers are those of the unquantised one."""
+def quantisation(**attributes: Any) -> Any:
+    """A quantisation whose MoE method is not ours, with these attributes. Its numbers are those of the unquantised one."""
     from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
-    from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+    from vllm.model_executor.layers.quantization.experts_int8 import ExpertsInt8Config
 
-    class QuantisedMoEMethod(UnquantizedFusedMoEMethod):
-        pass
+    method = type("QuantisedMoEMethod", (UnquantizedFusedMoEMethod,), attributes)
 
-    class Quantisation(QuantizationConfig):
-        def get_name(self):
-            return "fp8"
-
-        def get_supported_act_dtypes(self):
-            return [torch.float32]
-
-        @classmethod
-        def get_min_capability(cls):
-            return 0
-
-        @staticmethod
-        def get_config_filenames():
-            return []
-
-        @classmethod
-        def from_config(cls, config):
-            return cls()
-
-        def get_quant_method(self, layer, prefix):
-            return QuantisedMoEMethod(layer.moe_config)
+    class Quantisation(ExpertsInt8Config):
+        def get_quant_method(self, layer: Any, prefix: str) -> UnquantizedFusedMoEMethod:
+            return method(layer.moe_config)
 
     return Quantisation()
 
 
-def run_quantised(grid: Grid) -> str | None:
-    from vllm_npu.plugin.groups import collective_counter
-    from vllm_npu.plugin.step_planner import planner_of
-
-    config = make_config(grid)
-    if grid.ep or grid.dp > 1:
-        with pytest.raises(UnsupportedConfigError) as error:
-            build_layer(grid, config, quant_config=quantised_method())
-        return str(error.value)
-    layer = build_layer(grid, config, quant_config=quantised_method())
-    assert planner_of(config) is None
-    tokens = Tokens.random(Layout(grid), grid, (5,), torch.float32)
-    collective_counter().reset()
-    with vllm_step(grid, config, (5,)):
-        output = layer(hidden_states=tokens.hidden_states, router_logits=tokens.router_logits)
-    assert not collective_counter().calls
-    check_output(output, tokens, dense_moe(tokens, Weights.random(torch.float32), shared=False), "vLLM's own path")
-    return None
+def run_quantised(grid: Grid) -> str:
+    with pytest.raises(UnsupportedConfigError) as error:
+        build_layer(grid, make_config(grid), quant_config=quantisation())
+    return str(error.value)
 
 
 @pytest.mark.parametrize("grid", [TP2, DP2, DP2_NO_EP], ids=str)
@@ -452,15 +419,13 @@ def test_quantised_experts_that_would_exchange_tokens_twice_are_refused(ranks: V
         assert "serve an unquantised checkpoint" in message
 
 
-def test_quantised_experts_on_tensor_parallel_ranks_are_vllms(ranks: VllmRanks):  # noqa: F811
-    ranks.run(run_quantised, TP2_NO_EP)
-
-
-def run_own_path(grid: Grid, shared: bool) -> None:
+def run_own_path(grid: Grid, shared: bool, quantised: bool) -> None:
     from vllm_npu.plugin.groups import collective_counter
+    from vllm_npu.plugin.step_planner import planner_of
 
     config = make_config(grid)
-    layer = build_layer(grid, config, shared=shared)
+    layer = build_layer(grid, config, shared=shared, **({"quant_config": quantisation()} if quantised else {}))
+    assert planner_of(config) is None
     tokens = Tokens.random(Layout(grid), grid, (5,), torch.float32)
     collective_counter().reset()
     with vllm_step(grid, config, (5,)):
@@ -469,9 +434,9 @@ def run_own_path(grid: Grid, shared: bool) -> None:
     check_output(output, tokens, dense_moe(tokens, Weights.random(torch.float32), shared=shared), "vLLM's own path")
 
 
-@pytest.mark.parametrize("shared", [False, True], ids=["routed", "shared"])
-def test_tensor_parallel_experts_alone_are_left_to_vllm(ranks: VllmRanks, shared):  # noqa: F811
-    ranks.run(run_own_path, TP2_NO_EP, shared)
+@pytest.mark.parametrize(("shared", "quantised"), [(False, False), (True, False), (False, True)])
+def test_tensor_parallel_experts_alone_are_left_to_vllm(ranks: VllmRanks, shared, quantised):  # noqa: F811
+    ranks.run(run_own_path, TP2_NO_EP, shared, quantised)
 
 
 def run_refusals(grid: Grid) -> list[str]:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.vllm.processes import kill_processes_of
 from tests.vllm.text_prompts import TEXT_MAX_TOKENS, TEXTS
 from vllm_npu.cli.engine_processes import free_port
 from vllm_npu.cli.tiny_models import DEMO_MAX_TOKENS, QWEN3_MOE, TinyModel
@@ -73,7 +74,7 @@ def test_concurrent_streams_get_vanilla_tokens(
     results = json.loads(report.read_text())
     assert results["exit_status"] == server.process.returncode == 0
     assert results["moe_comm"] == "all2all"
-    assert not list(short_folder.glob("vllm-npu-metrics-*")), "what the processes counted goes with the server"
+    assert list(short_folder.iterdir()) == [], "sockets, and what the processes counted, go with the server"
 
 
 def check_metrics(url: str, num_tokens: int) -> None:
@@ -141,7 +142,7 @@ class Server:
 
 @contextmanager
 def running_server(model: Path, folder: Path, *options: str) -> Iterator[Server]:
-    """The server, once it answers, with `folder` for its sockets; stopped if the test fails."""
+    """The server, once it answers, with `folder` for its sockets; killed if the test fails."""
     server = Server(
         [str(model), "--moe-comm", "all2all", *VLLM_OPTIONS, *options],
         os.environ
@@ -152,5 +153,5 @@ def running_server(model: Path, folder: Path, *options: str) -> Iterator[Server]
         yield server
     finally:
         if server.process.poll() is None:
-            server.process.send_signal(signal.SIGTERM)
+            kill_processes_of(folder)
             server.process.wait(STOP_SECONDS)

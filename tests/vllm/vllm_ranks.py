@@ -5,18 +5,20 @@ a grid that is smaller than the world: what a test expects must hold in both.
 """
 
 import os
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
+from vllm_npu.cli.engine_processes import folder_for_sockets
+from vllm_npu.cli.process_tree import SHARED_MEMORY_FOLDER
 from vllm_npu.plugin import groups
 from vllm_npu.step_plan import StepPlan, TokenSharding
 from vllm_npu.token_layout import TokenSlice
@@ -66,27 +68,34 @@ class VllmRanks:
 
     def __init__(self) -> None:
         self._pool = ProcessRankPool(NUM_RANKS, timeout=300)  # importing vLLM may take minutes on a busy machine
-        self._names = (f"vllm_npu_tests_{os.getpid()}_{number}" for number in count())
-        self._name = ""
+        self._folder: tempfile.TemporaryDirectory[str] | None = None  # while they run
 
     def run(self, function: Callable[..., Any], grid: Grid, *args: Any) -> list[Any]:
         """function(grid, *args) on every process, where `grid` says which rank it is; the results in order of processes."""
-        if not self._name:
-            self._name = os.environ["VLLM_DIST_IDENT"] = next(
-                self._names
-            )  # names vLLM's shared memory; ranks inherit it
+        return self.run_on_pool(_run_in_grid, function, grid, args)
+
+    def run_on_pool(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """function(rank, *args) on every process, whatever vLLM's groups are, as RankPool.run does it."""
+        if self._folder is None:
+            self._folder = tempfile.TemporaryDirectory(prefix="vllm-npu-", dir=folder_for_sockets())
+        folder = self._folder.name
         try:
-            return self._pool.run(_run_in_grid, function, grid, args)
+            with pytest.MonkeyPatch.context() as inherited:
+                inherited.setenv("VLLM_RPC_BASE_PATH", folder)  # where vLLM's message queues leave their sockets
+                inherited.setenv("VLLM_DIST_IDENT", Path(folder).name)  # names its shared memory
+                return self._pool.run(function, *args)
         except BaseException:
             self.close()
             raise
 
     def close(self) -> None:
-        """End the processes, and remove what vLLM leaves in shared memory."""
+        """End the processes, and remove the sockets and the shared memory that vLLM leaves."""
         self._pool.close()
-        for file in Path("/dev/shm").glob(f"{self._name or 'none'}-*"):
-            file.unlink()
-        self._name = ""
+        if self._folder is not None:
+            for file in SHARED_MEMORY_FOLDER.glob(f"{Path(self._folder.name).name}-*"):
+                file.unlink()
+            self._folder.cleanup()
+            self._folder = None
 
 
 _RANKS = pytest.StashKey[VllmRanks]()

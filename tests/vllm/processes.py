@@ -1,0 +1,33 @@
+"""Processes of a program under test, found by the temporary folder that it was given, however they are related by now."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+
+def processes_of(folder: Path) -> list[int]:
+    """Living processes that were started with a TMPDIR inside `folder`."""
+    marker = f"TMPDIR={folder}".encode()
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            try:
+                if any(variable.startswith(marker) for variable in (entry / "environ").read_bytes().split(b"\0")):
+                    found.append(int(entry.name))
+            except OSError:
+                continue  # gone meanwhile, or not ours
+    return found
+
+
+def kill_processes_of(folder: Path) -> None:
+    """For a test that failed: nothing of it goes on beside the next one. multiprocessing's resource trackers are left to remove
+    the shared memory; they end once those are gone that they serve."""
+    while found := processes_of(folder):
+        for pid in found:
+            try:
+                if b"resource_tracker" not in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    os.kill(pid, signal.SIGKILL)
+            except OSError:
+                continue  # gone meanwhile
+        time.sleep(0.1)

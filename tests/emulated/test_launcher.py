@@ -223,7 +223,8 @@ def test_torchrun(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(ALL_REDUCE)
     env = {**os.environ, "VLLM_NPU_EMULATOR": "1", "VLLM_NPU_EMULATOR_SOC": "A3", "PYTHONPATH": str(STARTUP_FOLDER)}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    torchrun += ["--log-dir", str(tmp_path), str(script)]  # else its folder stays in /tmp
     done = subprocess.run(torchrun, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("sum 2.0 on Ascend910_9391") == 2

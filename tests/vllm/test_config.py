@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("vllm")
 
 from vllm import EngineArgs
-from vllm.config import ParallelConfig, VllmConfig
+from vllm.config import CacheConfig, ParallelConfig, VllmConfig
 from vllm.plugins import load_general_plugins
 
 from vllm_npu.cli.tiny_models import DEEPSEEK_V2, QWEN3_MOE, write_tiny_model
@@ -319,6 +319,26 @@ def test_the_next_engine_of_a_process_gets_a_binding_of_its_own():
     assert len(binding_of(more)) == more
     assert binding_of(1) is None
     assert len(binding_of(first)) == first
+
+
+# ---------------------------------------------------------------------------------------------------------- memory
+
+
+def memory_of(ranks: int, **arguments) -> float:
+    """The share of a NUMA node's memory that each of this many data-parallel ranks here takes."""
+    parallel = ParallelConfig(data_parallel_size=ranks, data_parallel_size_local=ranks)
+    return VllmConfig(
+        parallel_config=parallel, cache_config=CacheConfig(**arguments)
+    ).cache_config.gpu_memory_utilization
+
+
+def test_ranks_of_a_numa_node_share_its_memory_unless_the_user_says_how():
+    ranks, default = more_ranks_than_nodes(), CacheConfig.gpu_memory_utilization
+    assert memory_of(1) == default
+    assert ranks * memory_of(ranks) < default * compat.current().numa_nodes()
+    assert memory_of(2 * ranks) < memory_of(ranks)
+    assert memory_of(ranks, gpu_memory_utilization=0.4) == 0.4
+    assert memory_of(ranks, kv_cache_memory_bytes=1 << 26) == default
 
 
 # ----------------------------------------------------------------------------------------------- sequence parallelism

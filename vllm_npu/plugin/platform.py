@@ -10,6 +10,7 @@ from vllm_npu import envs
 from vllm_npu.limits import PORTABLE
 from vllm_npu.plugin import compat, options
 from vllm_npu.plugin.engine_check import check_engine
+from vllm_npu.token_layout import ceil_div
 
 if TYPE_CHECKING:
     from vllm.config import ParallelConfig, VllmConfig
@@ -44,6 +45,7 @@ class NPUPlatformOnCPU(CpuPlatform):
         if not parallel_config.worker_extension_cls:
             parallel_config.worker_extension_cls = "vllm_npu.plugin.worker_extension.MoECommWorkerExtension"
         _bind_threads(parallel_config)
+        _share_memory(vllm_config)
 
     @classmethod
     def get_device_communicator_cls(cls) -> str:
@@ -58,11 +60,12 @@ class NPUPlatformOnCPU(CpuPlatform):
         return {**super().set_additional_forward_context(*args, **kwargs), **plan_step(**kwargs)}
 
 
-def _local_dp_size(parallel_config: "ParallelConfig") -> int:
-    """Data-parallel ranks on this host. Where each is launched by hand (VLLM_DP_RANK_LOCAL) vLLM does not know: then all."""
+def _ranks_here(parallel_config: "ParallelConfig") -> int:
+    """Ranks on this host. Where data-parallel ones are launched by hand (VLLM_DP_RANK_LOCAL) vLLM does not know: then all."""
+    dp_size = max(parallel_config.data_parallel_size_local, 1)
     if parallel_config.data_parallel_rank_local is not None:
-        return parallel_config.data_parallel_size
-    return max(parallel_config.data_parallel_size_local, 1)
+        dp_size = parallel_config.data_parallel_size
+    return parallel_config.world_size * dp_size
 
 
 def _bind_threads(parallel_config: "ParallelConfig") -> None:
@@ -77,7 +80,7 @@ def _bind_threads(parallel_config: "ParallelConfig") -> None:
     if _own_binding is not None and os.environ.get(envs.CPU_OMP_THREADS_BIND) == _own_binding:
         del os.environ[envs.CPU_OMP_THREADS_BIND]
     _own_binding = None
-    ranks = parallel_config.world_size * _local_dp_size(parallel_config)
+    ranks = _ranks_here(parallel_config)
     if os.environ.get(envs.CPU_OMP_THREADS_BIND, "auto") != "auto" or ranks <= compat.current().numa_nodes():
         return
     cpus = sorted(os.sched_getaffinity(0))
@@ -92,4 +95,22 @@ def _bind_threads(parallel_config: "ParallelConfig") -> None:
         os.environ[envs.CPU_OMP_THREADS_BIND],
         ranks,
         len(cpus),
+    )
+
+
+def _share_memory(vllm_config: "VllmConfig") -> None:
+    """Share a NUMA node's memory among the ranks on it and all other processes, where nothing was said of it: vLLM's default is
+    nearly all of it for each rank, so that a second one does not start, or both fill it."""
+    from vllm.config import CacheConfig  # not at the top: vLLM loads the platform while it defines its configuration
+
+    cache_config, default = vllm_config.cache_config, CacheConfig.gpu_memory_utilization
+    ranks_of_a_node = ceil_div(_ranks_here(vllm_config.parallel_config), compat.current().numa_nodes())
+    is_set = cache_config.kv_cache_memory_bytes is not None or cache_config.gpu_memory_utilization != default
+    if ranks_of_a_node < 2 or is_set:
+        return
+    cache_config.gpu_memory_utilization = default / (ranks_of_a_node + 1)
+    logger.info(
+        "gpu_memory_utilization=%.2f for each rank: %d share the memory of a NUMA node",
+        cache_config.gpu_memory_utilization,
+        ranks_of_a_node,
     )

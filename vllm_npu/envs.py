@@ -127,6 +127,7 @@ EMULATOR_LOG = Variable(
 PROMETHEUS_FOLDER = (
     "PROMETHEUS_MULTIPROC_DIR"  # prometheus_client's: where processes count, for vLLM's /metrics to add up
 )
+SOCKET_FOLDER = "VLLM_RPC_BASE_PATH"  # vLLM's: of its sockets, which it leaves there
 CPU_OMP_THREADS_BIND = "VLLM_CPU_OMP_THREADS_BIND"  # vLLM's: the cores of each rank
 
 VARIABLES = (

@@ -19,6 +19,7 @@ import torch
 
 from vllm_npu.cli.engine_processes import folder_for_sockets
 from vllm_npu.cli.process_tree import SHARED_MEMORY_FOLDER
+from vllm_npu.envs import SOCKET_FOLDER
 from vllm_npu.plugin import groups
 from vllm_npu.step_plan import StepPlan, TokenSharding
 from vllm_npu.token_layout import TokenSlice
@@ -81,7 +82,7 @@ class VllmRanks:
         folder = self._folder.name
         try:
             with pytest.MonkeyPatch.context() as inherited:
-                inherited.setenv("VLLM_RPC_BASE_PATH", folder)  # where vLLM's message queues leave their sockets
+                inherited.setenv(SOCKET_FOLDER, folder)
                 inherited.setenv("VLLM_DIST_IDENT", Path(folder).name)  # names its shared memory
                 return self._pool.run(function, *args)
         except BaseException:

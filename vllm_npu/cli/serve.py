@@ -7,14 +7,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Final
 
-from vllm_npu.cli.engine_processes import require_vllm
+from vllm_npu.cli.engine_processes import folder_for_sockets, require_vllm
 from vllm_npu.cli.process_tree import ProcessTree
-from vllm_npu.envs import METRICS, MOE_COMM, PROMETHEUS_FOLDER
+from vllm_npu.envs import METRICS, MOE_COMM, PROMETHEUS_FOLDER, SOCKET_FOLDER
 from vllm_npu.errors import UnsupportedConfigError
 from vllm_npu.plugin.entry_points import PLUGIN_NAME
 
@@ -57,8 +57,8 @@ def serve(arguments: Sequence[str]) -> None:
     require_vllm()
 
     started = time.monotonic()
-    with _metrics_folder() as folder:
-        status = _run(command, _server_environment(moe_comm) | folder)
+    with _folders() as folders:
+        status = _run(command, _server_environment(moe_comm) | folders)
     if json_path is not None:
         report = {
             "command": command,
@@ -71,13 +71,18 @@ def serve(arguments: Sequence[str]) -> None:
 
 
 @contextmanager
-def _metrics_folder() -> Iterator[dict[str, str]]:
-    """The variable that names where processes leave what they count for /metrics, if that is wanted and not set."""
-    if not METRICS.read_flag() or os.environ.get(PROMETHEUS_FOLDER):
-        yield {}
-        return
-    with tempfile.TemporaryDirectory(prefix="vllm-npu-metrics-") as folder:
-        yield {PROMETHEUS_FOLDER: folder}
+def _folders() -> Iterator[dict[str, str]]:
+    """Variables that name folders of this run, removed after it: for vLLM's sockets, and for what processes count for /metrics,
+    if that is wanted. Those that are set stay."""
+    wanted = {SOCKET_FOLDER: folder_for_sockets()}
+    if METRICS.read_flag():
+        wanted[PROMETHEUS_FOLDER] = tempfile.gettempdir()
+    with ExitStack() as stack:
+        yield {
+            name: stack.enter_context(tempfile.TemporaryDirectory(prefix="vllm-npu-", dir=place))
+            for name, place in wanted.items()
+            if not os.environ.get(name)
+        }
 
 
 def _run(command: list[str], environment: dict[str, str]) -> int:

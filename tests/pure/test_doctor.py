@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from vllm_npu import envs
-from vllm_npu.cli import doctor, engine_findings, machine_checks
+from vllm_npu.cli import doctor, engine_findings, machine_checks, variable_checks
 from vllm_npu.cli.findings import Finding
 from vllm_npu.emulator import shared_memory
 from vllm_npu.errors import UnsupportedConfigError
@@ -209,8 +209,8 @@ def test_it_runs_where_no_dependency_can_be_imported(entry, tmp_path):
 
 
 def test_every_variable_has_a_rule_that_takes_its_default():
-    assert set(doctor.VALUES) == set(envs.VARIABLES)
-    for variable, fault in doctor.VALUES.items():
+    assert set(variable_checks.VALUES) == set(envs.VARIABLES)
+    for variable, fault in variable_checks.VALUES.items():
         assert variable.default == "" or fault(variable.default) is None
 
 
@@ -227,11 +227,11 @@ def test_switches_and_seconds_are_judged_as_they_are_read(text, monkeypatch):
             is_read = True
         except UnsupportedConfigError:
             is_read = False
-        assert (doctor.VALUES[variable](text) is None) == is_read
+        assert (variable_checks.VALUES[variable](text) is None) == is_read
 
 
 def test_tables_are_read_without_importing_them():
-    assert doctor.keys_of_table("strategies.py", "STRATEGIES") == list(STRATEGIES)
+    assert variable_checks.keys_of_table("strategies.py", "STRATEGIES") == list(STRATEGIES)
 
 
 @pytest.mark.parametrize(

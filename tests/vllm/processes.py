@@ -7,17 +7,22 @@ from pathlib import Path
 
 
 def processes_of(folder: Path) -> list[int]:
-    """Living processes that were started with a TMPDIR inside `folder`."""
+    """Living processes that were started with a TMPDIR inside `folder`, and others of their sessions: those of vLLM rename
+    themselves, and what /proc shows of their environment is gone then."""
     marker = f"TMPDIR={folder}".encode()
-    found = []
+    found, session_of = set(), {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal():
             try:
+                if (entry / "stat").read_text(errors="replace").rpartition(")")[2].split()[0] in "ZX":
+                    continue  # has ended
+                session_of[int(entry.name)] = os.getsid(int(entry.name))
                 if any(variable.startswith(marker) for variable in (entry / "environ").read_bytes().split(b"\0")):
-                    found.append(int(entry.name))
+                    found.add(int(entry.name))
             except OSError:
                 continue  # gone meanwhile, or not ours
-    return found
+    sessions = {session_of[pid] for pid in found} - {os.getsid(0)}
+    return sorted(found | {pid for pid, session in session_of.items() if session in sessions})
 
 
 def kill_processes_of(folder: Path) -> None:

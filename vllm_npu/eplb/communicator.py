@@ -127,23 +127,6 @@ def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().view(-1).view(torch.uint8)
 
 
-def rounds_of_pieces(messages: Sequence[SendRecv], piece_bytes: int) -> list[list[SendRecv]]:
-    """Messages cut into pieces of at most piece_bytes; round k has the k-th piece to and from each peer.
-
-    Both ends cut alike, so a peer's round k holds the other half, and rounds one after the other never wait in a circle.
-    """
-    rounds: list[list[SendRecv]] = []
-    started: dict[tuple[int, bool], int] = {}  # pieces so far, by peer and direction
-    for message in messages:
-        for piece in message.tensor.split(piece_bytes):
-            place = started.get((message.peer, message.is_send), 0)
-            if place == len(rounds):
-                rounds.append([])
-            rounds[place].append(SendRecv(message.peer, piece, message.is_send))
-            started[message.peer, message.is_send] = place + 1
-    return rounds
-
-
 def _check_overlaps(queue: Sequence[_Queued]) -> None:
     """Compares contiguous tensors: memory of others may interleave without overlapping."""
     spans = sorted(

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from vllm_npu.eplb.communicator import EplbCommunicator, rounds_of_pieces
+from vllm_npu.eplb.communicator import EplbCommunicator
 from vllm_npu.limits import MIB
 from vllm_npu.transport.base import SendRecv, Transport
 
@@ -12,10 +12,8 @@ for a group is 200 MiB by default."""
 
 
 class HcclEplbCommunicator(EplbCommunicator):
-    """Batches of pieces: at most one piece to a rank and one from it in each. Host sync: no.
-
-    HcclBatchSendRecv takes no second message to, or from, the same rank (HCCL's document of it, CANN 8.0).
-    """
+    """Messages in pieces, which both ends cut alike; the transport puts at most one piece to a rank, and one from it, into a
+    batch. Host sync: no."""
 
     def __init__(self, transport: Transport, max_message_bytes: int = MAX_MESSAGE_BYTES) -> None:
         super().__init__(transport.group, transport.rank, transport.size)
@@ -23,5 +21,10 @@ class HcclEplbCommunicator(EplbCommunicator):
         self._max_message_bytes = max_message_bytes
 
     def _exchange(self, messages: Sequence[SendRecv]) -> None:
-        for batch in rounds_of_pieces(messages, self._max_message_bytes):
-            self._transport.send_recv(batch)
+        self._transport.send_recv(
+            [
+                SendRecv(each.peer, piece, each.is_send)
+                for each in messages
+                for piece in each.tensor.split(self._max_message_bytes)
+            ]
+        )

@@ -10,8 +10,7 @@ class TorchDistEplbCommunicator(EplbCommunicator):
     """All messages in one batch, straight from and into the tensors. Host sync: with gloo only.
 
     With NCCL a collective of all ranks must come first, where not all have messages (torch's document of batch_isend_irecv);
-    in vLLM that is the profiling run's. HCCL's document allows a batch one message to a rank and one from it: on NPUs take
-    HcclEplbCommunicator, as CHOICE does.
+    in vLLM that is the profiling run's. On NPUs take HcclEplbCommunicator, as CHOICE does: its messages are bounded.
     """
 
     def __init__(self, transport: Transport) -> None:

@@ -87,9 +87,8 @@ class Watchdog:
         others = [other for other in range(len(self._mailboxes)) if other != self.rank]
         with ThreadPoolExecutor(MOST_AT_ONCE) as pool:
             taken = pool.map(lambda other: self._mailboxes[other].take(self.rank, report), others)
-            there = dict(
-                zip(others, taken, strict=True)
-            )  # which may have taken long: to ranks that are ending right now
+            # It may take long: to ranks that are ending right now.
+            there = dict(zip(others, taken, strict=True))
             give_up = time.monotonic() + GRACE_SECONDS
             while True:
                 silent = [other for other in others if not self._has_report_of(other)]

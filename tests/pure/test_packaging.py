@@ -80,7 +80,7 @@ def test_the_version_is_written_once():
     assert "version" not in PROJECT
     assert metadata.version("vllm_npu") == vllm_npu.__version__
     written = re.compile(rf"""version\w*\s*[=(]\s*["']?{re.escape(vllm_npu.__version__)}\b""", re.IGNORECASE)
-    sources = [ROOT / "setup.py", ROOT / "pyproject.toml", *(ROOT / "vllm_npu").rglob("*.py")]
+    sources = [ROOT / "setup.py", ROOT / "pyproject.toml", ROOT / "CMakeLists.txt", *(ROOT / "vllm_npu").rglob("*.py")]
     assert [path.relative_to(ROOT).as_posix() for path in sources if written.search(path.read_text("utf-8"))] == [
         "vllm_npu/__init__.py"
     ]

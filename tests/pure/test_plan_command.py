@@ -51,10 +51,3 @@ def test_a_model_gives_what_is_not_typed_and_a_buffer_that_is_set_is_enough(tmp_
 def test_numbers_that_cannot_be_are_refused(options, message):
     with pytest.raises(UnsupportedConfigError, match=message):
         command.plan(**options)
-
-
-def test_a_file_of_results_needs_its_folder_before_the_work_begins(tmp_path):
-    done = vllm_npu("plan", *A3_CASE, "--json", str(tmp_path / "missing" / "plan.json"), COLUMNS="400")
-    assert done.returncode == 2
-    assert f"there is no folder {tmp_path / 'missing'}" in done.stderr
-    assert "HCCL_BUFFSIZE" not in done.stdout

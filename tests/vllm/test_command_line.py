@@ -23,6 +23,25 @@ def test_an_unknown_strategy_gets_the_list_of_those_that_exist() -> None:
     assert all(name in finished.stderr for name in ("auto", *STRATEGIES))
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        [
+            "plan",
+            *("--soc", "A3", "--ep", "2", "--experts", "128", "--topk", "8", "--hidden", "2048", "--tokens", "512"),
+        ],
+        ["doctor"],
+        ["serve", "some-model"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_a_file_of_results_needs_its_folder_before_the_work_begins(command: list[str], tmp_path: Path) -> None:
+    finished = vllm_npu(*command, "--json", str(tmp_path / "missing" / "results.json"), COLUMNS="400")
+    assert finished.returncode == 2
+    assert f"there is no folder {tmp_path / 'missing'}" in finished.stderr
+    assert not finished.stdout
+
+
 @pytest.mark.parametrize("arguments", [["--port", "1"], ["--moe-comm", "mc2"]])
 def test_serving_nothing_says_where_the_model_goes(arguments: list[str]) -> None:
     finished = vllm_npu("serve", *arguments)

@@ -70,6 +70,8 @@ def doctor(arguments: Sequence[str]) -> None:
         parser.error("an engine is named by --model and --ep together")
     if given.ep is not None and min(given.ep, given.tp, given.max_num_seqs) < 1:
         parser.error("--ep, --tp and --max-num-seqs are 1 or more")
+    if given.json not in (None, STANDARD_OUTPUT) and not Path(given.json).parent.is_dir():
+        parser.error(f"there is no folder {Path(given.json).parent}; create it")
     if given.trace is not None:
         sys.exit(compare_traces(given.trace, given.json))
     quiet = given.json == STANDARD_OUTPUT

@@ -13,6 +13,7 @@ from types import FrameType
 from typing import Final
 
 from vllm_npu.cli.engine_processes import folder_for_sockets, require_vllm
+from vllm_npu.cli.outputs import in_a_folder
 from vllm_npu.cli.process_tree import ProcessTree
 from vllm_npu.envs import METRICS, MOE_COMM, PROMETHEUS_FOLDER, SOCKET_FOLDER
 from vllm_npu.errors import UnsupportedConfigError
@@ -47,7 +48,8 @@ def serve(arguments: Sequence[str]) -> None:
         print(HELP, end="")
         sys.exit(0)
     rest, moe_comm = _take_option(arguments, "--moe-comm")
-    rest, json_path = _take_option(rest, "--json")
+    rest, report_name = _take_option(rest, "--json")
+    report_path = in_a_folder(Path(report_name) if report_name is not None else None)
     if moe_comm is not None:
         _check_moe_comm(moe_comm)
     named = _name_model(rest)
@@ -59,14 +61,14 @@ def serve(arguments: Sequence[str]) -> None:
     started = time.monotonic()
     with _folders() as folders:
         status = _run(command, _server_environment(moe_comm) | folders)
-    if json_path is not None:
+    if report_path is not None:
         report = {
             "command": command,
             "moe_comm": moe_comm,
             "exit_status": status,
             "seconds": round(time.monotonic() - started, 1),
         }
-        Path(json_path).write_text(json.dumps(report, indent=1) + "\n")
+        report_path.write_text(json.dumps(report, indent=1) + "\n")
     sys.exit(status)
 
 

@@ -1,6 +1,6 @@
 """A token's whole path. Read this first.
 
-topk_weights, topk_ids     the router's choice, made before anything is gathered: 8 bytes a choice in place of 4 a expert
+topk_weights, topk_ids     the router's choice, made before anything is gathered: 8 bytes a choice in place of 4 an expert
 prepare                    tokens of this rank      -> tokens it works on        (prepare_finalize/)
 dispatch                   tokens it works on       -> rows of its experts       (dispatch/)
 experts                    rows of its experts      -> rows of its experts       (the caller's)

@@ -253,8 +253,8 @@ std::tuple<at::Tensor, at::Tensor> exchange_message(at::TensorList tensors, cons
   const at::IntArrayRef received(counts + group.size, group.size);
   check_sizes("exchange_tokens (sent)", sent, group);
   TORCH_CHECK(are_row_counts(received), "exchange_tokens: the ranks announce ", received, " rows, which cannot be");
-  TORCH_CHECK_VALUE(message.size(0) == sum(sent), "exchange_tokens: ", message.size(0), " rows, rows_per_rank ", sent,
-                    " add up to ", sum(sent));
+  TORCH_CHECK_VALUE(message.size(0) == sum(sent), "rows_per_rank ", sent, " add up to ", sum(sent),
+                    ", the tensors have ", message.size(0), " rows");
   return {exchange(message, sent, received, group), on_host};
 }
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.ranks.test_transport_contract import CONTRACT, with_tensors_on_its_device
+from tests.ranks.test_transport_contract import CONTRACT, REFUSED, is_refused, with_tensors_on_its_device
 from vllm_npu.dispatch.base import RoutedTokens
 from vllm_npu.emulator import launcher, soc
 from vllm_npu.errors import InvalidInputError, UnknownGroupError, UnsupportedConfigError
@@ -51,6 +51,11 @@ def test_ranks_are_npus_under_hccl(pool, grid):
 @pytest.mark.parametrize("promise", CONTRACT)
 def test_contract(pool, grid, promise):
     pool.run(with_tensors_on_its_device, CONTRACT[promise], grid)
+
+
+def test_arguments_that_do_not_fit_are_refused_before_rows_move(pool, grid):
+    for name in REFUSED:
+        pool.run(with_tensors_on_its_device, is_refused, grid, name)
 
 
 @pytest.mark.parametrize(

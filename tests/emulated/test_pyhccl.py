@@ -187,7 +187,7 @@ def test_the_transports_contract(pool, promise):
 
 def test_bad_arguments_single_messages_and_which_chip_has_v_collectives(pool):
     assert pool.run(on_pyhccl, single_messages) == [pool.num_ranks == 4] * pool.num_ranks
-    for name in ("all_gather, rows", "reduce_scatter, sum", "all_to_all, self"):
+    for name in ("all_gather, rows", "reduce_scatter, sum", "all_to_all, self", "exchange_tokens, sum"):
         pool.run(on_pyhccl, is_refused, (pool.num_ranks, 1), name)
 
 

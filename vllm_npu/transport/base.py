@@ -135,7 +135,7 @@ class Transport(ABC):
         if self.size == 1:
             exchanged = self.exchange_tokens(tensors, rows_per_rank)
             return Pending(stage="exchange_tokens", complete=lambda: exchanged)
-        sent_rows, received_rows = self._exchange_sizes(rows_per_rank)
+        sent_rows, received_rows = self._exchange_sizes(tensors, rows_per_rank)
         message, take_apart = as_message(tensors)
         if len(tensors) == 1:
             message = message.clone()
@@ -151,13 +151,16 @@ class Transport(ABC):
                 f"exchange_tokens on group '{self.group}': rows_per_rank is {rows_per_rank.dtype} "
                 f"{tuple(rows_per_rank.shape)}; it must be int64 [{self.size}]"
             )
-        if rows_per_rank.device.type == "cpu":
-            sizes = self._check_sizes("exchange_tokens", rows_per_rank.tolist(), 0, None)
-            if sum(sizes) != tensors[0].shape[0]:
-                raise InvalidInputError(
-                    f"exchange_tokens on group '{self.group}': rows_per_rank {list(sizes)} add up to {sum(sizes)}, the "
-                    f"tensors have {tensors[0].shape[0]} rows"
-                )
+        if rows_per_rank.device.type == "cpu":  # elsewhere once they are on the host
+            self._check_sent_rows(rows_per_rank.tolist(), tensors)
+
+    def _check_sent_rows(self, sent_rows: Sequence[int], tensors: Sequence[torch.Tensor]) -> None:
+        self._check_sizes("exchange_tokens", sent_rows, 0, None)
+        if sum(sent_rows) != tensors[0].shape[0]:
+            raise InvalidInputError(
+                f"exchange_tokens on group '{self.group}': rows_per_rank {list(sent_rows)} add up to {sum(sent_rows)}, the "
+                f"tensors have {tensors[0].shape[0]} rows"
+            )
 
     def broadcast(self, x: torch.Tensor, source: int) -> torch.Tensor:
         """`x` of rank `source`; other ranks pass a tensor of the same shape and dtype, whose values do not matter."""
@@ -220,10 +223,13 @@ class Transport(ABC):
     def _gather_tokens(self, tensors: Sequence[torch.Tensor], sizes: Sequence[int]) -> list[torch.Tensor]:
         return pack_and_move(tensors, lambda message: self._all_gather(message, sizes))
 
-    def _exchange_sizes(self, rows_per_rank: torch.Tensor) -> tuple[list[int], list[int]]:
+    def _exchange_sizes(
+        self, tensors: Sequence[torch.Tensor], rows_per_rank: torch.Tensor
+    ) -> tuple[list[int], list[int]]:
         ones = [1] * self.size
         rows_from_each = self._all_to_all(rows_per_rank.contiguous(), ones, ones)
         sent_rows, received_rows = torch.stack([rows_per_rank, rows_from_each]).tolist()
+        self._check_sent_rows(sent_rows, tensors)
         if min(received_rows) < 0 or sum(received_rows) > MAX_RECEIVED_ROWS:  # memory is allocated by them
             detail = f"the ranks announce {received_rows} rows, which cannot be; look for the rank that is wrong"
             raise TransportError("exchange_tokens", self.group, self.rank, detail)
@@ -236,7 +242,7 @@ class Transport(ABC):
         return Pending(stage="all_to_all", complete=lambda: received)
 
     def _exchange_tokens(self, tensors: Sequence[torch.Tensor], rows_per_rank: torch.Tensor) -> Exchanged:
-        sent_rows, received_rows = self._exchange_sizes(rows_per_rank)
+        sent_rows, received_rows = self._exchange_sizes(tensors, rows_per_rank)
         received = pack_and_move(tensors, lambda message: self._all_to_all(message, sent_rows, received_rows))
         return received, sent_rows, received_rows
 

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from vllm_npu.device import npu_ops  # importing torch_npu is what makes c10d know hccl
-from vllm_npu.errors import UnknownGroupError
+from vllm_npu.errors import InvalidInputError, UnknownGroupError
 from vllm_npu.hccl import token_ops
 from vllm_npu.transport.base import Exchanged, SendRecv
 from vllm_npu.transport.torch_dist import TorchDistTransport
@@ -109,6 +109,8 @@ class HcclTransport(TorchDistTransport):
     def _call(self, operation: str, op: str, *arguments: Any) -> Any:
         try:
             return token_ops.overload(op)(*arguments, self._name)
+        except ValueError as error:
+            raise InvalidInputError(f"{op} on group '{self.group}': {error}") from error
         except RuntimeError as error:
             raise self._failure(operation, str(error)) from error
 

@@ -91,7 +91,7 @@ def main() -> None:
         folder = Path(name)
         config = dict(QWEN3_MOE.config) | {"num_hidden_layers": options.layers}
         model = write_tiny_model(replace(QWEN3_MOE, config=config), folder / "model")
-        environment = engine_environment(folder, vanilla=False) | {
+        environment = engine_environment(folder / "caches", vanilla=False) | {
             "PYTHONPATH": str(Path(__file__).parent), "TMPDIR": name, TIMES_FOLDER: name, "TORCHDYNAMO_DISABLE": "1",
             "VLLM_NPU_COUNT_COLLECTIVES": "0",
         }  # fmt: skip

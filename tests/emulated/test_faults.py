@@ -217,7 +217,7 @@ for claimed in (1, 3):
     def join(size, rank):
         acl.aclrtSetDevice(0)
         code = hccl.HcclCommInitRootInfo(size, root, rank, ctypes.byref(ctypes.c_void_p()))
-        print(code, acl.aclGetRecentErrMsg().decode(), flush=True)
+        print(f"{code} {acl.aclGetRecentErrMsg().decode()}\\n", end="", flush=True)  # one piece: there are two threads
 
     waiting = threading.Thread(target=join, args=(2, 1))
     waiting.start()

@@ -53,6 +53,7 @@ def test_every_strategy_generates_vanilla_tokens(
     compiled: bool,
     checkpoint: Checkpoint,
     vanilla_tokens: VanillaTokens,
+    caches: Path,
     tmp_path: Path,
     shared_memory_unchanged: None,
 ) -> None:
@@ -64,7 +65,9 @@ def test_every_strategy_generates_vanilla_tokens(
     # The first strategy once more in the end: coming back must work as well.
     strategies = [*STRATEGIES, next(iter(STRATEGIES))]
     killed = ["all2all"] if parallelism == DP2_EP else []
-    with engines_for(model, parallelism, strategies + killed, checkpoint, tmp_path, compiled=compiled) as engines:
+    with engines_for(
+        parallelism, strategies + killed, checkpoint(model), caches, tmp_path, compiled=compiled
+    ) as engines:
         engines.wait_until_ready()
         for _ in strategies:
             assert_same_tokens(engines.generate(), expected, model)
@@ -88,12 +91,12 @@ def kill_a_rank(engines: EngineSet, log_of_the_other: Path) -> None:
 
 
 def test_tensor_parallel_experts_and_the_death_of_a_worker(
-    checkpoint: Checkpoint, vanilla_tokens: VanillaTokens, tmp_path: Path, shared_memory_unchanged: None
+    checkpoint: Checkpoint, vanilla_tokens: VanillaTokens, caches: Path, tmp_path: Path, shared_memory_unchanged: None
 ) -> None:
     """TP2×EP through every strategy; then one process of the engine is killed, and the failure is reported at once."""
     expected = vanilla_tokens(QWEN3_MOE)
     strategies = [*STRATEGIES, "allgather"]
-    with engines_for(QWEN3_MOE, TP2_EP, strategies, checkpoint, tmp_path) as engines:
+    with engines_for(TP2_EP, strategies, checkpoint(QWEN3_MOE), caches, tmp_path) as engines:
         engines.wait_until_ready()
         for _ in STRATEGIES:
             assert_same_tokens(engines.generate(), expected, QWEN3_MOE)
@@ -106,21 +109,22 @@ def test_tensor_parallel_experts_and_the_death_of_a_worker(
 
 
 def engines_for(
-    model: TinyModel,
     parallelism: Parallelism,
     strategies: list[str],
-    checkpoint: Checkpoint,
+    model: Path,
+    caches: Path,
     folder: Path,
     *,
     compiled: bool = False,
 ) -> EngineSet:
     """Engines that generate demo_prompts()."""
     return EngineSet(
-        checkpoint(model),
+        model,
         parallelism,
         strategies=strategies,
         prompts=demo_prompts(),
         max_tokens=DEMO_MAX_TOKENS,
         folder=folder / "engines",
+        caches=caches,
         compiled=compiled,
     )

@@ -26,6 +26,7 @@ RANKS = 2
 def test_no_token_changes_while_experts_move(
     checkpoint: Callable[[TinyModel], Path],
     vanilla_tokens: Callable[[TinyModel], list[list[int]]],
+    caches: Path,
     tmp_path: Path,
     shared_memory_unchanged: None,
 ) -> None:
@@ -38,6 +39,7 @@ def test_no_token_changes_while_experts_move(
         prompts=demo_prompts(),
         max_tokens=DEMO_MAX_TOKENS,
         folder=tmp_path / "engines",
+        caches=caches,
         environment={"PYTHONPATH": str(Path(__file__).parents[2])},
         engine_args={
             "enable_eplb": True,

@@ -40,6 +40,7 @@ VLLM_OPTIONS = [
 def test_concurrent_streams_get_vanilla_tokens(
     checkpoint: Callable[[TinyModel], Path],
     vanilla_tokens: Callable[[TinyModel], list[list[int]]],
+    caches: Path,
     tmp_path: Path,
     short_folder: Path,
     shared_memory_unchanged: None,
@@ -49,7 +50,8 @@ def test_concurrent_streams_get_vanilla_tokens(
     expected = vanilla_tokens(QWEN3_MOE)[len(DEMO_MAX_TOKENS) :]
     report = tmp_path / "report.json"
     port = free_port()
-    with running_server(checkpoint(QWEN3_MOE), short_folder, "--json", str(report), "--port", str(port)) as server:
+    options = ["--json", str(report), "--port", str(port)]
+    with running_server(checkpoint(QWEN3_MOE), caches, short_folder, *options) as server:
         client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
 
         def stream(text: str, max_tokens: int) -> list[int]:
@@ -142,12 +144,18 @@ class Server:
 
 
 @contextmanager
-def running_server(model: Path, folder: Path, *options: str) -> Iterator[Server]:
+def running_server(model: Path, caches: Path, folder: Path, *options: str) -> Iterator[Server]:
     """The server, once it answers, with `folder` for its sockets; killed if the test fails."""
     server = Server(
         [str(model), "--moe-comm", "all2all", *VLLM_OPTIONS, *options],
         os.environ
-        | {"TMPDIR": str(folder), "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_NPU_METRICS": "1"},
+        | {
+            "TMPDIR": str(folder),
+            "VLLM_CACHE_ROOT": str(caches / "vllm"),
+            "HF_HUB_OFFLINE": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+            "VLLM_NPU_METRICS": "1",
+        },
     )
     try:
         server.wait_until_started()

@@ -185,6 +185,7 @@ class AscendDemo:
                 moe_comm=moe_comm,
                 dtype=planned.dtype,
                 folder=self._folder / name,
+                caches=self._folder / "caches",
                 stop_signals=self._stop_signals,
                 environment={
                     "OMP_NUM_THREADS": "1",

@@ -326,6 +326,7 @@ class DemoRun:
             prompts=demo_prompts(),
             max_tokens=DEMO_MAX_TOKENS,
             folder=self._folder / folder_name,
+            caches=self._folder / "caches",
             stop_signals=self._stop_signals,
             **options,
         )

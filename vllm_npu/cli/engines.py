@@ -58,14 +58,15 @@ class EngineSet(EngineProcesses):
         strategies: Sequence[str | None],
         prompts: Sequence[list[int]],
         max_tokens: Sequence[int],  # one per prompt
-        folder: Path,  # for logs and caches; the caller removes it
+        folder: Path,  # for logs; the caller removes it
+        caches: Path,  # of vLLM, shared or not; the caller removes them
         compiled: bool = False,
         measure_margins: bool = False,
         stop_signals: StopSignals | None = None,
         environment: Mapping[str, str] | None = None,  # on top of os.environ
         engine_args: Mapping[str, Any] | None = None,  # further vllm.EngineArgs, by their Python names
     ) -> None:
-        own = engine_environment(folder, vanilla=not any(strategies))
+        own = engine_environment(caches, vanilla=not any(strategies))
         super().__init__(folder, {**own, **(environment or {})}, stop_signals or StopSignals())
         self.parallelism = parallelism
         self._name = f"{model.name} {parallelism}"

@@ -50,7 +50,8 @@ class HttpEngine(EngineProcesses):
         plugins: str,  # VLLM_PLUGINS
         moe_comm: str,
         dtype: str,
-        folder: Path,  # for the log and caches
+        folder: Path,  # for the log
+        caches: Path,  # of vLLM, shared or not
         stop_signals: StopSignals,
         environment: Mapping[str, str],  # on top of os.environ
     ) -> None:
@@ -61,7 +62,7 @@ class HttpEngine(EngineProcesses):
             "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
             "TORCHDYNAMO_DISABLE": "1",
         }
-        super().__init__(folder, {**engine_environment(folder, vanilla=False), **environment, **own}, stop_signals)
+        super().__init__(folder, {**engine_environment(caches, vanilla=False), **environment, **own}, stop_signals)
         self._name = f"{model.name} {parallelism} moe_comm={moe_comm}"
         self.log = folder / "server.log"
         self._port = free_port()

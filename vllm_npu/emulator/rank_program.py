@@ -64,6 +64,9 @@ def main() -> None:
     returned = function(rank, num_ranks, *pickle.loads((folder / ARGUMENTS).read_bytes()))
     result_file(folder, rank).write_bytes(pickle.dumps(returned))
     torch.distributed.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # taking torch and torch_npu down in good order takes a second
 
 
 if __name__ == "__main__":

@@ -216,6 +216,23 @@ def wrong_counts(rank: Rank) -> list[str]:
     return said
 
 
+def gathers_while_rows_travel(rank: Rank) -> None:
+    """A start goes on on a stream of ProcessGroupHCCL's. What the operators do next over the group comes after it on all ranks."""
+    t = rank.groups(tp_size=1, dp_size=2).dp
+    own = torch.tensor([[0.0], [1.0]]) + 10 * t.rank
+    for turn in range(30):
+        x = own.to(rank.device) + turn
+        pending = t.all_to_all_start(x, [1, 1], [1, 1])
+        gathered = t.all_gather(x)
+        assert pending.finish().flatten().tolist() == [turn + t.rank, turn + 10 + t.rank]
+        assert gathered.flatten().tolist() == [turn, turn + 1, turn + 10, turn + 11]
+
+
+def test_a_call_does_not_overtake_what_is_in_flight(monkeypatch):
+    with ranks_on(monkeypatch, "A3", 2, {"VLLM_NPU_EMULATOR_ASYNC": "11"}) as pool:
+        pool.run(gathers_while_rows_travel)
+
+
 def a_rank_differs(rank: Rank) -> None:
     rank.groups(tp_size=1, dp_size=2).dp.all_gather(torch.ones(rank.rank + 1, 3).to(rank.device))
 

@@ -217,7 +217,7 @@ def wrong_counts(rank: Rank) -> list[str]:
 
 
 def gathers_while_rows_travel(rank: Rank) -> None:
-    """A start goes on on a stream of ProcessGroupHCCL's. What the operators do next over the group comes after it on all ranks."""
+    """A start goes on on a stream of ProcessGroupHCCL's. What the operators do next over the group comes after it."""
     t = rank.groups(tp_size=1, dp_size=2).dp
     own = torch.tensor([[0.0], [1.0]]) + 10 * t.rank
     for turn in range(30):

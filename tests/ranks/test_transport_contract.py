@@ -1,6 +1,7 @@
 """transport/base.py's contract: values, fresh memory, untouched inputs, refusals, failures.
 
-On threads and over gloo here; CONTRACT runs on NPU tensors in tests/emulated/test_hccl.py, on CUDA tensors in tests/cuda/test_nccl.py.
+On threads and over gloo here; CONTRACT runs on NPU tensors in tests/emulated/test_hccl.py, on CUDA tensors in
+tests/cuda/test_nccl.py.
 """
 
 import importlib.util

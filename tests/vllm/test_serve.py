@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.vllm.processes import kill_processes_of
+from tests.vllm.processes import kill_processes_of, processes_of
 from tests.vllm.text_prompts import TEXT_MAX_TOKENS, TEXTS
 from vllm_npu.cli.engine_processes import free_port
 from vllm_npu.cli.tiny_models import DEMO_MAX_TOKENS, QWEN3_MOE, TinyModel
@@ -51,7 +51,8 @@ def test_concurrent_streams_get_vanilla_tokens(
     report = tmp_path / "report.json"
     port = free_port()
     options = ["--json", str(report), "--port", str(port)]
-    with running_server(checkpoint(QWEN3_MOE), caches, short_folder, *options) as server:
+    with starting_server(checkpoint(QWEN3_MOE), caches, short_folder, *options) as server:
+        server.wait_for("Application startup complete")
         client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
 
         def stream(text: str, max_tokens: int) -> list[int]:
@@ -78,6 +79,17 @@ def test_concurrent_streams_get_vanilla_tokens(
     assert results["moe_comm"] == "all2all"
     left = [path.name for path in short_folder.iterdir() if path.is_socket() or path.name.startswith("vllm-npu-")]
     assert left == [], "sockets, and what the processes counted, go with the server"
+
+
+def test_ctrl_c_while_the_engines_start_ends_the_server(
+    checkpoint: Callable[[TinyModel], Path], caches: Path, short_folder: Path, shared_memory_unchanged: None
+) -> None:
+    """vLLM alone loses two SIGINT at this time, and then waits for ten minutes for engines that wait for it."""
+    with starting_server(checkpoint(QWEN3_MOE), caches, short_folder, "--port", str(free_port())) as server:
+        server.wait_for("Started DP Coordinator")
+        server.process.send_signal(signal.SIGINT)
+        assert server.process.wait(STOP_SECONDS) == 128 + signal.SIGINT, server.log()
+    assert processes_of(short_folder) == []
 
 
 def check_metrics(url: str, num_tokens: int) -> None:
@@ -122,14 +134,17 @@ class Server:
             errors="replace",
         )
         self._lines: list[str] = []
-        self._started = threading.Event()
+        self._ended = False
+        self._grown = threading.Condition()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
-    def wait_until_started(self) -> None:
-        """Wait for the line by which the server says so; fail with its log if it ends before."""
-        assert self._started.wait(START_SECONDS), f"no start within {START_SECONDS} s:\n{self.log()}"
-        assert self.process.poll() is None, f"ended while starting:\n{self.log()}"
+    def wait_for(self, text: str) -> None:
+        """Wait until the log says so; fail with it if the server ends before."""
+        with self._grown:
+            said = self._grown.wait_for(lambda: text in self.log() or self._ended, START_SECONDS)
+        assert said, f"not {text!r} within {START_SECONDS} s:\n{self.log()}"
+        assert text in self.log(), f"ended without {text!r}:\n{self.log()}"
 
     def log(self) -> str:
         return "".join(self._lines)
@@ -137,15 +152,17 @@ class Server:
     def _read(self) -> None:
         assert self.process.stdout is not None
         for line in self.process.stdout:
-            self._lines.append(line)
-            if "Application startup complete" in line:
-                self._started.set()
-        self._started.set()  # the end of the log: nobody need wait any longer
+            with self._grown:
+                self._lines.append(line)
+                self._grown.notify_all()
+        with self._grown:
+            self._ended = True
+            self._grown.notify_all()
 
 
 @contextmanager
-def running_server(model: Path, caches: Path, folder: Path, *options: str) -> Iterator[Server]:
-    """The server, once it answers, with `folder` for its sockets; killed if the test fails."""
+def starting_server(model: Path, caches: Path, folder: Path, *options: str) -> Iterator[Server]:
+    """The server, with `folder` for its sockets; killed if the test fails."""
     server = Server(
         [str(model), "--moe-comm", "all2all", *VLLM_OPTIONS, *options],
         os.environ
@@ -158,7 +175,6 @@ def running_server(model: Path, caches: Path, folder: Path, *options: str) -> It
         },
     )
     try:
-        server.wait_until_started()
         yield server
     finally:
         if server.process.poll() is None:

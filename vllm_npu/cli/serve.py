@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -22,6 +23,9 @@ from vllm_npu.plugin.entry_points import PLUGIN_NAME
 FORWARDED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 HEADLESS = "--headless"
 LEFTOVER_SECONDS: Final = 5.0  # for vLLM's helpers to end after the server has
+# vLLM 0.32 loses a SIGTERM, and two SIGINT, that come while its engines start (zmq_socket_ctx of utils/network_utils.py), and
+# waits for ten minutes then. A server that is up ignores a second one. In six seconds it has taken its engines down.
+REPEAT_SECONDS: Final = 6.0
 
 HELP = """\
 Usage: vllm-npu serve MODEL [--moe-comm NAME] [--json PATH] [any option of vLLM's server]
@@ -90,19 +94,48 @@ def _folders() -> Iterator[dict[str, str]]:
 def _run(command: list[str], environment: dict[str, str]) -> int:
     """Run the server in a session of its own, so that a Ctrl-C reaches it once, through us; returns its exit status."""
     tree = ProcessTree(command, environment=environment)
+    asked_to_stop: int | None = None
 
     def forward(signum: int, frame: FrameType | None) -> None:
+        nonlocal asked_to_stop
+        if signum in (signal.SIGINT, signal.SIGTERM):
+            asked_to_stop = signum
         if tree.process.poll() is None:
             tree.process.send_signal(signum)
 
     previous = {signum: signal.signal(signum, forward) for signum in FORWARDED_SIGNALS}
     try:
-        status = tree.process.wait()
+        while (status := _status_within(REPEAT_SECONDS, tree)) is None:
+            if asked_to_stop is not None and _has_engines(tree):
+                print(
+                    "vllm-npu serve: vLLM's engines are still there; asking the server to stop again", file=sys.stderr
+                )
+                tree.process.send_signal(asked_to_stop)
         tree.stop(grace_seconds=LEFTOVER_SECONDS)
     finally:
         for signum, handler in previous.items():
             signal.signal(signum, handler)
     return status if status >= 0 else 128 - status
+
+
+def _status_within(seconds: float, tree: ProcessTree) -> int | None:
+    """The exit status of the tree's first process; None where it has not ended by then."""
+    try:
+        return tree.process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return None
+
+
+def _has_engines(tree: ProcessTree) -> bool:
+    """Whether the server still has processes of its own beside multiprocessing's, which stay until its very end."""
+    for pid in tree.members():
+        try:
+            command = Path(f"/proc/{pid}/cmdline").read_bytes()
+        except OSError:
+            continue  # gone meanwhile
+        if pid != tree.process.pid and b"resource_tracker" not in command:
+            return True
+    return False
 
 
 def _take_option(arguments: Sequence[str], name: str) -> tuple[list[str], str | None]:

@@ -84,11 +84,14 @@ def test_concurrent_streams_get_vanilla_tokens(
 def test_ctrl_c_while_the_engines_start_ends_the_server(
     checkpoint: Callable[[TinyModel], Path], caches: Path, short_folder: Path, shared_memory_unchanged: None
 ) -> None:
-    """vLLM alone loses two SIGINT at this time, and then waits for ten minutes for engines that wait for it."""
+    """vLLM alone loses what comes at this time, and then waits for ten minutes for engines that wait for it."""
     with starting_server(checkpoint(QWEN3_MOE), caches, short_folder, "--port", str(free_port())) as server:
         server.wait_for("Started DP Coordinator")
         server.process.send_signal(signal.SIGINT)
-        assert server.process.wait(STOP_SECONDS) == 128 + signal.SIGINT, server.log()
+        ended_by = server.process.wait(STOP_SECONDS) - 128
+        assert ended_by in (signal.SIGINT, signal.SIGTERM), (
+            server.log()
+        )  # Python's KeyboardInterrupt, or the signal itself
     assert processes_of(short_folder) == []
 
 

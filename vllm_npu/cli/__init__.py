@@ -25,4 +25,4 @@ def main() -> None:
         print(f"{red}error: {error}{plain}", file=sys.stderr)
         sys.exit(1)
     finally:
-        gc.freeze()  # or Python, before it ends, looks through all that torch has made for cycles: 0.8 s
+        gc.freeze()  # or Python, before it ends, looks through all that torch has made for cycles: half a second

@@ -24,7 +24,8 @@ FORWARDED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUI
 HEADLESS = "--headless"
 LEFTOVER_SECONDS: Final = 5.0  # for vLLM's helpers to end after the server has
 # vLLM 0.32 loses a SIGTERM, and two SIGINT, that come while its engines start (zmq_socket_ctx of utils/network_utils.py), and
-# waits for ten minutes then. A server that is up ignores a second one. In six seconds it has taken its engines down.
+# waits for ten minutes then; it ignores SIGINT where a shell started this in the background. So SIGTERM follows until the
+# engines are gone: the server takes them down in less than this.
 REPEAT_SECONDS: Final = 6.0
 
 HELP = """\
@@ -94,23 +95,19 @@ def _folders() -> Iterator[dict[str, str]]:
 def _run(command: list[str], environment: dict[str, str]) -> int:
     """Run the server in a session of its own, so that a Ctrl-C reaches it once, through us; returns its exit status."""
     tree = ProcessTree(command, environment=environment)
-    asked_to_stop: int | None = None
+    stopped_while_starting = False
 
     def forward(signum: int, frame: FrameType | None) -> None:
-        nonlocal asked_to_stop
-        if signum in (signal.SIGINT, signal.SIGTERM):
-            asked_to_stop = signum
+        nonlocal stopped_while_starting
         if tree.process.poll() is None:
+            stopped_while_starting |= signum in (signal.SIGINT, signal.SIGTERM) and not _listens(tree.process.pid)
             tree.process.send_signal(signum)
 
     previous = {signum: signal.signal(signum, forward) for signum in FORWARDED_SIGNALS}
     try:
         while (status := _status_within(REPEAT_SECONDS, tree)) is None:
-            if asked_to_stop is not None and _has_engines(tree):
-                print(
-                    "vllm-npu serve: vLLM's engines are still there; asking the server to stop again", file=sys.stderr
-                )
-                tree.process.send_signal(asked_to_stop)
+            if stopped_while_starting and _has_engines(tree):
+                tree.terminate()
         tree.stop(grace_seconds=LEFTOVER_SECONDS)
     finally:
         for signum, handler in previous.items():
@@ -124,6 +121,17 @@ def _status_within(seconds: float, tree: ProcessTree) -> int | None:
         return tree.process.wait(seconds)
     except subprocess.TimeoutExpired:
         return None
+
+
+def _listens(pid: int) -> bool:
+    """Whether the server takes TCP connections: it is up, or it waits for the engines of other hosts."""
+    import psutil  # vLLM's requirement
+
+    try:
+        connections = psutil.net_connections("tcp")
+    except psutil.Error:
+        return True  # not ours to look into: its own signals alone
+    return any(each.pid == pid and each.status == psutil.CONN_LISTEN for each in connections)
 
 
 def _has_engines(tree: ProcessTree) -> bool:

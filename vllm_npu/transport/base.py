@@ -120,7 +120,8 @@ class Transport(ABC):
         """all_to_all of several tensors in one message, sizes known to their sender only: 8 bytes a rank go first.
 
         Returns what came, rows of rank 0 first (may be views of one message), and the rows sent to and received from each
-        rank. Host sync: yes (the sizes).
+        rank. Host sync: yes (the sizes). Sizes that do not fit the tensors are refused on a CPU before anything moves, on an
+        accelerator when they have come to the host: before any row moves, and the other ranks may be waiting for theirs.
         """
         self._check_exchange(tensors, rows_per_rank)
         if self.size == 1:

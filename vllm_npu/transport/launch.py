@@ -130,7 +130,6 @@ class ThreadRankPool(RankPool):
                 return found
 
         outcomes: list[Any] = [None] * self.num_ranks
-
         core = _one_core()
 
         def main(rank: int) -> None:

@@ -88,7 +88,7 @@ def test_ctrl_c_while_the_engines_start_ends_the_server(
     with starting_server(checkpoint(QWEN3_MOE), caches, short_folder, "--port", str(free_port())) as server:
         server.wait_for("Started DP Coordinator")
         server.process.send_signal(signal.SIGINT)
-        ended_by = server.process.wait(STOP_SECONDS) - 128
+        ended_by = server.process.wait(2 * STOP_SECONDS) - 128  # a fifth of what vLLM would wait
         assert ended_by in (signal.SIGINT, signal.SIGTERM), (
             server.log()
         )  # Python's KeyboardInterrupt, or the signal itself

@@ -89,9 +89,8 @@ def test_ctrl_c_while_the_engines_start_ends_the_server(
         server.wait_for("Started DP Coordinator")
         server.process.send_signal(signal.SIGINT)
         ended_by = server.process.wait(2 * STOP_SECONDS) - 128  # a fifth of what vLLM would wait
-        assert ended_by in (signal.SIGINT, signal.SIGTERM), (
-            server.log()
-        )  # Python's KeyboardInterrupt, or the signal itself
+        # By Python's KeyboardInterrupt, or by the signal that follows, where it comes at the very end.
+        assert ended_by in (signal.SIGINT, signal.SIGTERM), server.log()
     assert processes_of(short_folder) == []
 
 

@@ -124,7 +124,8 @@ def _status_within(seconds: float, tree: ProcessTree) -> int | None:
 
 
 def _listens(pid: int) -> bool:
-    """Whether the server takes TCP connections: it is up, or it waits for the engines of other hosts."""
+    """Whether the server takes TCP connections: it is up, or it waits for the engines of other hosts. Ranks without a server
+    never do; they ignore a second signal at any time."""
     import psutil  # vLLM's requirement
 
     try:

@@ -46,7 +46,7 @@ setup(
     long_description=read_readme(),
     long_description_content_type="text/markdown",
     packages=find_packages(include=["vllm_npu", "vllm_npu.*"]),
-    package_data={"vllm_npu": ["py.typed", "fabrics.toml"]},
+    package_data={"vllm_npu": ["py.typed", "tools/fabrics.toml"]},
     cmdclass={"build_py": BuildWithNativeSources},
     zip_safe=False,
 )

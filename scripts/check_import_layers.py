@@ -16,14 +16,20 @@ from pathlib import Path
 
 PACKAGE = "vllm_npu"
 
+# Never runs in service: the layers below it do, and import nothing of it.
+TOOLS = "tools"
+
 # Each layer may import itself and the layers below it.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("cli", "__main__"),
+    (TOOLS,),
     ("plugin",),
-    ("strategies", "pipeline", "verification", "planning", "simulation", "start_checks", "benchmark"),
-    ("prepare_finalize", "dispatch", "all2all", "eplb", "sequence_parallel", "agreement", "self_test"),
-    ("transport", "hccl", "device", "kernels"),
-    ("topology", "step_plan", "token_layout", "routing", "reference", "limits", "handles", "trace", "trace_comparison"),
+    ("all2all",),
+    ("strategies", "eplb"),
+    ("trust",),
+    ("device",),
+    ("transport",),
+    ("core",),
     ("native_build",),
     ("errors", "envs"),
 )
@@ -35,7 +41,7 @@ EMULATOR_MAY_IMPORT = frozenset({EMULATOR, "native_build", "errors", "envs"})
 EMULATOR_MAY_IMPORT_OUTSIDE = {"emulator/pytest_plugin.py": "pytest"}
 # Modules that are themselves imported in a function, when torch_npu is in use: they define operators and take tensors.
 EMULATOR_AFTER_TORCH = frozenset({"emulator/ascend_stack/custom_ops.py", "emulator/ascend_stack/slot_mapping.py"})
-EMULATOR_IMPORTERS = frozenset({"cli", "__main__", EMULATOR})
+EMULATOR_IMPORTERS = frozenset({"cli", TOOLS, "__main__", EMULATOR})
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,16 +53,37 @@ class Confined:
 
 
 CONFINED = {
-    "vllm": Confined(("plugin/",), allowed_for_type_checking=True),
+    "vllm": Confined(
+        ("plugin/", "tools/engines/offline_engine.py", "tools/vllm_eplb.py"), allowed_for_type_checking=True
+    ),
     "vllm_ascend": Confined(("plugin/",), allowed_for_type_checking=True),
-    "torch_npu": Confined(("device/npu_ops.py", "hccl/", "emulator/"), allowed_for_type_checking=False),
+    "torch_npu": Confined(
+        ("device/npu_ops.py", "transport/hccl_direct/", "emulator/"), allowed_for_type_checking=False
+    ),
     "torch.distributed": Confined(
-        ("transport/", "eplb/", "all2all/", "emulator/rank_program.py"), allowed_for_type_checking=True
+        ("transport/", "trust/watchdog.py", "eplb/", "all2all/", "tools/", "emulator/rank_program.py"),
+        allowed_for_type_checking=True,
     ),
     "torch._C._distributed_c10d": Confined(("transport/", "eplb/", "all2all/"), allowed_for_type_checking=True),
 }
 
-WITHOUT_TORCH = frozenset({"__init__.py", "errors.py", "envs.py", "native_build.py", "trace.py"})
+# Doctor starts where torch cannot be imported, and reads these.
+WITHOUT_TORCH = frozenset(
+    {
+        "__init__.py",
+        "envs.py",
+        "errors.py",
+        "native_build.py",
+        "strategies/__init__.py",
+        "strategies/table.py",
+        "transport/__init__.py",
+        "transport/hccl_direct/__init__.py",
+        "transport/hccl_direct/build.py",
+        "trust/__init__.py",
+        "trust/trace.py",
+        "trust/trace_comparison.py",
+    }
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +184,7 @@ def fault_of_own_import(importer: str, imported: str) -> str | None:
     if importer == "__init__":
         return f"the package's root imports {imported}; it holds the version only, import {imported} where it is used"
     if imported == EMULATOR and importer not in EMULATOR_IMPORTERS:
-        return "imports the emulator, which only cli may; the rest of the package must run without it"
+        return "imports the emulator, which only cli and tools may; the rest of the package must run without it"
     if importer == EMULATOR and imported not in EMULATOR_MAY_IMPORT:
         return (
             f"the emulator imports {imported}, and may import only native_build, errors and envs of this package; "
@@ -165,6 +192,8 @@ def fault_of_own_import(importer: str, imported: str) -> str | None:
         )
     if EMULATOR in (importer, imported) or LAYER_OF[imported] >= LAYER_OF[importer]:
         return None
+    if imported == TOOLS:
+        return f"{importer} runs in service and imports tools, which never does; move the code that both need down"
     return (
         f"{importer} imports {imported} from a layer above its own ({layer_name(imported)} is above "
         f"{layer_name(importer)}); move the code down, or pass the object in"

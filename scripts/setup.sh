@@ -269,7 +269,7 @@ ensure "$overlay" make_overlay
 if [ -n "$with_emulator" ]; then
   # What is missing is named, and the rest of the environment is of use without it.
   "$overlay/bin/python" -m vllm_npu.emulator build >&2 || say "the emulated Ascend device is not built; see above"
-  "$overlay/bin/python" -m vllm_npu.hccl.build >&2 || say "the token collectives on HCCL are not built; see above"
+  "$overlay/bin/python" -m vllm_npu.transport.hccl_direct.build >&2 || say "the token collectives on HCCL are not built; see above"
 fi
 
 printf '%s\n' "$overlay/bin/python"

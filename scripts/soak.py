@@ -21,12 +21,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from vllm_npu.cli.engine_processes import folder_for_sockets, free_port
-from vllm_npu.cli.http_engine import ask_server
-from vllm_npu.cli.process_tree import ProcessTree
-from vllm_npu.cli.tiny_models import DEMO_MAX_TOKENS, QWEN3_MOE, demo_prompts, write_tiny_model
 from vllm_npu.envs import MOE_COMM
 from vllm_npu.plugin.entry_points import PLUGIN_NAME
+from vllm_npu.tools.engines.engine_processes import folder_for_sockets, free_port
+from vllm_npu.tools.engines.http_engine import ask_server
+from vllm_npu.tools.engines.process_tree import ProcessTree
+from vllm_npu.tools.engines.tiny_models import DEMO_MAX_TOKENS, QWEN3_MOE, demo_prompts, write_tiny_model
 
 START_SECONDS = 300.0
 SAMPLE_SECONDS = 10.0

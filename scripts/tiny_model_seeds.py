@@ -22,7 +22,7 @@ import transformers
 from torch.overrides import TorchFunctionMode
 
 from vllm_npu.cli import ascend_demo
-from vllm_npu.cli.tiny_models import VOCAB_SIZE, TinyModel, demo_prompts, write_tiny_model
+from vllm_npu.tools.engines.tiny_models import VOCAB_SIZE, TinyModel, demo_prompts, write_tiny_model
 
 COPIES = 16
 # Of a row's root mean square; float16 rounds to 0.0005 of a number, and strategies differ by some 0.001 of a row. Around int8

@@ -30,10 +30,10 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from vllm_npu.cli.engine_processes import require_vllm
-from vllm_npu.cli.http_engine import ask_server
-from vllm_npu.cli.process_tree import ProcessTree
-from vllm_npu.cli.tiny_models import QWEN3_MOE, write_tiny_model
+from vllm_npu.tools.engines.engine_processes import require_vllm
+from vllm_npu.tools.engines.http_engine import ask_server
+from vllm_npu.tools.engines.process_tree import ProcessTree
+from vllm_npu.tools.engines.tiny_models import QWEN3_MOE, write_tiny_model
 
 INSIDE = "TWO_HOSTS_INSIDE"  # set where this process has a network namespace of its own
 CANNOT = 77

@@ -112,7 +112,7 @@ def rank_main(rank: int, options: argparse.Namespace, model: str, port: int, bar
             result |= measure(generate)
         else:
             from vllm_npu.cli.ascend_demo import MAX_TOKENS
-            from vllm_npu.cli.tiny_models import demo_prompts
+            from vllm_npu.tools.engines.tiny_models import demo_prompts
 
             share = slice(rank, None, options.dp)
             outputs, result["seconds"] = generate(demo_prompts()[share], MAX_TOKENS[share], logprobs=2)
@@ -160,7 +160,7 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    from vllm_npu.cli.engine_processes import free_port
+    from vllm_npu.tools.engines.engine_processes import free_port
 
     os.environ["VLLM_NPU_CUDA_PLATFORM"] = "1"
     os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # collective_rpc of change_manager
@@ -174,7 +174,7 @@ def main() -> int:
             )
         else:
             from vllm_npu.cli.ascend_demo import MODELS
-            from vllm_npu.cli.tiny_models import write_tiny_model
+            from vllm_npu.tools.engines.tiny_models import write_tiny_model
 
             write_tiny_model(MODELS[0], Path(folder))
         port = free_port()

@@ -79,8 +79,8 @@ def step_times(file: Path) -> dict[bool, list[float]]:
 
 
 def main() -> None:
-    from vllm_npu.cli.engine_processes import engine_environment, folder_for_sockets, free_port
-    from vllm_npu.cli.tiny_models import QWEN3_MOE, write_tiny_model
+    from vllm_npu.tools.engines.engine_processes import engine_environment, folder_for_sockets, free_port
+    from vllm_npu.tools.engines.tiny_models import QWEN3_MOE, write_tiny_model
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=8, help="of 240 decode steps")

@@ -3,7 +3,7 @@
 import torch
 from hypothesis import strategies as st
 
-from vllm_npu.topology import ParallelTopology
+from vllm_npu.core.topology import ParallelTopology
 
 MAX_RANKS = 16
 GRIDS = [(tp, dp) for tp in range(1, MAX_RANKS + 1) for dp in range(1, MAX_RANKS // tp + 1)]  # (tp_size, dp_size)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from vllm_npu.transport.launch import RANK_POOLS, RankPool
+from vllm_npu.tools.launch import RANK_POOLS, RankPool
 
 # The same examples in every run: a failure on one machine is a failure on all.
 settings.register_profile("ci", derandomize=True, deadline=None, max_examples=60, print_blob=True)

@@ -3,7 +3,7 @@
 import torch
 
 from vllm_npu.all2all import manager_class
-from vllm_npu.transport.launch import Rank
+from vllm_npu.tools.launch import Rank
 
 COUNTS = {2: ((3, 1), (0, 4), (5, 5), (400, 300)), 4: ((3, 1, 0, 2), (4, 4, 4, 4), (0, 0, 0, 1), (301, 7, 64, 128))}
 WIDTH, TOP_K, EXPERTS = 2048, 2, 8

@@ -11,15 +11,16 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from vllm_npu.agreement import agree
+from vllm_npu.core.step_plan import StepPlan, TokenSharding
 from vllm_npu.errors import RankFailureError, VllmNpuError
-from vllm_npu.self_test import run_self_test
-from vllm_npu.step_plan import StepPlan, TokenSharding
-from vllm_npu.strategies import STRATEGIES, build
+from vllm_npu.strategies.select import build
+from vllm_npu.strategies.table import STRATEGIES
+from vllm_npu.tools.launch import Rank, RankPool, ThreadRankPool
+from vllm_npu.tools.verification import Case, CaseTensors
 from vllm_npu.transport.base import Groups, Transport
 from vllm_npu.transport.gloo import GlooTransport
-from vllm_npu.transport.launch import Rank, RankPool, ThreadRankPool
-from vllm_npu.verification import Case, CaseTensors
+from vllm_npu.trust.agreement import agree
+from vllm_npu.trust.self_test import run_self_test
 
 TP, DP = 2, 2
 NUM_RANKS = TP * DP

@@ -5,10 +5,10 @@ import torch
 import torch.distributed as dist
 from vllm.forward_context import DPMetadata, ForwardContext, override_forward_context
 
-from vllm_npu.plugin.strategy_manager import StrategyAll2AllManager
-from vllm_npu.step_plan import TokenSharding
-from vllm_npu.transport.launch import Rank
-from vllm_npu.verification import Case, CaseTensors
+from vllm_npu.core.step_plan import TokenSharding
+from vllm_npu.plugin.gpu.strategy_manager import StrategyAll2AllManager
+from vllm_npu.tools.launch import Rank
+from vllm_npu.tools.verification import Case, CaseTensors
 
 
 def run_cases(rank: Rank, cases: list[Case]) -> list[str]:

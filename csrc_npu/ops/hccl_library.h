@@ -24,7 +24,7 @@ struct HcclLibrary {
 // Raises c10::Error where libhccl.so is not loaded, or lacks what every version has.
 const HcclLibrary& hccl();
 
-// What to do about result codes, and about all others. vllm_npu/hccl/library.py has the table.
+// What to do about result codes, and about all others. vllm_npu/transport/hccl_direct/library.py has the table.
 void set_remedies(c10::IntArrayRef codes, const std::vector<std::string>& texts, std::string other);
 
 // Raises c10::Error unless `result` is HCCL_SUCCESS: the function, the code, HCCL's own text, and what to do.

@@ -160,7 +160,7 @@ at::Tensor exchange(const at::Tensor& x, at::IntArrayRef send_sizes, at::IntArra
   return received;
 }
 
-// --- Several tensors in one message of bytes: vllm_npu/token_layout.py's RowFormat ---
+// --- Several tensors in one message of bytes: vllm_npu/core/token_layout.py's RowFormat ---
 
 struct Field {
   std::int64_t start;

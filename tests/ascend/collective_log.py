@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vllm_npu.token_layout import RowFormat
+from vllm_npu.core.token_layout import RowFormat
 
 
 @dataclass(frozen=True)

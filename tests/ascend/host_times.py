@@ -43,9 +43,9 @@ def main(given: dict[str, Any]) -> None:
     from vllm_ascend.ascend_forward_context import MoECommType, set_ascend_forward_context
     from vllm_ascend.ops.fused_moe.moe_comm_method import get_moe_comm_method
 
+    from vllm_npu.core.step_plan import StepPlan, TokenSharding
     from vllm_npu.plugin.groups import model_groups
-    from vllm_npu.step_plan import StepPlan, TokenSharding
-    from vllm_npu.strategies import build
+    from vllm_npu.strategies.select import build
     from vllm_npu.transport.base import Groups
 
     kind = {"allgather": MoECommType.ALLGATHER, "all2all": MoECommType.ALLTOALL}[given["strategy"]]

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from vllm_npu.reference import select_topk
+from vllm_npu.tools.reference import select_topk
 
 INTERMEDIATE = 64
 OWN = "vllm-ascend"
@@ -83,7 +83,7 @@ def load_int8(layer: Any, name: str, weight: torch.Tensor, own: slice) -> torch.
 
 def spoil_combine() -> None:
     """From now on the last row that our all2all brings back is wrong by a tenth."""
-    from vllm_npu.dispatch.all2allv import All2AllVDispatcher
+    from vllm_npu.strategies.dispatch.all2allv import All2AllVDispatcher
 
     combine = All2AllVDispatcher.combine
 

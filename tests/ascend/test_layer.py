@@ -14,7 +14,7 @@ ROOT = PROGRAM.parents[2]
 PLUGINS = "vllm_npu,ascend_kv_connector,ascend_model,ascend_model_loader,ascend_service_profiling"
 OWN = "vllm-ascend"
 STRATEGIES = ["mc2", "all2all", "allgather", "naive"]
-TOLERANCES = {"float16": 2e-3, "bfloat16": 2e-2}  # of the largest element: those of vllm_npu.verification
+TOLERANCES = {"float16": 2e-3, "bfloat16": 2e-2}  # of the largest element: those of vllm_npu.tools.verification
 INT8_FROM_DENSE = 5e-2  # two roundings of activations to 1/127 of their row's largest element
 COMM_TYPES = {"mc2": "MC2", "all2all": "ALLTOALL", "allgather": "ALLGATHER", "naive": "ALLGATHER"}
 

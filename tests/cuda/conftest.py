@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from vllm_npu.transport.launch import ProcessRankPool, RankPool
+from vllm_npu.tools.launch import ProcessRankPool, RankPool
 
 NUM_RANKS = 1 << (max(2, min(torch.cuda.device_count(), 8)).bit_length() - 1)  # a power of two divides all experts
 

@@ -6,7 +6,7 @@ import torch.distributed as dist
 from vllm_npu.all2all.deepep import low_latency_bytes
 from vllm_npu.all2all.flashinfer import ALL_REDUCE_MAX_BYTES, FlashInferAllReduce, one_sided_workspace_bytes
 from vllm_npu.all2all.pplx import PPLXAll2AllManager
-from vllm_npu.transport.launch import Rank
+from vllm_npu.tools.launch import Rank
 from vllm_npu.transport.torch_dist import TorchDistTransport
 
 

@@ -6,17 +6,17 @@ from dataclasses import dataclass
 import torch
 
 from tests.cases import same_bits
-from vllm_npu.dispatch.base import RoutedTokens
-from vllm_npu.dispatch.symmetric import (
+from vllm_npu.core.limits import SymmetricLimits
+from vllm_npu.errors import HandleMismatchError, InvalidInputError, TransportError
+from vllm_npu.strategies.dispatch.base import RoutedTokens
+from vllm_npu.strategies.dispatch.symmetric import (
     DispatchedSlots,
     SymmetricDispatcher,
     why_not_symmetric,
 )
-from vllm_npu.errors import HandleMismatchError, InvalidInputError, TransportError
-from vllm_npu.limits import SymmetricLimits
-from vllm_npu.transport.launch import Rank
+from vllm_npu.tools.launch import Rank
+from vllm_npu.tools.verification import Case, run_case
 from vllm_npu.transport.symmetric_memory import close_windows, gather_facts
-from vllm_npu.verification import Case, run_case
 
 LIMITS = SymmetricLimits(max_tokens_per_rank=1024, source="tests")
 ROUTINGS = ("uniform", "first rank only", "last rank only", "one expert", "own rank only")

@@ -11,8 +11,8 @@ from vllm_npu.eplb.communicator import EplbCommunicator
 from vllm_npu.eplb.gloo_staged import GlooStagedEplbCommunicator
 from vllm_npu.eplb.pynccl import PyNcclEplbCommunicator
 from vllm_npu.eplb.torch_dist import TorchDistEplbCommunicator
+from vllm_npu.tools.launch import Rank
 from vllm_npu.transport.gloo import GlooTransport
-from vllm_npu.transport.launch import Rank
 
 pytestmark = pytest.mark.cuda
 

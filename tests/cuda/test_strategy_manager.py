@@ -6,7 +6,7 @@ pytest.importorskip("vllm", reason="needs vLLM")
 
 from tests.cuda.conftest import NUM_RANKS
 from tests.strategy_manager_ranks import cases, run_cases
-from vllm_npu.strategies import ALL_STRATEGIES
+from vllm_npu.strategies.table import ALL_STRATEGIES
 
 pytestmark = pytest.mark.cuda
 

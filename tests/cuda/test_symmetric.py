@@ -8,10 +8,10 @@ import torch
 from tests.cuda import symmetric_ranks as ranks
 from tests.cuda.conftest import NUM_RANKS
 from tests.cuda.symmetric_ranks import ROUTINGS, Shape
-from vllm_npu.limits import NVLINK
-from vllm_npu.strategies import ALL_STRATEGIES
-from vllm_npu.transport.launch import ProcessRankPool
-from vllm_npu.verification import cases
+from vllm_npu.core.limits import NVLINK
+from vllm_npu.strategies.table import ALL_STRATEGIES
+from vllm_npu.tools.launch import ProcessRankPool
+from vllm_npu.tools.verification import cases
 
 pytestmark = pytest.mark.cuda
 

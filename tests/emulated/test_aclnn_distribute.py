@@ -23,13 +23,13 @@ from tests.emulated.references import (
     random_rows,
     refused,
 )
+from vllm_npu.core.limits import QuantMode
 from vllm_npu.device import npu_ops, portable_ops
 from vllm_npu.errors import UnsupportedConfigError
-from vllm_npu.limits import QuantMode
+from vllm_npu.tools.launch import _ProcessRank
+from vllm_npu.tools.verification import Case, run_case
 from vllm_npu.transport.hccl import HcclTransport
-from vllm_npu.transport.launch import _ProcessRank
 from vllm_npu.transport.torch_dist import TorchDistTransport
-from vllm_npu.verification import Case, run_case
 
 pytestmark = pytest.mark.emulated
 

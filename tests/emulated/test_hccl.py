@@ -12,16 +12,16 @@ import torch
 import torch.distributed as dist
 
 from tests.ranks.test_transport_contract import CONTRACT, REFUSED, is_refused, with_tensors_on_its_device
-from vllm_npu.dispatch.base import RoutedTokens
+from vllm_npu.core.limits import DEVICES, QuantMode
+from vllm_npu.core.step_plan import StepPlan, TokenSharding
 from vllm_npu.emulator import launcher, soc
 from vllm_npu.errors import InvalidInputError, UnknownGroupError, UnsupportedConfigError
-from vllm_npu.limits import DEVICES, QuantMode
-from vllm_npu.step_plan import StepPlan, TokenSharding
-from vllm_npu.strategies import build
+from vllm_npu.strategies.dispatch.base import RoutedTokens
+from vllm_npu.strategies.select import build
+from vllm_npu.tools.launch import ProcessRankPool, Rank, RankPool
+from vllm_npu.tools.verification import Case, limits_of_device, run_case
 from vllm_npu.transport.hccl import HcclTransport
-from vllm_npu.transport.launch import ProcessRankPool, Rank, RankPool
-from vllm_npu.transport.recording import CollectiveCounter
-from vllm_npu.verification import Case, limits_of_device, run_case
+from vllm_npu.trust.recording import CollectiveCounter
 
 pytestmark = pytest.mark.emulated
 

@@ -8,9 +8,9 @@ import pytest
 
 from tests.serving_ranks import DEADLINE, NUM_RANKS, kill_and_restart, vote_of
 from vllm_npu.emulator import launcher
-from vllm_npu.self_test import run_self_test
-from vllm_npu.transport.launch import ProcessRankPool, Rank, RankPool
-from vllm_npu.verification import limits_of_device
+from vllm_npu.tools.launch import ProcessRankPool, Rank, RankPool
+from vllm_npu.tools.verification import limits_of_device
+from vllm_npu.trust.self_test import run_self_test
 
 pytestmark = pytest.mark.emulated
 

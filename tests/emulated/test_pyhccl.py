@@ -14,18 +14,18 @@ from tests.cases import same_bits
 from tests.ranks.test_eplb_contract import PIECE, PROMISES, STAGING, keeps, two_in_flight, weights
 from tests.ranks.test_eplb_movement import moves
 from tests.ranks.test_transport_contract import CONTRACT, is_refused
+from vllm_npu.core.topology import ParallelTopology
 from vllm_npu.emulator import launcher
 from vllm_npu.eplb.communicator import EplbCommunicator
 from vllm_npu.eplb.gloo_staged import GlooStagedEplbCommunicator
 from vllm_npu.eplb.hccl import HcclEplbCommunicator
 from vllm_npu.eplb.torch_dist import TorchDistEplbCommunicator
 from vllm_npu.errors import InvalidInputError, TransportError
-from vllm_npu.hccl import library
-from vllm_npu.hccl.communicator import PyHcclTransport
-from vllm_npu.topology import ParallelTopology
+from vllm_npu.tools.launch import ProcessRankPool, Rank
 from vllm_npu.transport.base import Groups
 from vllm_npu.transport.gloo import GlooTransport
-from vllm_npu.transport.launch import ProcessRankPool, Rank
+from vllm_npu.transport.hccl_direct import library
+from vllm_npu.transport.hccl_direct.communicator import PyHcclTransport
 
 pytestmark = pytest.mark.emulated
 

@@ -10,16 +10,16 @@ import torch
 
 from tests.cases import distinct_ids, same_bits, seeded
 from tests.ranks.test_split_phase import IN_FLIGHT, start_does_not_wait
+from vllm_npu.core.step_plan import StepPlan, TokenSharding
+from vllm_npu.core.token_layout import RowFormat
 from vllm_npu.emulator import launcher, soc
 from vllm_npu.errors import TransportError
-from vllm_npu.hccl import token_ops
-from vllm_npu.step_plan import StepPlan, TokenSharding
-from vllm_npu.strategies import build
-from vllm_npu.token_layout import RowFormat
+from vllm_npu.strategies.select import build
+from vllm_npu.tools.launch import ProcessRankPool, Rank
 from vllm_npu.transport.base import Groups, Transport
 from vllm_npu.transport.hccl import HcclTransport
-from vllm_npu.transport.launch import ProcessRankPool, Rank
-from vllm_npu.transport.recording import CollectiveCounter, record
+from vllm_npu.transport.hccl_direct import token_ops
+from vllm_npu.trust.recording import CollectiveCounter, record
 
 pytestmark = pytest.mark.emulated
 
@@ -305,7 +305,7 @@ def test_all_ranks_go_through_torch_distributed_where_some_lack_the_operators(mo
 
 
 def test_limits_name_the_chips_with_uneven_collectives():
-    from vllm_npu.limits import DEVICES
+    from vllm_npu.core.limits import DEVICES
 
     having = {family.name for family in soc.FAMILIES if DEVICES[family.name].uneven_collectives}
     assert having == {"A3", "310P"}

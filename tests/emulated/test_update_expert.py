@@ -5,7 +5,7 @@ import torch
 
 from tests.cases import distinct_ids, seeded
 from tests.pure.test_eplb_placement import drawn
-from vllm_npu.limits import BalanceMode
+from vllm_npu.core.limits import BalanceMode
 
 pytestmark = pytest.mark.emulated
 

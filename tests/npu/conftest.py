@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from vllm_npu.transport.launch import ProcessRankPool, RankPool
+from vllm_npu.tools.launch import ProcessRankPool, RankPool
 
 RANKS = (2, 4, 8)
 

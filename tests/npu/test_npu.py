@@ -10,9 +10,9 @@ from tests.cases import distinct_ids, seeded
 from tests.ranks.test_transport_contract import CONTRACT, with_tensors_on_its_device
 from vllm_npu.device import ops_of, portable_ops
 from vllm_npu.device.portable_ops import Counts, PrefixSums
-from vllm_npu.strategies import ALL_STRATEGIES
-from vllm_npu.transport.launch import Rank
-from vllm_npu.verification import cases, limits_of_device, run_case
+from vllm_npu.strategies.table import ALL_STRATEGIES
+from vllm_npu.tools.launch import Rank
+from vllm_npu.tools.verification import cases, limits_of_device, run_case
 
 pytestmark = pytest.mark.npu
 HIDDEN, EXPERTS, TOKENS, TOP_K = 2048, 8, 33, 4

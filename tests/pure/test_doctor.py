@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from vllm_npu import envs
-from vllm_npu.cli import doctor, engine_findings, machine_checks, variable_checks
-from vllm_npu.cli.findings import Finding
+from vllm_npu.cli import doctor
 from vllm_npu.emulator import shared_memory
 from vllm_npu.errors import UnsupportedConfigError
 from vllm_npu.plugin import release_lines
-from vllm_npu.strategies import STRATEGIES
+from vllm_npu.tools.doctor import engine_findings, machine_checks, variable_checks
+from vllm_npu.tools.doctor.findings import Finding
 
 BROKEN_TORCH = "raise ImportError('libtorch_cpu.so: this torch is broken')\n"
 # What torch does with torch_npu in its environment and CANN absent.
@@ -228,10 +228,6 @@ def test_switches_and_seconds_are_judged_as_they_are_read(text, monkeypatch):
         except UnsupportedConfigError:
             is_read = False
         assert (variable_checks.VALUES[variable](text) is None) == is_read
-
-
-def test_tables_are_read_without_importing_them():
-    assert variable_checks.keys_of_table("strategies.py", "STRATEGIES") == list(STRATEGIES)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import pytest
 
 from vllm_npu import envs
 from vllm_npu.errors import UnsupportedConfigError
-from vllm_npu.transport.launch import ThreadRankPool
+from vllm_npu.tools.launch import ThreadRankPool
 
 SWITCH = envs.COUNT_COLLECTIVES
 SECONDS = envs.TRANSPORT_TIMEOUT

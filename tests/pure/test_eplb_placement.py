@@ -8,12 +8,12 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.cases import GRIDS, SEEDS, seeded, topologies
+from vllm_npu.core.limits import BalanceMode
+from vllm_npu.core.step_plan import TokenSharding
+from vllm_npu.core.token_layout import TokenSlice, pad_rows
 from vllm_npu.eplb.placement import EMPTY, ReplicaPlacement, mapping_rank, plan_transfers, transfers_of
 from vllm_npu.eplb.replicas import own_load, to_physical
 from vllm_npu.errors import InvalidInputError
-from vllm_npu.limits import BalanceMode
-from vllm_npu.step_plan import TokenSharding
-from vllm_npu.token_layout import TokenSlice, pad_rows
 
 
 def drawn(num_ranks: int, slots: int, num_experts: int, seed: int, *, empty: bool = True) -> ReplicaPlacement:

@@ -9,13 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.cases import SEEDS
-from vllm_npu.dispatch.base import RoutedTokens
+from vllm_npu.core.handles import Handle, check_handle
+from vllm_npu.core.step_plan import StepPlan, TokenSharding
 from vllm_npu.errors import HandleMismatchError, InvalidInputError
-from vllm_npu.handles import Handle, check_handle
-from vllm_npu.step_plan import StepPlan, TokenSharding
-from vllm_npu.strategies import STRATEGIES, build
-from vllm_npu.transport.launch import Rank
-from vllm_npu.verification import Case, CaseTensors
+from vllm_npu.strategies.dispatch.base import RoutedTokens
+from vllm_npu.strategies.select import build
+from vllm_npu.strategies.table import STRATEGIES
+from vllm_npu.tools.launch import Rank
+from vllm_npu.tools.verification import Case, CaseTensors
 
 TP_SIZE = 2
 HANDLES = {

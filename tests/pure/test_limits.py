@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from vllm_npu.limits import (
+from vllm_npu.core.limits import (
     A2_FULL_MESH,
     A2_HIERARCHY,
     A2_VERSION_1,

@@ -17,7 +17,7 @@ from vllm_npu.device.portable_ops import (
     distribute_dispatch,
 )
 from vllm_npu.errors import InvalidInputError
-from vllm_npu.transport.launch import Rank
+from vllm_npu.tools.launch import Rank
 
 NAN = float("nan")
 

@@ -48,7 +48,7 @@ def ask(folder: Path, plugins: str | None) -> tuple[str, bool]:
     )
     assert done.returncode == 0, done.stderr
     said, platform = done.stdout.split("\n")[:2]
-    return said, platform == "vllm_npu.plugin.ascend.platform.NPUPlatformOnAscend"
+    return said, platform == "vllm_npu.plugin.ascend.platform.AscendMoEPlatform"
 
 
 def test_both_platforms_at_once_are_refused_with_the_line_to_export(installed):

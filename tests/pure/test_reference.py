@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tests.cases import SEEDS, distinct_ids, same_bits, seeded, small_integers
 from vllm_npu.device.portable_ops import Counts, PrefixSums, _int8_product, npu_dynamic_quant, npu_grouped_matmul
 from vllm_npu.errors import InvalidInputError
-from vllm_npu.reference import LinearExperts, reference_moe, select_topk
+from vllm_npu.tools.reference import LinearExperts, reference_moe, select_topk
 
 
 @given(st.integers(0, 9), st.integers(1, 40), SEEDS, st.data())

@@ -9,8 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.cases import SEEDS, distinct_ids, seeded, small_integers
-from vllm_npu.errors import InvalidInputError
-from vllm_npu.routing import (
+from vllm_npu.core.routing import (
     ExpertPermutation,
     RankDestinations,
     _sum_rows_without_sync,
@@ -20,8 +19,9 @@ from vllm_npu.routing import (
     local_expert_ids,
     sum_rows,
 )
-from vllm_npu.strategies import distinct_destinations
-from vllm_npu.topology import ExpertPlacement
+from vllm_npu.core.topology import ExpertPlacement
+from vllm_npu.errors import InvalidInputError
+from vllm_npu.strategies.select import distinct_destinations
 
 ID_DTYPES = st.sampled_from([torch.int32, torch.int64])
 NAN = float("nan")

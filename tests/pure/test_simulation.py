@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from vllm_npu.cli import simulate as command
+from vllm_npu.core.limits import MoELayer, QuantMode
+from vllm_npu.core.topology import ParallelTopology
 from vllm_npu.errors import UnsupportedConfigError
-from vllm_npu.limits import MoELayer, QuantMode
-from vllm_npu.planning import COUNT_BYTES, bytes_sent, row_bytes
-from vllm_npu.simulation import (
+from vllm_npu.strategies.planning import COUNT_BYTES, bytes_sent, row_bytes
+from vllm_npu.tools.simulation import (
     GATHER,
     PER_EXPERT,
     PER_RANK,
@@ -29,7 +30,6 @@ from vllm_npu.simulation import (
     popularity,
     rows_of,
 )
-from vllm_npu.topology import ParallelTopology
 
 LAYER = MoELayer(num_experts=256, top_k=8, hidden_size=7168, dtype=torch.bfloat16)
 EP_SIZES = (2, 4, 8, 16, 32, 64, 128, 256, 384, 512, 768)

@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from vllm_npu.core.limits import DEVICES, MoELayer
+from vllm_npu.core.topology import ParallelTopology
 from vllm_npu.errors import DeviceLimitError, HcclBufferError, UnsupportedConfigError, UnsupportedDeviceError
-from vllm_npu.limits import DEVICES, MoELayer
-from vllm_npu.start_checks import PlannedShape, check_start, describe_capacity
-from vllm_npu.topology import ParallelTopology
+from vllm_npu.strategies.start_checks import PlannedShape, check_start, describe_capacity
 
 LAYER = MoELayer(num_experts=256, top_k=8, hidden_size=7168, dtype=torch.bfloat16)
 EP16 = ParallelTopology.of_rank(0, tp_size=1, dp_size=16)

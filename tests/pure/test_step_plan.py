@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.cases import GRIDS, topologies
+from vllm_npu.core.step_plan import StepPlan, TokenSharding
 from vllm_npu.errors import InvalidInputError
-from vllm_npu.step_plan import StepPlan, TokenSharding
 
 SHARDINGS = st.sampled_from(list(TokenSharding))
 

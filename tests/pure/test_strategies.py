@@ -9,18 +9,28 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.cases import GRIDS, topologies
-from vllm_npu.dispatch.all2allv import All2AllVDispatcher
-from vllm_npu.dispatch.local_permute import LocalPermuteDispatcher
-from vllm_npu.dispatch.mc2 import MC2Dispatcher
+from vllm_npu.core.limits import (
+    A2_FULL_MESH,
+    A2_HIERARCHY,
+    DEVICES,
+    NVLINK,
+    PORTABLE_MC2,
+    DeviceLimits,
+    MC2Limits,
+    MoELayer,
+)
+from vllm_npu.core.step_plan import StepPlan, TokenSharding
+from vllm_npu.core.topology import ParallelTopology
 from vllm_npu.errors import InvalidInputError, UnsupportedConfigError
-from vllm_npu.limits import A2_FULL_MESH, A2_HIERARCHY, DEVICES, NVLINK, PORTABLE_MC2, DeviceLimits, MC2Limits, MoELayer
-from vllm_npu.prepare_finalize.all2all import All2AllPrepareAndFinalize
-from vllm_npu.prepare_finalize.allgather import AllGatherPrepareAndFinalize
-from vllm_npu.prepare_finalize.mc2 import MC2PrepareAndFinalize
-from vllm_npu.prepare_finalize.naive_multicast import NaiveMulticastPrepareAndFinalize
-from vllm_npu.step_plan import StepPlan, TokenSharding
-from vllm_npu.strategies import AUTO, STRATEGIES, Selection, build, check_strategy, select
-from vllm_npu.topology import ParallelTopology
+from vllm_npu.strategies.dispatch.all2allv import All2AllVDispatcher
+from vllm_npu.strategies.dispatch.local_permute import LocalPermuteDispatcher
+from vllm_npu.strategies.dispatch.mc2 import MC2Dispatcher
+from vllm_npu.strategies.prepare_finalize.all2all import All2AllPrepareAndFinalize
+from vllm_npu.strategies.prepare_finalize.allgather import AllGatherPrepareAndFinalize
+from vllm_npu.strategies.prepare_finalize.mc2 import MC2PrepareAndFinalize
+from vllm_npu.strategies.prepare_finalize.naive_multicast import NaiveMulticastPrepareAndFinalize
+from vllm_npu.strategies.select import Selection, build, check_strategy, select
+from vllm_npu.strategies.table import AUTO, STRATEGIES
 from vllm_npu.transport.base import Groups
 from vllm_npu.transport.threaded import ThreadedGroup, ThreadedTransport
 

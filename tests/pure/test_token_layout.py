@@ -6,8 +6,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.cases import SEEDS, same_bits, seeded
-from vllm_npu.errors import InvalidInputError
-from vllm_npu.token_layout import (
+from vllm_npu.core.token_layout import (
     PACK_MAX_BYTES,
     RowFormat,
     TokenSlice,
@@ -18,6 +17,7 @@ from vllm_npu.token_layout import (
     pad_rows,
     unpad_rows,
 )
+from vllm_npu.errors import InvalidInputError
 
 COUNTS = st.integers(0, 300)
 SIZES = st.integers(1, 17)

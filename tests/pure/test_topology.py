@@ -6,8 +6,8 @@ import re
 import pytest
 
 from tests.cases import GRIDS, topologies
+from vllm_npu.core.topology import ExpertPlacement, ParallelTopology
 from vllm_npu.errors import UnsupportedConfigError
-from vllm_npu.topology import ExpertPlacement, ParallelTopology
 
 
 @pytest.mark.parametrize("expert_parallel", [True, False])

@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.cases import SEEDS
-from vllm_npu import trace
 from vllm_npu.errors import InvalidInputError
-from vllm_npu.trace import Call, Group, RankTrace, TraceRing, read_trace, read_traces
-from vllm_npu.trace_comparison import Kind, compare, report
+from vllm_npu.trust import trace
+from vllm_npu.trust.trace import Call, Group, RankTrace, TraceRing, read_trace, read_traces
+from vllm_npu.trust.trace_comparison import Kind, compare, report
 
 WORLD = 4
 GROUPS = [

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from tests.cases import SEEDS, distinct_ids, seeded
 from tests.pure.test_eplb_placement import drawn
+from vllm_npu.core.limits import BalanceMode
 from vllm_npu.device.portable_ops import npu_moe_update_expert
 from vllm_npu.errors import InvalidInputError
-from vllm_npu.limits import BalanceMode
 
 
 @given(

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
-from vllm_npu.transport import Groups, Transport
+from vllm_npu.transport.base import Groups, Transport
 
 
 def gather_into(outputs: list[torch.Tensor], x: torch.Tensor, transport: Transport) -> None:

@@ -4,9 +4,9 @@ import time
 
 import pytest
 
-from vllm_npu.agreement import MAX_PLAN_BYTES, agree
 from vllm_npu.errors import PlanDisagreementError
-from vllm_npu.transport.launch import Rank
+from vllm_npu.tools.launch import Rank
+from vllm_npu.trust.agreement import MAX_PLAN_BYTES, agree
 
 PLAN = "strategy=mc2 tokens=[4, 0] sharding=replicated dtype=bfloat16"
 LARGEST = 2**63 - 1

@@ -8,7 +8,7 @@ import torch
 from tests.managers import exchanges
 from vllm_npu.all2all import MANAGERS, All2AllManager, manager_class, manager_row
 from vllm_npu.errors import InvalidInputError, UnsupportedConfigError
-from vllm_npu.transport.launch import Rank, ThreadRankPool
+from vllm_npu.tools.launch import Rank, ThreadRankPool
 
 GATHERING = ("naive", "agrs")
 

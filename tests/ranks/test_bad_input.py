@@ -3,14 +3,15 @@
 import pytest
 import torch
 
-from vllm_npu.dispatch.base import RoutedTokens
+from vllm_npu.core.routing import check_router_logits
+from vllm_npu.core.step_plan import StepPlan, TokenSharding
 from vllm_npu.errors import HandleMismatchError, InvalidInputError, TransportError, UnsupportedConfigError
-from vllm_npu.reference import LinearExperts
-from vllm_npu.routing import check_router_logits
-from vllm_npu.step_plan import StepPlan, TokenSharding
-from vllm_npu.strategies import STRATEGIES, build
-from vllm_npu.transport.launch import Rank, ThreadRankPool
-from vllm_npu.verification import grouped_experts
+from vllm_npu.strategies.dispatch.base import RoutedTokens
+from vllm_npu.strategies.select import build
+from vllm_npu.strategies.table import STRATEGIES
+from vllm_npu.tools.launch import Rank, ThreadRankPool
+from vllm_npu.tools.reference import LinearExperts
+from vllm_npu.tools.verification import grouped_experts
 
 HIDDEN, EXPERTS, TOP_K = 4, 4, 2
 STEP = StepPlan(num_tokens_across_dp=(3, 3), sharding=TokenSharding.REPLICATED)

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from tests.command_line import vllm_npu
-from vllm_npu.benchmark import Workload, counts_of, measure, with_ratios
+from vllm_npu.core.limits import MoELayer
 from vllm_npu.errors import UnsupportedConfigError
-from vllm_npu.limits import MoELayer
-from vllm_npu.strategies import STRATEGIES
-from vllm_npu.transport.launch import Rank
-from vllm_npu.transport.peers import PeerExchanges, Tokens
+from vllm_npu.strategies.table import STRATEGIES
+from vllm_npu.tools.benchmark import Workload, counts_of, measure, with_ratios
+from vllm_npu.tools.launch import Rank
+from vllm_npu.tools.peers import PeerExchanges, Tokens
 
 LAYER = MoELayer(num_experts=6, top_k=2, hidden_size=8, dtype=torch.float32)
 PEERS = ["AgRs", "original allgather", "original multicast", "raw all-gather", "raw reduce-scatter"]

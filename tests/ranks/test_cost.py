@@ -12,11 +12,11 @@ from tests.ranks.original_design import (
     OriginalNaiveMulticast,
     original_all2all_exchange,
 )
-from vllm_npu.reference import select_topk
-from vllm_npu.step_plan import StepPlan, TokenSharding
-from vllm_npu.strategies import build
-from vllm_npu.transport.launch import Rank, ThreadRankPool
-from vllm_npu.transport.recording import CollectiveCounter
+from vllm_npu.core.step_plan import StepPlan, TokenSharding
+from vllm_npu.strategies.select import build
+from vllm_npu.tools.launch import Rank, ThreadRankPool
+from vllm_npu.tools.reference import select_topk
+from vllm_npu.trust.recording import CollectiveCounter
 
 HIDDEN, EXPERTS, TOP_K = 1024, 64, 8
 RANKS = 4

@@ -18,9 +18,9 @@ from vllm_npu.eplb.hccl import HcclEplbCommunicator
 from vllm_npu.eplb.pynccl import PyNcclEplbCommunicator
 from vllm_npu.eplb.torch_dist import TorchDistEplbCommunicator
 from vllm_npu.errors import InvalidInputError, TransportError, UnsupportedConfigError
+from vllm_npu.tools.launch import ProcessRankPool, Rank
 from vllm_npu.transport.base import SendRecv, Transport
 from vllm_npu.transport.gloo import GlooTransport
-from vllm_npu.transport.launch import ProcessRankPool, Rank
 
 STAGING = 1 << 16  # bytes: less than the large tensor of many_small_and_one_large
 PIECE = 10_000

@@ -13,8 +13,8 @@ from vllm_npu.eplb.movement import move_experts
 from vllm_npu.eplb.placement import EMPTY
 from vllm_npu.eplb.torch_dist import TorchDistEplbCommunicator
 from vllm_npu.errors import InvalidInputError, PlanDisagreementError, TransportError
+from vllm_npu.tools.launch import ProcessRankPool, Rank
 from vllm_npu.transport.base import SendRecv
-from vllm_npu.transport.launch import ProcessRankPool, Rank
 
 SHAPES = (((4, 6), torch.bfloat16), ((6, 3), torch.int8), ((), torch.float32))
 SLOTS = 3

@@ -6,8 +6,8 @@ import os
 import pytest
 
 from vllm_npu.errors import InvalidInputError
-from vllm_npu.transport.launch import Rank
-from vllm_npu.verification import Case, empty_rank_cases, random_runs, run_case, run_random
+from vllm_npu.tools.launch import Rank
+from vllm_npu.tools.verification import Case, empty_rank_cases, random_runs, run_case, run_random
 
 RANDOM_CASES = int(os.environ.get("RANDOM_CASES", "500"))
 SEED = int(os.environ.get("RANDOM_SEED", "0"))

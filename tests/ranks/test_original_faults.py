@@ -12,20 +12,20 @@ from tests.ranks.original_design import (
     OriginalNaiveMulticast,
     original_int8,
 )
+from vllm_npu.core.limits import MoELayer
+from vllm_npu.core.routing import ExpertPermutation, local_expert_ids
+from vllm_npu.core.step_plan import StepPlan, TokenSharding
+from vllm_npu.core.topology import ParallelTopology
 from vllm_npu.device.portable_ops import quantize_per_token
 from vllm_npu.errors import InvalidInputError, TransportError
-from vllm_npu.limits import MoELayer
-from vllm_npu.prepare_finalize.all2all import All2AllPrepareAndFinalize
-from vllm_npu.prepare_finalize.allgather import AllGatherPrepareAndFinalize
-from vllm_npu.prepare_finalize.mc2 import MC2PrepareAndFinalize
-from vllm_npu.prepare_finalize.naive_multicast import NaiveMulticastPrepareAndFinalize
-from vllm_npu.reference import select_topk
-from vllm_npu.routing import ExpertPermutation, local_expert_ids
-from vllm_npu.step_plan import StepPlan, TokenSharding
-from vllm_npu.strategies import select
-from vllm_npu.topology import ParallelTopology
-from vllm_npu.transport.launch import Rank, ThreadRankPool
-from vllm_npu.transport.recording import CollectiveCounter
+from vllm_npu.strategies.prepare_finalize.all2all import All2AllPrepareAndFinalize
+from vllm_npu.strategies.prepare_finalize.allgather import AllGatherPrepareAndFinalize
+from vllm_npu.strategies.prepare_finalize.mc2 import MC2PrepareAndFinalize
+from vllm_npu.strategies.prepare_finalize.naive_multicast import NaiveMulticastPrepareAndFinalize
+from vllm_npu.strategies.select import select
+from vllm_npu.tools.launch import Rank, ThreadRankPool
+from vllm_npu.tools.reference import select_topk
+from vllm_npu.trust.recording import CollectiveCounter
 
 HIDDEN, EXPERTS = 4, 8
 CLASSES = (MC2PrepareAndFinalize, All2AllPrepareAndFinalize, AllGatherPrepareAndFinalize)

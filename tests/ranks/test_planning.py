@@ -6,14 +6,15 @@ import pytest
 import torch
 
 from tests.cases import seeded
-from vllm_npu.limits import DEVICES, PORTABLE, MoELayer, QuantMode
-from vllm_npu.planning import auto_ranges, bytes_sent, collectives, plan_layer
-from vllm_npu.reference import select_topk
-from vllm_npu.step_plan import StepPlan, TokenSharding
-from vllm_npu.strategies import STRATEGIES, build
-from vllm_npu.topology import ParallelTopology
-from vllm_npu.transport.launch import Rank, ThreadRankPool
-from vllm_npu.transport.recording import CollectiveCounter
+from vllm_npu.core.limits import DEVICES, PORTABLE, MoELayer, QuantMode
+from vllm_npu.core.step_plan import StepPlan, TokenSharding
+from vllm_npu.core.topology import ParallelTopology
+from vllm_npu.strategies.planning import auto_ranges, bytes_sent, collectives, plan_layer
+from vllm_npu.strategies.select import build
+from vllm_npu.strategies.table import STRATEGIES
+from vllm_npu.tools.launch import Rank, ThreadRankPool
+from vllm_npu.tools.reference import select_topk
+from vllm_npu.trust.recording import CollectiveCounter
 
 LAYER = MoELayer(num_experts=16, top_k=4, hidden_size=64, dtype=torch.bfloat16)
 # Where a token needs all ranks, all2all's mean is what it sends.

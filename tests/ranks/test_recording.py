@@ -7,11 +7,11 @@ import torch
 
 from tests.cases import same_bits
 from vllm_npu.errors import InvalidInputError, TransportError
-from vllm_npu.trace import read_traces
-from vllm_npu.trace_comparison import compare
+from vllm_npu.tools.launch import Rank, ThreadRankPool
 from vllm_npu.transport.base import SendRecv, Transport
-from vllm_npu.transport.launch import Rank, ThreadRankPool
-from vllm_npu.transport.recording import CollectiveCounter, RecordingTransport, record
+from vllm_npu.trust.recording import CollectiveCounter, RecordingTransport, record
+from vllm_npu.trust.trace import read_traces
+from vllm_npu.trust.trace_comparison import compare
 
 SIZES = [4, 0, 3]  # rows of each of 3 ranks
 ROW_BYTES = 2 * 5  # [*, 5] bfloat16

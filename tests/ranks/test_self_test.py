@@ -7,11 +7,11 @@ from itertools import product
 import pytest
 import torch
 
+from vllm_npu.core.token_layout import offsets
 from vllm_npu.errors import LyingCollectiveError, UnsupportedConfigError
-from vllm_npu.self_test import MODES, OFF, QUICK, run_self_test
-from vllm_npu.token_layout import offsets
+from vllm_npu.tools.launch import Rank
 from vllm_npu.transport.base import SendRecv, Transport
-from vllm_npu.transport.launch import Rank
+from vllm_npu.trust.self_test import MODES, OFF, QUICK, run_self_test
 
 
 @dataclass

@@ -13,8 +13,9 @@ import torch
 
 from tests.cases import seeded
 from vllm_npu.errors import TransportError, UnsupportedConfigError
-from vllm_npu.transport import Transport, gloo, shared_window
-from vllm_npu.transport.launch import Rank
+from vllm_npu.tools.launch import Rank
+from vllm_npu.transport import gloo, shared_window
+from vllm_npu.transport.base import Transport
 from vllm_npu.transport.shared_window import SharedWindow
 
 MAPS = Path("/proc/self/maps")

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from tests.cases import distinct_ids, same_bits, seeded
-from vllm_npu.dispatch.base import RoutedTokens
+from vllm_npu.core.step_plan import StepPlan, TokenSharding
 from vllm_npu.errors import HandleMismatchError, InvalidInputError, TransportError
-from vllm_npu.step_plan import StepPlan, TokenSharding
-from vllm_npu.strategies import build
-from vllm_npu.transport.launch import ProcessRankPool, Rank
-from vllm_npu.transport.recording import CollectiveCounter
+from vllm_npu.strategies.dispatch.base import RoutedTokens
+from vllm_npu.strategies.select import build
+from vllm_npu.tools.launch import ProcessRankPool, Rank
+from vllm_npu.trust.recording import CollectiveCounter
 
 EXPERTS, TOP_K, HIDDEN = 12, 2, 16
 ORDERS = [(0, 1), (1, 0)]

@@ -2,9 +2,9 @@
 
 import pytest
 
-from vllm_npu.limits import PORTABLE
-from vllm_npu.strategies import STRATEGIES
-from vllm_npu.verification import Case, cases, limits_of_device, run_case
+from vllm_npu.core.limits import PORTABLE
+from vllm_npu.strategies.table import STRATEGIES
+from vllm_npu.tools.verification import Case, cases, limits_of_device, run_case
 
 
 def failures(pool, to_run: list[Case]) -> dict[str, list[str]]:

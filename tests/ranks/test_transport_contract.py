@@ -14,11 +14,11 @@ import torch
 
 from tests.cases import same_bits, seeded
 from vllm_npu.errors import InvalidInputError, TransportError, UnsupportedConfigError
-from vllm_npu.transport import TRANSPORTS, Transport, transport_class
-from vllm_npu.transport.base import SendRecv
-from vllm_npu.transport.launch import ProcessRankPool, Rank, ThreadRankPool
-from vllm_npu.transport.recording import CollectiveCounter
+from vllm_npu.tools.launch import ProcessRankPool, Rank, ThreadRankPool
+from vllm_npu.transport.base import SendRecv, Transport
 from vllm_npu.transport.symmetric_memory import SymmetricFacts, gather_facts
+from vllm_npu.transport.table import TRANSPORTS, transport_class
+from vllm_npu.trust.recording import CollectiveCounter
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.int32, torch.int64, torch.uint8)
 GRIDS = [(2, 1), (1, 3), (2, 2)]  # (tp_size, dp_size): groups of 1, 2, 3 and 4 ranks

@@ -8,7 +8,7 @@ import typer
 from vllm_npu.cli import verify as command
 from vllm_npu.cli.verify import verify
 from vllm_npu.errors import TransportError, UnsupportedConfigError
-from vllm_npu.strategies import STRATEGIES
+from vllm_npu.strategies.table import STRATEGIES
 
 
 def test_all_cases_of_every_strategy_pass_and_are_counted(tmp_path, capsys):

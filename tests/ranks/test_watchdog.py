@@ -11,8 +11,8 @@ import torch.distributed as dist
 
 from tests.serving_ranks import DEADLINE, NUM_RANKS, kill_and_restart
 from vllm_npu.errors import RankFailureError
-from vllm_npu.transport.launch import ProcessRankPool, Rank
-from vllm_npu.transport.watchdog import LOOPBACK, REPORT_CHARACTERS, Watchdog
+from vllm_npu.tools.launch import ProcessRankPool, Rank
+from vllm_npu.trust.watchdog import LOOPBACK, REPORT_CHARACTERS, Watchdog
 
 KILLS = int(os.environ.get("KILLS", "2"))  # 50 in the long form
 

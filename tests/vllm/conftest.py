@@ -12,11 +12,11 @@ import pytest
 
 from tests.vllm.text_prompts import TEXT_MAX_TOKENS, text_prompts
 from vllm_npu.cli.demo import SAFE_MARGIN
-from vllm_npu.cli.engine_processes import Parallelism, require_vllm
-from vllm_npu.cli.engines import EngineSet
-from vllm_npu.cli.process_tree import SHARED_MEMORY_FOLDER, mapped_shared_memory
-from vllm_npu.cli.tiny_models import DEMO_MAX_TOKENS, QWEN3_MOE, TinyModel, demo_prompts, write_tiny_model
 from vllm_npu.errors import UnsupportedConfigError
+from vllm_npu.tools.engines.engine_processes import Parallelism, require_vllm
+from vllm_npu.tools.engines.engine_set import EngineSet
+from vllm_npu.tools.engines.process_tree import SHARED_MEMORY_FOLDER, mapped_shared_memory
+from vllm_npu.tools.engines.tiny_models import DEMO_MAX_TOKENS, QWEN3_MOE, TinyModel, demo_prompts, write_tiny_model
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

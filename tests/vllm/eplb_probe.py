@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from vllm_npu.plugin.moe_runner import NPUMoERunner
+from vllm_npu.plugin.cpu.moe_runner import CpuMoERunner
 from vllm_npu.plugin.worker_extension import MoECommWorkerExtension
 
 PATH = f"{__name__}.EplbProbe"
@@ -31,7 +31,7 @@ class EplbProbe(MoECommWorkerExtension):
         runner = self.model_runner
         [self.state] = runner.eplb_state.model_states.values()
         static = self.vllm_config.compilation_config.static_forward_context
-        layers = [layer for layer in static.values() if isinstance(layer, NPUMoERunner)]
+        layers = [layer for layer in static.values() if isinstance(layer, CpuMoERunner)]
         self.shape = len(layers), self.state.model.num_logical_experts
         self.experts = self._experts_of_slots()
         self.initial = self.state.physical_to_logical_map.tolist()

@@ -6,8 +6,8 @@ import pytest
 
 from tests.command_line import vllm_npu
 from vllm_npu.cli.app import COMMANDS
-from vllm_npu.cli.tiny_models import QWEN3_MOE, write_tiny_model
-from vllm_npu.strategies import STRATEGIES
+from vllm_npu.strategies.table import STRATEGIES
+from vllm_npu.tools.engines.tiny_models import QWEN3_MOE, write_tiny_model
 
 
 def test_help_names_every_command() -> None:

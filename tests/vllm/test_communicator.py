@@ -57,7 +57,7 @@ def refuse_other_dimensions(grid: Grid) -> list[str]:
 
 
 def test_rows_of_any_sizes_are_gathered_and_scattered(ranks: VllmRanks) -> None:  # noqa: F811 - fixture
-    assert ranks.run(gather_and_scatter, TP4) == ["NPUCpuCommunicator"] * 4
+    assert ranks.run(gather_and_scatter, TP4) == ["CpuMoECommunicator"] * 4
 
 
 def test_another_dimension_is_refused(ranks: VllmRanks) -> None:  # noqa: F811 - fixture

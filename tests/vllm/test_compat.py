@@ -33,10 +33,10 @@ from tests.vllm.vllm_ranks import (
 )
 from vllm_npu.errors import UnsupportedConfigError
 from vllm_npu.plugin import compat, release_lines
-from vllm_npu.plugin.experts import NPUUnquantizedFusedMoEMethod
+from vllm_npu.plugin.cpu.experts import CpuUnquantizedFusedMoEMethod
+from vllm_npu.plugin.cpu.moe_runner import CpuMoERunner
+from vllm_npu.plugin.cpu.platform import CpuMoEPlatform
 from vllm_npu.plugin.forward_context import current_step
-from vllm_npu.plugin.moe_runner import NPUMoERunner
-from vllm_npu.plugin.platform import NPUPlatformOnCPU
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -146,15 +146,15 @@ def test_without_plugins_vllm_runs_as_if_we_were_not_installed():
 
 
 def test_our_platform_is_the_active_one_and_stays_a_cpu():
-    assert type(current_platform) is NPUPlatformOnCPU
+    assert type(current_platform) is CpuMoEPlatform
     assert current_platform.is_cpu()
     assert not current_platform.is_out_of_tree()
-    assert current_platform.get_device_communicator_cls() == "vllm_npu.plugin.communicator.NPUCpuCommunicator"
+    assert current_platform.get_device_communicator_cls() == "vllm_npu.plugin.cpu.communicator.CpuMoECommunicator"
 
 
 def test_both_layers_and_both_ops_are_registered():
-    assert op_registry_oot["MoERunner"] is NPUMoERunner
-    assert op_registry_oot["UnquantizedFusedMoEMethod"] is NPUUnquantizedFusedMoEMethod
+    assert op_registry_oot["MoERunner"] is CpuMoERunner
+    assert op_registry_oot["UnquantizedFusedMoEMethod"] is CpuUnquantizedFusedMoEMethod
     assert torch.ops.vllm.maybe_all_gather_and_maybe_unpad.default
     assert torch.ops.vllm.maybe_pad_and_reduce.default
 
@@ -169,7 +169,7 @@ def test_registering_twice_changes_nothing():
 
 
 @pytest.mark.parametrize(
-    ("base", "ours"), [(MoERunner, NPUMoERunner), (UnquantizedFusedMoEMethod, NPUUnquantizedFusedMoEMethod)]
+    ("base", "ours"), [(MoERunner, CpuMoERunner), (UnquantizedFusedMoEMethod, CpuUnquantizedFusedMoEMethod)]
 )
 def test_the_place_of_another_plugins_class_is_not_taken(base, ours):
     other = type("OtherPlugins" + base.__name__, (base,), {})
@@ -207,7 +207,7 @@ def test_what_we_override_has_the_signature_that_we_override(method, expected):
     assert parameters(method) == expected
 
 
-@pytest.mark.parametrize("ours", [NPUMoERunner, NPUUnquantizedFusedMoEMethod, NPUPlatformOnCPU])
+@pytest.mark.parametrize("ours", [CpuMoERunner, CpuUnquantizedFusedMoEMethod, CpuMoEPlatform])
 def test_our_overrides_can_be_called_as_vllms_are(ours):
     base = ours.__mro__[1]
     overridden = [

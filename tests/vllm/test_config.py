@@ -11,14 +11,14 @@ from vllm import EngineArgs
 from vllm.config import CacheConfig, ParallelConfig, VllmConfig
 from vllm.plugins import load_general_plugins
 
-from vllm_npu.cli.tiny_models import DEEPSEEK_V2, QWEN3_MOE, write_tiny_model
+from vllm_npu.core.limits import DEVICES
 from vllm_npu.envs import CPU_OMP_THREADS_BIND
 from vllm_npu.errors import HcclBufferError, UnsupportedConfigError, UnsupportedDeviceError
-from vllm_npu.limits import DEVICES
 from vllm_npu.plugin import compat, engine_check, options
 from vllm_npu.plugin.options import Options
-from vllm_npu.start_checks import PlannedShape
-from vllm_npu.strategies import STRATEGIES
+from vllm_npu.strategies.start_checks import PlannedShape
+from vllm_npu.strategies.table import STRATEGIES
+from vllm_npu.tools.engines.tiny_models import DEEPSEEK_V2, QWEN3_MOE, write_tiny_model
 
 EP2 = {"tensor_parallel_size": 2, "enable_expert_parallel": True}
 
@@ -147,7 +147,7 @@ EPLB = {"enable_eplb": True, "eplb_config": {"num_redundant_experts": 2, "use_as
 
 def test_experts_may_be_balanced_as_vllm_users_write_it(model):
     config = engine_config(model, **EP2, **EPLB)
-    assert config.parallel_config.worker_cls == "vllm_npu.plugin.worker.NPUCPUWorker"
+    assert config.parallel_config.worker_cls == "vllm_npu.plugin.cpu.worker.CpuMoEWorker"
     assert config.parallel_config.eplb_config.num_redundant_experts == 2
     assert engine_config(model, **EP2).parallel_config.worker_cls == "vllm.v1.worker.cpu_worker.CPUWorker"
 

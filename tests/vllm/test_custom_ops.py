@@ -16,8 +16,8 @@ from tests.vllm.vllm_ranks import (
     ranks,  # noqa: F401 - fixture
     tokens_across_dp,
 )
-from vllm_npu.step_plan import TokenSharding
-from vllm_npu.token_layout import TokenSlice
+from vllm_npu.core.step_plan import TokenSharding
+from vllm_npu.core.token_layout import TokenSlice
 
 pytest.importorskip("vllm")
 

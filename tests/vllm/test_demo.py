@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.vllm.processes import kill_processes_of, processes_of
-from vllm_npu.strategies import STRATEGIES
+from vllm_npu.strategies.table import STRATEGIES
 
 pytestmark = pytest.mark.slow
 

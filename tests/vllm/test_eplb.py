@@ -29,15 +29,15 @@ from tests.vllm.vllm_ranks import (
 from vllm_npu.eplb.movement import move_experts
 from vllm_npu.eplb.placement import EMPTY
 from vllm_npu.errors import UnsupportedConfigError
-from vllm_npu.transport.launch import Rank
+from vllm_npu.tools.launch import Rank
 
 
 def rearranges(rank: Rank, backends: list[str | None]) -> list[str]:
     from vllm.distributed.eplb.eplb_communicator import EplbCommunicator
     from vllm.distributed.eplb.rebalance_execute import rearrange_expert_weights_inplace
 
-    from vllm_npu.plugin import eplb
-    from vllm_npu.plugin.eplb import create_eplb_communicator
+    from vllm_npu.plugin.cpu import eplb
+    from vllm_npu.plugin.cpu.eplb import create_eplb_communicator
 
     ep = rank.groups(tp_size=1, dp_size=rank.num_ranks).ep
     # What the function reads of a GroupCoordinator; a real one needs vLLM's whole start-up.
@@ -105,7 +105,7 @@ def run_replicas(grid: Grid, layout: Layout) -> None:
     from vllm.distributed import get_ep_group
     from vllm.distributed.eplb.rebalance_execute import rearrange_expert_weights_inplace
 
-    from vllm_npu.plugin.eplb import create_eplb_communicator
+    from vllm_npu.plugin.cpu.eplb import create_eplb_communicator
     from vllm_npu.plugin.step_planner import planner_of
 
     redundant = 2 * grid.size

@@ -19,9 +19,9 @@ from tests.vllm.vllm_ranks import (
     vllm_step,
 )
 from vllm_npu import envs
+from vllm_npu.core.topology import ParallelTopology
 from vllm_npu.errors import PlanDisagreementError
-from vllm_npu.topology import ParallelTopology
-from vllm_npu.transport.recording import CollectiveCounter
+from vllm_npu.trust.recording import CollectiveCounter
 
 COUNTS = (3, 5)  # tokens of the DP ranks
 TOO_MANY = (600 * TP2_DP2.tp, 1)  # for mc2, which takes 512 a rank

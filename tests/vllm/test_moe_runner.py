@@ -26,9 +26,9 @@ from tests.vllm.vllm_ranks import (
     seconds_until_error,
     vllm_step,
 )
+from vllm_npu.core.token_layout import TokenSlice
 from vllm_npu.errors import InvalidInputError, PlanDisagreementError, UnsupportedConfigError
-from vllm_npu.strategies import STRATEGIES
-from vllm_npu.token_layout import TokenSlice
+from vllm_npu.strategies.table import STRATEGIES
 
 pytest.importorskip("vllm")
 
@@ -118,12 +118,12 @@ def check_output(output: torch.Tensor, tokens: Tokens, expected: torch.Tensor, w
 
 
 def run_against_dense(grid: Grid, layout: Layout, shared: bool, dtype: torch.dtype) -> None:
-    from vllm_npu.plugin.moe_runner import NPUMoERunner
+    from vllm_npu.plugin.cpu.moe_runner import CpuMoERunner
     from vllm_npu.plugin.step_planner import planner_of
 
     config = make_config(grid)
     layer = build_layer(grid, config, dtype=dtype, shared=shared, sequence_parallel=layout.sequence_parallel)
-    assert type(layer) is NPUMoERunner
+    assert type(layer) is CpuMoERunner
     planner = planner_of(config)
     for strategy in layout.strategies:
         planner.propose(strategy)

@@ -23,8 +23,8 @@ from tests.vllm.vllm_ranks import (
     tokens_across_dp,
     vllm_step,
 )
+from vllm_npu.core.token_layout import TokenSlice
 from vllm_npu.errors import HandleMismatchError, InvalidInputError
-from vllm_npu.token_layout import TokenSlice
 
 pytest.importorskip("vllm")
 

@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 
-from vllm_npu.cli.process_tree import SHARED_MEMORY_FOLDER, ProcessTree, mapped_shared_memory
+from vllm_npu.tools.engines.process_tree import SHARED_MEMORY_FOLDER, ProcessTree, mapped_shared_memory
 
 # A semaphore of the spawn method has a name in /dev/shm, but its maker maps it under a name that is gone. The segment is
 # mapped under its own name. The child loses its parent when the tree is killed.

@@ -7,9 +7,9 @@ pytest.importorskip("vllm")
 from tests.strategy_manager_ranks import cases, run_cases
 from tests.vllm.vllm_ranks import NUM_RANKS, VllmRanks, ranks  # noqa: F401 - fixture
 from vllm_npu.errors import UnsupportedConfigError
-from vllm_npu.strategies import STRATEGIES
-from vllm_npu.transport.launch import Rank
-from vllm_npu.verification import Case
+from vllm_npu.strategies.table import STRATEGIES
+from vllm_npu.tools.launch import Rank
+from vllm_npu.tools.verification import Case
 
 
 def test_every_strategy_gives_the_reference(ranks: VllmRanks):  # noqa: F811

@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from vllm_npu.cli.engine_processes import folder_for_sockets
-from vllm_npu.cli.process_tree import SHARED_MEMORY_FOLDER
+from vllm_npu.core.step_plan import StepPlan, TokenSharding
+from vllm_npu.core.token_layout import TokenSlice
 from vllm_npu.envs import SOCKET_FOLDER
 from vllm_npu.plugin import groups
-from vllm_npu.step_plan import StepPlan, TokenSharding
-from vllm_npu.token_layout import TokenSlice
-from vllm_npu.transport.launch import ProcessRankPool, Rank
+from vllm_npu.tools.engines.engine_processes import folder_for_sockets
+from vllm_npu.tools.engines.process_tree import SHARED_MEMORY_FOLDER
+from vllm_npu.tools.launch import ProcessRankPool, Rank
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

@@ -11,8 +11,8 @@ from typing import Any, Generic, TypeVar
 import torch
 import torch.distributed as dist
 
+from vllm_npu.core.token_layout import move_together, pack_and_move
 from vllm_npu.errors import InvalidInputError, UnsupportedConfigError
-from vllm_npu.token_layout import move_together, pack_and_move
 from vllm_npu.transport.base import Groups, Transport
 
 RowsOfRanks = Callable[[], Sequence[int]]

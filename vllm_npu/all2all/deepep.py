@@ -5,8 +5,8 @@ vLLM ships both of its managers; this says beforehand what memory they will ask 
 
 from dataclasses import dataclass
 
+from vllm_npu.core.token_layout import ceil_div
 from vllm_npu.errors import UnsupportedConfigError
-from vllm_npu.token_layout import ceil_div
 
 NUM_SMS = 20  # DeepEP's default, and vLLM's
 ALIGNMENT = 128  # bytes: NUM_BUFFER_ALIGNMENT_BYTES of csrc/kernels/configs.cuh

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from vllm_npu.core.limits import MIB
+from vllm_npu.core.token_layout import ceil_div
 from vllm_npu.errors import InvalidInputError
-from vllm_npu.limits import MIB
-from vllm_npu.token_layout import ceil_div
 from vllm_npu.transport.base import gather_texts
 from vllm_npu.transport.gloo import GlooTransport
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 
 from vllm_npu.all2all.base import GatheringManager
-from vllm_npu.token_layout import offsets
+from vllm_npu.core.token_layout import offsets
 from vllm_npu.transport.base import Transport
 
 

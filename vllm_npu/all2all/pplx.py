@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 
 from vllm_npu.all2all.base import All2AllManager, HandleCache, RowsOfRanks
+from vllm_npu.core.topology import ExpertPlacement
 from vllm_npu.errors import HandleMismatchError, InvalidInputError, UnsupportedConfigError
-from vllm_npu.topology import ExpertPlacement
 from vllm_npu.transport.base import Groups
 
 ROW_ALIGNMENT = 16  # bytes of a row: what the kernels copy at once

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from vllm_npu import envs
-from vllm_npu.cli.engine_processes import Parallelism
-from vllm_npu.cli.http_engine import HttpEngine, Served
-from vllm_npu.cli.stop_signals import StopSignals
-from vllm_npu.cli.tiny_models import DEEPSEEK_V3, QWEN3_MOE, TinyModel, demo_prompts, write_tiny_model
 from vllm_npu.emulator.launcher import emulated_devices
 from vllm_npu.errors import UnsupportedConfigError
 from vllm_npu.plugin import entry_points as plugins
+from vllm_npu.tools.engines.engine_processes import Parallelism
+from vllm_npu.tools.engines.http_engine import HttpEngine, Served
+from vllm_npu.tools.engines.stop_signals import StopSignals
+from vllm_npu.tools.engines.tiny_models import DEEPSEEK_V3, QWEN3_MOE, TinyModel, demo_prompts, write_tiny_model
 
 if TYPE_CHECKING:
     from vllm_npu.cli.demo import Stage
@@ -219,7 +219,7 @@ def chip(name: str) -> Iterator[None]:
 
 
 def _strategies() -> tuple[str, ...]:
-    from vllm_npu.strategies import STRATEGIES
+    from vllm_npu.strategies.table import STRATEGIES
 
     return tuple(STRATEGIES)
 
@@ -228,9 +228,9 @@ def _why_not(strategy: str, planned: PlannedServers) -> str | None:
     """Why the chip cannot run this model so, from the table that the engine itself checks; None: it can."""
     import torch
 
-    from vllm_npu.limits import DEVICES, MoELayer
-    from vllm_npu.strategies import why_not
-    from vllm_npu.topology import ParallelTopology
+    from vllm_npu.core.limits import DEVICES, MoELayer
+    from vllm_npu.core.topology import ParallelTopology
+    from vllm_npu.strategies.select import why_not
 
     layer = MoELayer(
         num_experts=planned.model.num_experts,

@@ -9,14 +9,14 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from vllm_npu.benchmark import STRATEGY, Workload, best, counts_of, measure, with_ratios
 from vllm_npu.cli.charts import import_pyplot
 from vllm_npu.cli.devices import TRANSPORT_CHOICES, as_title, conditions_of, rank_pool, split_symmetric
-from vllm_npu.cli.layers import moe_layer
 from vllm_npu.cli.outputs import JsonPath, PlotPath, write_rows
 from vllm_npu.cli.shared_options import Dtype, Experts, HiddenSize, SeveralRanks, TopK
+from vllm_npu.core.topology import ExpertPlacement
 from vllm_npu.errors import UnsupportedConfigError
-from vllm_npu.topology import ExpertPlacement
+from vllm_npu.tools.benchmark import STRATEGY, Workload, best, counts_of, measure, with_ratios
+from vllm_npu.tools.layers import moe_layer
 
 BETWEEN_PROCESSES = [name for name in TRANSPORT_CHOICES if name != "threaded"]
 

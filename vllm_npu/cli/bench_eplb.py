@@ -13,10 +13,10 @@ from rich.table import Table
 from vllm_npu.cli.bench import BETWEEN_PROCESSES
 from vllm_npu.cli.charts import import_pyplot
 from vllm_npu.cli.devices import as_title, conditions_of, rank_pool
-from vllm_npu.cli.layers import DTYPES
 from vllm_npu.cli.outputs import JsonPath, PlotPath, write_rows
 from vllm_npu.cli.shared_options import SeveralRanks
-from vllm_npu.eplb.benchmark import (
+from vllm_npu.errors import UnsupportedConfigError
+from vllm_npu.tools.eplb_benchmark import (
     HIDDEN_SIZE,
     INTERMEDIATE_SIZE,
     EplbResult,
@@ -24,10 +24,10 @@ from vllm_npu.eplb.benchmark import (
     Peers,
     measure_eplb,
 )
-from vllm_npu.errors import UnsupportedConfigError
+from vllm_npu.tools.layers import DTYPES
 
 if TYPE_CHECKING:
-    from vllm_npu.plugin.eplb_peers import Balance
+    from vllm_npu.tools.vllm_eplb import Balance
 
 DEVICES_OF_VLLM = ("gloo", "nccl")  # transports of the devices for which vLLM has communicators
 
@@ -101,7 +101,7 @@ def _of_vllm(transport: str, seed: int) -> "tuple[Peers | None, list[Balance]]":
     """Its communicators, and what its policy does; nothing where vLLM is not installed, or has none for the device."""
     if transport not in DEVICES_OF_VLLM or find_spec("vllm") is None:
         return None, []
-    from vllm_npu.plugin.eplb_peers import CASES, balance, vllm_communicators
+    from vllm_npu.tools.vllm_eplb import CASES, balance, vllm_communicators
 
     return vllm_communicators, [balance(ranks, redundant, seed) for ranks, redundant in CASES]
 

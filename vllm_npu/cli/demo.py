@@ -17,12 +17,19 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from vllm_npu.cli.engine_processes import EngineFailedError, Parallelism, require_vllm
-from vllm_npu.cli.engines import EngineSet, Generation
 from vllm_npu.cli.outputs import JsonPath
-from vllm_npu.cli.stop_signals import Interrupted, StopSignals
-from vllm_npu.cli.tiny_models import DEEPSEEK_V2, DEMO_MAX_TOKENS, QWEN3_MOE, TinyModel, demo_prompts, write_tiny_model
 from vllm_npu.errors import UnsupportedConfigError
+from vllm_npu.tools.engines.engine_processes import EngineFailedError, Parallelism, require_vllm
+from vllm_npu.tools.engines.engine_set import EngineSet, Generation
+from vllm_npu.tools.engines.stop_signals import Interrupted, StopSignals
+from vllm_npu.tools.engines.tiny_models import (
+    DEEPSEEK_V2,
+    DEMO_MAX_TOKENS,
+    QWEN3_MOE,
+    TinyModel,
+    demo_prompts,
+    write_tiny_model,
+)
 
 # Least gap in log-probability between best and second-best token that the reference must have. fp32 sums in another
 # order differ by about 1e-5 here, so that a token can only change by a fault.
@@ -289,7 +296,7 @@ class DemoRun:
         )
 
     def _compare(self, planned: PlannedEngines, reference: Reference, comparisons: list[Comparison]) -> None:
-        from vllm_npu.strategies import STRATEGIES  # imports torch, which `vllm-npu demo --help` need not wait for
+        from vllm_npu.strategies.table import STRATEGIES
 
         title = f"{planned.model.family} {planned.parallelism} {planned.mode}"
         folder_name = title.replace(" ", "-").replace("×", "").replace("+", "-").lower()

@@ -11,7 +11,7 @@ import torch
 
 from vllm_npu.emulator import cann, launcher
 from vllm_npu.errors import UnsupportedConfigError
-from vllm_npu.transport.launch import RANK_POOLS, RankPool
+from vllm_npu.tools.launch import RANK_POOLS, RankPool
 
 SYMMETRIC = "symmetric"  # not a transport of its own: NCCL's ranks, whose tokens go through symmetric memory
 TRANSPORT_CHOICES = (*RANK_POOLS, SYMMETRIC)

@@ -17,21 +17,21 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-from vllm_npu.cli.findings import IMPORT_SECONDS, OK, PROBLEM, WARNING, Finding, probe, probe_python
-from vllm_npu.cli.machine_checks import (
+from vllm_npu.cli.traces import compare_traces
+from vllm_npu.emulator import build, cann, loader
+from vllm_npu.errors import NativeBuildError, UnsupportedConfigError
+from vllm_npu.native_build import Component
+from vllm_npu.plugin import entry_points, release_lines
+from vllm_npu.tools.doctor.findings import IMPORT_SECONDS, OK, PROBLEM, WARNING, Finding, probe, probe_python
+from vllm_npu.tools.doctor.machine_checks import (
     check_cann,
     check_cores,
     check_drivers,
     check_numa,
     check_shared_memory,
 )
-from vllm_npu.cli.traces import compare_traces
-from vllm_npu.cli.variable_checks import check_variables
-from vllm_npu.emulator import build, cann, loader
-from vllm_npu.errors import NativeBuildError, UnsupportedConfigError
-from vllm_npu.hccl.build import TOKEN_OPS
-from vllm_npu.native_build import Component
-from vllm_npu.plugin import entry_points, release_lines
+from vllm_npu.tools.doctor.variable_checks import check_variables
+from vllm_npu.transport.hccl_direct.build import TOKEN_OPS
 
 COLOURS = {OK: 32, WARNING: 33, PROBLEM: 31}  # of a terminal: green, yellow, red
 
@@ -320,7 +320,9 @@ def check_emulator() -> Iterator[Finding]:
 
 
 def check_token_ops() -> Iterator[Finding]:
-    return check_native("tokens on HCCL", TOKEN_OPS, TOKEN_OPS.library_folder, "python -m vllm_npu.hccl.build")
+    return check_native(
+        "tokens on HCCL", TOKEN_OPS, TOKEN_OPS.library_folder, "python -m vllm_npu.transport.hccl_direct.build"
+    )
 
 
 # --- vLLM ---
@@ -377,7 +379,7 @@ def check_target_device() -> Iterator[Finding]:
 def check_engine(given: argparse.Namespace) -> Iterator[Finding]:
     """What the plugin would say at the start of the engine that the options describe."""
     engine = {name: getattr(given, name) for name in ("model", "soc", "ep", "tp", "max_num_seqs", "moe_comm")}
-    command = [sys.executable, "-m", "vllm_npu.cli.engine_findings", json.dumps(engine)]
+    command = [sys.executable, "-m", "vllm_npu.tools.doctor.engine_findings", json.dumps(engine)]
     tried = probe(command, IMPORT_SECONDS)
     if tried.fault:
         yield Finding("engine", PROBLEM, f"cannot be looked at: {tried.fault}", "see to the problems above first")

@@ -9,13 +9,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from vllm_npu.cli.layers import DTYPES, layer_of_model
 from vllm_npu.cli.outputs import JsonPath
+from vllm_npu.core.limits import DEVICES
+from vllm_npu.core.topology import ExpertPlacement, ParallelTopology
 from vllm_npu.envs import HCCL_BUFFSIZE
 from vllm_npu.errors import UnsupportedConfigError
-from vllm_npu.limits import DEVICES
-from vllm_npu.planning import LayerPlan, plan_layer
-from vllm_npu.topology import ExpertPlacement, ParallelTopology
+from vllm_npu.strategies.planning import LayerPlan, plan_layer
+from vllm_npu.tools.layers import DTYPES, layer_of_model
 
 
 def plan(

@@ -13,12 +13,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Final
 
-from vllm_npu.cli.engine_processes import folder_for_sockets, require_vllm
 from vllm_npu.cli.outputs import in_a_folder
-from vllm_npu.cli.process_tree import ProcessTree
 from vllm_npu.envs import METRICS, MOE_COMM, PROMETHEUS_FOLDER, SOCKET_FOLDER
 from vllm_npu.errors import UnsupportedConfigError
 from vllm_npu.plugin.entry_points import PLUGIN_NAME
+from vllm_npu.tools.engines.engine_processes import folder_for_sockets, require_vllm
+from vllm_npu.tools.engines.process_tree import ProcessTree
 
 FORWARDED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 HEADLESS = "--headless"
@@ -176,7 +176,7 @@ def _name_model(arguments: list[str]) -> list[str]:
 
 
 def _check_moe_comm(name: str) -> None:
-    from vllm_npu.strategies import AUTO, STRATEGIES
+    from vllm_npu.strategies.table import AUTO, STRATEGIES
 
     if name not in (AUTO, *STRATEGIES):
         rows = "\n".join(f"  {known:<10} {row.summary}" for known, row in STRATEGIES.items())

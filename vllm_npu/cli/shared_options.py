@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from vllm_npu.cli.layers import DTYPES
+from vllm_npu.tools.layers import DTYPES
 
 Ranks = Annotated[int, typer.Option(min=1, max=16, help="Ranks to start on this machine.")]
 SeveralRanks = Annotated[int, typer.Option(min=2, max=16, help="Ranks to start on this machine.")]

@@ -9,13 +9,13 @@ from rich.console import Console
 from rich.table import Table
 
 from vllm_npu.cli.charts import import_pyplot
-from vllm_npu.cli.layers import moe_layer
 from vllm_npu.cli.outputs import JsonPath, in_a_folder, write_rows
 from vllm_npu.cli.shared_options import Dtype, HiddenSize, TopK
+from vllm_npu.core.limits import MoELayer
 from vllm_npu.errors import UnsupportedConfigError
-from vllm_npu.limits import MoELayer
-from vllm_npu.simulation import Comparison, Estimate, Fabric, Workload, compare, estimates, fabrics, fastest
-from vllm_npu.strategies import ALL_STRATEGIES
+from vllm_npu.strategies.table import ALL_STRATEGIES
+from vllm_npu.tools.layers import moe_layer
+from vllm_npu.tools.simulation import Comparison, Estimate, Fabric, Workload, compare, estimates, fabrics, fastest
 
 EP_SIZES = "2,4,8,16,32,64,128,256,384,512,768"
 STEPS = [1 << power for power in range(13)]  # tokens of a rank: 1 to 4096

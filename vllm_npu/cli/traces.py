@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vllm_npu.errors import UnsupportedConfigError
-from vllm_npu.trace import read_traces
-from vllm_npu.trace_comparison import compare, report
+from vllm_npu.trust.trace import read_traces
+from vllm_npu.trust.trace_comparison import compare, report
 
 
 def compare_traces(paths: Sequence[Path], json_path: str | None) -> int:

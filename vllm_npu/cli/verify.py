@@ -12,11 +12,11 @@ from rich.progress import track
 from vllm_npu.cli.devices import TRANSPORT_CHOICES, rank_pool, split_symmetric
 from vllm_npu.cli.outputs import JsonPath
 from vllm_npu.cli.shared_options import Ranks
+from vllm_npu.core.limits import DeviceLimits
 from vllm_npu.errors import UnsupportedConfigError, VllmNpuError
-from vllm_npu.limits import DeviceLimits
-from vllm_npu.strategies import ALL_STRATEGIES, STRATEGIES
-from vllm_npu.transport.launch import RankPool
-from vllm_npu.verification import Case, RandomRun, cases, limits_of_device, random_runs, run_case, run_random
+from vllm_npu.strategies.table import ALL_STRATEGIES, STRATEGIES
+from vllm_npu.tools.launch import RankPool
+from vllm_npu.tools.verification import Case, RandomRun, cases, limits_of_device, random_runs, run_case, run_random
 
 SHOWN_FAILURES = 20
 

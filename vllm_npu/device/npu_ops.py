@@ -10,11 +10,12 @@ from weakref import WeakValueDictionary
 
 import torch
 
+from vllm_npu.core.limits import BalanceMode, DeviceLimits, MC2Limits, MoELayer
 from vllm_npu.device import portable_ops
 from vllm_npu.device.portable_ops import Counts, DistributeDispatchOutput, GroupList, InitRoutingOutput, PrefixSums
 from vllm_npu.errors import InvalidInputError, UnsupportedConfigError
-from vllm_npu.limits import DEVICES, BalanceMode, DeviceLimits, MC2Limits, MoELayer
 from vllm_npu.transport.base import Transport
+from vllm_npu.transport.hccl_direct.chip import limits_of_this_chip
 
 try:
     import torch_npu
@@ -46,13 +47,8 @@ TOKEN_MAJOR_WITH_DROPPED_ROWS = 3  # drop_pad_mode: rows [E, C, H], and the one 
 
 @cache
 def device_limits() -> DeviceLimits:
-    """What this process's NPU can run. Raises UnsupportedConfigError for a chip of no known family."""
-    name = str(torch_npu.npu.get_device_name())
-    for limits in DEVICES.values():
-        if name.startswith(limits.socs):
-            return limits.of_version(distribute_version())
-    known = ", ".join(f"{limits.family} ({'*, '.join(limits.socs)}*)" for limits in DEVICES.values())
-    raise UnsupportedConfigError(f"this NPU is a {name}, which is of no family that is known here: {known}")
+    """What this process's NPU and this torch_npu can run. Raises UnsupportedConfigError for a chip of no known family."""
+    return limits_of_this_chip().of_version(distribute_version())
 
 
 @cache

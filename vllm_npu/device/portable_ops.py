@@ -10,11 +10,11 @@ from typing import NamedTuple
 
 import torch
 
+from vllm_npu.core.limits import PORTABLE, BalanceMode, DeviceLimits, QuantMode
+from vllm_npu.core.routing import ExpertPermutation, expert_ranges, local_expert_ids, sum_rows
+from vllm_npu.core.token_layout import RowFormat, ceil_div, pad_rows
+from vllm_npu.core.topology import ExpertPlacement
 from vllm_npu.errors import InvalidInputError
-from vllm_npu.limits import PORTABLE, BalanceMode, DeviceLimits, QuantMode
-from vllm_npu.routing import ExpertPermutation, expert_ranges, local_expert_ids, sum_rows
-from vllm_npu.token_layout import RowFormat, ceil_div, pad_rows
-from vllm_npu.topology import ExpertPlacement
 from vllm_npu.transport.base import Transport, sum_in_rank_order
 
 ASSIST_CELLS = 128  # int32 cells that combine_index has for each row of expand_x

@@ -5,9 +5,9 @@ from itertools import zip_longest
 
 import torch
 
+from vllm_npu.core.limits import MIB
 from vllm_npu.eplb.communicator import EplbCommunicator
 from vllm_npu.errors import InvalidInputError
-from vllm_npu.limits import MIB
 from vllm_npu.transport.base import SendRecv, Transport
 
 STAGING_BYTES = 64 * MIB

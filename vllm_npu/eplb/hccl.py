@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
+from vllm_npu.core.limits import MIB
 from vllm_npu.eplb.communicator import EplbCommunicator
-from vllm_npu.limits import MIB
 from vllm_npu.transport.base import SendRecv, Transport
 
 MAX_MESSAGE_BYTES = 32 * MIB

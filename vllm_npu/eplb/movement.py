@@ -5,11 +5,11 @@ from collections.abc import Sequence
 
 import torch
 
-from vllm_npu.agreement import agree
 from vllm_npu.eplb.communicator import EplbCommunicator
 from vllm_npu.eplb.placement import RankTransfers, ReplicaPlacement, plan_transfers, transfers_of
 from vllm_npu.errors import InvalidInputError, PlanDisagreementError, TransportError, VllmNpuError
 from vllm_npu.transport.base import Transport
+from vllm_npu.trust.agreement import agree
 
 DIFFERENT_PLACEMENTS = "ranks want to move experts differently, or some cannot; no weight was changed"
 FAILED = "experts did not arrive on all ranks; no weight was changed"

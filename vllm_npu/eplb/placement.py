@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import torch
 
+from vllm_npu.core.step_plan import TokenSharding
+from vllm_npu.core.topology import ParallelTopology
 from vllm_npu.errors import InvalidInputError
-from vllm_npu.step_plan import TokenSharding
-from vllm_npu.topology import ParallelTopology
 
 EMPTY = -1  # a slot without an expert
 

@@ -2,12 +2,12 @@
 
 import torch
 
+from vllm_npu.core.limits import BalanceMode
+from vllm_npu.core.step_plan import TokenSharding
+from vllm_npu.core.token_layout import TokenSlice
+from vllm_npu.core.topology import ParallelTopology
 from vllm_npu.device import ops_of
 from vllm_npu.eplb.placement import mapping_rank
-from vllm_npu.limits import BalanceMode
-from vllm_npu.step_plan import TokenSharding
-from vllm_npu.token_layout import TokenSlice
-from vllm_npu.topology import ParallelTopology
 
 
 def to_physical(

@@ -12,13 +12,13 @@ def register_platform() -> str | None:
     if entry_points.conflict() is not None:
         return None
     if entry_points.vllm_ascend_is_installed():
-        return "vllm_npu.plugin.ascend.platform.NPUPlatformOnAscend"
+        return "vllm_npu.plugin.ascend.platform.AscendMoEPlatform"
     from vllm.platforms import cpu_platform_plugin, cuda_platform_plugin
 
     if cpu_platform_plugin() is not None:
-        return "vllm_npu.plugin.platform.NPUPlatformOnCPU"
+        return "vllm_npu.plugin.cpu.platform.CpuMoEPlatform"
     if envs.CUDA_PLATFORM.read_flag() and cuda_platform_plugin() is not None:
-        return "vllm_npu.plugin.cuda_platform.NPUPlatformOnCUDA"
+        return "vllm_npu.plugin.gpu.platform.CudaMoEPlatform"
     return None
 
 
@@ -48,11 +48,12 @@ def register_layers() -> None:
     release_lines.check_base(vllm.__version__, vllm_ascend_is_installed=on_ascend)
     if on_ascend:
         return
-    from vllm_npu.plugin.platform import NPUPlatformOnCPU
+    from vllm_npu.plugin.cpu.platform import CpuMoEPlatform
 
-    if not isinstance(current_platform, NPUPlatformOnCPU):
+    if not isinstance(current_platform, CpuMoEPlatform):
         return
-    from vllm_npu.plugin import compat, custom_ops, experts, moe_runner
+    from vllm_npu.plugin import compat, custom_ops
+    from vllm_npu.plugin.cpu import experts, moe_runner
 
     custom_ops.register()
     experts.register()

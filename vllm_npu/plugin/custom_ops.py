@@ -4,10 +4,10 @@ design. Opaque to torch.compile: what they do is decided from the step that runs
 import torch
 from vllm.utils.torch_utils import direct_register_custom_op
 
+from vllm_npu.core.step_plan import TokenSharding
 from vllm_npu.plugin.forward_context import current_step
 from vllm_npu.plugin.groups import model_groups
-from vllm_npu.sequence_parallel import gather_and_unpad, reduce_scatter_and_pad
-from vllm_npu.step_plan import TokenSharding
+from vllm_npu.strategies.sequence_parallel import gather_and_unpad, reduce_scatter_and_pad
 from vllm_npu.transport.base import Transport
 
 

@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING
 import torch
 from vllm.logger import init_logger
 
+from vllm_npu.core.limits import DeviceLimits, MoELayer
 from vllm_npu.envs import HCCL_BUFFSIZE
-from vllm_npu.limits import DeviceLimits, MoELayer
-from vllm_npu.planning import facts_of_config
 from vllm_npu.plugin.options import Mode, Options, topology_of
-from vllm_npu.start_checks import PlannedShape, check_start
+from vllm_npu.strategies.planning import facts_of_config
+from vllm_npu.strategies.start_checks import PlannedShape, check_start
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

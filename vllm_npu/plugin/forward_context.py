@@ -6,8 +6,8 @@ from typing import Any
 
 from vllm.forward_context import get_forward_context, is_forward_context_available
 
+from vllm_npu.core.step_plan import StepPlan
 from vllm_npu.errors import InvalidInputError
-from vllm_npu.step_plan import StepPlan
 
 KEY = "vllm_npu_step"
 

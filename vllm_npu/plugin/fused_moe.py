@@ -7,17 +7,17 @@ from dataclasses import replace
 import torch
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
 
+from vllm_npu.core.routing import check_router_logits
+from vllm_npu.core.step_plan import TokenSharding
 from vllm_npu.errors import HandleMismatchError
 from vllm_npu.plugin import compat
 from vllm_npu.plugin.forward_context import current_step
 from vllm_npu.plugin.groups import model_groups
-from vllm_npu.prepare_finalize.all2all import All2AllPrepareAndFinalize
-from vllm_npu.prepare_finalize.allgather import AllGatherPrepareAndFinalize
-from vllm_npu.prepare_finalize.base import PrepareAndFinalize, PrepareHandle
-from vllm_npu.prepare_finalize.mc2 import EvenPrepareAndFinalize
-from vllm_npu.prepare_finalize.naive_multicast import NaiveMulticastPrepareAndFinalize
-from vllm_npu.routing import check_router_logits
-from vllm_npu.step_plan import TokenSharding
+from vllm_npu.strategies.prepare_finalize.all2all import All2AllPrepareAndFinalize
+from vllm_npu.strategies.prepare_finalize.allgather import AllGatherPrepareAndFinalize
+from vllm_npu.strategies.prepare_finalize.base import PrepareAndFinalize, PrepareHandle
+from vllm_npu.strategies.prepare_finalize.mc2 import EvenPrepareAndFinalize
+from vllm_npu.strategies.prepare_finalize.naive_multicast import NaiveMulticastPrepareAndFinalize
 
 
 class FusedMoEPrepareAndFinalize(ABC):

@@ -7,13 +7,13 @@ from vllm.distributed.parallel_state import get_world_group
 from vllm.utils.network_utils import get_ip
 
 from vllm_npu import envs
+from vllm_npu.core.topology import ParallelTopology
 from vllm_npu.plugin import compat
-from vllm_npu.topology import ParallelTopology
-from vllm_npu.trace import TraceRing
 from vllm_npu.transport.base import Groups, Transport, gather_texts
 from vllm_npu.transport.gloo import GlooTransport
-from vllm_npu.transport.recording import CollectiveCounter, open_ring, record
-from vllm_npu.transport.watchdog import Watchdog
+from vllm_npu.trust.recording import CollectiveCounter, open_ring, record
+from vllm_npu.trust.trace import TraceRing
+from vllm_npu.trust.watchdog import Watchdog
 
 MAX_ADDRESS_BYTES = 512
 

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Self
 
 import torch
 
-from vllm_npu.limits import MoELayer, QuantMode
-from vllm_npu.step_plan import TokenSharding
+from vllm_npu.core.limits import MoELayer, QuantMode
+from vllm_npu.core.step_plan import TokenSharding
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig

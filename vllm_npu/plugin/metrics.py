@@ -11,8 +11,8 @@ from prometheus_client import Counter
 from vllm.logger import init_logger
 
 from vllm_npu import envs
-from vllm_npu.topology import ParallelTopology
-from vllm_npu.transport.recording import CollectiveCounter
+from vllm_npu.core.topology import ParallelTopology
+from vllm_npu.trust.recording import CollectiveCounter
 
 logger = init_logger("vllm.npu.metrics")
 

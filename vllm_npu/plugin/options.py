@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_npu import envs
 from vllm_npu.all2all import FLASHINFER, GATHERING, MANAGERS, manager_row
+from vllm_npu.core.limits import NVLINK
+from vllm_npu.core.topology import ParallelTopology
 from vllm_npu.errors import UnsupportedConfigError
-from vllm_npu.limits import NVLINK
-from vllm_npu.self_test import MODES, QUICK
-from vllm_npu.strategies import AUTO, check_strategy
-from vllm_npu.topology import ParallelTopology
+from vllm_npu.strategies.select import check_strategy
+from vllm_npu.strategies.table import AUTO
+from vllm_npu.trust.self_test import MODES, QUICK
 
 if TYPE_CHECKING:
     from vllm.config import ParallelConfig, VllmConfig

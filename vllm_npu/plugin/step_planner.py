@@ -9,20 +9,21 @@ from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from vllm_npu import __version__
-from vllm_npu.agreement import agree_start
+from vllm_npu.core.handles import Pending
+from vllm_npu.core.step_plan import StepPlan
 from vllm_npu.errors import PlanDisagreementError
-from vllm_npu.handles import Pending
 from vllm_npu.plugin import compat
 from vllm_npu.plugin.forward_context import PlannedStep, as_additional_context, running_step
 from vllm_npu.plugin.groups import collective_counter, model_groups, trace_ring, vote_transport, watch_groups
 from vllm_npu.plugin.layer_facts import LayerFacts
 from vllm_npu.plugin.metrics import StepMetrics
 from vllm_npu.plugin.options import Options
-from vllm_npu.self_test import OFF, run_self_test
-from vllm_npu.start_checks import describe_capacity
-from vllm_npu.step_plan import StepPlan
-from vllm_npu.strategies import AUTO, STRATEGIES, Selection, check_strategy, select, why_not
+from vllm_npu.strategies.select import Selection, check_strategy, select, why_not
+from vllm_npu.strategies.start_checks import describe_capacity
+from vllm_npu.strategies.table import AUTO, STRATEGIES
 from vllm_npu.transport.base import Groups
+from vllm_npu.trust.agreement import agree_start
+from vllm_npu.trust.self_test import OFF, run_self_test
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

@@ -7,7 +7,7 @@ from vllm_npu.errors import InvalidInputError
 from vllm_npu.plugin import compat
 from vllm_npu.plugin.groups import collective_counter
 from vllm_npu.plugin.step_planner import StepPlanner, planner_of
-from vllm_npu.transport.recording import CollectiveCounter
+from vllm_npu.trust.recording import CollectiveCounter
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

@@ -7,17 +7,14 @@ Sizes count rows (first dimension) and must be equal on all ranks of the group.
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 
-from vllm_npu.errors import InvalidInputError, TransportError, UnsupportedConfigError
-from vllm_npu.handles import Pending
-from vllm_npu.token_layout import as_message, pack_and_move
-from vllm_npu.topology import ParallelTopology
-
-if TYPE_CHECKING:
-    from vllm_npu.transport.watchdog import Watchdog
+from vllm_npu.core.handles import Pending
+from vllm_npu.core.token_layout import as_message, pack_and_move
+from vllm_npu.core.topology import ParallelTopology
+from vllm_npu.errors import InvalidInputError, RankFailureError, TransportError, UnsupportedConfigError
 
 Exchanged = tuple[list[torch.Tensor], list[int], list[int]]
 """What exchange_tokens returns."""
@@ -32,6 +29,16 @@ class SendRecv:
     peer: int
     tensor: torch.Tensor
     is_send: bool
+
+
+class RankWatch(Protocol):
+    """Finds out why a collective failed. trust.watchdog.Watchdog is one."""
+
+    deadline: float  # seconds that a collective may take
+
+    def failure(self, operation: str, group: str, rank: int, detail: str) -> RankFailureError:
+        """The error for a failed collective. It names the ranks that ended or are late. LOCAL."""
+        ...
 
 
 class Transport(ABC):
@@ -195,6 +202,11 @@ class Transport(ABC):
             self._barrier()
 
     @property
+    def innermost(self) -> "Transport":
+        """The transport that moves the tensors: this one, or the one that this one wraps."""
+        return self
+
+    @property
     def name_for_ops(self) -> str:
         """The name by which a device op that communicates itself finds this group. Raises UnsupportedConfigError where no
         device op can use the group."""
@@ -205,7 +217,7 @@ class Transport(ABC):
     def note_op(self, operation: str, sent: int) -> None:  # noqa: B027 - nobody counts here
         """Say that a device op communicates over this group by itself. LOCAL. `sent`: the most bytes that it may send."""
 
-    def watch(self, watchdog: "Watchdog") -> None:  # noqa: B027 - threads name late ranks themselves
+    def watch(self, watchdog: RankWatch) -> None:  # noqa: B027 - threads name late ranks themselves
         """Have this rank's failures on the group name the ranks that ended or are late, and its deadline kept. LOCAL."""
 
     @abstractmethod
@@ -306,7 +318,7 @@ class Groups:
                     f"needs rank {rank} of {size}"
                 )
 
-    def watch(self, watchdog: "Watchdog") -> None:
+    def watch(self, watchdog: RankWatch) -> None:
         """Have all three watched."""
         for transport in (self.tp, self.dp, self.ep):
             transport.watch(watchdog)

@@ -12,12 +12,11 @@ import torch
 import torch.distributed as dist
 
 from vllm_npu import envs
+from vllm_npu.core.token_layout import offsets
 from vllm_npu.errors import UnsupportedConfigError
-from vllm_npu.token_layout import offsets
-from vllm_npu.transport.base import gather_texts, sum_in_rank_order
+from vllm_npu.transport.base import RankWatch, gather_texts, sum_in_rank_order
 from vllm_npu.transport.shared_window import CAPACITY, MAX_TEXT_BYTES, SharedWindow
 from vllm_npu.transport.torch_dist import TorchDistTransport
-from vllm_npu.transport.watchdog import Watchdog
 
 logger = logging.getLogger("vllm.npu.transport.gloo")  # under "vllm": the names whose messages vLLM shows
 
@@ -40,7 +39,7 @@ class GlooTransport(TorchDistTransport):
     def _backend(self) -> Any:
         return self.process_group._get_backend(torch.device("cpu"))
 
-    def watch(self, watchdog: Watchdog) -> None:
+    def watch(self, watchdog: RankWatch) -> None:
         """As above. All collectives of the group, others' too, fail past the deadline, or past the group's own time-out
         where that is shorter."""
         super().watch(watchdog)

@@ -12,10 +12,10 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.distributed as dist
 
-from vllm_npu.device import npu_ops  # importing torch_npu is what makes c10d know hccl
 from vllm_npu.errors import InvalidInputError, UnknownGroupError
-from vllm_npu.hccl import token_ops
 from vllm_npu.transport.base import Exchanged, SendRecv
+from vllm_npu.transport.hccl_direct import token_ops
+from vllm_npu.transport.hccl_direct.chip import limits_of_this_chip  # imports torch_npu, which makes c10d know hccl
 from vllm_npu.transport.torch_dist import TorchDistTransport
 
 logger = logging.getLogger("vllm.npu.hccl")
@@ -136,7 +136,7 @@ class HcclTransport(TorchDistTransport):
 
     def _open_ops(self) -> bool:
         reason = token_ops.why_not()
-        has_v = reason is None and npu_ops.device_limits().uneven_collectives and token_ops.ops().has_v_collectives()
+        has_v = reason is None and limits_of_this_chip().uneven_collectives and token_ops.ops().has_v_collectives()
         facts = torch.tensor([[reason is None, has_v, number_of_this_host()]], device="npu")
         ranks = TorchDistTransport._all_gather(self, facts, [1] * self.size).tolist()
         without = [rank for rank, (has_ops, _, _) in enumerate(ranks) if not has_ops]

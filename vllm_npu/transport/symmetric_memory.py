@@ -14,10 +14,9 @@ import torch.distributed as dist
 import torch.distributed._symmetric_memory as symm_mem
 
 from vllm_npu import envs
+from vllm_npu.core.token_layout import ceil_div
 from vllm_npu.errors import InvalidInputError, TransportError, UnsupportedConfigError
-from vllm_npu.token_layout import ceil_div
 from vllm_npu.transport.base import Transport, gather_texts
-from vllm_npu.transport.recording import RecordingTransport
 from vllm_npu.transport.torch_dist import TorchDistTransport
 
 NUM_WINDOWS = 2
@@ -190,14 +189,13 @@ _open: dict[str, SymmetricWindows] = {}
 
 
 def _innermost(transport: Transport) -> TorchDistTransport:
-    while isinstance(transport, RecordingTransport):
-        transport = transport.inner
-    if not isinstance(transport, TorchDistTransport):
+    found = transport.innermost
+    if not isinstance(found, TorchDistTransport):
         raise UnsupportedConfigError(
-            f"symmetric memory needs a torch.distributed process group; group '{transport.group}' is a "
-            f"{type(transport).__name__}; use transport nccl"
+            f"symmetric memory needs a torch.distributed process group; group '{found.group}' is a "
+            f"{type(found).__name__}; use transport nccl"
         )
-    return transport
+    return found
 
 
 def open_windows(transport: Transport, size: WindowSize, timeout: float | None = None) -> SymmetricWindows:

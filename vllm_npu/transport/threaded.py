@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
+from vllm_npu.core.token_layout import offsets
 from vllm_npu.errors import TransportError
-from vllm_npu.token_layout import offsets
 from vllm_npu.transport.base import SendRecv, Transport, sum_in_rank_order
 
 

@@ -7,11 +7,10 @@ from typing import ClassVar
 import torch
 import torch.distributed as dist
 
+from vllm_npu.core.handles import Pending
+from vllm_npu.core.token_layout import offsets
 from vllm_npu.errors import RankFailureError, TransportError, UnsupportedConfigError
-from vllm_npu.handles import Pending
-from vllm_npu.token_layout import offsets
-from vllm_npu.transport.base import SendRecv, Transport, sum_in_rank_order
-from vllm_npu.transport.watchdog import Watchdog
+from vllm_npu.transport.base import RankWatch, SendRecv, Transport, sum_in_rank_order
 
 # torch 2.13 renamed both; the older names stay until 2.10 is no longer supported.
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -42,9 +41,9 @@ class TorchDistTransport(Transport):
     def __init__(self, process_group: dist.ProcessGroup, group: str) -> None:
         super().__init__(group, dist.get_rank(process_group), dist.get_world_size(process_group))
         self.process_group = process_group
-        self._watchdog: Watchdog | None = None
+        self._watchdog: RankWatch | None = None
 
-    def watch(self, watchdog: Watchdog) -> None:
+    def watch(self, watchdog: RankWatch) -> None:
         """Failures from now on name ranks. The deadline is that of whoever made the group; gloo takes the watchdog's."""
         self._watchdog = watchdog
 

@@ -12,12 +12,12 @@ from vllm_ascend.ops.fused_moe.moe_runtime_args import (
 )
 from vllm_ascend.quantization.quant_type import QuantType
 
-from vllm_npu import strategies
-from vllm_npu.limits import QuantMode
-from vllm_npu.pipeline import MoEPipeline
+from vllm_npu.core.limits import QuantMode
 from vllm_npu.plugin import compat
 from vllm_npu.plugin.forward_context import current_step
 from vllm_npu.plugin.groups import model_groups, trace_ring
+from vllm_npu.strategies.pipeline import MoEPipeline
+from vllm_npu.strategies.select import build
 
 _PIPELINES: dict[tuple[str, bool, int, QuantMode], MoEPipeline] = {}
 
@@ -88,7 +88,7 @@ class PipelineCommMethod(MoECommMethod):
         use_ep, num_experts = bool(self.moe_config.use_ep), int(self.moe_config.num_experts)
         key = strategy, use_ep, num_experts, quant_mode
         if key not in _PIPELINES:
-            _PIPELINES[key] = strategies.build(strategy, model_groups(expert_parallel=use_ep), num_experts, quant_mode)
+            _PIPELINES[key] = build(strategy, model_groups(expert_parallel=use_ep), num_experts, quant_mode)
         return _PIPELINES[key]
 
     def _get_token_dispatcher(self) -> Any:

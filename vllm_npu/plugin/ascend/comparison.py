@@ -7,10 +7,10 @@ import torch
 from vllm.distributed import get_ep_group, tensor_model_parallel_all_reduce
 from vllm.logger import init_logger
 
+from vllm_npu.core.tolerances import TOLERANCES
 from vllm_npu.plugin import compat
 from vllm_npu.plugin.ascend.comm_method import PipelineCommMethod
 from vllm_npu.plugin.forward_context import current_step
-from vllm_npu.verification import TOLERANCES
 
 logger = init_logger("vllm.npu.comparison")
 

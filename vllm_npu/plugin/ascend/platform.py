@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any
 from vllm_ascend.platform import NPUPlatform
 from vllm_ascend.utils import get_ascend_device_type
 
+from vllm_npu.core.limits import DEVICES
 from vllm_npu.errors import UnsupportedConfigError
-from vllm_npu.limits import DEVICES
 from vllm_npu.plugin import options
 from vllm_npu.plugin.engine_check import check_engine
 from vllm_npu.plugin.options import Mode, Options
@@ -18,7 +18,7 @@ THEIR_WORKER = "vllm_ascend.worker.worker.NPUWorker"
 OUR_WORKER = "vllm_npu.plugin.ascend.worker.MoECommWorker"
 
 
-class NPUPlatformOnAscend(NPUPlatform):
+class AscendMoEPlatform(NPUPlatform):
     """Everything is vllm-ascend's but the worker's class and the step's plan. With moe_comm=off, these too."""
 
     @classmethod

@@ -26,16 +26,16 @@ from vllm_ascend.ops.fused_moe.fused_moe import AscendFusedMoE
 from vllm_ascend.quantization.quant_type import QuantType
 from vllm_ascend.utils import enable_sp, enable_sp_by_pass, should_skip_allreduce_across_dp_group
 
+from vllm_npu.core.limits import DeviceLimits, QuantMode
+from vllm_npu.core.step_plan import TokenSharding
+from vllm_npu.core.topology import ParallelTopology
 from vllm_npu.device.npu_ops import device_limits as limits_of_this_npu
 from vllm_npu.envs import HCCL_BUFFSIZE
 from vllm_npu.errors import UnsupportedConfigError
-from vllm_npu.limits import DeviceLimits, QuantMode
 from vllm_npu.plugin.engine_check import planned_shape
 from vllm_npu.plugin.layer_facts import LayerFacts, exchanges_tokens
 from vllm_npu.plugin.options import Options
-from vllm_npu.start_checks import check_start
-from vllm_npu.step_plan import TokenSharding
-from vllm_npu.topology import ParallelTopology
+from vllm_npu.strategies.start_checks import check_start
 from vllm_npu.transport.base import Transport
 from vllm_npu.transport.hccl import HcclTransport
 

@@ -15,12 +15,12 @@ from vllm.model_executor.models.interfaces import get_mixture_of_experts_model
 from vllm.utils.cpu_resource_utils import get_visible_memory_node
 from vllm.v1.worker.ubatching import dbo_current_ubatch_id
 
+from vllm_npu.core.limits import PORTABLE, DeviceLimits
+from vllm_npu.core.topology import ParallelTopology
 from vllm_npu.errors import UnsupportedConfigError
-from vllm_npu.limits import PORTABLE, DeviceLimits
-from vllm_npu.plugin.eplb import create_eplb_communicator
+from vllm_npu.plugin.cpu.eplb import create_eplb_communicator
+from vllm_npu.plugin.cpu.tensor_parallel import TensorParallelTransport
 from vllm_npu.plugin.layer_facts import LayerFacts
-from vllm_npu.plugin.tensor_parallel import TensorParallelTransport
-from vllm_npu.topology import ParallelTopology
 from vllm_npu.transport.base import Transport
 from vllm_npu.transport.gloo import GlooTransport
 
@@ -28,12 +28,12 @@ from vllm_npu.transport.gloo import GlooTransport
 def moe_layers(vllm_config: VllmConfig) -> tuple[list[LayerFacts], list[str]]:
     """The MoE layers built so far in this process, in order of construction: facts of those whose tokens we move, and the
     classes of those that are not ours."""
-    from vllm_npu.plugin.moe_runner import NPUMoERunner
+    from vllm_npu.plugin.cpu.moe_runner import CpuMoERunner
 
     static = vllm_config.compilation_config.static_forward_context
     layers = [layer for layer in static.values() if isinstance(layer, MoERunnerInterface)]
-    ours = [layer.facts for layer in layers if isinstance(layer, NPUMoERunner) and layer.exchanges_tokens]
-    return ours, [type(layer).__name__ for layer in layers if not isinstance(layer, NPUMoERunner)]
+    ours = [layer.facts for layer in layers if isinstance(layer, CpuMoERunner) and layer.exchanges_tokens]
+    return ours, [type(layer).__name__ for layer in layers if not isinstance(layer, CpuMoERunner)]
 
 
 def transports(
@@ -120,7 +120,7 @@ class _BalancesExperts:
         return getattr(self._platform, name)
 
 
-EPLB_WORKER = "vllm_npu.plugin.worker.NPUCPUWorker"
+EPLB_WORKER = "vllm_npu.plugin.cpu.worker.CpuMoEWorker"
 DEFAULT_WORKERS = ("auto", "vllm.v1.worker.cpu_worker.CPUWorker", EPLB_WORKER)
 
 

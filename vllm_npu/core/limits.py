@@ -1,0 +1,342 @@
+"""What an implementation of a strategy can take, as data with its source. Enforced by strategies.select()."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from enum import IntEnum
+
+import torch
+
+from vllm_npu.core.token_layout import ceil_div
+
+MIB = 1 << 20
+
+
+class QuantMode(IntEnum):
+    """What travels of a row to its experts. The values are the quant_mode of npu_moe_distribute_dispatch_v2."""
+
+    NONE = 0
+    """The row as it is."""
+
+    INT8_PER_TOKEN = 2
+    """int8 and one float32 scale a row: value = int8 * scale. Of W8A8 models with dynamic scales."""
+
+
+class BalanceMode(IntEnum):
+    """Which of an expert's replicas a token goes to. The values are the balance_mode of npu_moe_update_expert."""
+
+    BY_RANK = 0
+    """The ranks are shared out evenly over the replicas; all tokens of a rank go to the same one."""
+
+    BY_TOKEN = 1
+    """A rank's tokens take turns."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MoELayer:
+    """What limits depend on and no step changes. Equal on every rank."""
+
+    num_experts: int
+    top_k: int
+    hidden_size: int
+    dtype: torch.dtype  # of hidden_states
+    quant_mode: QuantMode = QuantMode.NONE
+    shared_expert_ranks: int = 0  # the first ranks of ep, which have the shared expert and no other
+
+
+BufferBytes = Callable[[MoELayer, int, int], int]
+"""(layer, ep_size, most tokens of a rank) -> bytes of HCCL's buffer that the op uses."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MC2Limits:
+    """Limits of one implementation of the MC2 dispatch and combine ops; None: no limit."""
+
+    name: str
+    native: bool
+    """Whether a fused kernel runs it. Where not, `auto` does not choose mc2: the portable op sends top_k rows back for
+    each token, all2all one a rank."""
+    source: str
+    max_tokens_per_rank: int
+    ep_sizes: tuple[range, ...] | None = None
+    hidden_sizes: range | None = None
+    max_experts: int | None = None
+    max_experts_per_rank: int | None = None
+    max_experts_per_rank_times_ep_size: int | None = None
+    max_top_k: int | None = None
+    shared_expert_ranks: bool = True  # whether ranks may hold shared experts alone
+    version: int = 2  # of the ops
+    comm_alg: str = ""  # of the ops; empty: the full mesh
+    takes_mask: bool = True  # x_active_mask
+    takes_weights: bool = False  # dispatch needs the top-k weights
+    dtypes: tuple[torch.dtype, ...] | None = None
+    buffer_bytes: BufferBytes | None = None
+
+    def why_not(self, layer: MoELayer, ep_size: int) -> str | None:
+        """Why it cannot run this layer with any number of tokens, or None."""
+        if self.dtypes is not None and layer.dtype not in self.dtypes:
+            return f"{self.name} takes {_names(self.dtypes)}, hidden_states are {_names([layer.dtype])}"
+        if self.ep_sizes is not None and not any(ep_size in sizes for sizes in self.ep_sizes):
+            return f"{self.name} takes ep_size {_spans(self.ep_sizes)}, not {ep_size}"
+        if self.hidden_sizes is not None and layer.hidden_size not in self.hidden_sizes:
+            return f"{self.name} takes hidden_size {_spans([self.hidden_sizes])}, not {layer.hidden_size}"
+        if layer.shared_expert_ranks and not self.shared_expert_ranks:
+            return f"{self.name} has no ranks for shared experts alone"
+        experts_per_rank = ceil_div(layer.num_experts, ep_size - layer.shared_expert_ranks)
+        for what, value, most in (
+            ("experts", layer.num_experts, self.max_experts),
+            ("experts a rank", experts_per_rank, self.max_experts_per_rank),
+            ("experts a rank times ep_size", experts_per_rank * ep_size, self.max_experts_per_rank_times_ep_size),
+            ("experts a token", layer.top_k, self.max_top_k),
+        ):
+            if most is not None and value > most:
+                return f"{self.name} takes at most {most} {what}, not {value}"
+        return None
+
+    def buffer_mb(self, layer: MoELayer, ep_size: int, max_tokens_per_rank: int) -> int | None:
+        """HCCL_BUFFSIZE that the op needs for steps of up to this many tokens a rank, in MiB, or None where it needs none."""
+        if self.buffer_bytes is None:
+            return None
+        return ceil_div(self.buffer_bytes(layer, ep_size, max_tokens_per_rank), MIB)
+
+
+def _names(dtypes: tuple[torch.dtype, ...] | list[torch.dtype]) -> str:
+    return " and ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+def _spans(sizes: tuple[range, ...] | list[range]) -> str:
+    """'2 to 8, 16, 32 to 64 in steps of 32'."""
+    texts = []
+    for each in sizes:
+        text = str(each[0]) if len(each) == 1 else f"{each[0]} to {each[-1]}"
+        texts.append(text + (f" in steps of {each.step}" if each.step > 1 and len(each) > 1 else ""))
+    return ", ".join(texts)
+
+
+def _one(*sizes: int) -> tuple[range, ...]:
+    return tuple(range(size, size + 1) for size in sizes)
+
+
+def _aligned(value: int, alignment: int) -> int:
+    return ceil_div(value, alignment) * alignment
+
+
+# The buffers' formulas are those of the documents of aclnnMoeDistributeDispatchV2 (CANN 8.5); 2 bytes an element of a row,
+# 4 bytes an id and a weight.
+
+
+def _a2_full_mesh_bytes(layer: MoELayer, ep_size: int, tokens: int) -> int:
+    rows = tokens * ep_size * min(layer.num_experts // ep_size, layer.top_k)
+    return 2 * (rows * 2 * layer.hidden_size + 2 * MIB)
+
+
+def _a2_hierarchy_bytes(layer: MoELayer, ep_size: int, tokens: int) -> int:
+    row = 2 * layer.hidden_size + 4 * 4 * _aligned(layer.top_k, 8)
+    return (layer.num_experts + ep_size // 4) * _aligned(tokens * row, 512) + 8 * MIB
+
+
+def _a3_full_mesh_bytes(layer: MoELayer, ep_size: int, tokens: int) -> int:
+    sent = _aligned(_aligned(2 * layer.hidden_size, 32) + 64, 512)  # a row and what travels with it
+    returned = _aligned(2 * layer.hidden_size, 512)
+    shared_experts = 1 if layer.shared_expert_ranks else 0
+    return 2 * tokens * (_a3_slots(layer, ep_size) * sent + (layer.top_k + shared_experts) * returned)
+
+
+def _a3_version_1_bytes(layer: MoELayer, ep_size: int, tokens: int) -> int:
+    row = 2 * (layer.hidden_size + 128)
+    return 2 * MIB + 2 * tokens * row * (_a3_slots(layer, ep_size) + layer.top_k + 1)
+
+
+def _a3_slots(layer: MoELayer, ep_size: int) -> int:
+    return layer.num_experts // (ep_size - layer.shared_expert_ranks) * ep_size
+
+
+def _a3_hierarchy_bytes(layer: MoELayer, ep_size: int, tokens: int) -> int:
+    row = 2 * layer.hidden_size + 4 * 4 * _aligned(layer.top_k, 8)
+    return layer.num_experts * tokens * row + 404 * MIB
+
+
+SIXTEEN_BIT = (torch.bfloat16, torch.float16)
+
+PORTABLE_MC2 = MC2Limits(
+    name="portable mc2",
+    max_tokens_per_rank=512,
+    native=False,
+    source="portable_ops has no limit of its own; 512 is what npu_moe_distribute_dispatch_v2 takes on A3 (CANN 8.5), kept "
+    "so that a choice made on a laptop is the one made on a cluster",
+)
+_A2_DOCUMENT = (
+    "document of aclnnMoeDistributeDispatchV2 for Atlas A2, CANN 8.5; 24 counts in a row of the kernel's table"
+)
+_A3_DOCUMENT = "document of aclnnMoeDistributeDispatchV2 for Atlas A3, CANN 8.5"
+A2_FULL_MESH = MC2Limits(
+    name="mc2 on A2, full mesh",
+    native=True,
+    source=_A2_DOCUMENT,
+    max_tokens_per_rank=256,
+    ep_sizes=(range(2, 9), *_one(16, 32, 64, 128, 256)),
+    hidden_sizes=range(32, 7168 + 1, 32),
+    max_experts=512,
+    max_experts_per_rank=24,
+    max_top_k=16,
+    shared_expert_ranks=False,
+    dtypes=SIXTEEN_BIT,
+    buffer_bytes=_a2_full_mesh_bytes,
+)
+A2_HIERARCHY = MC2Limits(
+    name="mc2 on A2, hierarchy",
+    native=True,
+    source=_A2_DOCUMENT,
+    max_tokens_per_rank=512,
+    ep_sizes=_one(16, 32, 64),
+    hidden_sizes=range(32, 10240 + 1, 32),
+    max_experts=512,
+    max_top_k=16,
+    shared_expert_ranks=False,
+    comm_alg="hierarchy",
+    takes_mask=False,
+    takes_weights=True,
+    dtypes=SIXTEEN_BIT,
+    buffer_bytes=_a2_hierarchy_bytes,
+)
+A3_FULL_MESH = MC2Limits(
+    name="mc2 on A3, full mesh",
+    native=True,
+    source=_A3_DOCUMENT,
+    max_tokens_per_rank=512,
+    ep_sizes=(range(2, 768 + 1),),
+    hidden_sizes=range(1024, 8192 + 1),
+    max_experts=1024,
+    max_experts_per_rank_times_ep_size=2048,
+    max_top_k=16,
+    dtypes=SIXTEEN_BIT,
+    buffer_bytes=_a3_full_mesh_bytes,
+)
+A3_HIERARCHY = MC2Limits(
+    name="mc2 on A3, hierarchy",
+    native=True,
+    source=_A3_DOCUMENT,
+    max_tokens_per_rank=256,
+    ep_sizes=(range(16, 256 + 1, 16),),
+    hidden_sizes=range(1024, 8192 + 1),
+    max_experts=512,
+    max_top_k=16,
+    shared_expert_ranks=False,
+    comm_alg="hierarchy",
+    takes_weights=True,
+    dtypes=SIXTEEN_BIT,
+    buffer_bytes=_a3_hierarchy_bytes,
+)
+_VERSION_1_DOCUMENT = "op-plugin's document of npu_moe_distribute_dispatch, where x_active_mask is reserved"
+A2_VERSION_1 = replace(
+    A2_FULL_MESH,
+    name="mc2 on A2, version 1",
+    source=_VERSION_1_DOCUMENT,
+    ep_sizes=_one(16, 32, 64),
+    version=1,
+    takes_mask=False,
+    takes_weights=True,
+)
+A3_VERSION_1 = replace(
+    A3_FULL_MESH,
+    name="mc2 on A3, version 1",
+    source=_VERSION_1_DOCUMENT,
+    ep_sizes=_one(8, 16, 32, 64, 128, 144, 256, 288),
+    hidden_sizes=range(7168, 7168 + 1),
+    max_experts=512,
+    max_experts_per_rank_times_ep_size=None,
+    max_top_k=8,
+    version=1,
+    takes_mask=False,
+    buffer_bytes=_a3_version_1_bytes,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SymmetricLimits:
+    """What the windows of the symmetric strategy are sized for, and where it is not used."""
+
+    max_tokens_per_rank: int
+    max_ep_size: int = 8
+    source: str
+
+
+SYMMETRIC = SymmetricLimits(
+    max_tokens_per_rank=4096,
+    source="measured up to 4096 tokens a rank (docs/benchmarks); windows take 2 x ep_size x tokens x (row + returned row) "
+    "bytes: 0.47 GB on each of 2 GPUs, 1.9 GB on each of 8, at hidden size 7168 in bfloat16",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceLimits:
+    """What a family of chips can run."""
+
+    family: str
+    mc2: MC2Limits | None  # None: it has no MC2 op
+    socs: tuple[str, ...] = ()  # beginnings of the chips' names
+    mc2_hierarchy: MC2Limits | None = None  # MC2's other algorithm: taken for layers that the first cannot take
+    mc2_version_1: MC2Limits | None = None  # in place of both, where torch_npu has only the first version of MC2's ops
+    all2all: bool = True
+    symmetric: SymmetricLimits | None = None  # None: ranks share no memory
+    uneven_collectives: bool = False  # HcclAllGatherV and HcclReduceScatterV between the ranks of one server
+    routing_ops: bool = True  # npu_moe_init_routing_v2 with a range of experts, and npu_moe_finalize_routing
+    update_expert: bool = False  # npu_moe_update_expert
+    captures: tuple[str, ...] = ()  # strategies that read nothing on the host, so that a graph can hold them
+
+    def of_version(self, version: int) -> "DeviceLimits":
+        """These limits where this is the newest version of MC2's ops that torch_npu has; 0: it has none."""
+        if version == 2:
+            return self
+        return replace(self, mc2=self.mc2_version_1 if version == 1 else None, mc2_hierarchy=None)
+
+    def for_layer(self, layer: MoELayer | None, ep_size: int) -> "DeviceLimits":
+        """These limits with the MC2 algorithm that takes the layer: the hierarchy where only it does."""
+        if layer is None or self.mc2 is None or self.mc2_hierarchy is None:
+            return self
+        if self.mc2.why_not(layer, ep_size) is None or self.mc2_hierarchy.why_not(layer, ep_size) is not None:
+            return self
+        return replace(self, mc2=self.mc2_hierarchy, mc2_hierarchy=None)
+
+    def fits(self, strategy: str, tokens_per_rank: int) -> bool:
+        """Whether a step of this many tokens on each rank is within the strategy's capacity, if it has one."""
+        return tokens_per_rank <= self.capacities.get(strategy, tokens_per_rank)
+
+    @property
+    def capacities(self) -> dict[str, int]:
+        """The most tokens of a rank, of each strategy that has such a limit and can run here."""
+        limited = {"mc2": self.mc2, "symmetric": self.symmetric}
+        return {name: limits.max_tokens_per_rank for name, limits in limited.items() if limits is not None}
+
+
+PORTABLE = DeviceLimits(family="no NPU", mc2=PORTABLE_MC2)
+NVLINK = DeviceLimits(family="GPUs of one host", mc2=PORTABLE_MC2, symmetric=SYMMETRIC, captures=("symmetric",))
+# The routing ops give as many rows whatever the routing is. all2all reads its split sizes on the host everywhere.
+_NPU_CAPTURES = ("mc2", "allgather", "naive")
+# uneven_collectives: HCCL's documents (CANN 8.5) name A3, 300I Duo, and of A2 some servers only, which the chip's name does
+# not tell; none names A5.
+DEVICES = {
+    "A2": DeviceLimits(
+        family="A2",
+        mc2=A2_FULL_MESH,
+        mc2_hierarchy=A2_HIERARCHY,
+        mc2_version_1=A2_VERSION_1,
+        socs=("Ascend910B",),
+        captures=_NPU_CAPTURES,
+    ),
+    "A3": DeviceLimits(
+        family="A3",
+        mc2=A3_FULL_MESH,
+        mc2_hierarchy=A3_HIERARCHY,
+        mc2_version_1=A3_VERSION_1,
+        uneven_collectives=True,
+        update_expert=True,
+        socs=("Ascend910_93",),
+        captures=_NPU_CAPTURES,
+    ),
+    # All-gather only, as vllm-ascend 0.23 has it; op-plugin's documents leave 310P out of both routing ops.
+    "310P": DeviceLimits(
+        family="310P", mc2=None, all2all=False, uneven_collectives=True, routing_ops=False, socs=("Ascend310P",)
+    ),
+    # No public document names A5's limits; its op takes A3's arguments.
+    "A5": DeviceLimits(family="A5", mc2=A3_FULL_MESH, update_expert=True, socs=("Ascend950",), captures=_NPU_CAPTURES),
+}

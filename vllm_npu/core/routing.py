@@ -1,0 +1,190 @@
+"""Pure routing arithmetic: from top-k expert ids to permutations, counts and destinations, and back to tokens."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from vllm_npu.core.topology import ExpertPlacement
+from vllm_npu.errors import InvalidInputError
+
+
+def check_topk(
+    hidden_states: torch.Tensor,  # [num_tokens, hidden_size]
+    topk_weights: torch.Tensor,  # [num_tokens, top_k] float32
+    topk_ids: torch.Tensor,  # [num_tokens, top_k] int32 or int64, global expert ids
+    num_experts: int,
+    mask: torch.Tensor | None = None,  # [num_tokens] bool: rows that are tokens; None: all
+) -> None:
+    """Raise InvalidInputError unless the routing fits the tokens: shapes, ids in [0, num_experts), distinct in a row.
+
+    Values are read on CPU tensors only: on an accelerator that would be a host sync for each layer.
+    """
+    if hidden_states.dim() != 2:
+        raise InvalidInputError(
+            f"hidden_states has shape {tuple(hidden_states.shape)}; it must be [tokens, hidden_size]"
+        )
+    if topk_ids.dim() != 2 or topk_ids.shape != topk_weights.shape or topk_ids.shape[0] != hidden_states.shape[0]:
+        raise InvalidInputError(
+            f"topk_ids {tuple(topk_ids.shape)} and topk_weights {tuple(topk_weights.shape)} must both be "
+            f"[{hidden_states.shape[0]}, top_k], one row for each row of hidden_states"
+        )
+    if topk_ids.dtype not in (torch.int32, torch.int64):
+        raise InvalidInputError(f"topk_ids is {topk_ids.dtype}; it must be int32 or int64")
+    if topk_ids.device.type != "cpu":
+        return
+    if mask is not None:
+        topk_ids = topk_ids[mask]
+    if topk_ids.numel() == 0:
+        return
+    if int(topk_ids.min()) < 0 or int(topk_ids.max()) >= num_experts:
+        raise InvalidInputError(
+            f"topk_ids lie in [{int(topk_ids.min())}, {int(topk_ids.max())}]; with {num_experts} experts they must lie in "
+            f"[0, {num_experts - 1}]"
+        )
+    ordered = topk_ids.sort(dim=1).values
+    repeated = (ordered[:, 1:] == ordered[:, :-1]).any(dim=1)
+    if bool(repeated.any()):
+        row = int(repeated.nonzero()[0])
+        raise InvalidInputError(
+            f"topk_ids row {row} is {topk_ids[row].tolist()}: an expert may stand only once in a row"
+        )
+
+
+def check_router_logits(hidden_states: torch.Tensor, router_logits: torch.Tensor, num_experts: int) -> None:
+    """Raise InvalidInputError unless router_logits is [num_tokens, num_experts] for these hidden_states."""
+    expected = (hidden_states.shape[0], num_experts)
+    if tuple(router_logits.shape) != expected:
+        raise InvalidInputError(
+            f"router_logits has shape {tuple(router_logits.shape)}; for hidden_states {tuple(hidden_states.shape)} and "
+            f"{num_experts} experts it must be {list(expected)}"
+        )
+
+
+def local_expert_ids(
+    topk_ids: torch.Tensor,  # [num_tokens, top_k], global expert ids, -1 for an empty slot
+    first_expert: int,
+    num_local_experts: int,
+) -> torch.Tensor:  # [num_tokens, top_k], same dtype: slot of a local expert, -1 for all others
+    """Global ids as one rank's local ids."""
+    local = topk_ids - first_expert
+    return torch.where((local >= 0) & (local < num_local_experts), local, -1)
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertPermutation:
+    """Where each (token, k) pair of one rank's experts stands in an expert-major input.
+
+    Expert-major order is stable: inside an expert, rows ascend by token.
+    """
+
+    source_rows: torch.Tensor  # [num_pairs] int64: token of each expert-major row
+    row_of_pair: torch.Tensor  # [num_tokens, top_k] int64: expert-major row, -1 for a pair that is not ours
+    tokens_per_expert: torch.Tensor  # [num_local_experts] int64: a count for each local expert
+
+    @classmethod
+    def build(
+        cls,
+        local_ids: torch.Tensor,  # [num_tokens, top_k], -1 for a pair that is not ours
+        num_local_experts: int,
+    ) -> "ExpertPermutation":
+        """Sort the pairs by local expert. Host sync on accelerators: yes (the number of pairs)."""
+        tokens, slots = (local_ids >= 0).nonzero(as_tuple=True)
+        pair_experts = local_ids[tokens, slots].long()
+        order = pair_experts.argsort(stable=True)
+        row_of_pair = torch.full(local_ids.shape, -1, dtype=torch.int64, device=local_ids.device)
+        row_of_pair[tokens[order], slots[order]] = torch.arange(order.numel(), device=order.device)
+        return cls(
+            source_rows=tokens[order],
+            row_of_pair=row_of_pair,
+            tokens_per_expert=_count(pair_experts, num_local_experts),
+        )
+
+
+def _count(values: torch.Tensor, num_values: int) -> torch.Tensor:
+    """How often each of 0..num_values-1 stands in `values` [n] int64: int64 [num_values]. No host sync."""
+    if values.is_cuda:  # where bincount reads the largest value on the host
+        zeros = torch.zeros(num_values, dtype=torch.int64, device=values.device)
+        return zeros.scatter_add_(0, values, torch.ones_like(values))
+    return torch.bincount(values, minlength=num_values)
+
+
+def sum_rows(
+    rows: torch.Tensor,  # [any, width]
+    row_of_pair: torch.Tensor,  # [num_tokens, k] integer: a row of `rows`, -1 for none
+    weights: torch.Tensor | None = None,  # [num_tokens, k]; 1 where absent
+) -> torch.Tensor:  # [num_tokens, width], fresh, dtype of `rows`
+    """For each token the weighted sum of its rows, in float32, k ascending; zeros without one. Other rows are never read.
+
+    embedding_bag is that sum in one pass: 10 to 40 times faster on a CPU than a gather and index_add_. Host sync: no on GPUs,
+    yes on other accelerators (the number of pairs).
+    """
+    valid = row_of_pair >= 0
+    if rows.is_cuda and row_of_pair.numel():
+        return _sum_rows_without_sync(rows, row_of_pair, valid, weights)
+    positions = row_of_pair[valid]
+    if positions.numel() == 0:
+        return rows.new_zeros((row_of_pair.shape[0], rows.shape[1]))
+    return F.embedding_bag(
+        positions,
+        rows.float(),
+        F.pad(valid.sum(1).cumsum(0), (1, 0)),
+        mode="sum",
+        per_sample_weights=torch.ones_like(positions, dtype=torch.float32)
+        if weights is None
+        else weights[valid].float(),
+        include_last_offset=True,
+    ).to(rows.dtype)
+
+
+def _sum_rows_without_sync(
+    rows: torch.Tensor, row_of_pair: torch.Tensor, valid: torch.Tensor, weights: torch.Tensor | None
+) -> torch.Tensor:
+    """sum_rows with a bag of k for each token: pairs without a row point to one more row, which embedding_bag leaves out."""
+    none = rows.shape[0]
+    table = rows.new_empty((none + 1, rows.shape[1]), dtype=torch.float32)
+    table[:none] = rows
+    return F.embedding_bag(
+        torch.where(valid, row_of_pair, none),
+        table,
+        mode="sum",
+        per_sample_weights=None if weights is None else torch.where(valid, weights.float(), 0),
+        padding_idx=none,
+    ).to(rows.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class RankDestinations:
+    """Which tokens go to which EP rank when each token travels at most once to a rank, and the way back."""
+
+    tokens: torch.Tensor  # [num_sent] int64: token of each sent row; rows lie rank-major, tokens ascending
+    ranks: torch.Tensor  # [num_sent] int64: destination of each sent row
+    rows_per_rank: torch.Tensor  # [ep_size] int64
+    row_of_rank: torch.Tensor  # [num_tokens, ep_size] int64: sent row of each token to each rank, -1 for none
+
+    @classmethod
+    def build(cls, topk_ids: torch.Tensor, placement: ExpertPlacement) -> "RankDestinations":
+        """From global ids [num_tokens, top_k]. Host sync on accelerators: yes (the number of rows)."""
+        goes = torch.zeros((topk_ids.shape[0], placement.ep_size), dtype=torch.bool, device=topk_ids.device)
+        goes.scatter_(1, topk_ids.long() // placement.experts_per_rank, True)
+        rank_major = goes.t()
+        ranks, tokens = rank_major.nonzero(as_tuple=True)
+        rows = rank_major.flatten().cumsum(0).view(rank_major.shape).t() - 1
+        return cls(tokens=tokens, ranks=ranks, rows_per_rank=goes.sum(0), row_of_rank=torch.where(goes, rows, -1))
+
+    def local_ids(self, topk_ids: torch.Tensor, placement: ExpertPlacement) -> torch.Tensor:
+        """Of each sent row, the ids as its destination numbers its experts: [num_sent, top_k], -1 for other ranks'."""
+        first = (self.ranks * placement.experts_per_rank).to(topk_ids.dtype)
+        return local_expert_ids(topk_ids[self.tokens] - first[:, None], 0, placement.experts_per_rank)
+
+
+def expert_ranges(tokens_per_expert: Sequence[int]) -> list[tuple[int, int, int]]:
+    """(expert, start, stop) of every expert that has rows in an expert-major tensor."""
+    ranges = []
+    start = 0
+    for expert, count in enumerate(tokens_per_expert):
+        if count:
+            ranges.append((expert, start, start + count))
+        start += count
+    return ranges

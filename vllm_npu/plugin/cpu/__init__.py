@@ -1,0 +1,1 @@
+"""vLLM's platform, worker, MoE runner and experts on CPUs."""

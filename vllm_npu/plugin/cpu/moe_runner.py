@@ -1,0 +1,182 @@
+"""vLLM's MoE layer with our pipeline inside: route, prepare, dispatch, experts, combine, finalize."""
+
+from functools import partial
+from typing import Any
+
+import torch
+from vllm.logger import init_logger
+from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
+from vllm.model_executor.layers.fused_moe.runner.shared_experts import SharedExpertsOrder
+
+from vllm_npu.core.routing import check_router_logits
+from vllm_npu.core.step_plan import TokenSharding
+from vllm_npu.eplb.replicas import to_physical
+from vllm_npu.errors import UnsupportedConfigError
+from vllm_npu.plugin import compat
+from vllm_npu.plugin.cpu import eplb
+from vllm_npu.plugin.cpu.experts import CpuUnquantizedFusedMoEMethod
+from vllm_npu.plugin.forward_context import current_step
+from vllm_npu.plugin.groups import model_groups, trace_ring
+from vllm_npu.plugin.layer_facts import LayerFacts, exchanges_tokens
+from vllm_npu.strategies.pipeline import MoEPipeline
+from vllm_npu.strategies.select import build
+
+logger = init_logger("vllm.npu.moe_runner")
+
+
+class CpuMoERunner(MoERunner):
+    """Layers that exchange tokens run our pipeline; all others are vLLM's.
+
+    The pipeline runs inside vLLM's opaque custom op and always returns complete sums. So nothing that torch.compile sees
+    depends on the strategy, and a step may take another one than the step that was traced.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._pipelines: dict[str, MoEPipeline] = {}
+        if self.exchanges_tokens:
+            self._check_supported()
+
+    @property
+    def exchanges_tokens(self) -> bool:
+        """Whether this layer's tokens travel to other ranks."""
+        return exchanges_tokens(self.moe_config)
+
+    @property
+    def facts(self) -> LayerFacts:
+        """What the planner has to know of this layer."""
+        sharding = TokenSharding.SLICED_OVER_TP if self.moe_config.is_sequence_parallel else TokenSharding.REPLICATED
+        return LayerFacts.of(self.moe_config, sharding=sharding, experts=self._quant_method)
+
+    def _check_supported(self) -> None:
+        if not isinstance(self._quant_method, CpuUnquantizedFusedMoEMethod):
+            raise UnsupportedConfigError(
+                f"{self.layer_name}: {type(self._quant_method).__name__} exchanges tokens itself, and would do so a second "
+                "time inside vllm_npu's strategy; serve an unquantised checkpoint, or run without expert and data parallelism"
+            )
+        if self._fse_fuse_gate:
+            raise UnsupportedConfigError(
+                f"{self.layer_name}: shared experts fused into the routed ones are not supported with expert or data "
+                "parallelism on a CPU"
+            )
+        if self.moe_config.num_experts % max(int(self.moe_config.ep_size), 1):
+            raise UnsupportedConfigError(
+                f"{self.layer_name}: {self.moe_config.num_experts} experts do not divide over "
+                f"ep_size={self.moe_config.ep_size}; choose --tensor-parallel-size and --data-parallel-size whose product "
+                "divides the number of experts"
+            )
+
+    def _select_forward(self) -> Any:
+        """The opaque custom op, also on a CPU, where vLLM would let torch.compile look inside."""
+        if not self.exchanges_tokens:
+            return super()._select_forward()
+        return torch.ops.vllm.moe_forward if self._shared_experts is None else torch.ops.vllm.moe_forward_shared
+
+    @property
+    def _fused_output_is_reduced(self) -> bool:
+        if not self.exchanges_tokens:
+            return bool(super()._fused_output_is_reduced)
+        return not self.moe_config.skip_final_all_reduce
+
+    def _maybe_reduce_shared_expert_output(
+        self, shared_output: torch.Tensor | None, fused_output_is_reduced: bool | None = None
+    ) -> torch.Tensor | None:
+        """Nothing to do where our pipeline ran: it reduces both outputs in one collective."""
+        if not self.exchanges_tokens:
+            return super()._maybe_reduce_shared_expert_output(shared_output, fused_output_is_reduced)
+        return shared_output
+
+    def _forward_impl(
+        self,
+        hidden_states: torch.Tensor,  # [num_tokens, hidden_size], a slice of them under sequence parallelism
+        router_logits: torch.Tensor,  # [num_tokens, num_experts]; unused where the layer holds the gate
+        shared_experts_input: torch.Tensor | None,
+        input_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """The layer's routed output, or (shared, routed). COLLECTIVE over the strategy's groups."""
+        if not self.exchanges_tokens:
+            output: torch.Tensor | tuple[torch.Tensor, torch.Tensor] = super()._forward_impl(
+                hidden_states, router_logits, shared_experts_input, input_ids
+            )
+            return output
+        if self.gate is not None:
+            router_logits, _ = self.gate(hidden_states)
+        check_router_logits(hidden_states, router_logits, int(self.moe_config.num_logical_experts))
+        topk_weights, topk_ids = self.router.select_experts(
+            hidden_states=hidden_states,
+            router_logits=router_logits,
+            topk_indices_dtype=torch.int32,
+            input_ids=input_ids,
+        )
+        if self.routed_experts.apply_router_weight_on_input:
+            hidden_states = hidden_states * topk_weights.to(hidden_states.dtype)  # vLLM allows it for top_k == 1 only
+            topk_weights = torch.ones_like(topk_weights)
+
+        step = current_step()
+        topk_ids = self._place(topk_ids, step.plan.sharding)
+        if (ring := trace_ring()) is not None:
+            ring.enter_layer(self.layer_name)
+        shared_experts, compute_shared = self._shared_experts, None
+        if shared_experts is not None:
+            compute_shared = partial(shared_experts, shared_experts_input, SharedExpertsOrder.NO_OVERLAP)
+        finalized = self._pipeline(step.strategy).run(
+            hidden_states,
+            topk_weights,
+            topk_ids,
+            self._compute_experts,
+            step.plan,
+            reduce_results=False,
+            meanwhile=compute_shared,
+        )
+        shared = None if shared_experts is None else shared_experts.output
+        return self._sum_over_tp(finalized.hidden_states, shared, routed_is_complete=finalized.reduced)
+
+    def _place(self, topk_ids: torch.Tensor, sharding: TokenSharding) -> torch.Tensor:
+        """Logical to physical experts, the load counted, where experts are balanced (EPLB); else the ids as they are.
+
+        vLLM's router does both in a Triton kernel, and on a CPU neither.
+        """
+        balanced = self.eplb_state
+        if balanced is None:
+            return topk_ids
+        topology = model_groups(expert_parallel=bool(self.moe_config.use_ep)).topology
+        physical_ids = to_physical(topk_ids, eplb.table_of(balanced), topology, sharding)
+        eplb.count_load(balanced, physical_ids, topology, sharding)
+        return physical_ids
+
+    def _compute_experts(
+        self, expert_input: torch.Tensor, tokens_per_expert: torch.Tensor, _: torch.Tensor | None
+    ) -> torch.Tensor:
+        output: torch.Tensor = self._quant_method.compute(self.routed_experts, expert_input, tokens_per_expert)
+        return output
+
+    def _pipeline(self, strategy: str) -> MoEPipeline:
+        if strategy not in self._pipelines:
+            self._pipelines[strategy] = build(
+                strategy, model_groups(expert_parallel=bool(self.moe_config.use_ep)), int(self.moe_config.num_experts)
+            )
+        return self._pipelines[strategy]
+
+    def _sum_over_tp(
+        self, routed: torch.Tensor, shared: torch.Tensor | None, *, routed_is_complete: bool
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Complete both outputs with at most one all-reduce over tp. Under sequence parallelism both are complete."""
+        tp = model_groups(expert_parallel=bool(self.moe_config.use_ep)).tp
+        if not self.moe_config.is_sequence_parallel and tp.size > 1:
+            if self.moe_config.skip_final_all_reduce:
+                # The caller adds the ranks' outputs up itself, so a complete one may count only once.
+                routed = torch.zeros_like(routed) if routed_is_complete and tp.rank > 0 else routed
+            elif shared is None:
+                routed = routed if routed_is_complete else tp.all_reduce(routed)
+            elif routed_is_complete:
+                shared = tp.all_reduce(shared)
+            else:
+                # Flat, since shared and routed experts of a latent MoE differ in width.
+                sums = tp.all_reduce(torch.cat([shared.flatten(), routed.flatten()]))
+                shared, routed = sums[: shared.numel()].view_as(shared), sums[shared.numel() :].view_as(routed)
+        return routed if shared is None else (shared, routed)
+
+
+def register() -> None:
+    """Have vLLM build our class for its MoE layers."""
+    compat.current().register_out_of_tree(MoERunner, CpuMoERunner)

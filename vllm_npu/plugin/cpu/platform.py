@@ -1,0 +1,116 @@
+"""vLLM's platform on a machine without NPU and GPU: CPU, with expert and data parallelism for MoE models."""
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from vllm.logger import init_logger
+from vllm.platforms.cpu import CpuPlatform
+
+from vllm_npu import envs
+from vllm_npu.core.limits import PORTABLE
+from vllm_npu.core.token_layout import ceil_div
+from vllm_npu.plugin import compat, options
+from vllm_npu.plugin.engine_check import check_engine
+
+if TYPE_CHECKING:
+    from vllm.config import ParallelConfig, VllmConfig
+
+logger = init_logger("vllm.npu.platform")
+
+_own_binding: str | None = None  # the last value that this process gave to it
+
+
+class CpuMoEPlatform(CpuPlatform):
+    """CpuPlatform with our communicator and step plan. It stays a CPU platform: vLLM's CPU worker and attention run."""
+
+    @classmethod
+    def check_and_update_config(cls, vllm_config: "VllmConfig") -> None:
+        """Our checks, then vLLM's, which turns dual batch overlap off without an error. Raises UnsupportedConfigError."""
+        from vllm_npu.plugin.cpu.eplb import check_eplb
+
+        options.check_config(vllm_config)
+        release = compat.current()
+        if release.sequence_parallel_breaks(vllm_config):
+            release.disable_sequence_parallel(vllm_config)
+            logger.warning(
+                "Sequence parallelism is off for %s: vLLM's layer takes a slice of one token for the whole step. The "
+                "strategies slice over TP themselves.",
+                ", ".join(vllm_config.model_config.architectures),
+            )
+        check_eplb(vllm_config)
+        release.set_eplb_worker(vllm_config)
+        super().check_and_update_config(vllm_config)
+        check_engine(vllm_config, PORTABLE)
+        parallel_config = vllm_config.parallel_config
+        if not parallel_config.worker_extension_cls:
+            parallel_config.worker_extension_cls = "vllm_npu.plugin.worker_extension.MoECommWorkerExtension"
+        _bind_threads(parallel_config)
+        _share_memory(vllm_config)
+
+    @classmethod
+    def get_device_communicator_cls(cls) -> str:
+        """Our communicator."""
+        return "vllm_npu.plugin.cpu.communicator.CpuMoECommunicator"
+
+    @classmethod
+    def set_additional_forward_context(cls, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """vLLM calls it once a step: plan the step for our MoE layers. COLLECTIVE where the model has some."""
+        from vllm_npu.plugin.step_planner import plan_step
+
+        return {**super().set_additional_forward_context(*args, **kwargs), **plan_step(**kwargs)}
+
+
+def _ranks_here(parallel_config: "ParallelConfig") -> int:
+    """Ranks on this host. Where data-parallel ones are launched by hand (VLLM_DP_RANK_LOCAL) vLLM does not know: then all."""
+    dp_size = max(parallel_config.data_parallel_size_local, 1)
+    if parallel_config.data_parallel_rank_local is not None:
+        dp_size = parallel_config.data_parallel_size
+    return parallel_config.world_size * dp_size
+
+
+def _bind_threads(parallel_config: "ParallelConfig") -> None:
+    """Share this process's CPUs among the ranks where there are fewer NUMA nodes than ranks.
+
+    vLLM's own binding refuses more tensor-parallel ranks than nodes, and gives the data-parallel ranks of a node all the same
+    CPUs: on 2 cores both the first one, where decode steps take twice as long.
+
+    A binding of the user's stays. One that was made here for an engine before, maybe of another size, is made anew.
+    """
+    global _own_binding
+    if _own_binding is not None and os.environ.get(envs.CPU_OMP_THREADS_BIND) == _own_binding:
+        del os.environ[envs.CPU_OMP_THREADS_BIND]
+    _own_binding = None
+    ranks = _ranks_here(parallel_config)
+    if os.environ.get(envs.CPU_OMP_THREADS_BIND, "auto") != "auto" or ranks <= compat.current().numa_nodes():
+        return
+    cpus = sorted(os.sched_getaffinity(0))
+    shares = [
+        cpus[rank * len(cpus) // ranks : max((rank + 1) * len(cpus) // ranks, rank * len(cpus) // ranks + 1)]
+        for rank in range(ranks)
+    ]
+    _own_binding = os.environ[envs.CPU_OMP_THREADS_BIND] = "|".join(",".join(map(str, share)) for share in shares)
+    logger.info(
+        "%s=%s: %d ranks share %d CPUs, since there are fewer NUMA nodes than ranks",
+        envs.CPU_OMP_THREADS_BIND,
+        os.environ[envs.CPU_OMP_THREADS_BIND],
+        ranks,
+        len(cpus),
+    )
+
+
+def _share_memory(vllm_config: "VllmConfig") -> None:
+    """Share a NUMA node's memory among the ranks on it and all other processes, where nothing was said of it: vLLM's default is
+    nearly all of it for each rank, so that a second one does not start, or both fill it."""
+    from vllm.config import CacheConfig  # not at the top: vLLM loads the platform while it defines its configuration
+
+    cache_config, default = vllm_config.cache_config, CacheConfig.gpu_memory_utilization
+    ranks_of_a_node = ceil_div(_ranks_here(vllm_config.parallel_config), compat.current().numa_nodes())
+    is_set = cache_config.kv_cache_memory_bytes is not None or cache_config.gpu_memory_utilization != default
+    if ranks_of_a_node < 2 or is_set:
+        return
+    cache_config.gpu_memory_utilization = default / (ranks_of_a_node + 1)
+    logger.info(
+        "gpu_memory_utilization=%.2f for each rank: %d share the memory of a NUMA node",
+        cache_config.gpu_memory_utilization,
+        ranks_of_a_node,
+    )

@@ -1,0 +1,16 @@
+"""vLLM's CPU worker, with experts that are balanced while serving."""
+
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+from vllm_npu.plugin import compat
+
+
+class CpuMoEWorker(CPUWorker):
+    """Taken where EPLB is on."""
+
+    def load_model(self, *, load_dummy_weights: bool = False) -> None:
+        """Load the model and start EPLB. Raises UnsupportedConfigError where its experts cannot be balanced."""
+        release = compat.current()
+        with release.unmovable_experts_explained():
+            super().load_model(load_dummy_weights=load_dummy_weights)
+        release.start_eplb(self.model_runner)

@@ -1,0 +1,1 @@
+"""vLLM's platform, communicator and strategy manager on GPUs."""

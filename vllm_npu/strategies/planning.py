@@ -1,0 +1,156 @@
+"""What a layer's exchange will be like before anything runs: legal strategies, auto's choice, bytes, HCCL's buffer."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_npu.core.limits import DeviceLimits, MC2Limits, MoELayer, QuantMode
+from vllm_npu.core.step_plan import StepPlan, TokenSharding
+from vllm_npu.core.token_layout import ceil_div
+from vllm_npu.core.topology import ParallelTopology
+from vllm_npu.strategies.select import distinct_destinations, select, why_not
+from vllm_npu.strategies.table import AUTO, STRATEGIES
+
+ROUTING_BYTES = 8  # of a chosen expert: a float32 weight and an int32 id
+ID_BYTES = 4
+SCALE_BYTES = 4  # of an int8 row
+COUNT_BYTES = 8  # of all2all's exchange of split sizes, to each rank
+
+# Where model families keep them in config.json; the first key that is there counts.
+CONFIG_KEYS = {
+    "experts": ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts"),
+    "topk": ("num_experts_per_tok", "moe_topk", "moe_top_k", "num_experts_per_token"),
+    "hidden": ("moe_latent_size", "hidden_size"),  # experts of a latent MoE take narrower rows
+    "dtype": ("torch_dtype", "dtype"),
+}
+
+
+def facts_of_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """experts, topk, hidden and dtype of a model's config.json; None for what it does not say."""
+    config = {**config, **(config.get("text_config") or {})}  # multimodal models keep the language model's there
+    return {
+        name: next((config[key] for key in keys if config.get(key) is not None), None)
+        for name, keys in CONFIG_KEYS.items()
+    }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StrategyPlan:
+    """One strategy on this layer."""
+
+    strategy: str
+    reason: str | None  # why it cannot run, and what to do; None: it can
+    collectives: int  # of one layer, on one rank
+    bytes_sent: int  # by one rank for one layer, routing uniform over experts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AutoRange:
+    """Steps for which `auto` takes the same strategy."""
+
+    first_tokens: int  # of the fullest DP rank
+    last_tokens: int
+    strategy: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BufferPlan:
+    """HCCL's buffer for one algorithm of MC2."""
+
+    algorithm: str
+    reason: str | None  # why the algorithm cannot run this layer
+    tokens_per_rank: int  # planned for: the step's, or the most that the algorithm takes
+    needed_mb: int | None  # HCCL_BUFFSIZE, MiB
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerPlan:
+    """The whole answer."""
+
+    strategies: tuple[StrategyPlan, ...]
+    auto: tuple[AutoRange, ...]
+    buffers: tuple[BufferPlan, ...]
+
+
+def plan_layer(layer: MoELayer, topology: ParallelTopology, device: DeviceLimits, num_tokens: int) -> LayerPlan:
+    """Plan for steps of up to `num_tokens` tokens on each DP rank, replicated over TP. LOCAL."""
+    strategies = tuple(
+        StrategyPlan(
+            strategy=name,
+            reason=why_not(name, topology, layer, device),
+            collectives=collectives(name, topology),
+            bytes_sent=bytes_sent(
+                name, layer, topology, num_tokens, native_mc2=device.mc2 is not None and device.mc2.native
+            ),
+        )
+        for name in STRATEGIES
+    )
+    tokens_per_rank = ceil_div(num_tokens, topology.tp_size)
+    algorithms = [limits for limits in (device.mc2, device.mc2_hierarchy) if limits is not None and limits.native]
+    return LayerPlan(
+        strategies=strategies,
+        auto=auto_ranges(layer, topology, device, num_tokens),
+        buffers=tuple(_buffer(limits, layer, topology.ep_size, tokens_per_rank) for limits in algorithms),
+    )
+
+
+def auto_ranges(
+    layer: MoELayer, topology: ParallelTopology, device: DeviceLimits, max_tokens: int
+) -> tuple[AutoRange, ...]:
+    """What `auto` takes for steps of 1 to max_tokens tokens on the fullest DP rank."""
+    ranges: list[AutoRange] = []
+    for tokens in range(1, max_tokens + 1):
+        step = StepPlan(num_tokens_across_dp=(tokens,) * topology.dp_size, sharding=TokenSharding.REPLICATED)
+        chosen = select(AUTO, topology, step, layer=layer, device=device)
+        first = tokens
+        if ranges and ranges[-1].strategy == chosen.strategy:
+            first = ranges.pop().first_tokens
+        ranges.append(AutoRange(first_tokens=first, last_tokens=tokens, strategy=chosen.strategy, reason=chosen.reason))
+    return tuple(ranges)
+
+
+def collectives(strategy: str, topology: ParallelTopology) -> int:
+    """Collectives of one layer, tokens replicated over TP."""
+    dp, tp = topology.dp_size, topology.tp_size
+    over_ranks = {"mc2": 2, "all2all": 3, "allgather": 2 if dp > 1 else 0, "naive": dp + 1 if dp > 1 else 0}
+    return over_ranks[strategy] + (tp > 1)
+
+
+def bytes_sent(strategy: str, layer: MoELayer, topology: ParallelTopology, num_tokens: int, *, native_mc2: bool) -> int:
+    """Bytes that one rank sends to others for one layer: num_tokens real tokens on each DP rank, replicated over TP.
+
+    As RecordingTransport counts them. all2all and native mc2: the mean over uniform routing.
+    """
+    tp, dp, world = topology.tp_size, topology.dp_size, topology.world_size
+    hidden = layer.hidden_size * layer.dtype.itemsize
+    there_and_back = sum(row_bytes(strategy, layer, native_mc2=native_mc2))
+    if strategy in ("allgather", "naive"):
+        return (dp - 1) * num_tokens * there_and_back + 2 * (tp - 1) * num_tokens * hidden // tp
+    rows = ceil_div(num_tokens, tp)
+    gather_over_tp = (tp - 1) * rows * hidden
+    if strategy == "all2all":
+        sent_rows = rows * distinct_destinations(layer.num_experts, topology.ep_size, layer.top_k) * (world - 1) / world
+        return round(sent_rows * there_and_back) + (world - 1) * COUNT_BYTES + gather_over_tp
+    if native_mc2:
+        return rows * layer.top_k * there_and_back * (world - 1) // world + gather_over_tp
+    return rows * (world - 1) * there_and_back + gather_over_tp
+
+
+def row_bytes(strategy: str, layer: MoELayer, *, native_mc2: bool) -> tuple[int, int]:
+    """Bytes of one row on its way to the experts, with what travels beside it, and on its way back.
+
+    A row is a token for one rank; of native mc2, for one expert; of portable mc2, one slot of a rank, back with top_k rows.
+    """
+    back = layer.hidden_size * layer.dtype.itemsize
+    there = back if layer.quant_mode is QuantMode.NONE else layer.hidden_size + SCALE_BYTES
+    if strategy != "mc2":
+        return there + layer.top_k * ROUTING_BYTES, back
+    return (there, back) if native_mc2 else (there + layer.top_k * ID_BYTES, layer.top_k * back)
+
+
+def _buffer(limits: MC2Limits, layer: MoELayer, ep_size: int, tokens_per_rank: int) -> BufferPlan:
+    planned = min(tokens_per_rank, limits.max_tokens_per_rank)
+    reason = limits.why_not(layer, ep_size)
+    needed = None if reason else limits.buffer_mb(layer, ep_size, planned)
+    return BufferPlan(algorithm=limits.name, reason=reason, tokens_per_rank=planned, needed_mb=needed)

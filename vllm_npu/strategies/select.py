@@ -1,0 +1,160 @@
+"""Which strategy a step takes, and the pipeline of each. select() sees only facts that are equal on every rank."""
+
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+from vllm_npu.core.limits import NVLINK, PORTABLE, DeviceLimits, MoELayer, QuantMode
+from vllm_npu.core.step_plan import StepPlan
+from vllm_npu.core.topology import ParallelTopology
+from vllm_npu.errors import UnsupportedConfigError
+from vllm_npu.strategies.pipeline import MoEPipeline
+from vllm_npu.strategies.table import ALL_STRATEGIES, AUTO
+from vllm_npu.transport.base import Groups
+
+# all2all sends a token to its distinct destination ranks, allgather to all. Below this share of the ranks the bytes saved
+# pay for the exchange of counts. Chosen from the byte model, not yet from measurements on a cluster.
+ALL2ALL_MAX_SHARE_OF_RANKS = 0.75
+
+SHARED_EXPERTS_NEED_MC2 = (
+    "cannot send tokens to shared experts on ranks of their own; use mc2, or put them on every rank"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """What a step takes, and why: for logs and errors."""
+
+    strategy: str
+    reason: str
+
+
+def why_not(
+    name: str, topology: ParallelTopology, layer: MoELayer | None = None, device: DeviceLimits = PORTABLE
+) -> str | None:
+    """Why a strategy can never run this layer (None: any layer) here, whatever the step, and what to do; or None."""
+    device = device.for_layer(layer, topology.ep_size)
+    if ALL_STRATEGIES[name].needs_expert_parallel and topology.ep_size == 1:
+        return (
+            f"{name} needs ep_size > 1 (got 1 on {topology}); use allgather, or start vLLM with --enable-expert-parallel on "
+            "more than one rank"
+        )
+    if layer is not None and layer.shared_expert_ranks and name != "mc2":
+        return f"{name} {SHARED_EXPERTS_NEED_MC2}"
+    instead = "all2all" if device.all2all else "allgather"
+    if name == "mc2" and device.mc2 is None:
+        return f"{device.family} has no MC2; use {instead}"
+    if name == "mc2" and device.mc2 is not None and layer is not None:
+        reason = device.mc2.why_not(layer, topology.ep_size)
+        return reason and f"{reason}; use {instead}"
+    if name == "symmetric" and device.symmetric is None:
+        return f"symmetric needs GPUs of one host that can write each other's memory; use {instead}"
+    if name == "symmetric" and device.symmetric is not None and topology.ep_size > device.symmetric.max_ep_size:
+        return f"symmetric takes up to {device.symmetric.max_ep_size} ranks, not {topology.ep_size}; use {instead}"
+    if name == "all2all" and not device.all2all:
+        return f"{device.family} runs allgather and naive only; use allgather"
+    return None
+
+
+def check_strategy(
+    name: str, topology: ParallelTopology, layer: MoELayer | None = None, device: DeviceLimits = PORTABLE
+) -> None:
+    """Raise UnsupportedConfigError unless `name` is auto or a strategy that can run here, as why_not says."""
+    if name == AUTO:
+        return
+    if name not in ALL_STRATEGIES:
+        raise UnsupportedConfigError(f"unknown moe_comm {name!r}; there are: {AUTO}, {', '.join(ALL_STRATEGIES)}")
+    reason = why_not(name, topology, layer, device)
+    if reason is not None:
+        raise UnsupportedConfigError(reason)
+
+
+def distinct_destinations(num_experts: int, ep_size: int, top_k: int) -> float:
+    """Expected number of ranks that a token's top_k experts lie on, for uniform routing."""
+    elsewhere = 1.0
+    for chosen in range(top_k):
+        elsewhere *= max(num_experts - num_experts / ep_size - chosen, 0) / (num_experts - chosen)
+    return ep_size * (1 - elsewhere)
+
+
+def select(
+    requested: str,
+    topology: ParallelTopology,
+    step: StepPlan,
+    *,
+    layer: MoELayer,
+    device: DeviceLimits = PORTABLE,
+) -> Selection:
+    """The strategy of a step. LOCAL, and equal on all ranks: no argument may be a rank's own fact.
+
+    `requested` is taken as it is, but for mc2 and symmetric above their capacity, which become all2all, in a captured step
+    allgather. Raises UnsupportedConfigError as check_strategy does, and where a captured step would take a strategy that no
+    graph of this device can hold.
+    """
+    check_strategy(requested, topology, layer, device)
+    selection = _select(requested, topology, step, layer, device)
+    if step.captured and selection.strategy not in device.captures:
+        instead = f"use {' or '.join(device.captures)}, or " if device.captures else ""
+        raise UnsupportedConfigError(
+            f"{selection.strategy} ({selection.reason}) reads sizes on the host, so no graph can hold it on {device.family}; "
+            f"{instead}start vLLM with --enforce-eager"
+        )
+    return selection
+
+
+def _select(
+    requested: str, topology: ParallelTopology, step: StepPlan, layer: MoELayer, device: DeviceLimits
+) -> Selection:
+    device = device.for_layer(layer, topology.ep_size)
+    tokens_per_rank = step.padded_tokens(topology.tp_size) // topology.tp_size
+    instead = "allgather" if step.captured else "all2all"
+    if not device.fits(requested, tokens_per_rank):
+        most = device.capacities[requested]
+        return Selection(instead, f"{requested} takes {most} tokens a rank, this step brings {tokens_per_rank}")
+    lacks_mask = device.mc2 is not None and not device.mc2.takes_mask and not step.divides_over_tp(topology.tp_size)
+    if requested == "mc2" and lacks_mask:
+        return Selection(instead, f"mc2 takes no mask here, and not every rank has tokens, TP ranks as many, in {step}")
+    if requested != AUTO:
+        return Selection(requested, "requested")
+    if topology.ep_size == 1:
+        return Selection("allgather", "auto: no expert parallelism")
+    if not device.all2all:
+        return Selection("allgather", f"auto: {device.family} runs allgather and naive only")
+    kernels = ("symmetric", "mc2") if device.mc2 is not None and device.mc2.native else ("symmetric",)
+    for name in kernels:
+        if name == "mc2" and lacks_mask:
+            continue
+        if device.fits(name, tokens_per_rank) and why_not(name, topology, layer, device) is None:
+            return Selection(name, f"auto: {tokens_per_rank} tokens a rank fit {device.capacities[name]}")
+    if step.captured:
+        return Selection("allgather", f"auto: a captured step of {tokens_per_rank} tokens a rank")
+    share = distinct_destinations(layer.num_experts, topology.ep_size, layer.top_k) / topology.ep_size
+    if share <= ALL2ALL_MAX_SHARE_OF_RANKS:
+        return Selection("all2all", f"auto: a token needs {share:.0%} of the {topology.ep_size} ranks")
+    return Selection("allgather", f"auto: a token needs {share:.0%} of the {topology.ep_size} ranks")
+
+
+def build(
+    name: str,
+    groups: Groups,
+    num_experts: int,
+    quant_mode: QuantMode = QuantMode.NONE,
+    shared_expert_ranks: int = 0,
+) -> MoEPipeline:
+    """The strategy's pipeline on these groups. LOCAL. Raises UnsupportedConfigError for an unknown name, and where the
+    topology or the transport cannot carry it."""
+    check_strategy(name, groups.topology, device=NVLINK)  # whether memory is shared, the dispatcher itself finds out
+    if shared_expert_ranks and name != "mc2":
+        raise UnsupportedConfigError(f"{name} {SHARED_EXPERTS_NEED_MC2}")
+    row = ALL_STRATEGIES[name]
+    return MoEPipeline(
+        prepare_finalize=_class(row.prepare_finalize)(groups),
+        dispatcher=_class(row.dispatcher)(groups, num_experts, quant_mode, shared_expert_ranks),
+    )
+
+
+@cache
+def _class(path: str) -> Any:
+    module, _, attribute = path.partition(":")
+    return getattr(import_module(module), attribute)

@@ -1,0 +1,83 @@
+"""What must hold before the first token: pure functions of facts that are equal on every rank."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from vllm_npu.core.limits import DeviceLimits, MC2Limits, MoELayer
+from vllm_npu.core.step_plan import StepPlan, TokenSharding
+from vllm_npu.core.token_layout import ceil_div
+from vllm_npu.core.topology import ExpertPlacement, ParallelTopology
+from vllm_npu.errors import DeviceLimitError, HcclBufferError, UnsupportedDeviceError
+from vllm_npu.strategies.select import check_strategy, select, why_not
+from vllm_npu.strategies.table import AUTO
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedShape:
+    """The steps that the engine is configured for, in tokens of one DP rank."""
+
+    decode_tokens: int  # all sequences decode at once: the steps that mc2 is for
+    graph_tokens: tuple[int, ...] = ()  # steps that run as captured graphs; none: eager
+
+
+def check_start(
+    requested: str,
+    topology: ParallelTopology,
+    layer: MoELayer,
+    device: DeviceLimits,
+    *,
+    shape: PlannedShape,
+    hccl_buffer_mb: int,
+) -> DeviceLimits:
+    """`device`, with MC2's capacity cut to what HCCL's buffer takes. LOCAL, and the same on all ranks that have the same
+    HCCL_BUFFSIZE.
+
+    Raises UnsupportedDeviceError for a chip without the op of `requested`, DeviceLimitError for a layer past its limits,
+    HcclBufferError where even the decode steps do not fit the buffer, UnsupportedConfigError where the experts do not divide
+    over the ranks, and for a strategy that reads counts on the host inside of a captured graph.
+    """
+    ExpertPlacement(layer.num_experts, topology.ep_size, layer.shared_expert_ranks)
+    device = device.for_layer(layer, topology.ep_size)
+    check_strategy(AUTO if requested == "mc2" else requested, topology, layer, device)
+    reason = why_not("mc2", topology, layer, device)
+    if requested == "mc2" and reason is not None:
+        raise (UnsupportedDeviceError if device.mc2 is None else DeviceLimitError)(reason)
+    if reason is None and device.mc2 is not None:  # whatever is requested now: a living engine may be told mc2 later
+        if requested in (AUTO, "mc2"):
+            _check_buffer(topology, layer, device.mc2, shape, hccl_buffer_mb)
+        device = replace(device, mc2=_within_buffer(topology, layer, device.mc2, hccl_buffer_mb))
+    for tokens in shape.graph_tokens:
+        counts = (tokens,) * topology.dp_size
+        step = StepPlan(num_tokens_across_dp=counts, sharding=TokenSharding.REPLICATED, captured=True)
+        select(requested, topology, step, layer=layer, device=device)
+    return device
+
+
+def _check_buffer(
+    topology: ParallelTopology, layer: MoELayer, limits: MC2Limits, shape: PlannedShape, hccl_buffer_mb: int
+) -> None:
+    planned = min(ceil_div(shape.decode_tokens, topology.tp_size), limits.max_tokens_per_rank)
+    needed = limits.buffer_mb(layer, topology.ep_size, planned)
+    if needed is not None and needed > hccl_buffer_mb:
+        raise HcclBufferError(
+            f"{limits.name} needs HCCL_BUFFSIZE={needed} for steps of {planned} tokens a rank ({topology}, "
+            f"{layer.num_experts} experts, hidden size {layer.hidden_size}), and it is {hccl_buffer_mb} (MiB); export "
+            f"HCCL_BUFFSIZE={needed} on every rank, lower --max-num-seqs, or choose another moe_comm"
+        )
+
+
+def _within_buffer(topology: ParallelTopology, layer: MoELayer, limits: MC2Limits, hccl_buffer_mb: int) -> MC2Limits:
+    capacity = limits.max_tokens_per_rank
+    while capacity > 0 and (limits.buffer_mb(layer, topology.ep_size, capacity) or 0) > hccl_buffer_mb:
+        capacity -= 1
+    return replace(limits, max_tokens_per_rank=capacity)
+
+
+def describe_capacity(device: DeviceLimits, topology: ParallelTopology, layers: Sequence[MoELayer]) -> str:
+    """One line for the log: what MC2 takes here, or why it runs no step."""
+    for layer in layers:
+        reason = why_not("mc2", topology, layer, device)
+        if reason is not None:
+            return f"no mc2: {reason}"
+    capacity = device.capacities.get("mc2")
+    return f"mc2 takes up to {capacity} tokens a rank"

@@ -1,0 +1,1 @@
+"""What never runs in service: references, verification, benchmarks, simulation, ranks and engines for tests."""

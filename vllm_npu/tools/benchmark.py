@@ -1,0 +1,231 @@
+"""Times of the exchanges of a mixture-of-experts layer: every strategy beside its peers, on the same ranks, in one run.
+
+An exchange is what lies between a rank's tokens and the ranks that compute on them, both ways, experts left out. What is
+timed: prepare and finalize for allgather and naive, and slots for symmetric: their sort by expert on the rank itself is left
+out, as the peers leave it to the expert kernels; prepare, dispatch, combine and finalize for mc2 and all2all.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from vllm_npu.core.limits import MoELayer
+from vllm_npu.core.step_plan import StepPlan, TokenSharding
+from vllm_npu.errors import UnsupportedConfigError
+from vllm_npu.strategies.dispatch.symmetric import SymmetricDispatcher
+from vllm_npu.strategies.select import build, check_strategy, why_not
+from vllm_npu.strategies.table import ALL_STRATEGIES
+from vllm_npu.tools.launch import Rank
+from vllm_npu.tools.peers import Peer, PeerExchanges, Tokens
+from vllm_npu.tools.reference import select_topk
+from vllm_npu.tools.verification import limits_of_device
+from vllm_npu.transport.base import Groups, Transport
+from vllm_npu.trust.recording import CollectiveCounter
+
+HOST_READS_SIZES = ("all2all",)  # in what is timed here, where sorts by expert are left out: no graph can hold it
+WARM_UP_ROUNDS = 5
+CALLS_IN_A_GRAPH = 10  # one behind another, so that starting the graph costs each a tenth
+LINK_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20, "npu": 16 << 20}  # what each rank sends to find the bandwidth
+PEER, STRATEGY = "peer", "strategy"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """One step: all ranks data parallel, routing uniform."""
+
+    counts: tuple[int, ...]  # tokens of each rank
+    layer: MoELayer
+    rounds: int  # each times every exchange once
+    graph: bool = False  # replay captured CUDA graphs
+    only: str | None = None  # this strategy beside the peers; None: all that can run
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """One exchange. Times are those of the slowest rank in each round, in microseconds."""
+
+    name: str
+    kind: str  # "strategy" or "peer"
+    us_median: float
+    us_p10: float
+    us_p90: float
+    collectives: int
+    bytes_sent_per_rank: float  # mean over ranks
+    share_of_limit: (
+        float  # time that the bytes take at the bandwidth of one large all-to-all in this run, over us_median
+    )
+
+
+def counts_of(tokens: int, ranks: int, skew: float) -> tuple[int, ...]:
+    """`tokens` on the first rank, a skew-th of them, and at least one, on each other."""
+    return (tokens, *[max(1, math.ceil(tokens / skew))] * (ranks - 1))
+
+
+def measure(rank: Rank, workload: Workload) -> list[Result]:
+    """Every strategy and every peer on this workload. COLLECTIVE over all ranks; the same result on each."""
+    if len(workload.counts) != rank.num_ranks:
+        raise UnsupportedConfigError(f"{len(workload.counts)} token counts for {rank.num_ranks} ranks; give one a rank")
+    if workload.graph and rank.device.type != "cuda":
+        raise UnsupportedConfigError(f"graphs are captured on GPUs only, not on {rank.device.type}; leave --graph out")
+    groups = rank.groups(tp_size=1, dp_size=rank.num_ranks)
+    tokens = _tokens(rank, workload)
+    exchanges = _strategies(rank, workload, tokens) | _peers(groups, tokens)
+    clock = _clock(rank, groups.ep, workload.graph)
+    times = _times(clock, [peer.run for _, peer in exchanges.values()], workload.rounds)  # [exchanges, rounds]
+    slowest = groups.ep.all_gather(times.to(rank.device)[None]).amax(0)
+    bytes_sent = torch.tensor([peer.bytes_sent for _, peer in exchanges.values()], dtype=torch.float64)
+    mean_bytes = groups.ep.all_gather(bytes_sent.to(rank.device)[None]).mean(0).tolist()
+    bandwidth = _bandwidth(rank, groups.ep)
+    results = []
+    for (name, (kind, peer)), us, sent in zip(exchanges.items(), slowest.cpu(), mean_bytes, strict=True):
+        median = float(us.median())
+        results.append(
+            Result(
+                name=name,
+                kind=kind,
+                us_median=median,
+                us_p10=float(us.quantile(0.1)),
+                us_p90=float(us.quantile(0.9)),
+                collectives=peer.collectives,
+                bytes_sent_per_rank=sent,
+                share_of_limit=sent / bandwidth / median,
+            )
+        )
+    return results
+
+
+def _tokens(rank: Rank, workload: Workload) -> Tokens:
+    generator = torch.Generator().manual_seed(workload.seed + rank.rank)
+    layer, num_tokens = workload.layer, workload.counts[rank.rank]
+    logits = torch.randn(num_tokens, layer.num_experts, generator=generator)
+    weights, ids = select_topk(logits, layer.top_k)
+    hidden_states = torch.randn(num_tokens, layer.hidden_size, generator=generator).to(layer.dtype)
+    return Tokens(
+        hidden_states=hidden_states.to(rank.device),
+        router_logits=logits.to(rank.device),
+        topk_weights=weights.to(rank.device),
+        topk_ids=ids.to(rank.device),
+        counts=workload.counts,
+    )
+
+
+def _strategies(rank: Rank, workload: Workload, tokens: Tokens) -> dict[str, tuple[str, Peer]]:
+    groups = rank.groups(tp_size=1, dp_size=rank.num_ranks)
+    limits = limits_of_device(rank)
+    found = {}
+    if workload.only is not None:
+        check_strategy(workload.only, groups.topology, workload.layer, limits)
+    for name in ALL_STRATEGIES if workload.only is None else (workload.only,):
+        fits = limits.fits(name, max(workload.counts)) and not (workload.graph and name in HOST_READS_SIZES)
+        if fits and why_not(name, groups.topology, workload.layer, limits) is None:
+            counter = CollectiveCounter()
+            counted = _exchange(name, rank.groups(tp_size=1, dp_size=rank.num_ranks, counter=counter), tokens, workload)
+            counted()
+            run = _exchange(name, groups, tokens, workload)
+            found[name] = (STRATEGY, Peer(run, counter.calls.total(), counter.bytes_sent.total()))
+    return found
+
+
+def _exchange(name: str, groups: Groups, tokens: Tokens, workload: Workload) -> Callable[[], torch.Tensor]:
+    pipeline = build(name, groups, workload.layer.num_experts)
+    step = StepPlan(num_tokens_across_dp=workload.counts, sharding=TokenSharding.REPLICATED)
+    routing = (tokens.topk_weights, tokens.topk_ids)
+
+    def prepare_and_finalize() -> torch.Tensor:
+        prepared = pipeline.prepare_finalize.prepare(tokens.hidden_states, routing, step)
+        return pipeline.prepare_finalize.finalize(prepared.hidden_states, prepared.handle).hidden_states
+
+    def whole() -> torch.Tensor:
+        return pipeline.run(tokens.hidden_states, *routing, lambda rows, *_: rows, step).hidden_states
+
+    def slots() -> torch.Tensor:
+        dispatcher = pipeline.dispatcher
+        if not isinstance(dispatcher, SymmetricDispatcher):
+            raise TypeError(f"{name} has a {type(dispatcher).__name__}, which has no slots")
+        prepared = pipeline.prepare_finalize.prepare(tokens.hidden_states, routing, step)
+        weights, ids = prepared.per_token
+        sent = dispatcher.dispatch_slots(prepared.hidden_states, weights, ids, prepared.mask)
+        combined = dispatcher.combine_slots(sent.hidden_states, sent.handle)
+        return pipeline.prepare_finalize.finalize(combined, prepared.handle).hidden_states
+
+    return {"allgather": prepare_and_finalize, "naive": prepare_and_finalize, "symmetric": slots}.get(name, whole)
+
+
+def _peers(groups: Groups, tokens: Tokens) -> dict[str, tuple[str, Peer]]:
+    return {name: (PEER, peer) for name, peer in PeerExchanges(groups.ep, tokens).all().items()}
+
+
+Clock = Callable[[Callable[[], object]], float]
+"""Runs a function, all ranks from the same moment on, and gives the microseconds of one call."""
+
+
+def _clock(rank: Rank, transport: Transport, graph: bool) -> Clock:
+    """The host's clock; on GPUs the device's, from the first kernel of a call to its last."""
+
+    def host(run: Callable[[], object]) -> float:
+        transport.barrier()
+        start = time.perf_counter()
+        run()
+        if rank.device.type != "cpu":
+            torch.accelerator.synchronize()
+        return (time.perf_counter() - start) * 1e6
+
+    def device(run: Callable[[], object]) -> float:
+        transport.barrier()
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) * 1e3
+
+    captured: dict[Callable[[], object], torch.cuda.CUDAGraph] = {}
+
+    def replay(run: Callable[[], object]) -> float:
+        if run not in captured:
+            run()
+            torch.cuda.synchronize()
+            captured[run] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(captured[run]):
+                for _ in range(CALLS_IN_A_GRAPH):
+                    run()
+        return device(captured[run].replay) / CALLS_IN_A_GRAPH
+
+    if graph:
+        return replay
+    return device if rank.device.type == "cuda" else host
+
+
+def _times(clock: Clock, runs: list[Callable[[], torch.Tensor]], rounds: int) -> torch.Tensor:
+    """[runs, rounds] float64 on the CPU's side of things: exchanges alternate, so that a slow moment hits all of them."""
+    for _ in range(WARM_UP_ROUNDS):
+        for run in runs:
+            clock(run)
+    return torch.tensor([[clock(run) for run in runs] for _ in range(rounds)], dtype=torch.float64).t().contiguous()
+
+
+def _bandwidth(rank: Rank, transport: Transport) -> float:
+    """Bytes that a rank sends in a microsecond, in one large all-to-all."""
+    part = LINK_BYTES[rank.device.type] // transport.size
+    x = torch.zeros(part * transport.size, dtype=torch.uint8, device=rank.device)
+    sizes = [part] * transport.size
+    clock = _clock(rank, transport, graph=False)
+    fastest = min(clock(lambda: transport.all_to_all(x, sizes, sizes)) for _ in range(5))
+    slowest = transport.all_gather(torch.tensor([fastest], dtype=torch.float64, device=rank.device)).max()
+    return part * (transport.size - 1) / float(slowest)
+
+
+def best(results: list[Result]) -> Result:
+    """The fastest strategy."""
+    return min((each for each in results if each.kind == STRATEGY), key=lambda each: each.us_median)
+
+
+def with_ratios(results: list[Result]) -> Iterator[tuple[Result, float]]:
+    """Each result with its time over AgRs's."""
+    agrs = next(each.us_median for each in results if each.name == "AgRs")
+    for each in results:
+        yield each, each.us_median / agrs

@@ -1,0 +1,60 @@
+"""doctor's look at an engine that has not been started: the plugin's start-up check on a config.json.
+
+    python -m vllm_npu.tools.doctor.engine_findings JSON
+
+Prints Findings as JSON. A process of its own, since the check needs torch.
+"""
+
+import json
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from vllm_npu.core.limits import DEVICES, PORTABLE
+from vllm_npu.core.topology import ParallelTopology
+from vllm_npu.envs import HCCL_BUFFSIZE
+from vllm_npu.errors import UnsupportedConfigError, VllmNpuError
+from vllm_npu.strategies.start_checks import PlannedShape, check_start, describe_capacity
+from vllm_npu.tools.doctor.findings import OK, Finding
+from vllm_npu.tools.layers import layer_of_model
+
+CHECK = "engine"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedEngine:
+    """What is to be started."""
+
+    model: str  # config.json, or its folder
+    soc: str | None  # a family of limits.DEVICES; None: no NPU
+    ep: int  # ranks of the grid, over which the experts are spread
+    tp: int
+    max_num_seqs: int  # sequences that a data-parallel rank decodes at once
+    moe_comm: str
+
+
+def findings_of(engine: PlannedEngine) -> list[Finding]:
+    """What the plugin would say at the start: one refusal, or what it would run."""
+    try:
+        if engine.soc is not None and engine.soc not in DEVICES:
+            raise UnsupportedConfigError(f"there is no --soc {engine.soc}; name one of {', '.join(DEVICES)}")
+        if engine.ep % engine.tp:
+            raise UnsupportedConfigError(f"--ep {engine.ep} is no multiple of --tp {engine.tp}; choose ep = tp * dp")
+        layer = layer_of_model(Path(engine.model))
+        topology = ParallelTopology.of_rank(0, tp_size=engine.tp, dp_size=engine.ep // engine.tp)
+        limits = check_start(
+            engine.moe_comm,
+            topology,
+            layer,
+            PORTABLE if engine.soc is None else DEVICES[engine.soc],
+            shape=PlannedShape(decode_tokens=engine.max_num_seqs),
+            hccl_buffer_mb=HCCL_BUFFSIZE.read_whole_number(),
+        )
+    except VllmNpuError as error:
+        return [Finding.refusal(CHECK, f"{type(error).__name__}: {error}")]
+    capacity = describe_capacity(limits, topology, [layer])
+    return [Finding(CHECK, OK, f"moe_comm={engine.moe_comm} may start on {limits.family}, {topology}; {capacity}")]
+
+
+if __name__ == "__main__":
+    print(json.dumps([asdict(finding) for finding in findings_of(PlannedEngine(**json.loads(sys.argv[1])))]))

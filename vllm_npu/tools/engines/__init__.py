@@ -1,0 +1,1 @@
+"""Starts, watches and stops vLLM engines, for the demo, serve and tests."""

@@ -1,0 +1,223 @@
+"""The engines of one topology: one vLLM process per data-parallel rank, led from strategy to strategy.
+
+The other side of the pipes is `vllm_npu.tools.engines.offline_engine`.
+"""
+
+import json
+import os
+import selectors
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vllm_npu.tools.engines.engine_processes import (
+    EngineFailedError,
+    EngineProcesses,
+    Parallelism,
+    end_of,
+    engine_environment,
+    free_port,
+)
+from vllm_npu.tools.engines.offline_engine import EngineRequest, StrategyResult
+from vllm_npu.tools.engines.process_tree import ProcessTree
+from vllm_npu.tools.engines.stop_signals import StopSignals
+
+START_SECONDS = 420.0  # longest wait for an engine to load; torch.compile included
+STRATEGY_SECONDS = 180.0  # longest wait for one strategy's answers
+ORDERLY_STOP_SECONDS = 20.0  # for idle engines to end by themselves
+FORCED_STOP_SECONDS = 3.0  # for interrupted or failing ones; what is left is killed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generation:
+    """What all ranks of one topology generated with one strategy."""
+
+    strategy: str | None  # as asked; None: vLLM's own
+    tokens: list[list[int]]  # one list per prompt, in the order of the prompts
+    seconds: float  # of the slowest rank
+    counters: list[dict[str, Any]]  # one per worker of every rank
+    smallest_margin: float | None  # see StrategyResult
+
+
+class EngineSet(EngineProcesses):
+    """Engines for one model and topology.
+
+    Prompt i goes to data-parallel rank i modulo the number of ranks. `strategies` is the order in which `generate` will
+    go through them, `[None]` for vanilla vLLM, with this project's plugin switched off.
+    """
+
+    def __init__(
+        self,
+        model: Path,
+        parallelism: Parallelism,
+        *,
+        strategies: Sequence[str | None],
+        prompts: Sequence[list[int]],
+        max_tokens: Sequence[int],  # one per prompt
+        folder: Path,  # for logs; the caller removes it
+        caches: Path,  # of vLLM, shared or not; the caller removes them
+        compiled: bool = False,
+        measure_margins: bool = False,
+        stop_signals: StopSignals | None = None,
+        environment: Mapping[str, str] | None = None,  # on top of os.environ
+        engine_args: Mapping[str, Any] | None = None,  # further vllm.EngineArgs, by their Python names
+    ) -> None:
+        own = engine_environment(caches, vanilla=not any(strategies))
+        super().__init__(folder, {**own, **(environment or {})}, stop_signals or StopSignals())
+        self.parallelism = parallelism
+        self._name = f"{model.name} {parallelism}"
+        if not compiled:
+            # vLLM compiles small functions of its own (a vocabulary's shard, ranks of log-probabilities) even when told
+            # to be eager: 15 s and more before the first token.
+            self._environment["TORCHDYNAMO_DISABLE"] = "1"
+        self._remaining = list(strategies)
+        self._ranks: list[_Rank] = []
+        ranks = parallelism.data_parallel_size
+        port = free_port() if ranks > 1 else 0
+        self._requests = [
+            EngineRequest(
+                model=str(model),
+                prompts=list(prompts[rank::ranks]),
+                max_tokens=list(max_tokens[rank::ranks]),
+                strategies=list(strategies),
+                tensor_parallel_size=parallelism.tensor_parallel_size,
+                data_parallel_size=ranks,
+                data_parallel_rank=rank,
+                data_parallel_port=port,
+                enable_expert_parallel=parallelism.expert_parallel,
+                enforce_eager=not compiled,
+                await_go=True,
+                measure_margins=measure_margins,
+                engine_args=dict(engine_args or {}),
+            )
+            for rank in range(ranks)
+        ]
+
+    def _start(self) -> None:
+        for request in self._requests:
+            with self._stop_signals.held():
+                self._ranks.append(_Rank(request, self._environment, self._folder))
+
+    @property
+    def trees(self) -> list[ProcessTree]:
+        """The processes of every rank, in rank order."""
+        return [rank.tree for rank in self._ranks]
+
+    def wait_until_ready(self) -> float:
+        """Wait until every engine has loaded; returns the seconds it took. Raises EngineFailedError."""
+        events = self._collect("ready", START_SECONDS, doing="starting")
+        return max(float(event["seconds"]) for event in events)
+
+    def generate(self) -> Generation:
+        """Let all ranks generate with the next strategy, and put their answers together. Raises EngineFailedError."""
+        strategy = self._remaining.pop(0)
+        for rank in self._ranks:
+            rank.go()
+        doing = f"generating with {strategy or 'vanilla vLLM'}"
+        results = [
+            StrategyResult.from_event(event) for event in self._collect("finished", STRATEGY_SECONDS, doing=doing)
+        ]
+        num_prompts = sum(len(result.tokens) for result in results)
+        margins = [result.smallest_margin for result in results if result.smallest_margin is not None]
+        return Generation(
+            strategy=strategy,
+            tokens=[results[i % len(results)].tokens[i // len(results)] for i in range(num_prompts)],
+            seconds=max(result.seconds for result in results),
+            counters=[counters for result in results for counters in result.counters],
+            smallest_margin=min(margins, default=None),
+        )
+
+    def _stop(self, *, orderly: bool) -> None:
+        for rank in self._ranks:
+            rank.hang_up()
+            if not orderly:
+                rank.tree.terminate()
+        deadline = time.monotonic() + (ORDERLY_STOP_SECONDS if orderly else FORCED_STOP_SECONDS)
+        for rank in self._ranks:
+            rank.tree.stop(grace_seconds=max(0.0, deadline - time.monotonic()))
+
+    def _collect(self, event: str, timeout: float, *, doing: str) -> list[dict[str, Any]]:
+        """One line of kind `event` from every rank, in rank order."""
+        deadline = time.monotonic() + timeout
+        received: dict[int, dict[str, Any]] = {}
+        with selectors.DefaultSelector() as selector:
+            for index, rank in enumerate(self._ranks):
+                selector.register(rank.answers, selectors.EVENT_READ, index)
+            while len(received) < len(self._ranks):
+                readable = selector.select(max(0.0, deadline - time.monotonic()))
+                if not readable:
+                    silent = [i for i in range(len(self._ranks)) if i not in received]
+                    raise self._failure(silent, doing, f"gave no answer for {timeout:.0f} s")
+                for key, _ in readable:
+                    line = self._ranks[key.data].read_line()
+                    if line is None:
+                        status = self._ranks[key.data].tree.process.wait()
+                        raise self._failure([key.data], doing, f"ended with exit status {status}")
+                    if line:
+                        answer = json.loads(line)
+                        if answer["event"] != event:
+                            raise self._failure([key.data], doing, f"answered {answer['event']!r}, not {event!r}")
+                        received[key.data] = answer
+        for rank in self._ranks:
+            rank.tree.note_shared_memory()
+        return [received[index] for index in range(len(self._ranks))]
+
+    def _failure(self, indices: list[int], doing: str, what: str) -> EngineFailedError:
+        logs = "\n".join(end_of(self._ranks[i].log) for i in indices)
+        which = " and ".join(f"rank {i}" for i in indices)
+        return EngineFailedError(f"{self._name}: the engine of {which} {what} while {doing}.\n{logs}")
+
+
+class _Rank:
+    """One engine process and its three pipes."""
+
+    def __init__(self, request: EngineRequest, environment: Mapping[str, str], folder: Path) -> None:
+        self.log = folder / f"rank{request.data_parallel_rank}.log"
+        with self.log.open("wb") as log:
+            self.tree = ProcessTree(
+                [sys.executable, "-m", "vllm_npu.tools.engines.offline_engine"],
+                environment=environment,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+            )
+        assert self.tree.process.stdin is not None
+        assert self.tree.process.stdout is not None
+        self._orders = self.tree.process.stdin
+        self.answers = self.tree.process.stdout
+        self._pending = b""
+        self._order(request.to_json())
+
+    def go(self) -> None:
+        """Start the next strategy."""
+        self._order("go")
+
+    def hang_up(self) -> None:
+        """No more orders: an engine that waits for one ends by itself."""
+        try:
+            self._orders.close()
+        except BrokenPipeError:
+            return  # it ended before it had read everything
+
+    def read_line(self) -> str | None:
+        """Read what has come: a complete line, "" if there is none yet, None at the end of the stream."""
+        chunk = os.read(self.answers.fileno(), 1 << 16)
+        if not chunk:
+            return None
+        self._pending += chunk
+        line, newline, rest = self._pending.partition(b"\n")
+        if not newline:
+            return ""
+        self._pending = rest
+        return line.decode()
+
+    def _order(self, line: str) -> None:
+        try:
+            self._orders.write(line.encode() + b"\n")
+            self._orders.flush()
+        except BrokenPipeError:
+            return  # it has ended; reading its answers tells how

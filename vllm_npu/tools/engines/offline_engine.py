@@ -1,0 +1,235 @@
+"""One vLLM engine in a process of its own: JSON lines in on stdin, JSON lines out on stdout, everything else on stderr.
+
+    python -m vllm_npu.tools.engines.offline_engine [--request FILE]
+
+The first line on stdin (or FILE) is an EngineRequest. The process builds `vllm.LLM`, answers `{"event": "ready", ...}`,
+then generates the same prompts greedily once per strategy, switching the strategy of the living engine, and answers
+`{"event": "finished", ...}` (a StrategyResult) each time. With `await_go` it waits for one more line on stdin before
+every strategy; end of input instead of a line ends the process in good order.
+
+Data parallel: one such process per rank. The engines step in lockstep until no rank has work left, so `generate`
+returns on all ranks at about the same time; `await_go` lets the parent keep the ranks together between strategies as
+well, and keeps every engine alive until the last rank has answered.
+
+`EngineRequest` and `StrategyResult` are the whole protocol. vLLM is imported only when an engine is built, so that a
+parent process can import this module without paying for it.
+"""
+
+import argparse
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, Self, TextIO
+
+if TYPE_CHECKING:
+    from vllm import LLM, RequestOutput
+
+
+class MalformedRequestError(ValueError):
+    """The request is not one JSON object with the fields of EngineRequest."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineRequest:
+    """What one engine process does. Sizes are counts, `max_tokens` are tokens to generate, one per prompt."""
+
+    model: str  # folder with config.json and model.safetensors
+    prompts: list[list[int]]  # this rank's share, as token ids
+    max_tokens: list[int]  # one per prompt; different on purpose, so that ranks run dry at different steps
+    strategies: list[str | None] = field(default_factory=lambda: [None])  # None: do not touch vLLM's own choice
+    tensor_parallel_size: int = 1
+    data_parallel_size: int = 1
+    data_parallel_rank: int = 0
+    data_parallel_port: int = 0  # on 127.0.0.1, the same on every rank; ignored when data_parallel_size is 1
+    enable_expert_parallel: bool = False
+    dtype: str = "float32"
+    enforce_eager: bool = True  # False: torch.compile
+    await_go: bool = False  # wait for a line on stdin before every strategy
+    measure_margins: bool = False  # report how close the second-best token ever came
+    engine_args: dict[str, Any] = field(default_factory=dict)  # further vllm.EngineArgs, by their Python names
+
+    def __post_init__(self) -> None:
+        if len(self.prompts) != len(self.max_tokens):
+            raise MalformedRequestError(
+                f"EngineRequest: {len(self.prompts)} prompts but {len(self.max_tokens)} max_tokens; give one per prompt"
+            )
+        if not self.prompts or not all(self.prompts):
+            raise MalformedRequestError("EngineRequest: every rank needs at least one prompt, none of them empty")
+        if self.data_parallel_size > 1 and not self.data_parallel_port:
+            raise MalformedRequestError(
+                f"EngineRequest: data_parallel_size={self.data_parallel_size} needs data_parallel_port, "
+                "a free port that all ranks share"
+            )
+
+    def to_json(self) -> str:
+        """One line, the inverse of `from_json`."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Parse one JSON object; raises MalformedRequestError naming what is wrong."""
+        try:
+            members = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise MalformedRequestError(f"EngineRequest: not JSON ({error}); got {text[:80]!r}") from error
+        if not isinstance(members, dict):
+            raise MalformedRequestError(f"EngineRequest: expected a JSON object, got {type(members).__name__}")
+        known = {f.name for f in fields(cls)}
+        if unknown := sorted(members.keys() - known):
+            raise MalformedRequestError(f"EngineRequest: unknown fields {unknown}; it has {sorted(known)}")
+        if missing := sorted({"model", "prompts", "max_tokens"} - members.keys()):
+            raise MalformedRequestError(f"EngineRequest: missing fields {missing}")
+        return cls(**members)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StrategyResult:
+    """What one rank generated with one strategy."""
+
+    strategy: str | None  # as asked; what ran is in the counters
+    tokens: list[list[int]]  # one list per prompt of the request, in order
+    seconds: float  # wall time of generate()
+    counters: list[dict[str, Any]]  # one per worker (tensor-parallel rank); empty for strategy None
+    smallest_margin: float | None  # least log-probability gap between best and second-best token; None: not measured
+
+    def to_json(self) -> str:
+        """One line; the parent recognises it by its event."""
+        return json.dumps({"event": "finished", **asdict(self)})
+
+    @classmethod
+    def from_event(cls, event: dict[str, Any]) -> Self:
+        """The inverse of `to_json`, for a line that is already parsed."""
+        return cls(**{f.name: event[f.name] for f in fields(cls)})
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point of the engine process; see the module's docstring. Exit status 2: malformed request."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--request", type=Path, help="file with the request, in place of the first line on stdin")
+    options = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, _exit_in_good_order)
+    answers = _claim_stdout()
+    try:
+        request = EngineRequest.from_json(options.request.read_text() if options.request else sys.stdin.readline())
+    except (MalformedRequestError, OSError) as error:
+        parser.error(str(error))
+    serve_request(request, answers)
+
+
+def serve_request(request: EngineRequest, answers: TextIO) -> None:
+    """Run `request` and write one JSON line to `answers` when the engine is ready and one per strategy."""
+    started = time.perf_counter()
+    with _engine(request) as llm:
+        _answer(answers, json.dumps({"event": "ready", "seconds": time.perf_counter() - started}))
+        for strategy in request.strategies:
+            if request.await_go and not sys.stdin.readline():
+                return
+            _answer(answers, _run_strategy(llm, request, strategy).to_json())
+        if request.await_go:
+            sys.stdin.readline()  # the other ranks' engines still talk to this one until every rank has answered
+
+
+@contextmanager
+def _engine(request: EngineRequest) -> Iterator["LLM"]:
+    """Build the engine; shut its processes down in the end, however the block ends."""
+    if request.data_parallel_size > 1:
+        os.environ.update(
+            VLLM_DP_RANK=str(request.data_parallel_rank),
+            VLLM_DP_RANK_LOCAL=str(request.data_parallel_rank),
+            VLLM_DP_SIZE=str(request.data_parallel_size),
+            VLLM_DP_MASTER_IP="127.0.0.1",
+            VLLM_DP_MASTER_PORT=str(request.data_parallel_port),
+        )
+    from vllm import LLM
+
+    engine_args: dict[str, Any] = {
+        "max_model_len": 256,
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": 256,
+        "kv_cache_memory_bytes": 64 << 20,
+        "enable_prefix_caching": False,  # every strategy has to prefill its prompts itself
+        **request.engine_args,
+    }
+    llm = LLM(
+        model=request.model,
+        skip_tokenizer_init=True,
+        dtype=request.dtype,
+        tensor_parallel_size=request.tensor_parallel_size,
+        enable_expert_parallel=request.enable_expert_parallel,
+        enforce_eager=request.enforce_eager,
+        disable_log_stats=True,
+        **engine_args,
+    )
+    try:
+        yield llm
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the end has begun: do not cut it in half
+        llm.llm_engine.engine_core.shutdown()
+
+
+def _run_strategy(llm: "LLM", request: EngineRequest, strategy: str | None) -> StrategyResult:
+    """Switch the living engine to `strategy` (None: leave it) and generate every prompt greedily."""
+    from vllm import SamplingParams
+
+    if strategy is not None:
+        llm.collective_rpc("set_moe_comm", args=(strategy,))
+        llm.collective_rpc("moe_comm_counters")  # counting starts over
+    sampling = [
+        SamplingParams(
+            temperature=0.0,
+            max_tokens=max_tokens,
+            ignore_eos=True,
+            detokenize=False,
+            logprobs=2 if request.measure_margins else None,
+        )
+        for max_tokens in request.max_tokens
+    ]
+    prompts: list[Any] = [{"prompt_token_ids": prompt} for prompt in request.prompts]
+    started = time.perf_counter()
+    outputs = llm.generate(prompts, sampling, use_tqdm=False)
+    seconds = time.perf_counter() - started
+    return StrategyResult(
+        strategy=strategy,
+        tokens=[list(output.outputs[0].token_ids) for output in outputs],
+        seconds=seconds,
+        counters=[] if strategy is None else llm.collective_rpc("moe_comm_counters"),
+        smallest_margin=_smallest_margin(outputs) if request.measure_margins else None,
+    )
+
+
+def _smallest_margin(outputs: "list[RequestOutput]") -> float:
+    """Least gap in log-probability (nats) between the best and the second-best token, over all generated positions."""
+    gaps = []
+    for output in outputs:
+        for position in output.outputs[0].logprobs or []:
+            best, second = sorted((entry.logprob for entry in position.values()), reverse=True)[:2]
+            gaps.append(best - second)
+    return min(gaps)
+
+
+def _claim_stdout() -> TextIO:
+    """Keep stdout for answers alone: whatever else writes to it, here or in a child process, goes to stderr."""
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    return answers
+
+
+def _answer(answers: TextIO, line: str) -> None:
+    answers.write(line + "\n")
+    answers.flush()
+
+
+def _exit_in_good_order(signum: int, frame: FrameType | None) -> None:
+    """SIGTERM unwinds the stack, so that the engine's own processes are shut down too."""
+    sys.exit(128 + signum)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""The exchanges that others make, over c10d's own collectives: what `vllm-npu bench` compares the strategies with.
+
+Each brings every rank's tokens with what routes them to all ranks, and the ranks' shares of the outputs back, as one rank
+must hold [n, H] hidden states before and after. Ranks that bring fewer rows than others pad.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from vllm_npu.core.token_layout import offsets, pad_rows
+from vllm_npu.errors import UnsupportedConfigError
+from vllm_npu.transport.base import Transport
+from vllm_npu.transport.torch_dist import TorchDistTransport, all_gather_single, reduce_scatter_single
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """What one rank brings."""
+
+    hidden_states: torch.Tensor  # [counts[rank], H]
+    router_logits: torch.Tensor  # [counts[rank], E] float32
+    topk_weights: torch.Tensor  # [counts[rank], K] float32
+    topk_ids: torch.Tensor  # [counts[rank], K] int32
+    counts: tuple[int, ...]  # of all ranks
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """One exchange, ready to run again and again."""
+
+    run: Callable[[], torch.Tensor]
+    collectives: int
+    bytes_sent: int  # by one rank, as RecordingTransport counts
+
+
+class PeerExchanges:
+    """The peers on one group. All are COLLECTIVE over it."""
+
+    def __init__(self, transport: Transport, tokens: Tokens) -> None:
+        inner = transport.innermost
+        if not isinstance(inner, TorchDistTransport):
+            raise UnsupportedConfigError(
+                f"peers run over c10d, not over {type(inner).__name__}; use gloo, nccl or hccl"
+            )
+        self._group = inner.process_group
+        self._device = tokens.hidden_states.device
+        self._rank, self._size = inner.rank, inner.size
+        self._tokens = tokens
+        self._rows = max(tokens.counts)
+
+    def all(self) -> dict[str, Peer]:
+        """Every peer by name; the first is the one that ratios refer to."""
+        tokens = self._tokens
+        x, logits = tokens.hidden_states, tokens.router_logits
+        routing = (tokens.topk_weights, tokens.topk_ids)
+        row, gathered = x.shape[1] * x.element_size(), self._rows * (self._size - 1)
+        routing_row = sum(each.shape[1] * each.element_size() for each in routing)
+        logits_row = logits.shape[1] * logits.element_size()
+        own_rows, all_rows = x.shape[0], sum(tokens.counts)
+        multicast = own_rows * (self._size - 1) * (row + logits_row)
+        multicast += 2 * (self._size - 1) * all_rows * row // self._size
+        return {
+            "AgRs": Peer(self._agrs, 4, gathered * (2 * row + routing_row)),
+            "original allgather": Peer(self._original_allgather, 3, gathered * (2 * row + logits_row)),
+            "original multicast": Peer(self._original_multicast, 2 * self._size + 1, multicast),
+            "raw all-gather": Peer(lambda: self._gather(x), 1, gathered * row),
+            "raw reduce-scatter": Peer(lambda: self._scatter(self._padded_sum()), 1, gathered * row),
+        }
+
+    def _gather(self, x: torch.Tensor) -> torch.Tensor:
+        padded = pad_rows(x, self._rows)
+        gathered = padded.new_empty((self._size * self._rows, x.shape[1]))
+        all_gather_single(gathered, padded, group=self._group)
+        return gathered
+
+    def _scatter(self, x: torch.Tensor) -> torch.Tensor:
+        own = x.new_empty((self._rows, x.shape[1]))
+        reduce_scatter_single(own, x, group=self._group)
+        return own[: self._tokens.hidden_states.shape[0]]
+
+    def _padded_sum(self) -> torch.Tensor:
+        x = self._tokens.hidden_states
+        return x.new_empty((self._size * self._rows, x.shape[1]))
+
+    def _coalesced(self) -> AbstractContextManager[object]:
+        if self._device.type == "cuda":
+            return dist._coalescing_manager(group=self._group, device=self._device)
+        return nullcontext()
+
+    def _agrs(self) -> torch.Tensor:
+        """vLLM's AgRs: hidden states, weights and ids gathered (one NCCL launch on GPUs), outputs reduce-scattered."""
+        tokens = self._tokens
+        with self._coalesced():
+            gathered = self._gather(tokens.hidden_states)
+            self._gather(tokens.topk_weights)
+            self._gather(tokens.topk_ids)
+        return self._scatter(gathered)
+
+    def _original_allgather(self) -> torch.Tensor:
+        """The original design's AllGather: hidden states and logits gathered, outputs reduce-scattered."""
+        gathered = self._gather(self._tokens.hidden_states)
+        self._gather(self._tokens.router_logits)
+        return self._scatter(gathered)
+
+    def _original_multicast(self) -> torch.Tensor:
+        """The original design's naive multicast: a broadcast a rank for each tensor, outputs all-reduced, own rows kept."""
+        starts = offsets(self._tokens.counts)
+        own = slice(starts[self._rank], starts[self._rank + 1])
+        whole = []
+        for x in (self._tokens.hidden_states, self._tokens.router_logits):
+            gathered = x.new_empty((starts[-1], x.shape[1]))
+            gathered[own] = x
+            for rank in range(self._size):
+                dist.broadcast(gathered[starts[rank] : starts[rank + 1]], group_src=rank, group=self._group)
+            whole.append(gathered)
+        dist.all_reduce(whole[0], group=self._group)
+        return whole[0][own]

@@ -1,0 +1,355 @@
+"""What an exchange would take on machines that are not here: an alpha-beta model over the figures of fabrics.toml.
+
+A stage (dispatch, combine) takes a start (alpha) and the time that the busiest rank's bytes take on its links (beta): links
+inside of the node and between nodes at once, or one after the other where they share ports. What is not in it: contention
+between ranks, time of the host, sorting and quantising, overlap with anything else. Ranks are data parallel, all with as many
+tokens. Numbers are estimates; docs/simulate.md says how far they are from published ones.
+"""
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vllm_npu.core.limits import DEVICES, NVLINK, DeviceLimits, MoELayer
+from vllm_npu.core.token_layout import ceil_div
+from vllm_npu.core.topology import ParallelTopology
+from vllm_npu.strategies.planning import COUNT_BYTES, collectives, row_bytes
+from vllm_npu.strategies.select import distinct_destinations, why_not
+from vllm_npu.strategies.table import ALL_STRATEGIES
+
+FIGURES = Path(__file__).parent / "fabrics.toml"
+DRAWN_TOKENS = 1 << 16  # from which the demand for experts is estimated where it is skewed
+KERNEL, COLLECTIVE = "kernel", "collective"
+PER_EXPERT, PER_RANK, PER_NODE, GATHER, SLOTS = "per_expert", "per_rank", "per_node", "gather", "slots"
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fabric:
+    """A kind of cluster, as fabrics.toml describes it."""
+
+    summary: str
+    device: str  # GPU, or a family of limits.DEVICES
+    ranks_per_node: int
+    node_gb_s: float
+    node_pair_gb_s: float | None = None
+    network_gb_s: float
+    shared_links: bool
+    kernel_us: float
+    kernel_network_us: float
+    collective_us: float
+    peer_us: float
+    tflops: float
+    memory_gb_s: float
+    sources: Mapping[str, str]
+
+    @property
+    def limits(self) -> DeviceLimits:
+        """What the device can run."""
+        return NVLINK if self.device == "GPU" else DEVICES[self.device]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Demand:
+    """Rows that a token sends to each rank, in expectation, and to the busiest one."""
+
+    per_expert: Array  # [ep_size], one row for each chosen expert
+    per_rank: Array  # [ep_size], one row for each rank with chosen experts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """One MoE layer's step."""
+
+    layer: MoELayer
+    ep_size: int
+    tokens: int  # of each rank
+    intermediate_size: int = 2048  # of an expert
+    skew: float = 0.0  # exponent of a Zipf law of the experts' popularity; 0: uniform
+    seed: int = 0
+
+    @property
+    def placed(self) -> MoELayer:
+        """The layer with as many redundant experts as the ranks need to hold equally many."""
+        return replace(self.layer, num_experts=ceil_div(self.layer.num_experts, self.ep_size) * self.ep_size)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """One strategy on one workload; times in microseconds of the slowest rank."""
+
+    strategy: str
+    reason: str | None  # why it cannot run; then the times are infinite
+    dispatch_us: float = np.inf
+    combine_us: float = np.inf
+    experts_us: float = np.inf
+
+    @property
+    def exchange_us(self) -> float:
+        """Dispatch and combine."""
+        return self.dispatch_us + self.combine_us
+
+    @property
+    def layer_us(self) -> float:
+        """Dispatch, experts and combine, one after the other."""
+        return self.exchange_us + self.experts_us
+
+
+@cache
+def _figures() -> dict[str, Any]:
+    return tomllib.loads(FIGURES.read_text(encoding="utf-8"))
+
+
+def fabrics() -> dict[str, Fabric]:
+    """The fabrics by their names."""
+    return {name: Fabric(**figures) for name, figures in _figures()["fabrics"].items()}
+
+
+# --- who sends what to whom ---
+
+
+def popularity(num_experts: int, skew: float, seed: int) -> Array:
+    """[num_experts] shares that add up to 1: a Zipf law, in an order drawn from the seed."""
+    shares = np.arange(1, num_experts + 1, dtype=np.float64) ** -skew
+    np.random.default_rng(seed).shuffle(shares)
+    return shares / shares.sum()
+
+
+@cache
+def draw_choices(num_experts: int, top_k: int, skew: float, seed: int) -> NDArray[np.int64]:
+    """[DRAWN_TOKENS, top_k] different experts of each token, drawn by popularity."""
+    waits = np.random.default_rng(seed + 1).standard_exponential((DRAWN_TOKENS, num_experts), dtype=np.float32)
+    waits /= popularity(num_experts, skew, seed).astype(np.float32)
+    return np.argpartition(waits, top_k - 1, axis=1)[:, :top_k]  # the first to come, one after another
+
+
+@cache
+def demand(num_experts: int, top_k: int, ep_size: int, skew: float, seed: int) -> Demand:
+    """Expected rows of a token for each rank. Uniform routing exactly, skewed routing as drawn.
+
+    Experts lie on the ranks in order; where there are more places than experts, they begin again as replicas, and a token
+    takes any replica.
+    """
+    if skew == 0:
+        even = np.full(ep_size, 1 / ep_size)
+        places = ceil_div(num_experts, ep_size) * ep_size
+        reached = (
+            distinct_destinations(places, ep_size, top_k)
+            if places == num_experts
+            else _distinct_with_replicas(num_experts, top_k, ep_size)
+        )
+        return Demand(per_expert=top_k * even, per_rank=reached * even)
+    choices = draw_choices(num_experts, top_k, skew, seed)
+    ranks = _rank_of(choices, num_experts, ep_size, np.arange(DRAWN_TOKENS)[:, None])
+    each_once = np.sort(ranks, axis=1)
+    is_first = np.ones_like(each_once, dtype=bool)
+    is_first[:, 1:] = each_once[:, 1:] != each_once[:, :-1]
+    return Demand(
+        per_expert=np.bincount(ranks.ravel(), minlength=ep_size) / DRAWN_TOKENS,
+        per_rank=np.bincount(each_once[is_first], minlength=ep_size) / DRAWN_TOKENS,
+    )
+
+
+def _rank_of(experts: NDArray[np.int64], num_experts: int, ep_size: int, token: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The rank of each chosen expert, of replicas the one that the token's number points at."""
+    places = ceil_div(num_experts, ep_size) * ep_size
+    replicas = (places - 1 - experts) // num_experts + 1  # places of the expert: itself, itself + num_experts, ...
+    return (experts + num_experts * (token % replicas)) // (places // ep_size)
+
+
+def _distinct_with_replicas(num_experts: int, top_k: int, ep_size: int) -> float:
+    choices = draw_choices(num_experts, top_k, 0.0, 0)
+    ranks = np.sort(_rank_of(choices, num_experts, ep_size, np.arange(DRAWN_TOKENS)[:, None]), axis=1)
+    return float(1 + (ranks[:, 1:] != ranks[:, :-1]).sum() / DRAWN_TOKENS)
+
+
+def busiest_rows(expected: Array, tokens: int, ranks_per_node: int, seed: int) -> tuple[float, float]:
+    """Rows of the busiest rank inside its node and over the network: the larger of sent and received, for each rank.
+
+    `expected`: rows of a token for each rank. What a rank receives varies as a Poisson number does, drawn from the seed.
+    """
+    ep_size = len(expected)
+    ranks = np.arange(ep_size)
+    node = ranks // ranks_per_node
+    peers_in_node = np.bincount(node)[node] - 1
+    of_node = np.bincount(node, weights=expected)[node]
+    generator = np.random.default_rng(seed + 2)
+    received_in_node = generator.poisson(tokens * peers_in_node * expected)
+    received_outside = generator.poisson(tokens * (ep_size - 1 - peers_in_node) * expected)
+    in_node = np.maximum(tokens * (of_node - expected), received_in_node)
+    outside = np.maximum(tokens * (expected.sum() - of_node), received_outside)
+    return float(in_node.max()), float(outside.max())
+
+
+# --- times ---
+
+
+def start_us(fabric: Fabric, ep_size: int, exchange: str, by: str) -> float:
+    """What a stage takes before any byte counts."""
+    in_node = min(ep_size, fabric.ranks_per_node)
+    if by == KERNEL:
+        return fabric.kernel_us if ep_size == in_node else fabric.kernel_network_us
+    peers = ceil_div(ep_size, fabric.ranks_per_node) - 1 if exchange == GATHER else ep_size - in_node
+    return fabric.collective_us + fabric.peer_us * peers
+
+
+def bytes_us(fabric: Fabric, ep_size: int, in_node: float, outside: float) -> float:
+    """What a rank's bytes take, those inside of its node and those over the network."""
+    bandwidth = fabric.node_gb_s
+    if fabric.node_pair_gb_s is not None:
+        bandwidth = min(bandwidth, fabric.node_pair_gb_s * max(min(ep_size, fabric.ranks_per_node) - 1, 1))
+    node, network = in_node / (bandwidth * 1e3), outside / (fabric.network_gb_s * 1e3)
+    return node + network if fabric.shared_links else max(node, network)
+
+
+def rows_of(fabric: Fabric, ep_size: int, exchange: str, tokens: int, wanted: Demand, seed: int) -> tuple[float, float]:
+    """Rows of the busiest rank in a stage: inside of its node, and over the network."""
+    ranks = min(ep_size, fabric.ranks_per_node)
+    if exchange == GATHER:  # rings: every row passes every rank's port, and the network once for each node
+        return tokens * (ep_size - 1.0), tokens * (ep_size - ranks) / ranks
+    if exchange == SLOTS:
+        return tokens * (ranks - 1.0), tokens * float(ep_size - ranks)
+    rows = wanted.per_expert if exchange == PER_EXPERT else wanted.per_rank
+    return busiest_rows(rows, tokens, fabric.ranks_per_node, seed)
+
+
+def estimate(fabric: Fabric, workload: Workload, strategy: str) -> Estimate:
+    """The times of one strategy on one workload, or why it cannot run there."""
+    layer, ep_size, tokens = workload.placed, workload.ep_size, workload.tokens
+    topology = ParallelTopology.of_rank(0, tp_size=1, dp_size=ep_size)
+    device = fabric.limits.for_layer(layer, ep_size)
+    reason = why_not(strategy, topology, layer, device)
+    if reason is None and not device.fits(strategy, tokens):
+        reason = f"{strategy} takes {device.capacities[strategy]} tokens a rank"
+    if reason is not None:
+        return Estimate(strategy=strategy, reason=reason)
+    wanted = demand(workload.layer.num_experts, layer.top_k, ep_size, workload.skew, workload.seed)
+    native = device.mc2 is not None and device.mc2.native
+    exchange, by = _protocol(strategy, native_mc2=native)
+    rows = rows_of(fabric, ep_size, exchange, tokens, wanted, workload.seed)
+    start = start_us(fabric, ep_size, exchange, by)
+    there, back = (
+        bytes_us(fabric, ep_size, rows[0] * size, rows[1] * size)
+        for size in row_bytes(strategy, layer, native_mc2=native)
+    )
+    starts_of_dispatch = 1 if by == KERNEL else collectives(strategy, topology) - 1
+    if strategy == "all2all":
+        there += bytes_us(fabric, ep_size, COUNT_BYTES * ep_size, COUNT_BYTES * ep_size)
+    return Estimate(
+        strategy=strategy,
+        reason=None,
+        dispatch_us=starts_of_dispatch * start + there,
+        combine_us=start + back,
+        experts_us=experts_us(fabric, workload, wanted),
+    )
+
+
+def _protocol(strategy: str, *, native_mc2: bool) -> tuple[str, str]:
+    if strategy == "mc2":
+        return (PER_EXPERT, KERNEL) if native_mc2 else (SLOTS, COLLECTIVE)
+    return {"symmetric": (PER_RANK, KERNEL), "all2all": (PER_RANK, COLLECTIVE)}.get(strategy, (GATHER, COLLECTIVE))
+
+
+def experts_us(fabric: Fabric, workload: Workload, wanted: Demand) -> float:
+    """The grouped MLP of the busiest rank at the device's peak: products, or reading the weights where that takes longer."""
+    layer = workload.placed
+    rows = float(
+        np.random.default_rng(workload.seed + 3).poisson(workload.tokens * workload.ep_size * wanted.per_expert).max()
+    )
+    weights = 3.0 * layer.hidden_size * workload.intermediate_size  # of one expert: gate, up and down
+    weight_bytes = min(layer.num_experts / workload.ep_size, rows) * weights * layer.dtype.itemsize
+    return max(2 * rows * weights / (fabric.tflops * 1e6), weight_bytes / (fabric.memory_gb_s * 1e3))
+
+
+def estimates(fabric: Fabric, workload: Workload) -> list[Estimate]:
+    """Every strategy."""
+    return [estimate(fabric, workload, strategy) for strategy in ALL_STRATEGIES]
+
+
+def fastest(found: Sequence[Estimate]) -> Estimate:
+    """The one with the shortest exchange."""
+    return min(found, key=lambda each: each.exchange_us)
+
+
+# --- against what others have published ---
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """One published number beside the model's."""
+
+    source: str
+    ep_size: int
+    stage: str  # dispatch, combine, or both
+    unit: str
+    published: float
+    estimated: float
+    fitted: bool  # whether a figure of the fabric was fitted to it
+
+    @property
+    def error(self) -> float:
+        """Of the estimate, relative to what was published."""
+        return self.estimated / self.published - 1
+
+
+def compare() -> list[Comparison]:
+    """Every published number of fabrics.toml beside the model's: 256 experts, top 8, uniform routing."""
+    return [row for table in _figures()["published"] for row in _compare_table(table)]
+
+
+def _compare_table(table: Mapping[str, Any]) -> list[Comparison]:
+    fabric, rows = fabrics()[table["fabric"]], []
+    for ep, published in table["values"].items():
+        ep_size = int(ep)
+        times, busiest = [], []
+        for size in table["row_bytes"]:
+            in_node, outside = _rows_of_table(table, fabric, ep_size)
+            start = start_us(fabric, ep_size, table["exchange"], table["by"])
+            times.append(start + bytes_us(fabric, ep_size, in_node * size, outside * size))
+            slower = in_node if ep_size <= fabric.ranks_per_node else outside + (in_node if fabric.shared_links else 0)
+            busiest.append(slower * size)
+        if table["unit"] == "GB/s":
+            estimated = [moved / time / 1e3 for moved, time in zip(busiest, times, strict=True)]
+        elif len(published) == 1:
+            estimated = [sum(times) if table["exchange"] == GATHER else times[0]]
+        else:
+            estimated = times
+        stages = (
+            ("dispatch", "combine") if len(published) == 2 else ("both" if table["exchange"] == GATHER else "one way",)
+        )
+        rows += [
+            Comparison(
+                source=table["source"],
+                ep_size=ep_size,
+                stage=stage,
+                unit=table["unit"],
+                published=float(value),
+                estimated=float(guess),
+                fitted=ep_size in table.get("fitted", ()),
+            )
+            for stage, value, guess in zip(stages, published, estimated, strict=True)
+        ]
+    return rows
+
+
+def _rows_of_table(table: Mapping[str, Any], fabric: Fabric, ep_size: int) -> tuple[float, float]:
+    """Rows of every rank, all alike: published figures come from uniform routing."""
+    wanted = demand(256, 8, ep_size, 0.0, 0)
+    if table["exchange"] == PER_NODE and ep_size > fabric.ranks_per_node:
+        nodes = ep_size // fabric.ranks_per_node
+        reached = min(distinct_destinations(256, nodes, 8), table["max_nodes"])  # nodes of a token
+        forwarded = wanted.per_rank.sum() * (fabric.ranks_per_node - 1) / fabric.ranks_per_node
+        return float(table["tokens"] * forwarded), float(table["tokens"] * reached * (nodes - 1) / nodes)
+    if table["exchange"] == GATHER:
+        return rows_of(fabric, ep_size, GATHER, table["tokens"], wanted, 0)
+    rows = wanted.per_expert if table["exchange"] == PER_EXPERT else wanted.per_rank
+    in_node = min(ep_size, fabric.ranks_per_node)
+    each = float(rows[0]) * table["tokens"]
+    return each * (in_node - 1), each * (ep_size - in_node)

@@ -1,0 +1,84 @@
+"""What `vllm-npu bench eplb` has of vLLM: its communicators beside ours, and what its policy makes of a skewed load."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from vllm.distributed.eplb import eplb_communicator as theirs
+from vllm.distributed.eplb.eplb_state import EplbState
+from vllm.distributed.eplb.policy import DefaultEplbPolicy
+
+from vllm_npu.eplb import open_communicator
+from vllm_npu.tools.eplb_benchmark import Mover
+
+# DeepSeek-V3's (its config.json); how unevenly its experts are asked for is assumed: as 1 / place ** SKEW.
+NUM_EXPERTS, TOP_K, MOE_LAYERS = 256, 8, 58
+SKEW = 0.6
+TOKENS = 65536
+CASES = ((8, 0), (8, 32), (32, 0), (32, 32), (64, 0), (64, 64))  # ranks and redundant experts
+
+
+def vllm_communicators(device: torch.device, groups: Mapping[str, Any]) -> Mapping[str, Mover]:
+    """vLLM's, by its names of them, over the groups of ours. On CPUs torch_nccl alone runs, over gloo: its torch_gloo waits
+    for an accelerator's stream."""
+    found: dict[str, Mover] = {
+        "vLLM torch_nccl": theirs.TorchDistNcclEplbCommunicator(ep_group=groups["device_group"].process_group)
+    }
+    if device.type == "cuda":
+        from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
+
+        cpu_group = groups["cpu_group"].process_group
+        pynccl = PyNcclCommunicator(cpu_group, device)
+        found["vLLM torch_gloo"] = theirs.TorchDistGlooStagedEplbCommunicator(cpu_group=cpu_group)
+        found["vLLM pynccl"] = theirs.PyNcclEplbCommunicator(pynccl_comm=pynccl)
+        found["pynccl"] = open_communicator("cuda", "pynccl", pynccl=pynccl)
+    return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Balance:
+    """Load of the fullest rank over the mean, summed over layers: 1 is even. A step is as slow as its fullest rank."""
+
+    seed: int
+    ranks: int
+    redundant_experts: int
+    before: float  # as vLLM places experts at the start
+    after: float  # as its policy places them
+
+    @property
+    def conditions(self) -> str:
+        """For titles."""
+        load = f"an expert's chance 1 / place ** {SKEW}, seed {self.seed}"
+        return f"{NUM_EXPERTS} experts, top-{TOP_K}, {MOE_LAYERS} layers, {load}"
+
+
+def balance(ranks: int, redundant_experts: int, seed: int) -> Balance:
+    """Of a drawn load of NUM_EXPERTS experts: tokens' choices are independent, and each layer prefers experts of its own."""
+    generator = torch.Generator().manual_seed(seed)
+    chance = torch.arange(1, NUM_EXPERTS + 1, dtype=torch.float64) ** -SKEW
+    preferred = torch.stack([torch.randperm(NUM_EXPERTS, generator=generator) for _ in range(MOE_LAYERS)])
+    choices = torch.multinomial(chance[preferred], TOKENS * TOP_K, replacement=True, generator=generator)
+    load = torch.zeros(MOE_LAYERS, NUM_EXPERTS).scatter_add_(1, choices, torch.ones(choices.shape))
+    start = EplbState.build_initial_global_physical_to_logical_map(NUM_EXPERTS, redundant_experts)
+    before = torch.tensor(start).expand(MOE_LAYERS, -1)
+    after = DefaultEplbPolicy.rebalance_experts(load, before.shape[1], 1, 1, ranks, before)
+    return Balance(
+        seed=seed,
+        ranks=ranks,
+        redundant_experts=redundant_experts,
+        before=imbalance(load, before, ranks),
+        after=imbalance(load, after, ranks),
+    )
+
+
+def imbalance(
+    load: torch.Tensor,  # [layers, logical experts]
+    placement: torch.Tensor,  # [layers, physical experts], logical ones
+    ranks: int,
+) -> float:
+    """Balance's quotient; replicas share the load of their expert evenly."""
+    replicas = torch.zeros_like(load).scatter_add_(1, placement, torch.ones(placement.shape))
+    of_slots = (load / replicas).gather(1, placement)
+    of_ranks = of_slots.reshape(load.shape[0], ranks, -1).sum(2)
+    return float(of_ranks.amax(1).sum() / of_ranks.mean(1).sum())

@@ -1,0 +1,213 @@
+"""MoE dispatch and combine over symmetric memory: each rank writes straight into the other ranks' windows.
+
+Token t of rank s has slot s * num_tokens + t in the window of every rank, so nothing is counted and no size is exchanged.
+A row crosses the link once for each destination rank, with its expert ids (-1 where the expert lives elsewhere), its weights
+and its scales. combine sends one row back from each rank that was addressed, and the token's own rank adds them up.
+
+A window, in bytes: received rows | scales | weights | ids ... returned rows ... flags of dispatch | flags of combine.
+No kernel waits for anything but its counterparts' flags: no host sync, and legal in a CUDA graph. With DEPENDENT_LAUNCH
+(compute capability 9.0 and later) a kernel starts while the one before it ends, and reads nothing before that has ended.
+"""
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from vllm_npu.transport.kernels.signals import signal, wait
+
+DISPATCH_STAGE = 1  # what wait() reports
+COMBINE_STAGE = 2
+
+
+@triton.jit
+def _in_window(addresses, ranks, rank, offset, element_type: tl.constexpr):
+    """Pointer into rank's window. addresses: of all windows, loaded once, since a load here would stand before a store.
+
+    Offsets are multiples of 256 bytes, windows of more.
+    """
+    address = tl.sum(tl.where(ranks == rank, addresses, 0), 0) + offset
+    return tl.multiple_of(address.to(tl.pointer_type(element_type)), 16)
+
+
+@triton.jit
+def _owners(topk_ids, is_token, token, experts_per_rank, TOP_K: tl.constexpr, TOP_K_PADDED: tl.constexpr):
+    """ids and owning ranks of a token's experts: [TOP_K_PADDED] int32, owner -1 past TOP_K and for rows that are no token."""
+    k = tl.arange(0, TOP_K_PADDED)
+    ids = tl.load(topk_ids + token * TOP_K + k, mask=k < TOP_K, other=-1).to(tl.int32)
+    return ids, tl.where((ids >= 0) & is_token, ids // experts_per_rank, -1)
+
+
+@triton.jit
+def _scales_of(scales, token, s, SCALE_WORDS: tl.constexpr):
+    """A token's scales; anything where there are none."""
+    if SCALE_WORDS == 0:
+        return s.to(tl.float32)
+    else:
+        return tl.load(scales + token * SCALE_WORDS + s, mask=s < SCALE_WORDS)
+
+
+@triton.jit
+def _signal_others(addresses, others, rank, flags_offset, rank_flags, program, epoch, DEPENDENT_LAUNCH: tl.constexpr):
+    """This program's rows are in the other ranks' windows; the next kernel of this rank may start."""
+    flags = (addresses + flags_offset + rank * rank_flags * 4).to(tl.pointer_type(tl.int32)) + program
+    signal(flags, others, epoch)
+    if DEPENDENT_LAUNCH:
+        gdc_launch_dependents()
+
+
+@triton.jit(do_not_specialize=["num_tokens", "rank", "experts_per_rank", "timeout_ns"])
+def dispatch_kernel(
+    hidden_states,  # [num_tokens, HIDDEN_WORDS * 4 bytes]
+    scales,  # [num_tokens, SCALE_WORDS] float32; unused where SCALE_WORDS == 0
+    topk_weights,  # [num_tokens, TOP_K] float32
+    topk_ids,  # [num_tokens, TOP_K] int32 or int64, global expert ids
+    mask,  # [num_tokens] bool; unused unless HAS_MASK
+    windows,  # [EP_SIZE] int64: address of the window on each rank
+    epochs,  # [2] int32: of the next dispatch and of the next combine in this window
+    clock,  # [1] int64
+    failed,  # [1] int32
+    report,  # int64: address of [EP_SIZE] int32 in host memory
+    num_tokens,
+    rank,
+    experts_per_rank,
+    timeout_ns,
+    scales_offset,
+    weights_offset,
+    ids_offset,
+    flags_offset,
+    rank_flags,  # flags that each rank has in the area
+    HIDDEN_WORDS: tl.constexpr,
+    SCALE_WORDS: tl.constexpr,
+    SCALE_WORDS_PADDED: tl.constexpr,
+    TOP_K: tl.constexpr,
+    TOP_K_PADDED: tl.constexpr,
+    EP_SIZE: tl.constexpr,
+    EP_SIZE_PADDED: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    PARTS: tl.constexpr,  # programs that share a row
+    TILE: tl.constexpr,  # words that a program moves
+    STAGE: tl.constexpr,
+    DEPENDENT_LAUNCH: tl.constexpr,
+):
+    """Program `token * PARTS + part` moves one part of one token's row to all ranks that have one of its experts, then waits
+    for the other ranks' rows of that number."""
+    if DEPENDENT_LAUNCH:
+        gdc_wait()
+    program = tl.program_id(0)
+    ranks = tl.arange(0, EP_SIZE_PADDED)
+    addresses = tl.load(windows + ranks, mask=ranks < EP_SIZE, other=0)
+    epoch = tl.load(epochs)
+    token = program // PARTS
+    part = program % PARTS
+    k = tl.arange(0, TOP_K_PADDED)
+    is_token = True
+    if HAS_MASK:
+        is_token = tl.load(mask + token) != 0
+    ids, owners = _owners(topk_ids, is_token, token, experts_per_rank, TOP_K, TOP_K_PADDED)
+    weights = tl.load(topk_weights + token * TOP_K + k, mask=k < TOP_K)
+    s = tl.arange(0, SCALE_WORDS_PADDED)
+    row_scales = _scales_of(scales, token, s, SCALE_WORDS)
+    columns = part * TILE + tl.arange(0, TILE)
+    inside = columns < HIDDEN_WORDS
+    source = hidden_states.to(tl.pointer_type(tl.int32)) + token.to(tl.int64) * HIDDEN_WORDS
+    row = tl.load(source + columns, mask=inside)
+    slot = (rank * num_tokens + token).to(tl.int64)
+    for step in tl.static_range(EP_SIZE):
+        destination = (rank + 1 + step) % EP_SIZE  # the neighbour first, this rank last
+        chosen = owners == destination
+        addressed = tl.max(chosen.to(tl.int32), 0) > 0
+        if addressed:
+            rows = _in_window(addresses, ranks, destination, 0, tl.int32)
+            tl.store(rows + slot * HIDDEN_WORDS + columns, row, mask=inside)
+        if part == 0:
+            received_ids = _in_window(addresses, ranks, destination, ids_offset, tl.int32)
+            local_ids = tl.where(chosen, ids - destination * experts_per_rank, -1)
+            tl.store(received_ids + slot * TOP_K + k, local_ids, mask=k < TOP_K)
+            received_weights = _in_window(addresses, ranks, destination, weights_offset, tl.float32)
+            tl.store(received_weights + slot * TOP_K + k, tl.where(chosen, weights, 0.0), mask=k < TOP_K)
+            if SCALE_WORDS > 0:
+                received_scales = _in_window(addresses, ranks, destination, scales_offset, tl.float32)
+                tl.store(received_scales + slot * SCALE_WORDS + s, row_scales, mask=(s < SCALE_WORDS) & addressed)
+    others = (ranks < EP_SIZE) & (ranks != rank)
+    _signal_others(addresses, others, rank, flags_offset, rank_flags, program, epoch, DEPENDENT_LAUNCH)
+    if program == 0:
+        tl.store(epochs + 1, epoch)
+    own_flags = _in_window(addresses, ranks, rank, flags_offset, tl.int32) + ranks * rank_flags + program
+    wait(own_flags, others, ranks, epoch, clock, failed, report, STAGE, timeout_ns)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "rank", "experts_per_rank", "timeout_ns"])
+def combine_kernel(
+    output,  # [num_tokens, WIDTH]
+    slot_output,  # [EP_SIZE * num_tokens, WIDTH], same dtype; what empty slots hold is not used
+    topk_ids,  # [num_tokens, TOP_K] int32 or int64, as dispatched
+    mask,  # [num_tokens] bool, as dispatched; unused unless HAS_MASK
+    windows,  # [EP_SIZE] int64
+    epochs,  # [2] int32
+    clock,  # [1] int64
+    failed,  # [1] int32
+    report,  # int64
+    num_tokens,
+    rank,
+    experts_per_rank,
+    timeout_ns,
+    ids_offset,
+    returned_offset,
+    flags_offset,
+    rank_flags,
+    WIDTH: tl.constexpr,
+    TOP_K: tl.constexpr,
+    TOP_K_PADDED: tl.constexpr,
+    EP_SIZE: tl.constexpr,
+    EP_SIZE_PADDED: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    PARTS: tl.constexpr,
+    TILE: tl.constexpr,  # elements that a program moves
+    STAGE: tl.constexpr,
+    DEPENDENT_LAUNCH: tl.constexpr,
+):
+    """Program `token * PARTS + part` sends one part of slot (r, token) back to each rank r, then waits for what they send for
+    its own token and adds it up: float32, ranks ascending, so that every run gives the same bits.
+    """
+    if DEPENDENT_LAUNCH:
+        gdc_wait()
+    program = tl.program_id(0)
+    token = program // PARTS
+    part = program % PARTS
+    ranks = tl.arange(0, EP_SIZE_PADDED)
+    addresses = tl.load(windows + ranks, mask=ranks < EP_SIZE, other=0)
+    epoch = tl.load(epochs + 1)
+    element_type: tl.constexpr = output.dtype.element_ty
+    columns = part * TILE + tl.arange(0, TILE)
+    inside = columns < WIDTH
+    k = tl.arange(0, TOP_K_PADDED)
+    received_ids = _in_window(addresses, ranks, rank, ids_offset, tl.int32)
+    own_slot = (rank * num_tokens + token).to(tl.int64)
+    for step in tl.static_range(EP_SIZE - 1):
+        source = (rank + 1 + step) % EP_SIZE
+        slot = (source * num_tokens + token).to(tl.int64)
+        ids = tl.load(received_ids + slot * TOP_K + k, mask=k < TOP_K, other=-1)
+        row = tl.load(slot_output + slot * WIDTH + columns, mask=inside)  # beside the ids, not after them
+        if tl.max(ids, 0) >= 0:
+            returned = _in_window(addresses, ranks, source, returned_offset, element_type)
+            tl.store(returned + own_slot * WIDTH + columns, row, mask=inside)
+    others = (ranks < EP_SIZE) & (ranks != rank)
+    _signal_others(addresses, others, rank, flags_offset, rank_flags, program, epoch, DEPENDENT_LAUNCH)
+    if program == 0:
+        tl.store(epochs, epoch + 1)
+    is_token = True
+    if HAS_MASK:
+        is_token = tl.load(mask + token) != 0
+    _, owners = _owners(topk_ids, is_token, token, experts_per_rank, TOP_K, TOP_K_PADDED)
+    addressed = tl.max((owners == rank).to(tl.int32), 0) > 0
+    own_row = tl.load(slot_output + own_slot * WIDTH + columns, mask=inside & addressed, other=0.0)
+    own_flags = _in_window(addresses, ranks, rank, flags_offset, tl.int32) + ranks * rank_flags + program
+    wait(own_flags, others, ranks, epoch, clock, failed, report, STAGE, timeout_ns)
+    returned = _in_window(addresses, ranks, rank, returned_offset, element_type)
+    total = tl.zeros((TILE,), tl.float32)
+    for source in tl.static_range(EP_SIZE):
+        slot = (source * num_tokens + token).to(tl.int64)
+        addressed = tl.max((owners == source).to(tl.int32), 0) > 0
+        row = tl.load(returned + slot * WIDTH + columns, mask=inside & addressed & (source != rank), other=0.0)
+        total += tl.where(source == rank, own_row, row).to(tl.float32)
+    tl.store(output + token.to(tl.int64) * WIDTH + columns, total.to(element_type), mask=inside)

@@ -9,11 +9,8 @@ from tests.cases import same_bits
 from vllm_npu.core.limits import SymmetricLimits
 from vllm_npu.errors import HandleMismatchError, InvalidInputError, TransportError
 from vllm_npu.strategies.dispatch.base import RoutedTokens
-from vllm_npu.strategies.dispatch.symmetric import (
-    DispatchedSlots,
-    SymmetricDispatcher,
-    why_not_symmetric,
-)
+from vllm_npu.strategies.dispatch.symmetric import DispatchedSlots, SymmetricDispatcher
+from vllm_npu.strategies.dispatch.symmetric_layout import why_not_symmetric
 from vllm_npu.tools.launch import Rank
 from vllm_npu.tools.verification import Case, run_case
 from vllm_npu.transport.symmetric_memory import close_windows, gather_facts

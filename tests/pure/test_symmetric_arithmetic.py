@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 
 from vllm_npu.core.limits import SYMMETRIC
-from vllm_npu.strategies.dispatch.symmetric import LaunchShape, SlotLayout, programs_for, why_not_symmetric
+from vllm_npu.strategies.dispatch.symmetric_launch import LaunchShape, programs_for
+from vllm_npu.strategies.dispatch.symmetric_layout import SlotLayout, why_not_symmetric
 from vllm_npu.transport.symmetric_memory import ALIGNMENT, SymmetricFacts, WindowSize
 
 FACTS = SymmetricFacts(num_ranks=8, num_hosts=1, cuda=True, peer_access=True, triton=True)

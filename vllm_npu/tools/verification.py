@@ -22,7 +22,7 @@ from vllm_npu.device import ops_of
 from vllm_npu.device.portable_ops import Counts, npu_dynamic_quant
 from vllm_npu.eplb.placement import ReplicaPlacement
 from vllm_npu.eplb.replicas import to_physical
-from vllm_npu.strategies.dispatch.symmetric import why_not_symmetric
+from vllm_npu.strategies.dispatch.symmetric_layout import why_not_symmetric
 from vllm_npu.strategies.pipeline import ExpertsFunction
 from vllm_npu.strategies.select import build, why_not
 from vllm_npu.strategies.table import ALL_STRATEGIES, STRATEGIES

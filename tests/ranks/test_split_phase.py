@@ -72,7 +72,7 @@ def between(rank: Rank, strategy: str) -> None:
         dispatcher.combine(plain.expert_input, plain.handle)
     late, plain = pending.finish(), dispatcher.dispatch(first)
     assert same_bits(late.tokens_per_expert, plain.tokens_per_expert)
-    assert same_bits(late.expert_input[: late.handle.expert_rows], plain.expert_input[: late.handle.expert_rows])
+    assert same_bits(late.expert_input[: late.handle.rows], plain.expert_input[: late.handle.rows])
 
 
 def counts_and_overlap(rank: Rank, strategy: str) -> None:

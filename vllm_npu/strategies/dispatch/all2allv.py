@@ -64,7 +64,7 @@ class All2AllVDispatcher(Dispatcher):
         (rows, *scales, weights, local_ids), sent_rows, received_rows = exchanged
         routed = ops_of(rows).init_routing(rows, local_ids, self.placement.experts_per_rank, *scales)
         handle = All2AllVHandle(
-            expert_rows=routed.expanded_x.shape[0],
+            rows=routed.expanded_x.shape[0],
             row_of_rank=destinations.row_of_rank,
             row_of_pair=routed.expanded_row_idx,
             received_weights=weights,

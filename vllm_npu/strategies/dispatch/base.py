@@ -2,29 +2,23 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 
-from vllm_npu.core.handles import Handle, Pending, check_handle
+from vllm_npu.core.handles import Pending
 from vllm_npu.core.limits import QuantMode
 from vllm_npu.core.routing import check_topk
-from vllm_npu.core.token_layout import check_rows
 from vllm_npu.core.topology import ExpertPlacement
 from vllm_npu.device.portable_ops import InitRoutingOutput
 from vllm_npu.errors import InvalidInputError
 from vllm_npu.strategies.prepare_finalize.base import Prepared
+from vllm_npu.strategies.row_handle import RowHandle, RowHandleT, consume
 from vllm_npu.transport.base import Groups
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DispatchHandle(Handle):
-    """Returned by dispatch, consumed by the combine of the same object."""
-
-    expert_rows: int  # number of rows that combine must be given
-
-
-DispatchHandleT = TypeVar("DispatchHandleT", bound=DispatchHandle)
+class DispatchHandle(RowHandle):
+    """Returned by dispatch, consumed by the combine of the same object. Its rows are those of expert_input."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,18 +111,12 @@ class Dispatcher(ABC):
     ) -> torch.Tensor:  # [num_tokens, width], dtype of expert_output
         """Bring the experts' rows back to the ranks of their tokens, and return each token's weighted sum."""
 
-    def _consume(
-        self, handle: DispatchHandle, expected: type[DispatchHandleT], expert_output: torch.Tensor
-    ) -> DispatchHandleT:
-        """Return the handle as the type that this combine needs, check expert_output by it, and mark it as used."""
-        stage = f"{type(self).__name__}.combine"
-        checked = check_handle(handle, expected, stage)
-        check_rows(
+    def _consume(self, handle: DispatchHandle, expected: type[RowHandleT], expert_output: torch.Tensor) -> RowHandleT:
+        return consume(
+            handle,
+            expected,
             expert_output,
-            checked.expert_rows,
+            stage=f"{type(self).__name__}.combine",
             name="expert_output",
-            stage=stage,
             meaning="a row for each row of expert_input",
         )
-        checked.spend(stage)
-        return checked

@@ -33,7 +33,7 @@ class LocalPermuteDispatcher(Dispatcher):
             tokens.hidden_states, local_ids, self.placement.experts_per_rank, tokens.dynamic_scales
         )
         handle = LocalPermuteHandle(
-            expert_rows=routed.expanded_x.shape[0],
+            rows=routed.expanded_x.shape[0],
             row_of_pair=routed.expanded_row_idx,
             topk_weights=tokens.topk_weights,
         )

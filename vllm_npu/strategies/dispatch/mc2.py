@@ -48,7 +48,7 @@ class MC2Dispatcher(Dispatcher):
             global_bs=global_bs,
         )
         handle = MC2DispatchHandle(
-            expert_rows=output.expand_x.shape[0],
+            rows=output.expand_x.shape[0],
             topk_ids=tokens.topk_ids,
             topk_weights=tokens.topk_weights,
             mask=tokens.mask,

@@ -259,7 +259,7 @@ class SymmetricDispatcher(Dispatcher):
             tokens_per_expert=counts[:experts_per_rank],
             dynamic_scales=None if slots.scales is None else slots.scales[sources, 0],
             handle=SymmetricHandle(
-                expert_rows=expert_rows,
+                rows=expert_rows,
                 slots=slots.handle,
                 local_ids=slots.topk_ids,
                 weights=slots.topk_weights,

@@ -33,7 +33,7 @@ class All2AllPrepareAndFinalize(PrepareAndFinalize):
             hidden_states=own.take(hidden_states),
             per_token=tuple([own.take(tensor) for tensor in per_token]),
             mask=None,
-            handle=All2AllHandle(step=step, prepared_rows=own.length),
+            handle=All2AllHandle(step=step, rows=own.length),
         )
 
     def finalize(self, routed_output: torch.Tensor, handle: PrepareHandle, *, reduce_results: bool = True) -> Finalized:

@@ -54,7 +54,7 @@ class AllGatherPrepareAndFinalize(PrepareAndFinalize):
             mask=None,
             handle=AllGatherHandle(
                 step=step,
-                prepared_rows=sum(real_rows),
+                rows=sum(real_rows),
                 transport=transport,
                 real_rows=real_rows,
                 input_rows=hidden_states.shape[0],

@@ -2,26 +2,21 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, TypeVar
+from typing import ClassVar, NamedTuple
 
 import torch
 
-from vllm_npu.core.handles import Handle, check_handle
 from vllm_npu.core.step_plan import StepPlan, TokenSharding
-from vllm_npu.core.token_layout import check_rows
 from vllm_npu.errors import InvalidInputError
+from vllm_npu.strategies.row_handle import RowHandle, RowHandleT, consume
 from vllm_npu.transport.base import Groups
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PrepareHandle(Handle):
-    """Returned by prepare, consumed by the finalize of the same object."""
+class PrepareHandle(RowHandle):
+    """Returned by prepare, consumed by the finalize of the same object. Its rows are the prepared rows."""
 
     step: StepPlan
-    prepared_rows: int  # number of rows that finalize must be given
-
-
-PrepareHandleT = TypeVar("PrepareHandleT", bound=PrepareHandle)
 
 
 class Prepared(NamedTuple):  # made once for each layer: a named tuple takes a fifth of a dataclass's host time
@@ -86,18 +81,12 @@ class PrepareAndFinalize(ABC):
                 )
         step.check_input(hidden_states.shape[0], self.groups.topology)
 
-    def _consume(
-        self, handle: PrepareHandle, expected: type[PrepareHandleT], routed_output: torch.Tensor
-    ) -> PrepareHandleT:
-        """Return the handle as the type that this finalize needs, check routed_output by it, and mark it as used."""
-        stage = f"{type(self).__name__}.finalize"
-        checked = check_handle(handle, expected, stage)
-        check_rows(
+    def _consume(self, handle: PrepareHandle, expected: type[RowHandleT], routed_output: torch.Tensor) -> RowHandleT:
+        return consume(
+            handle,
+            expected,
             routed_output,
-            checked.prepared_rows,
+            stage=f"{type(self).__name__}.finalize",
             name="routed_output",
-            stage=stage,
             meaning="a row for each prepared token",
         )
-        checked.spend(stage)
-        return checked

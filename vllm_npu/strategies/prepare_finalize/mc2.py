@@ -43,9 +43,7 @@ class MC2PrepareAndFinalize(PrepareAndFinalize):
             ),
             mask=torch.arange(own.rows, device=hidden_states.device) < own.real_rows if own.padded else None,
             max_rows=own.max_rows,
-            handle=MC2Handle(
-                step=step, prepared_rows=own.rows, input_rows=hidden_states.shape[0], real_rows=own.real_rows
-            ),
+            handle=MC2Handle(step=step, rows=own.rows, input_rows=hidden_states.shape[0], real_rows=own.real_rows),
         )
 
     def finalize(self, routed_output: torch.Tensor, handle: PrepareHandle, *, reduce_results: bool = True) -> Finalized:

@@ -208,9 +208,8 @@ def replays(rank: Rank, num_tokens: int) -> None:
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        outputs = [
-            exchange(rank, dispatcher, shape, still) for _ in range(3)
-        ]  # an odd number, so that a replay starts in the other window
+        # An odd number, so that the last exchange of a replay and the first of the next one use the same window.
+        outputs = [exchange(rank, dispatcher, shape, still) for _ in range(3)]
     for seed in range(50):
         shape_now = Shape(num_tokens=num_tokens, hidden_size=1024, routing=ROUTINGS[seed % 3])
         fresh = Batch.of(shape_now, rank.rank, rank.num_ranks, seed)

@@ -133,7 +133,7 @@ def test_auto_takes_a_native_mc2_while_the_tokens_fit():
     assert chosen(AUTO, topology, plan(33, 1), device=NATIVE).strategy != "mc2"
 
 
-def test_auto_passes_over_what_the_device_refuses():
+def test_auto_skips_strategies_that_the_device_refuses():
     topology, step = topologies(1, 16)[0], plan(*[4] * 16)
     assert chosen(AUTO, topology, step, device=DEVICES["A3"]).strategy == "mc2"
     narrow = replace(LAYER, hidden_size=512)
@@ -200,7 +200,7 @@ def test_auto_weighs_the_ranks_that_a_token_needs(ranks, top_k, strategy, share)
     assert selection == Selection(strategy, f"auto: a token needs {share} of the {ranks} ranks")
 
 
-def test_mc2_takes_the_hierarchy_where_only_that_takes_the_layer_and_then_no_mask():
+def test_mc2_takes_the_hierarchy_for_a_layer_that_only_it_takes_and_then_no_mask():
     topology, device = topologies(1, 16)[0], DEVICES["A2"]
     layer = replace(LAYER, num_experts=25 * 16, hidden_size=1024)
     assert device.for_layer(layer, 16).mc2 is A2_HIERARCHY
@@ -278,7 +278,7 @@ def test_strategies_that_move_tokens_to_experts_need_expert_parallelism(name, to
 
 
 @pytest.mark.parametrize("name", ["allgather", "naive", AUTO])
-def test_the_others_need_none(name):
+def test_other_strategies_run_without_expert_parallelism(name):
     check_strategy(name, ParallelTopology.of_rank(0, tp_size=2, dp_size=2, expert_parallel=False))
 
 
@@ -299,7 +299,7 @@ def test_a_row_of_the_table_is_built_from_the_classes_that_it_names(name, prepar
     assert pipeline.dispatcher.placement.first_expert(groups.topology.ep_rank) == 6
 
 
-def test_every_row_of_the_table_is_built_somewhere_and_summed_up():
+def test_every_row_of_the_table_can_be_built_and_has_a_summary():
     for name, row in STRATEGIES.items():
         build(name, lone_groups(topologies(2, 1)[0]), 8)
         assert row.summary

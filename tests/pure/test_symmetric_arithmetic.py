@@ -1,11 +1,12 @@
-"""Sizes of windows and launches, and when symmetric memory is not used. Needs no GPU."""
+"""Sizes of the symmetric strategy's windows and launches, and the reasons against it. Needs no GPU."""
 
 from dataclasses import replace
 
 import pytest
 
 from vllm_npu.core.limits import SYMMETRIC
-from vllm_npu.strategies.dispatch.symmetric import LaunchShape, SlotLayout, programs_for, why_not_symmetric
+from vllm_npu.strategies.dispatch.symmetric_launch import LaunchShape, programs_for
+from vllm_npu.strategies.dispatch.symmetric_layout import SlotLayout, why_not_symmetric
 from vllm_npu.transport.symmetric_memory import ALIGNMENT, SymmetricFacts, WindowSize
 
 FACTS = SymmetricFacts(num_ranks=8, num_hosts=1, cuda=True, peer_access=True, triton=True)
@@ -31,7 +32,7 @@ def test_what_is_missing_is_named(change, reason):
     assert why_not_symmetric(replace(FACTS, **change), tokens_per_rank=1) == reason
 
 
-def test_larger_steps_than_the_windows_are_sent_elsewhere():
+def test_steps_larger_than_the_windows_are_refused():
     answer = why_not_symmetric(FACTS, tokens_per_rank=SYMMETRIC.max_tokens_per_rank + 1)
     assert answer == "4097 tokens a rank are more than 4096"
 

@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 import torch
 import torch.distributed as dist
 
-from vllm_npu.core.token_layout import move_together, pack_and_move
+from vllm_npu.core.token_layout import pack, share_messages
 from vllm_npu.errors import InvalidInputError, UnsupportedConfigError
 from vllm_npu.transport.base import Groups, Transport
 
@@ -127,9 +127,10 @@ class GatheringManager(All2AllManager):
         rows = self._rows(transport, tensors[0].shape[0])
         every = [*tensors, *(extra_tensors or [])]
         flat = [x.reshape(x.shape[0], prod(x.shape[1:])) for x in every]
-        moved = move_together(
-            flat, max(rows), lambda message: pack_and_move(message, lambda x: self._gather(x, rows, transport))
-        )
+        moved: list[torch.Tensor] = []
+        for together in share_messages(flat, max(rows)):
+            message, unpack = pack(together)
+            moved += unpack(self._gather(message, rows, transport))
         gathered = [whole.contiguous().view(sum(rows), *x.shape[1:]) for whole, x in zip(moved, every, strict=True)]
         whole = tuple(gathered[: len(tensors)])
         return whole if extra_tensors is None else (*whole, gathered[len(tensors) :])

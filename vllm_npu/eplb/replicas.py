@@ -22,8 +22,7 @@ def to_physical(
     By token, since placements are balanced for load that is shared evenly: by rank, the TP ranks of one DP rank, which map
     the same tokens alike, would use one replica only. LOCAL. Host sync: no. Raises InvalidInputError as npu_moe_update_expert.
     """
-    physical: torch.Tensor
-    physical, _ = ops_of(topk_ids).npu_moe_update_expert(
+    physical: torch.Tensor = ops_of(topk_ids).npu_moe_update_expert(
         topk_ids,
         eplb_table,
         local_rank_id=mapping_rank(topology, sharding),

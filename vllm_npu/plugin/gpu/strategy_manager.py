@@ -18,7 +18,8 @@ from vllm_npu.core.limits import NVLINK, PORTABLE, MoELayer
 from vllm_npu.core.step_plan import StepPlan, TokenSharding
 from vllm_npu.errors import HandleMismatchError, InvalidInputError, UnsupportedConfigError
 from vllm_npu.strategies.dispatch.base import DispatchHandle, RoutedTokens
-from vllm_npu.strategies.dispatch.symmetric import SlotHandle, SymmetricDispatcher, why_not_symmetric
+from vllm_npu.strategies.dispatch.symmetric import SlotHandle, SymmetricDispatcher
+from vllm_npu.strategies.dispatch.symmetric_layout import why_not_symmetric
 from vllm_npu.strategies.pipeline import MoEPipeline
 from vllm_npu.strategies.prepare_finalize.base import PrepareHandle
 from vllm_npu.strategies.select import Selection, build, check_strategy, select

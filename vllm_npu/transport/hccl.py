@@ -1,9 +1,7 @@
 """Transport over HCCL: NPU tensors, through C++ operators on the group's communicator, or through torch_npu's
 ProcessGroupHCCL where a rank of the group lacks the operators."""
 
-import hashlib
 import logging
-import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +14,7 @@ from vllm_npu.errors import InvalidInputError, UnknownGroupError
 from vllm_npu.transport.base import Exchanged, SendRecv
 from vllm_npu.transport.hccl_direct import token_ops
 from vllm_npu.transport.hccl_direct.chip import limits_of_this_chip  # imports torch_npu, which makes c10d know hccl
+from vllm_npu.transport.host import host_number
 from vllm_npu.transport.torch_dist import TorchDistTransport
 
 logger = logging.getLogger("vllm.npu.hccl")
@@ -137,7 +136,7 @@ class HcclTransport(TorchDistTransport):
     def _open_ops(self) -> bool:
         reason = token_ops.why_not()
         has_v = reason is None and limits_of_this_chip().uneven_collectives and token_ops.ops().has_v_collectives()
-        facts = torch.tensor([[reason is None, has_v, number_of_this_host()]], device="npu")
+        facts = torch.tensor([[reason is None, has_v, host_number()]], device="npu")
         ranks = TorchDistTransport._all_gather(self, facts, [1] * self.size).tolist()
         without = [rank for rank, (has_ops, _, _) in enumerate(ranks) if not has_ops]
         if without:
@@ -174,8 +173,3 @@ def batches_for_hccl(operations: Sequence[SendRecv]) -> list[list[SendRecv]]:
 def _number_of_this_device() -> int:
     """What ProcessGroupHCCL calls a rank where it looks a communicator up, and takes for the device's number."""
     return torch.accelerator.current_device_index()
-
-
-def number_of_this_host() -> int:
-    """Equal on two ranks only where they run on one host."""
-    return int.from_bytes(hashlib.sha256(socket.gethostname().encode()).digest()[:7], "big")

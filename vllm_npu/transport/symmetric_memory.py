@@ -4,10 +4,8 @@ Opened once for a process group and shared by all layers. Two windows, so that t
 """
 
 import ctypes
-import socket
 from collections import deque
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -17,11 +15,12 @@ from vllm_npu import envs
 from vllm_npu.core.token_layout import ceil_div
 from vllm_npu.errors import InvalidInputError, TransportError, UnsupportedConfigError
 from vllm_npu.transport.base import Transport, gather_texts
+from vllm_npu.transport.host import host_identity
 from vllm_npu.transport.torch_dist import TorchDistTransport
 
 NUM_WINDOWS = 2
 ALIGNMENT = 256  # bytes; offsets in a window are multiples of it
-MAX_PLACE_BYTES = 128  # of a boot's or host's name and a device's UUID
+MAX_PLACE_BYTES = 128  # of a host's identity and a device's UUID
 STAGES = {1: "dispatch", 2: "combine"}  # what the kernels write into the report
 
 
@@ -234,7 +233,7 @@ def gather_facts(transport: Transport) -> SymmetricFacts:
     group = _innermost(transport)
     has_cuda = torch.cuda.is_available()
     device = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid) if has_cuda else ""
-    places = gather_texts(group, f"{_host()} {device}", MAX_PLACE_BYTES, group.device_type)
+    places = gather_texts(group, f"{host_identity()} {device}", MAX_PLACE_BYTES, group.device_type)
     devices = [place.partition(" ")[2] for place in places]
     can = torch.tensor([[_reaches_all(devices), _has_triton()]], dtype=torch.uint8, device=group.device_type)
     peer_access, triton = group.all_gather(can).bool().all(dim=0).tolist()
@@ -245,11 +244,6 @@ def gather_facts(transport: Transport) -> SymmetricFacts:
         peer_access=peer_access,
         triton=triton,
     )
-
-
-def _host() -> str:
-    boot_id = Path("/proc/sys/kernel/random/boot_id")
-    return boot_id.read_text().strip() if boot_id.exists() else socket.gethostname()
 
 
 def _has_triton() -> bool:

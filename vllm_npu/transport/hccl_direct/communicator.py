@@ -11,10 +11,11 @@ import torch_npu
 from vllm_npu.core.token_layout import offsets
 from vllm_npu.errors import InvalidInputError, TransportError
 from vllm_npu.transport.base import SendRecv, Transport, sum_in_rank_order
-from vllm_npu.transport.hccl import batches_for_hccl, number_of_this_host
+from vllm_npu.transport.hccl import batches_for_hccl
 from vllm_npu.transport.hccl_direct import library
 from vllm_npu.transport.hccl_direct.chip import limits_of_this_chip
 from vllm_npu.transport.hccl_direct.library import BYTES, DATA_TYPES, RECV, SEND, SUM, RootInfo, SendRecvItem
+from vllm_npu.transport.host import host_number
 
 
 class StatelessGroup(Protocol):
@@ -50,7 +51,7 @@ class PyHcclTransport(Transport):
             self._call("open", "HcclGetRootInfo", ctypes.byref(root))
         root = RootInfo.from_buffer_copy(_broadcast_bytes(bootstrap, bytes(root)))
         self._call("open", "HcclCommInitRootInfo", size, ctypes.byref(root), rank, ctypes.byref(self._comm))
-        hosts = self.all_gather(torch.tensor([number_of_this_host()], device=self.device)).tolist()
+        hosts = self.all_gather(torch.tensor([host_number()], device=self.device)).tolist()
         self._has_v = limits_of_this_chip().uneven_collectives and len(set(hosts)) == 1
 
     def send(self, tensor: torch.Tensor, peer: int) -> None:

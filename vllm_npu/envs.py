@@ -132,7 +132,7 @@ EMULATOR_LOG = Variable(
 )
 
 # Variables of other packages that more than one module here reads.
-PROMETHEUS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"  # prometheus_client: folder of the counters of all processes, which vLLM's /metrics adds up
+PROMETHEUS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"  # prometheus_client: folder of all processes' counters, for /metrics
 SOCKET_FOLDER = "VLLM_RPC_BASE_PATH"  # vLLM: folder of its sockets, which it does not delete
 CPU_OMP_THREADS_BIND = "VLLM_CPU_OMP_THREADS_BIND"  # vLLM: the cores of each rank
 

@@ -1,7 +1,6 @@
 """Ranks that end or are late: every other one says so, by name and in time; nothing is left, and a restart serves the same."""
 
 import json
-import multiprocessing
 import os
 import socket
 import sys
@@ -23,7 +22,6 @@ KILLS = int(os.environ.get("KILLS", "2"))  # 50 in the long form
 
 
 def test_survivors_of_a_kill_name_the_dead_rank_and_a_restart_serves_the_same(tmp_path, nothing_left_behind):
-    multiprocessing.set_forkserver_preload(["tests.serving_ranks"])
     pool = partial(ProcessRankPool, NUM_RANKS, DEADLINE, start_method="forkserver")
     assert kill_and_restart(pool, KILLS, tmp_path) == []
 

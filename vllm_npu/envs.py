@@ -1,4 +1,4 @@
-"""Every environment variable of this package: its default and its meaning. Read when asked, never at import."""
+"""Every environment variable of this package, with its default and its meaning. The import of this module reads none."""
 
 import os
 from dataclasses import dataclass
@@ -8,29 +8,29 @@ from vllm_npu.errors import UnsupportedConfigError
 
 @dataclass(frozen=True, slots=True)
 class Variable:
-    """One environment variable; `default` is the text that an unset variable stands for."""
+    """One environment variable. An unset or empty variable means `default`."""
 
     name: str
     default: str
     meaning: str
 
     def read(self) -> str:
-        """The variable's text, or its default where it is unset or empty."""
+        """The variable's text, or its default if it is unset or empty."""
         return self.read_if_set() or self.default
 
     def read_if_set(self) -> str | None:
-        """The variable's text, or None where it is unset or empty."""
+        """The variable's text, or None if it is unset or empty."""
         return os.environ.get(self.name) or None
 
     def read_flag(self) -> bool:
-        """The variable as a switch. Raises UnsupportedConfigError for anything but 0 and 1."""
+        """The variable as a switch, 0 or 1. Raises UnsupportedConfigError for other texts."""
         text = self.read()
         if text not in ("0", "1"):
             raise UnsupportedConfigError(f"{self.name}={text!r}: not a switch; set it to 0 or 1")
         return text == "1"
 
     def read_whole_number(self) -> int:
-        """The variable as a number, 0 or more. Raises UnsupportedConfigError for anything else."""
+        """The variable as a whole number, 0 or more. Raises UnsupportedConfigError for other texts."""
         text = self.read()
         if not (text.isascii() and text.isdecimal()):
             raise UnsupportedConfigError(
@@ -39,7 +39,7 @@ class Variable:
         return int(text)
 
     def read_seconds(self) -> float:
-        """The variable as a positive number of seconds. Raises UnsupportedConfigError for anything else."""
+        """The variable as a positive number of seconds. Raises UnsupportedConfigError for other texts."""
         text = self.read()
         try:
             seconds = float(text)
@@ -53,82 +53,88 @@ class Variable:
 MOE_COMM = Variable(
     "VLLM_NPU_MOE_COMM",
     "auto",
-    "Strategy where --additional-config does not name one: auto, mc2, all2all, allgather or naive; beside vllm-ascend also "
-    "off, compare and compare:STRATEGY.",
+    "Strategy, if --additional-config names none: auto, mc2, all2all, allgather or naive; with vllm-ascend also off, "
+    "compare and compare:STRATEGY.",
 )
 CUDA_PLATFORM = Variable(
     "VLLM_NPU_CUDA_PLATFORM",
     "0",
-    "1 makes this package vLLM's platform on GPUs, so that its all2all managers can be asked for; 0 leaves vLLM alone there.",
+    "1: this package is vLLM's platform on GPUs and offers its all2all managers; 0: vLLM's own platform runs there.",
 )
 COUNT_COLLECTIVES = Variable(
     "VLLM_NPU_COUNT_COLLECTIVES",
     "0",
-    "1 counts calls and bytes of every collective, for the worker call moe_comm_counters.",
+    "1: count the calls and bytes of every collective; the worker call moe_comm_counters returns them.",
 )
 METRICS = Variable(
     "VLLM_NPU_METRICS",
     "0",
-    "1 counts steps, tokens, bytes, fallbacks and failed votes of each rank for vLLM's /metrics.",
+    "1: count the steps, tokens, bytes, fallbacks and failed votes of each rank for vLLM's /metrics.",
 )
 RECORD = Variable(
     "VLLM_NPU_RECORD",
     "",
-    "Folder where each rank keeps a trace of its last collectives, for `vllm-npu doctor --trace`; empty: none.",
+    "Folder where each rank writes a trace of its last collectives, for `vllm-npu doctor --trace`; empty: no trace.",
 )
 TRANSPORT_TIMEOUT = Variable(
     "VLLM_NPU_TRANSPORT_TIMEOUT",
     "60",
-    "Seconds after which a collective of a group that this package opens itself fails.",
+    "Seconds after which a collective fails, in groups that this package opens itself.",
 )
 COLLECTIVE_DEADLINE = Variable(
     "VLLM_NPU_COLLECTIVE_DEADLINE",
     "600",
-    "Seconds after which a collective of a served model fails over gloo, naming the ranks that are late, where vLLM gave the "
-    "group no shorter time-out; HCCL obeys HCCL_EXEC_TIMEOUT.",
+    "Seconds after which a gloo collective of a served model fails and names the late ranks, unless vLLM gave the group a "
+    "shorter time-out; HCCL obeys HCCL_EXEC_TIMEOUT.",
 )
 SHARED_WINDOW = Variable(
     "VLLM_NPU_SHARED_WINDOW",
     "1",
-    "1: gloo's large messages between ranks of one host go through shared memory; 0: over sockets. The same on all ranks.",
+    "1: large gloo messages between ranks of one host go through shared memory; 0: through sockets. Set it alike on all ranks.",
 )
 HCCL_OPS = Variable(
     "VLLM_NPU_HCCL_OPS",
     "1",
-    "1: tokens travel by C++ operators straight on HCCL where these can be built; 0: by torch.distributed.",
+    "1: C++ operators that call HCCL move tokens, if they can be built; 0: torch.distributed moves tokens.",
 )
-HCCL_BUFFSIZE = Variable("HCCL_BUFFSIZE", "200", "HCCL's own: MiB of the buffer in which MC2's ops work.")
-EMULATOR = Variable("VLLM_NPU_EMULATOR", "0", "1 puts the emulated Ascend device under torch_npu in every interpreter.")
-EMULATOR_SOC = Variable("VLLM_NPU_EMULATOR_SOC", "A2", "Chip, or family of chips, that the emulated device passes for.")
+HCCL_BUFFSIZE = Variable("HCCL_BUFFSIZE", "200", "HCCL's own variable: MiB of the buffer that MC2's ops use.")
+EMULATOR = Variable("VLLM_NPU_EMULATOR", "0", "1: torch_npu finds the emulated Ascend device in every Python process.")
+EMULATOR_SOC = Variable("VLLM_NPU_EMULATOR_SOC", "A2", "Chip, or family of chips, that is emulated.")
 EMULATOR_LIBRARIES = Variable(
-    "VLLM_NPU_EMULATOR_LIBRARIES", "", "Folder of built libraries, used as it is; empty: build."
+    "VLLM_NPU_EMULATOR_LIBRARIES", "", "Folder of built libraries, which is used unchanged; empty: build them."
 )
-EMULATOR_RUN = Variable("VLLM_NPU_EMULATOR_RUN", "", "Set by the launcher: part of the names of a run's shared memory.")
-EMULATOR_TRACE = Variable("VLLM_NPU_EMULATOR_TRACE", "0", "1 lists the calls of ACL, HCCL and aclnn on standard error.")
+EMULATOR_RUN = Variable(
+    "VLLM_NPU_EMULATOR_RUN", "", "Set by the launcher: a part of the names of a run's shared memory."
+)
+EMULATOR_TRACE = Variable("VLLM_NPU_EMULATOR_TRACE", "0", "1: list the calls of ACL, HCCL and aclnn on standard error.")
 EMULATOR_ASYNC = Variable(
-    "VLLM_NPU_EMULATOR_ASYNC", "", "Seed of random delays of streams that run on threads; empty: synchronous streams."
+    "VLLM_NPU_EMULATOR_ASYNC",
+    "",
+    "Seed of random delays of streams, which then run on threads; empty: synchronous streams.",
 )
-EMULATOR_DEVICES = Variable("VLLM_NPU_EMULATOR_DEVICES", "16", "Emulated devices of this machine.")
-EMULATOR_MEMORY_GB = Variable("VLLM_NPU_EMULATOR_MEMORY_GB", "0", "Memory of one device; 0: what the chip has.")
+EMULATOR_DEVICES = Variable("VLLM_NPU_EMULATOR_DEVICES", "16", "Number of emulated devices on this machine.")
+EMULATOR_MEMORY_GB = Variable(
+    "VLLM_NPU_EMULATOR_MEMORY_GB", "0", "GB of memory of one device; 0: as much as the chip has."
+)
 EMULATOR_LIMITS = Variable(
-    "VLLM_NPU_EMULATOR_LIMITS", "device", "device: refuse sizes that the chip's ops refuse; none: take any size."
+    "VLLM_NPU_EMULATOR_LIMITS", "device", "device: refuse sizes that the chip's ops refuse; none: accept any size."
 )
 EMULATOR_UNDEFINED = Variable(
     "VLLM_NPU_EMULATOR_UNDEFINED",
     "nan",
-    "What memory holds that an op leaves unwritten: nan (the least integer), or zero.",
+    "Content of memory that an op does not write: nan (for integers, the least value), or zero.",
 )
 EMULATOR_CANN = Variable("VLLM_NPU_EMULATOR_CANN", "8.5.0", "Version that the emulated CANN reports.")
 EMULATOR_LOG = Variable(
-    "VLLM_NPU_EMULATOR_LOG", "", "Least level of the ACL log that is shown: 0 (all) to 3 (errors); empty: none."
+    "VLLM_NPU_EMULATOR_LOG",
+    "",
+    "Least level of ACL log messages that are shown: 0 (all) to 3 (errors); empty: no messages.",
 )
 
-# Of others, where more than one module needs the name.
-PROMETHEUS_FOLDER = (
-    "PROMETHEUS_MULTIPROC_DIR"  # prometheus_client's: where processes count, for vLLM's /metrics to add up
-)
-SOCKET_FOLDER = "VLLM_RPC_BASE_PATH"  # vLLM's: of its sockets, which it leaves there
-CPU_OMP_THREADS_BIND = "VLLM_CPU_OMP_THREADS_BIND"  # vLLM's: the cores of each rank
+# Variables of other packages that more than one module here reads.
+PROMETHEUS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"  # prometheus_client: folder of all processes' counters, for /metrics
+SOCKET_FOLDER = "VLLM_RPC_BASE_PATH"  # vLLM: folder of its sockets, which it does not delete
+CPU_OMP_THREADS_BIND = "VLLM_CPU_OMP_THREADS_BIND"  # vLLM: the cores of each rank
 
 VARIABLES = (
     MOE_COMM,

@@ -1,4 +1,4 @@
-"""Errors of this package: one class per situation. A message says what is wrong, where, and what to do."""
+"""Errors of this package, one class for each situation. A message says what is wrong, where, and what to do."""
 
 
 class VllmNpuError(Exception):
@@ -6,11 +6,11 @@ class VllmNpuError(Exception):
 
 
 class UnsupportedConfigError(VllmNpuError, ValueError):
-    """A configuration that cannot work, found before any token moves. Change the configuration."""
+    """A configuration that cannot work. It is found before any token moves. Change the configuration."""
 
 
 class PluginConflictError(UnsupportedConfigError):
-    """Two platform plugins want this process. Set VLLM_PLUGINS to what the message says."""
+    """Two platform plugins claim this process. Set VLLM_PLUGINS to the value in the message."""
 
 
 class UnsupportedDeviceError(UnsupportedConfigError):
@@ -18,43 +18,43 @@ class UnsupportedDeviceError(UnsupportedConfigError):
 
 
 class DeviceLimitError(UnsupportedConfigError):
-    """The layer is past a limit of the chip's op. Choose another strategy, or other parallel sizes."""
+    """The layer exceeds a limit of the chip's op. Choose another strategy, or other parallel sizes."""
 
 
 class HcclBufferError(UnsupportedConfigError):
-    """HCCL's buffer is too small for the steps that the engine is configured for. Set HCCL_BUFFSIZE."""
+    """HCCL's buffer is too small for the engine's largest step. Set HCCL_BUFFSIZE."""
 
 
 class UnknownGroupError(UnsupportedConfigError):
-    """HCCL does not know a process group that a device op has to communicate over."""
+    """HCCL does not know the process group of a device op that communicates."""
 
 
 class NativeBuildError(VllmNpuError, RuntimeError):
-    """A C++ part cannot be built, or not be loaded. Install what the message names, or read its log."""
+    """A C++ part cannot be built or loaded. Install what the message names, or read the log that it names."""
 
 
 class EmulatorBuildError(NativeBuildError):
-    """The emulated Ascend device cannot be built, or not be loaded. Install what the message names, or read its log."""
+    """The emulated Ascend device cannot be built or loaded. Install what the message names, or read the log that it names."""
 
 
 class InvalidInputError(VllmNpuError, ValueError):
-    """An argument of one call breaks the callee's contract. The call moved nothing; the object stays usable."""
+    """An argument of a call breaks the contract of the called method. The call moved nothing, and the object stays usable."""
 
 
 class HandleMismatchError(VllmNpuError, RuntimeError):
-    """A handle was used twice, or given to a stage that did not make it. A fault of the calling code."""
+    """A handle was used twice, or passed to a stage that does not consume it. The calling code is wrong."""
 
 
 class PlanDisagreementError(VllmNpuError, RuntimeError):
-    """Ranks planned different steps. Raised on every rank, naming ranks and plans, before any collective of the step."""
+    """Ranks planned different steps. Every rank raises it before the step's first collective. It names the ranks and plans."""
 
 
 class LyingCollectiveError(VllmNpuError, RuntimeError):
-    """A collective returned wrong data in the start-up self-test. Do not serve with it; the message names call and group."""
+    """A collective returned wrong data in the start-up self-test. The message names call and group. Do not serve with it."""
 
 
 class TransportError(VllmNpuError, RuntimeError):
-    """A collective failed or did not end in time. The group must not be used again; restart its ranks."""
+    """A collective failed or did not end in time. Do not use the group again. Restart its ranks."""
 
     def __init__(self, operation: str, group: str, rank: int, detail: str) -> None:
         super().__init__(f"{operation} on group '{group}' failed on rank {rank}: {detail}")
@@ -64,7 +64,7 @@ class TransportError(VllmNpuError, RuntimeError):
         self.detail = detail
 
     def with_detail(self, more: str) -> "TransportError":
-        """The same error, which says more."""
+        """The same error with `more` added to its message."""
         return type(self)(self.operation, self.group, self.rank, f"{self.detail}\n{more}")
 
     def __reduce__(self) -> tuple[type["TransportError"], tuple[str, str, int, str]]:
@@ -72,14 +72,14 @@ class TransportError(VllmNpuError, RuntimeError):
 
 
 class RankFailureError(TransportError):
-    """A collective failed or was too late because other ranks ended or did not come: the message names them. Restart all."""
+    """A collective failed or timed out because other ranks ended or are late. The message names them. Restart all ranks."""
 
     def __init__(self, operation: str, group: str, rank: int, detail: str, ranks: tuple[int, ...] = ()) -> None:
         super().__init__(operation, group, rank, detail)
-        self.ranks = ranks  # that ended, or, where none did, that are late; numbers in the whole grid
+        self.ranks = ranks  # ended ranks, or late ranks if none has ended; numbers in the whole grid
 
     def with_detail(self, more: str) -> "RankFailureError":
-        """The same error, which says more."""
+        """The same error with `more` added to its message."""
         return type(self)(self.operation, self.group, self.rank, f"{self.detail}\n{more}", self.ranks)
 
     def __reduce__(self) -> tuple[type["RankFailureError"], tuple[str, str, int, str, tuple[int, ...]]]:  # type: ignore[override]

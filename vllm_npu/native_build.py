@@ -1,10 +1,10 @@
-"""Builds the C++ parts of csrc_npu, each once per state of its sources, torch and torch_npu. Runs without torch."""
+"""Builds the C++ parts of csrc_npu: once for each state of the sources, torch and torch_npu. Runs without torch, on Linux."""
 
-import fcntl
 import hashlib
 import importlib.metadata
 import importlib.util
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -12,28 +12,35 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 from vllm_npu import envs
 from vllm_npu.errors import NativeBuildError
 
+fcntl: ModuleType | None
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 COMPILERS = ("c++", "g++", "clang++")
 JOBS = max(1, min(os.cpu_count() or 1, 8))
 SHOWN_LOG_LINES = 40
-BUILD_FILE = "CMakeLists.txt"  # of csrc_npu: what all components are built with
+BUILD_FILE = "CMakeLists.txt"  # in csrc_npu, for all components
 
 
 @dataclass(frozen=True, slots=True)
 class Component:
-    """A folder of csrc_npu, built by itself."""
+    """One folder of csrc_npu. Components are built independently."""
 
-    name: str  # of the folder
-    what: str  # in messages
-    product: str  # the library whose presence says that all are built
+    name: str  # of the folder in csrc_npu
+    what: str  # name of the component in messages
+    product: str  # file name of a library; the component is built if the file is there
     error: type[NativeBuildError] = NativeBuildError
-    install_hint: str = "pip install 'vllm-npu[emulator]'"  # brings what building needs
+    install_hint: str = "pip install 'vllm-npu[emulator]'"  # a command that installs the build tools
 
     def source_folder(self) -> Path:
-        """csrc_npu: beside the package in a checkout, inside of it in an installation."""
+        """The folder csrc_npu: beside the package in a checkout, inside the package in an installation."""
         package = Path(__file__).resolve().parent
         for parent in (package.parent, package):
             folder = parent / "csrc_npu"
@@ -45,14 +52,14 @@ class Component:
         )
 
     def package_folder(self, name: str) -> Path:
-        """Where a package lies, without importing it. Raises `error` if it is not installed."""
+        """The folder of an installed package, which is not imported. Raises `error` if the package is not installed."""
         spec = importlib.util.find_spec(name)
         if spec is None or spec.origin is None:
             raise self.error(f"{self.what} needs {name}, which is not installed; {self.install_hint}")
         return Path(spec.origin).parent
 
     def package_version(self, name: str) -> str:
-        """Raises `error` if the package is not installed, or only lies on the path of imports."""
+        """Version of an installed package. Raises `error` if Python finds a folder of that name and no installed package."""
         folder = self.package_folder(name)
         try:
             return importlib.metadata.version(name)
@@ -62,14 +69,14 @@ class Component:
             ) from None
 
     def find_tool(self, name: str) -> str:
-        """A build tool: that of this environment, else the first on PATH."""
+        """Path of a build tool: first in this Python environment, then on PATH. Raises `error` if there is none."""
         found = shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
         if found is None:
-            raise self.error(f"building {self.what} needs {name}, which is not there; {self.install_hint}")
+            raise self.error(f"building {self.what} needs {name}, which is not installed; {self.install_hint}")
         return found
 
     def find_compiler(self) -> str:
-        """The C++ compiler: $CXX, else the first known name on PATH."""
+        """Path of the C++ compiler: $CXX, or the first of COMPILERS on PATH. Raises `error` if there is none."""
         named = os.environ.get("CXX")
         for candidate in (named,) if named else COMPILERS:
             found = shutil.which(candidate)
@@ -81,7 +88,7 @@ class Component:
         )
 
     def cache_key(self) -> str:
-        """Changes with everything that the libraries are made from."""
+        """Digest of the sources, the versions of torch and torch_npu, Python's ABI and the processor."""
         digest = hashlib.sha256()
         folder = self.source_folder()
         for path in (folder / BUILD_FILE, *sorted((folder / self.name).rglob("*"))):
@@ -90,21 +97,25 @@ class Component:
                 digest.update(path.read_bytes())
         for name in ("torch", "torch_npu"):
             digest.update(f"{name} {self.package_version(name)}\n".encode())
-        digest.update(f"{sys.implementation.cache_tag} {os.uname().machine}\n".encode())
+        digest.update(f"{sys.implementation.cache_tag} {platform.machine()}\n".encode())
         return digest.hexdigest()[:16]
 
     def library_folder(self) -> Path:
-        """Where the libraries are, or will be once they are built."""
+        """The folder of the libraries. It does not exist before the build."""
         return environment_home() / f"{self.name}-{self.cache_key()}" / "lib"
 
     def build(self) -> Path:
-        """The folder of the libraries, built first where they are not there yet. Several processes may call it at once.
+        """Build the libraries if they are missing, and return their folder. Several processes may call this at once.
 
-        Raises `error` where something that building needs is missing, or the build fails.
+        Raises `error` if a build tool is missing, the system has no file locks, or the build fails.
         """
         folder = self.library_folder()
         if (folder / self.product).is_file():
             return folder
+        if fcntl is None:
+            raise self.error(
+                f"building {self.what} needs file locks, which Python has not on {sys.platform}; use Linux"
+            )
         destination = folder.parent
         try:
             destination.parent.mkdir(parents=True, exist_ok=True)
@@ -120,12 +131,12 @@ class Component:
         return folder
 
     def _compile(self, destination: Path) -> None:
-        """Configures and builds in a temporary folder, then puts the libraries in place in one step."""
+        """Configure and build in a temporary folder, and then rename it to `destination`. The caller holds the lock."""
         compiler, cmake, ninja = self.find_compiler(), self.find_tool("cmake"), self.find_tool("ninja")
         log = destination.parent / f"{destination.name}.log"
         log.unlink(missing_ok=True)
         prefix = f"{destination.name}.building."
-        for left_behind in destination.parent.glob(f"{prefix}*"):  # by a build that was killed: the lock is ours
+        for left_behind in destination.parent.glob(f"{prefix}*"):  # by killed builds
             shutil.rmtree(left_behind, ignore_errors=True)
         with tempfile.TemporaryDirectory(prefix=prefix, dir=destination.parent) as building:
             self._run_step(
@@ -147,7 +158,7 @@ class Component:
             finished.rename(destination)
 
     def _run_step(self, command: list[str], log: Path) -> None:
-        # The build runs this interpreter too: with the device enabled there, it would wait for the build.
+        # CMake starts this Python. With the emulated device enabled there, that Python would wait for this build.
         environment = {**os.environ, envs.EMULATOR.name: "0"}
         with log.open("a") as output:
             done = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, check=False, env=environment)
@@ -155,13 +166,13 @@ class Component:
         if code != 0:
             tail = "\n".join(log.read_text(errors="replace").splitlines()[-SHOWN_LOG_LINES:])
             raise self.error(
-                f"building {self.what} failed ({' '.join(command[:2])} ...). If the log names a compiler that is too "
-                f"old, set CXX to one of C++20; else report it with the whole log, {log}, whose end is:\n{tail}"
+                f"building {self.what} failed ({' '.join(command[:2])} ...). If the log says that the compiler is too old, "
+                f"set CXX to a C++20 compiler. Otherwise report it with the whole log, {log}, whose end is:\n{tail}"
             )
 
 
 def environment_home() -> Path:
-    """The folder of everything that the project makes outside of the checkout, as scripts/setup.sh has it."""
+    """The folder for environments and built libraries: the same one as in scripts/setup.sh."""
     home = os.environ.get("VLLM_NPU_ENV_HOME")
     if home:
         return Path(home)

@@ -4,6 +4,7 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,9 +17,11 @@ from vllm_npu.emulator import launcher, soc
 from vllm_npu.errors import TransportError
 from vllm_npu.strategies.select import build
 from vllm_npu.tools.launch import ProcessRankPool, Rank
+from vllm_npu.transport import host
 from vllm_npu.transport.base import Groups, Transport
 from vllm_npu.transport.hccl import HcclTransport
 from vllm_npu.transport.hccl_direct import token_ops
+from vllm_npu.transport.hccl_direct.communicator import PyHcclTransport
 from vllm_npu.trust.recording import CollectiveCounter, record
 
 pytestmark = pytest.mark.emulated
@@ -147,6 +150,28 @@ def test_same_bits_and_counts_as_through_torch_distributed(monkeypatch, capfd, w
             pool.run(shows, "all2all")
         if "VLLM_NPU_EMULATOR_ASYNC" in env:
             pool.run(start_does_not_wait)
+
+
+def between_two_hosts(rank: Rank, folder: str) -> bool:
+    """Rank 1 is in another network namespace; the hosts' names are equal. Whether PyHCCL has the V collectives then."""
+    with pytest.MonkeyPatch.context() as patched, rank.device:
+        if rank.rank == 1:
+            elsewhere = Path(folder, "net")
+            elsewhere.symlink_to("net:[1]")
+            patched.setattr(host, "NETWORK_NAMESPACE", elsewhere)
+        ep = rank.groups(tp_size=1, dp_size=rank.num_ranks).ep
+        assert ep._has_ops()
+        gathers(ep)
+        scatters(ep)
+        return PyHcclTransport(ep.process_group)._has_v
+
+
+def test_only_ranks_of_one_host_are_one_server(monkeypatch, capfd, tmp_path):
+    with ranks_on(monkeypatch, "A3", 2, {}) as pool:
+        assert pool.run(between_two_hosts, str(tmp_path)) == [False, False]
+    called = {word for word in capfd.readouterr().err.split() if word.startswith("Hccl")}
+    assert "HcclAlltoAllV" in called
+    assert called & UNEVEN == set()
 
 
 # --- messages, traces ---

@@ -69,7 +69,7 @@ def test_ranks_with_the_shared_expert_come_before_those_with_the_others():
 @pytest.mark.parametrize(
     ("shared_expert_ranks", "message"),
     [
-        (4, "4 ranks with the shared expert leave none of 4 to others; take fewer"),
+        (4, "4 ranks with the shared expert leave none of the 4 ranks for the other experts; take fewer"),
         (-1, "-1 ranks with the shared expert"),
         (1, "over ep_size=4 less 1 ranks; choose tp_size * dp_size = 3 or 5, or add 1 redundant experts"),
     ],

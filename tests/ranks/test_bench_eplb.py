@@ -9,6 +9,7 @@ from tests.command_line import vllm_npu
 
 
 def test_every_communicator_of_cpus_is_timed(tmp_path):
+    """In processes of its own: it imports vLLM, which would change the process of the tests."""
     report, chart = tmp_path / "report.json", tmp_path / "chart.png"
     sizes = ["--scale", "64", "--experts", "3", "--rounds", "2"]
     done = vllm_npu("bench", "eplb", *sizes, "--json", str(report), "--plot", str(chart))
@@ -36,7 +37,7 @@ def test_every_communicator_of_cpus_is_timed(tmp_path):
         (["--transport", "threaded"], "unknown transport 'threaded'; there are: gloo"),
     ],
 )
-def test_what_cannot_be_measured_is_refused(arguments, text):
-    done = vllm_npu("bench", "eplb", *arguments)
+def test_what_cannot_be_measured_is_refused(command, arguments, text):
+    done = command("bench", "eplb", *arguments)
     assert done.returncode == 1
     assert text in done.stderr

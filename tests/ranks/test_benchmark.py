@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from tests.command_line import vllm_npu
 from vllm_npu.core.limits import MoELayer
 from vllm_npu.errors import UnsupportedConfigError
 from vllm_npu.strategies.table import STRATEGIES
@@ -70,10 +69,10 @@ def test_skew_leaves_every_rank_a_token():
     assert counts_of(7, 2, 1) == (7, 7)
 
 
-def test_the_command_writes_rows_and_a_chart(tmp_path):
+def test_the_command_writes_rows_and_a_chart(command, tmp_path):
     report, chart = tmp_path / "bench.json", tmp_path / "bench.png"
     sizes = ["--ranks", "2", "--tokens", "1,4", "--hidden", "16", "--experts", "4", "--topk", "2", "--rounds", "3"]
-    done = vllm_npu("bench", *sizes, "--json", str(report), "--plot", str(chart))
+    done = command("bench", *sizes, "--json", str(report), "--plot", str(chart))
     assert done.returncode == 0, done.stderr
     rows = json.loads(report.read_text())
     assert len(rows) == 2 * (len(STRATEGIES) + len(PEERS))
@@ -91,7 +90,7 @@ def test_the_command_writes_rows_and_a_chart(tmp_path):
         (["--ranks", "3"], "64 experts do not divide over ep_size=3"),
     ],
 )
-def test_wrong_options_are_refused_before_ranks_start(options, message):
-    done = vllm_npu("bench", *options)
+def test_wrong_options_are_refused_before_ranks_start(command, options, message):
+    done = command("bench", *options)
     assert done.returncode == 1
     assert message in done.stderr

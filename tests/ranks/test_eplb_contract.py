@@ -346,7 +346,7 @@ def one_sends_less(rank: Rank, kind: str) -> None:
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("kind", ["torch_dist", "gloo_staged"])
 def test_bytes_that_do_not_match_are_an_error_in_time(kind):
-    with ProcessRankPool(2, timeout=5) as pool:
+    with ProcessRankPool(2, timeout=5, start_method="forkserver") as pool:
         outcomes = pool.outcomes(one_sends_less, kind)
     assert any(isinstance(each, TransportError) and "on group 'ep' failed on rank" in str(each) for each in outcomes)
 

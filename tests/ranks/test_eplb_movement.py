@@ -165,5 +165,5 @@ def comes_alone(rank: Rank) -> str:
 
 @pytest.mark.timeout(120)
 def test_a_rank_that_stays_away_is_an_error_in_time():
-    with ProcessRankPool(2, timeout=5) as pool:
+    with ProcessRankPool(2, timeout=5, start_method="forkserver") as pool:
         assert "failed on rank 0" in pool.run(comes_alone)[0]

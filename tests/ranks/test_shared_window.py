@@ -2,6 +2,7 @@
 
 import gc
 import json
+import os
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,8 +15,9 @@ import torch
 from tests.cases import seeded
 from vllm_npu.errors import TransportError, UnsupportedConfigError
 from vllm_npu.tools.launch import Rank
-from vllm_npu.transport import gloo, shared_window
+from vllm_npu.transport import gloo, host, shared_window
 from vllm_npu.transport.base import Transport
+from vllm_npu.transport.host import host_identity
 from vllm_npu.transport.shared_window import SharedWindow
 
 MAPS = Path("/proc/self/maps")
@@ -125,7 +127,7 @@ def test_what_does_not_fit_goes_over_sockets(pools, num_rows, fits):
 @pytest.mark.parametrize(
     ("changed", "expected"),
     [
-        ({"boot": "another"}, "it runs on another host"),
+        ({"host": "another"}, "it runs on another host"),
         ({"mark": "0" * 16}, "is something else; it runs in another container"),
         ({"path": "/proc/self/fd/no"}, "No such file"),
         ({"path": __file__}, "mmap length is greater than file size"),
@@ -136,12 +138,52 @@ def test_a_rank_whose_memory_cannot_be_read_is_named(changed, expected):
         if not text.startswith("{"):
             return [text, text]
         place = json.loads(text)
-        assert place["boot"] == shared_window.BOOT_ID.read_text().strip()
+        assert place["host"] == host_identity()
         return [text, json.dumps(place | changed)]
 
     with pytest.raises(UnsupportedConfigError, match="rank 0 cannot read the memory of rank 1") as error:
         SharedWindow.open(0, exchange_with_another)
     assert expected in str(error.value)
+
+
+def exchange_where_one_system_lacks_memfd(rank: Rank) -> str:
+    with pytest.MonkeyPatch.context() as patched, group_of(rank, window="1") as ep:
+        if rank.rank == 1:
+            patched.delattr(os, "memfd_create")
+        told: list[str] = []
+        patched.setattr(gloo.logger, "info", lambda text, *values: told.append(text % values))
+        gathered = ep.all_gather(torch.full((2048, WIDTH), float(rank.rank), dtype=torch.float64))
+        assert gathered[::2048, 0].tolist() == list(range(rank.num_ranks))
+        assert ep._window is None
+        return told[0]
+
+
+def test_a_system_without_memfd_uses_sockets_and_says_why(pools):
+    expected = (
+        "Group 'ep' exchanges tokens over gloo alone, without shared memory: rank 1: no memory to share: this system has no "
+        "memfd_create"
+    )
+    assert pools("gloo", 3).run(exchange_where_one_system_lacks_memfd) == [expected] * 3
+
+
+def exchange_between_hosts(rank: Rank, folder: str) -> str:
+    """Rank 1 has another network namespace; the hosts' names are equal."""
+    with pytest.MonkeyPatch.context() as patched, group_of(rank, window="1") as ep:
+        if rank.rank == 1:
+            elsewhere = Path(folder, "net")
+            elsewhere.symlink_to("net:[1]")
+            patched.setattr(host, "NETWORK_NAMESPACE", elsewhere)
+        told: list[str] = []
+        patched.setattr(gloo.logger, "info", lambda text, *values: told.append(text % values))
+        gathered = ep.all_gather(torch.full((2048, WIDTH), float(rank.rank), dtype=torch.float64))
+        assert gathered[::2048, 0].tolist() == list(range(rank.num_ranks))
+        assert ep._window is None
+        return told[0]
+
+
+def test_ranks_in_different_network_namespaces_use_sockets(pools, tmp_path):
+    for told in pools("gloo", 2).run(exchange_between_hosts, str(tmp_path)):
+        assert told.endswith("rank 0 cannot read the memory of rank 1: it runs on another host")
 
 
 def test_a_rank_without_memory_to_share_is_named_and_this_ranks_is_released():
@@ -156,7 +198,7 @@ def test_a_rank_that_can_open_no_file_says_so():
 
     def exchange_with_another(text: str) -> list[str]:
         told.append(text)
-        return [text, '{"boot": "", "path": "", "mark": ""}']
+        return [text, '{"host": "", "path": "", "mark": ""}']
 
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (0, before[1]))

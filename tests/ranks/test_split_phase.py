@@ -166,7 +166,7 @@ def starts_without_the_others(rank: Rank) -> None:
 
 @pytest.mark.timeout(120)
 def test_a_finish_fails_in_time_where_another_rank_never_starts():
-    with ProcessRankPool(2, timeout=10) as pool:
+    with ProcessRankPool(2, timeout=5, start_method="forkserver") as pool:
         started = time.monotonic()
         own, waiting = pool.outcomes(starts_without_the_others)
         assert time.monotonic() - started < 40

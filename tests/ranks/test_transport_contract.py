@@ -473,7 +473,7 @@ def test_threads_that_open_a_group_after_a_rank_has_failed_fail_at_once_too(pool
     assert isinstance(second, TransportError)
 
 
-SHORT_TIMEOUT = 10.0  # seconds; processes must also start within it of one another
+SHORT_TIMEOUT = 5.0  # seconds; ranks must also start within it of one another
 WAITS = {1: ("tp", "all_gather"), 2: ("dp", "reduce_scatter"), 3: ("ep", "all_reduce")}  # each in a group with rank 0
 
 
@@ -488,7 +488,7 @@ def waits_for_rank_0(rank: Rank) -> None:
 
 @pytest.mark.timeout(120)  # not the ten minutes of the settings: a group that keeps waiting is what this looks for
 def test_processes_that_wait_for_a_failed_rank_fail_in_time_and_the_pool_works_again():
-    with ProcessRankPool(4, timeout=SHORT_TIMEOUT) as pool:
+    with ProcessRankPool(4, timeout=SHORT_TIMEOUT, start_method="forkserver") as pool:
         pool.run(all_is_well, (2, 2))  # started
         started = time.monotonic()
         first, *others = pool.outcomes(waits_for_rank_0)
@@ -593,7 +593,7 @@ def announces(rank: Rank, rows: int) -> None:
 def test_counts_that_cannot_be_are_refused_before_anything_is_allocated(pools, rows):
     told, _ = pools("threaded", 2).outcomes(announces, rows)
     assert isinstance(told, TransportError)
-    assert f"the ranks announce [0, {rows}] rows, which cannot be" in str(told)
+    assert f"the ranks announce [0, {rows}] rows, which is impossible" in str(told)
 
 
 def facts_of(rank: Rank) -> SymmetricFacts:
@@ -675,14 +675,17 @@ def test_the_tables_rows_are_transports(name):
 def test_hccl_without_torch_npu_says_what_it_needs():
     with pytest.raises(UnsupportedConfigError, match="NPU tensors need torch_npu, and importing it fails"):
         transport_class("hccl")
-    with ProcessRankPool(2, transport="hccl") as pool, pytest.raises(UnsupportedConfigError, match="need torch_npu"):
+    with (
+        ProcessRankPool(2, transport="hccl", start_method="forkserver") as pool,
+        pytest.raises(UnsupportedConfigError, match="need torch_npu"),
+    ):
         pool.run(echo)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is here")
 def test_nccl_without_gpus_says_what_it_needs():
     with (
-        ProcessRankPool(2, transport="nccl") as pool,
+        ProcessRankPool(2, transport="nccl", start_method="forkserver") as pool,
         pytest.raises(UnsupportedConfigError, match="needs a cuda device for each rank, and torch sees 0"),
     ):
         pool.run(echo)
@@ -690,7 +693,10 @@ def test_nccl_without_gpus_says_what_it_needs():
 
 @pytest.mark.parametrize("name", ["threaded", "none such"])
 def test_a_transport_that_is_not_between_processes_is_refused(name):
-    with ProcessRankPool(2, transport=name) as pool, pytest.raises(UnsupportedConfigError, match=name):
+    with (
+        ProcessRankPool(2, transport=name, start_method="forkserver") as pool,
+        pytest.raises(UnsupportedConfigError, match=name),
+    ):
         pool.run(echo)
 
 

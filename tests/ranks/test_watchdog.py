@@ -1,24 +1,27 @@
 """Ranks that end or are late: every other one says so, by name and in time; nothing is left, and a restart serves the same."""
 
 import json
-import multiprocessing
 import os
+import socket
+import sys
 import time
 from functools import partial
 
+import pytest
 import torch
 import torch.distributed as dist
 
 from tests.serving_ranks import DEADLINE, NUM_RANKS, kill_and_restart
 from vllm_npu.errors import RankFailureError
 from vllm_npu.tools.launch import ProcessRankPool, Rank
-from vllm_npu.trust.watchdog import LOOPBACK, REPORT_CHARACTERS, Watchdog
+from vllm_npu.transport import host
+from vllm_npu.transport.host import host_identity
+from vllm_npu.trust.watchdog import LOOPBACK, REPORT_CHARACTERS, Mailbox, Watchdog
 
 KILLS = int(os.environ.get("KILLS", "2"))  # 50 in the long form
 
 
 def test_survivors_of_a_kill_name_the_dead_rank_and_a_restart_serves_the_same(tmp_path, nothing_left_behind):
-    multiprocessing.set_forkserver_preload(["tests.serving_ranks"])
     pool = partial(ProcessRankPool, NUM_RANKS, DEADLINE, start_method="forkserver")
     assert kill_and_restart(pool, KILLS, tmp_path) == []
 
@@ -48,6 +51,37 @@ def test_a_late_rank_is_named_at_the_deadline_also_to_itself():
         assert deadline <= seconds < deadline + 9
     error, _ = outcomes[1]
     assert "rank 0 reports: send_recv on group 'ep'" in str(error)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs all of 127.0.0.0/8 on the loopback interface: Linux")
+def test_a_living_rank_of_another_host_with_the_same_name_is_there():
+    """Its port is open at its own address, and closed on this host's loopback."""
+    with socket.create_server(("127.0.0.2", 0)) as served:
+        port = served.getsockname()[1]
+        same, other = (
+            Mailbox("127.0.0.2", port, socket.gethostname(), identity, os.getpid())
+            for identity in (host_identity(), "another boot/net:[1]")
+        )
+        assert (same.reachable_address, other.reachable_address) == (LOOPBACK, "127.0.0.2")
+        assert other.is_there()
+        assert not same.is_there(), "loopback is for the same identity, and there nobody listens"
+
+
+def test_a_mailbox_has_the_identity_of_its_host(monkeypatch, tmp_path):
+    elsewhere = tmp_path / "net"
+    elsewhere.symlink_to("net:[1]")
+    opened = []
+
+    def two_ranks(text: str) -> list[str]:
+        opened.append(Mailbox(**json.loads(text)))
+        return [text, text]
+
+    Watchdog.open(0, two_ranks, address="10.0.0.1", deadline=1.0)
+    monkeypatch.setattr(host, "NETWORK_NAMESPACE", elsewhere)
+    Watchdog.open(1, two_ranks, address="10.0.0.1", deadline=1.0)
+    first, second = opened
+    assert first.host == second.host
+    assert (first.reachable_address, second.reachable_address) == ("10.0.0.1", LOOPBACK)
 
 
 def test_whatever_lies_in_a_mailbox_the_error_is_short_and_readable():

@@ -1,1 +1,1 @@
-"""What is true of a step without moving anything: places, sizes, routing, limits, handles. Imports errors only."""
+"""Facts and arithmetic of a step, without communication: topology, sizes, routing, limits, handles. Imports errors only."""

@@ -1,4 +1,4 @@
-"""What a stage returns for its inverse, or for its own end: frozen, and consumed once."""
+"""Handles: a stage returns one, and its inverse stage consumes it once. A split stage returns a Pending."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -9,7 +9,7 @@ from vllm_npu.errors import HandleMismatchError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Handle:
-    """Base of all handles. The inverse stage decides from the handle alone, so two may be in flight in any order."""
+    """Base of all handles. The inverse stage needs only the handle, so several may be in flight and end in any order."""
 
     _spent: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
 
@@ -28,13 +28,14 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pending(Handle, Generic[Result]):
-    """Returned by a stage's start. Ranks start alike; several may be in flight, and finish in any order."""
+    """Returned by the start of a stage. All ranks start stages in the same order, and may finish them in any order."""
 
     stage: str
-    complete: Callable[[], Result]  # waits; called by finish only
+    complete: Callable[[], Result]  # waits for the stage; only finish() calls it
 
     def finish(self) -> Result:
-        """The stage's result. Call it once, on the stream of the start. Raises HandleMismatchError the second time."""
+        """Wait for the stage and return its result. Call it once, on the stream of the start. Raises HandleMismatchError the
+        second time."""
         self.spend(f"finish of {self.stage}")
         return self.complete()
 
@@ -43,7 +44,7 @@ HandleT = TypeVar("HandleT", bound=Handle)
 
 
 def check_handle(handle: Handle, expected: type[HandleT], stage: str) -> HandleT:
-    """`handle` as the type that `stage` consumes. Raises HandleMismatchError where another stage made it."""
+    """Return `handle` with the type that `stage` consumes. Raises HandleMismatchError if it has another type."""
     if not isinstance(handle, expected):
         raise HandleMismatchError(
             f"{stage} got a {type(handle).__name__}, but needs the {expected.__name__} of its own inverse; use prepare and "

@@ -1,4 +1,4 @@
-"""What an implementation of a strategy can take, as data with its source. Enforced by strategies.select()."""
+"""Limits of each implementation of a strategy, with their sources. strategies.select() enforces them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -12,49 +12,49 @@ MIB = 1 << 20
 
 
 class QuantMode(IntEnum):
-    """What travels of a row to its experts. The values are the quant_mode of npu_moe_distribute_dispatch_v2."""
+    """Form in which a row travels to its experts. The values are the quant_mode of npu_moe_distribute_dispatch_v2."""
 
     NONE = 0
-    """The row as it is."""
+    """The row unchanged."""
 
     INT8_PER_TOKEN = 2
-    """int8 and one float32 scale a row: value = int8 * scale. Of W8A8 models with dynamic scales."""
+    """int8 and one float32 scale for each row: value = int8 * scale. For W8A8 models with dynamic scales."""
 
 
 class BalanceMode(IntEnum):
-    """Which of an expert's replicas a token goes to. The values are the balance_mode of npu_moe_update_expert."""
+    """Choice of the replica of an expert that a token goes to. The values are the balance_mode of npu_moe_update_expert."""
 
     BY_RANK = 0
-    """The ranks are shared out evenly over the replicas; all tokens of a rank go to the same one."""
+    """All tokens of a rank go to one replica. Ranks are spread evenly over the replicas."""
 
     BY_TOKEN = 1
-    """A rank's tokens take turns."""
+    """The tokens of a rank go to the replicas in turn."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MoELayer:
-    """What limits depend on and no step changes. Equal on every rank."""
+    """Facts of a layer on which limits depend. Equal on every rank and in every step."""
 
     num_experts: int
     top_k: int
     hidden_size: int
     dtype: torch.dtype  # of hidden_states
     quant_mode: QuantMode = QuantMode.NONE
-    shared_expert_ranks: int = 0  # the first ranks of ep, which have the shared expert and no other
+    shared_expert_ranks: int = 0  # number of first ranks of ep that hold the shared expert and no other expert
 
 
 BufferBytes = Callable[[MoELayer, int, int], int]
-"""(layer, ep_size, most tokens of a rank) -> bytes of HCCL's buffer that the op uses."""
+"""(layer, ep_size, most tokens of a rank) -> bytes that the op uses of HCCL's buffer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MC2Limits:
-    """Limits of one implementation of the MC2 dispatch and combine ops; None: no limit."""
+    """Limits of one implementation of the MC2 dispatch and combine ops. None means no limit."""
 
     name: str
     native: bool
-    """Whether a fused kernel runs it. Where not, `auto` does not choose mc2: the portable op sends top_k rows back for
-    each token, all2all one a rank."""
+    """Whether a fused kernel runs it. If not, `auto` does not choose mc2: the portable op sends back top_k rows for each
+    token, and all2all sends back one row from each rank."""
     source: str
     max_tokens_per_rank: int
     ep_sizes: tuple[range, ...] | None = None
@@ -63,16 +63,16 @@ class MC2Limits:
     max_experts_per_rank: int | None = None
     max_experts_per_rank_times_ep_size: int | None = None
     max_top_k: int | None = None
-    shared_expert_ranks: bool = True  # whether ranks may hold shared experts alone
-    version: int = 2  # of the ops
-    comm_alg: str = ""  # of the ops; empty: the full mesh
-    takes_mask: bool = True  # x_active_mask
-    takes_weights: bool = False  # dispatch needs the top-k weights
+    shared_expert_ranks: bool = True  # whether a rank may hold a shared expert and no other expert
+    version: int = 2  # version of the ops
+    comm_alg: str = ""  # argument of the ops; empty: full mesh
+    takes_mask: bool = True  # whether the ops take x_active_mask
+    takes_weights: bool = False  # whether dispatch needs the top-k weights
     dtypes: tuple[torch.dtype, ...] | None = None
     buffer_bytes: BufferBytes | None = None
 
     def why_not(self, layer: MoELayer, ep_size: int) -> str | None:
-        """Why it cannot run this layer with any number of tokens, or None."""
+        """Reason why the ops cannot run this layer with any number of tokens, or None."""
         if self.dtypes is not None and layer.dtype not in self.dtypes:
             return f"{self.name} takes {_names(self.dtypes)}, hidden_states are {_names([layer.dtype])}"
         if self.ep_sizes is not None and not any(ep_size in sizes for sizes in self.ep_sizes):
@@ -93,7 +93,7 @@ class MC2Limits:
         return None
 
     def buffer_mb(self, layer: MoELayer, ep_size: int, max_tokens_per_rank: int) -> int | None:
-        """HCCL_BUFFSIZE that the op needs for steps of up to this many tokens a rank, in MiB, or None where it needs none."""
+        """HCCL_BUFFSIZE in MiB that the ops need for steps of up to max_tokens_per_rank tokens. None: they need no buffer."""
         if self.buffer_bytes is None:
             return None
         return ceil_div(self.buffer_bytes(layer, ep_size, max_tokens_per_rank), MIB)
@@ -104,7 +104,7 @@ def _names(dtypes: tuple[torch.dtype, ...] | list[torch.dtype]) -> str:
 
 
 def _spans(sizes: tuple[range, ...] | list[range]) -> str:
-    """'2 to 8, 16, 32 to 64 in steps of 32'."""
+    """Text such as '2 to 8, 16, 32 to 64 in steps of 32'."""
     texts = []
     for each in sizes:
         text = str(each[0]) if len(each) == 1 else f"{each[0]} to {each[-1]}"
@@ -120,8 +120,8 @@ def _aligned(value: int, alignment: int) -> int:
     return ceil_div(value, alignment) * alignment
 
 
-# The buffers' formulas are those of the documents of aclnnMoeDistributeDispatchV2 (CANN 8.5); 2 bytes an element of a row,
-# 4 bytes an id and a weight.
+# Formulas of the documents of aclnnMoeDistributeDispatchV2 (CANN 8.5): 2 bytes for each element of a row, 4 bytes for each id
+# and each weight.
 
 
 def _a2_full_mesh_bytes(layer: MoELayer, ep_size: int, tokens: int) -> int:
@@ -135,7 +135,7 @@ def _a2_hierarchy_bytes(layer: MoELayer, ep_size: int, tokens: int) -> int:
 
 
 def _a3_full_mesh_bytes(layer: MoELayer, ep_size: int, tokens: int) -> int:
-    sent = _aligned(_aligned(2 * layer.hidden_size, 32) + 64, 512)  # a row and what travels with it
+    sent = _aligned(_aligned(2 * layer.hidden_size, 32) + 64, 512)  # a row and the values sent with it
     returned = _aligned(2 * layer.hidden_size, 512)
     shared_experts = 1 if layer.shared_expert_ranks else 0
     return 2 * tokens * (_a3_slots(layer, ep_size) * sent + (layer.top_k + shared_experts) * returned)
@@ -161,8 +161,8 @@ PORTABLE_MC2 = MC2Limits(
     name="portable mc2",
     max_tokens_per_rank=512,
     native=False,
-    source="portable_ops has no limit of its own; 512 is what npu_moe_distribute_dispatch_v2 takes on A3 (CANN 8.5), kept "
-    "so that a choice made on a laptop is the one made on a cluster",
+    source="portable_ops has no limit of its own; 512 is the limit of npu_moe_distribute_dispatch_v2 on A3 (CANN 8.5), so that "
+    "a laptop and a cluster choose the same strategy",
 )
 _A2_DOCUMENT = (
     "document of aclnnMoeDistributeDispatchV2 for Atlas A2, CANN 8.5; 24 counts in a row of the kernel's table"
@@ -253,7 +253,7 @@ A3_VERSION_1 = replace(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SymmetricLimits:
-    """What the windows of the symmetric strategy are sized for, and where it is not used."""
+    """Limits of the symmetric strategy. Its windows are sized for them."""
 
     max_tokens_per_rank: int
     max_ep_size: int = 8
@@ -269,28 +269,28 @@ SYMMETRIC = SymmetricLimits(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceLimits:
-    """What a family of chips can run."""
+    """Strategies and ops that a family of chips can run, with their limits."""
 
     family: str
-    mc2: MC2Limits | None  # None: it has no MC2 op
-    socs: tuple[str, ...] = ()  # beginnings of the chips' names
-    mc2_hierarchy: MC2Limits | None = None  # MC2's other algorithm: taken for layers that the first cannot take
-    mc2_version_1: MC2Limits | None = None  # in place of both, where torch_npu has only the first version of MC2's ops
+    mc2: MC2Limits | None  # None: the chips have no MC2 op
+    socs: tuple[str, ...] = ()  # prefixes of the chips' names
+    mc2_hierarchy: MC2Limits | None = None  # MC2's other algorithm, for layers that the first one cannot run
+    mc2_version_1: MC2Limits | None = None  # replaces both if torch_npu has only version 1 of MC2's ops
     all2all: bool = True
-    symmetric: SymmetricLimits | None = None  # None: ranks share no memory
-    uneven_collectives: bool = False  # HcclAllGatherV and HcclReduceScatterV between the ranks of one server
-    routing_ops: bool = True  # npu_moe_init_routing_v2 with a range of experts, and npu_moe_finalize_routing
-    update_expert: bool = False  # npu_moe_update_expert
-    captures: tuple[str, ...] = ()  # strategies that read nothing on the host, so that a graph can hold them
+    symmetric: SymmetricLimits | None = None  # None: the ranks share no memory
+    uneven_collectives: bool = False  # has HcclAllGatherV and HcclReduceScatterV between ranks of one server
+    routing_ops: bool = True  # has npu_moe_init_routing_v2 with a range of experts, and npu_moe_finalize_routing
+    update_expert: bool = False  # has npu_moe_update_expert
+    captures: tuple[str, ...] = ()  # strategies without host syncs, which a graph can capture
 
     def of_version(self, version: int) -> "DeviceLimits":
-        """These limits where this is the newest version of MC2's ops that torch_npu has; 0: it has none."""
+        """These limits for a torch_npu whose newest MC2 ops have this version. 0: it has no MC2 ops."""
         if version == 2:
             return self
         return replace(self, mc2=self.mc2_version_1 if version == 1 else None, mc2_hierarchy=None)
 
     def for_layer(self, layer: MoELayer | None, ep_size: int) -> "DeviceLimits":
-        """These limits with the MC2 algorithm that takes the layer: the hierarchy where only it does."""
+        """These limits with the MC2 algorithm for the layer: the hierarchy if only the hierarchy can run it."""
         if layer is None or self.mc2 is None or self.mc2_hierarchy is None:
             return self
         if self.mc2.why_not(layer, ep_size) is None or self.mc2_hierarchy.why_not(layer, ep_size) is not None:
@@ -298,22 +298,22 @@ class DeviceLimits:
         return replace(self, mc2=self.mc2_hierarchy, mc2_hierarchy=None)
 
     def fits(self, strategy: str, tokens_per_rank: int) -> bool:
-        """Whether a step of this many tokens on each rank is within the strategy's capacity, if it has one."""
+        """Whether the strategy can run steps of this many tokens on each rank. True for strategies without a capacity."""
         return tokens_per_rank <= self.capacities.get(strategy, tokens_per_rank)
 
     @property
     def capacities(self) -> dict[str, int]:
-        """The most tokens of a rank, of each strategy that has such a limit and can run here."""
+        """The most tokens of a rank, for each strategy that has such a limit and runs on these chips."""
         limited = {"mc2": self.mc2, "symmetric": self.symmetric}
         return {name: limits.max_tokens_per_rank for name, limits in limited.items() if limits is not None}
 
 
 PORTABLE = DeviceLimits(family="no NPU", mc2=PORTABLE_MC2)
 NVLINK = DeviceLimits(family="GPUs of one host", mc2=PORTABLE_MC2, symmetric=SYMMETRIC, captures=("symmetric",))
-# The routing ops give as many rows whatever the routing is. all2all reads its split sizes on the host everywhere.
+# The routing ops return the same number of rows for any routing. all2all always reads its split sizes on the host.
 _NPU_CAPTURES = ("mc2", "allgather", "naive")
-# uneven_collectives: HCCL's documents (CANN 8.5) name A3, 300I Duo, and of A2 some servers only, which the chip's name does
-# not tell; none names A5.
+# uneven_collectives: HCCL's documents (CANN 8.5) name A3, 300I Duo and some servers of A2. The chip's name does not tell these
+# servers from other A2 servers. No document names A5.
 DEVICES = {
     "A2": DeviceLimits(
         family="A2",
@@ -333,10 +333,10 @@ DEVICES = {
         socs=("Ascend910_93",),
         captures=_NPU_CAPTURES,
     ),
-    # All-gather only, as vllm-ascend 0.23 has it; op-plugin's documents leave 310P out of both routing ops.
+    # vllm-ascend 0.23 has all-gather only for 310P. op-plugin's documents of both routing ops do not name 310P.
     "310P": DeviceLimits(
         family="310P", mc2=None, all2all=False, uneven_collectives=True, routing_ops=False, socs=("Ascend310P",)
     ),
-    # No public document names A5's limits; its op takes A3's arguments.
+    # No public document states A5's limits. Its op has A3's arguments.
     "A5": DeviceLimits(family="A5", mc2=A3_FULL_MESH, update_expert=True, socs=("Ascend950",), captures=_NPU_CAPTURES),
 }

@@ -1,4 +1,4 @@
-"""Pure routing arithmetic: from top-k expert ids to permutations, counts and destinations, and back to tokens."""
+"""Routing arithmetic without communication: permutations, counts and destinations from top-k expert ids, and sums of rows."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,11 +15,11 @@ def check_topk(
     topk_weights: torch.Tensor,  # [num_tokens, top_k] float32
     topk_ids: torch.Tensor,  # [num_tokens, top_k] int32 or int64, global expert ids
     num_experts: int,
-    mask: torch.Tensor | None = None,  # [num_tokens] bool: rows that are tokens; None: all
+    mask: torch.Tensor | None = None,  # [num_tokens] bool: rows that are tokens; None: all rows
 ) -> None:
-    """Raise InvalidInputError unless the routing fits the tokens: shapes, ids in [0, num_experts), distinct in a row.
+    """Raise InvalidInputError unless the shapes fit, the ids lie in [0, num_experts), and the ids of a row are distinct.
 
-    Values are read on CPU tensors only: on an accelerator that would be a host sync for each layer.
+    Ids are checked on a CPU only. On an accelerator the check would cost a host sync in each layer.
     """
     if hidden_states.dim() != 2:
         raise InvalidInputError(
@@ -66,27 +66,27 @@ def local_expert_ids(
     topk_ids: torch.Tensor,  # [num_tokens, top_k], global expert ids, -1 for an empty slot
     first_expert: int,
     num_local_experts: int,
-) -> torch.Tensor:  # [num_tokens, top_k], same dtype: slot of a local expert, -1 for all others
-    """Global ids as one rank's local ids."""
+) -> torch.Tensor:  # [num_tokens, top_k], same dtype: number among the local experts, -1 for other experts
+    """Turn global expert ids into one rank's local ids."""
     local = topk_ids - first_expert
     return torch.where((local >= 0) & (local < num_local_experts), local, -1)
 
 
 @dataclass(frozen=True, slots=True)
 class ExpertPermutation:
-    """Where each (token, k) pair of one rank's experts stands in an expert-major input.
+    """Rows of an expert-major tensor for the (token, k) pairs whose expert is on this rank.
 
-    Expert-major order is stable: inside an expert, rows ascend by token.
+    The rows of an expert ascend by token.
     """
 
     source_rows: torch.Tensor  # [num_pairs] int64: token of each expert-major row
-    row_of_pair: torch.Tensor  # [num_tokens, top_k] int64: expert-major row, -1 for a pair that is not ours
-    tokens_per_expert: torch.Tensor  # [num_local_experts] int64: a count for each local expert
+    row_of_pair: torch.Tensor  # [num_tokens, top_k] int64: expert-major row, -1 for a pair of another rank
+    tokens_per_expert: torch.Tensor  # [num_local_experts] int64
 
     @classmethod
     def build(
         cls,
-        local_ids: torch.Tensor,  # [num_tokens, top_k], -1 for a pair that is not ours
+        local_ids: torch.Tensor,  # [num_tokens, top_k], -1 for a pair of another rank
         num_local_experts: int,
     ) -> "ExpertPermutation":
         """Sort the pairs by local expert. Host sync on accelerators: yes (the number of pairs)."""
@@ -103,8 +103,8 @@ class ExpertPermutation:
 
 
 def _count(values: torch.Tensor, num_values: int) -> torch.Tensor:
-    """How often each of 0..num_values-1 stands in `values` [n] int64: int64 [num_values]. No host sync."""
-    if values.is_cuda:  # where bincount reads the largest value on the host
+    """Count each of 0..num_values-1 in `values` [n] int64. Returns int64 [num_values]. Host sync: no."""
+    if values.is_cuda:  # bincount would read the largest value on the host
         zeros = torch.zeros(num_values, dtype=torch.int64, device=values.device)
         return zeros.scatter_add_(0, values, torch.ones_like(values))
     return torch.bincount(values, minlength=num_values)
@@ -112,13 +112,14 @@ def _count(values: torch.Tensor, num_values: int) -> torch.Tensor:
 
 def sum_rows(
     rows: torch.Tensor,  # [any, width]
-    row_of_pair: torch.Tensor,  # [num_tokens, k] integer: a row of `rows`, -1 for none
-    weights: torch.Tensor | None = None,  # [num_tokens, k]; 1 where absent
+    row_of_pair: torch.Tensor,  # [num_tokens, k] integer: number of a row, -1 for no row
+    weights: torch.Tensor | None = None,  # [num_tokens, k]; None: all 1
 ) -> torch.Tensor:  # [num_tokens, width], fresh, dtype of `rows`
-    """For each token the weighted sum of its rows, in float32, k ascending; zeros without one. Other rows are never read.
+    """Add the weighted rows of each token in float32, k ascending. A token without rows gets zeros. Rows of no pair are
+    never read.
 
-    embedding_bag is that sum in one pass: 10 to 40 times faster on a CPU than a gather and index_add_. Host sync: no on GPUs,
-    yes on other accelerators (the number of pairs).
+    embedding_bag computes this sum in one pass, 10 to 40 times faster on a CPU than a gather and index_add_. Host sync: no
+    on GPUs, yes on other accelerators (the number of pairs).
     """
     valid = row_of_pair >= 0
     if rows.is_cuda and row_of_pair.numel():
@@ -141,7 +142,7 @@ def sum_rows(
 def _sum_rows_without_sync(
     rows: torch.Tensor, row_of_pair: torch.Tensor, valid: torch.Tensor, weights: torch.Tensor | None
 ) -> torch.Tensor:
-    """sum_rows with a bag of k for each token: pairs without a row point to one more row, which embedding_bag leaves out."""
+    """sum_rows with k rows for every token. A pair without a row points to an additional row, which embedding_bag skips."""
     none = rows.shape[0]
     table = rows.new_empty((none + 1, rows.shape[1]), dtype=torch.float32)
     table[:none] = rows
@@ -156,16 +157,16 @@ def _sum_rows_without_sync(
 
 @dataclass(frozen=True, slots=True)
 class RankDestinations:
-    """Which tokens go to which EP rank when each token travels at most once to a rank, and the way back."""
+    """The EP ranks that each token goes to, at most once each, and the sent rows of each token."""
 
-    tokens: torch.Tensor  # [num_sent] int64: token of each sent row; rows lie rank-major, tokens ascending
+    tokens: torch.Tensor  # [num_sent] int64: token of each sent row; rows are sorted by rank, then by token
     ranks: torch.Tensor  # [num_sent] int64: destination of each sent row
     rows_per_rank: torch.Tensor  # [ep_size] int64
-    row_of_rank: torch.Tensor  # [num_tokens, ep_size] int64: sent row of each token to each rank, -1 for none
+    row_of_rank: torch.Tensor  # [num_tokens, ep_size] int64: sent row of each token to each rank, -1 for no row
 
     @classmethod
     def build(cls, topk_ids: torch.Tensor, placement: ExpertPlacement) -> "RankDestinations":
-        """From global ids [num_tokens, top_k]. Host sync on accelerators: yes (the number of rows)."""
+        """Compute the destinations of global ids [num_tokens, top_k]. Host sync on accelerators: yes (the number of rows)."""
         goes = torch.zeros((topk_ids.shape[0], placement.ep_size), dtype=torch.bool, device=topk_ids.device)
         goes.scatter_(1, topk_ids.long() // placement.experts_per_rank, True)
         rank_major = goes.t()
@@ -174,13 +175,13 @@ class RankDestinations:
         return cls(tokens=tokens, ranks=ranks, rows_per_rank=goes.sum(0), row_of_rank=torch.where(goes, rows, -1))
 
     def local_ids(self, topk_ids: torch.Tensor, placement: ExpertPlacement) -> torch.Tensor:
-        """Of each sent row, the ids as its destination numbers its experts: [num_sent, top_k], -1 for other ranks'."""
+        """Local ids of each sent row on its destination: [num_sent, top_k], -1 for experts of other ranks."""
         first = (self.ranks * placement.experts_per_rank).to(topk_ids.dtype)
         return local_expert_ids(topk_ids[self.tokens] - first[:, None], 0, placement.experts_per_rank)
 
 
 def expert_ranges(tokens_per_expert: Sequence[int]) -> list[tuple[int, int, int]]:
-    """(expert, start, stop) of every expert that has rows in an expert-major tensor."""
+    """List (expert, start, stop) for every expert that has rows in an expert-major tensor."""
     ranges = []
     start = 0
     for expert, count in enumerate(tokens_per_expert):

@@ -1,8 +1,8 @@
-"""How far two right results may differ."""
+"""Largest difference between two correct results."""
 
 import torch
 
-# Largest difference relative to the largest element, for sums that are rounded twice in this dtype.
+# Relative to the largest element, for sums that are rounded twice in this dtype.
 TOLERANCES = {
     torch.float32: 1e-5,
     torch.bfloat16: 2e-2,

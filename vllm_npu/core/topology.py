@@ -1,4 +1,4 @@
-"""Where a rank stands: its place in the tensor-, data- and expert-parallel groups, and who owns which expert."""
+"""A rank's place in the tensor-, data- and expert-parallel groups, and the rank of each expert."""
 
 from dataclasses import dataclass
 
@@ -7,10 +7,10 @@ from vllm_npu.errors import UnsupportedConfigError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParallelTopology:
-    """One rank's place in a dp_size x tp_size grid, ranks numbered DP-major as in vLLM.
+    """One rank's place in a dp_size x tp_size grid. Ranks are numbered DP-major, as in vLLM.
 
-    The `ep` group spans the whole grid. With `expert_parallel` each of its ranks owns whole experts; without,
-    every rank owns a shard of every expert and the sum over the grid is the layer's output.
+    The `ep` group spans the whole grid. With `expert_parallel`, each of its ranks owns whole experts. Without it,
+    every rank owns a shard of every expert, and the sum over the grid is the layer's output.
     """
 
     tp_rank: int
@@ -26,7 +26,7 @@ class ParallelTopology:
 
     @classmethod
     def of_rank(cls, rank: int, *, tp_size: int, dp_size: int, expert_parallel: bool = True) -> "ParallelTopology":
-        """The topology as rank `rank` of the dp_size x tp_size grid sees it."""
+        """The place of rank `rank` in the dp_size x tp_size grid."""
         return cls(
             tp_rank=rank % tp_size,
             tp_size=tp_size,
@@ -37,22 +37,22 @@ class ParallelTopology:
 
     @property
     def world_size(self) -> int:
-        """Ranks in the grid."""
+        """Number of ranks in the grid."""
         return self.tp_size * self.dp_size
 
     @property
     def rank(self) -> int:
-        """This rank's number in the grid, DP-major: also its rank in the `ep` group."""
+        """This rank's number in the grid, DP-major. It is also its rank in the `ep` group."""
         return self.dp_rank * self.tp_size + self.tp_rank
 
     @property
     def ep_size(self) -> int:
-        """Ranks over which whole experts are spread: 1 without expert parallelism."""
+        """Number of ranks over which whole experts are spread. 1 without expert parallelism."""
         return self.world_size if self.expert_parallel else 1
 
     @property
     def ep_rank(self) -> int:
-        """This rank among the ep_size owners of experts."""
+        """This rank's number among the ep_size ranks that own experts. 0 without expert parallelism."""
         return self.rank if self.expert_parallel else 0
 
     @property
@@ -73,8 +73,9 @@ class ParallelTopology:
 class ExpertPlacement:
     """Linear placement: expert e lives on EP rank e // experts_per_rank (vLLM's default expert_placement_strategy).
 
-    The first shared_expert_ranks ranks hold the layer's shared expert instead, a copy each: rank r's tokens go to copy
-    r % shared_expert_ranks. Raises UnsupportedConfigError where the experts do not divide evenly over the others.
+    Each of the first shared_expert_ranks ranks holds a copy of the layer's shared expert, and no other expert. Tokens of
+    rank r go to copy r % shared_expert_ranks. Raises UnsupportedConfigError if the experts do not divide evenly over the
+    other ranks.
     """
 
     num_experts: int
@@ -84,7 +85,8 @@ class ExpertPlacement:
     def __post_init__(self) -> None:
         if not 0 <= self.shared_expert_ranks < self.ep_size:
             raise UnsupportedConfigError(
-                f"{self.shared_expert_ranks} ranks with the shared expert leave none of {self.ep_size} to others; take fewer"
+                f"{self.shared_expert_ranks} ranks with the shared expert leave none of the {self.ep_size} ranks for the other "
+                "experts; take fewer"
             )
         if self.num_experts < 1:
             raise UnsupportedConfigError(f"num_experts={self.num_experts}: a layer has 1 or more")
@@ -97,24 +99,24 @@ class ExpertPlacement:
             )
 
     def _sizes_that_divide(self, ranks: int) -> str:
-        """The next smaller and the next larger ep_size over which the experts divide."""
+        """Text with the next smaller and the next larger ep_size over which the experts divide."""
         divisors = [size for size in range(1, self.num_experts + 1) if self.num_experts % size == 0]
         nearest = [*[size for size in divisors if size < ranks][-1:], *[size for size in divisors if size > ranks][:1]]
         return " or ".join(str(size + self.shared_expert_ranks) for size in nearest)
 
     @property
     def experts_per_rank(self) -> int:
-        """Experts on each EP rank that has routed ones."""
+        """Number of experts on each EP rank that has routed experts."""
         return self.num_experts // (self.ep_size - self.shared_expert_ranks)
 
     def first_expert(self, ep_rank: int) -> int:
-        """Global id of the first expert that lives on `ep_rank`; negative on a rank with the shared expert."""
+        """Global id of the first expert on `ep_rank`. Negative for a rank with the shared expert."""
         return (ep_rank - self.shared_expert_ranks) * self.experts_per_rank
 
     def holds_shared_expert(self, ep_rank: int) -> bool:
-        """Whether `ep_rank` has the shared expert, and no other."""
+        """Whether `ep_rank` holds the shared expert, and no other expert."""
         return ep_rank < self.shared_expert_ranks
 
     def num_local_experts(self, ep_rank: int) -> int:
-        """Experts on `ep_rank`, of either kind."""
+        """Number of experts on `ep_rank`, the shared expert included."""
         return 1 if self.holds_shared_expert(ep_rank) else self.experts_per_rank

@@ -1,1 +1,1 @@
-"""Moving tensors between ranks: the contract in base.py, a file for each wire, and table.py, which names them."""
+"""Communication between ranks: base.py has the contract, table.py lists the transports, each other file has one of them."""

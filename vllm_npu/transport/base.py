@@ -1,6 +1,6 @@
-"""The contract of a transport: one group of ranks that exchange tensors. All methods but close() are COLLECTIVE.
+"""Contract of a transport: one group of ranks that exchange tensors. Methods are COLLECTIVE unless they say LOCAL.
 
-Every result is fresh memory, and no argument is written: a caller may keep using what it passed in.
+A result is fresh memory, and no method writes an argument, so a caller may keep using its tensors.
 Sizes count rows (first dimension) and must be equal on all ranks of the group.
 """
 
@@ -17,7 +17,7 @@ from vllm_npu.core.topology import ParallelTopology
 from vllm_npu.errors import InvalidInputError, RankFailureError, TransportError, UnsupportedConfigError
 
 Exchanged = tuple[list[torch.Tensor], list[int], list[int]]
-"""What exchange_tokens returns."""
+"""Result of exchange_tokens: received tensors, rows sent to each rank, rows received from each rank."""
 
 MAX_RECEIVED_ROWS = 2**31 - 1  # routing ops number rows in int32
 
@@ -32,7 +32,7 @@ class SendRecv:
 
 
 class RankWatch(Protocol):
-    """Finds out why a collective failed. trust.watchdog.Watchdog is one."""
+    """Finds the ranks that made a collective fail. trust.watchdog.Watchdog implements it."""
 
     deadline: float  # seconds that a collective may take
 
@@ -42,7 +42,7 @@ class RankWatch(Protocol):
 
 
 class Transport(ABC):
-    """One group of ranks. Public methods check their arguments; subclasses move the data in the methods named _*."""
+    """One group of ranks. Public methods check their arguments. Subclasses move the tensors in methods named _*."""
 
     def __init__(self, group: str, rank: int, size: int) -> None:
         self.group = group
@@ -54,7 +54,7 @@ class Transport(ABC):
         x: torch.Tensor,  # [sizes[rank], ...]
         sizes: Sequence[int] | None = None,
     ) -> torch.Tensor:  # [sum(sizes), ...]
-        """Rows of all ranks, in rank order. `sizes` absent: every rank brings as many rows as this one."""
+        """Gather the rows of all ranks, in rank order. Without `sizes`, every rank brings as many rows as this one."""
         sizes = self._check_sizes("all_gather", sizes, x.shape[0], x.shape[0])
         return x.clone() if self.size == 1 else self._all_gather(x.contiguous(), sizes)
 
@@ -63,7 +63,7 @@ class Transport(ABC):
         tensors: Sequence[torch.Tensor],  # each [sizes[rank], width], the same widths and dtypes on all ranks
         sizes: Sequence[int],
     ) -> list[torch.Tensor]:  # each [sum(sizes), width]; may be views of one message
-        """all_gather of several tensors in one message."""
+        """Gather several tensors of all ranks in one message, as all_gather does for one tensor."""
         self._check_together("gather_tokens", tensors)
         self._check_sizes("gather_tokens", sizes, 0, tensors[0].shape[0])
         return [tensor.clone() for tensor in tensors] if self.size == 1 else self._gather_tokens(tensors, sizes)
@@ -73,7 +73,7 @@ class Transport(ABC):
         x: torch.Tensor,  # [sum(sizes), ...]
         sizes: Sequence[int] | None = None,
     ) -> torch.Tensor:  # [sizes[rank], ...]
-        """This rank's rows of the sum over ranks. `sizes` absent: equal parts."""
+        """Add `x` over the ranks, and return this rank's rows of the sum. Without `sizes`, all parts are equal."""
         if sizes is None and x.shape[0] % self.size:
             raise InvalidInputError(
                 f"reduce_scatter on group '{self.group}': {x.shape[0]} rows do not divide over {self.size} ranks; pass sizes"
@@ -91,15 +91,17 @@ class Transport(ABC):
         send_sizes: Sequence[int],
         recv_sizes: Sequence[int],
     ) -> torch.Tensor:  # [sum(recv_sizes), ...], rows of rank 0 first
-        """Send a part of `x` to each rank. recv_sizes[r] must be what rank r sends to this rank."""
+        """Send a part of `x` to each rank. recv_sizes[r] must be the number of rows that rank r sends to this rank."""
         self._check_all_to_all(x, send_sizes, recv_sizes)
         return x.clone() if self.size == 1 else self._all_to_all(x.contiguous(), send_sizes, recv_sizes)
 
     def all_to_all_start(
         self, x: torch.Tensor, send_sizes: Sequence[int], recv_sizes: Sequence[int]
     ) -> Pending[torch.Tensor]:
-        """all_to_all that goes on while the caller computes. `x` must not be written before the finish. Host waits for the
-        other ranks: at the finish over gloo, never over NCCL and HCCL, in the start between threads."""
+        """Start an all_to_all that continues while the caller computes. The caller must not write `x` before the finish.
+
+        The host waits for the other ranks at the finish over gloo, in the start between threads, and never over NCCL and HCCL.
+        """
         self._check_all_to_all(x, send_sizes, recv_sizes)
         if self.size == 1:
             return Pending(stage="all_to_all", complete=x.clone)
@@ -122,13 +124,14 @@ class Transport(ABC):
     def exchange_tokens(
         self,
         tensors: Sequence[torch.Tensor],  # each [n, width], rows for rank 0 first
-        rows_per_rank: torch.Tensor,  # [size] int64, on the tensors' device: rows for each rank; they add up to n
+        rows_per_rank: torch.Tensor,  # [size] int64, on the tensors' device: rows for each rank; their sum is n
     ) -> Exchanged:
-        """all_to_all of several tensors in one message, sizes known to their sender only: 8 bytes a rank go first.
+        """all_to_all of several tensors in one message, with sizes that only the sender knows: 8 bytes go to each rank first.
 
-        Returns what came, rows of rank 0 first (may be views of one message), and the rows sent to and received from each
-        rank. Host sync: yes (the sizes). Sizes that do not fit the tensors are refused on a CPU before anything moves, on an
-        accelerator when they have come to the host: before any row moves, and the other ranks may be waiting for theirs.
+        Returns the received tensors (rows of rank 0 first; may be views of one message), the rows sent to each rank and the
+        rows received from each rank. Host sync: yes (the sizes). Raises InvalidInputError for sizes that do not fit the
+        tensors: on a CPU before anything moves; on an accelerator after the sizes have moved and before rows move, so other
+        ranks may wait for this rank's rows.
         """
         self._check_exchange(tensors, rows_per_rank)
         if self.size == 1:
@@ -137,8 +140,8 @@ class Transport(ABC):
         return self._exchange_tokens(tensors, rows_per_rank)
 
     def exchange_tokens_start(self, tensors: Sequence[torch.Tensor], rows_per_rank: torch.Tensor) -> Pending[Exchanged]:
-        """exchange_tokens of which the message goes on while the caller computes, as all_to_all_start's; the sizes do not.
-        The tensors may be written after the start."""
+        """Start an exchange_tokens whose message continues while the caller computes, as in all_to_all_start. The start
+        exchanges the sizes. The caller may write the tensors after the start."""
         self._check_exchange(tensors, rows_per_rank)
         if self.size == 1:
             exchanged = self.exchange_tokens(tensors, rows_per_rank)
@@ -157,7 +160,7 @@ class Transport(ABC):
                 f"exchange_tokens on group '{self.group}': rows_per_rank is {rows_per_rank.dtype} "
                 f"{tuple(rows_per_rank.shape)}; it must be int64 [{self.size}]"
             )
-        if rows_per_rank.device.type == "cpu":  # elsewhere once they are on the host
+        if rows_per_rank.device.type == "cpu":  # on accelerators, _exchange_sizes checks them
             self._check_sent_rows(rows_per_rank.tolist(), tensors)
 
     def _check_sent_rows(self, sent_rows: Sequence[int], tensors: Sequence[torch.Tensor]) -> None:
@@ -169,19 +172,19 @@ class Transport(ABC):
             )
 
     def broadcast(self, x: torch.Tensor, source: int) -> torch.Tensor:
-        """`x` of rank `source`; other ranks pass a tensor of the same shape and dtype, whose values do not matter."""
+        """Return `x` of rank `source`. Other ranks pass a tensor of the same shape and dtype; its values are not used."""
         if not 0 <= source < self.size:
             raise InvalidInputError(f"broadcast on group '{self.group}': source {source} is not in 0..{self.size - 1}")
         return x.clone() if self.size == 1 else self._broadcast(x.contiguous(), source)
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        """The sum of `x` over ranks."""
+        """Return the sum of `x` over the ranks."""
         return x.clone() if self.size == 1 else self._all_reduce(x.contiguous())
 
     def send_recv(self, operations: Sequence[SendRecv]) -> None:
-        """Run all sends and receives, in any order. Between two ranks, the n-th send meets the n-th receive.
+        """Run all sends and receives, in any order. Between two ranks, the n-th send goes to the n-th receive.
 
-        Receives write into `tensor`, which must be contiguous: the one call of this class that fills memory of the caller.
+        A receive writes into its `tensor`, which must be contiguous. No other method writes memory of the caller.
         """
         for operation in operations:
             if not 0 <= operation.peer < self.size or operation.peer == self.rank:
@@ -195,32 +198,32 @@ class Transport(ABC):
             self._send_recv(operations)
 
     def barrier(self) -> None:
-        """Return once every rank has called it."""
+        """Return after every rank has called it."""
         if self.size > 1:
             self._barrier()
 
     @property
     def innermost(self) -> "Transport":
-        """The transport that moves the tensors: this one, or the one that this one wraps."""
+        """The transport that moves the tensors: this one, or the one inside this wrapper. LOCAL."""
         return self
 
     @property
     def name_for_ops(self) -> str:
-        """The name by which a device op that communicates itself finds this group. Raises UnsupportedConfigError where no
-        device op can use the group."""
+        """Name of this group for a device op that communicates by itself. LOCAL. Raises UnsupportedConfigError if no device
+        op can use the group."""
         raise UnsupportedConfigError(
             f"a device op cannot communicate over group '{self.group}', a {type(self).__name__}; use hccl"
         )
 
-    def note_op(self, operation: str, sent: int) -> None:  # noqa: B027 - nobody counts here
-        """Say that a device op communicates over this group by itself. LOCAL. `sent`: the most bytes that it may send."""
+    def note_op(self, operation: str, sent: int) -> None:  # noqa: B027 - only a recorder counts
+        """Count a device op that communicates over this group by itself. LOCAL. `sent`: the most bytes that it may send."""
 
-    def watch(self, watchdog: RankWatch) -> None:  # noqa: B027 - threads name late ranks themselves
-        """Have this rank's failures on the group name the ranks that ended or are late, and its deadline kept. LOCAL."""
+    def watch(self, watchdog: RankWatch) -> None:  # noqa: B027 - threads name late ranks without it
+        """Let `watchdog` name the ended or late ranks in this rank's failures on the group, and set the deadline. LOCAL."""
 
     @abstractmethod
     def close(self) -> None:
-        """Release what this object opened itself. LOCAL. Safe to call twice."""
+        """Release the resources that this object opened. LOCAL. Safe to call twice."""
 
     @abstractmethod
     def _all_gather(self, x: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor: ...
@@ -242,8 +245,8 @@ class Transport(ABC):
         rows_from_each = self._all_to_all(rows_per_rank.contiguous(), ones, ones)
         sent_rows, received_rows = torch.stack([rows_per_rank, rows_from_each]).tolist()
         self._check_sent_rows(sent_rows, tensors)
-        if min(received_rows) < 0 or sum(received_rows) > MAX_RECEIVED_ROWS:  # memory is allocated by them
-            detail = f"the ranks announce {received_rows} rows, which cannot be; look for the rank that is wrong"
+        if min(received_rows) < 0 or sum(received_rows) > MAX_RECEIVED_ROWS:  # they decide how much memory is allocated
+            detail = f"the ranks announce {received_rows} rows, which is impossible; look for the rank that is wrong"
             raise TransportError("exchange_tokens", self.group, self.rank, detail)
         return sent_rows, received_rows
 
@@ -285,7 +288,7 @@ class Transport(ABC):
             return [default] * self.size
         if len(sizes) != self.size or min(sizes) < 0:
             raise InvalidInputError(
-                f"{operation} on group '{self.group}': sizes {list(sizes)} must be {self.size} counts >= 0, one a rank"
+                f"{operation} on group '{self.group}': sizes {list(sizes)} must be {self.size} counts >= 0, one for each rank"
             )
         if own_rows is not None and sizes[self.rank] != own_rows:
             raise InvalidInputError(
@@ -297,7 +300,7 @@ class Transport(ABC):
 
 @dataclass(frozen=True, slots=True)
 class Groups:
-    """A rank's place and the three groups it talks to. `ep` spans the whole grid, also without expert parallelism."""
+    """A rank's place and its three groups. `ep` spans the whole grid, also without expert parallelism."""
 
     topology: ParallelTopology
     tp: Transport
@@ -318,18 +321,18 @@ class Groups:
                 )
 
     def watch(self, watchdog: RankWatch) -> None:
-        """Have all three watched."""
+        """Let `watchdog` watch all three transports. LOCAL."""
         for transport in (self.tp, self.dp, self.ep):
             transport.watch(watchdog)
 
     def close(self) -> None:
-        """Close the three transports."""
+        """Close the three transports. LOCAL."""
         for transport in (self.tp, self.dp, self.ep):
             transport.close()
 
 
 def sum_in_rank_order(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The parts' sum, first rank first, floating-point parts in float32 at least: the same bits in every run."""
+    """Add the parts in rank order, floating-point parts in float32 or wider. Every run gives the same bits."""
     first = parts[0]
     wide = torch.promote_types(first.dtype, torch.float32) if first.is_floating_point() else first.dtype
     total = first.to(wide, copy=True)
@@ -339,7 +342,7 @@ def sum_in_rank_order(parts: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def gather_texts(transport: Transport, text: str, max_bytes: int, device_type: str = "cpu") -> list[str]:
-    """Every rank's text, in rank order, cut after max_bytes. COLLECTIVE over a group that moves tensors of device_type."""
+    """Gather every rank's text, in rank order, cut after max_bytes. COLLECTIVE over a group that moves device_type tensors."""
     encoded = text.encode()[:max_bytes]
     row = torch.zeros(1, max_bytes, dtype=torch.uint8, device="cpu")
     if encoded:

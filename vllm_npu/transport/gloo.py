@@ -18,15 +18,18 @@ from vllm_npu.transport.base import RankWatch, gather_texts, sum_in_rank_order
 from vllm_npu.transport.shared_window import CAPACITY, MAX_TEXT_BYTES, SharedWindow
 from vllm_npu.transport.torch_dist import TorchDistTransport
 
-logger = logging.getLogger("vllm.npu.transport.gloo")  # under "vllm": the names whose messages vLLM shows
+logger = logging.getLogger("vllm.npu.transport.gloo")  # vLLM shows messages of loggers under "vllm"
 
-WINDOW_MIN_BYTES = 256 << 10  # that the fullest rank gives another one; below, sockets are as fast (docs/benchmarks)
+WINDOW_MIN_BYTES = 256 << 10  # largest part that one rank gives another; sockets are as fast below (docs/benchmarks)
 
 
 class GlooTransport(TorchDistTransport):
-    """gloo gathers equal shapes only, and reduce-scatters by reducing everything everywhere: the exchanges used here in
-    place of both need no padding, and half of the time of gloo's own reduce_scatter. Where all ranks are on one host, large
-    messages of both go through shared memory."""
+    """Gathers and reduce-scatters of any sizes, without padding.
+
+    gloo's own all-gather takes equal shapes only, and its reduce-scatter reduces all rows on all ranks. The exchanges here
+    take half of the time of gloo's reduce-scatter. Large messages of both go through shared memory if all ranks are on one
+    host.
+    """
 
     backend = "gloo"
     device_type = "cpu"
@@ -40,14 +43,14 @@ class GlooTransport(TorchDistTransport):
         return self.process_group._get_backend(torch.device("cpu"))
 
     def watch(self, watchdog: RankWatch) -> None:
-        """As above. All collectives of the group, others' too, fail past the deadline, or past the group's own time-out
-        where that is shorter."""
+        """Failures name ranks from now on. All collectives of the process group fail after the watchdog's deadline, or after
+        the group's own time-out if that is shorter. LOCAL."""
         super().watch(watchdog)
         self._deadline = min(datetime.timedelta(seconds=watchdog.deadline), self._backend.options._timeout)
         self._backend._set_default_timeout(self._deadline)
 
     def _wait(self, work: dist.Work) -> None:
-        """gloo's sends and receives wait for ever unless told how long."""
+        """Wait with a time-out. Without one, gloo's sends and receives wait for ever."""
         work.wait(self._deadline)
 
     def close(self) -> None:
@@ -74,12 +77,13 @@ class GlooTransport(TorchDistTransport):
         return sum_in_rank_order(parts).view(-1, *x.shape[1:])
 
     def _window_for(self, most_for_a_rank: int, message_bytes: int) -> SharedWindow | None:
-        """The shared memory, where messages of this many bytes go through it. The same on all ranks, as both numbers are."""
+        """The shared memory, or None for messages that go through sockets. Both numbers, and so the result, are equal on all
+        ranks."""
         return self._window if most_for_a_rank >= WINDOW_MIN_BYTES and message_bytes <= CAPACITY else None
 
     @cached_property
     def _window(self) -> SharedWindow | None:
-        """COLLECTIVE at the first access."""
+        """The group's shared memory, or None if the ranks have none. COLLECTIVE at the first access."""
         try:
             return SharedWindow.open(
                 self.rank,
@@ -93,7 +97,7 @@ class GlooTransport(TorchDistTransport):
     def _share(
         self, window: SharedWindow, x: torch.Tensor, spans: Sequence[tuple[int, int]], expected: Sequence[int]
     ) -> list[torch.Tensor]:
-        """Of each rank, the elements that it has for this one, flat."""
+        """The elements that each rank has for this one, as one flat tensor for each rank."""
         one_each = [1] * self.size
         parts = window.share(x, spans, lambda rows: self._all_to_all(rows, one_each, one_each))
         for rank, (part, num_bytes) in enumerate(zip(parts, expected, strict=True)):

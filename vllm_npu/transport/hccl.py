@@ -1,9 +1,7 @@
-"""Transport over HCCL: NPU tensors, through C++ operators on the group's communicator, or through torch_npu's
-ProcessGroupHCCL where a rank of the group lacks the operators."""
+"""Transport over HCCL: NPU tensors, by C++ operators on the group's communicator, or by torch_npu's ProcessGroupHCCL if a
+rank of the group lacks the operators."""
 
-import hashlib
 import logging
-import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +14,7 @@ from vllm_npu.errors import InvalidInputError, UnknownGroupError
 from vllm_npu.transport.base import Exchanged, SendRecv
 from vllm_npu.transport.hccl_direct import token_ops
 from vllm_npu.transport.hccl_direct.chip import limits_of_this_chip  # imports torch_npu, which makes c10d know hccl
+from vllm_npu.transport.host import host_number
 from vllm_npu.transport.torch_dist import TorchDistTransport
 
 logger = logging.getLogger("vllm.npu.hccl")
@@ -23,10 +22,10 @@ logger = logging.getLogger("vllm.npu.hccl")
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """What the transports of one process group share."""
+    """State that all transports of one process group share."""
 
-    has_ops: bool  # on all its ranks: asked once, by the first gather, scatter or all-to-all
-    in_flight: list[dist.Work]  # started on ProcessGroupHCCL's stream; the operators' streams do not know of it
+    has_ops: bool  # whether all ranks have the operators; the first gather, scatter or all-to-all finds out
+    in_flight: list[dist.Work]  # on ProcessGroupHCCL's stream, for which the operators must wait
 
 
 _GROUPS: "WeakKeyDictionary[dist.ProcessGroup, _Group]" = WeakKeyDictionary()
@@ -35,10 +34,10 @@ _GROUPS: "WeakKeyDictionary[dist.ProcessGroup, _Group]" = WeakKeyDictionary()
 class HcclTransport(TorchDistTransport):
     """Gathers, scatters and all-to-alls of any sizes, without padding, one HCCL call each.
 
-    HcclAllGatherV and HcclReduceScatterV where the chip has them and all ranks are on one server (limits.py); elsewhere
-    uneven rows go by HcclAlltoAllV, which takes any sizes everywhere, and are added in float32 in rank order.
-    Without the operators: torch_npu's collectives for equal rows, its all-to-all and batched send/receive for others, since
-    its calls of the V forms refuse empty ranks.
+    Uneven rows go by HcclAllGatherV and HcclReduceScatterV if the chip has them and all ranks are on one server (limits.py).
+    Otherwise they go by HcclAlltoAllV, which takes any sizes on every chip, and are added in float32 in rank order.
+    Without the operators, torch_npu's collectives move equal rows, and its all-to-all and batched send/receive move uneven
+    rows, since torch_npu's V collectives refuse empty ranks.
     """
 
     backend = "hccl"
@@ -51,7 +50,7 @@ class HcclTransport(TorchDistTransport):
 
     @property
     def name_for_ops(self) -> str:
-        """HCCL's name of the communicator. Raises UnknownGroupError where HCCL has none."""
+        """HCCL's name of the communicator. Raises UnknownGroupError if HCCL has none."""
         try:
             name = str(self._backend.get_hccl_comm_name(_number_of_this_device()))
         except (RuntimeError, AttributeError) as error:
@@ -115,8 +114,11 @@ class HcclTransport(TorchDistTransport):
             raise self._failure(operation, str(error)) from error
 
     def _has_ops(self) -> bool:
-        """Whether to call the operators. Their stream first waits (not the host) for what is in flight on another one: HCCL
-        runs the calls on a communicator one after another. COLLECTIVE over the group the first time."""
+        """Whether to call the operators. COLLECTIVE over the group at the first call.
+
+        The current stream first waits for work in flight on ProcessGroupHCCL's stream, since HCCL runs the calls on one
+        communicator one after another. The host does not wait.
+        """
         shared = self._shared or self._of_all_ranks()
         while shared.in_flight:
             shared.in_flight.pop().wait()
@@ -137,7 +139,7 @@ class HcclTransport(TorchDistTransport):
     def _open_ops(self) -> bool:
         reason = token_ops.why_not()
         has_v = reason is None and limits_of_this_chip().uneven_collectives and token_ops.ops().has_v_collectives()
-        facts = torch.tensor([[reason is None, has_v, number_of_this_host()]], device="npu")
+        facts = torch.tensor([[reason is None, has_v, host_number()]], device="npu")
         ranks = TorchDistTransport._all_gather(self, facts, [1] * self.size).tolist()
         without = [rank for rank, (has_ops, _, _) in enumerate(ranks) if not has_ops]
         if without:
@@ -156,9 +158,10 @@ class HcclTransport(TorchDistTransport):
 
 
 def batches_for_hccl(operations: Sequence[SendRecv]) -> list[list[SendRecv]]:
-    """Batch k has the k-th message to and from each rank: HcclBatchSendRecv takes no second one (CANN 8.0 and 8.5).
+    """Split into batches: batch k has the k-th message to and from each rank. HcclBatchSendRecv takes one message to and from
+    each rank (CANN 8.0 and 8.5).
 
-    The peer's batch k has the other half, so batches one after another never wait in a circle.
+    The other half of a message is in batch k of the peer, so ranks that run batches in order never wait in a circle.
     """
     batches: list[list[SendRecv]] = []
     placed: dict[tuple[int, bool], int] = {}  # by peer and direction
@@ -172,10 +175,5 @@ def batches_for_hccl(operations: Sequence[SendRecv]) -> list[list[SendRecv]]:
 
 
 def _number_of_this_device() -> int:
-    """What ProcessGroupHCCL calls a rank where it looks a communicator up, and takes for the device's number."""
+    """The number of this device. ProcessGroupHCCL calls it rank, and finds communicators by it."""
     return torch.accelerator.current_device_index()
-
-
-def number_of_this_host() -> int:
-    """Equal on two ranks only where they run on one host."""
-    return int.from_bytes(hashlib.sha256(socket.gethostname().encode()).digest()[:7], "big")

@@ -9,13 +9,13 @@ from vllm_npu.transport.torch_dist import TorchDistTransport, all_gather_single
 
 
 class NcclTransport(TorchDistTransport):
-    """c10d's NCCL backend does uneven gathers, scatters and all-to-alls itself."""
+    """NCCL process groups of torch.distributed take uneven gathers, scatters and all-to-alls without help."""
 
     backend = "nccl"
     device_type = "cuda"
 
     def _gather_tokens(self, tensors: Sequence[torch.Tensor], sizes: Sequence[int]) -> list[torch.Tensor]:
-        """Equal sizes: each tensor as it is, all in one launch. A packed message would be copied before and after."""
+        """Gather tensors of equal sizes unpacked, in one launch. Packing would cost two more copies."""
         if len(set(sizes)) > 1:
             return super()._gather_tokens(tensors, sizes)
         gathered = [tensor.new_empty((sum(sizes), tensor.shape[1])) for tensor in tensors]

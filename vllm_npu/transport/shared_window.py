@@ -1,7 +1,7 @@
-"""Memory that each rank of a group writes and the others read, on one host: what large messages over gloo go through.
+"""Shared memory of a group's ranks on one host, for large messages over gloo: each rank writes its own, and all read it.
 
-A message is written once and read by whoever needs it, in place of two copies for each pair of ranks through the kernel's
-sockets. gloo still says where it lies, which is also what makes readers wait for writers.
+A rank writes a message once, and each rank that needs it reads it there. Sockets copy it twice for each pair of ranks. A
+small gloo message says where in the memory the bytes lie; the reader waits for that message, so it never reads too early.
 """
 
 import json
@@ -11,35 +11,37 @@ import secrets
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Self
 
 import torch
 
 from vllm_npu import envs
 from vllm_npu.errors import UnsupportedConfigError
+from vllm_npu.transport.host import host_identity
 
-CAPACITY = 64 << 20  # bytes of a message; memory is used only once it is written to
-HALVES = 2  # one to write while others may still read the other
+CAPACITY = 64 << 20  # bytes of a message; the system gives memory for written bytes only
+HALVES = 2  # a rank writes one half while others may still read the other
 LENGTH = HALVES * CAPACITY + mmap.PAGESIZE
-MARK_BYTES = 16  # at the end, by which a rank knows that it opened the right memory
+MARK_BYTES = 16  # at the end of the memory: a rank that opens it compares them with the offer
 MAX_TEXT_BYTES = 512
-BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 class SharedWindow:
-    """One rank's end. Used from one thread at a time, by all ranks in the same order."""
+    """One rank's view of the group's shared memory. All ranks call it in the same order, each from one thread at a time."""
 
     def __init__(self, rank: int, windows: Sequence[torch.Tensor]) -> None:
         self._rank = rank
-        self._windows = windows  # of each rank, uint8; of other ranks, not to be written
-        self._shared = 0  # messages so far
+        self._windows = windows  # uint8, one for each rank; this rank writes its own only
+        self._shared = 0  # number of calls of share()
 
     @classmethod
     def open(cls, rank: int, exchange: Callable[[str], list[str]], *, wanted: bool = True) -> Self:
-        """COLLECTIVE: `exchange` gives every rank's text, cut after MAX_TEXT_BYTES, in rank order. Raises
-        UnsupportedConfigError on every rank where one does not want it, has no memory to share, or cannot read another's.
-        Nothing is left in the file system, and nothing remains when the ranks end."""
+        """Open the memory of all ranks. COLLECTIVE: `exchange` returns every rank's text, in rank order, cut after
+        MAX_TEXT_BYTES.
+
+        Raises UnsupportedConfigError on every rank if one rank does not want shared memory, has none to share, or cannot
+        read another rank's. The memory has no name in the file system, and ends with the ranks.
+        """
         mark = secrets.token_hex(MARK_BYTES // 2)
         with ExitStack() as until_all_have_opened:
             try:
@@ -54,7 +56,7 @@ class SharedWindow:
             try:
                 for other, text in enumerate(offers):
                     windows.append(own if other == rank else _open_memory(**json.loads(text)))
-            except (OSError, ValueError, UnsupportedConfigError) as error:  # a ValueError: the file is shorter
+            except (OSError, ValueError, UnsupportedConfigError) as error:  # ValueError: the file is too short
                 failure = f"rank {rank} cannot read the memory of rank {len(windows)}: {error}"
             failures = list(filter(None, exchange(failure)))
         if failures:
@@ -66,10 +68,11 @@ class SharedWindow:
     def share(
         self,
         x: torch.Tensor,  # contiguous, up to CAPACITY bytes
-        spans: Sequence[tuple[int, int]],  # for each rank, the bytes of x that it needs: from, to
-        exchange: Callable[[torch.Tensor], torch.Tensor],  # [W, 2] int64, a row to each rank; gives a row of each
-    ) -> list[torch.Tensor]:  # uint8, [bytes]
-        """What each rank of the group has for this one; valid until the second share after this one. COLLECTIVE."""
+        spans: Sequence[tuple[int, int]],  # for each rank, the bytes of x that it needs: start, stop
+        exchange: Callable[[torch.Tensor], torch.Tensor],  # all-to-all of [W, 2] int64: one row to and from each rank
+    ) -> list[torch.Tensor]:  # uint8, [bytes], one for each rank
+        """Write `x`, and return views of what each rank has for this one. COLLECTIVE. The views are valid until the second
+        call after this one."""
         half = self._shared % HALVES * CAPACITY
         self._shared += 1
         self._windows[self._rank][half : half + x.nbytes].view(x.dtype).copy_(x.flatten())
@@ -77,22 +80,24 @@ class SharedWindow:
         return [window[half + start : half + end] for window, (start, end) in zip(self._windows, offered, strict=True)]
 
 
-def _boot_id() -> str:
-    return BOOT_ID.read_text().strip()
-
-
 def _offer(mark: str, until_all_have_opened: ExitStack) -> tuple[mmap.mmap, str]:
-    """New memory, and the text by which another process opens it, while its descriptor is open."""
+    """Make this rank's memory. Another process can open it by the returned text while the descriptor is open.
+
+    Raises OSError where the system gives no such memory: memfd_create is Linux's.
+    """
+    if not hasattr(os, "memfd_create"):
+        raise OSError("this system has no memfd_create")
     descriptor = os.memfd_create("vllm_npu_window")
     until_all_have_opened.callback(os.close, descriptor)
     os.ftruncate(descriptor, LENGTH)
     memory = mmap.mmap(descriptor, LENGTH)
     memory[-MARK_BYTES:] = mark.encode()
-    return memory, json.dumps({"boot": _boot_id(), "path": f"/proc/{os.getpid()}/fd/{descriptor}", "mark": mark})
+    path = f"/proc/{os.getpid()}/fd/{descriptor}"
+    return memory, json.dumps({"host": host_identity(), "path": path, "mark": mark})
 
 
-def _open_memory(*, boot: str, path: str, mark: str) -> mmap.mmap:
-    if boot != _boot_id():
+def _open_memory(*, host: str, path: str, mark: str) -> mmap.mmap:
+    if host != host_identity():
         raise UnsupportedConfigError("it runs on another host")
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     try:

@@ -1,13 +1,11 @@
-"""Windows of GPU memory that every rank of a group on one host can write, over torch's symmetric memory.
+"""Windows: GPU memory of each rank that all ranks of a group on one host can write. Uses torch's symmetric memory.
 
-Opened once for a process group and shared by all layers. Two windows, so that two micro-batches may be in flight.
+All layers share the windows of a process group. There are two windows, so that two micro-batches may be in flight.
 """
 
 import ctypes
-import socket
 from collections import deque
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -17,12 +15,13 @@ from vllm_npu import envs
 from vllm_npu.core.token_layout import ceil_div
 from vllm_npu.errors import InvalidInputError, TransportError, UnsupportedConfigError
 from vllm_npu.transport.base import Transport, gather_texts
+from vllm_npu.transport.host import host_identity
 from vllm_npu.transport.torch_dist import TorchDistTransport
 
 NUM_WINDOWS = 2
 ALIGNMENT = 256  # bytes; offsets in a window are multiples of it
-MAX_PLACE_BYTES = 128  # of a boot's or host's name and a device's UUID
-STAGES = {1: "dispatch", 2: "combine"}  # what the kernels write into the report
+MAX_PLACE_BYTES = 128  # of a host's identity and a device's UUID
+STAGES = {1: "dispatch", 2: "combine"}  # numbers that the kernels write into the report
 
 
 def align(num_bytes: int) -> int:
@@ -32,25 +31,25 @@ def align(num_bytes: int) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SymmetricFacts:
-    """What decides whether the ranks of a group can share memory. Equal on every rank."""
+    """Facts that decide whether the ranks of a group can share memory. Equal on every rank."""
 
     num_ranks: int
     num_hosts: int
-    cuda: bool  # every rank has a CUDA device of its own
-    peer_access: bool  # every device can write every other one's memory
-    triton: bool
+    cuda: bool  # whether every rank has its own CUDA device
+    peer_access: bool  # whether every device can write the memory of every other device
+    triton: bool  # whether every rank can import triton
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WindowSize:
-    """Parts of one window. The first is written by peers' dispatch, the second by their combine; they never overlap."""
+    """Sizes of the parts of one window. Other ranks' dispatch writes the received part, and their combine the returned part."""
 
     received_bytes: int
     returned_bytes: int
-    rank_flags: int  # flags of 4 bytes that each rank has for each of the two stages
+    rank_flags: int  # number of 4-byte flags that each rank has for each of the two stages
 
     def fits(self, other: "WindowSize") -> bool:
-        """Whether a window of this size can be used as one of size `other`."""
+        """Whether a window of this size is large enough for uses of size `other`."""
         return (
             other.received_bytes <= self.received_bytes
             and other.returned_bytes <= self.returned_bytes
@@ -59,9 +58,9 @@ class WindowSize:
 
 
 class SymmetricWindows:
-    """The windows of one group, and what this rank's kernels need to use them. The constructor is COLLECTIVE.
+    """The windows of one group, with the kernel arguments of this rank. The constructor is COLLECTIVE.
 
-    Memory on each GPU: `bytes_per_rank`, for the life of the object. Raises TransportError where memory cannot be shared.
+    Takes `bytes_per_rank` of memory on each GPU until close(). Raises TransportError if the GPUs cannot share memory.
     """
 
     def __init__(self, process_group: dist.ProcessGroup, group: str, size: WindowSize, timeout: float) -> None:
@@ -86,8 +85,9 @@ class SymmetricWindows:
         self._buffer: torch.Tensor | None = buffer.zero_()
         clock = torch.zeros(1, dtype=torch.int64, device=self.device)
         failed = torch.zeros(1, dtype=torch.int32, device=self.device)
-        # What each kernel takes, for each window: addresses of the window on all ranks, epochs of the next dispatch and the
-        # next combine in it (each kernel moves the other stage's on, so nothing races), clock, failed.
+        # Kernel arguments for each window: addresses of the window on all ranks, epochs of its next dispatch and combine,
+        # clock, failed. A dispatch kernel advances the epoch of combine, and a combine kernel that of dispatch, so that no
+        # kernel writes an epoch that it reads.
         self.kernel_tensors = [
             (
                 torch.tensor(
@@ -105,7 +105,7 @@ class SymmetricWindows:
         self.report_address = self._report.data_ptr()
         self._report_view = (ctypes.c_int32 * self.num_ranks).from_address(self.report_address)
         self._nothing_missing = bytes(4 * self.num_ranks)
-        # Without the 2 us of host time that an object of torch.cuda.Stream takes.
+        # torch.cuda.current_stream() would take 2 us more of host time for its object.
         self._current_stream = torch._C._cuda_getCurrentRawStream
         self._free = deque(range(NUM_WINDOWS))
         self._last_stream: int | None = None  # raw handle of the stream of the last exchange
@@ -113,7 +113,7 @@ class SymmetricWindows:
         dist.barrier(process_group)
 
     def bytes_of(self, window: int) -> torch.Tensor:
-        """This rank's `window` as [bytes] uint8: a view, not a copy."""
+        """View of this rank's `window` as [bytes] uint8."""
         if self._buffer is None:
             raise InvalidInputError(
                 f"the windows of group '{self.group}' are closed; dispatch anew, which opens others"
@@ -121,9 +121,10 @@ class SymmetricWindows:
         return self._buffer[window * self._window_bytes : (window + 1) * self._window_bytes]
 
     def take(self) -> int:
-        """A free window. LOCAL; every rank must take and give back in the same order, and call enter() before its kernels.
+        """Take a free window. LOCAL. Every rank must take and give back windows in the same order, and call enter() before its
+        kernels.
 
-        Raises InvalidInputError where all are in flight.
+        Raises InvalidInputError if all windows are in flight.
         """
         if not self._free:
             raise InvalidInputError(
@@ -132,14 +133,15 @@ class SymmetricWindows:
         return self._free.popleft()
 
     def give_back(self, window: int) -> None:
-        """Make `window` free for what is queued after this. LOCAL."""
+        """Free `window` for kernels that are queued after this call. LOCAL."""
         self._free.append(window)
 
     def enter(self) -> int:
-        """Let the current stream wait for the group's last kernel; returns its raw handle. LOCAL. Host sync: no.
+        """Let the current stream wait for the group's last kernel, and return the raw handle of the current stream. LOCAL.
+        Host sync: no.
 
-        A group's kernels run one behind another, also on several streams: two that wait for other ranks at once could each
-        fill a GPU and keep the other from ever running.
+        A group's kernels run one after another, also on several streams. Two kernels that wait for other ranks at the same
+        time could fill two GPUs and keep each other from running.
         """
         stream = self._current_stream(self.device.index)
         if stream != self._last_stream:
@@ -147,15 +149,17 @@ class SymmetricWindows:
                 last = torch.cuda.ExternalStream(self._last_stream, self.device)
                 with torch.cuda.stream(last):
                     captured = torch.cuda.is_current_stream_capturing()
-                if captured == torch.cuda.is_current_stream_capturing():  # not from the work before a capture into it
+                if (
+                    captured == torch.cuda.is_current_stream_capturing()
+                ):  # a captured stream cannot wait for work outside the capture
                     torch.cuda.current_stream(self.device).wait_stream(last)
             self._last_stream = stream
         return stream
 
     def check(self, operation: str) -> None:
-        """Raise TransportError where a kernel has given up waiting. LOCAL, without a host sync: it reads host memory.
+        """Raise TransportError if a kernel has given up waiting. LOCAL. Host sync: no, it reads host memory.
 
-        Kernels run behind the host, so a failure shows at the first check after the time-out.
+        Kernels run later than the host queues them, so the first check after the time-out finds the failure.
         """
         if self._buffer is None:
             raise InvalidInputError(
@@ -174,9 +178,9 @@ class SymmetricWindows:
         )
 
     def close(self) -> None:
-        """Release this rank's memory once its own work is done. LOCAL. Safe to call twice.
+        """Wait for this rank's kernels, and release its memory. LOCAL. Safe to call twice.
 
-        Peers keep what they have mapped until they close, too.
+        Other ranks keep their mappings of this memory until they close.
         """
         if self._buffer is None:
             return
@@ -199,10 +203,10 @@ def _innermost(transport: Transport) -> TorchDistTransport:
 
 
 def open_windows(transport: Transport, size: WindowSize, timeout: float | None = None) -> SymmetricWindows:
-    """The windows of the transport's process group. COLLECTIVE when called first, LOCAL from then on.
+    """Return the windows of the transport's process group. The first call opens them and is COLLECTIVE; later calls are LOCAL.
 
-    They are sized by the first call: a later one that needs more raises UnsupportedConfigError, since captured graphs hold
-    their addresses. Host sync: yes, when called first. Graph capture: the first call must come before.
+    The first call sets the size. A later call that needs a larger one raises UnsupportedConfigError, since captured graphs
+    hold the windows' addresses. Host sync: yes, in the first call. Graph capture: after the first call.
     """
     process_group = _innermost(transport).process_group
     name = process_group.group_name
@@ -223,18 +227,18 @@ def open_windows(transport: Transport, size: WindowSize, timeout: float | None =
 
 
 def close_windows(transport: Transport) -> None:
-    """Close the windows of the transport's process group, where some are open. LOCAL."""
+    """Close the windows of the transport's process group, if they are open. LOCAL."""
     windows = _open.pop(_innermost(transport).process_group.group_name, None)
     if windows is not None:
         windows.close()
 
 
 def gather_facts(transport: Transport) -> SymmetricFacts:
-    """Facts of the transport's ranks. COLLECTIVE: two small gathers. Host sync: yes."""
+    """Gather the facts of all ranks of the transport. COLLECTIVE: two small gathers. Host sync: yes."""
     group = _innermost(transport)
     has_cuda = torch.cuda.is_available()
     device = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid) if has_cuda else ""
-    places = gather_texts(group, f"{_host()} {device}", MAX_PLACE_BYTES, group.device_type)
+    places = gather_texts(group, f"{host_identity()} {device}", MAX_PLACE_BYTES, group.device_type)
     devices = [place.partition(" ")[2] for place in places]
     can = torch.tensor([[_reaches_all(devices), _has_triton()]], dtype=torch.uint8, device=group.device_type)
     peer_access, triton = group.all_gather(can).bool().all(dim=0).tolist()
@@ -247,11 +251,6 @@ def gather_facts(transport: Transport) -> SymmetricFacts:
     )
 
 
-def _host() -> str:
-    boot_id = Path("/proc/sys/kernel/random/boot_id")
-    return boot_id.read_text().strip() if boot_id.exists() else socket.gethostname()
-
-
 def _has_triton() -> bool:
     try:
         import triton  # noqa: F401
@@ -261,7 +260,8 @@ def _has_triton() -> bool:
 
 
 def _reaches_all(devices: list[str]) -> bool:
-    """Whether this rank's device can write the memory of all these, given by UUID. One that it does not see, it cannot."""
+    """Whether this rank's device can write the memory of all devices with these UUIDs. A device that the process does not see
+    is out of reach."""
     if not torch.cuda.is_available():
         return False
     visible = {str(torch.cuda.get_device_properties(i).uuid): i for i in range(torch.cuda.device_count())}

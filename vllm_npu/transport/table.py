@@ -1,4 +1,4 @@
-"""The transports: one row each. A class is imported when it is first asked for."""
+"""Table of the transports. transport_class() imports a class at its first use."""
 
 from importlib import import_module
 
@@ -14,7 +14,7 @@ TRANSPORTS = {
 
 
 def transport_class(name: str) -> type[Transport]:
-    """The class behind a row of TRANSPORTS. Raises UnsupportedConfigError for an unknown name."""
+    """Import and return the class of a row of TRANSPORTS. Raises UnsupportedConfigError for an unknown name."""
     if name not in TRANSPORTS:
         raise UnsupportedConfigError(f"unknown transport {name!r}; there are: {', '.join(TRANSPORTS)}")
     module, _, attribute = TRANSPORTS[name].partition(":")

@@ -1,4 +1,4 @@
-"""Ranks as threads of one process: the transport of unit tests and of `verify --transport threaded`. No sockets."""
+"""Transport between threads of one process, for unit tests and `verify --transport threaded`. It opens no sockets."""
 
 import threading
 from collections.abc import Callable, Sequence
@@ -12,7 +12,7 @@ from vllm_npu.transport.base import SendRecv, Transport, sum_in_rank_order
 
 
 class ThreadedGroup:
-    """What the threads of one group share: a slot for each rank, and a barrier that names who is missing."""
+    """State that the threads of one group share: a slot for each rank, and a barrier that names missing ranks."""
 
     def __init__(self, group: str, size: int, timeout: float) -> None:
         self.group = group
@@ -20,11 +20,11 @@ class ThreadedGroup:
         self.timeout = timeout
         self.slots: list[Any] = [None] * size
         self._barrier = threading.Barrier(size)
-        self._meetings = [0] * size  # how often each rank has come to the barrier: the late ones have the lower count
+        self._meetings = [0] * size  # calls of the barrier by each rank; late ranks have a lower count
 
     def exchange(self, operation: str, rank: int, value: Any) -> list[Any]:
-        """Every rank's value, in rank order. Raises TransportError on all ranks where one does not come in time,
-        or where ranks are in different operations."""
+        """Return every rank's value, in rank order. Raises TransportError on all ranks if one does not come in time, or if
+        ranks are in different operations."""
         self.slots[rank] = (operation, value)
         self.wait(operation, rank)
         posted = list(self.slots)
@@ -35,35 +35,35 @@ class ThreadedGroup:
         return [value for _, value in posted]
 
     def wait(self, operation: str, rank: int) -> None:
-        """Meet all ranks. Raises TransportError on every rank where one does not come in time."""
+        """Wait for all ranks. Raises TransportError on every rank if one does not come in time."""
         self._meetings[rank] += 1
         try:
             self._barrier.wait(self.timeout)
         except threading.BrokenBarrierError:
             missing = [other for other, count in enumerate(self._meetings) if count < self._meetings[rank]]
             if not missing:
-                return  # all came; one has left, failed, and aborted the barrier before this thread was out of it
+                return  # all ranks came; one of them failed later and aborted the barrier before this thread left it
             raise TransportError(
                 operation, self.group, rank, f"ranks {missing} failed, or did not come within {self.timeout:g} s"
             ) from None
 
     def abort(self) -> None:
-        """Make every waiting rank fail now: one of them has raised."""
+        """Make every waiting rank fail now, since one rank has raised."""
         self._barrier.abort()
 
 
 class ThreadedTransport(Transport):
-    """One rank's end of a ThreadedGroup."""
+    """One rank of a ThreadedGroup."""
 
     def __init__(self, shared: ThreadedGroup, rank: int) -> None:
         super().__init__(shared.group, rank, shared.size)
         self._shared = shared
 
     def close(self) -> None:
-        """Nothing to release."""
+        """Do nothing: this object opened nothing."""
 
     def _exchange(self, operation: str, value: Any, read: Callable[[list[Any]], torch.Tensor]) -> torch.Tensor:
-        """Read what all ranks posted into fresh memory, and let nobody go on before all have read."""
+        """Post `value`, and copy from all ranks' values by `read`. Returns after all ranks have read."""
         result = read(self._shared.exchange(operation, self.rank, value))
         self._shared.wait(operation, self.rank)
         return result
@@ -99,7 +99,7 @@ class ThreadedTransport(Transport):
         return self._exchange("all_reduce", x, sum_in_rank_order)
 
     def _send_recv(self, operations: Sequence[SendRecv]) -> None:
-        """All ranks of the group must call it, as for the other collectives."""
+        """COLLECTIVE: all ranks of the group must call it, also ranks without operations."""
         outgoing: dict[int, list[torch.Tensor]] = {}
         for operation in operations:
             if operation.is_send:

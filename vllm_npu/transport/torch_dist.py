@@ -1,4 +1,4 @@
-"""Transport over a c10d ProcessGroup: what all of torch.distributed's backends share."""
+"""Transport over a process group of torch.distributed (c10d): the part that all backends share."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,20 +12,20 @@ from vllm_npu.core.token_layout import offsets
 from vllm_npu.errors import RankFailureError, TransportError, UnsupportedConfigError
 from vllm_npu.transport.base import RankWatch, SendRecv, Transport, sum_in_rank_order
 
-# torch 2.13 renamed both; the older names stay until 2.10 is no longer supported.
+# COMPAT(torch < 2.13): both functions had other names. CAN REMOVE when torch >= 2.13 is required.
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 class TorchDistTransport(Transport):
-    """The group belongs to whoever made it: close() leaves it open."""
+    """close() leaves the process group open, since the caller made it."""
 
-    backend: ClassVar[str]  # c10d's name of it
-    device_type: ClassVar[str]  # of the tensors that it moves
+    backend: ClassVar[str]  # c10d's name of the backend
+    device_type: ClassVar[str]  # of the tensors that the backend moves
 
     @classmethod
     def device_of(cls, local_rank: int) -> torch.device:
-        """The device of a rank of this machine. Raises UnsupportedConfigError where torch sees none for it."""
+        """The device of rank `local_rank` of this machine. Raises UnsupportedConfigError if torch sees too few devices."""
         if cls.device_type == "cpu":
             return torch.device("cpu")
         accelerator = torch.accelerator.current_accelerator()
@@ -44,15 +44,15 @@ class TorchDistTransport(Transport):
         self._watchdog: RankWatch | None = None
 
     def watch(self, watchdog: RankWatch) -> None:
-        """Failures from now on name ranks. The deadline is that of whoever made the group; gloo takes the watchdog's."""
+        """Failures name ranks from now on. The process group keeps its own time-out; only gloo takes the watchdog's. LOCAL."""
         self._watchdog = watchdog
 
     def close(self) -> None:
-        """Nothing to release."""
+        """Do nothing: this object opened nothing."""
 
     @contextmanager
     def _collective(self, operation: str) -> Iterator[None]:
-        """Errors inside as TransportError of `operation`, also where it is made of other operations."""
+        """Turn errors inside into TransportErrors of `operation`, also errors of the operations that it calls."""
         try:
             yield
         except RankFailureError as error:
@@ -110,7 +110,7 @@ class TorchDistTransport(Transport):
         return Pending(stage="all_to_all", complete=complete)
 
     def _note_in_flight(self, work: dist.Work) -> None:
-        """Called with each operation that goes on after its start."""
+        """Hook for subclasses, called with each operation that continues after its start."""
 
     def _broadcast(self, x: torch.Tensor, source: int) -> torch.Tensor:
         result = x.clone() if self.rank == source else torch.empty_like(x)
@@ -147,7 +147,7 @@ class TorchDistTransport(Transport):
             dist.barrier(group=self.process_group)
 
     def _all_gather_from_peers(self, x: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
-        """All-gather of any sizes without padding: each rank sends its rows to each other rank once."""
+        """All-gather of any sizes without padding. Each rank sends its rows once to every other rank."""
         gathered = x.new_empty((sum(sizes), *x.shape[1:]))
         starts = offsets(sizes)
         gathered[starts[self.rank] : starts[self.rank + 1]] = x
@@ -164,8 +164,8 @@ class TorchDistTransport(Transport):
         return gathered
 
     def _reduce_scatter_by_exchange(self, x: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
-        """Reduce-scatter of any sizes without padding: an all-to-all, then the sum in float32, in rank order: the same
-        bits in every run."""
+        """Reduce-scatter of any sizes without padding: an all-to-all, and then a float32 sum in rank order. Every run gives
+        the same bits."""
         own_rows = sizes[self.rank]
         with self._collective("reduce_scatter"):
             received = self._all_to_all(x, sizes, [own_rows] * self.size)

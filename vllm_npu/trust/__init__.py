@@ -1,1 +1,1 @@
-"""Ranks check one another: the vote on each step, the self-test, the watchdog, traces and their comparison."""
+"""Checks between ranks: the vote on each step, the self-test, the watchdog, traces and their comparison."""

@@ -1,4 +1,4 @@
-"""A vote on the plan before any tensor moves: ranks that disagree all get an error that names them, never a hang."""
+"""A vote on the plan before any tensor moves. If ranks disagree, every rank gets an error that names them, and none hangs."""
 
 import hashlib
 from collections.abc import Mapping
@@ -15,16 +15,16 @@ DIFFERENT_STEPS = "ranks planned different steps; start all of them with the sam
 
 
 def agree(
-    plan: str | Mapping[str, object],  # this rank's plan, as text or as fields: what must be equal on all ranks
+    plan: str | Mapping[str, object],  # this rank's plan, as text or fields; must be equal on all ranks
     transport: Transport,  # a CPU group
     proposal: int = 0,  # a number that may differ
     difference: str = DIFFERENT_STEPS,  # first line of the error
 ) -> list[int]:
-    """Check that all ranks have the same plan; returns every rank's proposal, in rank order.
+    """Check that all ranks have the same plan, and return every rank's proposal, in rank order.
 
     COLLECTIVE over the transport's group: one exchange of 16 bytes with each rank. Host sync: the tensors are on the CPU.
-    Graph capture: no. Raises PlanDisagreementError on every rank where plans differ, after an all-gather of the plans: it
-    names the ranks with each plan or, where plans are fields, the fields that differ.
+    Graph capture: no. If plans differ, the ranks gather all plans, and every rank raises PlanDisagreementError. It names the
+    ranks with each plan. For plans of fields, it names the fields that differ, and the ranks with each value.
     """
     return agree_start(plan, transport, proposal, difference).finish()
 
@@ -32,7 +32,7 @@ def agree(
 def agree_start(
     plan: str | Mapping[str, object], transport: Transport, proposal: int = 0, difference: str = DIFFERENT_STEPS
 ) -> Pending[list[int]]:
-    """agree that goes on while the caller computes: waiting and raising are the finish's."""
+    """Start an agree() that continues while the caller computes. Its finish waits, and raises."""
     text = plan if isinstance(plan, str) else _as_text(plan)
     digest = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big", signed=True)
     one_each = [1] * transport.size
@@ -52,7 +52,7 @@ def agree_start(
 
 
 def _as_text(fields: Mapping[str, object]) -> str:
-    """A line a field. A long value is cut, and a digest of it added, so that all fields fit in MAX_PLAN_BYTES."""
+    """One line for each field. A long value is cut and gets a digest, so that all fields fit in MAX_PLAN_BYTES."""
     return "\n".join([f"{name}: {_short(str(value))}" for name, value in fields.items()])
 
 
@@ -71,7 +71,7 @@ def _different_plans(plans: list[str], digests: list[int]) -> list[str]:
 
 
 def _different_fields(plans: list[str]) -> list[str]:
-    """A line for each field that differs, with the ranks that have each of its values."""
+    """One line for each field that differs, with the ranks of each value."""
     by_rank = [dict(line.partition(": ")[::2] for line in plan.splitlines()) for plan in plans]
     lines = []
     for name in dict.fromkeys(name for fields in by_rank for name in fields):

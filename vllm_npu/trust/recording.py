@@ -1,5 +1,5 @@
-"""A transport that counts and writes down what another one does: calls and bytes for each group and operation, and the calls
-themselves in a trace (vllm_npu/trust/trace.py)."""
+"""A wrapper of transports that counts calls and bytes for each group and operation, and writes each call to a trace
+(vllm_npu/trust/trace.py)."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -18,7 +18,7 @@ from vllm_npu.trust.trace_comparison import report
 
 
 class CollectiveCounter:
-    """Calls and bytes by "group.operation". Bytes are what this rank puts on the wire; what it keeps is not counted."""
+    """Calls and bytes for each "group.operation". Bytes that this rank sends to itself are not counted."""
 
     def __init__(self) -> None:
         self.calls: Counter[str] = Counter()
@@ -30,17 +30,17 @@ class CollectiveCounter:
         self.bytes_sent[f"{group}.{operation}"] += sent
 
     def reset(self) -> None:
-        """Start again from nothing."""
+        """Set all counts to 0."""
         self.calls.clear()
         self.bytes_sent.clear()
 
 
 class RecordingTransport(Transport):
-    """Wraps any transport: counts its calls, writes them to this rank's trace, or both. A group of one rank sends nothing
-    and is left out.
+    """Wraps a transport, and counts its calls, writes them to this rank's trace, or both. A group of one rank sends nothing,
+    so its calls are not recorded.
 
-    Byte model, for W ranks: all_gather sends own rows W-1 times, reduce_scatter and all_to_all all rows but the own
-    part, broadcast the source's rows W-1 times, all_reduce 2*(W-1)/W of the tensor (a ring).
+    Bytes sent in a group of W ranks: all_gather, own rows W-1 times; reduce_scatter and all_to_all, all rows except the part
+    of this rank; broadcast, the source's rows W-1 times; all_reduce, 2*(W-1)/W of the tensor (a ring).
     """
 
     def __init__(
@@ -48,7 +48,9 @@ class RecordingTransport(Transport):
         inner: Transport,
         counter: CollectiveCounter | None,
         ring: TraceRing | None = None,
-        members: Sequence[int] = (),  # of the group, as ranks of the whole run; in the group's order
+        members: Sequence[
+            int
+        ] = (),  # the group's ranks, numbered in the whole run, in the group's order; empty: 0, 1, ...
     ) -> None:
         super().__init__(inner.group, inner.rank, inner.size)
         self.inner = inner
@@ -59,16 +61,16 @@ class RecordingTransport(Transport):
 
     @property
     def innermost(self) -> Transport:
-        """The wrapped transport's."""
+        """The innermost transport of the wrapped one."""
         return self.inner.innermost
 
     @property
     def name_for_ops(self) -> str:
-        """The wrapped transport's."""
+        """The wrapped transport's name for device ops."""
         return self.inner.name_for_ops
 
     def note_op(self, operation: str, sent: int) -> None:
-        """Count the op as one call, which has ended: the host does not wait for it."""
+        """Record the op as one call that has ended, since the host does not wait for it."""
         with self._call(operation, sent):
             pass
 
@@ -104,7 +106,7 @@ class RecordingTransport(Transport):
             self._ring.end(call)
 
     def _stream(self, tensors: Sequence[torch.Tensor]) -> int:
-        """Of the calls on this group, in the order in which they were first used; 0 on a CPU."""
+        """Number the streams of this group in the order of their first use. A CPU has stream 0."""
         if not tensors or tensors[0].device.type == "cpu":
             return 0
         stream = torch.accelerator.current_stream(tensors[0].device).stream_id
@@ -112,7 +114,7 @@ class RecordingTransport(Transport):
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
-        """A TransportError inside says what the traces of all ranks show that can be read here."""
+        """Add a comparison of all readable traces to a TransportError raised inside."""
         try:
             yield
         except TransportError as error:
@@ -194,7 +196,7 @@ def _bytes_to_others(x: torch.Tensor, sizes: Sequence[int], rank: int) -> int:
 
 
 def _message_row_bytes(tensors: Sequence[torch.Tensor]) -> int:
-    """Of one tensor, which travels as it is, or of several in one message."""
+    """Bytes of one row of a message that holds these tensors."""
     return RowFormat.of(tensors).row_bytes
 
 
@@ -202,15 +204,16 @@ def record(
     transport: Transport,
     counter: CollectiveCounter | None,
     ring: TraceRing | None = None,
-    members: Sequence[int] = (),  # ranks of the whole run
+    members: Sequence[int] = (),  # the group's ranks, numbered in the whole run
 ) -> Transport:
-    """`transport`, counted where there is a counter, traced where there is a ring; itself where there is neither."""
+    """Wrap `transport` for a counter, a ring, or both. Without either, return it unchanged."""
     if counter is None and ring is None:
         return transport
     return RecordingTransport(transport, counter, ring, members)
 
 
 def open_ring(rank: int, world_size: int) -> TraceRing | None:
-    """The trace of a rank, where VLLM_NPU_RECORD names a folder. Raises InvalidInputError where it cannot be written."""
+    """Open the trace of a rank in the folder VLLM_NPU_RECORD, or return None if that is unset. Raises InvalidInputError if the
+    folder cannot be written."""
     folder = envs.RECORD.read()
     return TraceRing.create(Path(folder), rank, world_size) if folder else None

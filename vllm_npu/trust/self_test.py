@@ -1,4 +1,4 @@
-"""Before serving: every collective of every group on data whose answer each rank knows. One that lies is refused by name."""
+"""Start-up self-test: every collective of every group, on data whose result each rank knows. An error names wrong results."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,16 +18,16 @@ SUMMED_DTYPES = {
     QUICK: (torch.bfloat16, torch.float32),
     FULL: (torch.bfloat16, torch.float16, torch.float32, torch.int32),
 }
-# Rows are multiplied by these: once small, once past what a transport sends in one piece. Each at least twice in quick mode,
-# with other data, so that what is left in a buffer shows.
+# Factors of the row counts, one for each round: 1, and 1000 for messages that a transport sends in pieces. Each factor has two
+# rounds with different data, so that a result that is left over in a buffer is found.
 SCALES = {QUICK: (1, 1), FULL: (1, 1, 1000, 1000)}
-LARGEST_EXACT_SUM = 256  # of integers in bfloat16
+LARGEST_EXACT_SUM = 256  # bfloat16 holds integers up to it exactly
 VERDICT_BYTES = 512
 
 
 @dataclass(frozen=True, slots=True)
 class _Round:
-    """Data of one round on one group: values that tell rank, row, column and round apart."""
+    """Data of one round on one group. Values differ by rank, row, column and round."""
 
     transport: Transport
     device: torch.device
@@ -43,33 +43,36 @@ class _Round:
         return self.transport.rank
 
     def uneven(self) -> list[int]:
-        """Odd row counts, and a rank without rows."""
+        """Row counts of the ranks: odd numbers, and 0 for one rank."""
         rows = [(2 * ((rank + self.number) % 3) + 1) * self.scale for rank in range(self.size)]
         rows[self.number % self.size] = 0
         return rows
 
     def even(self) -> list[int]:
+        """Equal row counts of the ranks."""
         return [5 * self.scale] * self.size
 
     def moved(self, rank: int, rows: int, dtype: torch.dtype, salt: int = 0) -> torch.Tensor:
-        """[rows, WIDTH] of what `rank` sends, on the CPU: never 0, exact in every dtype."""
+        """Rows [rows, WIDTH] that `rank` sends, on the CPU. Values are never 0, and exact in every dtype."""
         cell = torch.arange(rows * WIDTH).view(rows, WIDTH) * 3
         return ((cell + 31 * rank + 101 * self.number + 57 * salt) % 251 + 1).to(dtype)
 
     def summed(self, rank: int, rows: int, dtype: torch.dtype) -> torch.Tensor:
-        """[rows, WIDTH] of small integers: the sum over ranks is exact in every dtype up to LARGEST_EXACT_SUM ranks."""
+        """Small integers [rows, WIDTH] of `rank`. Their sum over up to LARGEST_EXACT_SUM ranks is exact in every dtype."""
         most = max(1, min(60, LARGEST_EXACT_SUM // self.size))
         cell = torch.arange(rows * WIDTH).view(rows, WIDTH)
         return ((cell + 7 * rank + 5 * self.number) % most + 1).to(dtype)
 
     def sum(self, rows: int, dtype: torch.dtype) -> torch.Tensor:
+        """The sum of summed() over the ranks."""
         return torch.stack([self.summed(rank, rows, dtype).double() for rank in range(self.size)]).sum(0).to(dtype)
 
     def gathered(self, sizes: Sequence[int], dtype: torch.dtype, salt: int = 0) -> torch.Tensor:
+        """The rows of all ranks, in rank order."""
         return torch.cat([self.moved(rank, rows, dtype, salt) for rank, rows in enumerate(sizes)])
 
     def matrix(self) -> list[list[int]]:
-        """Rows that each rank sends to each: odd ones, zeros, and a rank that sends nothing."""
+        """Row counts [sender][receiver] of an all-to-all: 0 to 3, and one rank that sends nothing."""
         rows = [
             [(sender + 2 * to + self.number) % 4 * self.scale for to in range(self.size)] for sender in range(self.size)
         ]
@@ -77,12 +80,14 @@ class _Round:
         return rows
 
     def outgoing(self, sender: int, dtype: torch.dtype, salt: int = 0) -> torch.Tensor:
+        """Rows that `sender` sends to all ranks, in rank order."""
         parts = [
             self.moved(sender * self.size + to, rows, dtype, salt) for to, rows in enumerate(self.matrix()[sender])
         ]
         return torch.cat(parts)
 
     def incoming(self, dtype: torch.dtype, salt: int = 0) -> torch.Tensor:
+        """Rows that this rank receives from all ranks, in rank order."""
         column = [row[self.rank] for row in self.matrix()]
         parts = [self.moved(sender * self.size + self.rank, rows, dtype, salt) for sender, rows in enumerate(column)]
         return torch.cat(parts)
@@ -90,7 +95,7 @@ class _Round:
 
 @dataclass(frozen=True, slots=True)
 class _Answer:
-    """What one call gave, and what it must give."""
+    """Tensors that one call returned, each with its expected value."""
 
     operation: str
     pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]
@@ -137,7 +142,7 @@ def _exchanging(round_: _Round, dtype: torch.dtype) -> Iterator[_Answer]:
 
 
 def _kept(round_: _Round, x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """A caller's tensor after the call, and as it was."""
+    """A caller's tensor after a call, and its value before the call. The call must not write it."""
     return x, round_.moved(round_.rank, x.shape[0], dtype)
 
 
@@ -176,7 +181,8 @@ def _what_is_wrong(got: torch.Tensor, expected: torch.Tensor) -> str | None:
 
 
 def faults_of(transport: Transport, device: torch.device, mode: str, exchanges: bool = True) -> list[str]:
-    """What this rank finds wrong on one group. COLLECTIVE over it. Host sync: yes. Graph capture: no."""
+    """Test one group, and return the faults that this rank finds. COLLECTIVE over the group. Host sync: yes. Graph capture:
+    no."""
     faults = []
     kinds: tuple[tuple[Callable[[_Round, torch.dtype], Iterator[_Answer]], tuple[torch.dtype, ...]], ...] = (
         (_gathering, MOVED_DTYPES[mode]),
@@ -196,12 +202,12 @@ def faults_of(transport: Transport, device: torch.device, mode: str, exchanges: 
 def run_self_test(
     groups: Groups, vote: Transport, device: torch.device, mode: str = QUICK, exchanges: bool = True
 ) -> float:
-    """Test all groups, and return the seconds that it took.
+    """Test all groups, and return the time in seconds.
 
-    COLLECTIVE over each group and the whole grid. `vote`: a CPU group over the grid, by which ranks tell each other what
-    they found; it is tested first. `exchanges`: whether the device has all-to-alls and sends to single ranks. Host sync:
-    yes. Graph capture: no. Raises LyingCollectiveError on every rank where any rank got wrong data (at least on that one
-    where `vote` itself lies); UnsupportedConfigError for an unknown mode.
+    COLLECTIVE over each group and the whole grid. `vote`: a CPU group over the grid. It is tested first, and then ranks
+    exchange their faults over it. `exchanges`: whether the device has all-to-alls and sends to single ranks. Host sync: yes.
+    Graph capture: no. Raises LyingCollectiveError on every rank if any rank got wrong data. If `vote` itself is wrong, at
+    least the rank with the wrong data raises. Raises UnsupportedConfigError for an unknown mode.
     """
     if mode not in MODES:
         raise UnsupportedConfigError(f"unknown self_test {mode!r}; there are: {', '.join(MODES)}")

@@ -1,6 +1,6 @@
-"""What each rank's collectives were, in a file a rank that outlives it. trace_comparison.py says what differs between ranks.
+"""A trace: one file for each rank with its last collectives. The file outlives the rank. trace_comparison.py compares traces.
 
-Standard library only: `vllm-npu doctor --trace` reads files where torch cannot be imported.
+Standard library only, so that `vllm-npu doctor --trace` can read traces on machines without torch.
 """
 
 import json
@@ -20,21 +20,23 @@ from vllm_npu.errors import InvalidInputError
 
 VERSION = 1
 LINE_BYTES = 512
-RING_CALLS = 4096  # 2 MiB a rank; a decode step of 60 MoE layers makes about 200 calls
-MAX_RANKS = 1 << 16  # of a group, in a file that is read
-OPEN, DONE = "o", "d"  # first letter of a line: the rank is inside the call, or it returned
-PEER_TO_PEER = frozenset({"send_recv"})  # not every rank of the group makes these: nothing to compare
+RING_CALLS = 4096  # 2 MiB for each rank; a decode step of 60 MoE layers makes about 200 calls
+MAX_RANKS = 1 << 16  # of a group; a larger one in a file is refused
+OPEN, DONE = "o", "d"  # first letter of a line: the call is running, or it has returned
+PEER_TO_PEER = frozenset(
+    {"send_recv"}
+)  # calls that some ranks of the group do not make; traces are not compared by them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
-    """A group of ranks, by the numbers that the ranks have in the whole run."""
+    """A group of ranks. `members` are numbers of ranks in the whole run."""
 
     name: str
     members: tuple[int, ...]
 
     def __str__(self) -> str:
-        """'ep:0-3', 'dp:1-7/2' (every second of 1 to 7), or 'tp:0,3,4'."""
+        """Text such as 'ep:0-3', 'dp:1-7/2' (every second rank of 1 to 7), or 'tp:0,3,4'."""
         first, last, count = self.members[0], self.members[-1], len(self.members)
         stride = (last - first) // max(count - 1, 1) or 1
         if self.members != tuple(range(first, last + 1, stride)):
@@ -43,7 +45,7 @@ class Group:
 
     @classmethod
     def parse(cls, text: str) -> "Group":
-        """The inverse of str(). Raises ValueError for other texts."""
+        """Make a group from a text of str(). Raises ValueError for other texts."""
         name, _, ranks = text.rpartition(":")
         if "-" not in ranks:
             return cls(name=name, members=tuple(map(int, ranks.split(","))))
@@ -57,30 +59,30 @@ class Group:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Call:
-    """One collective of one rank. A list of more counts than fit a line stands as (-how many, their sum, a checksum)."""
+    """One collective of one rank. Counts that do not fit a line are replaced by (-number of counts, their sum, checksum)."""
 
     group: Group
-    number: int  # of the rank's calls on this group: ranks of the group meet in the same number
+    number: int  # counts the rank's calls on this group; calls of one number belong to one collective
     operation: str
     row: str = ""  # dtype and shape of a row of each tensor: "bfloat16[4096]+int32[8]"
-    sizes: tuple[int, ...] = ()  # rows of each rank, the same on all ranks
-    sent: tuple[int, ...] = ()  # rows to each rank, all_to_all
-    received: tuple[int, ...] = ()  # rows from each rank, all_to_all
-    stream: int = 0  # in the order in which the process first used them
+    sizes: tuple[int, ...] = ()  # rows of each rank; equal on all ranks
+    sent: tuple[int, ...] = ()  # rows to each rank, in an all_to_all
+    received: tuple[int, ...] = ()  # rows from each rank, in an all_to_all
+    stream: int = 0  # numbered by first use on the group
     layer: str = ""
     step: int = 0
     strategy: str = ""
-    index: int = 0  # of all calls of the rank, on whatever group
+    index: int = 0  # counts the rank's calls on all groups
     done: bool = True
 
     @property
     def meeting(self) -> tuple[Group, int]:
-        """What the ranks of the group have in common."""
+        """Group and number: equal for the calls of all ranks in one collective."""
         return self.group, self.number
 
     @property
     def must_be_equal(self) -> tuple[object, ...]:
-        """What must be the same on all ranks of the group."""
+        """Values that must be equal on all ranks of the group."""
         return self.operation, self.row, self.sizes, self.layer, self.step, self.strategy
 
     def __str__(self) -> str:
@@ -92,12 +94,12 @@ class Call:
 
 
 FIELDS: dict[str, Any] = {each.name: each.type for each in fields(Call) if each.name not in ("group", "done")}
-"""A line's values after its group: int, str, or a list of ints."""
+"""Names and types of the values of a line after its group: int, str, or tuple of ints."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankTrace:
-    """The last calls of one rank, in the order in which it made them."""
+    """The last calls of one rank, in order."""
 
     rank: int
     calls: tuple[Call, ...]
@@ -108,7 +110,7 @@ class RankTrace:
 
 @dataclass(frozen=True, slots=True)
 class _Shared:
-    """What a rank is doing, besides its calls."""
+    """Layer, step and strategy of a rank's next calls."""
 
     layer: str = ""
     step: int = 0
@@ -117,10 +119,10 @@ class _Shared:
 
 @dataclass(slots=True)
 class TraceRing:
-    """The last RING_CALLS calls of this rank, in FOLDER/rankN.trace. LOCAL, some 10 microseconds a call.
+    """Writes the last RING_CALLS calls of this rank to FOLDER/rankN.trace. LOCAL; about 10 microseconds for each call.
 
-    The file is mapped memory: what a rank wrote is there when it is killed, and can be read while it runs. Its lines have
-    LINE_BYTES each, the first says whose file it is. A file of an earlier run is replaced. Only its owner may read it.
+    The file is mapped memory. It keeps all calls when the rank is killed, and can be read while the rank runs. Each line has
+    LINE_BYTES; the first line describes the rank. A file of an earlier run is replaced. Only its owner may read it.
     """
 
     path: Path
@@ -133,7 +135,7 @@ class TraceRing:
 
     @classmethod
     def create(cls, folder: Path, rank: int, world_size: int) -> "TraceRing":
-        """Raises InvalidInputError where the folder cannot be written."""
+        """Open the trace of a rank. Raises InvalidInputError if the folder cannot be written."""
         path = folder / f"rank{rank}.trace"
         header = {
             "trace": VERSION,
@@ -157,11 +159,11 @@ class TraceRing:
             ) from error
 
     def enter_step(self, step: int, strategy: str) -> None:
-        """Calls from now on belong to this step."""
+        """Set the step and the strategy of the calls that follow."""
         self._shared, self._layers = _Shared("", step, strategy), 0
 
     def enter_layer(self, name: str = "") -> None:
-        """Calls from now on belong to this layer; without a name, to the next one of the step."""
+        """Set the layer of the calls that follow. Without a name, it is numbered in the step."""
         self._layers += 1
         self._shared = replace(self._shared, layer=name or f"layer {self._layers} of the step")
 
@@ -176,7 +178,7 @@ class TraceRing:
         received: Sequence[int] = (),
         stream: int = 0,
     ) -> Call:
-        """Write down a call that the rank is about to make."""
+        """Write a call that the rank is about to make, and return it for end()."""
         shared = self._shared
         numbered = replace(group, name=f"{group.name} {operation}") if operation in PEER_TO_PEER else group
         with self._lock:
@@ -201,9 +203,9 @@ class TraceRing:
         return call
 
     def end(self, call: Call, *, sent: Sequence[int] = (), received: Sequence[int] = ()) -> None:
-        """The call returned; `sent` and `received` where they were not known before."""
+        """Mark the call as returned. `sent` and `received`: rows, if begin() did not know them."""
         if self._calls - call.index > RING_CALLS:
-            return  # overwritten since
+            return  # later calls have overwritten its line
         if sent:
             self._write(replace(call, sent=tuple(sent), received=tuple(received), done=True))
         else:
@@ -220,7 +222,7 @@ class TraceRing:
 def _line(text: str) -> bytes:
     encoded = text.encode()
     if len(encoded) >= LINE_BYTES:
-        raise InvalidInputError(f"a line of a trace has {len(encoded)} bytes, of {LINE_BYTES - 1} at most")
+        raise InvalidInputError(f"a line of a trace has {len(encoded)} bytes; it may have {LINE_BYTES - 1}")
     return encoded.ljust(LINE_BYTES - 1) + b"\n"
 
 
@@ -249,7 +251,7 @@ def _checksum(sizes: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def read_trace(path: Path) -> RankTrace:
-    """The trace in a file, which a living rank may be writing. Raises InvalidInputError for a file that is none."""
+    """Read a trace, which a running rank may be writing. Raises InvalidInputError for a file that is no trace."""
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -281,7 +283,7 @@ def read_trace(path: Path) -> RankTrace:
 
 
 def _read_call(line: bytes) -> Call | None:
-    """None for a line that is empty, half written, or not of a call: a file may come from anywhere."""
+    """Read one line. Returns None for a line that is empty, half written, or no call, since files may come from anywhere."""
     if line[:1] not in (OPEN.encode(), DONE.encode()):
         return None
     try:
@@ -293,7 +295,7 @@ def _read_call(line: bytes) -> Call | None:
 
 
 def _checked(value: Any, kind: Any) -> Any:
-    """A value of a line as a field of this type. Raises TypeError where it is none."""
+    """Return a value of a line with the type of its field. Raises TypeError for another type."""
     if kind in (int, str):
         if type(value) is not kind:
             raise TypeError(f"{value!r} is no {kind}")
@@ -302,7 +304,7 @@ def _checked(value: Any, kind: Any) -> Any:
 
 
 def read_traces(paths: Iterable[Path]) -> list[RankTrace]:
-    """The traces in these files, and in the folders among them. Raises InvalidInputError where they cannot be one run's."""
+    """Read the traces in these files and folders. Raises InvalidInputError if they cannot belong to one run."""
     files = [file for path in paths for file in (sorted(path.glob("rank*.trace")) if path.is_dir() else [path])]
     traces = [read_trace(file) for file in files]
     worlds = {trace.world_size for trace in traces}

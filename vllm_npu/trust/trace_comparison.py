@@ -1,6 +1,6 @@
-"""What differs between the traces of ranks: the first call that is not the same, groups used in another order, who is missing.
+"""Comparison of the traces of ranks: the first different call, groups used in different orders, and missing ranks.
 
-Pure functions, standard library only, as trace.py.
+Pure functions. Standard library only, as trace.py.
 """
 
 from collections import Counter, defaultdict, deque
@@ -14,7 +14,7 @@ from vllm_npu.trust.trace import PEER_TO_PEER, Call, Group, RankTrace
 
 
 class Kind(Enum):
-    """What compare() finds."""
+    """Kind of a finding of compare()."""
 
     DIFFERENCE = "different calls"
     ORDER = "different order of groups"
@@ -26,18 +26,21 @@ class Finding:
     """Something that is wrong between ranks."""
 
     kind: Kind
-    ranks: tuple[int, ...]  # DIFFERENCE, ORDER: those involved; WAITING: those that did not come
+    ranks: tuple[int, ...]  # DIFFERENCE, ORDER: ranks involved; WAITING: ranks that did not come
     text: str
     group: Group
 
 
 def compare(traces: Sequence[RankTrace]) -> list[Finding]:
-    """What is wrong between these ranks: the first difference in time, then those of other groups, then groups that are used
-    in different orders, then ranks that others wait for. LOCAL; pure. Ranks may be missing, and traces may begin late."""
+    """Find what is wrong between these ranks. LOCAL; pure. Traces of ranks may be missing, and traces may begin late.
+
+    Order of the findings: the first different call of each group, the earliest first; groups used in different orders; ranks
+    that other ranks wait for. Raises InvalidInputError for two traces of one rank.
+    """
     by_rank = {trace.rank: trace for trace in traces}
     if len(by_rank) < len(traces):
         raise InvalidInputError(
-            f"several traces of one rank: {sorted(trace.rank for trace in traces)}; give one a rank"
+            f"several traces of one rank: {sorted(trace.rank for trace in traces)}; give one for each rank"
         )
     return [*_differences(by_rank), *_orders(by_rank), *_waits(by_rank)]
 
@@ -47,7 +50,7 @@ def _compared(trace: RankTrace) -> list[Call]:
 
 
 def _meetings(traces: Mapping[int, RankTrace]) -> dict[tuple[Group, int], dict[int, Call]]:
-    """Who made which call, by what they meet in."""
+    """The calls of each collective, by rank."""
     meetings: dict[tuple[Group, int], dict[int, Call]] = defaultdict(dict)
     for rank, trace in sorted(traces.items()):
         for call in _compared(trace):
@@ -56,7 +59,7 @@ def _meetings(traces: Mapping[int, RankTrace]) -> dict[tuple[Group, int], dict[i
 
 
 def _differences(traces: Mapping[int, RankTrace]) -> list[Finding]:
-    """The first of each group, the first in time first."""
+    """The first different call of each group, the earliest first."""
     first: dict[Group, tuple[tuple[int, ...], Finding]] = {}
     for (group, number), calls in _meetings(traces).items():
         when = (number, min(call.index for call in calls.values()))
@@ -91,8 +94,8 @@ def _difference(group: Group, calls: Mapping[int, Call]) -> str | None:
 
 
 def _orders(traces: Mapping[int, RankTrace]) -> list[Finding]:
-    """A cycle: rank a makes call x before call y, rank b y before z, ... and some rank the last one before x. Where calls
-    wait for each other, as those on one stream do, none of these ranks can go on."""
+    """Find a cycle: rank a makes call x before call y, rank b makes y before z, and so on, and some rank makes the last call
+    before x. If calls wait for earlier calls, as calls on one stream do, none of these ranks can continue."""
     after: dict[tuple[Group, int], dict[tuple[Group, int], int]] = defaultdict(dict)
     when: dict[tuple[Group, int], int] = {}
     for rank, trace in sorted(traces.items()):
@@ -105,7 +108,7 @@ def _orders(traces: Mapping[int, RankTrace]) -> list[Finding]:
         for rank in late:
             last = traces[rank].calls[-1:]
             if last and not last[0].done and last[0].operation not in PEER_TO_PEER:
-                # It is inside the one, and will come to the other.
+                # The rank is inside its last call, and makes the call of `number` later.
                 when.setdefault((group, number), last[0].index)
                 after[last[0].meeting].setdefault((group, number), rank)
     on_cycles = _without_ends(after)
@@ -117,7 +120,8 @@ def _orders(traces: Mapping[int, RankTrace]) -> list[Finding]:
 
 
 def _without_ends(after: Mapping[tuple[Group, int], Mapping[tuple[Group, int], int]]) -> set[tuple[Group, int]]:
-    """The meetings that are left once those before all cycles, and those behind all cycles, are gone."""
+    """The meetings that are on cycles or between two cycles: all others are removed, first those before all cycles, then
+    those after all cycles."""
     left = set(after) | {following for each in after.values() for following in each}
     edges = [(one, following) for one, each in after.items() for following in each]
     for from_, to in ((0, 1), (1, 0)):
@@ -176,7 +180,8 @@ def _order_finding(
 
 
 def _unmet(traces: Mapping[int, RankTrace]) -> Iterator[tuple[Group, int, list[int], list[int]]]:
-    """Calls that ranks are inside of, those ranks, and those of the group that have a trace and did not come."""
+    """For each unfinished collective: its group, its number, the ranks inside it, and the ranks with a trace that have not
+    come to it."""
     for (group, number), calls in _meetings(traces).items():
         waiting = [rank for rank, call in calls.items() if not call.done]
         if waiting:
@@ -200,7 +205,7 @@ def _waits(traces: Mapping[int, RankTrace]) -> list[Finding]:
 
 
 def report(traces: Sequence[RankTrace]) -> str:
-    """compare(), for people."""
+    """The findings of compare() as text."""
     if not traces:
         return "no traces"
     findings = compare(traces)

@@ -1,1 +1,1 @@
-"""HCCL without torch.distributed: operators that call it from C++, and a transport that calls it by ctypes."""
+"""HCCL without torch.distributed: C++ operators that call HCCL, and a transport that calls HCCL through ctypes."""

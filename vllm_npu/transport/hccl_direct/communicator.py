@@ -1,4 +1,4 @@
-"""PyHCCL: a transport on an HCCL communicator of its own, for groups without ProcessGroupHCCL."""
+"""PyHCCL: a transport that opens its own HCCL communicator, for groups without ProcessGroupHCCL."""
 
 import ctypes
 import math
@@ -11,14 +11,15 @@ import torch_npu
 from vllm_npu.core.token_layout import offsets
 from vllm_npu.errors import InvalidInputError, TransportError
 from vllm_npu.transport.base import SendRecv, Transport, sum_in_rank_order
-from vllm_npu.transport.hccl import batches_for_hccl, number_of_this_host
+from vllm_npu.transport.hccl import batches_for_hccl
 from vllm_npu.transport.hccl_direct import library
 from vllm_npu.transport.hccl_direct.chip import limits_of_this_chip
 from vllm_npu.transport.hccl_direct.library import BYTES, DATA_TYPES, RECV, SEND, SUM, RootInfo, SendRecvItem
+from vllm_npu.transport.host import host_number
 
 
 class StatelessGroup(Protocol):
-    """What is needed of vLLM's StatelessProcessGroup."""
+    """The part of vLLM's StatelessProcessGroup that PyHCCL uses."""
 
     rank: int
     world_size: int
@@ -27,19 +28,20 @@ class StatelessGroup(Protocol):
 
 
 class PyHcclTransport(Transport):
-    """Opens the communicator on the current device, and needs `bootstrap` no more afterwards.
+    """A transport on the current device. Only the constructor uses `bootstrap`.
 
-    Every method works on the current stream and returns before the device is done; errors that HCCL finds later are raised
-    by check(). Uneven rows go by HcclAllGatherV and HcclReduceScatterV where the chip has them and all ranks share a host,
-    else by HcclAlltoAllV. All but reductions move bytes, of any dtype. Graph capture: not tried.
+    Every method queues work on the current stream and returns before the device is done. check() raises errors that HCCL
+    finds later. Uneven rows go by HcclAllGatherV and HcclReduceScatterV if the chip has them and all ranks share a host, and
+    by HcclAlltoAllV otherwise. Reductions take DATA_TYPES; all other methods move bytes, of any dtype. Graph capture: not
+    tried.
     """
 
     def __init__(
         self,
-        bootstrap: Any,  # a c10d ProcessGroup of CPU tensors or of HCCL, or a StatelessGroup: carries the root info
+        bootstrap: Any,  # sends the root info: a c10d ProcessGroup of CPU tensors or of HCCL, or a StatelessGroup
         group: str = "pyhccl",
     ) -> None:
-        """COLLECTIVE over bootstrap's ranks. Raises TransportError where one does not come within HCCL_CONNECT_TIMEOUT."""
+        """COLLECTIVE over the ranks of `bootstrap`. Raises TransportError if one does not come within HCCL_CONNECT_TIMEOUT."""
         rank, size = _place_in(bootstrap)
         super().__init__(group, rank, size)
         self.device = torch.device("npu", torch.accelerator.current_device_index())
@@ -50,24 +52,24 @@ class PyHcclTransport(Transport):
             self._call("open", "HcclGetRootInfo", ctypes.byref(root))
         root = RootInfo.from_buffer_copy(_broadcast_bytes(bootstrap, bytes(root)))
         self._call("open", "HcclCommInitRootInfo", size, ctypes.byref(root), rank, ctypes.byref(self._comm))
-        hosts = self.all_gather(torch.tensor([number_of_this_host()], device=self.device)).tolist()
+        hosts = self.all_gather(torch.tensor([host_number()], device=self.device)).tolist()
         self._has_v = limits_of_this_chip().uneven_collectives and len(set(hosts)) == 1
 
     def send(self, tensor: torch.Tensor, peer: int) -> None:
-        """One message to another rank, which must receive it meanwhile."""
+        """Send one message to rank `peer`, which must call recv() at the same time."""
         self._check_peer("send", peer)
         sent = tensor.contiguous()
         self._on_stream("send", "HcclSend", sent.data_ptr(), sent.nbytes, BYTES, peer)
 
     def recv(self, tensor: torch.Tensor, peer: int) -> None:
-        """Fill a contiguous tensor with one message of another rank."""
+        """Fill a contiguous tensor with one message of rank `peer`."""
         self._check_peer("recv", peer)
         if not tensor.is_contiguous():
             raise InvalidInputError(f"recv on group '{self.group}': a receive needs a contiguous tensor")
         self._on_stream("recv", "HcclRecv", tensor.data_ptr(), tensor.nbytes, BYTES, peer)
 
     def check(self) -> None:
-        """Raise TransportError if HCCL has found an error since. LOCAL. Host sync: no."""
+        """Raise TransportError if HCCL has found an error in earlier calls. LOCAL. Host sync: no."""
         code = ctypes.c_int()
         self._call("check", "HcclGetCommAsyncError", self._comm, ctypes.byref(code))
         if code.value:
@@ -75,7 +77,7 @@ class PyHcclTransport(Transport):
             raise TransportError("check", self.group, self.rank, f"HCCL has error {code.value} {remedy}")
 
     def close(self) -> None:
-        """Destroy the communicator."""
+        """Wait for the device, and destroy the communicator. LOCAL."""
         if self._comm.value:
             comm, self._comm = self._comm, ctypes.c_void_p()
             torch.accelerator.synchronize(self.device)
@@ -153,11 +155,11 @@ class PyHcclTransport(Transport):
         operation: str,
         x: torch.Tensor,
         sent: Sequence[int],  # bytes for each rank
-        starts: Sequence[int],  # where in x they lie
+        starts: Sequence[int],  # their starts in x, in bytes
         received: torch.Tensor,
-        expected: Sequence[int],  # bytes of each rank
+        expected: Sequence[int],  # bytes from each rank
     ) -> None:
-        spare = _empty_rows(x, 1)  # an address for what is empty
+        spare = _empty_rows(x, 1)  # its address stands for empty tensors
         self._on_stream(
             operation, "HcclAlltoAllV", _address(x, spare), _array(sent), _array(starts), BYTES,
             _address(received, spare), _array(expected), _array(_starts(expected)), BYTES,
@@ -166,7 +168,7 @@ class PyHcclTransport(Transport):
     def _on_stream(self, operation: str, function: str, *arguments: Any) -> None:
         if not self._comm.value:
             raise TransportError(operation, self.group, self.rank, "the communicator is closed; open another one")
-        # Asking for its address also waits for the ops that torch_npu's task queue still holds back.
+        # npu_stream also waits until torch_npu's task queue has launched its ops.
         stream = torch_npu.npu.current_stream(self.device).npu_stream
         self._call(operation, function, *arguments, self._comm, stream)
 
@@ -188,14 +190,14 @@ class PyHcclTransport(Transport):
 
 
 def _place_in(bootstrap: Any) -> tuple[int, int]:
-    """Rank and number of ranks."""
+    """Rank and number of ranks in a bootstrap group."""
     if hasattr(bootstrap, "broadcast_obj"):
         return bootstrap.rank, bootstrap.world_size
     return bootstrap.rank(), bootstrap.size()
 
 
 def _broadcast_bytes(bootstrap: Any, payload: bytes) -> bytes:
-    """Rank 0's payload, which has as many bytes on each rank."""
+    """Return rank 0's payload. The payloads of all ranks have the same length."""
     if hasattr(bootstrap, "broadcast_obj"):
         received: bytes = bootstrap.broadcast_obj(payload, 0)
         return received
@@ -210,7 +212,7 @@ def _row_bytes(x: torch.Tensor) -> int:
 
 
 def _empty_rows(x: torch.Tensor, rows: int) -> torch.Tensor:
-    """Fresh rows like x's; never at a null address, which HCCL refuses even where nothing is to be written."""
+    """Fresh rows of x's shape and dtype, at an address that is not null. HCCL refuses null also for 0 rows."""
     return x.new_empty((max(rows, 1), *x.shape[1:]))[:rows]
 
 

@@ -1,24 +1,24 @@
-"""Launching the same kernel again for less host time than Triton's own call takes."""
+"""Repeated launches of one Triton kernel, with less host time than Triton's own call."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-ALIGNMENT = 16  # bytes: what Triton specialises pointers for
+ALIGNMENT = 16  # bytes; Triton compiles a special kernel for pointers of this alignment
 
 
 class PreparedLaunch:
-    """A kernel with its grid and all arguments fixed but some tensors, whose dtypes are fixed.
+    """A kernel with a fixed grid and fixed arguments, except for some tensors of fixed dtypes.
 
-    Triton's call looks at each argument anew to find the compiled kernel: about 90 us for the 30 arguments of an exchange,
-    measured on a server CPU. The first call goes that way; later ones launch what it compiled. A tensor that does not start at
-    a multiple of 16 bytes always takes Triton's way.
+    Triton's call inspects each argument to find the compiled kernel: about 90 us for the 30 arguments of an exchange, measured
+    on a server CPU. The first call uses Triton's call; later calls launch the kernel that it compiled. A call with a tensor
+    whose address is no multiple of 16 bytes always uses Triton's call.
     """
 
     def __init__(
         self,
-        kernel: Any,  # a triton.jit function: tensors of each call, fixed tensors, numbers, constants
+        kernel: Any,  # a triton.jit function; its arguments are, in order, tensors of a call, `fixed`, `numbers`, `constants`
         num_programs: int,
         fixed: Sequence[torch.Tensor],
         numbers: Sequence[int],
@@ -30,7 +30,7 @@ class PreparedLaunch:
         self._fixed = (*fixed, *numbers)
         self._constants = constants
         self._options = options
-        self._run: Any = None  # how Triton launches what the first call compiled
+        self._run: Any = None  # launch function of the kernel that the first call compiled
         self._function: tuple[Any, ...] = ()
         self._tail = (*(tensor.data_ptr() for tensor in fixed), *numbers, *constants.values())
 
@@ -45,7 +45,7 @@ class PreparedLaunch:
             compiled = self._kernel[(self._num_programs,)](*tensors, *self._fixed, **self._constants, **self._options)
             if not bits % ALIGNMENT:
                 self._run = compiled.run
-                # The three for profilers' hooks are left out.
+                # The three arguments for profilers' hooks are None.
                 self._function = (compiled.function, compiled.packed_metadata, None, None, None)
             return
         self._run(self._num_programs, 1, 1, stream, *self._function, *addresses, *self._tail)

@@ -1,4 +1,4 @@
-"""Local reordering on one GPU, between rank-major slots and expert-major rows."""
+"""Weighted sums on one GPU, from expert-major rows to rank-major slots."""
 
 import triton
 import triton.language as tl
@@ -9,13 +9,13 @@ def weighted_sum_kernel(
     output,  # [num_slots, WIDTH]
     rows,  # [any, WIDTH], same dtype
     positions,  # [num_slots, TOP_K] int64: row of each (slot, k) pair
-    local_ids,  # [num_slots, TOP_K] int32: pairs below 0 are not read
+    local_ids,  # [num_slots, TOP_K] int32: a pair below 0 has no row
     weights,  # [num_slots, TOP_K] float32
     WIDTH: tl.constexpr,
     TOP_K: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """output[slot] = sum over k of weight * row, float32, k ascending. Slots without a pair are left as they are."""
+    """output[slot] = sum over k of weight * row, in float32, k ascending. Slots without a row are not written."""
     slot = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * TILE + tl.arange(0, TILE)
     total = tl.zeros((TILE,), tl.float32)

@@ -1,11 +1,11 @@
-"""Flags between GPUs: a program (thread block) tells other ranks that its writes are there, and waits for theirs.
+"""Flags between GPUs: a program (thread block) tells other ranks that its writes are complete, and waits for their writes.
 
-A program signals before it waits, and waits for the programs of its own number, so every rank launches the same grid. The
-hardware starts programs in the order of their numbers: the lowest unfinished number runs on every rank, and no grid is too
-large to end.
+Each program first signals, and then waits for the programs of its own number on other ranks, so every rank launches the same
+grid. The hardware starts programs in the order of their numbers. The lowest unfinished number therefore runs on every rank,
+and a grid of any size ends.
 
-A flag holds the epoch of the last exchange that its sender finished. Epochs live on the device and only grow, so a captured
-graph can be replayed and nothing has to be reset.
+A flag holds the epoch of the last exchange that its sender finished. Epochs are device memory and only grow, so nothing is
+reset before a captured graph is replayed.
 """
 
 import triton
@@ -17,28 +17,30 @@ POLLS_BETWEEN_CLOCK_READS = tl.constexpr(256)  # a poll takes about 1 us
 
 @triton.jit
 def signal(flags, present, epoch):
-    """Set flags on other ranks, after all that this program has written. flags: pointers to int32; present: which of them."""
+    """Set flags on other ranks to `epoch`, after all writes of this program. flags: pointers to int32. present: mask of the
+    flags to set."""
     tl.debug_barrier()
     tl.atomic_xchg(flags, tl.zeros_like(present.to(tl.int32)) + epoch, mask=present, sem="release", scope="sys")
 
 
 @triton.jit
 def _late(flags, present, epoch):
-    """Which flags have not reached `epoch` yet. What their senders wrote before is visible where they have.
+    """Mask of the flags that have not reached `epoch`. The writes of the senders of all other flags are visible.
 
-    A sender that has given up on another rank may be epochs ahead; the difference is right when epochs wrap around. An atomic,
-    since Triton hands its result from one thread to all: they decide alike.
+    A sender that has given up on another rank may be some epochs ahead. The sign of the difference stays right when epochs
+    wrap around. The read is atomic because Triton then gives one thread's result to all threads, so that they decide alike.
     """
     return present & (tl.atomic_add(flags, 0, mask=present, sem="acquire", scope="sys") - epoch < 0)
 
 
 @triton.jit
 def wait(flags, present, sources, epoch, clock, failed, report, stage, timeout_ns):
-    """Return once all flags have reached `epoch`, or have had timeout_ns for it.
+    """Return when all flags have reached `epoch`, or after timeout_ns.
 
-    flags: pointers to int32 in this rank's memory. present: which of them. sources: rank that sets each. clock: one int64, the
-    latest time read by any program. failed: one int32, set where any program has given up, so that the others do not wait in
-    turn. report: address of [ep_size] int32 in host memory; the entries of missing ranks are set to `stage`.
+    flags: pointers to int32 in this rank's memory. present: mask of the flags to wait for. sources: the rank that sets each
+    flag. clock: one int64, the latest time that any program has read. failed: one int32, set when any program gives up; the
+    other programs then give up at once. report: address of [ep_size] int32 in host memory; the entries of missing ranks are
+    set to `stage`.
     """
     missing = tl.max(_late(flags, present, epoch).to(tl.int32), 0)
     polls = 0
@@ -48,7 +50,7 @@ def wait(flags, present, sources, epoch, clock, failed, report, stage, timeout_n
         missing = tl.max(late.to(tl.int32), 0)
         polls += 1
         if polls % POLLS_BETWEEN_CLOCK_READS == 0:
-            # Through memory, so that all threads of the program read the same time.
+            # The time goes through memory, so that all threads of the program read the same one.
             tl.atomic_max(clock, globaltimer().to(tl.int64))
             now = tl.atomic_max(clock, 0)
             deadline = tl.where(polls == POLLS_BETWEEN_CLOCK_READS, now + deadline, deadline)

@@ -1,12 +1,12 @@
-"""MoE dispatch and combine over symmetric memory: each rank writes straight into the other ranks' windows.
+"""MoE dispatch and combine over symmetric memory: each rank writes into the other ranks' windows.
 
-Token t of rank s has slot s * num_tokens + t in the window of every rank, so nothing is counted and no size is exchanged.
-A row crosses the link once for each destination rank, with its expert ids (-1 where the expert lives elsewhere), its weights
-and its scales. combine sends one row back from each rank that was addressed, and the token's own rank adds them up.
+Token t of rank s has slot s * num_tokens + t in the window of every rank, so ranks count no rows and exchange no sizes.
+A row crosses the link once for each destination rank, with its expert ids (-1 for an expert of another rank), its weights and
+its scales. In combine, each destination rank sends one row back, and the token's own rank adds these rows.
 
 A window, in bytes: received rows | scales | weights | ids ... returned rows ... flags of dispatch | flags of combine.
-No kernel waits for anything but its counterparts' flags: no host sync, and legal in a CUDA graph. With DEPENDENT_LAUNCH
-(compute capability 9.0 and later) a kernel starts while the one before it ends, and reads nothing before that has ended.
+A kernel waits for the flags of the same kernel on other ranks only. Host sync: no. CUDA graph: legal. With DEPENDENT_LAUNCH
+(compute capability 9.0 and later) a kernel starts while the kernel before it ends, and reads nothing until that has ended.
 """
 
 import triton
@@ -15,15 +15,16 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from vllm_npu.transport.kernels.signals import signal, wait
 
-DISPATCH_STAGE = 1  # what wait() reports
+DISPATCH_STAGE = 1  # numbers in the report of wait()
 COMBINE_STAGE = 2
 
 
 @triton.jit
 def _in_window(addresses, ranks, rank, offset, element_type: tl.constexpr):
-    """Pointer into rank's window. addresses: of all windows, loaded once, since a load here would stand before a store.
+    """Pointer into the window of `rank`. addresses: of the windows of all ranks. The caller loads them once, since a load
+    here would delay the store that follows.
 
-    Offsets are multiples of 256 bytes, windows of more.
+    Offsets and window sizes are multiples of 256 bytes.
     """
     address = tl.sum(tl.where(ranks == rank, addresses, 0), 0) + offset
     return tl.multiple_of(address.to(tl.pointer_type(element_type)), 16)
@@ -31,7 +32,7 @@ def _in_window(addresses, ranks, rank, offset, element_type: tl.constexpr):
 
 @triton.jit
 def _owners(topk_ids, is_token, token, experts_per_rank, TOP_K: tl.constexpr, TOP_K_PADDED: tl.constexpr):
-    """ids and owning ranks of a token's experts: [TOP_K_PADDED] int32, owner -1 past TOP_K and for rows that are no token."""
+    """Ids and ranks of a token's experts: [TOP_K_PADDED] int32. The rank is -1 past TOP_K and for rows that are no tokens."""
     k = tl.arange(0, TOP_K_PADDED)
     ids = tl.load(topk_ids + token * TOP_K + k, mask=k < TOP_K, other=-1).to(tl.int32)
     return ids, tl.where((ids >= 0) & is_token, ids // experts_per_rank, -1)
@@ -39,7 +40,7 @@ def _owners(topk_ids, is_token, token, experts_per_rank, TOP_K: tl.constexpr, TO
 
 @triton.jit
 def _scales_of(scales, token, s, SCALE_WORDS: tl.constexpr):
-    """A token's scales; anything where there are none."""
+    """A token's scales. Values without meaning if SCALE_WORDS is 0."""
     if SCALE_WORDS == 0:
         return s.to(tl.float32)
     else:
@@ -48,7 +49,7 @@ def _scales_of(scales, token, s, SCALE_WORDS: tl.constexpr):
 
 @triton.jit
 def _signal_others(addresses, others, rank, flags_offset, rank_flags, program, epoch, DEPENDENT_LAUNCH: tl.constexpr):
-    """This program's rows are in the other ranks' windows; the next kernel of this rank may start."""
+    """Tell the other ranks that this program's rows are in their windows, and let the next kernel of this rank start."""
     flags = (addresses + flags_offset + rank * rank_flags * 4).to(tl.pointer_type(tl.int32)) + program
     signal(flags, others, epoch)
     if DEPENDENT_LAUNCH:
@@ -75,7 +76,7 @@ def dispatch_kernel(
     weights_offset,
     ids_offset,
     flags_offset,
-    rank_flags,  # flags that each rank has in the area
+    rank_flags,  # number of flags that each rank has in the area
     HIDDEN_WORDS: tl.constexpr,
     SCALE_WORDS: tl.constexpr,
     SCALE_WORDS_PADDED: tl.constexpr,
@@ -84,13 +85,13 @@ def dispatch_kernel(
     EP_SIZE: tl.constexpr,
     EP_SIZE_PADDED: tl.constexpr,
     HAS_MASK: tl.constexpr,
-    PARTS: tl.constexpr,  # programs that share a row
-    TILE: tl.constexpr,  # words that a program moves
+    PARTS: tl.constexpr,  # number of programs that share a row
+    TILE: tl.constexpr,  # number of words that a program moves
     STAGE: tl.constexpr,
     DEPENDENT_LAUNCH: tl.constexpr,
 ):
-    """Program `token * PARTS + part` moves one part of one token's row to all ranks that have one of its experts, then waits
-    for the other ranks' rows of that number."""
+    """Send tokens to the ranks of their experts. Program `token * PARTS + part` sends one part of one token's row, and then
+    waits for the programs of the same number on other ranks."""
     if DEPENDENT_LAUNCH:
         gdc_wait()
     program = tl.program_id(0)
@@ -139,7 +140,7 @@ def dispatch_kernel(
 @triton.jit(do_not_specialize=["num_tokens", "rank", "experts_per_rank", "timeout_ns"])
 def combine_kernel(
     output,  # [num_tokens, WIDTH]
-    slot_output,  # [EP_SIZE * num_tokens, WIDTH], same dtype; what empty slots hold is not used
+    slot_output,  # [EP_SIZE * num_tokens, WIDTH], same dtype; rows of empty slots are not used
     topk_ids,  # [num_tokens, TOP_K] int32 or int64, as dispatched
     mask,  # [num_tokens] bool, as dispatched; unused unless HAS_MASK
     windows,  # [EP_SIZE] int64
@@ -162,12 +163,14 @@ def combine_kernel(
     EP_SIZE_PADDED: tl.constexpr,
     HAS_MASK: tl.constexpr,
     PARTS: tl.constexpr,
-    TILE: tl.constexpr,  # elements that a program moves
+    TILE: tl.constexpr,  # number of elements that a program moves
     STAGE: tl.constexpr,
     DEPENDENT_LAUNCH: tl.constexpr,
 ):
-    """Program `token * PARTS + part` sends one part of slot (r, token) back to each rank r, then waits for what they send for
-    its own token and adds it up: float32, ranks ascending, so that every run gives the same bits.
+    """Send the experts' rows back, and add the rows of each own token.
+
+    Program `token * PARTS + part` sends one part of slot (r, token) back to each rank r. It then waits for the rows that
+    these ranks send for its own token, and adds them in float32, ranks ascending, so that every run gives the same bits.
     """
     if DEPENDENT_LAUNCH:
         gdc_wait()
@@ -187,7 +190,7 @@ def combine_kernel(
         source = (rank + 1 + step) % EP_SIZE
         slot = (source * num_tokens + token).to(tl.int64)
         ids = tl.load(received_ids + slot * TOP_K + k, mask=k < TOP_K, other=-1)
-        row = tl.load(slot_output + slot * WIDTH + columns, mask=inside)  # beside the ids, not after them
+        row = tl.load(slot_output + slot * WIDTH + columns, mask=inside)  # does not wait for the ids
         if tl.max(ids, 0) >= 0:
             returned = _in_window(addresses, ranks, source, returned_offset, element_type)
             tl.store(returned + own_slot * WIDTH + columns, row, mask=inside)

@@ -41,9 +41,7 @@ class AllGatherPrepareAndFinalize(PrepareAndFinalize):
         """
         self._check_prepare(hidden_states, per_token, step)
         transport, real_rows = self._group(step)
-        gathered = move_together(
-            (hidden_states, *per_token), max(real_rows), lambda message: self._gather(message, real_rows, transport)
-        )
+        gathered = self.gather_rows((hidden_states, *per_token), real_rows, transport)
         handle = AllGatherHandle(
             step=step,
             prepared_rows=sum(real_rows),
@@ -67,6 +65,17 @@ class AllGatherPrepareAndFinalize(PrepareAndFinalize):
             output = self.groups.tp.all_reduce(output)
         return Finalized(
             hidden_states=output, sharding=handle.step.sharding, reduced=reduce_results or not missing_tp_sum
+        )
+
+    def gather_rows(
+        self,
+        tensors: Sequence[torch.Tensor],  # each [rows, width]; rows past rows_of_ranks[rank] stay here
+        rows_of_ranks: Sequence[int],  # rows that each rank of the group brings
+        transport: Transport,
+    ) -> list[torch.Tensor]:  # each [sum(rows_of_ranks), width]; may be views of one message
+        """Gather the tensors of all ranks, in rank order. COLLECTIVE over the transport's group: see prepare."""
+        return move_together(
+            tensors, max(rows_of_ranks), lambda message: self._gather(message, rows_of_ranks, transport)
         )
 
     def _group(self, step: StepPlan) -> tuple[Transport, list[int]]:

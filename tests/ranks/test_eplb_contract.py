@@ -415,7 +415,7 @@ def test_the_device_chooses_and_the_log_says_why(pools, caplog, device_type, arg
         ("tpu", None, ["device_group"], "moves weights on tpu with device_group; supported: cpu, cuda, npu"),
         ("cpu", "nixl", [], "unknown EPLB communicator 'nixl'; there are: torch_dist, gloo_staged"),
         ("cpu", "pynccl", ["pynccl"], "pynccl moves weights on cuda, not on cpu"),
-        ("cuda", "pynccl", ["cpu_group"], "pynccl needs pynccl, which is not there"),
+        ("cuda", "pynccl", ["cpu_group"], "pynccl needs pynccl, which does not exist"),
     ],
 )
 def test_what_cannot_be_had_is_refused_with_what_can(pools, device_type, name, arguments, text):

@@ -1,7 +1,7 @@
-"""vLLM's generic all2all managers: the ones it no longer ships, and what the libraries of the others need. No vLLM here.
+"""vLLM's generic all2all managers. This folder imports no vLLM.
 
-MANAGERS names every way. Rows without a class are vLLM's own, chosen by `backend`; what is here for them is the check of
-their library and the arithmetic of their buffers.
+MANAGERS lists all of them. A row with a class is a manager of this folder. A row without a class is a manager of vLLM, which
+vLLM builds for `backend`; this folder checks that its library is installed and computes the sizes of its buffers.
 """
 
 from dataclasses import dataclass
@@ -11,18 +11,18 @@ from importlib.util import find_spec
 from vllm_npu.all2all.base import All2AllManager, HandleCache, RowsOfRanks
 from vllm_npu.errors import UnsupportedConfigError
 
-GATHERING = "allgather_reducescatter"  # vLLM's backend whose experts take what dispatch() returns
+GATHERING = "allgather_reducescatter"  # vLLM's backend with experts that take what dispatch() returns
 
 
 @dataclass(frozen=True, slots=True)
 class Library:
-    """A Python module that a manager calls, and how to get it."""
+    """A Python module that a manager calls, and how to install it."""
 
     module: str
     install: str
 
     def require(self, what: str) -> None:
-        """Raise UnsupportedConfigError, naming the package, unless the module can be imported."""
+        """Raise UnsupportedConfigError unless the module can be imported. The message names the module and its installation."""
         if find_spec(self.module) is None:
             raise UnsupportedConfigError(
                 f"{what} needs the Python module {self.module}, which is not installed; {self.install}, or choose another "
@@ -32,12 +32,12 @@ class Library:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ManagerRow:
-    """One manager. `manager` is "module:class" of ours, or None where vLLM builds its own for `backend`."""
+    """One manager."""
 
-    backend: str  # vLLM's name of what the experts' side has to be
-    manager: str | None = None
+    backend: str  # vLLM's all2all_backend, which decides vLLM's experts
+    manager: str | None = None  # "module:class"; None: vLLM builds its own manager for `backend`
     library: Library | None = None
-    graphs: bool = True  # whether CUDA graphs can hold it
+    graphs: bool = True  # whether CUDA graphs can capture its exchange
 
 
 DEEP_EP = Library("deep_ep", "build DeepEP (github.com/deepseek-ai/DeepEP)")
@@ -45,8 +45,8 @@ PPLX = Library("pplx_kernels", "build pplx-kernels (github.com/perplexityai/pplx
 FLASHINFER = Library("flashinfer", "pip install flashinfer-python")
 
 MANAGERS = {
-    "naive": ManagerRow(backend=GATHERING, manager="vllm_npu.all2all.naive:NaiveAll2AllManager"),
-    "agrs": ManagerRow(backend=GATHERING, manager="vllm_npu.all2all.agrs:AgRsAll2AllManager"),
+    "naive": ManagerRow(backend=GATHERING, manager="vllm_npu.all2all.gathering:NaiveAll2AllManager"),
+    "agrs": ManagerRow(backend=GATHERING, manager="vllm_npu.all2all.gathering:AgRsAll2AllManager"),
     "pplx": ManagerRow(backend=GATHERING, manager="vllm_npu.all2all.pplx:PPLXAll2AllManager", library=PPLX),
     "deepep_high_throughput": ManagerRow(backend="deepep_high_throughput", library=DEEP_EP, graphs=False),
     "deepep_low_latency": ManagerRow(backend="deepep_low_latency", library=DEEP_EP),
@@ -56,7 +56,7 @@ MANAGERS = {
 
 
 def manager_row(name: str) -> ManagerRow:
-    """The row of `name`, its library found. Raises UnsupportedConfigError for an unknown name or an absent library."""
+    """Return the row of `name`. Raises UnsupportedConfigError for an unknown name, and where its library is not installed."""
     if name not in MANAGERS:
         raise UnsupportedConfigError(f"unknown all2all {name!r}; there are: {', '.join(MANAGERS)}")
     row = MANAGERS[name]
@@ -66,7 +66,7 @@ def manager_row(name: str) -> ManagerRow:
 
 
 def manager_class(name: str) -> type[All2AllManager] | None:
-    """The class behind `name`, or None where vLLM builds its own. Raises as manager_row does."""
+    """Import and return the class of `name`, or None where vLLM builds its own manager. Raises as manager_row does."""
     path = manager_row(name).manager
     if path is None:
         return None

@@ -1,6 +1,6 @@
-"""Buffers of DeepEP (github.com/deepseek-ai/DeepEP, legacy API), worked out without the library.
+"""Sizes of the buffers of DeepEP (github.com/deepseek-ai/DeepEP, legacy API), computed without the library.
 
-vLLM ships both of its managers; this says beforehand what memory they will ask for.
+vLLM ships both managers of DeepEP. This file tells beforehand how much memory they ask for.
 """
 
 from dataclasses import dataclass
@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from vllm_npu.core.token_layout import ceil_div
 from vllm_npu.errors import UnsupportedConfigError
 
-NUM_SMS = 20  # DeepEP's default, and vLLM's
+NUM_SMS = 20  # default of DeepEP and of vLLM
 ALIGNMENT = 128  # bytes: NUM_BUFFER_ALIGNMENT_BYTES of csrc/kernels/configs.cuh
 SCALE_GROUP = 128  # channels that share an fp8 scale
-INT4_BYTES = 16  # CUDA's int4, a message's header
+INT4_BYTES = 16  # size of CUDA's int4, the header of a message
 
 
 @dataclass(frozen=True, slots=True)
 class DeepEPBuffer:
-    """What deep_ep.Buffer is made with."""
+    """The arguments of deep_ep.Buffer."""
 
     num_nvl_bytes: int
     num_rdma_bytes: int
@@ -25,9 +25,9 @@ class DeepEPBuffer:
 
 
 def high_throughput_buffer(*, buffer_mb: int, internode: bool, num_sms: int = NUM_SMS) -> DeepEPBuffer:
-    """The buffer of the high-throughput kernels: buffer_mb MiB over NVLink and, between hosts, as much over RDMA.
+    """Return the buffer of the high-throughput kernels: buffer_mb MiB for NVLink, and as much for RDMA between hosts.
 
-    Source: the arguments of vLLM 0.23's DeepEPHTAll2AllManager; a pair of multiprocessors is one channel.
+    Source: the arguments of vLLM 0.23's DeepEPHTAll2AllManager. Two multiprocessors make one channel.
     """
     num_bytes = buffer_mb << 20
     return DeepEPBuffer(
@@ -41,7 +41,7 @@ def high_throughput_buffer(*, buffer_mb: int, internode: bool, num_sms: int = NU
 def low_latency_buffer(
     *, buffer_mb: int, max_tokens_per_rank: int, hidden_size: int, ep_size: int, num_experts: int
 ) -> DeepEPBuffer:
-    """The buffer of the low-latency kernels: as high_throughput_buffer over NVLink, and slots for every expert's tokens.
+    """Return the buffer of the low-latency kernels: buffer_mb MiB for NVLink, and slots for the tokens of every expert.
 
     Raises UnsupportedConfigError where the kernels have no layout for these sizes.
     """
@@ -60,11 +60,11 @@ def low_latency_buffer(
 
 
 def low_latency_bytes(max_tokens_per_rank: int, hidden_size: int, num_experts: int) -> int:
-    """Bytes of symmetric memory on each rank: Buffer.get_low_latency_rdma_size_hint.
+    """Return the bytes of symmetric memory on each rank, as Buffer.get_low_latency_rdma_size_hint does.
 
-    Two of each, for odd and even steps: a send buffer, a receive buffer with a slot for each expert and token, and counters.
-    A dispatched row has a header and is bf16, or fp8 with scales; a returned one is bf16 with each group's minimum and maximum.
-    Source: LowLatencyLayout in csrc/config.hpp.
+    A send buffer, a receive buffer and counters exist twice, for odd and even steps. The receive buffer has a slot for each
+    expert and token. A dispatched row has a header and is bf16, or fp8 with scales. A returned row is bf16 with the minimum and
+    maximum of each group. Source: LowLatencyLayout in csrc/config.hpp.
     """
     groups = hidden_size // SCALE_GROUP
     dispatched_row = INT4_BYTES + max(2 * hidden_size, hidden_size + 4 * groups)

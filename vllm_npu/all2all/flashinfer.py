@@ -1,5 +1,6 @@
-"""FlashInfer (github.com/flashinfer-ai/flashinfer): its all-reduce as vLLM's communicator uses one, and the workspace of its
-one-sided all2all, worked out without the library. Both all2all managers themselves are vLLM's.
+"""FlashInfer (github.com/flashinfer-ai/flashinfer): its all-reduce, with the methods that vLLM's communicator calls.
+
+The size of the workspace of its one-sided all2all is computed here without the library. vLLM ships both all2all managers.
 """
 
 import logging
@@ -18,14 +19,14 @@ from vllm_npu.transport.gloo import GlooTransport
 
 logger = logging.getLogger("vllm.npu.flashinfer")
 
-ALIGNMENT = 128  # bytes: of each part of a workspace
-MAX_TOP_K = 22  # kMaxTopK: a token's slots in the tables, whatever its top_k
+ALIGNMENT = 128  # bytes; each part of a workspace starts at a multiple
+MAX_TOP_K = 22  # kMaxTopK: entries of a token in the tables, for any top_k
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_REASON_BYTES = 300
-PDL_MAX_TOKENS = 16  # up to here the next kernel may start before this one's end: vLLM's empirical value
+PDL_MAX_TOKENS = 16  # up to this size the next kernel may start before the all-reduce ends; vLLM's empirical value
 
-# Largest tensor for which FlashInfer's all-reduce is taken, by compute capability and ranks; the source is vLLM's
-# FI_ALLREDUCE_FUSION_MAX_SIZE_MB (0.23).
+# Bytes of the largest tensor that goes through FlashInfer's all-reduce, by compute capability and number of ranks.
+# Source: vLLM's FI_ALLREDUCE_FUSION_MAX_SIZE_MB (0.23).
 ALL_REDUCE_MAX_BYTES: dict[int, dict[int, int]] = {
     90: {2: 64 * MIB, 4: 2 * MIB, 8: MIB // 2},
     100: {2: 64 * MIB, 4: 32 * MIB, 8: MIB},
@@ -34,16 +35,19 @@ ALL_REDUCE_MAX_BYTES: dict[int, dict[int, int]] = {
 
 
 def one_sided_workspace_bytes(
-    *, ep_size: int, max_tokens: int, dispatched_row_bytes: int, returned_row_bytes: int
+    *,
+    ep_size: int,
+    max_tokens: int,  # most tokens of one rank
+    dispatched_row_bytes: int,  # one row with its scales, ids and weights
+    returned_row_bytes: int,
 ) -> int:
-    """Bytes of each rank's workspace: moe_a2a_get_workspace_size_per_rank. max_tokens: of a rank. dispatched_row_bytes: of a
-    row with its scales, ids and weights.
+    """Return the bytes of each rank's workspace, as moe_a2a_get_workspace_size_per_rank does.
 
     Source: calculateOffsets in csrc/trtllm_moe_alltoall.cu (0.6.12).
     """
     counters = _aligned(8 + 8 * ep_size)  # epoch, tokens, rows sent and rows received
-    flags = 2 * _aligned(4 * ep_size)  # of dispatch and of combine
-    tables = 2 * _aligned(4 * MAX_TOP_K * max_tokens)  # each choice's rank, and its row there
+    flags = 2 * _aligned(4 * ep_size)  # one table for dispatch, one for combine
+    tables = 2 * _aligned(4 * MAX_TOP_K * max_tokens)  # the rank of each choice, and its row on that rank
     slots = ep_size * max_tokens
     return counters + flags + tables + _aligned(slots * dispatched_row_bytes) + _aligned(slots * returned_row_bytes)
 
@@ -53,8 +57,11 @@ def _aligned(num_bytes: int) -> int:
 
 
 def why_not_all_reduce(x: torch.Tensor, world_size: int, max_bytes: int | None) -> str | None:
-    """Why FlashInfer's all-reduce cannot take `x`, or is slower than the others there; None: take it. LOCAL, and equal on
-    all ranks where shapes and dtypes are."""
+    """Return why `x` must not go through FlashInfer's all-reduce, or None where it may.
+
+    FlashInfer does not support `x`, or is slower than vLLM's other all-reduces. LOCAL. All ranks get the same answer where
+    shapes and dtypes are the same.
+    """
     if world_size < 2:
         return "there is one rank only"
     if max_bytes is None:
@@ -73,19 +80,18 @@ def why_not_all_reduce(x: torch.Tensor, world_size: int, max_bytes: int | None) 
 
 
 class FlashInferAllReduce:
-    """FlashInfer's all-reduce over the ranks of one host. The methods that vLLM's communicator calls have its names.
+    """FlashInfer's all-reduce over the ranks of one host. vLLM's communicator calls should_use_fi_ar and all_reduce.
 
-    The workspace is opened by the first tensor it takes, for that width and dtype and max_bytes, and serves all that fit; for
-    others another is opened beside it. Where one cannot be opened, every rank goes on without FlashInfer, and says so once:
-    ranks agree on that, since one of them alone would leave the others waiting.
+    The first tensor of a width and dtype opens a workspace of max_bytes, which later tensors of that width and dtype share. The
+    ranks agree on the outcome. Where one rank cannot open its workspace, all ranks stop using FlashInfer and log a warning.
     """
 
     def __init__(
         self,
-        group: dist.ProcessGroup,  # gloo, over the ranks that reduce
-        device_group: dist.ProcessGroup,  # the same ranks' CUDA group: memory is shared over it
+        group: dist.ProcessGroup,  # gloo group of the ranks that reduce
+        device_group: dist.ProcessGroup,  # CUDA group of the same ranks, over which they share memory
         *,
-        max_bytes: Mapping[int, int],  # by number of ranks: a row of ALL_REDUCE_MAX_BYTES
+        max_bytes: Mapping[int, int],  # a row of ALL_REDUCE_MAX_BYTES: bytes by number of ranks
     ) -> None:
         self.group, self.device_group = group, device_group
         self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
@@ -94,7 +100,7 @@ class FlashInferAllReduce:
         self._workspaces: dict[tuple[int, torch.dtype], Any] = {}
 
     def should_use_fi_ar(self, input_tensor: torch.Tensor) -> bool:
-        """Whether all_reduce takes this tensor. COLLECTIVE where it is the first of its width and dtype."""
+        """Whether all_reduce takes this tensor. COLLECTIVE for the first tensor of a width and dtype, else LOCAL."""
         if self.disabled or why_not_all_reduce(input_tensor, self.world_size, self.max_bytes) is not None:
             return False
         key = (input_tensor.shape[1], input_tensor.dtype)
@@ -103,12 +109,12 @@ class FlashInferAllReduce:
         return not self.disabled
 
     def all_reduce(self, input_tensor: torch.Tensor) -> torch.Tensor:
-        """The sum over ranks, in fresh memory. COLLECTIVE: one kernel. Host sync: no. Graph capture: yes, once the workspace
-        is open. Raises InvalidInputError unless should_use_fi_ar said yes."""
+        """Return the sum over ranks, in fresh memory. COLLECTIVE: one kernel. Host sync: no. Graph capture: yes, once the
+        workspace is open. Raises InvalidInputError where should_use_fi_ar did not return True before."""
         workspace = self._workspaces.get((input_tensor.shape[1], input_tensor.dtype))
         if workspace is None or self.disabled:
             raise InvalidInputError(
-                f"FlashInferAllReduce has no workspace for {input_tensor.dtype} {tuple(input_tensor.shape)}; ask "
+                f"FlashInferAllReduce has no workspace for {input_tensor.dtype} {tuple(input_tensor.shape)}; call "
                 "should_use_fi_ar first"
             )
         comm = _library()
@@ -122,7 +128,7 @@ class FlashInferAllReduce:
         return reduced
 
     def destroy(self) -> None:
-        """Release the workspaces. LOCAL. Safe to call twice; nothing may be in flight."""
+        """Release the workspaces. LOCAL. Safe to call twice. No all-reduce may be running."""
         while self._workspaces:
             self._workspaces.popitem()[1].destroy()
 
@@ -143,7 +149,7 @@ class FlashInferAllReduce:
                     comm_backend=comm.mnnvl.TorchDistBackend(group=self.group),
                     group=self.device_group,
                 )
-            except (RuntimeError, ValueError) as error:  # CUDA's, c10d's, and FlashInfer's refusals
+            except (RuntimeError, ValueError) as error:  # raised by CUDA, c10d and FlashInfer
                 reason = str(error) or type(error).__name__
         reasons = gather_texts(GlooTransport(self.group, "tp"), reason, MAX_REASON_BYTES)
         failed = {rank: each for rank, each in enumerate(reasons) if each}
@@ -151,7 +157,8 @@ class FlashInferAllReduce:
             if workspace is not None:
                 workspace.destroy()
             logger.warning(
-                "FlashInfer's all-reduce is off, the others run in its place: no workspace on ranks %s", failed
+                "FlashInfer's all-reduce is off, and vLLM's other all-reduces run in its place: no workspace on ranks %s",
+                failed,
             )
             return False
         self._workspaces[hidden_size, dtype] = workspace

@@ -1,8 +1,8 @@
 """PPLX (github.com/perplexityai/pplx-kernels): tokens go to slots of their experts. vLLM no longer ships this manager.
 
-The kernels return rows by expert, [experts, slots, hidden_size] with a count for each. dispatch() hands them to vLLM's
-gathering experts as rows with one id each, the id of another rank's expert where the slot is empty; the kernels weight and
-add up on the way back.
+The kernels return [experts, slots, hidden_size] and the number of filled slots of each expert. dispatch() returns each slot
+as a row with one id, for vLLM's gathering experts. An empty slot has the id of another rank's expert. On the way back the
+kernels apply the weights and add up.
 """
 
 from dataclasses import dataclass
@@ -15,16 +15,17 @@ import torch.distributed as dist
 from vllm_npu.all2all.base import All2AllManager, HandleCache, RowsOfRanks
 from vllm_npu.core.topology import ExpertPlacement
 from vllm_npu.errors import HandleMismatchError, InvalidInputError, UnsupportedConfigError
+from vllm_npu.strategies.dispatch.rows_with_ids import RowsWithIds
 from vllm_npu.transport.base import Groups
 
-ROW_ALIGNMENT = 16  # bytes of a row: what the kernels copy at once
+ROW_ALIGNMENT = 16  # bytes that the kernels copy at once
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PPLXSizes:
-    """The arguments of pplx_kernels.AllToAll that sizes decide. Equal on all ranks."""
+    """The size arguments of pplx_kernels.AllToAll. Equal on all ranks."""
 
-    max_num_tokens: int  # of a rank, in any step
+    max_num_tokens: int  # most tokens of one rank in any step
     num_experts: int
     experts_per_token: int
     hidden_dim: int
@@ -35,7 +36,7 @@ class PPLXSizes:
     def of(
         cls, *, max_num_tokens: int, num_experts: int, top_k: int, hidden_size: int, element_size: int
     ) -> "PPLXSizes":
-        """The sizes of unquantised rows. Raises UnsupportedConfigError for rows that the kernels cannot copy."""
+        """Return the sizes for unquantised rows. Raises UnsupportedConfigError for rows that the kernels cannot copy."""
         row_bytes = hidden_size * element_size
         if row_bytes % ROW_ALIGNMENT:
             raise UnsupportedConfigError(
@@ -51,7 +52,7 @@ class PPLXSizes:
         )
 
     def slots_per_expert(self, world_size: int) -> int:
-        """Rows that one local expert has room for: every rank's tokens may all choose it."""
+        """Slots of one local expert: enough for all tokens of all ranks, which may all choose the same expert."""
         return self.max_num_tokens * world_size
 
 
@@ -65,10 +66,10 @@ class _InFlight:
 
 
 class PPLXAll2AllManager(All2AllManager):
-    """max_tokens_per_rank: the most rows that a rank may bring. Host sync: no. Graph capture: yes.
+    """Exchange through PPLX's kernels. Host sync: no. Graph capture: yes.
 
-    Within a host it needs peer access, between hosts NVSHMEM, which the constructor starts: COLLECTIVE then. One exchange is
-    in flight at a time: the kernels' buffers are single.
+    One exchange may be in flight at a time, since the kernels have one set of buffers. Ranks of one host need peer access.
+    Ranks of several hosts need NVSHMEM, which the constructor starts: the constructor is COLLECTIVE then.
     """
 
     def __init__(
@@ -78,8 +79,8 @@ class PPLXAll2AllManager(All2AllManager):
         cpu_group: dist.ProcessGroup,
         *,
         num_experts: int,
-        max_tokens_per_rank: int,
-        internode: bool = False,
+        max_tokens_per_rank: int,  # most rows that a rank brings to a step
+        internode: bool = False,  # whether the ranks are on several hosts
     ) -> None:
         super().__init__(groups, rows_of_ranks, cpu_group)
         self.placement = ExpertPlacement(num_experts, self.world_size)
@@ -92,7 +93,7 @@ class PPLXAll2AllManager(All2AllManager):
             self._start_nvshmem(cpu_group)
 
     def get_handle(self, kwargs: dict[str, Any]) -> Any:
-        """pplx_kernels.AllToAll for the fields of PPLXSizes. COLLECTIVE when first asked for these."""
+        """Return the pplx_kernels.AllToAll for the fields of PPLXSizes. COLLECTIVE in the first call with these sizes."""
         pplx = _library()
         arguments = {**kwargs, "rank": self.rank, "world_size": self.world_size, "dp_size": 1}
         if self.internode:
@@ -100,15 +101,9 @@ class PPLXAll2AllManager(All2AllManager):
         arguments["group_name"] = self._group_of_handles.group_name
         return self._handles.get_or_create(arguments, pplx.AllToAll.intranode)
 
-    def dispatch(
-        self,
-        hidden_states: torch.Tensor,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
-        is_sequence_parallel: bool = False,
-        extra_tensors: list[torch.Tensor] | None = None,
-    ) -> tuple[Any, ...]:
-        """Rows [local experts * slots, hidden_size], weights of 1, and one id a row."""
+    def _dispatch(self, tokens: RowsWithIds, is_sequence_parallel: bool) -> RowsWithIds:
+        """Return rows [local experts * slots, hidden_size], each with the weight 1 and one id."""
+        hidden_states, topk_weights, topk_ids, extra_tensors = tokens
         if extra_tensors:
             raise UnsupportedConfigError("all2all pplx sends unquantised rows only; choose naive or agrs")
         if not is_sequence_parallel and self.dp_world_size != self.world_size:
@@ -117,7 +112,7 @@ class PPLXAll2AllManager(All2AllManager):
                 "--tensor-parallel-size 1"
             )
         if self._in_flight is not None:
-            raise HandleMismatchError("PPLXAll2AllManager.dispatch before the combine of the dispatch before")
+            raise HandleMismatchError("PPLXAll2AllManager.dispatch before the combine of the last dispatch")
         num_tokens, hidden_size = hidden_states.shape
         if num_tokens > self.max_tokens_per_rank:
             raise InvalidInputError(
@@ -146,10 +141,10 @@ class PPLXAll2AllManager(All2AllManager):
         )
         self._in_flight = _InFlight(all_to_all, sizes, topk_weights.float(), indices, num_tokens)
         ids = ids_of_slots(counts, slots, rank=self.rank, world_size=self.world_size)
-        return rows.view(local * slots, hidden_size), torch.ones_like(ids, dtype=torch.float32), ids
+        return RowsWithIds(rows.view(local * slots, hidden_size), torch.ones_like(ids, dtype=torch.float32), ids)
 
     def combine(self, hidden_states: torch.Tensor, is_sequence_parallel: bool = False) -> torch.Tensor:
-        """The tokens' weighted sums: weights are applied by the kernels."""
+        """Return the weighted sum of each token's experts. The kernels apply the weights."""
         sent = self._in_flight
         if sent is None:
             raise HandleMismatchError("PPLXAll2AllManager.combine without a dispatch")
@@ -166,7 +161,7 @@ class PPLXAll2AllManager(All2AllManager):
         return output
 
     def destroy(self) -> None:
-        """Release the kernels' buffers, and NVSHMEM where the constructor started it. COLLECTIVE between hosts."""
+        """Release the kernels' buffers, and end NVSHMEM where the constructor started it. COLLECTIVE between hosts."""
         self._handles.clear(lambda handle: handle.destroy())
         if self.internode:
             self.internode = False
@@ -180,14 +175,16 @@ class PPLXAll2AllManager(All2AllManager):
 
 
 def ids_of_slots(
-    counts: torch.Tensor,  # [local experts] int32: filled slots of each
+    counts: torch.Tensor,  # [local experts] int32: filled slots of each expert
     slots: int,
     *,
     rank: int,
     world_size: int,
 ) -> torch.Tensor:  # [local experts * slots, 1] int32
-    """Each slot's global expert id; that of the next rank's first expert where the slot is empty, so that the experts leave it
-    out. No host sync."""
+    """Return the global expert id of each slot. No host sync.
+
+    An empty slot has the id of the next rank's first expert, so that this rank's experts leave the slot out.
+    """
     local = counts.shape[0]
     experts = torch.arange(rank * local, (rank + 1) * local, dtype=torch.int32, device=counts.device)[:, None]
     filled = torch.arange(slots, device=counts.device)[None, :] < counts[:, None]

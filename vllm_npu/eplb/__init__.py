@@ -1,4 +1,4 @@
-"""Moving experts between ranks. COMMUNICATORS names every way, CHOICE the one that a device takes unless told otherwise."""
+"""Moving experts between ranks. COMMUNICATORS lists the communicators, CHOICE the default of each device."""
 
 import logging
 from dataclasses import dataclass
@@ -12,27 +12,27 @@ logger = logging.getLogger("vllm.npu.eplb")
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """A communicator: where it is, which of open_communicator's arguments it is made of, and whose tensors it moves."""
+class CommunicatorRow:
+    """One communicator."""
 
-    target: str
-    argument: str
-    device_types: frozenset[str]
+    target: str  # "module:class"
+    argument: str  # the argument of open_communicator that its constructor takes
+    device_types: frozenset[str]  # devices whose tensors it moves
 
 
 COMMUNICATORS = {
-    "torch_dist": Row(
+    "torch_dist": CommunicatorRow(
         "vllm_npu.eplb.torch_dist:TorchDistEplbCommunicator", "device_group", frozenset({"cpu", "cuda", "npu"})
     ),
-    "gloo_staged": Row(
+    "gloo_staged": CommunicatorRow(
         "vllm_npu.eplb.gloo_staged:GlooStagedEplbCommunicator", "cpu_group", frozenset({"cpu", "cuda", "npu"})
     ),
-    "pynccl": Row("vllm_npu.eplb.pynccl:PyNcclEplbCommunicator", "pynccl", frozenset({"cuda"})),
-    "hccl": Row("vllm_npu.eplb.hccl:HcclEplbCommunicator", "device_group", frozenset({"npu"})),
-    "pyhccl": Row("vllm_npu.eplb.hccl:HcclEplbCommunicator", "pyhccl", frozenset({"npu"})),
+    "pynccl": CommunicatorRow("vllm_npu.eplb.pynccl:PyNcclEplbCommunicator", "pynccl", frozenset({"cuda"})),
+    "hccl": CommunicatorRow("vllm_npu.eplb.hccl:HcclEplbCommunicator", "device_group", frozenset({"npu"})),
+    "pyhccl": CommunicatorRow("vllm_npu.eplb.hccl:HcclEplbCommunicator", "pyhccl", frozenset({"npu"})),
 }
 
-# By device of the weights: the communicators that may be chosen, the first whose group is there is taken, and why.
+# Communicators by device of the weights, with the reason for each. The first one whose group exists is taken.
 CHOICE = {
     "cpu": {"torch_dist": "weights in CPU memory go over gloo as they are"},
     "cuda": {
@@ -49,20 +49,21 @@ CHOICE = {
 
 
 def open_communicator(device_type: str, name: str | None = None, **groups: Any) -> EplbCommunicator:
-    """The communicator for weights on a type of device, by name or by CHOICE; the reason is logged. LOCAL.
+    """Make the communicator for weights on a type of device, by name or by CHOICE, and log the reason. LOCAL.
 
-    Groups: device_group, cpu_group and pyhccl are Transports, pynccl is a GroupedPointToPoint; None stands for one that is
-    not there. Raises UnsupportedConfigError for an unknown name, another device, or a group that is needed and not there.
+    Groups: device_group, cpu_group and pyhccl are Transports, and pynccl is a GroupedPointToPoint. None stands for a group that
+    does not exist. Raises UnsupportedConfigError for an unknown name, for a device that the communicator does not serve, and
+    where the communicator's group does not exist.
     """
-    there = {argument for argument, group in groups.items() if group is not None}
+    present = {argument for argument, group in groups.items() if group is not None}
     reason = "it was asked for"
     if name is None:
         choices = CHOICE.get(device_type, {})
-        name = next((each for each in choices if COMMUNICATORS[each].argument in there), None)
+        name = next((each for each in choices if COMMUNICATORS[each].argument in present), None)
         if name is None:
             needed = sorted({COMMUNICATORS[each].argument for each in choices})
             raise UnsupportedConfigError(
-                f"no EPLB communicator moves weights on {device_type} with {', '.join(sorted(there)) or 'no group'}; "
+                f"no EPLB communicator moves weights on {device_type} with {', '.join(sorted(present)) or 'no group'}; "
                 + (f"give one of {', '.join(needed)}" if needed else f"supported: {', '.join(CHOICE)}")
             )
         reason = choices[name]
@@ -74,8 +75,8 @@ def open_communicator(device_type: str, name: str | None = None, **groups: Any) 
             f"EPLB communicator {name} moves weights on {', '.join(sorted(row.device_types))}, not on {device_type}; leave the "
             "choice to the device"
         )
-    if row.argument not in there:
-        raise UnsupportedConfigError(f"EPLB communicator {name} needs {row.argument}, which is not there")
+    if row.argument not in present:
+        raise UnsupportedConfigError(f"EPLB communicator {name} needs {row.argument}, which does not exist")
     module, _, attribute = row.target.partition(":")
     made: EplbCommunicator = getattr(import_module(module), attribute)(groups[row.argument])
     logger.info("EPLB communicator of rank %d of %d: %s (%s)", made.rank, made.size, name, reason)

@@ -1,4 +1,4 @@
-"""The contract of an EPLB communicator: experts' weights from rank to rank, queued first, then all moved at once."""
+"""The contract of an EPLB communicator, which moves experts' weights between ranks: queue messages, then move all at once."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -11,28 +11,28 @@ from vllm_npu.errors import InvalidInputError
 from vllm_npu.transport.base import SendRecv
 
 Tensors = torch.Tensor | Sequence[torch.Tensor]
-"""The weights of one expert, or one of them: vLLM queues an expert's tensors together, the original design each by itself."""
+"""One tensor, or several tensors of one expert. vLLM queues an expert's tensors together, the original design one by one."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Queued:
-    """One half of a message, as it was added."""
+    """One half of a message, as add_send or add_recv queued it."""
 
     message: SendRecv
     expert_id: int | None
 
     def __str__(self) -> str:
-        tensor, way = self.message.tensor, "to" if self.message.is_send else "from"
+        tensor, direction = self.message.tensor, "to" if self.message.is_send else "from"
         expert = "" if self.expert_id is None else f" of expert {self.expert_id}"
-        return f"{tensor.dtype} {tuple(tensor.shape)}{expert} {way} rank {self.message.peer}"
+        return f"{tensor.dtype} {tuple(tensor.shape)}{expert} {direction} rank {self.message.peer}"
 
 
 class EplbCommunicator(ABC):
     """Queues messages and moves them in execute(). Subclasses move the bytes in _exchange().
 
-    Between two ranks, the n-th send meets the n-th receive; both must have as many bytes, dtypes do not matter. A rank may
-    send to itself. Tensors may be of any strides, of no elements too; those that are sent are not written. The queue is this
-    object's own, so several may be filled at once; over one group they must be executed in the same order on all ranks.
+    Between two ranks, the n-th send meets the n-th receive. Both must have the same number of bytes; dtypes may differ. A rank
+    may send to itself. Tensors may have any strides and may be empty. Sent tensors are not written. Each communicator has its
+    own queue, so several may be filled at once. Communicators over one group must execute in the same order on all ranks.
     """
 
     def __init__(self, group: str, rank: int, size: int) -> None:
@@ -43,29 +43,29 @@ class EplbCommunicator(ABC):
         self._stream: torch.Stream | None = None
 
     def add_send(self, tensors: Tensors, dst_rank: int, expert_id: int | None = None) -> None:
-        """Queue tensors for a rank of the group. LOCAL. They must stay unchanged until execute() is done.
+        """Queue tensors to send to a rank of the group. LOCAL. The tensors must stay unchanged until execute() is done.
 
-        expert_id is for messages only. Raises InvalidInputError, and queues nothing, for a rank that does not exist.
+        expert_id appears in error messages only. Raises InvalidInputError, and queues nothing, for a rank that does not exist.
         """
         self._add(tensors, dst_rank, expert_id, is_send=True)
 
     def add_recv(self, tensors: Tensors, src_rank: int, expert_id: int | None = None) -> None:
-        """Queue tensors to be filled with what a rank of the group sends. LOCAL. Raises as add_send does."""
+        """Queue tensors that receive from a rank of the group. LOCAL. Raises as add_send does."""
         self._add(tensors, src_rank, expert_id, is_send=False)
 
     def execute(self) -> None:
-        """Move all that is queued; on return it has arrived, on an accelerator in the order of the stream.
+        """Move all queued messages. On return the messages have arrived: on an accelerator, in the order of the stream.
 
-        COLLECTIVE over the ranks that have messages for each other; a rank without any returns at once. Host sync: as the
-        class says. Graph capture: no. The queue is empty afterwards, whatever happens. Raises InvalidInputError, before
-        anything moves, where messages to the rank itself do not pair up or a receive overlaps another message's memory;
-        TransportError where a peer does not come, or sends another number of bytes.
+        COLLECTIVE over the ranks that have messages for each other. A rank without messages returns at once. Host sync: see the
+        class. Graph capture: no. The queue is empty afterwards, also after an error. Raises InvalidInputError, before anything
+        moves, where messages to the rank itself do not pair up, or where a receive overlaps the memory of another message.
+        Raises TransportError where a peer does not take part, or sends another number of bytes.
         """
         queue, self._queue = self._queue, []
-        own = self._pairs_with_itself(queue)
+        copies = self._copies_within_rank(queue)
         _check_overlaps(queue)
         with _on_stream(self._stream):
-            for source, destination in own:
+            for source, destination in copies:
                 destination.copy_(source)
             messages, results = [], []
             for message in (each.message for each in queue):
@@ -84,16 +84,16 @@ class EplbCommunicator(ABC):
                 destination.copy_(tensor)
 
     def clear(self) -> None:
-        """Forget what is queued. LOCAL. For a caller whose own fault keeps it from executing."""
+        """Empty the queue. LOCAL. For a caller that cannot execute because of its own error."""
         self._queue = []
 
     def set_stream(self, stream: torch.Stream | None) -> None:
-        """The stream of the tensors' device on which execute() works; None: the current one."""
+        """Set the stream of the tensors' device on which execute() works. None: the current stream."""
         self._stream = stream
 
     @abstractmethod
     def _exchange(self, messages: Sequence[SendRecv]) -> None:
-        """Move messages, at least one: contiguous bytes [n], n >= 1, none to the rank itself."""
+        """Move one or more messages. Each is a contiguous uint8 [n] with n >= 1, and none is for the rank itself."""
 
     def _add(self, tensors: Tensors, peer: int, expert_id: int | None, *, is_send: bool) -> None:
         if not 0 <= peer < self.size:
@@ -101,10 +101,11 @@ class EplbCommunicator(ABC):
                 f"EPLB on group '{self.group}': rank {self.rank} {'sends to' if is_send else 'receives from'} rank {peer}"
                 f"{'' if expert_id is None else f', expert {expert_id}'}; it must be one of 0..{self.size - 1}"
             )
-        together = [tensors] if isinstance(tensors, torch.Tensor) else tensors
-        self._queue += [_Queued(SendRecv(peer, tensor, is_send), expert_id) for tensor in together]
+        tensors = [tensors] if isinstance(tensors, torch.Tensor) else tensors
+        self._queue += [_Queued(SendRecv(peer, tensor, is_send), expert_id) for tensor in tensors]
 
-    def _pairs_with_itself(self, queue: Sequence[_Queued]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def _copies_within_rank(self, queue: Sequence[_Queued]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Pair this rank's sends to itself with its receives from itself: (source, destination)."""
         own = [each for each in queue if each.message.peer == self.rank]
         sends = [each for each in own if each.message.is_send]
         receives = [each for each in own if not each.message.is_send]
@@ -114,21 +115,24 @@ class EplbCommunicator(ABC):
                 f"{len(receives)} from itself ({', '.join(map(str, own))})"
             )
         for send, receive in zip(sends, receives, strict=True):
-            one, other = send.message.tensor, receive.message.tensor
-            if one.shape != other.shape or one.dtype != other.dtype:
+            source, destination = send.message.tensor, receive.message.tensor
+            if source.shape != destination.shape or source.dtype != destination.dtype:
                 raise InvalidInputError(
                     f"EPLB on group '{self.group}': rank {self.rank} sends itself {send}, and expects {receive}"
                 )
-        return [(one.message.tensor, two.message.tensor) for one, two in zip(sends, receives, strict=True)]
+        return [(send.message.tensor, receive.message.tensor) for send, receive in zip(sends, receives, strict=True)]
 
 
 def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
-    """A contiguous tensor's memory as uint8 [n]: a view."""
+    """Return the memory of a contiguous tensor as a view, uint8 [n]."""
     return tensor.detach().view(-1).view(torch.uint8)
 
 
 def _check_overlaps(queue: Sequence[_Queued]) -> None:
-    """Compares contiguous tensors: memory of others may interleave without overlapping."""
+    """Raise InvalidInputError where a receive overlaps another message.
+
+    Only contiguous tensors are compared: others may interleave in memory without overlapping.
+    """
     spans = sorted(
         (
             (each.message.tensor.data_ptr(), each.message.tensor.nbytes, index)
@@ -136,7 +140,10 @@ def _check_overlaps(queue: Sequence[_Queued]) -> None:
             if each.message.tensor.numel() and each.message.tensor.is_contiguous()
         ),
     )
-    ends = {True: (0, -1), False: (0, -1)}  # of sends and of receives: how far they reach so far, and which one does
+    ends = {
+        True: (0, -1),
+        False: (0, -1),
+    }  # of sends and of receives: the highest end so far, and the index of its message
     for start, nbytes, index in spans:
         for is_send in (True, False):
             end, other = ends[is_send]

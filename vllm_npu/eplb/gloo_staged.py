@@ -1,4 +1,4 @@
-"""EPLB through CPU memory: for devices whose own links other collectives use at the same time."""
+"""EPLB through CPU memory, for devices whose links carry other collectives at the same time."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import zip_longest
@@ -14,15 +14,16 @@ STAGING_BYTES = 64 * MIB
 
 
 class GlooStagedEplbCommunicator(EplbCommunicator):
-    """Copies to CPU memory (pinned beside an accelerator), from there over gloo, and back to the device.
+    """Copies weights to CPU memory, sends them over gloo, and copies them back to the device.
 
-    However much is queued, staging_bytes of CPU memory hold it: one half for what goes out, one for what comes in. Small
-    tensors share a piece. Host sync: yes, a few for each piece.
+    CPU memory is at most staging_bytes for any queue: one half for sends, one half for receives. It is pinned where the
+    weights are on an accelerator. Messages are cut into pieces of staging_bytes / 2, and small tensors share a piece. Host
+    sync: yes, a few for each piece.
     """
 
     def __init__(
         self,
-        transport: Transport,  # of CPU tensors
+        transport: Transport,  # moves CPU tensors
         staging_bytes: int = STAGING_BYTES,
     ) -> None:
         super().__init__(transport.group, transport.rank, transport.size)
@@ -34,34 +35,36 @@ class GlooStagedEplbCommunicator(EplbCommunicator):
         self._piece_bytes = staging_bytes // 2
 
     def _exchange(self, messages: Sequence[SendRecv]) -> None:
-        """One distance between ranks after the other, piece by piece: ranks that wait for each other never form a circle."""
+        """Exchange piece by piece, with one distance between ranks after the other: no circle of ranks waits for each other."""
         device = messages[0].tensor.device
-        largest = max(sum(each.tensor.numel() for each in messages if each.is_send is way) for way in (True, False))
+        largest = max(
+            sum(each.tensor.numel() for each in messages if each.is_send is is_send) for is_send in (True, False)
+        )
         size, pinned = min(self._piece_bytes, largest), device.type != "cpu"
         outgoing, incoming = (torch.empty(size, dtype=torch.uint8, pin_memory=pinned, device="cpu") for _ in range(2))
         for distance in range(1, self.size):
             destination, source = (self.rank + distance) % self.size, (self.rank - distance) % self.size
             sends = (each.tensor for each in messages if each.is_send and each.peer == destination)
             receives = (each.tensor for each in messages if not each.is_send and each.peer == source)
-            pieces = (_pieces(parts, self._piece_bytes) for parts in (sends, receives))  # both ends cut alike
+            pieces = (_pieces(parts, self._piece_bytes) for parts in (sends, receives))  # both ranks cut alike
             for sent, received in zip_longest(*pieces, fillvalue=()):
                 exchange = []
                 if sent:
                     exchange.append(SendRecv(destination, _staged(outgoing, sent), is_send=True))
-                    for part, staged in _beside(sent, outgoing):
+                    for part, staged in _with_staged_parts(sent, outgoing):
                         staged.copy_(part, non_blocking=True)
                     _wait_for(device)
                 if received:
                     exchange.append(SendRecv(source, _staged(incoming, received), is_send=False))
                 self._transport.send_recv(exchange)
-                for part, staged in _beside(received, incoming):
+                for part, staged in _with_staged_parts(received, incoming):
                     part.copy_(staged, non_blocking=True)
                 if received:
                     _wait_for(device)
 
 
 def _pieces(parts: Iterable[torch.Tensor], piece_bytes: int) -> Iterator[list[torch.Tensor]]:
-    """Bytes of all parts, one behind the other, cut every piece_bytes: the views that each piece is made of."""
+    """Cut the parts, laid end to end, every piece_bytes. Each piece is the list of its views of the parts."""
     piece: list[torch.Tensor] = []
     free = piece_bytes
     for part in parts:
@@ -77,10 +80,14 @@ def _pieces(parts: Iterable[torch.Tensor], piece_bytes: int) -> Iterator[list[to
 
 
 def _staged(staging: torch.Tensor, piece: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The view of staging that the piece fills."""
     return staging[: sum(part.numel() for part in piece)]
 
 
-def _beside(piece: Sequence[torch.Tensor], staging: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def _with_staged_parts(
+    piece: Sequence[torch.Tensor], staging: torch.Tensor
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Each part of a piece, with the view of its place in staging."""
     start = 0
     for part in piece:
         yield part, staging[start : start + part.numel()]

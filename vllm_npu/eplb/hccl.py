@@ -1,4 +1,4 @@
-"""EPLB over HCCL: a ProcessGroupHCCL's batches (HcclTransport), or HcclBatchSendRecv itself (PyHcclTransport)."""
+"""EPLB over HCCL: through batches of a ProcessGroupHCCL (HcclTransport), or through HcclBatchSendRecv (PyHcclTransport)."""
 
 from collections.abc import Sequence
 
@@ -7,13 +7,15 @@ from vllm_npu.eplb.communicator import EplbCommunicator
 from vllm_npu.transport.base import SendRecv, Transport
 
 MAX_MESSAGE_BYTES = 32 * MIB
-"""Of one piece. Batches of whole expert tensors have hung on NPUs (vllm-ascend #11282, which splits them too); HCCL's buffer
-for a group is 200 MiB by default."""
+"""Largest size of one piece. Batches of whole expert tensors have hung on NPUs, so vllm-ascend #11282 splits them too. HCCL's
+buffer for a group is 200 MiB by default."""
 
 
 class HcclEplbCommunicator(EplbCommunicator):
-    """Messages in pieces, which both ends cut alike; the transport puts at most one piece to a rank, and one from it, into a
-    batch. Host sync: no."""
+    """Cuts messages into pieces of max_message_bytes. Sender and receiver cut alike. Host sync: no.
+
+    The transport puts at most one piece to a rank, and one piece from that rank, into a batch.
+    """
 
     def __init__(self, transport: Transport, max_message_bytes: int = MAX_MESSAGE_BYTES) -> None:
         super().__init__(transport.group, transport.rank, transport.size)

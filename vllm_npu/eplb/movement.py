@@ -1,4 +1,4 @@
-"""Moving a layer's experts from one placement to another: all ranks do it, or none does."""
+"""Moving a layer's experts from one placement to another: the move changes the weights on all ranks, or on none."""
 
 import hashlib
 from collections.abc import Sequence
@@ -18,24 +18,24 @@ Placement = ReplicaPlacement | torch.Tensor | Sequence[Sequence[int]]
 
 def move_experts(
     weights: Sequence[torch.Tensor],  # each [slots_per_rank, ...]: this rank's experts
-    old: Placement,  # of [num_ranks, slots_per_rank] logical experts
+    old: Placement,  # [num_ranks, slots_per_rank], logical experts
     new: Placement,
     num_experts: int,
     communicator: EplbCommunicator,  # its queue empty
-    voters: Transport,  # a CPU group of the same ranks
+    voters: Transport,  # over CPU tensors, of the same ranks
     *,
     allow_same_rank: bool = False,
     ranks_per_node: int | None = None,
 ) -> int:
-    """Bring each slot the weights of its new expert. Returns how many experts this rank received.
+    """Give each slot the weights of its new expert. Returns the number of experts that this rank received.
 
-    Weights arrive in fresh buffers, and are copied into their slots once every rank has all of its own: until then, and
-    whatever fails, every rank's weights are as they were. Slots that become empty keep what they have.
+    Weights arrive in fresh buffers. They are copied into their slots after every rank has received all its experts. An error
+    before that leaves the weights of every rank unchanged. Slots that become empty keep their weights.
 
     COLLECTIVE over the ranks: two all-gathers of 16 bytes on CPUs, and the communicator's messages. Host sync: yes. Graph
-    capture: no. Raises InvalidInputError on all ranks for a placement that cannot be (see ReplicaPlacement) where all were
-    given the same; PlanDisagreementError, naming each rank's fault or plan, on all ranks where they were not; TransportError
-    on all ranks where moving failed on one.
+    capture: no. All ranks raise the same kind of error: InvalidInputError where all were given the same invalid placement (see
+    ReplicaPlacement), PlanDisagreementError where the ranks were given different placements, and TransportError where moving
+    failed on one rank. PlanDisagreementError names the error or the plan of each rank.
     """
     fault: VllmNpuError | None = None
     plan = RankTransfers((), (), (), ())
@@ -87,7 +87,7 @@ def _plan(
     allow_same_rank: bool,
     ranks_per_node: int | None,
 ) -> tuple[RankTransfers, str]:
-    """This rank's part, and a text that is equal on all ranks only where their plans are."""
+    """Return this rank's transfers, and a text that is equal on all ranks only where their plans are equal."""
     before, after = (
         each
         if isinstance(each, ReplicaPlacement)

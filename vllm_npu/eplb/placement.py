@@ -1,4 +1,4 @@
-"""Where experts are, where they shall be, and which messages lie between: pure arithmetic, the same on every rank."""
+"""Placements of experts on ranks, and the transfers from one placement to another. Pure arithmetic, equal on every rank."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,8 +16,9 @@ EMPTY = -1  # a slot without an expert
 class ReplicaPlacement:
     """Logical expert of each slot of each rank. Physical expert p is slot p % slots_per_rank of rank p // slots_per_rank.
 
-    Raises InvalidInputError, naming expert and rank, for ids outside of 0..num_experts - 1 (EMPTY excepted), an expert that
-    no rank has, rows of different length, and, unless allowed, an expert on two slots of one rank.
+    Raises InvalidInputError for an id outside 0..num_experts - 1 that is not EMPTY, for an expert that no rank has, and for
+    rows of different lengths. Without allow_same_rank it also raises for an expert on two slots of one rank. The message names
+    the expert and the rank.
     """
 
     slots: tuple[tuple[int, ...], ...]  # [rank][slot]
@@ -27,19 +28,19 @@ class ReplicaPlacement:
     def __post_init__(self) -> None:
         if not self.slots or len({len(row) for row in self.slots}) != 1:
             raise InvalidInputError(
-                f"placement: ranks have {[len(row) for row in self.slots]} slots; every rank must have as many"
+                f"placement: ranks have {[len(row) for row in self.slots]} slots; every rank must have the same number"
             )
         for rank, row in enumerate(self.slots):
             for slot, expert in enumerate(row):
                 if expert != EMPTY and not 0 <= expert < self.num_experts:
                     raise InvalidInputError(
                         f"placement: slot {slot} of rank {rank} has expert {expert}; with {self.num_experts} experts ids are "
-                        f"0..{self.num_experts - 1}, and {EMPTY} an empty slot"
+                        f"0..{self.num_experts - 1}, and {EMPTY} for an empty slot"
                     )
                 if expert != EMPTY and expert in row[:slot] and not self.allow_same_rank:
                     raise InvalidInputError(
                         f"placement: expert {expert} is on slots {row.index(expert)} and {slot} of rank {rank}; a second copy "
-                        "there serves nobody, put it on another rank"
+                        "on one rank has no use, put it on another rank"
                     )
         missing = sorted(set(range(self.num_experts)) - {expert for row in self.slots for expert in row})
         if missing:
@@ -52,7 +53,7 @@ class ReplicaPlacement:
     def of(
         cls, slots: torch.Tensor | Sequence[Sequence[int]], num_experts: int, *, allow_same_rank: bool = False
     ) -> "ReplicaPlacement":
-        """From a table [num_ranks, slots_per_rank] of logical experts. A tensor is read on the host."""
+        """Make a placement from a table [num_ranks, slots_per_rank] of logical experts. A tensor is read on the host."""
         if isinstance(slots, torch.Tensor) and slots.dim() != 2:
             raise InvalidInputError(f"placement: the table is {list(slots.shape)}; it must be [ranks, slots of a rank]")
         rows = slots.tolist() if isinstance(slots, torch.Tensor) else slots
@@ -60,20 +61,23 @@ class ReplicaPlacement:
 
     @property
     def num_ranks(self) -> int:
-        """Ranks with slots."""
+        """Number of ranks."""
         return len(self.slots)
 
     @property
     def slots_per_rank(self) -> int:
-        """Slots of each rank, empty ones too."""
+        """Number of slots of each rank, empty slots included."""
         return len(self.slots[0])
 
     def ranks_of(self, expert: int) -> list[int]:
-        """Those that have it, ascending."""
+        """Return the ranks that have the expert, ascending."""
         return [rank for rank, row in enumerate(self.slots) if expert in row]
 
     def eplb_table(self, device: torch.device | str = "cpu") -> torch.Tensor:
-        """[num_experts, 1 + most replicas] int32, as npu_moe_update_expert takes it: replica count, physical ids, -1."""
+        """Return the table that npu_moe_update_expert takes: [num_experts, 1 + most replicas] int32.
+
+        A row is the number of replicas of the expert, their physical ids, and -1 in the remaining columns.
+        """
         physical: list[list[int]] = [[] for _ in range(self.num_experts)]
         for rank, row in enumerate(self.slots):
             for slot, expert in enumerate(row):
@@ -85,17 +89,17 @@ class ReplicaPlacement:
 
 
 def mapping_rank(topology: ParallelTopology, sharding: TokenSharding) -> int:
-    """The local_rank_id with which a rank maps its tokens' logical experts (BalanceMode.BY_RANK).
+    """Return the local_rank_id with which a rank maps the logical experts of its tokens (BalanceMode.BY_RANK).
 
-    TP ranks that bring the same tokens map them alike, as the first of them: where ranks gather tokens, each computes the
-    choices of its own experts, and a token mapped in two ways would be computed twice, or not at all.
+    TP ranks that hold the same tokens use the id of the first of these ranks, so that they map a token in one way. Where ranks
+    gather tokens, a token mapped in two ways would be computed twice, or not at all.
     """
     return topology.tp_group[0] if sharding is TokenSharding.REPLICATED else topology.rank
 
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """One expert from a slot of a rank to a slot of another, or of the same."""
+    """Moves one expert from a slot of source_rank to a slot of rank. The two ranks may be the same."""
 
     expert: int
     source_rank: int
@@ -106,23 +110,23 @@ class Transfer:
 
 @dataclass(frozen=True, slots=True)
 class RankTransfers:
-    """What one rank does. Sends and receives between two ranks stand in the same order on both."""
+    """The transfers of one rank. Sends and receives between two ranks have the same order on both ranks."""
 
     sends: tuple[Transfer, ...]
     receives: tuple[Transfer, ...]
-    copies: tuple[Transfer, ...]  # from a slot of the rank itself, as it was before
-    duplicates: tuple[Transfer, ...]  # from another slot of the rank, as received
+    copies: tuple[Transfer, ...]  # from a slot of the rank itself, with the weights before the move
+    duplicates: tuple[Transfer, ...]  # from a slot of the rank itself that receives the same expert
 
 
 def plan_transfers(
     old: ReplicaPlacement, new: ReplicaPlacement, *, ranks_per_node: int | None = None
 ) -> tuple[Transfer, ...]:
-    """One transfer for each slot whose expert changes, ordered by rank and slot. Raises InvalidInputError where the two do not
-    have the same ranks, slots and experts.
+    """Return one transfer for each slot whose expert changes, ordered by rank and slot.
 
-    A rank that has the expert copies it from itself, and fetches one for two slots once. Others fetch it from a rank of
-    their node that has it, else from any; of these, from the one that sends least so far, then the lowest. Experts with the
-    fewest holders are given out first, so that others can make way for them.
+    A rank that already has the expert copies it. Another rank receives it once, also for two slots. The source is a rank of the
+    same node where one has the expert, else any rank that has it. Among these it is the rank that sends the fewest experts so
+    far, then the lowest rank. Experts on the fewest ranks are planned first, since they have the least choice of a source.
+    Raises InvalidInputError where the two placements differ in ranks, slots or experts.
     """
     sizes = [(each.num_ranks, each.slots_per_rank, each.num_experts) for each in (old, new)]
     if sizes[0] != sizes[1]:
@@ -155,7 +159,7 @@ def plan_transfers(
 
 
 def transfers_of(transfers: Iterable[Transfer], rank: int) -> RankTransfers:
-    """What `rank` does of a plan."""
+    """Return the transfers of a plan in which `rank` takes part."""
     sends: list[Transfer] = []
     receives: list[Transfer] = []
     copies: list[Transfer] = []

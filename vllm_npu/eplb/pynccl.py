@@ -1,4 +1,4 @@
-"""EPLB by ncclSend and ncclRecv in one NCCL group, without torch.distributed: vLLM's elastic groups have nothing else."""
+"""EPLB by ncclSend and ncclRecv in one NCCL group. It needs no torch.distributed, which vLLM's elastic groups do not have."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -11,7 +11,7 @@ from vllm_npu.transport.base import SendRecv
 
 
 class GroupedPointToPoint(Protocol):
-    """What is needed of vLLM's PyNcclCommunicator, which the plugin passes in. Tensors are on its device."""
+    """The part of vLLM's PyNcclCommunicator that is used here. The plugin passes one in. Tensors are on its device."""
 
     rank: int
     world_size: int
@@ -23,7 +23,7 @@ class GroupedPointToPoint(Protocol):
 
 
 class PyNcclEplbCommunicator(EplbCommunicator):
-    """All messages in one ncclGroup, opened and closed by execute(), as bytes: of any dtype. Host sync: no."""
+    """Sends all messages as bytes, so any dtype, in one ncclGroup that execute() opens and closes. Host sync: no."""
 
     def __init__(self, pynccl: GroupedPointToPoint, group: str = "ep") -> None:
         super().__init__(group, pynccl.rank, pynccl.world_size)

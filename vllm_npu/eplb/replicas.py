@@ -1,4 +1,4 @@
-"""Which replica of its expert a token goes to, for every strategy alike, and how many tokens each replica gets."""
+"""The replica of its expert that a token goes to, and the number of tokens of each replica. The same for every strategy."""
 
 import torch
 
@@ -12,15 +12,16 @@ from vllm_npu.eplb.placement import mapping_rank
 
 def to_physical(
     topk_ids: torch.Tensor,  # [num_tokens, top_k] int32 or int64, logical experts
-    eplb_table: torch.Tensor,  # [logical experts, 1 + replicas] int32, see ReplicaPlacement.eplb_table
+    eplb_table: torch.Tensor,  # [num_experts, 1 + most replicas] int32, see ReplicaPlacement.eplb_table
     topology: ParallelTopology,
     sharding: TokenSharding,
     balance_mode: BalanceMode = BalanceMode.BY_TOKEN,
 ) -> torch.Tensor:  # [num_tokens, top_k] of the same dtype, physical experts
-    """Logical to physical ids, before prepare: what travels, and what is dispatched, is physical.
+    """Map logical to physical expert ids. It runs before prepare, so that prepare and dispatch see physical ids only.
 
-    By token, since placements are balanced for load that is shared evenly: by rank, the TP ranks of one DP rank, which map
-    the same tokens alike, would use one replica only. LOCAL. Host sync: no. Raises InvalidInputError as npu_moe_update_expert.
+    The default is BY_TOKEN, since placements are balanced for replicas that share their load evenly. With BY_RANK the TP ranks
+    of one DP rank, which map the same tokens alike, would use only one replica. LOCAL. Host sync: no. Raises InvalidInputError
+    as npu_moe_update_expert does.
     """
     physical: torch.Tensor = ops_of(topk_ids).npu_moe_update_expert(
         topk_ids,
@@ -33,14 +34,16 @@ def to_physical(
 
 
 def own_load(
-    physical_ids: torch.Tensor,  # [rows, top_k], of the rows that this rank brings to the layer
+    physical_ids: torch.Tensor,  # [rows, top_k]: the choices of the rows that this rank brings to the layer
     num_physical: int,
     topology: ParallelTopology,
     sharding: TokenSharding,
-    num_tokens: int,  # real ones of this DP rank; rows past them are padding
+    num_tokens: int,  # real tokens of this DP rank; further rows are padding
 ) -> torch.Tensor:  # [num_physical] int64
-    """Tokens for each physical expert, so that the sum over all ranks counts each choice of a real token once: where TP ranks
-    hold the same tokens, the first one counts them. LOCAL."""
+    """Count this rank's tokens for each physical expert. LOCAL.
+
+    The sum over all ranks counts each choice of a real token once: where TP ranks hold the same tokens, only TP rank 0 counts.
+    """
     if sharding is TokenSharding.REPLICATED:
         real = TokenSlice(0, num_tokens if topology.tp_rank == 0 else 0)
     else:

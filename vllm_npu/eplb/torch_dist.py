@@ -1,4 +1,4 @@
-"""EPLB over torch.distributed's batched point-to-point messages: NCCL, HCCL or gloo, as the group has it."""
+"""EPLB over torch.distributed's batched point-to-point messages, with the group's backend: NCCL, HCCL or gloo."""
 
 from collections.abc import Sequence
 
@@ -7,10 +7,11 @@ from vllm_npu.transport.base import SendRecv, Transport
 
 
 class TorchDistEplbCommunicator(EplbCommunicator):
-    """All messages in one batch, straight from and into the tensors. Host sync: with gloo only.
+    """Moves all messages in one batch, from and into the tensors without copies. Host sync: with gloo only.
 
-    With NCCL a collective of all ranks must come first, where not all have messages (torch's document of batch_isend_irecv);
-    in vLLM that is the profiling run's. On NPUs take HcclEplbCommunicator, as CHOICE does: its messages are bounded.
+    With NCCL a collective of all ranks must run before a batch in which some rank has no messages (documentation of
+    torch.distributed.batch_isend_irecv). In vLLM the profiling run has one. On NPUs use HcclEplbCommunicator, as CHOICE does,
+    since its messages have a bounded size.
     """
 
     def __init__(self, transport: Transport) -> None:

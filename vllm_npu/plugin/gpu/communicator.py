@@ -1,4 +1,4 @@
-"""vLLM's device communicator on GPUs, with the all2all manager and the all-reduce that the options ask for."""
+"""vLLM's device communicator on GPUs, with the all2all manager and the all-reduce that the options name."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ logger = init_logger("vllm.npu.cuda_communicator")
 
 
 class CudaMoECommunicator(CudaCommunicator):
-    """CudaCommunicator. Where no option asks for anything, exactly that."""
+    """CudaCommunicator, unchanged where no option names a manager or an all-reduce."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -33,7 +33,7 @@ class CudaMoECommunicator(CudaCommunicator):
         if self.use_all2all and (options.all2all is not None or options.exchange is not None):
             manager = self.build_manager(vllm_config, options)
             if manager is not None:
-                self.all2all_manager: Any = manager  # in place of vLLM's gathering one, which holds nothing
+                self.all2all_manager: Any = manager  # replaces vLLM's gathering manager, which holds nothing
                 logger.info_once("All2all manager: %s", type(manager).__name__)
         if options.flashinfer_all_reduce and self.unique_name.split(":")[0] == "tp":
             major, minor = torch.cuda.get_device_capability()
@@ -42,7 +42,7 @@ class CudaMoECommunicator(CudaCommunicator):
             )
 
     def build_manager(self, vllm_config: VllmConfig, options: Options) -> All2AllManager | None:
-        """The manager asked for, or None where it is vLLM's own. COLLECTIVE over the group."""
+        """Build the manager that the options name. None: vLLM's own manager stays. COLLECTIVE over the group."""
         if self.device_group is None:
             raise UnsupportedConfigError("all2all managers of vllm_npu need torch's process groups, not stateless ones")
         groups = self._groups(vllm_config)
@@ -80,7 +80,7 @@ class CudaMoECommunicator(CudaCommunicator):
 
 
 def rows_of_ranks() -> list[int]:
-    """Rows that each rank of the exchanging group brings to the running step, as vLLM counts them. LOCAL."""
+    """Return the rows that each rank of the exchanging group brings to the running step, as vLLM counts them. LOCAL."""
     dp_metadata = get_forward_context().dp_metadata
     rows = None if dp_metadata is None else dp_metadata.get_chunk_sizes_across_dp_rank()
     if rows is None:

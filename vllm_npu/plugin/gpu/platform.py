@@ -1,4 +1,4 @@
-"""vLLM's platform on a machine with GPUs, where VLLM_NPU_CUDA_PLATFORM=1 asks for it: vLLM's own, with our managers."""
+"""vLLM's platform on a machine with GPUs and VLLM_NPU_CUDA_PLATFORM=1: vLLM's CudaPlatform with our communicator."""
 
 from typing import TYPE_CHECKING
 
@@ -14,19 +14,23 @@ logger = init_logger("vllm.npu.cuda_platform")
 
 
 class CudaMoEPlatform(CudaPlatform):
-    """CudaPlatform with our communicator. Models, experts and attention are vLLM's; without options, so is the exchange."""
+    """CudaPlatform with our communicator. Models, experts and attention are vLLM's.
+
+    The exchange is vLLM's too, unless an option names another.
+    """
 
     @classmethod
     def check_and_update_config(cls, vllm_config: "VllmConfig") -> None:
-        """Our checks, and vLLM's backend that goes with the manager asked for. Raises UnsupportedConfigError."""
+        """Check the options, and set vLLM's all2all_backend to the one that the named manager needs. Raises
+        UnsupportedConfigError."""
         backend = options.check_cuda_config(vllm_config)
         parallel_config = vllm_config.parallel_config
         if backend is not None and parallel_config.all2all_backend != backend:
-            logger.info("all2all_backend is %s: the experts' side of what was asked for", backend)
+            logger.info("all2all_backend is %s, which the options need", backend)
             parallel_config.all2all_backend = backend
         super().check_and_update_config(vllm_config)
 
     @classmethod
     def get_device_communicator_cls(cls) -> str:
-        """Our communicator."""
+        """Return the name of our communicator."""
         return "vllm_npu.plugin.gpu.communicator.CudaMoECommunicator"

@@ -2,15 +2,17 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
-from vllm_npu.core.handles import Pending
+from vllm_npu.core.handles import Handle, Pending, check_handle
 from vllm_npu.core.limits import QuantMode
 from vllm_npu.core.routing import check_topk
 from vllm_npu.core.topology import ExpertPlacement
 from vllm_npu.device.portable_ops import InitRoutingOutput
 from vllm_npu.errors import InvalidInputError
+from vllm_npu.strategies.dispatch.rows_with_ids import RowsWithIds, ids_of_expert_major_rows
 from vllm_npu.strategies.prepare_finalize.base import Prepared
 from vllm_npu.strategies.row_handle import RowHandle, RowHandleT, consume
 from vllm_npu.transport.base import Groups
@@ -120,3 +122,42 @@ class Dispatcher(ABC):
             name="expert_output",
             meaning="a row for each row of expert_input",
         )
+
+    max_extra_tensors: ClassVar[int | None] = 0
+    """Most tensors that dispatch_with_ids takes beside the rows. None: any number."""
+
+    def dispatch_with_ids(
+        self,
+        tokens: RoutedTokens,
+        extra_tensors: tuple[torch.Tensor, ...] = (),  # each [num_tokens, width], up to max_extra_tensors
+    ) -> tuple[RowsWithIds, Handle]:
+        """Dispatch for experts that find their rows by expert id. The handle is for combine_with_ids. Cost: that of dispatch.
+
+        Here each expert-major row gets the id of its expert and the weight 1, since combine applies the weights.
+        """
+        dispatched = self.dispatch(tokens)
+        ids = ids_of_expert_major_rows(
+            dispatched.expert_input.shape[0],
+            dispatched.tokens_per_expert,
+            first_expert=self.placement.first_expert(self.groups.topology.ep_rank),
+            foreign_expert=self._foreign_expert,
+        )
+        return RowsWithIds(dispatched.expert_input, torch.ones_like(ids, dtype=torch.float32), ids), dispatched.handle
+
+    def combine_with_ids(
+        self,
+        expert_output: torch.Tensor,  # [rows of dispatch_with_ids, width]: weighted sums of this rank's experts
+        handle: Handle,
+    ) -> torch.Tensor:  # [num_tokens, width]
+        """Undo dispatch_with_ids. Cost: that of combine."""
+        stage = f"{type(self).__name__}.combine_with_ids"
+        return self.combine(expert_output, check_handle(handle, DispatchHandle, stage))
+
+    def close(self) -> None:  # noqa: B027 - most dispatchers open nothing
+        """Release what this object opened itself. LOCAL. No handle may be in flight."""
+
+    @property
+    def _foreign_expert(self) -> int:
+        """Global id of an expert of another rank."""
+        topology = self.groups.topology
+        return self.placement.first_expert((topology.ep_rank + 1) % topology.ep_size)

@@ -4,9 +4,11 @@ from dataclasses import dataclass
 
 import torch
 
+from vllm_npu.core.handles import Handle, check_handle
 from vllm_npu.core.routing import local_expert_ids
 from vllm_npu.device import ops_of
 from vllm_npu.strategies.dispatch.base import Dispatched, Dispatcher, DispatchHandle, RoutedTokens
+from vllm_npu.strategies.dispatch.rows_with_ids import RowsWithIds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,3 +48,23 @@ class LocalPermuteDispatcher(Dispatcher):
             expert_output, handle.row_of_pair, handle.topk_weights
         )
         return combined
+
+    max_extra_tensors = None
+
+    def dispatch_with_ids(
+        self, tokens: RoutedTokens, extra_tensors: tuple[torch.Tensor, ...] = ()
+    ) -> tuple[RowsWithIds, Handle]:
+        """Return the tokens as they are, contiguous: experts find their rows by id. No sort, no host sync."""
+        rows = RowsWithIds(
+            tokens.hidden_states.contiguous(),
+            tokens.topk_weights.contiguous(),
+            tokens.topk_ids.contiguous(),
+            tuple(tensor.contiguous() for tensor in extra_tensors),
+        )
+        return rows, DispatchHandle(rows=rows.rows.shape[0])
+
+    def combine_with_ids(self, expert_output: torch.Tensor, handle: Handle) -> torch.Tensor:
+        """Return expert_output itself, which has a row for each token."""
+        stage = f"{type(self).__name__}.combine_with_ids"
+        self._consume(check_handle(handle, DispatchHandle, stage), DispatchHandle, expert_output)
+        return expert_output

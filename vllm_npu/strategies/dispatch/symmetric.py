@@ -22,6 +22,7 @@ from vllm_npu.core.token_layout import check_rows
 from vllm_npu.device import ops_of
 from vllm_npu.errors import InvalidInputError, UnsupportedConfigError
 from vllm_npu.strategies.dispatch.base import Dispatched, Dispatcher, DispatchHandle, RoutedTokens
+from vllm_npu.strategies.dispatch.rows_with_ids import RowsWithIds
 from vllm_npu.strategies.dispatch.symmetric_launch import (
     combine_launches,
     dispatch_launches,
@@ -233,6 +234,31 @@ class SymmetricDispatcher(Dispatcher):
             launches[handle.window](tensors, stream)
         windows.give_back(handle.window)
         return output
+
+    max_extra_tensors = 1
+
+    def dispatch_with_ids(
+        self, tokens: RoutedTokens, extra_tensors: tuple[torch.Tensor, ...] = ()
+    ) -> tuple[RowsWithIds, Handle]:
+        """dispatch_slots, with global ids. An extra tensor is float32 scales. All tensors are views of the window, except ids:
+        read them before combine_with_ids."""
+        slots = self.dispatch_slots(
+            tokens.hidden_states,
+            tokens.topk_weights,
+            tokens.topk_ids,
+            tokens.mask,
+            extra_tensors[0] if extra_tensors else None,
+        )
+        first_expert = self.placement.first_expert(self.groups.topology.ep_rank)
+        ids = torch.where(slots.topk_ids < 0, self._foreign_expert, slots.topk_ids + first_expert)
+        scales = () if slots.scales is None else (slots.scales,)
+        return RowsWithIds(slots.hidden_states, slots.topk_weights, ids, scales), slots.handle
+
+    def combine_with_ids(self, expert_output: torch.Tensor, handle: Handle) -> torch.Tensor:
+        """combine_slots."""
+        return self.combine_slots(
+            expert_output, check_handle(handle, SlotHandle, "SymmetricDispatcher.combine_with_ids")
+        )
 
     def dispatch(self, tokens: RoutedTokens) -> Dispatched:
         """dispatch_slots, then sort the rows by expert. Host sync: no. Graph capture: yes.

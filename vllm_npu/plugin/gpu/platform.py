@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from vllm.logger import init_logger
 from vllm.platforms.cuda import CudaPlatform
 
-from vllm_npu.plugin import options
+from vllm_npu.plugin.gpu.config_check import required_backend
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -19,7 +19,7 @@ class CudaMoEPlatform(CudaPlatform):
     @classmethod
     def check_and_update_config(cls, vllm_config: "VllmConfig") -> None:
         """Our checks, and vLLM's backend that goes with the manager asked for. Raises UnsupportedConfigError."""
-        backend = options.check_cuda_config(vllm_config)
+        backend = required_backend(vllm_config)
         parallel_config = vllm_config.parallel_config
         if backend is not None and parallel_config.all2all_backend != backend:
             logger.info("all2all_backend is %s: the experts' side of what was asked for", backend)

@@ -44,9 +44,8 @@ class StepMetrics:
         self._sent = sent
         self._sent_before = 0 if sent is None else sent.bytes_sent.total()
         self._strategy: str | None = None  # of the last step that has begun
-        _series()["agreement_failures"].labels(
-            self._rank
-        )  # shows 0 from the start, so that Prometheus sees the first increase
+        # The series shows 0 from the start, so that Prometheus sees its first increase.
+        _series()["agreement_failures"].labels(self._rank)
 
     @classmethod
     def if_wanted(cls, topology: ParallelTopology, sent: CollectiveCounter | None) -> "StepMetrics | None":

@@ -28,13 +28,13 @@ class Mode(Enum):
     """What this package does with vllm-ascend's own MoE communication. Other platforms know TAKE_OVER only."""
 
     TAKE_OVER = "take over"
-    """Our strategies replace it."""
+    """Our strategies replace vllm-ascend's communication."""
 
     COMPARE = "compare"
-    """Both run on the input of every layer. Differences are logged, and the layer returns vllm-ascend's output."""
+    """Both ways run on the input of every layer. Differences are logged, and the layer returns vllm-ascend's output."""
 
     OFF = "off"
-    """It stays as it is, and this package does nothing."""
+    """vllm-ascend's communication stays, and this package changes nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -82,7 +82,7 @@ class StepPlanner:
         )
 
     def describe(self) -> str:
-        """Name the strategy, the device, the topology and MC2's capacity in one line for the log."""
+        """One line for the log: the strategy, the device, the topology and MC2's capacity."""
         return (
             f"moe_comm={self.proposed} on {self._device.family}, {self._topology}; "
             f"{describe_capacity(self._device, self._topology, [self._layer])}"
@@ -172,7 +172,7 @@ class StepPlanner:
         return self.proposed != self._agreed or self._topology.tp_size > 1 or plan.captured
 
 
-# By id of the vllm_config. The entry keeps the vllm_config alive, so that no other one gets its id.
+# The key is id(vllm_config). The entry keeps the vllm_config alive, so that no other object gets this id.
 _PLANNERS: dict[int, tuple["VllmConfig", StepPlanner | None]] = {}
 
 

@@ -1,1 +1,1 @@
-"""On NPUs beside vllm-ascend. vllm-ascend brings attention, quantisation, router and experts. This package moves the tokens."""
+"""On NPUs, beside vllm-ascend: vllm-ascend computes attention, routing and experts, and this package moves the tokens."""

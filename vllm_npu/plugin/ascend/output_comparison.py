@@ -93,5 +93,5 @@ def _routed(result: Any) -> torch.Tensor:
 
 
 def _complete(routed: torch.Tensor, is_complete: bool) -> torch.Tensor:
-    """A copy of the output. COLLECTIVE over tp if the output is not complete: its sum."""
+    """A copy of the output if it is complete. Otherwise its sum: COLLECTIVE, one all-reduce over tp."""
     return routed.clone() if is_complete else tensor_model_parallel_all_reduce(routed.clone())

@@ -84,7 +84,7 @@ class CpuMoERunner(MoERunner):
     def _maybe_reduce_shared_expert_output(
         self, shared_output: torch.Tensor | None, fused_output_is_reduced: bool | None = None
     ) -> torch.Tensor | None:
-        """Return the shared output as it is if the layer exchanges tokens: _forward_impl has already reduced it."""
+        """Return the shared output as it is if the layer exchanges tokens: _sum_over_tp has added it up where a sum is due."""
         if not self.exchanges_tokens:
             return super()._maybe_reduce_shared_expert_output(shared_output, fused_output_is_reduced)
         return shared_output
@@ -96,8 +96,10 @@ class CpuMoERunner(MoERunner):
         shared_experts_input: torch.Tensor | None,
         input_ids: torch.Tensor | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """The routed experts' output. With shared experts: (shared output, routed output). COLLECTIVE over the strategy's
-        groups. Host sync: as the strategy."""
+        """The routed experts' output. With shared experts: (shared output, routed output).
+
+        COLLECTIVE over the strategy's groups, and over tp for a sum that is still missing. Host sync: yes, in the experts.
+        """
         if not self.exchanges_tokens:
             output: torch.Tensor | tuple[torch.Tensor, torch.Tensor] = super()._forward_impl(
                 hidden_states, router_logits, shared_experts_input, input_ids

@@ -11,7 +11,7 @@ from vllm_npu.transport.gloo import GlooTransport
 
 
 class CpuMoECommunicator(CpuCommunicator):
-    """Adds all_gatherv, reduce_scatter and reduce_scatterv. Each is COLLECTIVE over the group: one collective for each tensor."""
+    """Adds all_gatherv, reduce_scatter and reduce_scatterv. COLLECTIVE over the group: one collective for each tensor."""
 
     def all_gatherv(
         self,

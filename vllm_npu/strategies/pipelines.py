@@ -1,4 +1,4 @@
-"""The pipelines of one set of groups: each is built once, and all MoE layers share it."""
+"""The pipelines of a process: one for all layers that have the same strategy and the same sizes."""
 
 from vllm_npu.core.limits import QuantMode
 from vllm_npu.strategies.pipeline import MoEPipeline
@@ -7,21 +7,26 @@ from vllm_npu.transport.base import Groups
 
 
 class Pipelines:
-    """Builds a pipeline when it is first asked for, and keeps it. A pipeline has no state of a call, so layers may share it."""
+    """Builds the pipelines over `groups` and keeps them. Layers may share a pipeline, since it keeps no state of a call."""
 
     def __init__(self, groups: Groups) -> None:
         self.groups = groups
-        self._built: dict[tuple[str, int, QuantMode, int], MoEPipeline] = {}
+        self._pipelines: dict[tuple[str, int, QuantMode, int], MoEPipeline] = {}
 
     def get(
         self,
         strategy: str,
-        num_experts: int,
+        num_experts: int,  # over all ranks, redundant ones included
         quant_mode: QuantMode = QuantMode.NONE,
         shared_expert_ranks: int = 0,
     ) -> MoEPipeline:
-        """The pipeline of a strategy. LOCAL. Raises UnsupportedConfigError as select.build does."""
+        """Return the pipeline, and build it at the first call. LOCAL. Raises UnsupportedConfigError as build does."""
         key = strategy, num_experts, quant_mode, shared_expert_ranks
-        if key not in self._built:
-            self._built[key] = build(strategy, self.groups, num_experts, quant_mode, shared_expert_ranks)
-        return self._built[key]
+        found = self._pipelines.get(key)
+        if (
+            found is None
+        ):  # micro-batches may ask from several threads: setdefault returns the same pipeline to all of them
+            found = self._pipelines.setdefault(
+                key, build(strategy, self.groups, num_experts, quant_mode, shared_expert_ranks)
+            )
+        return found

@@ -35,6 +35,11 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 )
 LAYER_OF = {module: depth for depth, layer in enumerate(LAYERS) for module in layer}
 
+# Each of these folders of the plugin runs on one platform. No file of another platform or of several platforms imports it. Two
+# places may: vLLM's entry points, and the code that depends on vLLM's release line.
+PLATFORM_FOLDERS = ("plugin/cpu/", "plugin/gpu/", "plugin/ascend/")
+PLATFORM_IMPORTERS = ("plugin/__init__.py", "plugin/compat/")
+
 # Beside the layers: runs before torch is imported, so it sees next to nothing of the package.
 EMULATOR = "emulator"
 EMULATOR_MAY_IMPORT = frozenset({EMULATOR, "native_build", "errors", "envs"})
@@ -200,6 +205,20 @@ def fault_of_own_import(importer: str, imported: str) -> str | None:
     )
 
 
+def fault_of_platform_import(file: str, imported: str) -> str | None:
+    """What is wrong with a file of the plugin importing the dotted name, which may belong to another platform than the file."""
+    for folder in PLATFORM_FOLDERS:
+        if not is_within(imported, f"{PACKAGE}.{folder.rstrip('/').replace('/', '.')}"):
+            continue
+        if not file.startswith("plugin/") or file.startswith((folder, *PLATFORM_IMPORTERS)):
+            return None
+        return (
+            f"imports {folder.rstrip('/')}, which only it, {' and '.join(PLATFORM_IMPORTERS)} may in plugin/; move the code to "
+            "a file of all platforms, or pass the object in"
+        )
+    return None
+
+
 def fault_of_outside_import(file: str, found: Import) -> str | None:
     """What is wrong with a file, named relative to the package, importing something that is not of the package."""
     for package, confined in CONFINED.items():
@@ -246,7 +265,9 @@ def faults_of_file(path: Path, package_root: Path) -> Iterator[tuple[int, str]]:
                     continue  # a name of the root itself: from vllm_npu import __version__
                 fault: str | None = f"imports {found.name}, which does not exist; correct the name"
             else:
-                fault = fault_of_own_import(importer, imported)
+                fault = fault_of_own_import(importer, imported) or fault_of_platform_import(
+                    relative.as_posix(), found.name
+                )
         else:
             fault = fault_of_outside_import(relative.as_posix(), found)
         if fault is not None and (found.line, fault) not in reported:

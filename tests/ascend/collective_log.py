@@ -1,4 +1,4 @@
-"""What one rank puts on the wire, whoever asks for it: every call of torch.distributed and of MC2's ops, with its bytes."""
+"""Logs every collective of one rank with its bytes: calls of torch.distributed, of MC2's ops and of our C++ operators."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,28 +11,28 @@ from vllm_npu.core.token_layout import RowFormat
 
 
 @dataclass(frozen=True)
-class Call:
-    """One collective: bytes that this rank sends to other ranks, by the byte model of RecordingTransport."""
+class LoggedCollective:
+    """One collective of this rank."""
 
     operation: str
-    sent: int
+    sent: int  # bytes to other ranks, counted as RecordingTransport counts them
 
 
 class CollectiveLog(TorchDispatchMode):
-    """Below any transport, so that vllm-ascend's own path and ours are measured by the same ruler.
+    """Works below the transports, so it counts vllm-ascend's own path and ours in the same way.
 
-    MC2's ops send the active rows whose experts are on another rank. A mode does not see into opaque custom ops: `inside`
-    turns it on there.
+    For MC2's ops it counts the active rows whose experts are on another rank. A dispatch mode does not see into opaque custom
+    ops. Wrap a function that runs inside such an op with `inside`.
     """
 
     def __init__(self, ep_rank: int, ep_size: int, num_experts: int) -> None:
         super().__init__()
-        self.calls: list[Call] = []
+        self.calls: list[LoggedCollective] = []
         self._ep_rank, self._ep_size, self._per_rank = ep_rank, ep_size, num_experts // ep_size
         self._returned = 0
 
     def inside(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function`, logged."""
+        """Wrap `function` so that its collectives are logged."""
 
         def logged(*args: Any, **kwargs: Any) -> Any:
             with self:
@@ -41,7 +41,7 @@ class CollectiveLog(TorchDispatchMode):
         return logged
 
     def see_everything(self) -> None:
-        """Log what no mode sees: vLLM's collectives, which are opaque ops, and torch_npu's batches of sends and receives."""
+        """Log also what no dispatch mode sees: vLLM's collectives, which are opaque ops, and batches of sends and receives."""
         from vllm.distributed.parallel_state import GroupCoordinator
 
         for name in ("_all_reduce_out_place", "_all_gather_out_place", "_reduce_scatter_out_place"):
@@ -51,7 +51,7 @@ class CollectiveLog(TorchDispatchMode):
         def logged(operations: list[Any]) -> Any:
             sent = sum(each.tensor.nbytes for each in operations if each.op is torch.distributed.isend)
             if operations[0].tensor.device.type != "cpu":
-                self.calls.append(Call("send_recv", sent))
+                self.calls.append(LoggedCollective("send_recv", sent))
             return exchange(operations)
 
         torch.distributed.batch_isend_irecv = logged
@@ -67,32 +67,38 @@ class CollectiveLog(TorchDispatchMode):
         if name.startswith("npu::npu_moe_distribute_dispatch"):
             self._note_dispatch(args, kwargs)
         elif name.startswith("npu::npu_moe_distribute_combine"):
-            self.calls.append(Call("combine", self._returned))
+            self.calls.append(LoggedCollective("combine", self._returned))
         return result
 
     def _through_our_operator(self, name: str, func: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
-        """csrc_npu/ops: HCCL without torch.distributed in between. An exchange of tokens sends its counts before."""
+        """Log an operator of csrc_npu/ops, which calls HCCL directly. An exchange of tokens sends its counts first."""
         result = func(*args, **kwargs)
         given = dict(zip((each.name for each in func._schema.arguments), args, strict=False)) | kwargs
         if name in ("gather_tokens", "gather_message"):
             size = len(given["sizes"])
             self.calls.append(
-                Call("all_gather", RowFormat.of(given["tensors"]).row_bytes * len(given["tensors"][0]) * (size - 1))
+                LoggedCollective(
+                    "all_gather", RowFormat.of(given["tensors"]).row_bytes * len(given["tensors"][0]) * (size - 1)
+                )
             )
         elif name in ("exchange_tokens", "exchange_message"):
             sent = result[1][0].tolist()
             own = self._ep_rank if len(sent) == self._ep_size else 0
-            self.calls.append(Call("all_to_all (counts)", 8 * (len(sent) - 1)))
+            self.calls.append(LoggedCollective("all_to_all (counts)", 8 * (len(sent) - 1)))
             row_bytes = RowFormat.of(given["tensors"]).row_bytes
-            self.calls.append(Call("all_to_all", row_bytes * (sum(sent) - sent[own])))
+            self.calls.append(LoggedCollective("all_to_all", row_bytes * (sum(sent) - sent[own])))
         elif name == "exchange_rows":
             sizes = list(given["send_sizes"])
             x, own = given["x"], self._ep_rank if len(sizes) == self._ep_size else 0
-            self.calls.append(Call("all_to_all", x.nbytes // len(x) * (sum(sizes) - sizes[own]) if len(x) else 0))
+            self.calls.append(
+                LoggedCollective("all_to_all", x.nbytes // len(x) * (sum(sizes) - sizes[own]) if len(x) else 0)
+            )
         elif name == "scatter_reduce_tokens":
             x, sizes = given["x"], list(given["sizes"])
             self.calls.append(
-                Call("reduce_scatter", x.nbytes // len(x) * (sum(sizes) - sizes[given["rank"]]) if len(x) else 0)
+                LoggedCollective(
+                    "reduce_scatter", x.nbytes // len(x) * (sum(sizes) - sizes[given["rank"]]) if len(x) else 0
+                )
             )
         return result
 
@@ -118,8 +124,8 @@ class CollectiveLog(TorchDispatchMode):
             )
             sent = sum(x.nbytes for x in tensors) * (size - 1)
         device = next((x.device.type for value in given.values() for x in _tensors(value)), "npu")
-        if device != "cpu":  # votes and counts of the steps themselves, not of a layer
-            self.calls.append(Call(name, sent))
+        if device != "cpu":  # on the CPU, steps exchange votes and counts, which belong to no layer
+            self.calls.append(LoggedCollective(name, sent))
 
     def _note_dispatch(self, args: tuple[Any, ...], kwargs: Any) -> None:
         x = args[0] if args else kwargs["x"]
@@ -128,7 +134,7 @@ class CollectiveLog(TorchDispatchMode):
         active = ids.cpu() if mask is None else ids.cpu()[mask.cpu()]
         rows = int((active // self._per_rank != self._ep_rank).sum())
         element = 1 if kwargs.get("quant_mode") else x.element_size()
-        self.calls.append(Call("dispatch", rows * x.shape[1] * element))
+        self.calls.append(LoggedCollective("dispatch", rows * x.shape[1] * element))
         self._returned = rows * x.shape[1] * x.element_size()
 
 

@@ -1,4 +1,5 @@
-"""Tests beside vllm-ascend: in processes of their own, since vllm-ascend, torch_npu and the emulated device change theirs."""
+"""Tests beside vllm-ascend. They start processes of their own, because vllm-ascend, torch_npu and the emulated device change
+the process that imports them."""
 
 from collections.abc import Iterable
 from importlib.util import find_spec
@@ -10,7 +11,7 @@ from vllm_npu.emulator.pytest_plugin import missing
 
 
 def what_is_missing() -> str | None:
-    """What these tests need and this environment lacks, or None."""
+    """Names what these tests need and this environment does not have. None if everything is there."""
     absent = [package for package in ("vllm_ascend", "torch_npu") if find_spec(package) is None]
     return f"{' and '.join(absent)} (scripts/test.sh --ascend has them)" if absent else missing()
 
@@ -19,7 +20,7 @@ MISSING = what_is_missing()
 
 
 class ModuleThatCannotRun(pytest.Module):
-    """A test module, where something is missing."""
+    """A test module that is skipped as a whole, because something is missing."""
 
     def collect(self) -> Iterable[pytest.Item]:
         pytest.skip(f"needs vllm-ascend on the emulated Ascend device: {MISSING}", allow_module_level=True)

@@ -1,13 +1,15 @@
-"""Host time of prepare + finalize: vllm-ascend's own classes and ours on the same steps, taking turns in one run.
+"""Host time of prepare and finalize: vllm-ascend's own classes and ours take turns on the same steps in one run.
 
     scripts/setup.sh --ascend   # prints a python
     PYTHON -m tests.ascend.host_times [CHIP [ROUNDS]]
 
-Emulated: it says what the host does for a layer, nothing about an NPU. Streams run on threads of their own, so a call returns
-before the collective has run, as on a device; measured is the processor time of the calling thread. Routing is outside:
-vllm-ascend moves router logits, ours moves the weights and ids chosen from them. An op that computes (padding and
-concatenating, which only vllm-ascend's classes do) runs on the calling thread on this device, and waits for its stream;
-with one layer between two synchronisations that wait is short, with eight it is the collectives' own time.
+The device is emulated, so the times say what the host does for a layer and nothing about an NPU. Each stream has a thread of
+its own, so a call returns before its collective has run, as on a device. The processor time of the calling thread is measured.
+
+Routing is not measured: vllm-ascend moves router logits, and ours moves the weights and ids chosen from them.
+
+Only vllm-ascend's classes pad and concatenate. On the emulated device such an op runs on the calling thread and waits for its
+stream. With one layer between two synchronisations this wait is short. With eight layers it is the time of the collectives.
 """
 
 import json
@@ -27,7 +29,7 @@ from tests.ascend.layer_program import make_layer
 THEIRS, THROUGH_TORCH, OURS = "vllm-ascend's class", "ours, torch.distributed", "ours, C++ operators"
 WARM_UP = 5
 LAYERS = (1, 8)
-# strategy: grid, and tokens of each data-parallel rank
+# strategy -> (TP size, DP size, steps); a step has the number of tokens of each DP rank
 WORKLOADS: dict[str, tuple[int, int, list[list[int]]]] = {
     "allgather": (1, 2, [[8, 8], [64, 64], [8, 5]]),
     "all2all": (2, 1, [[8], [64]]),
@@ -36,7 +38,7 @@ LAYER = {"hidden": 2048, "experts": 64, "top_k": 8, "dtype": "bfloat16"}
 
 
 def main(given: dict[str, Any]) -> None:
-    """One rank: print microseconds a layer of every round, for each step, way and number of layers."""
+    """Run one rank. Print the microseconds a layer in each round, for each step, class and number of layers."""
     config, _ = make_layer(given)
 
     from vllm.config import set_current_vllm_config
@@ -123,7 +125,7 @@ def _take_turns(
 
 
 def table(chip: str, rounds: int) -> None:
-    """Launch each strategy's ranks and print what they measured: the slower rank of each round."""
+    """Launch the ranks of each strategy, and print a table of their times. The slower rank of each round counts."""
     from tests.ascend.test_layer import run
 
     print(f"Load before: {os.getloadavg()[0]:.2f}; {len(os.sched_getaffinity(0))} cores, 2 ranks, emulated {chip}, {LAYER}, "

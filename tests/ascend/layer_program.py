@@ -1,9 +1,9 @@
-"""One MoE layer of vllm-ascend on emulated ranks: by its own communication, then by each of our strategies.
+"""Runs one MoE layer of vllm-ascend on emulated ranks: with its own communication, then with each of our strategies.
 
     python -m vllm_npu.emulator run --nproc 2 --soc A3 tests/ascend/layer_program.py '{"tp": 2, "dp": 1, ...}'
 
-Prints one JSON line a rank: for every step and path, collectives, bytes, and the largest difference from a dense layer in
-float32 and from vllm-ascend's own path.
+Each rank prints one JSON line. For every step and path it holds the collectives, the bytes, and the largest difference from a
+dense layer in float32 and from vllm-ascend's own path.
 """
 
 import json
@@ -23,7 +23,7 @@ PREFIX = "model.layers.0.mlp.experts"
 
 
 def write_config(folder: Path, *, hidden: int, experts: int, top_k: int) -> None:
-    """A Qwen3-MoE config.json; the layer's weights are drawn, not loaded."""
+    """Write the config.json of a Qwen3-MoE model. It has no weight files: the layer's weights are drawn at random."""
     config = {
         "architectures": ["Qwen3MoeForCausalLM"],
         "model_type": "qwen3_moe",
@@ -49,8 +49,8 @@ def write_config(folder: Path, *, hidden: int, experts: int, top_k: int) -> None
 
 
 def dense(hidden: torch.Tensor, logits: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, top_k: int) -> torch.Tensor:
-    """The layer in float32: softmax, top-k, renormalised weights, gated MLPs."""
-    weights, ids = select_topk(logits, top_k)  # ties to the lowest id, as on Ascend
+    """Compute the layer's output in float32: softmax, top-k, renormalised weights, gated MLPs."""
+    weights, ids = select_topk(logits, top_k)  # of equal logits the lowest id comes first, as on Ascend
     weights = weights / weights.sum(-1, keepdim=True)
     total = torch.zeros_like(hidden, dtype=torch.float32)
     for k in range(top_k):
@@ -63,7 +63,7 @@ def dense(hidden: torch.Tensor, logits: torch.Tensor, w13: torch.Tensor, w2: tor
 
 
 def int8_config(experts: int) -> Any:
-    """vllm-ascend's description of a checkpoint whose experts are W8A8_DYNAMIC."""
+    """vllm-ascend's quantisation config for a checkpoint whose experts are W8A8_DYNAMIC."""
     from vllm_ascend.quantization.modelslim_config import AscendModelSlimConfig
 
     names = [f"{PREFIX}.{expert}.{name}_proj" for expert in range(experts) for name in ("gate", "up", "down")]
@@ -72,7 +72,10 @@ def int8_config(experts: int) -> Any:
 
 
 def load_int8(layer: Any, name: str, weight: torch.Tensor, own: slice) -> torch.Tensor:
-    """Give the layer its experts' weight [experts, out, in] as integers with a scale for each output; what they stand for."""
+    """Load the weight [experts, out, in] into the layer as int8, with a scale for each output row.
+
+    Returns the weight of all experts after this rounding.
+    """
     scale = (weight.float().abs().amax(dim=2, keepdim=True) / 127).to(weight.dtype)
     quantised = (weight.float() / scale.float()).round().clamp(-127, 127)
     getattr(layer, f"{name}_weight").data.copy_(quantised[own].to(torch.int8))
@@ -82,7 +85,7 @@ def load_int8(layer: Any, name: str, weight: torch.Tensor, own: slice) -> torch.
 
 
 def spoil_combine() -> None:
-    """From now on the last row that our all2all brings back is wrong by a tenth."""
+    """Make the last row that our all2all brings back 10 % too large."""
     from vllm_npu.strategies.dispatch.all2allv import All2AllVDispatcher
 
     combine = All2AllVDispatcher.combine
@@ -96,7 +99,7 @@ def spoil_combine() -> None:
 
 
 def make_layer(given: dict[str, Any]) -> tuple[Any, Any]:
-    """vLLM's configuration and groups, and vllm-ascend's layer, its weights not yet drawn."""
+    """Open vLLM's groups, and build vllm-ascend's layer without weights. Returns (vLLM's configuration, layer)."""
     rank, tp, dp = int(os.environ["RANK"]), given["tp"], given["dp"]
     hidden_size, experts, top_k = given["hidden"], given["experts"], given["top_k"]
     dtype = getattr(torch, given["dtype"])

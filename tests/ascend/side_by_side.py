@@ -1,9 +1,10 @@
-"""What one MoE layer puts on the wire on the same steps, by vllm-ascend's own path and by each of our strategies.
+"""Prints what one MoE layer sends on the same steps: with vllm-ascend's own path, and with each of our strategies.
 
     scripts/setup.sh --ascend   # prints a python
     PYTHON -m tests.ascend.side_by_side [CHIP]
 
-A table of collectives and bytes of rank 0, and of how far each path is from a dense layer. Emulated: counts, not times.
+The table has the collectives and bytes of rank 0, and the difference of each path from a dense layer. It has no times, because
+the device is emulated.
 """
 
 import sys
@@ -20,7 +21,7 @@ GRIDS = {
 
 
 def main(chip: str) -> None:
-    """Launch both grids and print the table."""
+    """Launch the ranks of both grids, and print the table."""
     table = Table(title=f"One MoE layer, hidden size 1024, 8 experts, top 2, bfloat16, on emulated {chip}, rank 0")
     for header in ("grid", "tokens", "path", "collectives", "bytes sent", "from dense"):
         table.add_column(header, justify="right" if header in ("bytes sent", "from dense") else "left")

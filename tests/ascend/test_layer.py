@@ -1,4 +1,4 @@
-"""One MoE layer of real vllm-ascend on emulated ranks: every strategy against vllm-ascend's own path and a dense layer."""
+"""One MoE layer of the real vllm-ascend on emulated ranks: every strategy is compared with its own path and a dense layer."""
 
 import json
 import re
@@ -14,19 +14,21 @@ ROOT = PROGRAM.parents[2]
 PLUGINS = "vllm_npu,ascend_kv_connector,ascend_model,ascend_model_loader,ascend_service_profiling"
 OWN = "vllm-ascend"
 STRATEGIES = ["mc2", "all2all", "allgather", "naive"]
-TOLERANCES = {"float16": 2e-3, "bfloat16": 2e-2}  # of the largest element: those of vllm_npu.tools.verification
-INT8_FROM_DENSE = 5e-2  # two roundings of activations to 1/127 of their row's largest element
+TOLERANCES = {"float16": 2e-3, "bfloat16": 2e-2}  # relative to the largest element, as in vllm_npu.tools.verification
+INT8_FROM_DENSE = 5e-2  # activations are rounded twice to 1/127 of the largest element of their row
 COMM_TYPES = {"mc2": "MC2", "all2all": "ALLTOALL", "allgather": "ALLGATHER", "naive": "ALLGATHER"}
 
 
 def run(soc: str, tp: int, dp: int, **given: Any) -> tuple[Outcome, list[dict[str, Any]]]:
-    """Launch the program (another with `program`) on tp * dp ranks; what each printed, in rank order."""
+    """Launch layer_program.py, or `program`, on tp * dp ranks. Returns the outcome and each rank's JSON, in rank order."""
     wanted = {"tp": tp, "dp": dp, "hidden": 1024, "experts": 8, "top_k": 2, "strategies": STRATEGIES} | given
     env = {"PYTHONPATH": str(ROOT), "VLLM_PLUGINS": PLUGINS, "TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1"}
     env |= wanted.pop("env", {})
     program = wanted.pop("program", PROGRAM)
     outcome = launch([str(program), json.dumps(wanted)], tp * dp, soc, env, 300)
-    starts = [found.start() for found in re.finditer(r'\{"rank": \d', outcome.output)]  # ranks may share a line
+    starts = [
+        found.start() for found in re.finditer(r'\{"rank": \d', outcome.output)
+    ]  # two ranks may print on one line
     reports = [json.JSONDecoder().raw_decode(outcome.output, start)[0] for start in starts]
     return outcome, sorted(reports, key=lambda report: int(report["rank"]))
 
@@ -59,7 +61,7 @@ def test_every_strategy_gives_what_vllm_ascend_gives(case):
             assert row["from_own"] < tolerance, row
             if row["path"] != OWN:
                 assert row["ran"] == COMM_TYPES[row["path"]]
-        # The same op on the same rows: not close, but equal.
+        # Both paths run the same op on the same rows, so the outputs must be equal.
         own_by_mc2 = [row["counts"] for row in rows if row["path"] == OWN and row["ran"] == "MC2"]
         assert bool(own_by_mc2) == (soc == "A3")
         assert all(row["from_own"] == 0 for row in rows if row["path"] == "mc2" and row["counts"] in own_by_mc2)
@@ -77,7 +79,7 @@ def test_a_step_past_mc2s_capacity_goes_another_way():
     for report in reports:
         own, ours = report["rows"]
         assert (own["ran"], ours["ran"]) == ("ALLTOALL", "ALLTOALL")
-        assert ours["bytes"] < own["bytes"]  # a token once a rank, not once an expert
+        assert ours["bytes"] < own["bytes"]  # ours sends a token once to each rank, vllm-ascend once to each expert
     assert "mc2 takes 512 tokens a rank, this step brings 600" in outcome.output
 
 
@@ -95,7 +97,7 @@ def test_compare_runs_both_paths_and_names_the_layer_and_rank_that_differ(fault)
     assert "rank 0, all2all: differs" not in outcome.output
     for report in reports:
         for row in report["rows"]:
-            assert row["from_dense"] < TOLERANCES["bfloat16"]  # the result stays vllm-ascend's
+            assert row["from_dense"] < TOLERANCES["bfloat16"]  # the layer returns vllm-ascend's output
             assert row["calls"].count("dispatch") == 1
             assert sum(call.startswith("all_to_all") for call in row["calls"]) == 3
 
@@ -105,4 +107,4 @@ def test_a_buffer_that_is_too_small_for_decode_is_named_before_any_worker_starts
     assert outcome.code != 0
     assert reports == []
     assert "mc2 on A3, full mesh needs HCCL_BUFFSIZE=6 for steps of 16 tokens a rank" in outcome.output
-    assert "create_engine_config" in outcome.output, "while vLLM builds its configuration"
+    assert "create_engine_config" in outcome.output, "the error must come while vLLM builds its configuration"

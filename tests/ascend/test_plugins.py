@@ -1,4 +1,4 @@
-"""Two platform plugins side by side: what vLLM and doctor say, and that it is what to set."""
+"""Both platform plugins are installed. vLLM and doctor report the conflict, and the remedy that they name works."""
 
 import json
 import os
@@ -34,7 +34,7 @@ def doctor(folder: Path, plugins: str | None) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def refusal() -> str:
-    """What vLLM ends with where nothing is set."""
+    """The error with which vLLM ends if VLLM_PLUGINS is not set."""
     process = run(["-c", LOAD], None)
     assert process.returncode != 0
     assert "PLATFORM" not in process.stdout

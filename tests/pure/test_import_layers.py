@@ -60,7 +60,9 @@ def test_a_tree_that_keeps_the_rules_passes(tmp_path):
                 "from vllm_npu.transport import gloo\n"
             ),
             "all2all/agrs.py": "import torch.distributed\nfrom vllm_npu.strategies import select\n",
-            "plugin/__init__.py": "import vllm_ascend\nfrom vllm.platforms import Platform\n",
+            "plugin/__init__.py": "import vllm_ascend\nfrom vllm.platforms import Platform\nfrom .cpu import experts\n",
+            "plugin/cpu/experts.py": "from vllm_npu.plugin.cpu import eplb\nfrom vllm_npu.plugin import options\n",
+            "plugin/compat/v0_32.py": "from vllm_npu.plugin.cpu import eplb\n",
             "tools/engines/offline_engine.py": "def f():\n    from vllm import LLM\n",
             "tools/doctor/machine_checks.py": "from vllm_npu import emulator, plugin\n",
             "emulator/__init__.py": "import ctypes\nfrom vllm_npu import envs\ndef enable():\n    import torch_npu\n",
@@ -70,7 +72,7 @@ def test_a_tree_that_keeps_the_rules_passes(tmp_path):
             "cli/__init__.py": "from vllm_npu import emulator, tools\nimport vllm_npu.plugin\n",
         },
     )
-    assert check(tmp_path) == (19, [])
+    assert check(tmp_path) == (21, [])
 
 
 CAUGHT = {
@@ -93,10 +95,22 @@ CAUGHT = {
         "device imports plugin",
     ),
     "tools in service": (
-        "plugin/ascend/comparison.py",
+        "plugin/ascend/output_comparison.py",
         "def f():\n    from vllm_npu.tools.verification import cases\n",
         2,
         "plugin runs in service and imports tools, which never does",
+    ),
+    "a platform in a shared file of the plugin": (
+        "plugin/groups.py",
+        "def f():\n    from .cpu import experts\n",
+        2,
+        "imports plugin/cpu, which only it",
+    ),
+    "a platform in another": (
+        "plugin/ascend/worker.py",
+        "from vllm_npu.plugin import options\nfrom vllm_npu.plugin import gpu\n",
+        2,
+        "imports plugin/gpu, which only it",
     ),
     "the root imports the package": ("__init__.py", "from .errors import X\n", 1, "the package's root imports errors"),
     "vllm outside plugin": (

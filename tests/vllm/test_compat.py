@@ -75,7 +75,8 @@ def test_the_installed_vllm_has_a_module_of_its_own():
     assert compat.current().__name__ == release_lines.SUPPORTED[release_lines.release_line(vllm.__version__)]
 
 
-SHARED = ("fused_moe.py", "groups.py", "step_planner.py")  # modules of the plugin that serve every line
+# Files of the plugin that run with every line.
+SHARED = ("fused_moe.py", "groups.py", "step_planner.py", "worker_extension.py")
 
 
 def test_every_line_has_the_functions_that_the_plugin_calls_there():
@@ -94,9 +95,9 @@ def test_every_line_has_the_functions_that_the_plugin_calls_there():
         }
 
     shared = called(*(plugin / name for name in SHARED))
-    assert {"moe_layers", "transports", "device_limits", "micro_batch"} <= shared
-    on_cpu = called(*plugin.glob("*.py"))
-    assert "register_out_of_tree" in on_cpu
+    assert {"moe_layers", "transports", "device_limits", "micro_batch", "eplb_report"} <= shared
+    on_cpu = called(*plugin.glob("*.py"), *plugin.glob("cpu/*.py"))
+    assert {"register_out_of_tree", "set_eplb_worker", "start_eplb"} <= on_cpu
     on_ascend = called(*plugin.glob("ascend/*.py"))
     assert "replace_choice" in on_ascend
     tables = {line: signatures(line) for line in release_lines.SUPPORTED}

@@ -15,6 +15,7 @@ from vllm_npu.core.limits import DEVICES
 from vllm_npu.envs import CPU_OMP_THREADS_BIND
 from vllm_npu.errors import HcclBufferError, UnsupportedConfigError, UnsupportedDeviceError
 from vllm_npu.plugin import compat, engine_check, options
+from vllm_npu.plugin.gpu.config_check import required_backend
 from vllm_npu.plugin.options import Options
 from vllm_npu.strategies.start_checks import PlannedShape
 from vllm_npu.strategies.table import STRATEGIES
@@ -217,12 +218,12 @@ def test_on_an_npu_the_same_check_names_the_buffer(model, environment):
     config.model_config.hf_text_config.hidden_size = 7168
     environment.setenv("HCCL_BUFFSIZE", "1")
     with pytest.raises(HcclBufferError, match=r"export HCCL_BUFFSIZE=\d+ on every rank"):
-        engine_check.check_engine(config, DEVICES["A3"])
+        engine_check.check_engine(config, Options.of(config), DEVICES["A3"])
     environment.setenv("HCCL_BUFFSIZE", "200")
-    engine_check.check_engine(config, DEVICES["A3"])
+    engine_check.check_engine(config, Options.of(config), DEVICES["A3"])
     config.additional_config = {"vllm_npu": {"moe_comm": "mc2"}}
     with pytest.raises(UnsupportedDeviceError, match="310P has no MC2; use allgather"):
-        engine_check.check_engine(config, DEVICES["310P"])
+        engine_check.check_engine(config, Options.of(config), DEVICES["310P"])
 
 
 def test_one_rank_may_ask_for_what_it_does_not_use(model):
@@ -365,7 +366,7 @@ def cuda_backend(model: str, section: dict, **arguments) -> str | None:
     and given the section afterwards: vLLM builds one for GPUs where there is one only."""
     config = engine_config(model, **EP2, **arguments)
     config.additional_config = {"vllm_npu": section}
-    return options.check_cuda_config(config)
+    return required_backend(config)
 
 
 @pytest.mark.parametrize(
@@ -385,7 +386,7 @@ def test_on_gpus_vllms_backend_follows_what_is_asked_for(model, section, backend
 def test_the_environment_asks_for_a_strategy_on_gpus_too(model, environment):
     config = engine_config(model, **EP2)
     environment.setenv("VLLM_NPU_MOE_COMM", "symmetric")
-    assert options.check_cuda_config(config) == "allgather_reducescatter"
+    assert required_backend(config) == "allgather_reducescatter"
 
 
 @pytest.mark.parametrize(

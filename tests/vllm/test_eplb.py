@@ -36,8 +36,8 @@ def rearranges(rank: Rank, backends: list[str | None]) -> list[str]:
     from vllm.distributed.eplb.eplb_communicator import EplbCommunicator
     from vllm.distributed.eplb.rebalance_execute import rearrange_expert_weights_inplace
 
-    from vllm_npu.plugin.cpu import eplb
-    from vllm_npu.plugin.cpu.eplb import create_eplb_communicator
+    from vllm_npu.plugin import eplb_communicators
+    from vllm_npu.plugin.eplb_communicators import create_eplb_communicator
 
     ep = rank.groups(tp_size=1, dp_size=rank.num_ranks).ep
     # What the function reads of a GroupCoordinator; a real one needs vLLM's whole start-up.
@@ -74,8 +74,8 @@ def rearranges(rank: Rank, backends: list[str | None]) -> list[str]:
         assert y.tolist() == [(rank.rank - 1) % rank.num_ranks] * 3
         kinds.append(type(communicator.communicator).__name__)
     for original in (
-        eplb.TorchDistNcclEplbCommunicator(ep_group=dist.group.WORLD),
-        eplb.TorchDistGlooStagedEplbCommunicator(dist.group.WORLD, cuda_stream=None),
+        eplb_communicators.TorchDistNcclEplbCommunicator(ep_group=dist.group.WORLD),
+        eplb_communicators.TorchDistGlooStagedEplbCommunicator(dist.group.WORLD, cuda_stream=None),
     ):
         y = torch.empty(3)
         original.add_send(torch.full((3,), float(rank.rank)), (rank.rank + 1) % rank.num_ranks)
@@ -105,7 +105,7 @@ def run_replicas(grid: Grid, layout: Layout) -> None:
     from vllm.distributed import get_ep_group
     from vllm.distributed.eplb.rebalance_execute import rearrange_expert_weights_inplace
 
-    from vllm_npu.plugin.cpu.eplb import create_eplb_communicator
+    from vllm_npu.plugin.eplb_communicators import create_eplb_communicator
     from vllm_npu.plugin.step_planner import planner_of
 
     redundant = 2 * grid.size

@@ -576,6 +576,47 @@ def test_a_new_strategy_waits_for_the_last_rank(ranks: VllmRanks):  # noqa: F811
         assert taken == ["mc2"] * 4 + ["allgather"] * 3
 
 
+def run_two_layers(grid: Grid) -> tuple[list[str], int]:
+    """The strategies whose pipelines two layers built in two rounds of steps, and how often the options were read."""
+    from vllm_npu.plugin.groups import model_pipelines
+    from vllm_npu.plugin.options import Options
+    from vllm_npu.plugin.step_planner import planner_of
+    from vllm_npu.strategies import pipelines
+
+    built, read = [], []
+    build, read_options = pipelines.build, Options.of
+
+    def noted_build(strategy: str, *args: Any) -> Any:
+        built.append(strategy)
+        return build(strategy, *args)
+
+    def noted_options(vllm_config: Any) -> Options:
+        read.append(vllm_config)
+        return read_options(vllm_config)
+
+    config = make_config(grid)
+    layers = [build_layer(grid, config, prefix=f"model.layers.{number}.mlp.experts") for number in (0, 1)]
+    model_pipelines.cache_clear()
+    tokens = Tokens.random(Layout(grid), grid, (3,) * grid.dp, torch.float32)
+    expected = dense_moe(tokens, Weights.random(torch.float32), shared=False)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(pipelines, "build", noted_build)
+        patched.setattr(Options, "of", noted_options)
+        for strategy in (*STRATEGIES, *STRATEGIES):
+            planner_of(config).propose(strategy)
+            with vllm_step(grid, config, (3,) * grid.dp):
+                for layer in layers:
+                    output = layer(hidden_states=tokens.hidden_states, router_logits=tokens.router_logits)
+                    check_output(output, tokens, expected, (strategy, layer.layer_name))
+    return built, len(read)
+
+
+def test_layers_share_their_pipelines_and_the_options_are_read_once(ranks: VllmRanks):  # noqa: F811
+    for built, times_read in ranks.run(run_two_layers, DP2):
+        assert built == list(STRATEGIES)
+        assert times_read == 1
+
+
 def run_proposals(grid: Grid) -> list[str]:
     from vllm_npu.plugin.step_planner import planner_of
 

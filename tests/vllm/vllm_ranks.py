@@ -138,6 +138,7 @@ def _open(grid: Grid, process: int) -> None:
 
     load_general_plugins()
     groups.model_groups.cache_clear()
+    groups.model_pipelines.cache_clear()
     groups.vote_transport.cache_clear()
     parallel_state.destroy_model_parallel()
     ranks_per_engine = NUM_RANKS // grid.dp

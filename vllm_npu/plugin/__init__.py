@@ -1,13 +1,18 @@
-"""The vLLM plugin, and the only place that imports vllm. vLLM finds the two functions below by entry points."""
+"""The vLLM plugin, and the only folder of the package that imports vllm in service. vLLM finds the two functions below by
+entry points.
+
+cpu/, gpu/ and ascend/ hold what runs on one platform. compat/ holds what depends on vLLM's release line. The other files run on
+several platforms.
+"""
 
 from vllm_npu import envs
 from vllm_npu.plugin import entry_points, release_lines
 
 
 def register_platform() -> str | None:
-    """Entry point of `vllm.platform_plugins`: the platform class for this vLLM build, or None to stay out of the way.
+    """Entry point of `vllm.platform_plugins`: the path of our platform class. None if vLLM must choose its own platform.
 
-    Raises nothing: vLLM ignores errors here. What is wrong is said by register_layers, whose errors vLLM shows.
+    Raises nothing, because vLLM ignores errors here. register_layers raises them, and vLLM shows those.
     """
     if entry_points.conflict() is not None:
         return None
@@ -23,13 +28,13 @@ def register_platform() -> str | None:
 
 
 def register_layers() -> None:
-    """Entry point of `vllm.general_plugins`: on a CPU, replace vLLM's MoE layers by ours; on GPUs they stay vLLM's. Runs in
-    every process of vLLM.
+    """Entry point of `vllm.general_plugins`: on a CPU, make vLLM build our MoE layers. Runs in every process of vLLM.
 
-    Beside vllm-ascend the worker does that, when vllm-ascend has put its own layers in.
+    On GPUs the layers stay vLLM's. On NPUs vllm-ascend builds its own layers first, so plugin/ascend/worker.py replaces their
+    communication later.
 
-    Raises PluginConflictError where vllm-ascend's platform is to be loaded too, UnsupportedConfigError where vLLM's version
-    is not supported.
+    Raises PluginConflictError if vLLM would load vllm-ascend's platform too, and UnsupportedConfigError if vLLM's version is
+    not supported.
     """
     from vllm_npu.errors import PluginConflictError
 
@@ -52,10 +57,15 @@ def register_layers() -> None:
 
     if not isinstance(current_platform, CpuMoEPlatform):
         return
+    from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
+    from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+
     from vllm_npu.plugin import compat, custom_ops
-    from vllm_npu.plugin.cpu import experts, moe_runner
+    from vllm_npu.plugin.cpu.experts import CpuUnquantizedFusedMoEMethod
+    from vllm_npu.plugin.cpu.moe_runner import CpuMoERunner
 
     custom_ops.register()
-    experts.register()
-    moe_runner.register()
-    compat.current().open_eplb()
+    release = compat.current()
+    release.register_out_of_tree(UnquantizedFusedMoEMethod, CpuUnquantizedFusedMoEMethod)
+    release.register_out_of_tree(MoERunner, CpuMoERunner)
+    release.open_eplb()

@@ -1,5 +1,7 @@
-"""torch.ops.vllm.maybe_all_gather_and_maybe_unpad and maybe_pad_and_reduce, the sequence-parallel ops of the original
-design. Opaque to torch.compile: what they do is decided from the step that runs, not from the one that was traced."""
+"""The sequence-parallel ops of the original design: torch.ops.vllm.maybe_all_gather_and_maybe_unpad and maybe_pad_and_reduce.
+
+The ops are opaque to torch.compile. They follow the plan of the running step, not of the traced one.
+"""
 
 import torch
 from vllm.utils.torch_utils import direct_register_custom_op
@@ -12,6 +14,7 @@ from vllm_npu.transport.base import Transport
 
 
 def _real_rows(is_ep_comm: bool) -> tuple[list[int], Transport]:
+    """Rows of each rank of ep (or tp) that are tokens, and the group's transport."""
     groups = model_groups(expert_parallel=True)
     tp_size = groups.topology.tp_size
     per_rank = current_step().plan.sliced_tokens_across_ep(tp_size)
@@ -26,8 +29,10 @@ def _is_sliced() -> bool:
 
 
 def maybe_all_gather_and_maybe_unpad(x: torch.Tensor, label: bool, is_ep_comm: bool = False) -> torch.Tensor:
-    """Gather slices [rows, ...] over ep (or tp) without their padding: [sum of real rows, ...]. A copy of `x` where `label`
-    is False or the step is not sliced. COLLECTIVE: one all-gather."""
+    """Gather slices [rows, ...] over ep (or tp) without their padding: [sum of real rows, ...]. COLLECTIVE: one all-gather.
+
+    Returns a copy of `x` if `label` is False or the step is not sliced; then LOCAL.
+    """
     if not label or not _is_sliced():
         return x.clone()
     real_rows, transport = _real_rows(is_ep_comm)
@@ -39,8 +44,10 @@ def _maybe_all_gather_and_maybe_unpad_fake(x: torch.Tensor, label: bool, is_ep_c
 
 
 def maybe_pad_and_reduce(x: torch.Tensor, is_ep_comm: bool = False) -> torch.Tensor:
-    """The inverse: add the ranks' [sum of real rows, ...] up and keep this rank's slice, padded as the model brought it.
-    An all-reduce over tp where the step is not sliced. COLLECTIVE: one."""
+    """Undo maybe_all_gather_and_maybe_unpad: add the ranks' [sum of real rows, ...] up, and return this rank's slice, padded.
+
+    COLLECTIVE: one reduce-scatter over ep (or tp). If the step is not sliced: one all-reduce over tp.
+    """
     if not _is_sliced():
         return model_groups(expert_parallel=True).tp.all_reduce(x)
     real_rows, transport = _real_rows(is_ep_comm)
@@ -53,12 +60,12 @@ def _maybe_pad_and_reduce_fake(x: torch.Tensor, is_ep_comm: bool = False) -> tor
 
 
 def _fresh_rows_like(x: torch.Tensor) -> torch.Tensor:
-    """As many rows as the step will say: a size that the trace must not know."""
+    """A fake output whose number of rows is unknown to the trace: it depends on the step."""
     return x.new_empty((torch.library.get_ctx().new_dynamic_size(), *x.shape[1:]))
 
 
 def register() -> None:
-    """Register both ops, unless another plugin (vllm-ascend has ops of these names) came first."""
+    """Register both ops. An op of the same name that another plugin registered stays: vllm-ascend has such ops."""
     for op, fake in (
         (maybe_all_gather_and_maybe_unpad, _maybe_all_gather_and_maybe_unpad_fake),
         (maybe_pad_and_reduce, _maybe_pad_and_reduce_fake),

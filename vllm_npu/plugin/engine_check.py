@@ -1,4 +1,4 @@
-"""The planner on the engine that is about to start: model, topology and steps as vLLM has configured them."""
+"""Checks an engine before it starts: whether the device's limits allow its model, topology and steps."""
 
 from typing import TYPE_CHECKING
 
@@ -14,16 +14,15 @@ from vllm_npu.strategies.start_checks import PlannedShape, check_start
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-logger = init_logger("vllm.npu.engine_check")
+logger = init_logger("vllm.npu.plugin.engine_check")
 
 
-def check_engine(vllm_config: "VllmConfig", device: DeviceLimits) -> None:
-    """Raise start_checks.check_start's errors for an engine that the limits forbid, before any process is started.
+def check_engine(vllm_config: "VllmConfig", options: Options, device: DeviceLimits) -> None:
+    """Raise the errors of start_checks.check_start for an engine that the limits forbid. Runs before any process starts.
 
-    From the model's config.json, as `vllm-npu plan` and `doctor --model` read it. What it does not say is found out when the
-    layers are built, where the same check runs again on them.
+    The facts come from the model's config.json, as in `vllm-npu plan` and `doctor --model`. The same check runs again on the
+    built layers, because config.json may lack some facts.
     """
-    options = Options.of(vllm_config)
     topology = topology_of(vllm_config.parallel_config)
     model_config = vllm_config.model_config
     if options.mode is Mode.OFF or model_config is None or not model_config.is_moe or topology.world_size == 1:
@@ -31,7 +30,8 @@ def check_engine(vllm_config: "VllmConfig", device: DeviceLimits) -> None:
     layer = configured_layer(vllm_config)
     if layer is None:
         logger.info(
-            "The config.json of %s does not describe its MoE layers: they are checked when built.", model_config.model
+            "The config.json of %s does not describe its MoE layers. They are checked when they are built.",
+            model_config.model,
         )
         return
     check_start(
@@ -45,7 +45,7 @@ def check_engine(vllm_config: "VllmConfig", device: DeviceLimits) -> None:
 
 
 def configured_layer(vllm_config: "VllmConfig") -> MoELayer | None:
-    """An MoE layer of the model, redundant experts included; None where config.json does not say."""
+    """An MoE layer of the model, redundant experts included. None if config.json does not describe it."""
     model_config, parallel_config = vllm_config.model_config, vllm_config.parallel_config
     facts = facts_of_config(model_config.hf_text_config.to_dict())
     if facts["topk"] is None or facts["hidden"] is None:
@@ -62,7 +62,9 @@ def configured_layer(vllm_config: "VllmConfig") -> MoELayer | None:
 
 def planned_shape(vllm_config: "VllmConfig") -> PlannedShape:
     """The steps that the engine is configured for."""
-    from vllm.config import CUDAGraphMode  # not at the top: vLLM loads the platform while it defines its configuration
+    from vllm.config import (
+        CUDAGraphMode,  # not at the top: vllm.config itself imports the platform, which imports this file
+    )
 
     scheduler, compilation = vllm_config.scheduler_config, vllm_config.compilation_config
     speculative = vllm_config.speculative_config

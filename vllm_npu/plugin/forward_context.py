@@ -1,4 +1,4 @@
-"""The plan of a step as vLLM's forward context carries it: one place that writes it, one that reads it."""
+"""The plan of a step inside vLLM's forward context. Only this file writes it there and reads it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,18 +19,18 @@ class PlannedStep:
     plan: StepPlan
     strategy: str
     confirm: Callable[[], None]
-    """Waits for the vote on the plan. Raises PlanDisagreementError where ranks' plans differ."""
+    """Waits for the end of the vote on the plan. Raises PlanDisagreementError if the ranks' plans differ."""
 
 
 def as_additional_context(step: PlannedStep) -> dict[str, Any]:
-    """The step as Platform.set_additional_forward_context returns it."""
+    """Wrap the step as Platform.set_additional_forward_context must return it."""
     return {KEY: step}
 
 
 def running_step() -> PlannedStep | None:
-    """The step that is running, or None outside of a step and where it was not planned.
+    """The step that is running. None outside of a step, and in a step that was not planned.
 
-    Reads the context's additional_kwargs, and its attributes: vLLM's runners use the one, vllm-ascend's also the other.
+    vLLM's runners keep the step in the context's additional_kwargs. vllm-ascend's runners may keep it in an attribute.
     """
     context = get_forward_context() if is_forward_context_available() else None
     step = None if context is None else context.additional_kwargs.get(KEY, getattr(context, KEY, None))
@@ -38,16 +38,18 @@ def running_step() -> PlannedStep | None:
 
 
 def current_step() -> PlannedStep:
-    """The step that is running, on which all ranks agree: its first call waits for the vote. Raises PlanDisagreementError,
-    and InvalidInputError where there is no step."""
+    """The step that is running, after the end of its vote: the first call in a step waits for it.
+
+    Raises PlanDisagreementError if the ranks' plans differ, and InvalidInputError if no planned step is running.
+    """
     step = running_step()
     if step is None:
         where = (
             "in a step that has no token count" if is_forward_context_available() else "outside of a forward context"
         )
         raise InvalidInputError(
-            f"an MoE layer of vllm_npu ran {where}; wrap the call in vLLM's set_forward_context(..., num_tokens=n), and let "
-            "vllm_npu be the active platform"
+            f"an MoE layer of vllm_npu ran {where}; wrap the call in vLLM's set_forward_context(..., num_tokens=n), and make "
+            "vllm_npu the active platform"
         )
     step.confirm()
     return step

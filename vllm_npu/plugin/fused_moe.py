@@ -1,5 +1,8 @@
-"""The original design's class names and signatures, as shells over prepare_finalize. The one place with state of a call:
-vLLM's interface passes no handle from prepare to finalize, so it is kept here, one for each micro-batch."""
+"""The classes of the original design, with their names and signatures, on top of strategies/prepare_finalize.
+
+Their interface passes no handle from prepare to finalize. So an object keeps the handle of each micro-batch between the two
+calls. No other code of this package keeps the state of a call.
+"""
 
 from abc import ABC
 from dataclasses import replace
@@ -21,7 +24,7 @@ from vllm_npu.strategies.prepare_finalize.naive_multicast import NaiveMulticastP
 
 
 class FusedMoEPrepareAndFinalize(ABC):
-    """prepare() before the experts, finalize() after them. Where the flags differ from the step's own layout, they win."""
+    """prepare() runs before the experts, and finalize() after them."""
 
     strategy: type[PrepareAndFinalize]
 
@@ -37,8 +40,11 @@ class FusedMoEPrepareAndFinalize(ABC):
         enable_shared_expert_dp: bool = False,
         replace_allreduce: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """(hidden_states, router_logits, mask) of the tokens that this rank works on. Either flag says that the input is
-        already this TP rank's slice. A handle that an exception left behind is dropped."""
+        """Return (hidden_states, router_logits, mask) of the tokens that this rank works on. COLLECTIVE as the strategy is.
+
+        Each flag means that the input is already this TP rank's slice. A flag overrides the sharding of the step's plan. A
+        handle of an earlier prepare without finalize is dropped.
+        """
         check_router_logits(hidden_states, router_logits, int(self.moe_config.num_logical_experts))
         plan = current_step().plan
         sharding = TokenSharding.from_flags(
@@ -46,12 +52,16 @@ class FusedMoEPrepareAndFinalize(ABC):
             replace_allreduce=replace_allreduce,
             sequence_parallel=plan.sharding is TokenSharding.SLICED_OVER_TP,
         )
-        prepared = self._stages.prepare(hidden_states, (router_logits,), replace(plan, sharding=sharding))
+        step = plan if sharding is plan.sharding else replace(plan, sharding=sharding)
+        prepared = self._stages.prepare(hidden_states, (router_logits,), step)
         self._in_flight[compat.current().micro_batch()] = prepared.handle
         return prepared.hidden_states, prepared.per_token[0], prepared.mask
 
     def finalize(self, hidden_states: torch.Tensor, reduce_results: bool) -> torch.Tensor:
-        """The output for prepare's input rows, for the prepare of the same micro-batch. Raises HandleMismatchError without."""
+        """Return the output for the input rows of this micro-batch's prepare. COLLECTIVE as the strategy is.
+
+        Raises HandleMismatchError if there was no prepare.
+        """
         handle = self._in_flight.pop(compat.current().micro_batch(), None)
         if handle is None:
             raise HandleMismatchError(
@@ -61,24 +71,24 @@ class FusedMoEPrepareAndFinalize(ABC):
 
 
 class FusedMoEPrepareAndFinalizeWithMC2(FusedMoEPrepareAndFinalize):
-    """Padded to the agreed length, masked, sliced over TP."""
+    """Each rank works on a slice over TP, padded to the same length on all ranks, with a mask."""
 
     strategy = EvenPrepareAndFinalize
 
 
 class FusedMoEPrepareAndFinalizeWithAll2All(FusedMoEPrepareAndFinalize):
-    """Sliced over TP."""
+    """Each rank works on a slice over TP, without padding."""
 
     strategy = All2AllPrepareAndFinalize
 
 
 class FusedMoEPrepareAndFinalizeWithAllGather(FusedMoEPrepareAndFinalize):
-    """Gathered over DP, or over EP where sliced."""
+    """Each rank works on the tokens of all DP ranks, gathered over DP. A sliced input is gathered over EP."""
 
     strategy = AllGatherPrepareAndFinalize
 
 
 class FusedMoEPrepareAndFinalizeWithNaiveMulticast(FusedMoEPrepareAndFinalize):
-    """Broadcast over DP, or over EP where sliced."""
+    """As FusedMoEPrepareAndFinalizeWithAllGather, with one broadcast from each rank in place of the gather."""
 
     strategy = NaiveMulticastPrepareAndFinalize

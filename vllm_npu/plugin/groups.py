@@ -1,4 +1,4 @@
-"""vLLM's process groups as transports: opened once in a process, used by all layers."""
+"""vLLM's process groups as transports. A process opens them once, and all layers use them."""
 
 from functools import cache
 
@@ -9,6 +9,7 @@ from vllm.utils.network_utils import get_ip
 from vllm_npu import envs
 from vllm_npu.core.topology import ParallelTopology
 from vllm_npu.plugin import compat
+from vllm_npu.strategies.pipelines import Pipelines
 from vllm_npu.transport.base import Groups, Transport, gather_texts
 from vllm_npu.transport.gloo import GlooTransport
 from vllm_npu.trust.recording import CollectiveCounter, open_ring, record
@@ -20,19 +21,19 @@ MAX_ADDRESS_BYTES = 512
 
 @cache
 def collective_counter() -> CollectiveCounter | None:
-    """This process's counter, or None where VLLM_NPU_COUNT_COLLECTIVES and VLLM_NPU_METRICS are 0."""
+    """The counter of this process. None if VLLM_NPU_COUNT_COLLECTIVES and VLLM_NPU_METRICS are both 0."""
     return CollectiveCounter() if envs.COUNT_COLLECTIVES.read_flag() or envs.METRICS.read_flag() else None
 
 
 @cache
 def trace_ring() -> TraceRing | None:
-    """This process's trace, or None where VLLM_NPU_RECORD is empty. vLLM must have initialised its groups."""
+    """The trace of this process. None if VLLM_NPU_RECORD is empty. vLLM must have initialised its groups."""
     return open_ring(get_world_group().rank, get_world_group().world_size)
 
 
 @cache
 def model_groups(*, expert_parallel: bool) -> Groups:
-    """The groups of the model in this process. vLLM must have initialised its own. LOCAL."""
+    """The groups of the model in this process. LOCAL. vLLM must have initialised its own groups."""
     tp, dp, ep = get_tp_group(), get_dp_group(), get_ep_group()
     topology = ParallelTopology(
         tp_rank=tp.rank_in_group,
@@ -47,14 +48,20 @@ def model_groups(*, expert_parallel: bool) -> Groups:
 
 
 @cache
+def model_pipelines(*, expert_parallel: bool) -> Pipelines:
+    """The pipelines of all MoE layers in this process, on the groups of model_groups. LOCAL."""
+    return Pipelines(model_groups(expert_parallel=expert_parallel))
+
+
+@cache
 def vote_transport() -> Transport:
-    """The CPU group over all ranks of the grid, for the vote on each step. Not counted: it moves no tokens."""
+    """The CPU group over all ranks of the grid, for the vote on each step. It moves no tokens, so it is not counted."""
     ep = get_ep_group()
     return record(GlooTransport(ep.cpu_group, "ep-vote"), None, trace_ring(), ep.ranks)
 
 
 def watch_groups(groups: Groups) -> None:
-    """Have failures of these groups, and of the vote's, name the ranks that ended or are late. COLLECTIVE over the grid."""
+    """Make errors in these groups and in the vote's group name the ranks that ended or are late. COLLECTIVE over the grid."""
     vote = vote_transport()
     watchdog = Watchdog.open(
         vote.rank,

@@ -1,7 +1,7 @@
-"""What the ranks' steps come to, at vLLM's Prometheus endpoint (/metrics): docs/metrics.md lists the series.
+"""Counters of this rank's steps for vLLM's Prometheus endpoint (/metrics). docs/metrics.md lists the series.
 
-Ranks are processes of their own, so the numbers travel as prometheus_client's multi-process mode has it: each process writes
-into a file in PROMETHEUS_MULTIPROC_DIR, and vLLM's endpoint adds the files up. Nothing is sent, and no step waits.
+Each rank is a process of its own. It writes its counts into a file in PROMETHEUS_MULTIPROC_DIR, as the multi-process mode of
+prometheus_client does, and vLLM's endpoint adds the files up. No rank sends a message for this, and no step waits.
 """
 
 import os
@@ -14,7 +14,7 @@ from vllm_npu import envs
 from vllm_npu.core.topology import ParallelTopology
 from vllm_npu.trust.recording import CollectiveCounter
 
-logger = init_logger("vllm.npu.metrics")
+logger = init_logger("vllm.npu.plugin.metrics")
 
 
 @cache
@@ -36,37 +36,39 @@ def _series() -> dict[str, Counter]:
 
 
 class StepMetrics:
-    """Counts this rank's steps. A few dictionary look-ups and writes to mapped memory a step; no device, no other rank."""
+    """Counts this rank's steps. LOCAL: a few dictionary look-ups and writes to mapped memory in a step, no host sync."""
 
     def __init__(self, topology: ParallelTopology, sent: CollectiveCounter | None) -> None:
         self._rank = str(topology.rank)
         self._counts_tokens = topology.tp_rank == 0
         self._sent = sent
         self._sent_before = 0 if sent is None else sent.bytes_sent.total()
-        self._strategy: str | None = None  # of the step that has begun last
-        _series()["agreement_failures"].labels(self._rank)  # at 0, so that its first increase is one
+        self._strategy: str | None = None  # of the last step that has begun
+        # The series shows 0 from the start, so that Prometheus sees its first increase.
+        _series()["agreement_failures"].labels(self._rank)
 
     @classmethod
     def if_wanted(cls, topology: ParallelTopology, sent: CollectiveCounter | None) -> "StepMetrics | None":
-        """The metrics, or None where VLLM_NPU_METRICS is not 1, or nothing would show them, which is logged."""
+        """The metrics. None if VLLM_NPU_METRICS is not 1. None with a warning in the log if vLLM could not show them."""
         if not envs.METRICS.read_flag():
             return None
         if not os.environ.get(envs.PROMETHEUS_FOLDER):
             logger.warning_once(
-                "%s=1, and %s is not set, without which vLLM's /metrics cannot show what workers count; start the server "
-                "by vllm-npu serve, or set it to an empty folder before the start",
+                "%s=1, and %s is not set, so vLLM's /metrics cannot show what workers count; start the server with vllm-npu "
+                "serve, or set %s to an empty folder before the start",
                 envs.METRICS.name,
+                envs.PROMETHEUS_FOLDER,
                 envs.PROMETHEUS_FOLDER,
             )
             return None
         return cls(topology, sent)
 
     def begin_step(self, requested: str, strategy: str, num_tokens: int, *, is_fallback: bool) -> None:
-        """Count a step that begins, and what the one before it sent. LOCAL, no host sync."""
+        """Count a step that begins, and the bytes that the step before it sent. LOCAL. Host sync: no."""
         series = _series()
         if self._sent is not None and self._strategy is not None:
             total = self._sent.bytes_sent.total()
-            sent = total - self._sent_before if total >= self._sent_before else total  # less: the counter began anew
+            sent = total - self._sent_before if total >= self._sent_before else total  # a smaller total: it was reset
             series["sent_bytes"].labels(self._strategy, self._rank).inc(sent)
             self._sent_before = total
         self._strategy = strategy
@@ -77,5 +79,5 @@ class StepMetrics:
             series["fallbacks"].labels(requested, strategy, self._rank).inc()
 
     def plans_differ(self) -> None:
-        """Count a step that ends in PlanDisagreementError."""
+        """Count a step that ends with PlanDisagreementError."""
         _series()["agreement_failures"].labels(self._rank).inc()

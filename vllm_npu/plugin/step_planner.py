@@ -1,6 +1,7 @@
-"""Once a step, on every rank: plan it, vote on the plan, and choose the strategy."""
+"""Plans each step on every rank: counts its tokens, votes on the plan with the other ranks, and chooses the strategy."""
 
 from collections import Counter
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,15 +14,14 @@ from vllm_npu.core.handles import Pending
 from vllm_npu.core.step_plan import StepPlan
 from vllm_npu.errors import PlanDisagreementError
 from vllm_npu.plugin import compat
-from vllm_npu.plugin.forward_context import PlannedStep, as_additional_context, running_step
+from vllm_npu.plugin.forward_context import PlannedStep, as_additional_context
 from vllm_npu.plugin.groups import collective_counter, model_groups, trace_ring, vote_transport, watch_groups
 from vllm_npu.plugin.layer_facts import LayerFacts
 from vllm_npu.plugin.metrics import StepMetrics
-from vllm_npu.plugin.options import Options
+from vllm_npu.plugin.options import Mode, Options
 from vllm_npu.strategies.select import Selection, check_strategy, select, why_not
 from vllm_npu.strategies.start_checks import describe_capacity
 from vllm_npu.strategies.table import AUTO, STRATEGIES
-from vllm_npu.transport.base import Groups
 from vllm_npu.trust.agreement import agree_start
 from vllm_npu.trust.self_test import OFF, run_self_test
 
@@ -29,66 +29,72 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.forward_context import DPMetadata
 
-logger = init_logger("vllm.npu.step_planner")  # under "vllm": the names whose messages vLLM shows
+logger = init_logger("vllm.npu.plugin.step_planner")  # vLLM shows the messages of loggers below "vllm"
 
 PROPOSALS = (AUTO, *STRATEGIES)
 
 
 class StepPlanner:
-    """The choice of this process: what it proposes, what all ranks last agreed on, and what came of it.
+    """Plans the steps of one model in this process, and counts them.
 
-    A new proposal takes effect at the first step at which every rank proposes the same; until then the old one stays.
+    `proposed` is the strategy that this rank asks for. A new proposal takes effect at the first step at which every rank
+    proposes the same. Until then the strategy that all ranks last agreed on stays in force.
     """
 
-    def __init__(self, vllm_config: "VllmConfig", layers: list[LayerFacts]) -> None:
-        self._vllm_config = vllm_config
-        options = Options.of(vllm_config)
+    def __init__(self, vllm_config: "VllmConfig", options: Options, layers: list[LayerFacts]) -> None:
+        self.options = options
         self.proposed = options.moe_comm
-        self._self_test = options.self_test
-        self.selection: Selection | None = None
-        self.comparison: Any = None  # of our path with vllm-ascend's, where moe_comm=compare
+        self.selection: Selection | None = None  # of the last step
         self.num_layers = len(layers)
+        # Counted since the last moe_comm_counters:
         self.steps = 0
         self.tokens = 0
-        self.calls_reported: Counter[str] = Counter()  # of collectives, by moe_comm_counters
-        self.bytes_reported: Counter[str] = Counter()
+        self.more_counters: dict[str, Callable[[], dict[str, float]]] = {}
+        """Counters that a platform adds to moe_comm_counters, by name. Each function returns the counts since its last call."""
+        self.calls_reported: Counter[str] = Counter()  # collectives that moe_comm_counters has reported
+        self.bytes_reported: Counter[str] = Counter()  # bytes sent that moe_comm_counters has reported
         self._planned = 0  # steps since the start
-        self._agreed: str | None = None
-        self._vote: Pending[list[int]] | None = None  # under way
+        self._agreed: str | None = None  # the strategy in force
+        self._vote: Pending[list[int]] | None = None  # on the last plan, until confirm
         self._sharding = layers[0].sharding
         self._layer = layers[0].moe_layer
-        self._topology = model_groups(expert_parallel=layers[0].use_ep).topology
-        self._device = compat.current().device_limits(vllm_config, layers, self._topology)
+        self._groups = model_groups(expert_parallel=layers[0].use_ep)
+        self._topology = self._groups.topology
+        self._device = compat.current().device_limits(vllm_config, layers, self._topology, options.moe_comm)
         self._metrics = StepMetrics.if_wanted(self._topology, collective_counter())
-        self._fixed_fields = {
+        self._fixed_fields = {  # the part of each vote that no step changes
             "vllm_npu": __version__,
             "topology": str(self._topology),
             "layers": "; ".join(sorted({str(layer) for layer in layers})),  # sizes, dtype, quantisation
             "device": f"{self._device.family} {self._device.capacities}",
-            "self_test": self._self_test,
+            "self_test": options.self_test,
         }
 
     def propose(self, name: str) -> None:
-        """Ask for another strategy from the next step on. LOCAL. Raises UnsupportedConfigError for one that cannot be."""
+        """Ask for another strategy from the next step on. LOCAL. Raises UnsupportedConfigError if it cannot run here."""
         check_strategy(name, self._topology, self._layer, self._device)
         self.proposed = name
 
     def may_take(self, strategy: str) -> bool:
-        """Whether some step may take this strategy."""
+        """Whether a step may take this strategy."""
         return (
             self.proposed in (AUTO, strategy) and why_not(strategy, self._topology, self._layer, self._device) is None
         )
 
     def describe(self) -> str:
-        """One line for the log."""
+        """One line for the log: the strategy, the device, the topology and MC2's capacity."""
         return (
             f"moe_comm={self.proposed} on {self._device.family}, {self._topology}; "
             f"{describe_capacity(self._device, self._topology, [self._layer])}"
         )
 
     def plan(self, num_tokens_across_dp: list[int], *, captured: bool = False) -> PlannedStep:
-        """Plan a step, and start the vote on it. COLLECTIVE over the grid: 16 bytes to each rank, on CPU."""
-        self.confirm()  # of a step without an MoE layer
+        """Plan a step, and start the vote on it. COLLECTIVE over the grid: 16 bytes to each rank, on CPU.
+
+        Raises PlanDisagreementError if the ranks' plans differ: those of this step if it must wait for the vote, or those of
+        the last step if no MoE layer ran in it.
+        """
+        self.confirm()
         plan = StepPlan(num_tokens_across_dp=tuple(num_tokens_across_dp), sharding=self._sharding, captured=captured)
         if (ring := trace_ring()) is not None:
             ring.enter_step(self._planned, "vote")
@@ -97,9 +103,8 @@ class StepPlanner:
             if self._must_wait(plan):
                 self.confirm()
             if self._planned == 0:
-                groups = model_groups(expert_parallel=self._topology.expert_parallel)
-                watch_groups(groups)
-                self._test_collectives(groups)
+                watch_groups(self._groups)
+                self._test_collectives()
         requested = self._agreed or self.proposed
         selection = select(requested, self._topology, plan, layer=self._layer, device=self._device)
         if self._topology.rank == 0 and (self.selection is None or self.selection.strategy != selection.strategy):
@@ -117,7 +122,7 @@ class StepPlanner:
         return PlannedStep(plan, selection.strategy, self.confirm)
 
     def confirm(self) -> None:
-        """Wait for the vote that is under way, if one is. Raises PlanDisagreementError where ranks' plans differ."""
+        """Wait for the end of the vote, if one has begun. Raises PlanDisagreementError if the ranks' plans differ."""
         vote, self._vote = self._vote, None
         if vote is None:
             return
@@ -135,16 +140,15 @@ class StepPlanner:
                 self._metrics.plans_differ()
             raise
 
-    def _test_collectives(self, groups: Groups) -> None:
-        """COLLECTIVE over the grid. Its calls are not counted."""
-        if self._self_test == OFF:
+    def _test_collectives(self) -> None:
+        """Run the self-test that the options name. COLLECTIVE over the grid. The counter of collectives leaves it out."""
+        mode = self.options.self_test
+        if mode == OFF:
             return
-        seconds = run_self_test(groups, vote_transport(), torch.device(current_platform.device_type), self._self_test)
+        seconds = run_self_test(self._groups, vote_transport(), torch.device(current_platform.device_type), mode)
         if (counter := collective_counter()) is not None:
             counter.reset()
-        logger.info(
-            "Self-test (%s) of collectives on %s: passed in %.0f ms", self._self_test, self._topology, seconds * 1e3
-        )
+        logger.info("Self-test (%s) of collectives on %s: passed in %.0f ms", mode, self._topology, seconds * 1e3)
 
     def _start_vote(self, plan: StepPlan) -> None:
         fields = {
@@ -158,23 +162,35 @@ class StepPlanner:
         self._vote = agree_start(fields, vote_transport(), PROPOSALS.index(self.proposed))
 
     def _must_wait(self, plan: StepPlan) -> bool:
-        """Whether the vote must end before the step begins, not before its first MoE layer: where it may change the strategy
-        (it does not while this rank proposes what is in force), where TP's own collectives come first, and where a graph
-        runs the layers."""
+        """Whether the vote must end before the step begins. Otherwise it ends before the first MoE layer runs.
+
+        It must end before the step for three reasons:
+        - The vote may change the strategy. It cannot while this rank proposes the strategy in force.
+        - With TP, the model's own collectives run before the first MoE layer.
+        - A graph runs the layers, and a graph runs no Python.
+        """
         return self.proposed != self._agreed or self._topology.tp_size > 1 or plan.captured
 
 
-_PLANNERS: dict[int, StepPlanner] = {}  # by id of the vllm_config, which its planner keeps alive
+# The key is id(vllm_config). The entry keeps the vllm_config alive, so that no other object gets this id.
+_PLANNERS: dict[int, tuple["VllmConfig", StepPlanner | None]] = {}
 
 
 def planner_of(vllm_config: "VllmConfig") -> StepPlanner | None:
-    """The planner of the model of this process, or None where no layer of it is ours. The model must be built."""
-    if id(vllm_config) not in _PLANNERS:
-        layers = _our_layers(vllm_config)
-        if not layers:
-            return None
-        _PLANNERS[id(vllm_config)] = StepPlanner(vllm_config, layers)
-    return _PLANNERS[id(vllm_config)]
+    """The planner of the model of this process. None if moe_comm=off, or if no layer of the model is ours.
+
+    The first call reads the options and the layers, so the model must be built by then.
+    """
+    known = _PLANNERS.get(id(vllm_config))
+    if known is None:
+        known = _PLANNERS[id(vllm_config)] = vllm_config, _make_planner(vllm_config)
+    return known[1]
+
+
+def _make_planner(vllm_config: "VllmConfig") -> StepPlanner | None:
+    options = Options.of(vllm_config)
+    layers = [] if options.mode is Mode.OFF else _our_layers(vllm_config)
+    return StepPlanner(vllm_config, options, layers) if layers else None
 
 
 def plan_step(
@@ -185,18 +201,15 @@ def plan_step(
     cudagraph_runtime_mode: CUDAGraphMode = CUDAGraphMode.NONE,
     **_: Any,
 ) -> dict[str, Any]:
-    """The step's plan for the forward context, or nothing: no token count (a step without forward), no layer of ours."""
+    """Plan a step of vLLM, and return what its forward context must hold. COLLECTIVE as StepPlanner.plan.
+
+    Empty if the step has no token count (it runs no forward pass), or if the model has no layer of ours.
+    """
     planner = None if num_tokens is None else planner_of(vllm_config)
     if planner is None:
         return {}
     counts: list[int] = [num_tokens or 0] if dp_metadata is None else dp_metadata.num_tokens_across_dp_cpu.tolist()
     return as_additional_context(planner.plan(counts, captured=cudagraph_runtime_mode is not CUDAGraphMode.NONE))
-
-
-def planned_step() -> str | None:
-    """The strategy of the step that is running, or None where none was planned."""
-    step = running_step()
-    return None if step is None else step.strategy
 
 
 def _our_layers(vllm_config: "VllmConfig") -> list[LayerFacts]:
@@ -206,7 +219,7 @@ def _our_layers(vllm_config: "VllmConfig") -> list[LayerFacts]:
     is_moe = vllm_config.model_config is not None and vllm_config.model_config.is_moe
     if is_moe and several_ranks and (foreign or not ours):
         logger.warning_once(
-            "This MoE model bypasses vllm_npu in %s: moe_comm has no say there, and on a CPU vLLM's own path does not "
+            "This MoE model bypasses vllm_npu in %s: moe_comm has no effect there, and on a CPU vLLM's own path does not "
             "support expert or data parallelism.",
             f"{len(foreign)} layers ({', '.join(sorted(set(foreign)))})" if foreign else "all its layers",
         )

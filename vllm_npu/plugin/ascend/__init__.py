@@ -1,1 +1,1 @@
-"""On NPUs beside vllm-ascend: it brings worker, attention, quantisation, router and experts; what moves tokens is ours."""
+"""On NPUs, beside vllm-ascend: vllm-ascend computes attention, routing and experts, and this package moves the tokens."""

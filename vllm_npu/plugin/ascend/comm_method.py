@@ -1,4 +1,4 @@
-"""vllm-ascend's contract of a MoE communication method, with our pipeline inside."""
+"""A communication method for vllm-ascend's MoE layer that runs a pipeline of this package."""
 
 from typing import Any
 
@@ -12,29 +12,30 @@ from vllm_ascend.ops.fused_moe.moe_runtime_args import (
 )
 from vllm_ascend.quantization.quant_type import QuantType
 
-from vllm_npu.core.limits import QuantMode
 from vllm_npu.plugin import compat
 from vllm_npu.plugin.forward_context import current_step
-from vllm_npu.plugin.groups import model_groups, trace_ring
-from vllm_npu.strategies.pipeline import MoEPipeline
-from vllm_npu.strategies.select import build
+from vllm_npu.plugin.groups import model_pipelines, trace_ring
 
-_PIPELINES: dict[tuple[str, bool, int, QuantMode], MoEPipeline] = {}
+COUNTS = 1  # group_list_type of grouped matmul: the list holds one count for each expert, not prefix sums
 
 
 class PipelineCommMethod(MoECommMethod):
-    """The layer calls prepare, then its router and experts' method, which calls fused_experts, then finalize.
+    """Replaces a communication method of vllm-ascend. One object serves all layers, and keeps no state of a call.
 
-    All moving happens in fused_experts, when the routing is known: 8 bytes a chosen expert travel with a token in place of
-    its router logits. prepare and finalize pass through. No state of a call; one object serves all layers.
+    vllm-ascend's layer calls prepare, then its router, then fused_experts, then finalize. All tokens move in fused_experts,
+    because the routing is known there: weights and ids (8 bytes for each chosen expert) travel instead of router logits.
+    prepare and finalize return their input.
     """
 
     def __init__(self, theirs: MoECommMethod) -> None:
-        # Not the base's constructor, which makes dispatchers of vllm-ascend's. Its own stay, for whoever lists them.
+        # The base's constructor is not called: it builds new dispatchers. Code of vllm-ascend that reads the attributes below
+        # gets the objects of the method that this one replaces.
         self.moe_config = theirs.moe_config
         self.token_dispatcher = theirs.token_dispatcher
         self.prepare_finalize = theirs.prepare_finalize
         self.use_fusion_ops = theirs.use_fusion_ops
+        self._num_experts = int(self.moe_config.num_experts)
+        self._pipelines = model_pipelines(expert_parallel=bool(self.moe_config.use_ep))
 
     def prepare(
         self,
@@ -44,7 +45,7 @@ class PipelineCommMethod(MoECommMethod):
         replace_allreduce: bool = False,
         quant_type: QuantType = QuantType.NONE,
     ) -> MoEPrepareOutput:
-        """The inputs as they are. LOCAL."""
+        """Return the inputs as they are. LOCAL."""
         return MoEPrepareOutput(hidden_states, router_logits, mc2_mask=None, padded_hidden_states_shape=None)
 
     def finalize(
@@ -53,11 +54,11 @@ class PipelineCommMethod(MoECommMethod):
         reduce_results: bool,
         padded_hidden_states_shape: torch.Size | None = None,
     ) -> torch.Tensor:
-        """The input as it is. LOCAL."""
+        """Return the input as it is. LOCAL."""
         return hidden_states
 
     def fused_experts(self, fused_experts_input: MoEFusedExpertsInput) -> FusedExpertsResult:
-        """Prepare, dispatch, experts, combine and finalize by the strategy of the step. COLLECTIVE over its groups."""
+        """Run the pipeline of the step's strategy around vllm-ascend's experts. COLLECTIVE over the strategy's groups."""
         call = _ExpertsCall(self, fused_experts_input)
         hidden_states, topk_weights = fused_experts_input.hidden_states, fused_experts_input.topk_weights
         topk_ids = fused_experts_input.topk_ids
@@ -71,7 +72,7 @@ class PipelineCommMethod(MoECommMethod):
             ring.enter_layer()
         before_dispatch = torch.get_device_module(hidden_states.device).current_stream().record_event()
         quant_mode = compat.current().QUANT_MODES[fused_experts_input.quant.quant_type]
-        finalized = self._pipeline(step.strategy, quant_mode).run(
+        finalized = self._pipelines.get(step.strategy, self._num_experts, quant_mode).run(
             hidden_states, topk_weights.float(), topk_ids, call.compute, step.plan, reduce_results=False
         )
         return FusedExpertsResult(
@@ -84,13 +85,6 @@ class PipelineCommMethod(MoECommMethod):
             swiglu_limit=fused_experts_input.swiglu_limit,
         )
 
-    def _pipeline(self, strategy: str, quant_mode: QuantMode) -> MoEPipeline:
-        use_ep, num_experts = bool(self.moe_config.use_ep), int(self.moe_config.num_experts)
-        key = strategy, use_ep, num_experts, quant_mode
-        if key not in _PIPELINES:
-            _PIPELINES[key] = build(strategy, model_groups(expert_parallel=use_ep), num_experts, quant_mode)
-        return _PIPELINES[key]
-
     def _get_token_dispatcher(self) -> Any:
         return self.token_dispatcher
 
@@ -98,11 +92,8 @@ class PipelineCommMethod(MoECommMethod):
         return self.prepare_finalize
 
 
-COUNTS = 1  # group_list_type of grouped matmul: one count for each expert, not prefix sums
-
-
 class _ExpertsCall:
-    """vllm-ascend's experts on the rows of one call, and what its layer wants to know of them."""
+    """vllm-ascend's experts in one call of fused_experts. Keeps the events and counts that FusedExpertsResult returns."""
 
     def __init__(self, method: PipelineCommMethod, given: MoEFusedExpertsInput) -> None:
         self._method = method
@@ -114,9 +105,9 @@ class _ExpertsCall:
     def compute(
         self, expert_input: torch.Tensor, tokens_per_expert: torch.Tensor, dynamic_scales: torch.Tensor | None
     ) -> torch.Tensor:
-        """Grouped matmul, activation, grouped matmul: of int8 rows where there are scales."""
+        """Run grouped matmul, activation, grouped matmul. The rows are int8 if dynamic_scales is given. LOCAL."""
         self.tokens_per_expert = tokens_per_expert
-        if expert_input.shape[0] == 0:  # the ops take no empty tensors
+        if expert_input.shape[0] == 0:  # the ops refuse empty tensors
             return self._given.hidden_states.new_empty(expert_input.shape)
         dispatched = MoETokenDispatchOutput(
             hidden_states=expert_input,

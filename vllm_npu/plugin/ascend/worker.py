@@ -1,4 +1,4 @@
-"""vllm-ascend's worker, whose model's MoE layers communicate by our strategies once it is loaded."""
+"""vllm-ascend's worker. After it has loaded the model, the MoE layers communicate by our strategies."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -7,31 +7,32 @@ from vllm_ascend.worker.worker import NPUWorker
 
 from vllm_npu.plugin import compat
 from vllm_npu.plugin.ascend.comm_method import PipelineCommMethod
-from vllm_npu.plugin.ascend.comparison import Comparison
+from vllm_npu.plugin.ascend.output_comparison import OutputComparison
+from vllm_npu.plugin.forward_context import running_step
 from vllm_npu.plugin.groups import model_groups
-from vllm_npu.plugin.options import Mode, Options
-from vllm_npu.plugin.step_planner import planned_step, planner_of
+from vllm_npu.plugin.options import Mode
+from vllm_npu.plugin.step_planner import planner_of
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-logger = init_logger("vllm.npu.worker")
+logger = init_logger("vllm.npu.plugin.ascend.worker")
 
 
-class MoECommWorker(NPUWorker):
-    """Adds one moment to vllm-ascend's worker: after the model is built and before it runs for the first time."""
+class AscendMoEWorker(NPUWorker):
+    """Calls take_over between the loading of the model and its first run."""
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
-        """Load, then take over as `take_over` does."""
+        """Load the model, then call take_over. Raises the errors of take_over."""
         super().load_model(*args, **kwargs)
         take_over(self.vllm_config)
 
 
-def take_over(vllm_config: "VllmConfig") -> Comparison | None:
-    """Have the MoE layers that were built communicate by our strategies, or by both ways, as moe_comm says.
+def take_over(vllm_config: "VllmConfig") -> OutputComparison | None:
+    """Make the built MoE layers communicate by our strategies. Call it once in a process. LOCAL.
 
-    Once a process. LOCAL. Raises the errors of start_checks.check_start, UnknownGroupError, and UnsupportedConfigError for
-    layers whose features were not tried with our strategies.
+    With moe_comm=compare, make them communicate both ways, and return the comparison. Raises the errors of
+    start_checks.check_start, UnknownGroupError, and UnsupportedConfigError for layers that check_supported refuses.
     """
     planner = planner_of(vllm_config)
     if planner is None:
@@ -39,12 +40,19 @@ def take_over(vllm_config: "VllmConfig") -> Comparison | None:
     release = compat.current()
     release.check_supported(vllm_config)
     if planner.may_take("mc2"):
-        _ = model_groups(expert_parallel=True).ep.name_for_ops  # an error now rather than in the first step
+        _ = model_groups(expert_parallel=True).ep.name_for_ops  # raises UnknownGroupError here, not in the first step
     logger.info_once("vllm_npu moves the tokens around vllm-ascend's experts: %s", planner.describe())
-    if Options.of(vllm_config).mode is Mode.COMPARE:
-        planner.comparison = Comparison()
-        planner.comparison.attach(vllm_config)
-        return planner.comparison
+    if planner.options.mode is Mode.COMPARE:
+        comparison = OutputComparison()
+        comparison.attach(vllm_config)
+        planner.more_counters["comparison"] = comparison.take
+        return comparison
     release.replace_comm_methods(PipelineCommMethod)
-    release.replace_choice(planned_step)
+    release.replace_choice(_strategy_of_step)
     return None
+
+
+def _strategy_of_step() -> str | None:
+    """The strategy of the running step. None if the step was not planned."""
+    step = running_step()
+    return None if step is None else step.strategy

@@ -1,7 +1,8 @@
-"""What differs between vLLM's release lines: one module a line, as release_lines.SUPPORTED names them.
+"""The code that depends on vLLM's release line: one module for each line in release_lines.SUPPORTED.
 
-0.32 is supported on CPUs, 0.23 on NPUs beside vllm-ascend, which exists for that line. The functions that modules for both
-call (groups, fused_moe, step_planner) are in both, with the same arguments; the others serve one of the two.
+vLLM 0.32 is supported on CPUs. vLLM 0.23 is supported on NPUs beside vllm-ascend. Files that run on both call only functions
+that both modules have, with the same arguments: groups, fused_moe, step_planner and worker_extension. Every other function
+serves one line.
 """
 
 from functools import cache
@@ -15,6 +16,6 @@ from vllm_npu.plugin.release_lines import SUPPORTED, check_version, release_line
 
 @cache
 def current() -> ModuleType:
-    """The module of this environment's vLLM. Looked up once: every MoE layer of the original classes asks for it."""
+    """The module for the vLLM of this environment. Raises UnsupportedConfigError for any other release line."""
     check_version(vllm.__version__)
     return import_module(SUPPORTED[release_line(vllm.__version__)])

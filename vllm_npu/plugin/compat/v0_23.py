@@ -1,6 +1,6 @@
-"""vLLM 0.23 with vllm-ascend 0.23: every place of theirs that vllm_npu takes hold of, and how it lets go again.
+"""vLLM 0.23 with vllm-ascend 0.23: everything in vllm_ascend that vllm_npu replaces or reads.
 
-COMPAT(vllm-ascend 0.23): names in vllm_ascend are not an interface. Those used here: `_MoECommMethods` (table of MoE
+COMPAT(vllm-ascend 0.23): names in vllm_ascend are not a public interface. This file uses these: `_MoECommMethods` (table of MoE
 communication methods by MoECommType), `MoECommMethod` (prepare, fused_experts, finalize), `select_moe_comm_method` (called
 once a step), `build_mlp_compute_input`, `FusedExpertsResult`, `MoEPrepareOutput`, `MoETokenDispatchOutput`, the forward
 context's `moe_comm_type` and `moe_comm_method`, `AscendFusedMoE.forward_impl`, `get_mc2_group`. CAN REMOVE when
@@ -34,28 +34,32 @@ from vllm_npu.envs import HCCL_BUFFSIZE
 from vllm_npu.errors import UnsupportedConfigError
 from vllm_npu.plugin.engine_check import planned_shape
 from vllm_npu.plugin.layer_facts import LayerFacts, exchanges_tokens
-from vllm_npu.plugin.options import Options
 from vllm_npu.strategies.start_checks import check_start
 from vllm_npu.transport.base import Transport
 from vllm_npu.transport.hccl import HcclTransport
 
-# How vllm-ascend names what a strategy leaves to its layer: after MC2 and ALLTOALL the routed output is complete and shared
-# experts are summed by themselves; after ALLGATHER one sum over tp is due, of routed and shared together.
+# vllm-ascend's layer completes the sums over tp by the type of the communication method. After MC2 and ALLTOALL the routed
+# output is complete, and the layer sums the shared experts' output alone. After ALLGATHER it sums both outputs in one step.
 COMM_TYPES = {
     "mc2": MoECommType.MC2,
     "all2all": MoECommType.ALLTOALL,
     "allgather": MoECommType.ALLGATHER,
     "naive": MoECommType.ALLGATHER,
 }
-QUANT_MODES = {QuantType.NONE: QuantMode.NONE, QuantType.W8A8: QuantMode.INT8_PER_TOKEN}  # of layers, and on the wire
+QUANT_MODES = {
+    QuantType.NONE: QuantMode.NONE,
+    QuantType.W8A8: QuantMode.INT8_PER_TOKEN,
+}  # layer: what its tokens travel in
 
 
-# --- what both release lines have ---
+# --- functions that both release lines have ---
 
 
 def moe_layers(vllm_config: VllmConfig) -> tuple[list[LayerFacts], list[str]]:
-    """The MoE layers built so far in this process, in order of construction: facts of those whose tokens we move, and the
-    classes of those that are not vllm-ascend's."""
+    """The MoE layers that this process has built, in order of construction.
+
+    Returns the facts of the layers whose tokens vllm_npu moves, and the class names of the layers that are not vllm-ascend's.
+    """
     layers = [layer for layer in _static_layers(vllm_config) if isinstance(layer, FusedMoE)]
     sharding = TokenSharding.SLICED_OVER_TP if enable_sp(vllm_config) else TokenSharding.REPLICATED
     ours = [
@@ -72,29 +76,29 @@ def moe_layers(vllm_config: VllmConfig) -> tuple[list[LayerFacts], list[str]]:
 
 
 def micro_batch() -> int:
-    """The micro-batch that the calling thread works on."""
+    """Index of the micro-batch that the calling thread works on."""
     index: int = dbo_current_ubatch_id()
     return index
 
 
 def eplb_report(model_runner: Any) -> dict[str, int] | None:
-    """Balancing experts is vllm-ascend's there, and not counted."""
+    """None: vllm-ascend balances the experts itself, and vllm_npu does not count it."""
     return None
 
 
 class ExpertParallelTransport(HcclTransport):
-    """The expert-parallel group. MC2's ops take vllm-ascend's group of the same ranks: its windows serve nothing else."""
+    """The expert-parallel group. MC2's ops use vllm-ascend's own group of the same ranks, whose buffers serve only MC2."""
 
     @property
     def name_for_ops(self) -> str:
-        """HCCL's name of vllm-ascend's MC2 group."""
+        """The name that HCCL gave to vllm-ascend's MC2 group."""
         return HcclTransport(get_mc2_group().device_group, "mc2").name_for_ops
 
 
 def transports(
     tp: GroupCoordinator, dp: GroupCoordinator, ep: GroupCoordinator
 ) -> tuple[Transport, Transport, Transport]:
-    """vLLM's three groups as this platform's transports."""
+    """vLLM's three groups as transports over HCCL."""
     return (
         HcclTransport(tp.device_group, "tp"),
         HcclTransport(dp.device_group, "dp"),
@@ -102,12 +106,14 @@ def transports(
     )
 
 
-def device_limits(vllm_config: VllmConfig, layers: list[LayerFacts], topology: ParallelTopology) -> DeviceLimits:
-    """What this NPU can run of these layers. Raises the errors of start_checks.check_start."""
+def device_limits(
+    vllm_config: VllmConfig, layers: list[LayerFacts], topology: ParallelTopology, moe_comm: str
+) -> DeviceLimits:
+    """The limits of this NPU for these layers. Raises the errors of start_checks.check_start."""
     limits = limits_of_this_npu()
     for layer in layers:
         limits = check_start(
-            Options.of(vllm_config).moe_comm,
+            moe_comm,
             topology,
             layer.moe_layer,
             limits,
@@ -117,11 +123,11 @@ def device_limits(vllm_config: VllmConfig, layers: list[LayerFacts], topology: P
     return limits
 
 
-# --- taking over, and comparing ---
+# --- functions that replace vllm-ascend's communication, or compare with it ---
 
 
 def check_supported(vllm_config: VllmConfig) -> None:
-    """Raise UnsupportedConfigError for what of vllm-ascend's MoE layer has not been tried with our strategies."""
+    """Raise UnsupportedConfigError for features of vllm-ascend's MoE layer that were never run with our strategies."""
     ascend_config = get_ascend_config()
     layers = [layer for layer in _static_layers(vllm_config) if isinstance(layer, AscendFusedMoE)]
     refused = {
@@ -146,20 +152,20 @@ def check_supported(vllm_config: VllmConfig) -> None:
     reasons = [reason for reason, applies in refused.items() if applies]
     if reasons:
         raise UnsupportedConfigError(
-            f"vllm_npu does not take over vllm-ascend's MoE communication with: {'; '.join(reasons)}. Change that, or leave "
-            'vllm-ascend alone: --additional-config \'{"vllm_npu": {"moe_comm": "off"}}\''
+            f"vllm_npu cannot replace vllm-ascend's MoE communication with: {'; '.join(reasons)}. Change that, or keep "
+            'vllm-ascend\'s own communication: --additional-config \'{"vllm_npu": {"moe_comm": "off"}}\''
         )
 
 
 def replace_comm_methods(make: Callable[[Any], Any]) -> None:
-    """Put `make(theirs)` in the place of each of vllm-ascend's communication methods, FUSED_MC2's excepted."""
+    """Replace each communication method of vllm-ascend by `make(method)`. FUSED_MC2's method stays."""
     table = moe_comm_method._MoECommMethods
     for comm_type in set(COMM_TYPES.values()) & set(table):
         table[comm_type] = make(table[comm_type])
 
 
 def replace_choice(strategy_of_step: Callable[[], str | None]) -> None:
-    """Have the forward context name the method of our strategy; outside of our steps (None) vllm-ascend chooses."""
+    """Make vllm-ascend use the method of our strategy in each step. If `strategy_of_step` returns None, vllm-ascend chooses."""
     theirs = ascend_forward_context.select_moe_comm_method
 
     def select_moe_comm_method(num_tokens: int, vllm_config: VllmConfig, is_draft_model: bool = False) -> Any:
@@ -170,12 +176,12 @@ def replace_choice(strategy_of_step: Callable[[], str | None]) -> None:
 
 
 def comm_methods() -> dict[Any, Any]:
-    """vllm-ascend's methods, by type."""
+    """vllm-ascend's communication methods by MoECommType."""
     return dict(moe_comm_method._MoECommMethods)
 
 
 def layers_to_compare(vllm_config: VllmConfig) -> list[tuple[str, Any]]:
-    """Name and layer of every MoE layer whose tokens travel."""
+    """Name and module of every MoE layer whose tokens travel to other ranks."""
     static = vllm_config.compilation_config.static_forward_context
     return [
         (name, layer)
@@ -186,7 +192,7 @@ def layers_to_compare(vllm_config: VllmConfig) -> list[tuple[str, Any]]:
 
 @contextmanager
 def using(comm_type: Any, method: Any) -> Iterator[None]:
-    """Have the layers inside the block communicate by `method`."""
+    """The layers that run inside the `with` block communicate by `method`."""
     context = get_forward_context()
     before = context.moe_comm_type, context.moe_comm_method
     context.moe_comm_type, context.moe_comm_method = comm_type, method
@@ -197,17 +203,17 @@ def using(comm_type: Any, method: Any) -> Iterator[None]:
 
 
 def current_comm_type() -> Any:
-    """Of the method that the step's layers use."""
+    """The MoECommType of the method that the layers of the running step use."""
     return get_forward_context().moe_comm_type
 
 
 def in_profile_run() -> bool:
-    """Whether the step's routing is random, for measuring memory."""
+    """Whether the running step only measures memory: its routing is random."""
     return bool(getattr(get_forward_context(), "in_profile_run", False))
 
 
 def is_complete(comm_type: Any) -> bool:
-    """Whether the routed output of a layer lacks no sum over tp."""
+    """Whether the routed output of a layer is complete. If not, a sum over tp is still missing."""
     flash = bool(getattr(get_forward_context(), "flash_comm_v1_enabled", False))
     return flash or comm_type in (MoECommType.MC2, MoECommType.ALLTOALL, MoECommType.FUSED_MC2)
 

@@ -1,4 +1,4 @@
-"""vLLM 0.32, on CPUs."""
+"""vLLM 0.32, which vllm_npu supports on CPUs."""
 
 import time
 from collections.abc import Iterator
@@ -18,16 +18,18 @@ from vllm.v1.worker.ubatching import dbo_current_ubatch_id
 from vllm_npu.core.limits import PORTABLE, DeviceLimits
 from vllm_npu.core.topology import ParallelTopology
 from vllm_npu.errors import UnsupportedConfigError
-from vllm_npu.plugin.cpu.eplb import create_eplb_communicator
 from vllm_npu.plugin.cpu.tensor_parallel import TensorParallelTransport
+from vllm_npu.plugin.eplb_communicators import create_eplb_communicator
 from vllm_npu.plugin.layer_facts import LayerFacts
 from vllm_npu.transport.base import Transport
 from vllm_npu.transport.gloo import GlooTransport
 
 
 def moe_layers(vllm_config: VllmConfig) -> tuple[list[LayerFacts], list[str]]:
-    """The MoE layers built so far in this process, in order of construction: facts of those whose tokens we move, and the
-    classes of those that are not ours."""
+    """The MoE layers that this process has built, in order of construction.
+
+    Returns the facts of the layers whose tokens vllm_npu moves, and the class names of the layers that are not vllm_npu's.
+    """
     from vllm_npu.plugin.cpu.moe_runner import CpuMoERunner
 
     static = vllm_config.compilation_config.static_forward_context
@@ -39,48 +41,54 @@ def moe_layers(vllm_config: VllmConfig) -> tuple[list[LayerFacts], list[str]]:
 def transports(
     tp: GroupCoordinator, dp: GroupCoordinator, ep: GroupCoordinator
 ) -> tuple[Transport, Transport, Transport]:
-    """vLLM's three groups as this platform's transports."""
+    """vLLM's three groups as transports over gloo. vLLM's shared memory adds up within TP."""
     return TensorParallelTransport(tp), GlooTransport(dp.device_group, "dp"), GlooTransport(ep.device_group, "ep")
 
 
-def device_limits(vllm_config: VllmConfig, layers: list[LayerFacts], topology: ParallelTopology) -> DeviceLimits:
-    """What this platform's device can run of these layers."""
+def device_limits(
+    vllm_config: VllmConfig, layers: list[LayerFacts], topology: ParallelTopology, moe_comm: str
+) -> DeviceLimits:
+    """The limits of a CPU, which no layer changes."""
     return PORTABLE
 
 
 def numa_nodes() -> int:
-    """NUMA nodes that vLLM's automatic thread binding can give out."""
+    """Number of NUMA nodes that vLLM's automatic thread binding can use."""
     return len(get_visible_memory_node())
 
 
 def micro_batch() -> int:
-    """The micro-batch that the calling thread works on."""
+    """Index of the micro-batch that the calling thread works on."""
     index: int = dbo_current_ubatch_id()
     return index
 
 
-# COMPAT(vllm 0.32): DeepseekV2DecoderLayer tells a TP rank's slice from the whole step by its number of rows. In a step of
-# one token both have one, and ranks past the first go on with their padding row. CAN REMOVE when the layer knows its layout.
+# COMPAT(vllm 0.32): DeepseekV2DecoderLayer compares row counts to find out whether its input is a TP rank's slice or the whole
+# step. In a step of one token both have one row, so the ranks after the first continue with their padding row. CAN REMOVE when
+# the layer knows its layout.
 _ARCHITECTURES_THAT_INFER_SLICES = frozenset({"DeepseekForCausalLM", "DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM"})
 
 
 def sequence_parallel_breaks(vllm_config: VllmConfig) -> bool:
-    """Whether vLLM would run this model sequence parallel, and get steps of one token wrong."""
+    """Whether vLLM would run this model with sequence parallelism and compute steps of one token wrongly."""
     if vllm_config.model_config is None or not vllm_config.parallel_config.use_sequence_parallel_moe:
         return False
     return not _ARCHITECTURES_THAT_INFER_SLICES.isdisjoint(vllm_config.model_config.architectures)
 
 
 def disable_sequence_parallel(vllm_config: VllmConfig) -> None:
-    """Have the model keep its tokens replicated over TP. vLLM derives it from the name of its own all2all backend, which
-    runs nothing here: "naive" is one that its CPU communicator knows and that is not sequence parallel."""
+    """Make the model keep its tokens replicated over TP.
+
+    vLLM derives sequence parallelism from the name of its all2all backend. The backend itself runs nothing here. vLLM's CPU
+    communicator knows the name "naive", and that name does not turn sequence parallelism on.
+    """
     vllm_config.parallel_config.all2all_backend = "naive"
 
 
 def register_out_of_tree(base: Any, replacement: type) -> None:
-    """Have vLLM build `replacement` wherever it would build `base`. A second call with the same class does nothing.
+    """Make vLLM build `replacement` wherever it would build `base`. A second call with the same class does nothing.
 
-    Raises ValueError where another class has taken the place.
+    Raises ValueError if another plugin has already replaced `base`.
     """
     registered = op_registry_oot.get(base.__name__)
     if registered is replacement:
@@ -95,20 +103,20 @@ def register_out_of_tree(base: Any, replacement: type) -> None:
 
 # --- EPLB ---
 #
-# COMPAT(vllm 0.32): vLLM balances experts on CUDA, ROCm and XPU only. What forbids it elsewhere, or is missing there, is opened
-# here and nowhere else: the check of ParallelConfig, the choice of a communicator, the set-up that CPUModelRunner leaves out,
-# and the device's events that time a rearrangement. CAN REMOVE when vLLM asks the platform for each of them.
+# COMPAT(vllm 0.32): vLLM balances experts on CUDA, ROCm and XPU only. Four things are in the way on a CPU, and all are changed
+# below: ParallelConfig refuses EPLB, the communicators lack CPUs, CPUModelRunner does not set EPLB up, and a rearrangement is
+# timed with events of the device. CAN REMOVE when vLLM asks the platform for each of them.
 
 
 def open_eplb() -> None:
-    """Have vLLM take --enable-eplb on this platform, and our communicators. A second call does nothing more."""
+    """Make vLLM accept --enable-eplb on this platform, and use our communicators. A second call changes nothing."""
     if not isinstance(parallel.current_platform, _BalancesExperts):
         parallel.current_platform = _BalancesExperts(parallel.current_platform)
     eplb_state.create_eplb_communicator = create_eplb_communicator
 
 
 class _BalancesExperts:
-    """The platform, as ParallelConfig alone sees it: it asks is_cuda_alike() for nothing but whether EPLB is supported."""
+    """The platform as vLLM's ParallelConfig sees it. ParallelConfig calls is_cuda_alike() only to check for EPLB."""
 
     def __init__(self, platform: Any) -> None:
         self._platform = platform
@@ -125,7 +133,7 @@ DEFAULT_WORKERS = ("auto", "vllm.v1.worker.cpu_worker.CPUWorker", EPLB_WORKER)
 
 
 def set_eplb_worker(vllm_config: VllmConfig) -> None:
-    """Have workers start EPLB where it is on. Raises UnsupportedConfigError where the user names another worker class."""
+    """Choose the worker class that starts EPLB, if EPLB is on. Raises UnsupportedConfigError if the user chose a class."""
     parallel_config = vllm_config.parallel_config
     if not parallel_config.enable_eplb:
         return
@@ -138,7 +146,7 @@ def set_eplb_worker(vllm_config: VllmConfig) -> None:
 
 @contextmanager
 def unmovable_experts_explained() -> Iterator[None]:
-    """Around building the model: vLLM's error for a quantisation whose weights cannot move, with the remedy."""
+    """Add the remedy to vLLM's error about a quantisation whose weights cannot move. Use it around building the model."""
     try:
         yield
     except NotImplementedError as error:
@@ -151,9 +159,9 @@ def unmovable_experts_explained() -> Iterator[None]:
 
 
 def start_eplb(model_runner: Any) -> None:  # CPUModelRunner, its model loaded
-    """Give the runner what GPUModelRunner.load_model gives it; the steps, dummy ones too, are vLLM's. LOCAL.
+    """Give the runner the EPLB state that GPUModelRunner.load_model creates. LOCAL. vLLM's runner takes the EPLB steps itself.
 
-    Raises UnsupportedConfigError for models that vLLM cannot balance.
+    Raises UnsupportedConfigError for models whose experts vLLM cannot balance.
     """
     model = get_mixture_of_experts_model(model_runner.model)
     if model is None:
@@ -171,12 +179,12 @@ def start_eplb(model_runner: Any) -> None:  # CPUModelRunner, its model loaded
 
 
 class HostEplbState(eplb_state.EplbState):
-    """Counts its rearrangements, times them by the host's clock, and keeps what was counted before them right."""
+    """Counts its rearrangements, times them by the host's clock, and renumbers the load counted before each of them."""
 
     rearrangements = 0
 
     def rearrange(self, is_profile: bool = False, *args: Any, **kwargs: Any) -> torch.Tensor | None:
-        """vLLM's. COLLECTIVE over ep."""
+        """Rearrange the experts as vLLM does. COLLECTIVE over ep."""
         before = [state.physical_to_logical_map.clone() for state in self.model_states.values()]
         with _events_of_the_host():
             result: torch.Tensor | None = super().rearrange(is_profile, *args, **kwargs)
@@ -186,10 +194,14 @@ class HostEplbState(eplb_state.EplbState):
         return result
 
 
-# COMPAT(vllm 0.32): the window counts physical experts, and rearrange() reads it by the placement of that moment, also steps
-# from before the last move: a rank that was idle since, or a window longer than the interval, then counts for other experts.
-# CAN REMOVE when vLLM's window counts logical experts, or is emptied by a move.
-def _renumber_load(state: Any, before: torch.Tensor) -> None:  # before: [layers, physical experts], logical ones
+# COMPAT(vllm 0.32): the window counts the load of physical experts, and rearrange() reads all of it by the present placement.
+# So steps from before the last move count for the wrong experts. Such steps exist on a rank that was idle since, or if the
+# window is longer than the interval. CAN REMOVE when vLLM's window counts logical experts, or is emptied by a move.
+def _renumber_load(
+    state: Any,
+    before: torch.Tensor,  # [layers, physical experts], the logical expert in each place before the move
+) -> None:
+    """Move each logical expert's load to the place of its first replica."""
     window = state.expert_load_window  # [steps, layers, physical experts]
     logical = window.new_zeros(*window.shape[:2], state.logical_replica_count.shape[1])
     logical.scatter_add_(2, before.expand_as(window), window)
@@ -208,7 +220,7 @@ def _events_of_the_host() -> Iterator[None]:
 
 
 class _HostEvent:
-    """torch.Event on the host's clock: a CPU has none."""
+    """Replaces torch.Event, which a CPU does not have, by the host's clock."""
 
     def __init__(self, **_: Any) -> None:
         self._seconds = 0.0
@@ -220,12 +232,12 @@ class _HostEvent:
         pass
 
     def elapsed_time(self, end: "_HostEvent") -> float:
-        """Milliseconds."""
+        """Milliseconds from this event to `end`."""
         return 1e3 * (end._seconds - self._seconds)
 
 
 def eplb_report(model_runner: Any) -> dict[str, int] | None:
-    """Rearrangements, and experts that this rank received in them, since the last call; None where experts stay."""
+    """Rearrangements since the last call, and experts that this rank received in them. None if EPLB is off."""
     state = model_runner.eplb_state
     if state is None:
         return None

@@ -1,1 +1,1 @@
-"""vLLM's platform, worker, MoE runner and experts on CPUs."""
+"""On CPUs: vLLM's platform, communicator, worker, MoE runner and experts, replaced by subclasses of this package."""

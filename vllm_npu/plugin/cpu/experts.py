@@ -1,4 +1,4 @@
-"""Unquantised experts on a CPU, on the rows that dispatch brings: a loop over local experts, never over tokens."""
+"""Unquantised experts on a CPU. They compute the rows that dispatch brings, in a loop over the local experts."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -11,7 +11,6 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import Un
 
 from vllm_npu.core.routing import expert_ranges
 from vllm_npu.errors import UnsupportedConfigError
-from vllm_npu.plugin import compat
 from vllm_npu.plugin.layer_facts import exchanges_tokens
 
 if TYPE_CHECKING:
@@ -25,7 +24,7 @@ GATED_ACTIVATIONS: dict[MoEActivation, Callable[[torch.Tensor], torch.Tensor]] =
 
 
 class CpuUnquantizedFusedMoEMethod(UnquantizedFusedMoEMethod):
-    """vLLM's method, but for layers that exchange tokens: their weights stay as loaded and dispatch's rows go in."""
+    """vLLM's method for unquantised experts. Layers that exchange tokens keep their weights as loaded, and call compute()."""
 
     def __init__(self, moe: FusedMoEConfig) -> None:
         super().__init__(moe)
@@ -36,7 +35,8 @@ class CpuUnquantizedFusedMoEMethod(UnquantizedFusedMoEMethod):
             )
 
     def process_weights_after_loading(self, layer: "RoutedExperts") -> None:
-        """Keep w13 [experts, 2 * intermediate, hidden] and w2 [experts, hidden, intermediate] where tokens are exchanged."""
+        """Leave w13 [experts, 2 * intermediate, hidden] and w2 [experts, hidden, intermediate] as loaded if the layer
+        exchanges tokens. Otherwise vLLM repacks them."""
         if not exchanges_tokens(self.moe):
             super().process_weights_after_loading(layer)
 
@@ -46,7 +46,7 @@ class CpuUnquantizedFusedMoEMethod(UnquantizedFusedMoEMethod):
         expert_input: torch.Tensor,  # [rows, hidden_size], expert-major
         tokens_per_expert: torch.Tensor,  # [num_local_experts] int64
     ) -> torch.Tensor:  # [rows, hidden_size]; rows past sum(tokens_per_expert) are undefined
-        """Each local expert's gated MLP on its rows."""
+        """Run each local expert's gated MLP on its rows. LOCAL. Host sync: reads tokens_per_expert."""
         activation = GATED_ACTIVATIONS[self.moe.activation]
         output = torch.empty_like(expert_input, memory_format=torch.contiguous_format)
         for expert, start, stop in expert_ranges(tokens_per_expert.tolist()):
@@ -55,8 +55,3 @@ class CpuUnquantizedFusedMoEMethod(UnquantizedFusedMoEMethod):
             gate, up = F.linear(expert_input[start:stop], layer.w13_weight[expert], w13_bias).chunk(2, dim=-1)
             output[start:stop] = F.linear(activation(gate) * up, layer.w2_weight[expert], w2_bias)
         return output
-
-
-def register() -> None:
-    """Have vLLM build our class for unquantised experts."""
-    compat.current().register_out_of_tree(UnquantizedFusedMoEMethod, CpuUnquantizedFusedMoEMethod)

@@ -1,10 +1,9 @@
-"""vLLM's MoE layer with our pipeline inside: route, prepare, dispatch, experts, combine, finalize."""
+"""vLLM's MoE layer on a CPU: routes tokens with vLLM's router, then runs the strategy's pipeline and vLLM's shared experts."""
 
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
-from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 from vllm.model_executor.layers.fused_moe.runner.shared_experts import SharedExpertsOrder
 
@@ -12,41 +11,45 @@ from vllm_npu.core.routing import check_router_logits
 from vllm_npu.core.step_plan import TokenSharding
 from vllm_npu.eplb.replicas import to_physical
 from vllm_npu.errors import UnsupportedConfigError
-from vllm_npu.plugin import compat
 from vllm_npu.plugin.cpu import eplb
 from vllm_npu.plugin.cpu.experts import CpuUnquantizedFusedMoEMethod
 from vllm_npu.plugin.forward_context import current_step
-from vllm_npu.plugin.groups import model_groups, trace_ring
+from vllm_npu.plugin.groups import model_groups, model_pipelines, trace_ring
 from vllm_npu.plugin.layer_facts import LayerFacts, exchanges_tokens
-from vllm_npu.strategies.pipeline import MoEPipeline
-from vllm_npu.strategies.select import build
-
-logger = init_logger("vllm.npu.moe_runner")
+from vllm_npu.strategies.pipelines import Pipelines
+from vllm_npu.transport.base import Groups
 
 
 class CpuMoERunner(MoERunner):
-    """Layers that exchange tokens run our pipeline; all others are vLLM's.
+    """Layers that exchange tokens run a pipeline of this package. All other layers run as in vLLM.
 
-    The pipeline runs inside vLLM's opaque custom op and always returns complete sums. So nothing that torch.compile sees
-    depends on the strategy, and a step may take another one than the step that was traced.
+    The pipeline runs inside vLLM's opaque custom op, and its output is always complete. So torch.compile sees nothing that
+    depends on the strategy, and a step may use another strategy than the traced step.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._pipelines: dict[str, MoEPipeline] = {}
         if self.exchanges_tokens:
             self._check_supported()
 
-    @property
+    @cached_property
     def exchanges_tokens(self) -> bool:
         """Whether this layer's tokens travel to other ranks."""
         return exchanges_tokens(self.moe_config)
 
-    @property
+    @cached_property
     def facts(self) -> LayerFacts:
-        """What the planner has to know of this layer."""
+        """What the step planner has to know of this layer."""
         sharding = TokenSharding.SLICED_OVER_TP if self.moe_config.is_sequence_parallel else TokenSharding.REPLICATED
         return LayerFacts.of(self.moe_config, sharding=sharding, experts=self._quant_method)
+
+    @cached_property
+    def _groups(self) -> Groups:
+        return model_groups(expert_parallel=self.facts.use_ep)
+
+    @cached_property
+    def _pipelines(self) -> Pipelines:
+        return model_pipelines(expert_parallel=self.facts.use_ep)
 
     def _check_supported(self) -> None:
         if not isinstance(self._quant_method, CpuUnquantizedFusedMoEMethod):
@@ -67,7 +70,7 @@ class CpuMoERunner(MoERunner):
             )
 
     def _select_forward(self) -> Any:
-        """The opaque custom op, also on a CPU, where vLLM would let torch.compile look inside."""
+        """vLLM's opaque custom op. On a CPU vLLM itself lets torch.compile look inside the layer."""
         if not self.exchanges_tokens:
             return super()._select_forward()
         return torch.ops.vllm.moe_forward if self._shared_experts is None else torch.ops.vllm.moe_forward_shared
@@ -81,7 +84,7 @@ class CpuMoERunner(MoERunner):
     def _maybe_reduce_shared_expert_output(
         self, shared_output: torch.Tensor | None, fused_output_is_reduced: bool | None = None
     ) -> torch.Tensor | None:
-        """Nothing to do where our pipeline ran: it reduces both outputs in one collective."""
+        """Return the shared output as it is if the layer exchanges tokens: _sum_over_tp has added it up where a sum is due."""
         if not self.exchanges_tokens:
             return super()._maybe_reduce_shared_expert_output(shared_output, fused_output_is_reduced)
         return shared_output
@@ -89,11 +92,14 @@ class CpuMoERunner(MoERunner):
     def _forward_impl(
         self,
         hidden_states: torch.Tensor,  # [num_tokens, hidden_size], a slice of them under sequence parallelism
-        router_logits: torch.Tensor,  # [num_tokens, num_experts]; unused where the layer holds the gate
+        router_logits: torch.Tensor,  # [num_tokens, num_experts]; unused if the layer holds the gate
         shared_experts_input: torch.Tensor | None,
         input_ids: torch.Tensor | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """The layer's routed output, or (shared, routed). COLLECTIVE over the strategy's groups."""
+        """The routed experts' output. With shared experts: (shared output, routed output).
+
+        COLLECTIVE over the strategy's groups, and over tp for a sum that is still missing. Host sync: yes, in the experts.
+        """
         if not self.exchanges_tokens:
             output: torch.Tensor | tuple[torch.Tensor, torch.Tensor] = super()._forward_impl(
                 hidden_states, router_logits, shared_experts_input, input_ids
@@ -113,13 +119,13 @@ class CpuMoERunner(MoERunner):
             topk_weights = torch.ones_like(topk_weights)
 
         step = current_step()
-        topk_ids = self._place(topk_ids, step.plan.sharding)
+        topk_ids = self._physical_ids(topk_ids, step.plan.sharding)
         if (ring := trace_ring()) is not None:
             ring.enter_layer(self.layer_name)
         shared_experts, compute_shared = self._shared_experts, None
         if shared_experts is not None:
             compute_shared = partial(shared_experts, shared_experts_input, SharedExpertsOrder.NO_OVERLAP)
-        finalized = self._pipeline(step.strategy).run(
+        finalized = self._pipelines.get(step.strategy, self.facts.moe_layer.num_experts).run(
             hidden_states,
             topk_weights,
             topk_ids,
@@ -131,17 +137,17 @@ class CpuMoERunner(MoERunner):
         shared = None if shared_experts is None else shared_experts.output
         return self._sum_over_tp(finalized.hidden_states, shared, routed_is_complete=finalized.reduced)
 
-    def _place(self, topk_ids: torch.Tensor, sharding: TokenSharding) -> torch.Tensor:
-        """Logical to physical experts, the load counted, where experts are balanced (EPLB); else the ids as they are.
+    def _physical_ids(self, topk_ids: torch.Tensor, sharding: TokenSharding) -> torch.Tensor:
+        """With EPLB: turn logical expert ids into physical ones, and count the load. Without EPLB: the ids as they are.
 
-        vLLM's router does both in a Triton kernel, and on a CPU neither.
+        On GPUs vLLM's router does this in a Triton kernel. On a CPU it does not.
         """
-        balanced = self.eplb_state
-        if balanced is None:
+        layer_state = self.eplb_state
+        if layer_state is None:
             return topk_ids
-        topology = model_groups(expert_parallel=bool(self.moe_config.use_ep)).topology
-        physical_ids = to_physical(topk_ids, eplb.table_of(balanced), topology, sharding)
-        eplb.count_load(balanced, physical_ids, topology, sharding)
+        topology = self._groups.topology
+        physical_ids = to_physical(topk_ids, eplb.replica_table(layer_state), topology, sharding)
+        eplb.count_load(layer_state, physical_ids, topology, sharding)
         return physical_ids
 
     def _compute_experts(
@@ -150,33 +156,21 @@ class CpuMoERunner(MoERunner):
         output: torch.Tensor = self._quant_method.compute(self.routed_experts, expert_input, tokens_per_expert)
         return output
 
-    def _pipeline(self, strategy: str) -> MoEPipeline:
-        if strategy not in self._pipelines:
-            self._pipelines[strategy] = build(
-                strategy, model_groups(expert_parallel=bool(self.moe_config.use_ep)), int(self.moe_config.num_experts)
-            )
-        return self._pipelines[strategy]
-
     def _sum_over_tp(
         self, routed: torch.Tensor, shared: torch.Tensor | None, *, routed_is_complete: bool
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """Complete both outputs with at most one all-reduce over tp. Under sequence parallelism both are complete."""
-        tp = model_groups(expert_parallel=bool(self.moe_config.use_ep)).tp
+        """Complete both outputs. COLLECTIVE: at most one all-reduce over tp. Under sequence parallelism both are complete."""
+        tp = self._groups.tp
         if not self.moe_config.is_sequence_parallel and tp.size > 1:
             if self.moe_config.skip_final_all_reduce:
-                # The caller adds the ranks' outputs up itself, so a complete one may count only once.
+                # The caller adds the outputs of all TP ranks up, so only one rank may return a complete output.
                 routed = torch.zeros_like(routed) if routed_is_complete and tp.rank > 0 else routed
             elif shared is None:
                 routed = routed if routed_is_complete else tp.all_reduce(routed)
             elif routed_is_complete:
                 shared = tp.all_reduce(shared)
             else:
-                # Flat, since shared and routed experts of a latent MoE differ in width.
+                # Flattened, because shared and routed outputs of a latent MoE differ in width.
                 sums = tp.all_reduce(torch.cat([shared.flatten(), routed.flatten()]))
                 shared, routed = sums[: shared.numel()].view_as(shared), sums[shared.numel() :].view_as(routed)
         return routed if shared is None else (shared, routed)
-
-
-def register() -> None:
-    """Have vLLM build our class for its MoE layers."""
-    compat.current().register_out_of_tree(MoERunner, CpuMoERunner)

@@ -1,4 +1,4 @@
-"""vLLM's platform on a machine without NPU and GPU: CPU, with expert and data parallelism for MoE models."""
+"""vLLM's platform on a machine without NPU and GPU: a CPU, with expert and data parallelism for MoE models."""
 
 import os
 from typing import TYPE_CHECKING, Any
@@ -9,38 +9,39 @@ from vllm.platforms.cpu import CpuPlatform
 from vllm_npu import envs
 from vllm_npu.core.limits import PORTABLE
 from vllm_npu.core.token_layout import ceil_div
-from vllm_npu.plugin import compat, options
+from vllm_npu.plugin import compat
 from vllm_npu.plugin.engine_check import check_engine
+from vllm_npu.plugin.options import check_config
 
 if TYPE_CHECKING:
     from vllm.config import ParallelConfig, VllmConfig
 
-logger = init_logger("vllm.npu.platform")
+logger = init_logger("vllm.npu.plugin.cpu.platform")
 
-_own_binding: str | None = None  # the last value that this process gave to it
+_own_binding: str | None = None  # the last value that this process gave to VLLM_CPU_OMP_THREADS_BIND
 
 
 class CpuMoEPlatform(CpuPlatform):
-    """CpuPlatform with our communicator and step plan. It stays a CPU platform: vLLM's CPU worker and attention run."""
+    """CpuPlatform with our communicator, and with a plan for each step. vLLM's CPU worker and attention run on it."""
 
     @classmethod
     def check_and_update_config(cls, vllm_config: "VllmConfig") -> None:
-        """Our checks, then vLLM's, which turns dual batch overlap off without an error. Raises UnsupportedConfigError."""
+        """Run our checks, then vLLM's: vLLM turns dual batch overlap off without an error. Raises UnsupportedConfigError."""
         from vllm_npu.plugin.cpu.eplb import check_eplb
 
-        options.check_config(vllm_config)
+        options = check_config(vllm_config)
         release = compat.current()
         if release.sequence_parallel_breaks(vllm_config):
             release.disable_sequence_parallel(vllm_config)
             logger.warning(
-                "Sequence parallelism is off for %s: vLLM's layer takes a slice of one token for the whole step. The "
-                "strategies slice over TP themselves.",
+                "Sequence parallelism is off for %s: vLLM's layer computes steps of one token wrongly with it. The strategies "
+                "slice over TP themselves.",
                 ", ".join(vllm_config.model_config.architectures),
             )
         check_eplb(vllm_config)
         release.set_eplb_worker(vllm_config)
         super().check_and_update_config(vllm_config)
-        check_engine(vllm_config, PORTABLE)
+        check_engine(vllm_config, options, PORTABLE)
         parallel_config = vllm_config.parallel_config
         if not parallel_config.worker_extension_cls:
             parallel_config.worker_extension_cls = "vllm_npu.plugin.worker_extension.MoECommWorkerExtension"
@@ -49,19 +50,22 @@ class CpuMoEPlatform(CpuPlatform):
 
     @classmethod
     def get_device_communicator_cls(cls) -> str:
-        """Our communicator."""
+        """The path of our communicator class."""
         return "vllm_npu.plugin.cpu.communicator.CpuMoECommunicator"
 
     @classmethod
     def set_additional_forward_context(cls, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """vLLM calls it once a step: plan the step for our MoE layers. COLLECTIVE where the model has some."""
+        """Plan the step for our MoE layers. vLLM calls this once a step. COLLECTIVE if the model has MoE layers of ours."""
         from vllm_npu.plugin.step_planner import plan_step
 
         return {**super().set_additional_forward_context(*args, **kwargs), **plan_step(**kwargs)}
 
 
 def _ranks_here(parallel_config: "ParallelConfig") -> int:
-    """Ranks on this host. Where data-parallel ones are launched by hand (VLLM_DP_RANK_LOCAL) vLLM does not know: then all."""
+    """Number of ranks on this host.
+
+    vLLM does not know it if the user launches each data-parallel rank by hand (VLLM_DP_RANK_LOCAL). Then all ranks count.
+    """
     dp_size = max(parallel_config.data_parallel_size_local, 1)
     if parallel_config.data_parallel_rank_local is not None:
         dp_size = parallel_config.data_parallel_size
@@ -69,12 +73,12 @@ def _ranks_here(parallel_config: "ParallelConfig") -> int:
 
 
 def _bind_threads(parallel_config: "ParallelConfig") -> None:
-    """Share this process's CPUs among the ranks where there are fewer NUMA nodes than ranks.
+    """Share this process's CPUs among the ranks, if there are fewer NUMA nodes than ranks.
 
-    vLLM's own binding refuses more tensor-parallel ranks than nodes, and gives the data-parallel ranks of a node all the same
-    CPUs: on 2 cores both the first one, where decode steps take twice as long.
+    vLLM's own binding refuses more tensor-parallel ranks than NUMA nodes. It also gives the same CPUs to all data-parallel
+    ranks of a node. On 2 cores both ranks then get the first core, and decode steps take twice as long.
 
-    A binding of the user's stays. One that was made here for an engine before, maybe of another size, is made anew.
+    A binding that the user set stays. A binding that this process made for an earlier engine is replaced.
     """
     global _own_binding
     if _own_binding is not None and os.environ.get(envs.CPU_OMP_THREADS_BIND) == _own_binding:
@@ -90,7 +94,7 @@ def _bind_threads(parallel_config: "ParallelConfig") -> None:
     ]
     _own_binding = os.environ[envs.CPU_OMP_THREADS_BIND] = "|".join(",".join(map(str, share)) for share in shares)
     logger.info(
-        "%s=%s: %d ranks share %d CPUs, since there are fewer NUMA nodes than ranks",
+        "%s=%s: %d ranks share %d CPUs, because there are fewer NUMA nodes than ranks",
         envs.CPU_OMP_THREADS_BIND,
         os.environ[envs.CPU_OMP_THREADS_BIND],
         ranks,
@@ -99,9 +103,12 @@ def _bind_threads(parallel_config: "ParallelConfig") -> None:
 
 
 def _share_memory(vllm_config: "VllmConfig") -> None:
-    """Share a NUMA node's memory among the ranks on it and all other processes, where nothing was said of it: vLLM's default is
-    nearly all of it for each rank, so that a second one does not start, or both fill it."""
-    from vllm.config import CacheConfig  # not at the top: vLLM loads the platform while it defines its configuration
+    """Give each rank a share of its NUMA node's memory, unless the user set the size of the cache.
+
+    By default vLLM gives each rank nearly all memory of the node. Then a second rank on the node does not start, or both fill
+    the memory. Here other processes of the machine get a share too.
+    """
+    from vllm.config import CacheConfig  # not at the top: vllm.config itself imports the platform
 
     cache_config, default = vllm_config.cache_config, CacheConfig.gpu_memory_utilization
     ranks_of_a_node = ceil_div(_ranks_here(vllm_config.parallel_config), compat.current().numa_nodes())

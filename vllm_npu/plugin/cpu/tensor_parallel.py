@@ -1,15 +1,15 @@
-"""vLLM's tensor-parallel group on CPUs as a transport."""
+"""vLLM's tensor-parallel group on CPUs as a transport of this package."""
 
 import torch
 from vllm.distributed.parallel_state import GroupCoordinator
 
 from vllm_npu.transport.gloo import GlooTransport
 
-SHARED_MEMORY_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of vLLM's shm_allreduce (0.32)
+SHARED_MEMORY_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # those of vLLM's shm_allreduce, vLLM 0.32
 
 
 class TensorParallelTransport(GlooTransport):
-    """gloo, but all-reduce as vLLM does it for this group: over shared memory where all ranks are on one machine."""
+    """Runs an all-reduce by vLLM's own method, which uses shared memory between ranks of one machine. The rest runs on gloo."""
 
     def __init__(self, coordinator: GroupCoordinator) -> None:
         super().__init__(coordinator.device_group, "tp")

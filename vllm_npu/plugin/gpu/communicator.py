@@ -18,7 +18,7 @@ from vllm_npu.plugin.options import Options, topology_of
 from vllm_npu.transport.base import Groups
 from vllm_npu.transport.nccl import NcclTransport
 
-logger = init_logger("vllm.npu.cuda_communicator")
+logger = init_logger("vllm.npu.plugin.gpu.communicator")
 
 
 class CudaMoECommunicator(CudaCommunicator):

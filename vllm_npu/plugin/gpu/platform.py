@@ -5,12 +5,12 @@ from typing import TYPE_CHECKING
 from vllm.logger import init_logger
 from vllm.platforms.cuda import CudaPlatform
 
-from vllm_npu.plugin import options
+from vllm_npu.plugin.gpu.config_check import required_backend
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-logger = init_logger("vllm.npu.cuda_platform")
+logger = init_logger("vllm.npu.plugin.gpu.platform")
 
 
 class CudaMoEPlatform(CudaPlatform):
@@ -23,7 +23,7 @@ class CudaMoEPlatform(CudaPlatform):
     def check_and_update_config(cls, vllm_config: "VllmConfig") -> None:
         """Check the options, and set vLLM's all2all_backend to the one that the named manager needs. Raises
         UnsupportedConfigError."""
-        backend = options.check_cuda_config(vllm_config)
+        backend = required_backend(vllm_config)
         parallel_config = vllm_config.parallel_config
         if backend is not None and parallel_config.all2all_backend != backend:
             logger.info("all2all_backend is %s, which the options need", backend)

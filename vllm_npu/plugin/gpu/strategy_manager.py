@@ -33,7 +33,7 @@ from vllm_npu.trust.agreement import agree
 if TYPE_CHECKING:
     import torch.distributed as dist
 
-logger = init_logger("vllm.npu.strategy_manager")
+logger = init_logger("vllm.npu.plugin.gpu.strategy_manager")
 
 RowKind = tuple[int, int, torch.dtype]
 """top_k, hidden_size and dtype of a layer's tokens."""

@@ -1,4 +1,4 @@
-"""moe_comm=compare: every MoE layer runs twice on the same input, by vllm-ascend's communication and by ours."""
+"""moe_comm=compare: every MoE layer runs twice on the same input, with vllm-ascend's communication and with ours."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,19 +12,22 @@ from vllm_npu.plugin import compat
 from vllm_npu.plugin.ascend.comm_method import PipelineCommMethod
 from vllm_npu.plugin.forward_context import current_step
 
-logger = init_logger("vllm.npu.comparison")
+logger = init_logger("vllm.npu.plugin.ascend.output_comparison")
 
 
-class Comparison:
-    """Counts and says, on each rank, where the two paths differ. Costs each layer a second time, and a host sync."""
+class OutputComparison:
+    """Compares the outputs of the two paths on each rank. Counts and logs the differences.
+
+    Each layer runs twice and is COLLECTIVE twice. Host sync: yes.
+    """
 
     def __init__(self) -> None:
         self.layer_calls = 0
-        self.differing = 0
-        self.largest = 0.0  # difference, relative to the largest element of its row
+        self.differing = 0  # layer calls whose outputs differ by more than the tolerance
+        self.largest = 0.0  # largest difference, relative to the largest element of its row
 
     def attach(self, vllm_config: Any) -> None:
-        """Run both paths in every layer from now on; the result stays vllm-ascend's."""
+        """Make every MoE layer run both paths. The layer's output stays vllm-ascend's. LOCAL."""
         methods = {
             comm_type: PipelineCommMethod(theirs) for comm_type, theirs in compat.current().comm_methods().items()
         }
@@ -32,7 +35,7 @@ class Comparison:
             layer.forward_impl = self._both(name, layer.forward_impl, methods)
 
     def take(self) -> dict[str, float]:
-        """The counts since the last call."""
+        """Return the counts since the last call. LOCAL."""
         counts = {"layer_calls": self.layer_calls, "differing": self.differing, "largest_difference": self.largest}
         self.layer_calls = self.differing = 0
         self.largest = 0.0
@@ -43,7 +46,7 @@ class Comparison:
     ) -> Callable[..., Any]:
         def forward_impl(hidden_states: torch.Tensor, router_logits: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             release = compat.current()
-            if release.in_profile_run():  # each call draws a routing of its own
+            if release.in_profile_run():  # the routing is random, and differs between two calls
                 return forward(hidden_states, router_logits, *args, **kwargs)
             our_input = hidden_states.clone(), router_logits.clone()
             theirs = forward(hidden_states, router_logits, *args, **kwargs)
@@ -84,10 +87,11 @@ class Comparison:
 
 
 def _routed(result: Any) -> torch.Tensor:
-    """The routed experts' output, with or without the events around it."""
+    """The routed experts' output of a layer, which may return it alone or inside a FusedMoEResult."""
     routed: torch.Tensor = getattr(result, "routed_out", result)
     return routed
 
 
 def _complete(routed: torch.Tensor, is_complete: bool) -> torch.Tensor:
+    """A copy of the output if it is complete. Otherwise its sum: COLLECTIVE, one all-reduce over tp."""
     return routed.clone() if is_complete else tensor_model_parallel_all_reduce(routed.clone())

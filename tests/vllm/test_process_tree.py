@@ -1,4 +1,4 @@
-"""The process tree that the command line puts around vLLM's processes. Needs no vLLM; what it guards against is vLLM's."""
+"""The process tree that the command line puts around vLLM's processes. The test needs no vLLM."""
 
 import os
 import subprocess
@@ -6,8 +6,8 @@ import sys
 
 from vllm_npu.tools.engines.process_tree import SHARED_MEMORY_FOLDER, ProcessTree, mapped_shared_memory
 
-# A semaphore of the spawn method has a name in /dev/shm, but its maker maps it under a name that is gone. The segment is
-# mapped under its own name. The child loses its parent when the tree is killed.
+# The program makes a semaphore and a segment in /dev/shm. It maps the semaphore under a name that no longer exists, and the
+# segment under its own name. The child loses its parent when the tree is killed.
 PROGRAM = """
 import multiprocessing, subprocess, sys
 from multiprocessing.shared_memory import SharedMemory

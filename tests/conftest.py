@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from tests.time_limits import on_this_machine
 from vllm_npu.tools.launch import RANK_POOLS, RankPool
 
 # The same examples in every run: a failure on one machine is a failure on all.
 settings.register_profile("ci", derandomize=True, deadline=None, max_examples=60, print_blob=True)
 settings.load_profile("ci")
 
-POOL_TIMEOUT = 20.0  # seconds
+POOL_TIMEOUT = 20.0  # seconds that a rank waits for another one, on a quiet machine
 NIGHTLY = "nightly"
 
 
@@ -50,7 +51,7 @@ def pools() -> Iterator[Callable[[str, int], RankPool]]:
 
     def pool(kind: str, num_ranks: int) -> RankPool:
         if (kind, num_ranks) not in opened:
-            opened[kind, num_ranks] = RANK_POOLS[kind](num_ranks, timeout=POOL_TIMEOUT)
+            opened[kind, num_ranks] = RANK_POOLS[kind](num_ranks, timeout=on_this_machine(POOL_TIMEOUT))
         return opened[kind, num_ranks]
 
     yield pool

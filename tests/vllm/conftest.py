@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.vllm import forked_engine
+from tests.vllm.forked_engine import FORKED
 from tests.vllm.text_prompts import TEXT_MAX_TOKENS, text_prompts
 from vllm_npu.cli.demo import SAFE_MARGIN
 from vllm_npu.errors import UnsupportedConfigError
@@ -77,8 +77,7 @@ def vanilla_tokens(
                 max_tokens=DEMO_MAX_TOKENS + (TEXT_MAX_TOKENS if with_texts else []),
                 folder=tmp_path_factory.mktemp("vanilla"),
                 caches=caches,
-                environment={"PYTHONPATH": str(Path(__file__).parents[2])},
-                module=forked_engine.PATH,
+                **FORKED,
                 measure_margins=True,
             )
             with engines:

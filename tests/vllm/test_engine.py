@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.time_limits import PATIENCE_SECONDS, on_this_machine
-from tests.vllm import forked_engine
+from tests.vllm.forked_engine import FORKED
 from vllm_npu.cli.demo import DP2_EP, TP2_DP2_EP, TP2_EP, compare
 from vllm_npu.strategies.table import STRATEGIES
 from vllm_npu.tools.engines.engine_processes import EngineFailedError, Parallelism
@@ -177,6 +177,5 @@ def engines_for(
         caches=caches,
         compiled=compiled,
         stop_signals=stop_signals,
-        environment={"PYTHONPATH": str(Path(__file__).parents[2])},
-        module=forked_engine.PATH,
+        **FORKED,
     )

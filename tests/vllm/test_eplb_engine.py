@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.vllm import eplb_probe, forked_engine
+from tests.vllm import eplb_probe
+from tests.vllm.forked_engine import FORKED
 from vllm_npu.cli.demo import DP2_EP
 from vllm_npu.strategies.table import STRATEGIES
 from vllm_npu.tools.engines.engine_set import EngineSet, Generation
@@ -40,8 +41,7 @@ def test_no_token_changes_while_experts_move(
         max_tokens=DEMO_MAX_TOKENS,
         folder=tmp_path / "engines",
         caches=caches,
-        environment={"PYTHONPATH": str(Path(__file__).parents[2])},
-        module=forked_engine.PATH,
+        **FORKED,
         engine_args={
             "enable_eplb": True,
             "eplb_config": {

@@ -7,6 +7,7 @@ import pytest
 
 from tests.command_line import vllm_npu
 from vllm_npu.cli.app import COMMANDS
+from vllm_npu.cli.serve import http_port
 from vllm_npu.strategies.table import STRATEGIES
 from vllm_npu.tools.engines.tiny_models import QWEN3_MOE, write_tiny_model
 
@@ -48,6 +49,20 @@ def test_serving_nothing_says_where_the_model_goes(arguments: list[str]) -> None
     finished = vllm_npu("serve", *arguments)
     assert finished.returncode == 1
     assert "put it first" in finished.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "port"),
+    [
+        ([], 8000),
+        (["--port", "1", "--port=2"], 2),
+        (["--port", "word"], None),
+        (["--config", "server.yaml", "--port", "1"], None),
+        (["--uds=socket"], None),
+    ],
+)
+def test_a_stop_looks_at_the_port_that_vllm_will_listen_on(arguments: list[str], port: int | None) -> None:
+    assert http_port(["--model", "some-model", *arguments]) == port
 
 
 def test_options_and_help_of_vllm_are_reached() -> None:

@@ -1,9 +1,13 @@
 """The process tree that the command line puts around vLLM's processes. The test needs no vLLM."""
 
 import os
+import signal
 import subprocess
 import sys
 
+import pytest
+
+from tests.time_limits import PATIENCE_SECONDS
 from vllm_npu.tools.engines.process_tree import SHARED_MEMORY_FOLDER, ProcessTree, mapped_shared_memory
 
 # The program makes a semaphore and a segment in /dev/shm. It maps the semaphore under a name that no longer exists, and the
@@ -19,7 +23,8 @@ child.wait()
 """
 
 
-def test_a_killed_tree_leaves_neither_processes_nor_shared_memory() -> None:
+@pytest.mark.parametrize("asked_first", [False, True], ids=["killed", "terminated"])
+def test_a_tree_that_ends_leaves_neither_processes_nor_shared_memory(asked_first: bool) -> None:
     before = set(SHARED_MEMORY_FOLDER.iterdir())
     tree = ProcessTree([sys.executable, "-c", PROGRAM], environment=os.environ, stdout=subprocess.PIPE)
     assert tree.process.stdout is not None
@@ -30,6 +35,9 @@ def test_a_killed_tree_leaves_neither_processes_nor_shared_memory() -> None:
     assert len(members) >= 3, "the program, its child, multiprocessing's resource tracker"
     assert len(made) == 2, "a segment and a semaphore"
 
+    if asked_first:
+        tree.terminate_all()
+        assert tree.process.wait(PATIENCE_SECONDS) == -signal.SIGTERM
     tree.stop(grace_seconds=0)
     assert tree.members() == []
     assert not any(path.exists() for path in made)

@@ -70,7 +70,7 @@ def serve(arguments: Sequence[str]) -> None:
     require_vllm()
 
     started = time.monotonic()
-    with _Signals(_http_port(named)) as signals, _folders() as folders:
+    with _Signals(http_port(named)) as signals, _folders() as folders:
         status = _run(command, _server_environment(moe_comm) | folders, signals, headless=HEADLESS in rest)
     if report_path is not None:
         report = {
@@ -105,7 +105,7 @@ class _Signals:
     """While entered, signals to this program go to the server. The first stop signal to a server that is not up is noted."""
 
     def __init__(self, port: int | None) -> None:
-        self._port = port  # of the API server; see _http_port
+        self._port = port  # of the API server; see http_port
         self.stopped_by: int | None = None  # SIGINT or SIGTERM, if one came before the server was up
         self._tree: ProcessTree | None = None
         self._previous: dict[int, Any] = {}
@@ -197,7 +197,7 @@ def _listens(pid: int, port: int | None) -> bool:
     )
 
 
-def _http_port(arguments: Sequence[str]) -> int | None:
+def http_port(arguments: Sequence[str]) -> int | None:
     """The port of the API server by vLLM's arguments. None where a file or a Unix socket decides."""
     names = {argument.partition("=")[0] for argument in arguments}
     if names & {"--uds", "--config"}:

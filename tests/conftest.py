@@ -1,29 +1,57 @@
-"""Settings and fixtures of all tests."""
+"""Settings, lanes and fixtures of all tests."""
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
+from tests.time_limits import on_this_machine
 from vllm_npu.tools.launch import RANK_POOLS, RankPool
 
 # The same examples in every run: a failure on one machine is a failure on all.
 settings.register_profile("ci", derandomize=True, deadline=None, max_examples=60, print_blob=True)
 settings.load_profile("ci")
 
-POOL_TIMEOUT = 20.0  # seconds
+POOL_TIMEOUT = 20.0  # seconds that a rank waits for another one, on a quiet machine
+NIGHTLY = "nightly"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the tests marked nightly, unless -m speaks of them or the command line names them by their ids."""
+    if NIGHTLY in config.option.markexpr:
+        return
+    named = tuple(argument for argument in config.args if "::" in argument)
+    left_out = [item for item in items if item.get_closest_marker(NIGHTLY) and not item.nodeid.startswith(named)]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Give the seconds of the tests in each folder."""
+    seconds: Counter[str] = Counter()
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport):
+                seconds[str(Path(report.nodeid.partition("::")[0]).parent)] += report.duration
+    if seconds:
+        terminalreporter.write_line(
+            "seconds: " + ", ".join(f"{folder} {seconds[folder]:.0f}" for folder in sorted(seconds))
+        )
 
 
 @pytest.fixture(scope="session")
 def pools() -> Iterator[Callable[[str, int], RankPool]]:
-    """pools(kind, num_ranks) is a pool of RANK_POOLS, started when first asked for and shared by all tests."""
+    """pools(kind, num_ranks) is a pool of RANK_POOLS. The first call starts it, and all tests share it."""
     opened: dict[tuple[str, int], RankPool] = {}
 
     def pool(kind: str, num_ranks: int) -> RankPool:
         if (kind, num_ranks) not in opened:
-            opened[kind, num_ranks] = RANK_POOLS[kind](num_ranks, timeout=POOL_TIMEOUT)
+            opened[kind, num_ranks] = RANK_POOLS[kind](num_ranks, timeout=on_this_machine(POOL_TIMEOUT))
         return opened[kind, num_ranks]
 
     yield pool
@@ -45,11 +73,11 @@ def nothing_left_behind() -> Iterator[None]:
     assert {file for file in files - before[0] if str(os.getpid()) in file.name} == set()
 
 
-MULTIPROCESSING_KEEPS = ("resource_tracker", "forkserver")  # until this process ends
+MULTIPROCESSING_KEEPS = ("resource_tracker", "forkserver")  # they live until this process ends
 
 
 def _children(process: int) -> list[str]:
-    """Processes that this one started, and that have not ended."""
+    """Processes that `process` started and that have not ended."""
     found = []
     for task in Path(f"/proc/{process}/task").iterdir():
         found += (task / "children").read_text().split()

@@ -1,7 +1,7 @@
-"""What the tests with real vLLM share: tiny checkpoints and what vanilla vLLM generates from them, each made once.
+"""Fixtures of the tests with real vLLM: tiny checkpoints, and the tokens that vanilla vLLM generates from them.
 
-An engine takes half a minute to start, so tests share them where they can. Everything here needs vLLM and this package
-installed beside it; without them the tests are skipped and say what is missing.
+Each is made once. An engine takes up to half a minute to start, so tests share engines where they can. All tests here need vLLM
+and this package installed beside it. Without them the tests are skipped, and the reason says what is missing.
 """
 
 import tempfile
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.vllm.forked_engine import FORKED
 from tests.vllm.text_prompts import TEXT_MAX_TOKENS, text_prompts
 from vllm_npu.cli.demo import SAFE_MARGIN
 from vllm_npu.errors import UnsupportedConfigError
@@ -20,7 +21,7 @@ from vllm_npu.tools.engines.tiny_models import DEMO_MAX_TOKENS, QWEN3_MOE, TinyM
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """All of this folder needs vLLM."""
+    """Mark every test of this folder: it needs vLLM."""
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.vllm)
@@ -28,7 +29,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def vllm_with_plugin() -> None:
-    """Skip, naming what is missing."""
+    """Skip the tests where vLLM or this package beside it is missing. The reason names it."""
     try:
         require_vllm()
     except UnsupportedConfigError as error:
@@ -50,7 +51,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[TinyModel]
 
 @pytest.fixture(scope="session")
 def caches(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of vLLM, shared by all engines: each starts 10 s earlier for it."""
+    """Folder of vLLM's caches, shared by all engines. An engine starts 10 s faster with it."""
     return tmp_path_factory.mktemp("caches")
 
 
@@ -58,9 +59,9 @@ def caches(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def vanilla_tokens(
     checkpoint: Callable[[TinyModel], Path], caches: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[TinyModel], list[list[int]]]:
-    """What vanilla vLLM (one worker, plugin off) generates for demo_prompts(), and from QWEN3_MOE then for TEXTS.
+    """Tokens that vanilla vLLM (one worker, plugin off) generates for demo_prompts(). With QWEN3_MOE, those for TEXTS follow.
 
-    Made at the first call.
+    They are made at the first call for a model.
     """
     generated: dict[str, list[list[int]]] = {}
 
@@ -76,6 +77,7 @@ def vanilla_tokens(
                 max_tokens=DEMO_MAX_TOKENS + (TEXT_MAX_TOKENS if with_texts else []),
                 folder=tmp_path_factory.mktemp("vanilla"),
                 caches=caches,
+                **FORKED,
                 measure_margins=True,
             )
             with engines:
@@ -91,12 +93,12 @@ def vanilla_tokens(
 
 @pytest.fixture
 def shared_memory_unchanged() -> Iterator[None]:
-    """Fail if the test leaves a file in /dev/shm that was not there before, and that no living process uses."""
+    """Fail if the test leaves a new file in /dev/shm that no living process uses."""
     before = set(SHARED_MEMORY_FOLDER.iterdir())
     yield
     new = set(SHARED_MEMORY_FOLDER.iterdir()) - before
     unused = new - in_use(new)
-    assert {path for path in unused if path.exists()} == set()  # others' files come and go meanwhile
+    assert {path for path in unused if path.exists()} == set()  # other programs may have removed theirs
 
 
 @pytest.fixture
@@ -107,7 +109,7 @@ def short_folder() -> Iterator[Path]:
 
 
 def in_use(paths: set[Path]) -> set[Path]:
-    """Those of `paths` that some living process maps: another program of this machine may have made them."""
+    """The files among `paths` that some living process maps. Another program of this machine may have made them."""
     mapped = set()
     for entry in Path("/proc").iterdir():
         if paths and entry.name.isdecimal():

@@ -1,4 +1,7 @@
-"""What workers of the tests note while experts are balanced: beside vLLM's numbers, the same counted choice by choice."""
+"""A worker extension that notes what happens while experts are balanced.
+
+It counts the router's choices one by one, so that tests can compare the counts with vLLM's numbers.
+"""
 
 import hashlib
 from collections import deque
@@ -14,7 +17,7 @@ PATH = f"{__name__}.EplbProbe"
 
 
 class EplbProbe(MoECommWorkerExtension):
-    """The worker extension of EPLB's engine tests. The router hands it the logical experts of every token."""
+    """The router hands it the logical experts of every token."""
 
     def set_moe_comm(self, name: str) -> None:
         if not hasattr(self, "notes"):
@@ -74,7 +77,7 @@ class EplbProbe(MoECommWorkerExtension):
         )
 
     def _experts_of_slots(self) -> list[list[str]]:
-        """Of each layer and slot of this rank, what its weights are."""
+        """Digest of the weights in each slot of this rank, by layer."""
         return [
             [_digest([weight[slot] for weight in layer]) for slot in range(layer[0].shape[0])]
             for layer in map(list, self.state.model.expert_weights)

@@ -1,4 +1,4 @@
-"""Processes of a program under test, found by the temporary folder that it was given, however they are related by now."""
+"""Find the processes of a program under test by its temporary folder, also those that have lost their parent."""
 
 import os
 import signal
@@ -7,8 +7,10 @@ from pathlib import Path
 
 
 def processes_of(folder: Path) -> list[int]:
-    """Living processes that were started with a TMPDIR inside `folder`, and others of their sessions: those of vLLM rename
-    themselves, and what /proc shows of their environment is gone then."""
+    """Living processes that were started with a TMPDIR inside `folder`, and all other processes of their sessions.
+
+    A process of vLLM renames itself, and /proc does not show its environment after that. Its session still shows it.
+    """
     marker = f"TMPDIR={folder}".encode()
     found, session_of = set(), {}
     for entry in Path("/proc").iterdir():
@@ -26,8 +28,10 @@ def processes_of(folder: Path) -> list[int]:
 
 
 def kill_processes_of(folder: Path) -> None:
-    """For a test that failed: nothing of it goes on beside the next one. multiprocessing's resource trackers are left to remove
-    the shared memory; they end once those are gone that they serve."""
+    """Kill the processes of a test that failed, so that none runs beside the next test.
+
+    multiprocessing's resource trackers are not killed: they remove shared memory, and end after the processes that they serve.
+    """
     while found := processes_of(folder):
         for pid in found:
             try:

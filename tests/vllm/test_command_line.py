@@ -1,11 +1,13 @@
-"""What `vllm-npu` says without starting an engine."""
+"""`vllm-npu` where it starts no engine."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from tests.command_line import vllm_npu
 from vllm_npu.cli.app import COMMANDS
+from vllm_npu.cli.serve import http_port
 from vllm_npu.strategies.table import STRATEGIES
 from vllm_npu.tools.engines.tiny_models import QWEN3_MOE, write_tiny_model
 
@@ -49,18 +51,32 @@ def test_serving_nothing_says_where_the_model_goes(arguments: list[str]) -> None
     assert "put it first" in finished.stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "port"),
+    [
+        ([], 8000),
+        (["--port", "1", "--port=2"], 2),
+        (["--port", "word"], None),
+        (["--config", "server.yaml", "--port", "1"], None),
+        (["--uds=socket"], None),
+    ],
+)
+def test_a_stop_looks_at_the_port_that_vllm_will_listen_on(arguments: list[str], port: int | None) -> None:
+    assert http_port(["--model", "some-model", *arguments]) == port
+
+
 def test_options_and_help_of_vllm_are_reached() -> None:
-    """--help after a model is vLLM's; so is the exit status for an option that vLLM does not have."""
-    shown = vllm_npu("serve", "some-model", "--help")
+    """vLLM answers --help after a model, and its own parser refuses an option that it does not have. Both run at once."""
+    with ThreadPoolExecutor(2) as pool:
+        shown, refused = pool.map(vllm_npu, ["serve"] * 2, ["some-model"] * 2, ["--help", "--no-such-option-of-vllm"])
     assert shown.returncode == 0
     assert "--tensor-parallel-size" in shown.stdout
-    refused = vllm_npu("serve", "some-model", "--no-such-option-of-vllm")
     assert refused.returncode == 2
     assert "--no-such-option-of-vllm" in refused.stderr
 
 
 def test_ranks_without_a_server_are_vllms_serve_command(tmp_path: Path) -> None:
-    """vLLM's own refusal of a host without ranks: its API server's module does not know the option."""
+    """vLLM's serve command refuses a host without ranks. The module of its API server does not know --headless."""
     model = write_tiny_model(QWEN3_MOE, tmp_path / "model")
     refused = vllm_npu(
         "serve", str(model), "--headless", "--data-parallel-size", "2", "--data-parallel-size-local", "0"

@@ -1,4 +1,4 @@
-"""vLLM's groups on CPUs through our communicator: the uneven gather and scatter that vLLM's own class lacks."""
+"""vLLM's groups on CPUs use our communicator, which has the uneven gather and scatter that vLLM's own class lacks."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def rows_of(rank: int, rows: int) -> torch.Tensor:
 
 
 def gather_and_scatter(grid: Grid) -> str:
-    """The group's three methods on this rank; the class that ran them."""
+    """Call the group's three methods on this rank. Returns the name of the communicator's class."""
     from vllm.distributed import get_tp_group
 
     group = get_tp_group()
@@ -43,7 +43,7 @@ def gather_and_scatter(grid: Grid) -> str:
 
 
 def refuse_other_dimensions(grid: Grid) -> list[str]:
-    """What the communicator says to a dimension that it cannot cut unevenly; no rank is left waiting."""
+    """The errors for a dimension that the communicator cannot cut unevenly. No rank is left waiting."""
     from vllm.distributed import get_tp_group
 
     from vllm_npu.errors import InvalidInputError

@@ -1,4 +1,4 @@
-"""Which vLLM the plugin runs with, and what it relies on there. Fails with a diff where a vLLM release moved something."""
+"""The vLLM releases that the plugin supports, and the parts of vLLM that it relies on. A moved part fails with a diff."""
 
 import ast
 import inspect
@@ -21,6 +21,7 @@ from vllm.platforms import current_platform
 from vllm.platforms.interface import Platform
 from vllm.plugins import load_general_plugins
 
+from tests.time_limits import PATIENCE_SECONDS
 from tests.vllm.vllm_ranks import (
     NUM_RANKS,
     TP2,
@@ -108,7 +109,7 @@ def test_every_line_has_the_functions_that_the_plugin_calls_there():
 
 
 def start_vllm(**environment: str) -> subprocess.CompletedProcess:
-    """A process that pretends to have an unsupported vLLM, and has vLLM load its plugins as every process of it does."""
+    """Start a process that pretends to have an unsupported vLLM. It loads vLLM's plugins as every process of vLLM does."""
     script = (
         "import vllm\n"
         "vllm.__version__ = '0.99.1'\n"
@@ -123,7 +124,7 @@ def start_vllm(**environment: str) -> subprocess.CompletedProcess:
         env=os.environ | environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=PATIENCE_SECONDS,
         check=False,
     )
 
@@ -185,7 +186,7 @@ def test_the_place_of_another_plugins_class_is_not_taken(base, ours):
 
 
 def parameters(function) -> str:
-    """A signature without annotations: names, order, kinds and defaults are what an override depends on."""
+    """A signature without annotations. An override depends on names, order, kinds and defaults."""
     signature = inspect.signature(function)
     plain = [each.replace(annotation=inspect.Parameter.empty) for each in signature.parameters.values()]
     return str(signature.replace(parameters=plain, return_annotation=inspect.Signature.empty))
@@ -250,7 +251,7 @@ def test_the_opaque_ops_around_the_layer_are_there(op, schema):
 
 
 def run_step(grid: Grid) -> list[tuple[int, list[str]]]:
-    """What vLLM gives the platform's hook in a step of MoE layers; what the hook gives back is in the step's context."""
+    """The arguments that vLLM gives the platform's hook in a step of MoE layers. The hook's result is in the step's context."""
     platform = type(current_platform)
     hook = platform.set_additional_forward_context
     given = []

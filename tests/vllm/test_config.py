@@ -1,4 +1,4 @@
-"""What a configuration may ask for: read and refused when vLLM builds its configuration, before any process starts."""
+"""Configurations are checked, and wrong ones refused, when vLLM builds its configuration: before any process starts."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def plugins_loaded():
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch):
-    """vLLM writes into the environment when it builds a configuration: put it back."""
+    """Restore the environment, which vLLM changes when it builds a configuration."""
     before = dict(os.environ)
     for name in (CPU_OMP_THREADS_BIND, "VLLM_NPU_MOE_COMM"):
         monkeypatch.delenv(name, raising=False)
@@ -46,7 +46,7 @@ def model(tmp_path_factory) -> str:
 
 
 def engine_config(model: str, section=None, **arguments) -> VllmConfig:
-    """vLLM's whole way from arguments to a configuration; `section` is the plugin's."""
+    """Build a configuration from arguments as vLLM does. `section` holds the plugin's options."""
     additional = {} if section is None else {"additional_config": {"vllm_npu": section}}
     return EngineArgs(model=model, **additional, **arguments).create_engine_config()
 
@@ -213,7 +213,7 @@ def test_the_planner_sees_the_steps_that_vllm_is_configured_for(model):
 
 
 def test_on_an_npu_the_same_check_names_the_buffer(model, environment):
-    """The check as the platform beside vllm-ascend calls it, on the configuration of an engine here."""
+    """Call the check as the platform beside vllm-ascend does, with the configuration of an engine here."""
     config = engine_config(model, max_num_seqs=24, dtype="bfloat16", **EP2)
     config.model_config.hf_text_config.hidden_size = 7168
     environment.setenv("HCCL_BUFFSIZE", "1")
@@ -255,7 +255,7 @@ def test_workers_understand_our_calls_unless_the_user_has_an_extension(model):
 
 
 def binding_of(world_size: int, **arguments) -> list[list[int]] | None:
-    """CPUs of each rank, as vLLM's workers will read them, once vLLM has built a configuration."""
+    """Build a configuration, and return the CPUs of each rank as vLLM's workers read them."""
     VllmConfig(parallel_config=ParallelConfig(tensor_parallel_size=world_size, **arguments))
     text = os.environ.get(CPU_OMP_THREADS_BIND)
     return None if text is None else [[int(cpu) for cpu in share.split(",")] for share in text.split("|")]
@@ -326,7 +326,7 @@ def test_the_next_engine_of_a_process_gets_a_binding_of_its_own():
 
 
 def memory_of(ranks: int, **arguments) -> float:
-    """The share of a NUMA node's memory that each of this many data-parallel ranks here takes."""
+    """The share of a NUMA node's memory that each data-parallel rank of this host takes."""
     parallel = ParallelConfig(data_parallel_size=ranks, data_parallel_size_local=ranks)
     return VllmConfig(
         parallel_config=parallel, cache_config=CacheConfig(**arguments)
@@ -349,7 +349,7 @@ def test_ranks_of_a_numa_node_share_its_memory_unless_the_user_says_how():
     ("family", "sliced"), [(QWEN3_MOE, True), (DEEPSEEK_V2, False)], ids=["qwen3-moe", "deepseek-v2"]
 )
 def test_models_that_infer_slices_from_shapes_run_without_sequence_parallelism(tmp_path, family, sliced):
-    """vLLM's DeepSeek layer is wrong for a step of one token: see compat. Others keep vLLM's choice."""
+    """vLLM's DeepSeek layer is wrong for a step of one token (see compat). Other models keep vLLM's choice."""
     model = str(write_tiny_model(family, tmp_path / "model"))
     grid = {**EP2, "data_parallel_size": 2}
     parallel_config = engine_config(model, **grid).parallel_config
@@ -362,8 +362,10 @@ def test_models_that_infer_slices_from_shapes_run_without_sequence_parallelism(t
 
 
 def cuda_backend(model: str, section: dict, **arguments) -> str | None:
-    """What the CUDA platform would set all2all_backend to. The configuration itself is built for the CPU, without a section,
-    and given the section afterwards: vLLM builds one for GPUs where there is one only."""
+    """The all2all_backend that the CUDA platform sets.
+
+    vLLM builds a configuration for GPUs only where there is a GPU. This one is built for the CPU, and gets the section later.
+    """
     config = engine_config(model, **EP2, **arguments)
     config.additional_config = {"vllm_npu": section}
     return required_backend(config)

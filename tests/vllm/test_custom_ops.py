@@ -36,23 +36,23 @@ def real_rows(grid: Grid, counts) -> list[int]:
 
 
 def ranks_of_group(grid: Grid, is_ep_comm: bool) -> range:
-    """Grid ranks that the op talks to."""
+    """The grid ranks in the op's group."""
     return range(grid.size) if is_ep_comm else range(grid.dp_rank * grid.tp, (grid.dp_rank + 1) * grid.tp)
 
 
 def gathered(grid: Grid, counts, is_ep_comm: bool) -> torch.Tensor:
-    """What maybe_all_gather_and_maybe_unpad must return."""
+    """The tensor that maybe_all_gather_and_maybe_unpad must return."""
     tokens = tokens_across_dp(7, counts, WIDTH)
     return torch.cat(tokens) if is_ep_comm else tokens[grid.dp_rank]
 
 
 def summand(rank: int, rows: int) -> torch.Tensor:
-    """What grid rank `rank` gives to maybe_pad_and_reduce."""
+    """The input of grid rank `rank` for maybe_pad_and_reduce."""
     return integers(100 + rank, rows, WIDTH)
 
 
 def reduced_slice(grid: Grid, counts, is_ep_comm: bool) -> torch.Tensor:
-    """What maybe_pad_and_reduce must return: the sum over the group, of that this rank's rows, padded with zeros."""
+    """The tensor that maybe_pad_and_reduce must return: this rank's rows of the sum over the group, padded with zeros."""
     group = ranks_of_group(grid, is_ep_comm)
     rows = real_rows(grid, counts)
     total = sum(summand(rank, sum(rows[each] for each in group)) for rank in group)
@@ -185,7 +185,7 @@ def test_schema_and_fakes_pass_opcheck(ranks: VllmRanks, grid):  # noqa: F811
 
 
 def gather_and_scatter(x: torch.Tensor, is_ep_comm: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """As a sequence-parallel layer uses the ops: elementwise work before, between and after."""
+    """Use the ops as a sequence-parallel layer does, with elementwise work before, between and after them."""
     whole = torch.ops.vllm.maybe_all_gather_and_maybe_unpad(x + 1, True, is_ep_comm) * 2
     return whole, torch.ops.vllm.maybe_pad_and_reduce(whole + 1, is_ep_comm) - 3
 

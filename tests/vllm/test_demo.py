@@ -1,4 +1,7 @@
-"""`vllm-npu demo` as a user runs it: a program that passes, and that leaves nothing behind when it is stopped."""
+"""`vllm-npu demo` as a user runs it. It passes, and it leaves nothing behind when it is stopped.
+
+A Ctrl-C while several engines generate is in test_engine.py.
+"""
 
 import json
 import os
@@ -11,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.time_limits import PATIENCE_SECONDS
 from tests.vllm.processes import kill_processes_of, processes_of
 from vllm_npu.strategies.table import STRATEGIES
 
@@ -18,7 +22,6 @@ pytestmark = pytest.mark.slow
 
 README = Path(__file__).parents[2] / "README.md"
 DEMO = [sys.executable, "-m", "vllm_npu.cli", "demo"]
-END_SECONDS = 60  # for a stopped demo to be gone
 
 
 def test_every_strategy_passes(short_folder: Path, tmp_path: Path, shared_memory_unchanged: None) -> None:
@@ -52,12 +55,12 @@ def test_every_strategy_passes(short_folder: Path, tmp_path: Path, shared_memory
 
 
 def test_interrupt_leaves_nothing_behind(short_folder: Path, shared_memory_unchanged: None) -> None:
-    """Ctrl-C while two engines with their workers are at work."""
+    """Ctrl-C while the reference engine starts."""
     with running_demo(short_folder) as demo:
-        wait_for(demo, "DP2×EP eager: generating with")
-        assert len(processes_of(short_folder)) >= 6, "two engines, each with a core and a worker"
+        wait_for(demo, "starting vanilla vLLM")
+        assert len(children_of(demo.pid)) == 1
         demo.send_signal(signal.SIGINT)
-        demo.communicate(timeout=END_SECONDS)
+        demo.communicate(timeout=PATIENCE_SECONDS)
     assert demo.returncode == 128 + signal.SIGINT
     assert leftovers(short_folder) == []
     assert processes_of(short_folder) == []
@@ -72,7 +75,7 @@ def test_death_of_an_engine_is_reported_and_leaves_nothing_behind(
         wait_for(demo, "starting vanilla vLLM")
         [engine] = children_of(demo.pid)
         os.kill(engine, signal.SIGKILL)
-        demo.communicate(timeout=END_SECONDS)
+        demo.communicate(timeout=PATIENCE_SECONDS)
     assert demo.returncode == 1
     results = json.loads(report.read_text())
     assert not results["passed"]
@@ -82,12 +85,12 @@ def test_death_of_an_engine_is_reported_and_leaves_nothing_behind(
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """Ours, but for the temporary folder, by which the demo's processes are found again."""
+    """This process's environment with `folder` as the temporary folder. processes_of() finds the demo's processes by it."""
     return os.environ | {"TMPDIR": str(folder)}
 
 
 def leftovers(folder: Path) -> list[Path]:
-    """What the demo left in its temporary folder."""
+    """Files that the demo left in its temporary folder."""
     return list(folder.iterdir())
 
 
@@ -97,7 +100,7 @@ def children_of(pid: int) -> list[int]:
 
 @contextmanager
 def running_demo(folder: Path, *options: str) -> Iterator["subprocess.Popen[str]"]:
-    """The demo as a process; killed if the test fails."""
+    """Start the demo as a process. Kill it if the test fails."""
     demo = subprocess.Popen(
         [*DEMO, *options], env=environment(folder), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -110,7 +113,7 @@ def running_demo(folder: Path, *options: str) -> Iterator["subprocess.Popen[str]
 
 
 def wait_for(demo: "subprocess.Popen[str]", text: str) -> None:
-    """Read what the demo says until a line holds `text`."""
+    """Read the demo's lines until one holds `text`."""
     said = ""
     assert demo.stderr is not None
     for line in demo.stderr:

@@ -1,4 +1,4 @@
-"""vLLM's own rearrangement of experts through our communicators, on real ranks, beside move_experts."""
+"""vLLM rearranges experts through our communicators on real ranks. move_experts must bring the same result."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -40,7 +40,7 @@ def rearranges(rank: Rank, backends: list[str | None]) -> list[str]:
     from vllm_npu.plugin.eplb_communicators import create_eplb_communicator
 
     ep = rank.groups(tp_size=1, dp_size=rank.num_ranks).ep
-    # What the function reads of a GroupCoordinator; a real one needs vLLM's whole start-up.
+    # The attributes of a GroupCoordinator that the function reads. A real one needs vLLM's whole start-up.
     coordinator = SimpleNamespace(
         cpu_group=dist.group.WORLD, device_group=None, device_communicator=None, unique_name="ep"
     )
@@ -101,7 +101,7 @@ LAYOUTS = [Layout(TP2), Layout(DP2), Layout(TP2_DP2), Layout(TP2_DP2, sequence_p
 
 
 def run_replicas(grid: Grid, layout: Layout) -> None:
-    """Experts on drawn places, several on most ranks, moved there by vLLM; then the layer's output and its counted load."""
+    """vLLM moves experts to random places, several to most ranks. Then the layer's output and its counted load are checked."""
     from vllm.distributed import get_ep_group
     from vllm.distributed.eplb.rebalance_execute import rearrange_expert_weights_inplace
 
@@ -165,7 +165,7 @@ def run_replicas(grid: Grid, layout: Layout) -> None:
 
 
 class SlotState:
-    """What vLLM's EplbState gives a layer: its own tensors, which it changes in place."""
+    """The tensors that vLLM's EplbState gives a layer and changes in place."""
 
     def __init__(self, layer: Any, num_experts: int, num_slots: int) -> None:
         self.load = torch.zeros(num_slots, dtype=torch.int32)

@@ -1,6 +1,6 @@
-"""Experts that are balanced while real engines serve: counted, placed and moved, and no token changes.
+"""Experts are counted, placed and moved while real engines serve, and no token changes.
 
-`vllm-npu demo --eplb` runs more topologies, `--eplb --full` all of them; here it is one, looked into.
+`vllm-npu demo --eplb` runs more topologies, and `--eplb --full` all of them. Here it is one, in detail.
 """
 
 from collections.abc import Callable
@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.vllm import eplb_probe
+from tests.vllm.forked_engine import FORKED
 from vllm_npu.cli.demo import DP2_EP
 from vllm_npu.strategies.table import STRATEGIES
 from vllm_npu.tools.engines.engine_set import EngineSet, Generation
@@ -40,7 +41,7 @@ def test_no_token_changes_while_experts_move(
         max_tokens=DEMO_MAX_TOKENS,
         folder=tmp_path / "engines",
         caches=caches,
-        environment={"PYTHONPATH": str(Path(__file__).parents[2])},
+        **FORKED,
         engine_args={
             "enable_eplb": True,
             "eplb_config": {
@@ -67,8 +68,10 @@ def test_no_token_changes_while_experts_move(
 
 
 def check_rearrangements(generation: Generation, placement: list[list[int]] | None) -> list[list[int]]:
-    """Each one: the load is what was routed, the placement is what vLLM's policy makes of it, and every slot has its expert.
-    Returns the last placement."""
+    """Check every rearrangement, and return the last placement.
+
+    The load equals the routed tokens, the placement is the one of vLLM's policy for that load, and every slot has its expert.
+    """
     probes = [worker["probe"] for worker in generation.counters]
     if placement is None:
         placement = probes[0]["initial"]
@@ -92,7 +95,7 @@ def check_rearrangements(generation: Generation, placement: list[list[int]] | No
 
 
 def weights_of_experts(probes: list[dict[str, Any]]) -> dict[tuple[int, int], str]:
-    """By layer and logical expert, from the slots as they were loaded: before anything moved, all of an expert are equal."""
+    """The weights by layer and logical expert, from the slots as they were loaded. All slots of an expert must be equal."""
     weights: dict[tuple[int, int], str] = {}
     for layer, experts in enumerate(probes[0]["initial"]):
         loaded = [digest for probe in probes for digest in probe["experts"][layer]]
@@ -103,7 +106,7 @@ def weights_of_experts(probes: list[dict[str, Any]]) -> dict[tuple[int, int], st
 
 
 def placement_by_policy(load: torch.Tensor, placement: list[list[int]]) -> list[list[int]]:
-    """vLLM's own, of [layers, logical experts]."""
+    """The placement that vLLM's policy makes of `load` [layers, logical experts] and the placement before."""
     from vllm.distributed.eplb.policy import DefaultEplbPolicy
 
     before = torch.tensor(placement)

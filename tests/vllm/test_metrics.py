@@ -1,4 +1,4 @@
-"""What a rank counts of its steps. How that reaches /metrics is in test_serve.py."""
+"""The counts that a rank keeps of its steps. test_serve.py shows that they reach /metrics."""
 
 import os
 from pathlib import Path
@@ -28,7 +28,7 @@ TOO_MANY = (600 * TP2_DP2.tp, 1)  # for mc2, which takes 512 a rank
 
 
 def run_steps(grid: Grid, folder: str) -> tuple[dict[tuple[str, ...], float], list[int]]:
-    """One failed vote, two steps of mc2, one of all2all and one that mc2 cannot take; this rank's series, and the bytes."""
+    """Take one failed vote, two steps of mc2, two of all2all and one that mc2 cannot take. Returns the series and the bytes."""
     from prometheus_client import REGISTRY
 
     from vllm_npu.plugin.groups import collective_counter
@@ -36,7 +36,7 @@ def run_steps(grid: Grid, folder: str) -> tuple[dict[tuple[str, ...], float], li
 
     os.environ |= {"VLLM_NPU_METRICS": "1", "PROMETHEUS_MULTIPROC_DIR": folder}
     try:
-        # The self-test begins the counter anew, and the differences below would not be of one count.
+        # Without the self-test: it resets the counter, and the differences below need one count.
         config = make_config(grid, moe_comm="mc2" if grid.rank else "naive", self_test="off")
         layer = build_layer(grid, config)
         before = collective_counter().bytes_sent.total()

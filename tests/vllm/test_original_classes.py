@@ -1,4 +1,4 @@
-"""The four classes of the original design, by their names and signatures, on several ranks of vLLM's own groups."""
+"""The four classes of the original design, with their names and signatures, on several ranks of vLLM's own groups."""
 
 import inspect
 import threading
@@ -66,19 +66,19 @@ def test_the_signatures_are_those_of_the_original(name):
 
 
 def logits_of(hidden_states: torch.Tensor) -> torch.Tensor:
-    """Logits that say which token they belong to."""
+    """Logits that identify their tokens."""
     return hidden_states[:, :1] * 10 + torch.arange(NUM_EXPERTS)
 
 
 def contributions(strategy: str, grid: Grid, sliced: bool, reduce_results: bool) -> int:
-    """c in finalize(prepare(x)) == c * x: ranks whose shares are added up."""
+    """The factor c in finalize(prepare(x)) == c * x: the number of ranks whose shares are added up."""
     if strategy in ("mc2", "all2all"):
         return 1
     return grid.size if sliced else grid.dp * (grid.tp if reduce_results else 1)
 
 
 def check_prepared(strategy, grid, counts, sliced, hidden_states, router_logits, mask) -> None:
-    """What a rank works on: its own slice for mc2 and all2all, all tokens of the group for the two that gather."""
+    """The tokens that a rank works on: its own slice for mc2 and all2all, all tokens of the group for allgather and naive."""
     tokens = tokens_across_dp(3, counts, WIDTH)
     own = tokens[grid.dp_rank]
     if strategy == "mc2":
@@ -181,7 +181,7 @@ def test_experts_may_change_the_dtype_and_the_width(ranks: VllmRanks, grid, stra
 
 @contextmanager
 def in_micro_batch(index: int):
-    """This thread works on micro-batch `index`, where vLLM's dual batch overlap looks it up."""
+    """Tell vLLM's dual batch overlap that this thread works on micro-batch `index`."""
     from vllm.v1.worker import ubatching
 
     ubatching._THREAD_ID_TO_CONTEXT[threading.get_ident()] = index

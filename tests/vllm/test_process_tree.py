@@ -1,13 +1,17 @@
-"""The process tree that the command line puts around vLLM's processes. Needs no vLLM; what it guards against is vLLM's."""
+"""The process tree that the command line puts around vLLM's processes. The test needs no vLLM."""
 
 import os
+import signal
 import subprocess
 import sys
 
+import pytest
+
+from tests.time_limits import PATIENCE_SECONDS
 from vllm_npu.tools.engines.process_tree import SHARED_MEMORY_FOLDER, ProcessTree, mapped_shared_memory
 
-# A semaphore of the spawn method has a name in /dev/shm, but its maker maps it under a name that is gone. The segment is
-# mapped under its own name. The child loses its parent when the tree is killed.
+# The program makes a semaphore and a segment in /dev/shm. It maps the semaphore under a name that no longer exists, and the
+# segment under its own name. The child loses its parent when the tree is killed.
 PROGRAM = """
 import multiprocessing, subprocess, sys
 from multiprocessing.shared_memory import SharedMemory
@@ -19,7 +23,8 @@ child.wait()
 """
 
 
-def test_a_killed_tree_leaves_neither_processes_nor_shared_memory() -> None:
+@pytest.mark.parametrize("asked_first", [False, True], ids=["killed", "terminated"])
+def test_a_tree_that_ends_leaves_neither_processes_nor_shared_memory(asked_first: bool) -> None:
     before = set(SHARED_MEMORY_FOLDER.iterdir())
     tree = ProcessTree([sys.executable, "-c", PROGRAM], environment=os.environ, stdout=subprocess.PIPE)
     assert tree.process.stdout is not None
@@ -30,6 +35,9 @@ def test_a_killed_tree_leaves_neither_processes_nor_shared_memory() -> None:
     assert len(members) >= 3, "the program, its child, multiprocessing's resource tracker"
     assert len(made) == 2, "a segment and a semaphore"
 
+    if asked_first:
+        tree.terminate_all()
+        assert tree.process.wait(PATIENCE_SECONDS) == -signal.SIGTERM
     tree.stop(grace_seconds=0)
     assert tree.members() == []
     assert not any(path.exists() for path in made)

@@ -1,9 +1,9 @@
-"""Prompts as text, for tests that go through a tokenizer."""
+"""Prompts as text, for tests that use a tokenizer."""
 
 from pathlib import Path
 
-# Very different lengths (the tokenizer of the tiny models works on bytes and pairs of letters), so that ranks are ragged.
-# On the tiny Qwen3-MoE none of them comes near a tie; whoever generates from them checks that.
+# The lengths differ much, so that each rank has another number of tokens. The tokenizer of the tiny models works on bytes and
+# pairs of letters. On the tiny Qwen3-MoE no prompt comes near a tie, and the vanilla_tokens fixture checks that.
 TEXTS = [
     "a",
     "Experts meet at the gate.",

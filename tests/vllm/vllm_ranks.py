@@ -1,9 +1,11 @@
-"""Four processes with vLLM inside, as ranks of any grid: for tests of the plugin that need ranks, but no engine.
+"""Four processes with vLLM inside, as ranks of any grid, for tests of the plugin that need ranks but no engine.
 
-Each process imports vLLM once in a test session. A grid of two ranks exists twice, since vLLM makes independent replicas of
-a grid that is smaller than the world: what a test expects must hold in both.
+The processes live for a whole test session. They are forks of multiprocessing's fork server, which imports vLLM once.
+A grid of two ranks exists twice, because vLLM makes independent replicas of a grid that is smaller than the world. Both must
+give what the test expects.
 """
 
+import multiprocessing
 import os
 import tempfile
 import time
@@ -17,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
+from tests.time_limits import PATIENCE_SECONDS
 from vllm_npu.core.step_plan import StepPlan, TokenSharding
 from vllm_npu.core.token_layout import TokenSlice
 from vllm_npu.envs import SOCKET_FOLDER
@@ -29,12 +32,18 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 NUM_RANKS = 4
+IMPORTED_ONCE = (
+    "vllm.config",
+    "vllm.distributed",
+    "vllm.model_executor.layers.fused_moe",
+    "vllm.model_executor.models.deepseek_v2",
+)
 NUM_EXPERTS, TOP_K, HIDDEN, INTERMEDIATE = 8, 2, 32, 128  # vLLM's CPU experts want multiples of 32 on each rank
 
 
 @dataclass(frozen=True)
 class Grid:
-    """How vLLM lays the ranks out, as one of them sees it."""
+    """The sizes of vLLM's groups, and the place of one rank in them."""
 
     tp: int
     dp: int
@@ -54,7 +63,7 @@ class Grid:
         return self.rank // self.tp
 
     def on(self, process: int) -> "Grid":
-        """The grid as a process sees it. Processes past `size` form the next replica."""
+        """The grid with the rank of this process. Processes past `size` form the next replica."""
         return Grid(self.tp, self.dp, self.ep, process % self.size)
 
     def __str__(self) -> str:
@@ -65,32 +74,35 @@ TP2, DP2, TP2_DP2, TP4, DP4 = Grid(2, 1), Grid(1, 2), Grid(2, 2), Grid(4, 1), Gr
 
 
 class VllmRanks:
-    """The processes, started by the first run. A run that failed ends them, since collectives may be half done."""
+    """The processes, started by the first run. A run that fails ends them, because collectives may be half done."""
 
     def __init__(self) -> None:
-        self._pool = ProcessRankPool(NUM_RANKS, timeout=300)  # importing vLLM may take minutes on a busy machine
-        self._folder: tempfile.TemporaryDirectory[str] | None = None  # while they run
+        self._pool = ProcessRankPool(NUM_RANKS, timeout=PATIENCE_SECONDS, start_method="forkserver")
+        self._folder: tempfile.TemporaryDirectory[str] | None = None  # exists while the processes do
 
     def run(self, function: Callable[..., Any], grid: Grid, *args: Any) -> list[Any]:
-        """function(grid, *args) on every process, where `grid` says which rank it is; the results in order of processes."""
+        """Run function(grid, *args) on every process; `grid` has the process's rank. Returns the results in process order."""
         return self.run_on_pool(_run_in_grid, function, grid, args)
 
     def run_on_pool(self, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """function(rank, *args) on every process, whatever vLLM's groups are, as RankPool.run does it."""
-        if self._folder is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="vllm-npu-", dir=folder_for_sockets())
-        folder = self._folder.name
+        """Run function(rank, *args) on every process, in whatever groups vLLM has there. Returns as RankPool.run does."""
         try:
-            with pytest.MonkeyPatch.context() as inherited:
-                inherited.setenv(SOCKET_FOLDER, folder)
-                inherited.setenv("VLLM_DIST_IDENT", Path(folder).name)  # names its shared memory
-                return self._pool.run(function, *args)
+            if self._folder is None:
+                self._folder = tempfile.TemporaryDirectory(prefix="vllm-npu-", dir=folder_for_sockets())
+                self._pool.run(_take_environment, self._environment())
+            return self._pool.run(function, *args)
         except BaseException:
             self.close()
             raise
 
+    def _environment(self) -> dict[str, str]:
+        """This process's environment now, which may differ from the fork server's, and the names of vLLM's own files."""
+        assert self._folder is not None
+        folder = self._folder.name
+        return dict(os.environ) | {SOCKET_FOLDER: folder, "VLLM_DIST_IDENT": Path(folder).name}
+
     def close(self) -> None:
-        """End the processes, and remove the sockets and the shared memory that vLLM leaves."""
+        """End the processes. Remove the sockets and the shared memory that vLLM leaves."""
         self._pool.close()
         if self._folder is not None:
             for file in SHARED_MEMORY_FOLDER.glob(f"{Path(self._folder.name).name}-*"):
@@ -104,9 +116,10 @@ _RANKS = pytest.StashKey[VllmRanks]()
 
 @pytest.fixture
 def ranks(request: pytest.FixtureRequest) -> VllmRanks:
-    """The same processes in all modules that import this fixture."""
+    """All modules that import this fixture share the same processes."""
     stash = request.config.stash
     if _RANKS not in stash:
+        multiprocessing.set_forkserver_preload([*IMPORTED_ONCE])
         stash[_RANKS] = VllmRanks()
         request.config.add_cleanup(stash[_RANKS].close)
     return stash[_RANKS]
@@ -115,6 +128,11 @@ def ranks(request: pytest.FixtureRequest) -> VllmRanks:
 # ------------------------------------------------------------------------------------------ in a rank's process
 
 _open_grid: Grid | None = None
+
+
+def _take_environment(rank: Rank, environment: dict[str, str]) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
 
 
 def _run_in_grid(rank: Rank, function: Callable[..., Any], grid: Grid, args: tuple[Any, ...]) -> Any:
@@ -127,7 +145,7 @@ def _run_in_grid(rank: Rank, function: Callable[..., Any], grid: Grid, args: tup
 
 
 def _open(grid: Grid, process: int) -> None:
-    """Have vLLM make its groups for `grid`, unless it did so for the run before."""
+    """Let vLLM make its groups for `grid`, unless the run before had the same grid."""
     global _open_grid
     if grid == _open_grid:
         return
@@ -151,7 +169,7 @@ def _open(grid: Grid, process: int) -> None:
 
 
 def make_config(grid: Grid, *, redundant_experts: int = 0, **options: str) -> "VllmConfig":
-    """vLLM's configuration of this rank, without a model; `options` are the plugin's. Redundant experts turn EPLB on."""
+    """vLLM's configuration of this rank, without a model. `options` are the plugin's. Redundant experts turn EPLB on."""
     from vllm.config import CompilationConfig, CompilationMode, ParallelConfig, VllmConfig
     from vllm.config.parallel import EPLBConfig
 
@@ -171,7 +189,7 @@ def make_config(grid: Grid, *, redundant_experts: int = 0, **options: str) -> "V
 
 @dataclass(frozen=True)
 class Weights:
-    """A layer's weights, whole: what a checkpoint holds, and what the dense computation uses."""
+    """A layer's whole weights, as a checkpoint holds them and as the dense computation uses them."""
 
     gate: torch.Tensor  # [num_experts, intermediate, hidden]
     up: torch.Tensor  # [num_experts, intermediate, hidden]
@@ -261,7 +279,7 @@ def build_layer(
 
 @contextmanager
 def vllm_step(grid: Grid, config: "VllmConfig", counts: Sequence[int]) -> Iterator[None]:
-    """A step as vLLM's runner opens it: our platform plans it, if the configuration has MoE layers. COLLECTIVE."""
+    """Open a step as vLLM's runner does. Our platform plans it if the configuration has MoE layers. COLLECTIVE."""
     from vllm.forward_context import set_forward_context
 
     across_dp = torch.tensor(counts, dtype=torch.int32)
@@ -273,7 +291,7 @@ def vllm_step(grid: Grid, config: "VllmConfig", counts: Sequence[int]) -> Iterat
 def planned_step(
     config: "VllmConfig", counts: Sequence[int], sharding: TokenSharding, strategy: str = "allgather"
 ) -> Iterator[None]:
-    """A step that is planned by hand, for what runs outside of MoE layers. LOCAL."""
+    """Open a step that is planned by hand, for code outside of MoE layers. LOCAL."""
     from vllm.forward_context import create_forward_context, override_forward_context
 
     from vllm_npu.plugin.forward_context import PlannedStep, as_additional_context
@@ -284,8 +302,10 @@ def planned_step(
 
 
 def own_slice(grid: Grid, tokens: torch.Tensor, padding: float = float("nan")) -> torch.Tensor:
-    """This TP rank's slice of its DP rank's tokens [n, ...] under sequence parallelism; rows past the last token hold
-    `padding`, which must not reach any output."""
+    """This TP rank's slice of its DP rank's tokens [n, ...] under sequence parallelism.
+
+    Rows past the last token hold `padding`, which must not reach any output.
+    """
     rows = -(-tokens.shape[0] // grid.tp)
     own = TokenSlice.chunk(tokens.shape[0], rank=grid.tp_rank, size=grid.tp).take(tokens)
     return torch.cat([own, tokens.new_full((rows - own.shape[0], *tokens.shape[1:]), padding)])
@@ -297,12 +317,12 @@ def integers(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> torc
 
 
 def tokens_across_dp(seed: int, counts: Sequence[int], width: int) -> list[torch.Tensor]:
-    """[count, width] integers of each DP rank: the same on all ranks, as one seed makes all."""
+    """[count, width] integers for each DP rank. One seed makes them all, so every rank has the same."""
     return list(integers(seed, sum(counts), width).split(list(counts)))
 
 
 def seconds_until_error(call: Callable[[], Any]) -> tuple[float, Exception]:
-    """How long `call` took to raise, and what."""
+    """Seconds until `call` raised, and its error."""
     started = time.monotonic()
     try:
         call()

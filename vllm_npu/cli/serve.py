@@ -1,4 +1,4 @@
-"""`vllm-npu serve MODEL ...`: vLLM's OpenAI-compatible server with this plugin on; everything else is vLLM's."""
+"""`vllm-npu serve MODEL ...`: vLLM's OpenAI-compatible server with this plugin on."""
 
 import json
 import os
@@ -10,8 +10,8 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import FrameType
-from typing import Final
+from types import FrameType, TracebackType
+from typing import Any, Final, Self
 
 from vllm_npu.cli.outputs import in_a_folder
 from vllm_npu.envs import METRICS, MOE_COMM, PROMETHEUS_FOLDER, SOCKET_FOLDER
@@ -21,26 +21,32 @@ from vllm_npu.tools.engines.engine_processes import folder_for_sockets, require_
 from vllm_npu.tools.engines.process_tree import ProcessTree
 
 FORWARDED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 HEADLESS = "--headless"
-LEFTOVER_SECONDS: Final = 5.0  # for vLLM's helpers to end after the server has
-# vLLM 0.32 loses a SIGTERM, and two SIGINT, that come while its engines start (zmq_socket_ctx of utils/network_utils.py), and
-# waits for ten minutes then; it ignores SIGINT where a shell started this in the background. So SIGTERM follows until the
-# engines are gone: the server takes them down in less than this.
-REPEAT_SECONDS: Final = 6.0
+DEFAULT_PORT: Final = 8000  # vLLM's
+POLL_SECONDS: Final = 0.25  # between two looks at a stop signal that has come
+LEFTOVER_SECONDS: Final = 5.0  # for vLLM's other processes to end after the server
+# vLLM 0.32 loses stop signals that come while its engines start: zmq_socket_ctx (utils/network_utils.py) swallows the exception
+# that the signal raises, and an engine core under construction only logs the signal. The server then waits ten minutes for its
+# engines. A server that is not up has no request to lose, so it is ended in three steps: the signal itself, SIGTERM to every
+# process, SIGKILL. The two waits and LEFTOVER_SECONDS keep a stop below 15 s.
+OWN_END_SECONDS: Final = 4.0  # between the signal and SIGTERM to every process
+TERMINATED_END_SECONDS: Final = 3.0  # between SIGTERM to every process and SIGKILL
 
 HELP = """\
 Usage: vllm-npu serve MODEL [--moe-comm NAME] [--json PATH] [any option of vLLM's server]
 
-  vLLM's OpenAI-compatible server with this plugin on. What is not listed here goes to vLLM untouched, and so does
-  --help after a MODEL.
+  vLLM's OpenAI-compatible server with this plugin on. Options that are not listed here go to vLLM unchanged, and so
+  does --help after a MODEL.
 
   --moe-comm NAME  Strategy: auto, or a name that `vllm-npu serve MODEL --moe-comm ?` lists.
-                   Where --additional-config names one as well, that one counts.
+                   A strategy in --additional-config comes first.
   --json PATH      When the server has ended, write the command, its exit status and its seconds to this file.
 
-  --headless is vLLM's too: the ranks of a further host, without a server of their own (docs/multi_node.md).
+  --headless is vLLM's too: it starts the ranks of a further host, without a server (docs/multi_node.md).
 
-  Signals reach the server; its exit status is returned (128 + N if signal N ended it).
+  Signals go on to the server. A server that is not up yet ends within 15 s of Ctrl-C or SIGTERM.
+  The exit status is the server's, or 128 + N if signal N ended it or came before it was up.
 """
 
 
@@ -59,13 +65,13 @@ def serve(arguments: Sequence[str]) -> None:
         _check_moe_comm(moe_comm)
     named = _name_model(rest)
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *named]
-    if HEADLESS in rest:  # ranks without an API server: a part of vLLM's serve command alone
+    if HEADLESS in rest:  # the module of vLLM's API server does not know this option; vLLM's serve command does
         command = [sys.executable, "-m", "vllm_npu.plugin.serve_command", *rest]
     require_vllm()
 
     started = time.monotonic()
-    with _folders() as folders:
-        status = _run(command, _server_environment(moe_comm) | folders)
+    with _Signals(http_port(named)) as signals, _folders() as folders:
+        status = _run(command, _server_environment(moe_comm) | folders, signals, headless=HEADLESS in rest)
     if report_path is not None:
         report = {
             "command": command,
@@ -79,8 +85,11 @@ def serve(arguments: Sequence[str]) -> None:
 
 @contextmanager
 def _folders() -> Iterator[dict[str, str]]:
-    """Variables that name folders of this run, removed after it: for vLLM's sockets, and for what processes count for /metrics,
-    if that is wanted. Those that are set stay."""
+    """Make folders for this run and yield the variables that name them; remove the folders in the end.
+
+    One is for vLLM's sockets, and one, where VLLM_NPU_METRICS is on, for the counts behind /metrics. A variable that the user
+    has set stays as it is.
+    """
     wanted = {SOCKET_FOLDER: folder_for_sockets()}
     if METRICS.read_flag():
         wanted[PROMETHEUS_FOLDER] = tempfile.gettempdir()
@@ -92,63 +101,115 @@ def _folders() -> Iterator[dict[str, str]]:
         }
 
 
-def _run(command: list[str], environment: dict[str, str]) -> int:
-    """Run the server in a session of its own, so that a Ctrl-C reaches it once, through us; returns its exit status."""
-    tree = ProcessTree(command, environment=environment)
-    stopped_while_starting = False
+class _Signals:
+    """While entered, signals to this program go to the server. The first stop signal to a server that is not up is noted."""
 
-    def forward(signum: int, frame: FrameType | None) -> None:
-        nonlocal stopped_while_starting
-        if tree.process.poll() is None:
-            stopped_while_starting |= signum in (signal.SIGINT, signal.SIGTERM) and not _listens(tree.process.pid)
-            tree.process.send_signal(signum)
+    def __init__(self, port: int | None) -> None:
+        self._port = port  # of the API server; see http_port
+        self.stopped_by: int | None = None  # SIGINT or SIGTERM, if one came before the server was up
+        self._tree: ProcessTree | None = None
+        self._previous: dict[int, Any] = {}
 
-    previous = {signum: signal.signal(signum, forward) for signum in FORWARDED_SIGNALS}
-    try:
-        while (status := _status_within(REPEAT_SECONDS, tree)) is None:
-            if stopped_while_starting and _has_engines(tree):
-                tree.terminate()
-        tree.stop(grace_seconds=LEFTOVER_SECONDS)
-    finally:
-        for signum, handler in previous.items():
+    def __enter__(self) -> Self:
+        self._previous = {signum: signal.signal(signum, self._forward) for signum in FORWARDED_SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for signum, handler in self._previous.items():
             signal.signal(signum, handler)
+
+    def send_to(self, tree: ProcessTree) -> None:
+        """Send later signals to the first process of `tree`, and at once a stop signal that came before."""
+        self._tree = tree
+        if self.stopped_by is not None:
+            tree.process.send_signal(self.stopped_by)
+
+    def _forward(self, signum: int, frame: FrameType | None) -> None:
+        if signum in STOP_SIGNALS and self.stopped_by is None and not self._is_up():
+            self.stopped_by = signum
+        if self._tree is not None and self._tree.process.poll() is None:
+            self._tree.process.send_signal(signum)
+
+    def _is_up(self) -> bool:
+        return self._tree is not None and _listens(self._tree.process.pid, self._port)
+
+
+def _run(command: list[str], environment: dict[str, str], signals: _Signals, *, headless: bool) -> int:
+    """Run the server in a session of its own, so that a Ctrl-C reaches it once, through us. Returns its exit status."""
+    tree = ProcessTree(command, environment=environment)
+    signals.send_to(tree)
+    while (status := _status_within(POLL_SECONDS, tree)) is None and signals.stopped_by is None:
+        pass
+    if signals.stopped_by is not None and headless:
+        status = _repeat_sigterm(tree)
+    elif signals.stopped_by is not None:
+        _end_before_it_is_up(tree)
+        status = -signals.stopped_by  # also where vLLM ended with an error because its engines went first
+    assert status is not None
+    tree.stop(grace_seconds=LEFTOVER_SECONDS)
     return status if status >= 0 else 128 - status
 
 
+def _end_before_it_is_up(tree: ProcessTree) -> None:
+    """End a server that a stop signal has reached and that takes no requests yet."""
+    tree.note_shared_memory()
+    if _status_within(OWN_END_SECONDS, tree) is None:
+        tree.terminate_all()
+        if _status_within(TERMINATED_END_SECONDS, tree) is None:
+            tree.stop(grace_seconds=0)
+
+
+def _repeat_sigterm(tree: ProcessTree) -> int:
+    """Send SIGTERM until ranks without a server have ended. Returns the status as subprocess has it.
+
+    vLLM ignores SIGINT where a shell started it in the background. Such ranks never listen, and may have requests to finish, so
+    they are not killed.
+    """
+    while (status := _status_within(OWN_END_SECONDS, tree)) is None:
+        tree.terminate()
+    return status
+
+
 def _status_within(seconds: float, tree: ProcessTree) -> int | None:
-    """The exit status of the tree's first process; None where it has not ended by then."""
+    """The exit status of the tree's first process, or None if that process has not ended after `seconds`."""
     try:
         return tree.process.wait(seconds)
     except subprocess.TimeoutExpired:
         return None
 
 
-def _listens(pid: int) -> bool:
-    """Whether the server takes TCP connections: it is up, or it waits for the engines of other hosts. Ranks without a server
-    never do; they ignore a second signal at any time."""
-    import psutil  # vLLM's requirement
+def _listens(pid: int, port: int | None) -> bool:
+    """Whether the process takes TCP connections on `port`, or on any port if that is None.
+
+    The port matters: while engines start, the server listens for their messages on other ports.
+    """
+    import psutil
 
     try:
         connections = psutil.net_connections("tcp")
     except psutil.Error:
-        return True  # not ours to look into: its own signals alone
-    return any(each.pid == pid and each.status == psutil.CONN_LISTEN for each in connections)
+        return True  # the system hides its connections: the server may be up, so only its own signals reach it
+    return any(
+        each.pid == pid and each.status == psutil.CONN_LISTEN and port in (None, each.laddr.port)
+        for each in connections
+    )
 
 
-def _has_engines(tree: ProcessTree) -> bool:
-    """Whether the server still has processes of its own beside multiprocessing's, which stay until its very end."""
-    for pid in tree.members():
-        try:
-            command = Path(f"/proc/{pid}/cmdline").read_bytes()
-        except OSError:
-            continue  # gone meanwhile
-        if pid != tree.process.pid and b"resource_tracker" not in command:
-            return True
-    return False
+def http_port(arguments: Sequence[str]) -> int | None:
+    """The port of the API server by vLLM's arguments. None where a file or a Unix socket decides."""
+    names = {argument.partition("=")[0] for argument in arguments}
+    if names & {"--uds", "--config"}:
+        return None
+    if "--port" not in names:
+        return DEFAULT_PORT
+    _, port = _take_option(arguments, "--port")
+    return int(port) if port is not None and port.isdecimal() else None
 
 
 def _take_option(arguments: Sequence[str], name: str) -> tuple[list[str], str | None]:
-    """`arguments` without `name VALUE` or `name=VALUE`, and the last such value; nothing after `--` is ours."""
+    """Take `name VALUE` and `name=VALUE` out of the arguments before `--`. Returns the rest and the last VALUE."""
     rest: list[str] = []
     value: str | None = None
     remaining = iter(arguments)
@@ -167,7 +228,7 @@ def _take_option(arguments: Sequence[str], name: str) -> tuple[list[str], str | 
 
 
 def _name_model(arguments: list[str]) -> list[str]:
-    """vLLM's own arguments, with a leading MODEL as `--model MODEL`."""
+    """Turn a leading MODEL into `--model MODEL`. Raises UnsupportedConfigError where no argument names a model."""
     if arguments and not arguments[0].startswith("-"):
         return ["--model", *arguments]
     if any(argument.partition("=")[0] in ("--model", "--config", "--help", "-h") for argument in arguments):
@@ -186,7 +247,7 @@ def _check_moe_comm(name: str) -> None:
 
 
 def _server_environment(moe_comm: str | None) -> dict[str, str]:
-    """os.environ with the plugin on, and the strategy where one is named."""
+    """os.environ with the plugin turned on, and with the strategy if the user named one."""
     environment = dict(os.environ)
     plugins = environment.get("VLLM_PLUGINS")  # unset: all that are installed
     if plugins is not None and PLUGIN_NAME not in plugins.split(","):

@@ -30,6 +30,7 @@ START_SECONDS = 420.0  # longest wait for an engine to load; torch.compile inclu
 STRATEGY_SECONDS = 180.0  # longest wait for one strategy's answers
 ORDERLY_STOP_SECONDS = 20.0  # for idle engines to end by themselves
 FORCED_STOP_SECONDS = 3.0  # for interrupted or failing ones; what is left is killed
+OFFLINE_ENGINE = "vllm_npu.tools.engines.offline_engine"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +66,7 @@ class EngineSet(EngineProcesses):
         stop_signals: StopSignals | None = None,
         environment: Mapping[str, str] | None = None,  # on top of os.environ
         engine_args: Mapping[str, Any] | None = None,  # further vllm.EngineArgs, by their Python names
+        module: str = OFFLINE_ENGINE,  # that each engine runs, or one that prepares vLLM and then calls its main()
     ) -> None:
         own = engine_environment(caches, vanilla=not any(strategies))
         super().__init__(folder, {**own, **(environment or {})}, stop_signals or StopSignals())
@@ -74,6 +76,7 @@ class EngineSet(EngineProcesses):
             # vLLM compiles small functions of its own (a vocabulary's shard, ranks of log-probabilities) even when told
             # to be eager: 15 s and more before the first token.
             self._environment["TORCHDYNAMO_DISABLE"] = "1"
+        self._module = module
         self._remaining = list(strategies)
         self._ranks: list[_Rank] = []
         ranks = parallelism.data_parallel_size
@@ -100,7 +103,7 @@ class EngineSet(EngineProcesses):
     def _start(self) -> None:
         for request in self._requests:
             with self._stop_signals.held():
-                self._ranks.append(_Rank(request, self._environment, self._folder))
+                self._ranks.append(_Rank(request, self._environment, self._folder, self._module))
 
     @property
     def trees(self) -> list[ProcessTree]:
@@ -175,11 +178,11 @@ class EngineSet(EngineProcesses):
 class _Rank:
     """One engine process and its three pipes."""
 
-    def __init__(self, request: EngineRequest, environment: Mapping[str, str], folder: Path) -> None:
+    def __init__(self, request: EngineRequest, environment: Mapping[str, str], folder: Path, module: str) -> None:
         self.log = folder / f"rank{request.data_parallel_rank}.log"
         with self.log.open("wb") as log:
             self.tree = ProcessTree(
-                [sys.executable, "-m", "vllm_npu.tools.engines.offline_engine"],
+                [sys.executable, "-m", module],
                 environment=environment,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,

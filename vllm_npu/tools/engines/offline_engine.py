@@ -121,6 +121,8 @@ def main(arguments: list[str] | None = None) -> None:
     except (MalformedRequestError, OSError) as error:
         parser.error(str(error))
     serve_request(request, answers)
+    sys.stderr.flush()
+    os._exit(0)  # the engine is shut down; the interpreter would take seconds to take vLLM's modules apart
 
 
 def serve_request(request: EngineRequest, answers: TextIO) -> None:

@@ -1,8 +1,8 @@
-"""A process and everything it starts, taken down completely: no orphan, no file left in /dev/shm. Linux only.
+"""Take down a process with everything that it started, and remove their files in /dev/shm. Linux only.
 
-vLLM's processes start others (engine core, workers, resource trackers). If one of them is killed, the rest may stay
-behind, and so may their shared memory. A tree is therefore a session of its own (processes stay in it when they lose
-their parent), and the shared memory that its processes map is noted while they live.
+vLLM's processes start others (engine core, workers, resource trackers). If one of them is killed, the others may stay, and so
+may their shared memory. A tree is therefore a session of its own: a process stays in its session when its parent ends. The tree
+notes which shared memory its processes map while they live.
 """
 
 import ctypes
@@ -18,7 +18,9 @@ from typing import IO, Final
 
 SHARED_MEMORY_FOLDER = Path("/dev/shm")
 _PR_SET_PDEATHSIG: Final = 1
-_prctl = ctypes.CDLL(None, use_errno=True).prctl  # found before any fork: the child may only make the call
+_prctl = ctypes.CDLL(
+    None, use_errno=True
+).prctl  # looked up here, because the child may not do so between fork and exec
 _prctl.argtypes, _prctl.restype = [ctypes.c_int, ctypes.c_ulong], ctypes.c_int
 
 
@@ -65,6 +67,12 @@ class ProcessTree:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
 
+    def terminate_all(self) -> None:
+        """Ask every process of the tree to end (SIGTERM). Returns at once. Notes their shared memory before."""
+        self.note_shared_memory()
+        for pid in self.members():
+            _signal(pid, self.process.pid, signal.SIGTERM)
+
     def stop(self, grace_seconds: float) -> None:
         """Wait up to `grace_seconds` for the tree to end by itself, then kill what is left of it.
 
@@ -77,7 +85,7 @@ class ProcessTree:
         self.note_shared_memory()
         while members := self.members():
             for pid in members:
-                _kill(pid, self.process.pid)
+                _signal(pid, self.process.pid, signal.SIGKILL)
             _wait_for_end(members, 1.0)
         self.process.wait()
         for path, inode in _shared_memory_files().items():
@@ -91,7 +99,7 @@ def _terminate_with_parent() -> None:
 
 
 def _lives_in(session: int, pid: int) -> bool:
-    """Whether process `pid` is in `session` and not a zombie, which is dead and only waits for its parent to ask."""
+    """Whether process `pid` is in `session` and has not ended. A zombie has ended."""
     try:
         if os.getsid(pid) != session:
             return False
@@ -121,15 +129,15 @@ def _wait_for_end(pids: Sequence[int], timeout: float) -> None:
                 alive.discard(descriptor)
 
 
-def _kill(pid: int, session: int) -> None:
-    """SIGKILL to `pid` if it is still a process of `session`: a number may have been given to another one meanwhile."""
+def _signal(pid: int, session: int, signum: signal.Signals) -> None:
+    """Send a signal to process `pid` if it is still in `session`. The kernel may have given the number to another process."""
     try:
         descriptor = os.pidfd_open(pid)
     except ProcessLookupError:
         return
     try:
         if _lives_in(session, pid):
-            signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+            signal.pidfd_send_signal(descriptor, signum)
     except ProcessLookupError:
         return
     finally:
@@ -137,9 +145,9 @@ def _kill(pid: int, session: int) -> None:
 
 
 def mapped_shared_memory(pid: int) -> set[int]:
-    """Inodes in /dev/shm that process `pid` maps; none if it is gone or not ours to look into.
+    """Inodes in /dev/shm that process `pid` maps. Empty if the process has ended or belongs to another user.
 
-    Inodes, not paths: a process maps the semaphores that it creates under a name which the C library has removed since.
+    Paths would not do: a process maps a semaphore that it creates under a temporary name, and the C library removes that name.
     """
     try:
         mappings = Path(f"/proc/{pid}/maps").read_text(errors="replace")
@@ -153,7 +161,7 @@ def mapped_shared_memory(pid: int) -> set[int]:
 
 
 def _shared_memory_files() -> dict[Path, int]:
-    """Every file in /dev/shm and its inode."""
+    """Path and inode of every file in /dev/shm."""
     if not SHARED_MEMORY_FOLDER.is_dir():
         return {}
     with os.scandir(SHARED_MEMORY_FOLDER) as entries:

@@ -6,7 +6,16 @@ from pathlib import Path
 import pytest
 
 from vllm_npu import emulator
-from vllm_npu.emulator.pytest_plugin import TIMEOUT, Outcome, RunInRanks, launch, missing, run_in_ranks
+from vllm_npu.emulator.fork_server import ForkContext
+from vllm_npu.emulator.pytest_plugin import (
+    TIMEOUT,
+    Outcome,
+    RunInRanks,
+    fork_servers,
+    launch,
+    missing,
+    run_in_ranks,
+)
 
 __all__ = ["run_in_ranks"]  # pytest takes pytest_plugins from the topmost conftest.py only
 
@@ -27,6 +36,12 @@ def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> 
     if MISSING is None:
         return None
     return ModuleThatCannotRun.from_parent(parent, path=module_path)
+
+
+@pytest.fixture(scope="session")
+def warm(pytestconfig: pytest.Config) -> ForkContext:
+    """ProcessRankPool(..., start_method=warm): its ranks are forked from a process that has imported torch and torch_npu."""
+    return ForkContext(fork_servers(pytestconfig))
 
 
 @pytest.fixture

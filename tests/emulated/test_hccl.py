@@ -34,9 +34,12 @@ def grid(request) -> tuple[int, int]:
 
 
 @pytest.fixture(scope="module")
-def pool(grid) -> Iterator[RankPool]:
+def pool(grid, warm) -> Iterator[RankPool]:
     num_ranks = grid[0] * grid[1]
-    with launcher.emulated_devices(num_ranks), ProcessRankPool(num_ranks, transport="hccl") as opened:
+    with (
+        launcher.emulated_devices(num_ranks),
+        ProcessRankPool(num_ranks, transport="hccl", start_method=warm) as opened,
+    ):
         yield opened
 
 
@@ -84,11 +87,14 @@ def test_verify_runs_the_strategies_of_each_family_of_chips(family, ranks, strat
 
 
 @pytest.mark.slow
-def test_layers_that_only_the_hierarchy_takes_run_by_it_on_a2():
+def test_layers_that_only_the_hierarchy_takes_run_by_it_on_a2(warm):
     """25 experts a rank, one more than the full mesh takes; 16 ranks, the least that the hierarchy takes."""
     case = Case(strategy="mc2", tp_size=1, dp_size=16, num_tokens_across_dp=(3,) * 16, experts_per_rank=25, top_k=6)
     uneven = replace(case, num_tokens_across_dp=tuple(1 + rank % 4 for rank in range(16)))
-    with launcher.emulated_devices(16), ProcessRankPool(16, transport="hccl", timeout=300) as pool:
+    with (
+        launcher.emulated_devices(16),
+        ProcessRankPool(16, transport="hccl", timeout=300, start_method=warm) as pool,
+    ):
         for each in (
             case,
             uneven,

@@ -40,8 +40,8 @@ def self_test(rank: Rank) -> float:
 
 
 @pytest.mark.parametrize("soc", os.environ.get("SOCS", "310P").split(","))
-def test_the_self_test_passes_on_a_chip_without_all_to_all_too(monkeypatch, soc):
+def test_the_self_test_passes_on_a_chip_without_all_to_all_too(warm, monkeypatch, soc):
     monkeypatch.setenv("VLLM_NPU_EMULATOR_SOC", soc)
-    with launcher.emulated_devices(2), ProcessRankPool(2, transport="hccl") as pool:
+    with launcher.emulated_devices(2), ProcessRankPool(2, transport="hccl", start_method=warm) as pool:
         seconds = pool.run(self_test)  # raises where a collective gives wrong data
     assert all(0 < each < 60 for each in seconds)

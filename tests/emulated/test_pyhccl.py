@@ -37,12 +37,15 @@ WAYS = {
 
 
 @pytest.fixture(scope="module", params=WAYS)
-def pool(request) -> Iterator[ProcessRankPool]:
+def pool(request, warm) -> Iterator[ProcessRankPool]:
     family, num_ranks, env = WAYS[request.param]
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {"VLLM_NPU_EMULATOR_SOC": family, **env}.items():
             patch.setenv(name, value)
-        with launcher.emulated_devices(num_ranks), ProcessRankPool(num_ranks, transport="hccl") as opened:
+        with (
+            launcher.emulated_devices(num_ranks),
+            ProcessRankPool(num_ranks, transport="hccl", start_method=warm) as opened,
+        ):
             yield opened
 
 

@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -58,7 +60,24 @@ def test_nested(run_in_ranks):
 
 
 def test_times_out(run_in_ranks):
-    run_in_ranks(sleep, 1, timeout=15)
+    run_in_ranks(sleep, 1, timeout=3)
+"""
+
+KILLED = """
+import os
+import pathlib
+import signal
+import time
+
+
+def kill_pytest(rank, num_ranks, pytest_process):
+    pathlib.Path(__file__).with_name("rank").write_text(str(os.getpid()))
+    os.kill(pytest_process, signal.SIGKILL)
+    time.sleep(600)
+
+
+def test_killed(run_in_ranks):
+    run_in_ranks(kill_pytest, 1, os.getpid())
 """
 
 
@@ -94,7 +113,33 @@ def test_how_a_test_fails(run_pytest):
     assert "test_project:fail_on_rank_1 on 2 ranks ended with 1:" in output
     assert "AssertionError: rank 1 is meant to fail" in output
     assert "run_in_ranks: test_nested.<locals>.<lambda> is not at the top of a module; move it there" in output
-    assert "1 emulated ranks did not end in 15 s; they printed:" in output
+    assert "1 emulated ranks did not end in 3 s; they printed:" in output
+
+
+def test_ranks_are_new_interpreters_where_a_process_cannot_fork(run_pytest, tmp_path):
+    with open(tmp_path / "conftest.py", "a") as file:
+        file.write("import os\n\ndel os.fork\n")
+    output = run_pytest("-k", "test_passes")
+    assert "1 passed" in output, output
+    assert "a new interpreter for each rank, which takes seconds: this system has no os.fork" in output
+
+
+def test_nothing_is_left_of_the_ranks_of_a_killed_pytest(run_pytest, tmp_path):
+    """The process that forks ranks ends with pytest, and the ranks end with that process."""
+    (tmp_path / "tests" / "test_project.py").write_text(KILLED)
+    run_pytest("-k", "test_killed")
+    rank = int((tmp_path / "tests" / "rank").read_text())
+    deadline = time.monotonic() + 60
+    while is_running(rank):
+        assert time.monotonic() < deadline, "60 s after the death of pytest, the rank still runs"
+        time.sleep(0.05)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def test_it_skips_where_the_device_cannot_be_had(run_pytest):

@@ -682,7 +682,6 @@ def random_runs(rank: int, size: int, seed: int, count: int) -> dict[str, int]:
 )
 def test_random_runs(run_in_ranks, size: int, count: int, env: dict[str, str]) -> None:
     seed = int(os.environ.get("SEED", size))
-    limits = {"VLLM_NPU_EMULATOR_LIMITS": "none", "HCCL_EXEC_TIMEOUT": "60"}  # small rows; and no run may hang
-    outcome = run_in_ranks(random_runs, size, seed, count, env=limits | env)
+    outcome = run_in_ranks(random_runs, size, seed, count, env={"VLLM_NPU_EMULATOR_LIMITS": "none"} | env)  # small rows
     wanted = {sort: count * SHARES.count(sort) // len(SHARES) for sort in SHARES}
     assert outcome.returned == [wanted] * size or "RUN" in os.environ

@@ -14,6 +14,7 @@ from tests.ranks.test_split_phase import IN_FLIGHT, start_does_not_wait
 from vllm_npu.core.step_plan import StepPlan, TokenSharding
 from vllm_npu.core.token_layout import RowFormat
 from vllm_npu.emulator import launcher, soc
+from vllm_npu.emulator.fork_server import ForkContext
 from vllm_npu.errors import TransportError
 from vllm_npu.strategies.select import build
 from vllm_npu.tools.launch import ProcessRankPool, Rank
@@ -43,10 +44,15 @@ class ThroughTorchDistributed(HcclTransport):
 
 
 @contextmanager
-def ranks_on(monkeypatch, family: str, num_ranks: int, env: dict[str, str]) -> Iterator[ProcessRankPool]:
+def ranks_on(
+    warm: ForkContext, monkeypatch, family: str, num_ranks: int, env: dict[str, str]
+) -> Iterator[ProcessRankPool]:
     for name, value in {"VLLM_NPU_EMULATOR_SOC": family, "VLLM_NPU_EMULATOR_TRACE": "1", **env}.items():
         monkeypatch.setenv(name, value)
-    with launcher.emulated_devices(num_ranks), ProcessRankPool(num_ranks, transport="hccl") as pool:
+    with (
+        launcher.emulated_devices(num_ranks),
+        ProcessRankPool(num_ranks, transport="hccl", start_method=warm) as pool,
+    ):
         yield pool
 
 
@@ -138,10 +144,10 @@ def outputs_and_counts(rank: Rank, grid: tuple[int, int], strategies: list[str])
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_same_bits_and_counts_as_through_torch_distributed(monkeypatch, capfd, way):
+def test_same_bits_and_counts_as_through_torch_distributed(warm, monkeypatch, capfd, way):
     family, num_ranks, env = WAYS[way]
     grid = (num_ranks // 2, 2)
-    with ranks_on(monkeypatch, family, num_ranks, env) as pool:
+    with ranks_on(warm, monkeypatch, family, num_ranks, env) as pool:
         pool.run(same_as_torch_distributed, grid)
         called = {word for word in capfd.readouterr().err.split() if word.startswith("Hccl")}
         assert called & UNEVEN == (set() if family == "A2" else UNEVEN)
@@ -253,8 +259,8 @@ def gathers_while_rows_travel(rank: Rank) -> None:
         assert gathered.flatten().tolist() == [turn, turn + 1, turn + 10, turn + 11]
 
 
-def test_a_call_does_not_overtake_what_is_in_flight(monkeypatch):
-    with ranks_on(monkeypatch, "A3", 2, {"VLLM_NPU_EMULATOR_ASYNC": "11"}) as pool:
+def test_a_call_does_not_overtake_what_is_in_flight(warm, monkeypatch):
+    with ranks_on(warm, monkeypatch, "A3", 2, {"VLLM_NPU_EMULATOR_ASYNC": "11"}) as pool:
         pool.run(gathers_while_rows_travel)
 
 
@@ -262,8 +268,8 @@ def a_rank_differs(rank: Rank) -> None:
     rank.groups(tp_size=1, dp_size=2).dp.all_gather(torch.ones(rank.rank + 1, 3).to(rank.device))
 
 
-def test_messages_whole_graphs_and_what_a_failing_call_says(monkeypatch):
-    with ranks_on(monkeypatch, "A3", 2, {}) as pool:
+def test_messages_whole_graphs_and_what_a_failing_call_says(warm, monkeypatch):
+    with ranks_on(warm, monkeypatch, "A3", 2, {}) as pool:
         assert all(map(all, pool.run(packs_as)))
         pool.run(compiled)
         told, wrong = pool.run(wrong_counts)
@@ -315,9 +321,9 @@ def lacks_them(rank: Rank, reasons: list[dict[str, str]]) -> tuple[bool, list[in
     return t._has_ops(), gathered.tolist(), " ".join(messages)
 
 
-def test_all_ranks_go_through_torch_distributed_where_some_lack_the_operators(monkeypatch, tmp_path):
+def test_all_ranks_go_through_torch_distributed_where_some_lack_the_operators(warm, monkeypatch, tmp_path):
     no_compiler = {"VLLM_NPU_ENV_HOME": str(tmp_path), "CXX": "no-compiler"}
-    with ranks_on(monkeypatch, "A3", 3, {}) as pool:
+    with ranks_on(warm, monkeypatch, "A3", 3, {}) as pool:
         outcomes = pool.run(lacks_them, [{}, {"VLLM_NPU_HCCL_OPS": "0"}, no_compiler])
     for (has_ops, gathered, logged), reason in zip(
         outcomes,

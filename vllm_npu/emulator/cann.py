@@ -33,9 +33,9 @@ def find(environ: Mapping[str, str] = os.environ) -> str | None:
     return None
 
 
-def refuse_if_found() -> None:
+def refuse_if_found(environ: Mapping[str, str] = os.environ) -> None:
     """Raises UnsupportedConfigError where a real CANN is there."""
-    found = find()
+    found = find(environ)
     if found is not None:
         raise UnsupportedConfigError(
             f"a real CANN is here ({found}), and the emulated Ascend device would take its place; run on the real "

@@ -1,4 +1,4 @@
-"""Runs a script in several processes, each a rank with an emulated device of its own."""
+"""Runs a script in several processes. Each process is a rank with an emulated device of its own."""
 
 import contextlib
 import ctypes
@@ -9,24 +9,37 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from vllm_npu import envs
 from vllm_npu.emulator import build, cann, loader, shared_memory, soc
 
 STARTUP_FOLDER = Path(__file__).resolve().parent / "startup"
-# Seconds; HCCL's own default is half an hour. Below VLLM_NPU_TRANSPORT_TIMEOUT: HCCL's error names the ranks.
+# Seconds; HCCL's own default is half an hour. Less than VLLM_NPU_TRANSPORT_TIMEOUT, because HCCL's error names the ranks.
 DEFAULT_EXEC_TIMEOUT = "50"
-# torch_npu's own default is 1. Without its queue an op raises its error in its own call, where the queue drops all that comes
-# after the first error without a word; and each rank saves a thread that polls, about 30 % of a core here.
+# torch_npu's own default is 1. Without its queue, an op raises its error in its own call. With the queue, torch_npu drops all
+# work after the first error and says nothing, and a thread of each rank polls: about 30 % of a core here.
 DEFAULT_TASK_QUEUE = "0"
-POLL_SECONDS = 0.05
+POLL_SECONDS = 0.02
 GRACE_SECONDS = 5.0  # after a failure: for the other ranks to report theirs, and again to end by themselves
 PR_SET_PDEATHSIG = 1
 prctl = ctypes.CDLL(None).prctl  # found before any fork
 prctl.argtypes, prctl.restype = [ctypes.c_int, ctypes.c_ulong], ctypes.c_int
+
+
+class RankProcess(Protocol):
+    """A rank's process, which leads a process group of its own. subprocess.Popen and ForkedProcess are such."""
+
+    pid: int
+
+    def poll(self) -> int | None:
+        """The exit code, minus the signal's number where a signal ended the process. None while the process runs."""
+
+    def wait(self) -> int | None:
+        """Wait until the process has ended."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,24 +59,26 @@ def free_port() -> int:
 
 
 def end_with_parent() -> None:
-    """In a new process: ends it when the launcher ends, however that happens."""
+    """In a new process: the kernel ends this process when its parent ends, however the parent ends."""
     prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def device_environment(soc_name: str, num_ranks: int, run: str) -> dict[str, str]:
-    """This process's variables, and those that give every interpreter of a run an emulated device.
+def device_environment(
+    soc_name: str, num_ranks: int, run: str, changes: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """The variables of this process with `changes`, and those that give every interpreter of a run an emulated device.
 
     Raises UnsupportedConfigError where a real CANN is there, EmulatorBuildError where the libraries cannot be built.
     """
-    cann.refuse_if_found()
-    variables = {
-        **os.environ,
+    variables = {**os.environ, **(changes or {})}
+    cann.refuse_if_found(variables)
+    variables |= {
         envs.EMULATOR.name: "1",
         envs.EMULATOR_SOC.name: soc.resolve(soc_name),
         loader.AUTOLOAD_VARIABLE: "0",
-        envs.EMULATOR_LIBRARIES.name: str(build.build()),
+        envs.EMULATOR_LIBRARIES.name: (changes or {}).get(envs.EMULATOR_LIBRARIES.name) or str(build.build()),
         envs.EMULATOR_RUN.name: run,
-        "PYTHONPATH": os.pathsep.join(filter(None, (str(STARTUP_FOLDER), os.environ.get("PYTHONPATH")))),
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(STARTUP_FOLDER), variables.get("PYTHONPATH")))),
     }
     variables.setdefault("HCCL_EXEC_TIMEOUT", DEFAULT_EXEC_TIMEOUT)
     variables.setdefault("TASK_QUEUE_ENABLE", DEFAULT_TASK_QUEUE)
@@ -77,7 +92,7 @@ def new_run_name() -> str:
 
 @contextlib.contextmanager
 def emulated_devices(num_ranks: int) -> Iterator[str]:
-    """Processes that this one starts meanwhile have emulated devices. Yields the chip's name (VLLM_NPU_EMULATOR_SOC).
+    """Gives emulated devices to the processes that this process starts meanwhile. Yields the chip's name.
 
     Raises as device_environment does.
     """
@@ -92,37 +107,37 @@ def emulated_devices(num_ranks: int) -> Iterator[str]:
         shared_memory.clean_run(run_name)
 
 
-def rank_environments(launch: Launch, run: str) -> Iterator[dict[str, str]]:
-    """The environment of each rank: torchrun's variables, and the emulator's."""
-    size = str(launch.num_ranks)
-    common = {
-        **device_environment(launch.soc_name, launch.num_ranks, run),
-        "WORLD_SIZE": size,
-        "LOCAL_WORLD_SIZE": size,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-    }
-    if launch.trace:
-        common[envs.EMULATOR_TRACE.name] = "1"
-    for rank in range(launch.num_ranks):
-        yield {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+def rank_environments(common: Mapping[str, str], num_ranks: int) -> Iterator[dict[str, str]]:
+    """The environment of each rank: `common`, which is the emulator's, and torchrun's variables."""
+    size = str(num_ranks)
+    port = str(free_port())
+    for rank in range(num_ranks):
+        yield {
+            **common,
+            "WORLD_SIZE": size,
+            "LOCAL_WORLD_SIZE": size,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+        }
 
 
-def signal_group(process: subprocess.Popen[bytes], signal_number: int) -> None:
-    """Sends a signal to a rank and to all that it started."""
+def signal_group(process: RankProcess, signal_number: int) -> None:
+    """Sends a signal to a rank and to all processes that the rank started."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal_number)
 
 
-def wait_for_all(processes: Sequence[subprocess.Popen[bytes]], seconds: float) -> None:
-    """Returns once all have ended, or that time is over."""
+def wait_for_all(processes: Sequence[RankProcess], seconds: float) -> None:
+    """Returns once all have ended, or after that time."""
     deadline = time.monotonic() + seconds
     while time.monotonic() <= deadline and any(process.poll() is None for process in processes):
         time.sleep(POLL_SECONDS)
 
 
-def end_all(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Ends the ranks and all that they started: asks first, then insists."""
+def end_all(processes: Sequence[RankProcess]) -> None:
+    """Ends the ranks and all processes that they started: by SIGTERM, and after some seconds by SIGKILL."""
     for process in processes:
         if process.poll() is None:
             signal_group(process, signal.SIGTERM)
@@ -133,8 +148,20 @@ def end_all(processes: Sequence[subprocess.Popen[bytes]]) -> None:
         process.wait()
 
 
-def wait_for_ranks(processes: Sequence[subprocess.Popen[bytes]]) -> int:
-    """Waits for all ranks, or until one fails. Returns that one's exit code, 128 + the signal where one ended it."""
+def print_to_stderr(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def wait_for_ranks(
+    processes: Sequence[RankProcess],
+    say: Callable[[str], None] = print_to_stderr,
+    seconds: float = float("inf"),
+) -> int:
+    """Waits for all ranks, or until one fails. Returns that rank's exit code, or 128 + the signal that ended the rank.
+
+    Raises TimeoutError where ranks still run after `seconds`.
+    """
+    deadline = time.monotonic() + seconds
     while True:
         codes = [process.poll() for process in processes]
         failed = next((rank for rank, code in enumerate(codes) if code), None)
@@ -142,10 +169,12 @@ def wait_for_ranks(processes: Sequence[subprocess.Popen[bytes]]) -> int:
             break
         if all(code == 0 for code in codes):
             return 0
+        if time.monotonic() > deadline:
+            raise TimeoutError
         time.sleep(POLL_SECONDS)
     code = codes[failed] or 0
     what = f"exit code {code}" if code > 0 else f"signal {signal.Signals(-code).name}"
-    print(f"vllm_npu emulator: rank {failed} ended with {what}; ending the others", file=sys.stderr)
+    say(f"vllm_npu emulator: rank {failed} ended with {what}; ending the others")
     wait_for_all(processes, GRACE_SECONDS)
     return code if code > 0 else 128 - code
 
@@ -164,7 +193,10 @@ def run(launch: Launch) -> int:
 
     previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     try:
-        for environment in rank_environments(launch, run_name):
+        common = device_environment(launch.soc_name, launch.num_ranks, run_name)
+        if launch.trace:
+            common[envs.EMULATOR_TRACE.name] = "1"
+        for environment in rank_environments(common, launch.num_ranks):
             processes.append(
                 subprocess.Popen(
                     [sys.executable, *launch.command],

@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from vllm_npu import envs
 from vllm_npu.core.topology import ParallelTopology
+from vllm_npu.emulator.fork_server import ForkContext
 from vllm_npu.errors import InvalidInputError, TransportError, UnsupportedConfigError
 from vllm_npu.transport.base import Groups, Transport
 from vllm_npu.transport.table import transport_class
@@ -254,7 +255,7 @@ class ProcessRankPool(RankPool):
 
     Starting takes some seconds (each imports torch); functions must be picklable. After a TransportError the ranks are of
     no use: the next run starts new ones. `start_method` is multiprocessing's: ranks of a forkserver start faster, but see the
-    environment as it was at the first start.
+    environment as it was at the first start. A context in its place has multiprocessing's Pipe and Process.
     """
 
     def __init__(
@@ -263,7 +264,7 @@ class ProcessRankPool(RankPool):
         timeout: float | None = None,
         transport: str = "gloo",
         *,
-        start_method: Literal["spawn", "forkserver"] = "spawn",
+        start_method: Literal["spawn", "forkserver"] | ForkContext = "spawn",
     ) -> None:
         super().__init__(num_ranks)
         self._start_method = start_method
@@ -299,7 +300,8 @@ class ProcessRankPool(RankPool):
     def _start(self) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="vllm_npu_ranks_")
         store = str(Path(self._folder.name) / "store")
-        context: Any = multiprocessing.get_context(self._start_method)
+        method = self._start_method
+        context: Any = multiprocessing.get_context(method) if isinstance(method, str) else method
         for rank in range(self.num_ranks):
             here, there = context.Pipe()
             process = context.Process(

@@ -18,7 +18,6 @@ struct Settings {
   std::size_t memory_bytes = 0;
   std::optional<std::uint64_t> seed;
   std::optional<std::uint64_t> log_level;
-  std::string cann_version;
   bool limits_are_off = false;
   bool undefined_is_zero = false;
   std::string fault;
@@ -75,7 +74,6 @@ Settings read_settings() {
   settings.memory_bytes = read_number("VLLM_NPU_EMULATOR_MEMORY_GB", kMaxMemoryGb, settings.fault).value_or(0) << 30;
   settings.seed = read_number("VLLM_NPU_EMULATOR_ASYNC", UINT64_MAX, settings.fault);
   settings.log_level = read_number("VLLM_NPU_EMULATOR_LOG", kMaxLogLevel, settings.fault);
-  settings.cann_version = environment("VLLM_NPU_EMULATOR_CANN", kDefaultCannVersion);
   settings.limits_are_off = read_switch("VLLM_NPU_EMULATOR_LIMITS", "device", "none", settings.fault);
   settings.undefined_is_zero = read_switch("VLLM_NPU_EMULATOR_UNDEFINED", "nan", "zero", settings.fault);
   return settings;
@@ -97,7 +95,13 @@ int visible_device_count() { return settings().devices; }
 std::size_t configured_memory_bytes() { return settings().memory_bytes; }
 std::optional<std::uint64_t> asynchronous_seed() { return settings().seed; }
 std::optional<std::uint64_t> least_log_level() { return settings().log_level; }
-const std::string& cann_version() { return settings().cann_version; }
+// Read apart from the other settings: torch_npu asks for the version while it is imported, and a process that has imported
+// torch_npu forks ranks, which get other settings.
+const std::string& cann_version() {
+  static const std::string read = environment("VLLM_NPU_EMULATOR_CANN", kDefaultCannVersion);
+  return read;
+}
+
 bool limits_are_off() { return settings().limits_are_off; }
 bool undefined_is_zero() { return settings().undefined_is_zero; }
 const std::string& settings_fault() { return settings().fault; }

@@ -105,9 +105,13 @@ class CpuMoERunner(MoERunner):
                 hidden_states, router_logits, shared_experts_input, input_ids
             )
             return output
+        num_experts = int(self.moe_config.num_logical_experts)
+        # COMPAT(vllm 0.32): on a CPU with AMX, a linear layer of 16-bit weights divides by zero where its input has no rows, and
+        # the process ends by SIGFPE (weight_packed_linear). CAN REMOVE when that op takes no rows.
+        has_rows = hidden_states.shape[0] > 0
         if self.gate is not None:
-            router_logits, _ = self.gate(hidden_states)
-        check_router_logits(hidden_states, router_logits, int(self.moe_config.num_logical_experts))
+            router_logits = self.gate(hidden_states)[0] if has_rows else hidden_states.new_empty((0, num_experts))
+        check_router_logits(hidden_states, router_logits, num_experts)
         topk_weights, topk_ids = self.router.select_experts(
             hidden_states=hidden_states,
             router_logits=router_logits,
@@ -122,9 +126,9 @@ class CpuMoERunner(MoERunner):
         topk_ids = self._physical_ids(topk_ids, step.plan.sharding)
         if (ring := trace_ring()) is not None:
             ring.enter_layer(self.layer_name)
-        shared_experts, compute_shared = self._shared_experts, None
-        if shared_experts is not None:
-            compute_shared = partial(shared_experts, shared_experts_input, SharedExpertsOrder.NO_OVERLAP)
+        compute_shared = None
+        if self._shared_experts is not None and has_rows:
+            compute_shared = partial(self._shared_experts, shared_experts_input, SharedExpertsOrder.NO_OVERLAP)
         finalized = self._pipelines.get(step.strategy, self.facts.moe_layer.num_experts).run(
             hidden_states,
             topk_weights,
@@ -134,7 +138,13 @@ class CpuMoERunner(MoERunner):
             reduce_results=False,
             meanwhile=compute_shared,
         )
-        shared = None if shared_experts is None else shared_experts.output
+        shared = None
+        if self._shared_experts is not None:
+            shared = (
+                self._shared_experts.output
+                if has_rows
+                else torch.empty_like(hidden_states if shared_experts_input is None else shared_experts_input)
+            )
         return self._sum_over_tp(finalized.hidden_states, shared, routed_is_complete=finalized.reduced)
 
     def _physical_ids(self, topk_ids: torch.Tensor, sharding: TokenSharding) -> torch.Tensor:

@@ -106,8 +106,8 @@ class CpuMoERunner(MoERunner):
             )
             return output
         num_experts = int(self.moe_config.num_logical_experts)
-        # COMPAT(vllm 0.32): on a CPU with AMX, a linear layer of 16-bit weights divides by zero where its input has no rows, and
-        # the process ends by SIGFPE (weight_packed_linear). CAN REMOVE when that op takes no rows.
+        # COMPAT(vllm 0.32): on a CPU with AMX, vLLM's linear layer of 16-bit weights divides by zero if its input has no rows
+        # (weight_packed_linear), and SIGFPE ends the process. CAN REMOVE when that op takes an input without rows.
         has_rows = hidden_states.shape[0] > 0
         if self.gate is not None:
             router_logits = self.gate(hidden_states)[0] if has_rows else hidden_states.new_empty((0, num_experts))

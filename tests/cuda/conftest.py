@@ -1,4 +1,4 @@
-"""One process for each GPU of this machine, 2 to 8 of them, over NCCL."""
+"""Ranks over NCCL: one process for each GPU of this machine, for 2 to 8 GPUs."""
 
 from collections.abc import Iterator
 
@@ -11,7 +11,7 @@ NUM_RANKS = 1 << (max(2, min(torch.cuda.device_count(), 8)).bit_length() - 1)  #
 
 
 def missing() -> str | None:
-    """What these tests need and this machine lacks."""
+    """The reason why this machine cannot run these tests. None: it can."""
     if torch.cuda.device_count() < NUM_RANKS or not all(
         torch.cuda.can_device_access_peer(0, peer) for peer in range(1, NUM_RANKS)
     ):

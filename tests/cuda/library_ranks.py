@@ -1,4 +1,4 @@
-"""What ranks run with the libraries behind the generic managers."""
+"""Functions that ranks run, for tests of the libraries behind the generic managers."""
 
 import torch
 import torch.distributed as dist
@@ -57,7 +57,7 @@ def one_sided_bytes_agree(rank: Rank) -> bool:
 def all_reduces(rank: Rank, dtype: torch.dtype) -> list[str]:
     groups = rank.groups(tp_size=rank.num_ranks, dp_size=1)
     if not isinstance(groups.tp, TorchDistTransport):
-        return ["the group is none of c10d"]
+        return ["the group is not one of c10d"]
     major, minor = torch.cuda.get_device_capability()
     reduce = FlashInferAllReduce(
         dist.new_group(backend="gloo"), groups.tp.process_group, max_bytes=ALL_REDUCE_MAX_BYTES[10 * major + minor]
@@ -73,7 +73,7 @@ def all_reduces(rank: Rank, dtype: torch.dtype) -> list[str]:
         if not torch.equal(reduce.all_reduce(x), groups.tp.all_reduce(x)) or not torch.equal(x, before):
             faults.append(f"{shape} is not the sum")
     if reduce.should_use_fi_ar(x.t()) or reduce.should_use_fi_ar(x.cpu()) or reduce.should_use_fi_ar(x.flatten()):
-        faults.append("takes what it cannot")
+        faults.append("takes a tensor that it cannot reduce")
     reduce.destroy()
     reduce.destroy()
     return faults

@@ -1,4 +1,5 @@
-"""What the ranks of the tests of symmetric memory run. One seed makes all ranks' tensors; results need no communication."""
+"""Functions that ranks run, for tests of symmetric memory. Each rank makes the tensors of all ranks from one seed, so that it
+knows the result without communication."""
 
 import time
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Batch:
-    """One rank's tokens: small integers, so that every sum is exact, and what must come back."""
+    """One rank's tokens, and the output that must come back. Values are small integers, so that every sum is exact."""
 
     hidden_states: torch.Tensor
     weights: torch.Tensor
@@ -72,12 +73,12 @@ class Batch:
 
 
 def factor(expert: torch.Tensor) -> torch.Tensor:
-    """What an expert multiplies by: tells experts apart, and keeps sums small."""
+    """The factor of each expert. Neighbouring experts have different factors, and sums stay small."""
     return (expert % 5 - 2).float()
 
 
 def on_slots(slots: DispatchedSlots, rank: int, num_local_experts: int) -> torch.Tensor:
-    """Every slot's weighted sum over local experts; NaN in empty slots."""
+    """Each slot's weighted sum over local experts, and NaN for empty slots."""
     local = slots.topk_ids >= 0
     weights = torch.where(local, slots.topk_weights * factor(slots.topk_ids + rank * num_local_experts), 0.0)
     rows = slots.hidden_states.float() * weights.sum(1, keepdim=True)
@@ -96,7 +97,7 @@ def opened(rank: Rank, shape: Shape) -> SymmetricDispatcher:
 
 
 def poison(dispatcher: SymmetricDispatcher) -> None:
-    """NaN in all parts of the windows that peers write; flags stay."""
+    """Fill all parts of the windows that peers write with NaN. The flags stay as they are."""
     torch.cuda.synchronize()
     dispatcher.groups.ep.barrier()
     for window in range(2):
@@ -112,7 +113,7 @@ def exchange(rank: Rank, dispatcher: SymmetricDispatcher, shape: Shape, batch: B
 
 
 def exchanges(rank: Rank, shapes: list[Shape]) -> list[str]:
-    """Every shape once with poisoned windows; what went wrong."""
+    """Exchange each shape once with poisoned windows. Returns the faults."""
     faults = []
     for seed, shape in enumerate(shapes):
         dispatcher = opened(rank, shape)
@@ -143,7 +144,7 @@ def exchanges(rank: Rank, shapes: list[Shape]) -> list[str]:
 
 
 def quantised_exchange(rank: Rank, num_tokens: int) -> None:
-    """fp8 rows with block scales; combine in bfloat16."""
+    """Dispatch fp8 rows with block scales, and combine in bfloat16."""
     shape = Shape(num_tokens=num_tokens, hidden_size=1024)
     dispatcher = opened(rank, shape)
     poison(dispatcher)
@@ -177,7 +178,7 @@ def _seeded(seed: int) -> torch.Generator:
 
 
 def repeats(rank: Rank) -> None:
-    """Random data: every repetition gives the same bits."""
+    """Repeat an exchange of random data. Every repetition must give the same bits."""
     shape = Shape(num_tokens=200, hidden_size=7168, num_experts=64, top_k=8)
     dispatcher = opened(rank, shape)
     own = Batch.of(shape, rank.rank, rank.num_ranks, 3)
@@ -199,7 +200,7 @@ def repeats(rank: Rank) -> None:
 
 
 def replays(rank: Rank, num_tokens: int) -> None:
-    """A captured graph of two layers, replayed over new tokens and new routing."""
+    """Capture a graph of three exchanges, and replay it with new tokens and new routing."""
     shape = Shape(num_tokens=num_tokens, hidden_size=1024)
     dispatcher = opened(rank, shape)
     still = Batch.of(shape, rank.rank, rank.num_ranks, 0)
@@ -207,7 +208,8 @@ def replays(rank: Rank, num_tokens: int) -> None:
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        outputs = [exchange(rank, dispatcher, shape, still) for _ in range(3)]  # an odd number: windows do not line up
+        # An odd number, so that the last exchange of a replay and the first of the next one use the same window.
+        outputs = [exchange(rank, dispatcher, shape, still) for _ in range(3)]
     for seed in range(50):
         shape_now = Shape(num_tokens=num_tokens, hidden_size=1024, routing=ROUTINGS[seed % 3])
         fresh = Batch.of(shape_now, rank.rank, rank.num_ranks, seed)
@@ -247,7 +249,7 @@ def in_flight(rank: Rank, two_streams: bool) -> None:
 
 
 def refusals(rank: Rank) -> list[str]:
-    """Messages of what is refused; nothing of it moves tokens, so the exchange after it is right."""
+    """Messages of the calls that are refused. They move no tokens, so the exchange after them must be right."""
     shape = Shape(num_tokens=8)
     dispatcher = opened(rank, shape)
     own = Batch.of(shape, rank.rank, rank.num_ranks, 0)
@@ -277,7 +279,7 @@ def refusals(rank: Rank) -> list[str]:
 
 
 def random_steps(rank: Rank, steps: int, seed: int) -> int:
-    """Steps of random sizes and routing, one behind another without a sync. The number of wrong elements."""
+    """Run steps of random sizes and routing without a sync in between. Returns the number of wrong elements."""
     sizes = torch.Generator().manual_seed(seed)  # the same on every rank
     dispatcher = opened(rank, Shape(num_tokens=1))
     wrong = torch.zeros((), dtype=torch.int64, device="cuda")
@@ -296,7 +298,7 @@ def random_steps(rank: Rank, steps: int, seed: int) -> int:
 
 
 def waits_for_the_last_rank(rank: Rank, timeout: float) -> tuple[float, str]:
-    """The last rank stops after one exchange. How long the others took to say so, and what."""
+    """The last rank stops after one exchange. Returns the seconds until this rank's error, and the error."""
     shape = Shape(num_tokens=8)
     close_windows(rank.groups(tp_size=1, dp_size=rank.num_ranks).ep)
     dispatcher = dispatcher_of(rank, shape.num_experts, timeout=timeout)
@@ -322,7 +324,7 @@ def waits_for_the_last_rank(rank: Rank, timeout: float) -> tuple[float, str]:
 
 
 def runs_cases(rank: Rank, to_run: list[Case]) -> list[str]:
-    """verification.run_case for each; what went wrong."""
+    """Run verification.run_case for each case. Returns the faults."""
     close_windows(rank.groups(tp_size=1, dp_size=rank.num_ranks).ep)
     return [f"{case}: {fault}" for case in to_run if (fault := run_case(rank, case)) is not None]
 

@@ -1,4 +1,4 @@
-"""vLLM's generic all2all managers on GPUs: naive and AgRs over NCCL, and those whose library is installed."""
+"""vLLM's generic all2all managers on GPUs: naive and AgRs over NCCL, and each manager whose library is installed."""
 
 from importlib.util import find_spec
 
@@ -37,5 +37,5 @@ def test_one_sided_workspace_bytes_are_flashinfers(gpus):
 
 @needs("flashinfer")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_flashinfers_all_reduce_adds_up_and_leaves_the_rest_to_others(gpus, dtype):
+def test_flashinfers_all_reduce_adds_up_and_refuses_other_tensors(gpus, dtype):
     assert gpus.run(library_ranks.all_reduces, dtype) == [[]] * gpus.num_ranks

@@ -1,4 +1,4 @@
-"""The EPLB communicators on GPUs: NCCL's own messages, staging through pinned memory, and vLLM's PyNccl."""
+"""The EPLB communicators on GPUs: messages of NCCL, messages staged through pinned memory, and vLLM's PyNccl."""
 
 from typing import Any
 
@@ -16,14 +16,14 @@ from vllm_npu.transport.gloo import GlooTransport
 
 pytestmark = pytest.mark.cuda
 
-OPENED: dict[str, Any] = {}  # groups of a rank's process
+OPENED: dict[str, Any] = {}  # the groups that this rank's process has opened
 
 
 def communicator(rank: Rank, kind: str) -> EplbCommunicator:
     if kind == "torch_dist":
         ep = rank.groups(tp_size=1, dp_size=rank.num_ranks).ep
         if "nccl" not in OPENED:
-            ep.barrier()  # messages of some ranks only must not be NCCL's first
+            ep.barrier()  # NCCL's first operation must involve all ranks
             OPENED["nccl"] = ep
         return TorchDistEplbCommunicator(ep)
     if "gloo" not in OPENED:

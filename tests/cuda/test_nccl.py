@@ -1,4 +1,4 @@
-"""The nccl transport on CUDA tensors: the contract that all transports keep."""
+"""The nccl transport on CUDA tensors keeps the contract of all transports."""
 
 import pytest
 
@@ -7,8 +7,8 @@ from tests.ranks.test_transport_contract import CONTRACT, REFUSED, is_refused, o
 
 pytestmark = pytest.mark.cuda
 
-GRIDS = [(1, NUM_RANKS), (NUM_RANKS, 1)]  # (tp_size, dp_size): groups of one rank and of all
-# NCCL adds in an order of its own, rounding each time: with two ranks alone that cannot be told from rank order.
+GRIDS = [(1, NUM_RANKS), (NUM_RANKS, 1)]  # (tp_size, dp_size): each has a group of one rank and a group of all
+# NCCL adds in its own order and rounds each sum. Two ranks give the same sum in any order, so only then ordered_sums holds.
 PROMISES = [promise for promise, check in CONTRACT.items() if NUM_RANKS == 2 or check is not ordered_sums]
 
 

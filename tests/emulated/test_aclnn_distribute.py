@@ -467,7 +467,7 @@ def mc2_by_version_1(rank: int, num_ranks: int) -> None:
         replace(even, shared_expert_ranks=1, top_k=2),
     ):
         assert run_case(ranks, case) is None
-    assert [text.partition(":")[0] for text in said] == ["MC2 goes by version 1 of its ops"]
+    assert [text.partition(":")[0] for text in said] == ["MC2 uses version 1 of its ops"]
     with pytest.raises(UnsupportedConfigError, match="mc2 on A3, version 1 takes no mask"):
         run_case(ranks, replace(even, num_tokens_across_dp=(0, 3)))
     assert run_case(ranks, even) is None

@@ -9,7 +9,6 @@ import torch
 from tests.cases import distinct_ids, seeded
 from tests.ranks.test_transport_contract import CONTRACT, with_tensors_on_its_device
 from vllm_npu.device import ops_of, portable_ops
-from vllm_npu.device.portable_ops import Counts, PrefixSums
 from vllm_npu.strategies.table import ALL_STRATEGIES
 from vllm_npu.tools.launch import Rank
 from vllm_npu.tools.verification import cases, limits_of_device, run_case
@@ -66,17 +65,16 @@ def int8_ops(rank: Rank) -> None:
     weight = torch.randint(-127, 128, (2, HIDDEN, 64), generator=generator, dtype=torch.int8)
     weight_scales = (torch.rand(2, 64, generator=generator) / HIDDEN).bfloat16()
     counts = torch.tensor([TOKENS // 3, TOKENS - TOKENS // 3 - 2])  # two rows belong to no group
-    for groups in (Counts(counts), PrefixSums(counts.cumsum(0))):
-        arguments = {"scale": weight_scales, "per_token_scale": scales.flatten()}
-        wanted = portable_ops.npu_grouped_matmul(values, weight, groups, output_dtype=torch.bfloat16, **arguments)
-        product = ops.npu_grouped_matmul(
-            values.to(rank.device),
-            weight.to(rank.device),
-            type(groups)(groups.values.to(rank.device)),
-            output_dtype=torch.bfloat16,
-            **{name: tensor.to(rank.device) for name, tensor in arguments.items()},
-        )
-        torch.testing.assert_close(product[:-2].cpu(), wanted[:-2], rtol=1e-2, atol=1e-3)
+    arguments = {"scale": weight_scales, "per_token_scale": scales.flatten()}
+    wanted = portable_ops.npu_grouped_matmul(values, weight, counts, output_dtype=torch.bfloat16, **arguments)
+    product = ops.npu_grouped_matmul(
+        values.to(rank.device),
+        weight.to(rank.device),
+        counts.to(rank.device),
+        output_dtype=torch.bfloat16,
+        **{name: tensor.to(rank.device) for name, tensor in arguments.items()},
+    )
+    torch.testing.assert_close(product[:-2].cpu(), wanted[:-2], rtol=1e-2, atol=1e-3)
 
 
 @pytest.mark.parametrize("check", [routing_ops, int8_ops], ids=lambda check: check.__name__)

@@ -1,4 +1,4 @@
-"""Handles: frozen, for their own inverse, once, and in any order."""
+"""Handles are frozen. Each is good for one call of its own inverse. Several may be in flight, in any order."""
 
 import dataclasses
 import re
@@ -34,7 +34,7 @@ def case_of(strategy: str, num_tokens: int, seed: int = 0, sharding: TokenShardi
 
 
 class MicroBatch:
-    """One case, whose four stages can be taken one by one."""
+    """One case whose four stages run one at a time."""
 
     def __init__(self, rank: Rank, case: Case) -> None:
         groups = rank.groups(tp_size=case.tp_size, dp_size=case.dp_size)
@@ -47,7 +47,7 @@ class MicroBatch:
         self.taken = 0
 
     def advance(self) -> None:
-        """The next stage."""
+        """Run the next stage."""
         (self.prepare, self.dispatch, self.combine, self.finalize)[self.taken]()
         self.taken += 1
 
@@ -85,7 +85,7 @@ def test_micro_batches_may_interleave_in_any_order(pools, strategy, order, seed,
 
 
 def message_of(call, *arguments) -> str:
-    """The HandleMismatchError of a call on every rank; any other outcome is a fault."""
+    """Message of the HandleMismatchError that the call raises, or "no error"."""
     try:
         call(*arguments)
     except HandleMismatchError as error:
@@ -111,7 +111,7 @@ def test_a_handle_is_good_for_one_use(pools, strategy):
         assert combined_again.startswith(f"{stage} got a {dispatch_handle} that {stage} has already used; each prepare")
         stage = f"{prepare_finalize}.finalize"
         assert finalized_again.startswith(f"{stage} got a {prepare_handle} that {stage} has already used; each prepare")
-        assert still_usable, "the objects are"
+        assert still_usable, "another run with the same object succeeds"
 
 
 def swap_handles(rank: Rank, own_case: Case, other_case: Case) -> tuple[str, str, bool]:

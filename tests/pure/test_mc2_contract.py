@@ -24,17 +24,17 @@ NAN = float("nan")
 
 @dataclass(frozen=True, kw_only=True)
 class OpCase:
-    """All ranks' arguments of one dispatch and one combine."""
+    """The arguments of all ranks for one dispatch and one combine."""
 
     num_local: int
     top_k: int
     num_tokens: int
-    active: tuple[int, ...]  # of each rank: its number of active tokens
-    masked: bool  # False: no mask is passed, all tokens are active
+    active: tuple[int, ...]  # number of active tokens on each rank
+    masked: bool  # False: no mask is passed, and all tokens are active
     dtype: torch.dtype
     id_dtype: torch.dtype = torch.int32
     hidden_size: int = 3
-    width: int = 5  # of the experts' output
+    width: int = 5  # of the rows of the experts' output
     seed: int = 0
 
     @property
@@ -46,7 +46,7 @@ class OpCase:
         return self.num_tokens * self.num_ranks * min(self.num_local, self.top_k)
 
     def arguments(self, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """x, expert_ids, expert_scales, x_active_mask. What belongs to inactive tokens is poison."""
+        """x, expert_ids, expert_scales, x_active_mask. Rows and ids of inactive tokens are NaN and unknown experts."""
         generator = seeded(self.seed * 1000 + rank)
         num_experts = self.num_local * self.num_ranks
         x = torch.randn(self.num_tokens, self.hidden_size, generator=generator).to(self.dtype)
@@ -55,7 +55,7 @@ class OpCase:
         if not self.masked:
             return x, ids, scales, None
         unused = self.active[rank]
-        x[unused:] = NAN  # but not scales: combine's output must be NaN without them
+        x[unused:] = NAN  # the scales stay numbers: combine must return NaN without their help
         ids[unused:] = torch.tensor([-7, 0, num_experts + 3], dtype=self.id_dtype)[torch.arange(self.top_k) % 3]
         return x, ids, scales, torch.arange(self.num_tokens) < self.active[rank]
 
@@ -92,7 +92,7 @@ ALL_IDLE = OpCase(num_local=2, top_k=2, active=(0, 0), **BASE)
 
 
 def received_rows(case: OpCase, rank: int) -> list[tuple[int, int, int, int]]:
-    """(local expert, source rank, token, k) of each row that the rank gets, in the order of the contract."""
+    """(local expert, source rank, token, k) of each row that the rank receives, in the order of the contract."""
     ids = [case.arguments(source)[1].tolist() for source in range(case.num_ranks)]
     rows = []
     for expert in range(case.num_local):
@@ -104,12 +104,10 @@ def received_rows(case: OpCase, rank: int) -> list[tuple[int, int, int, int]]:
     return rows
 
 
-def dispatch_on_rank(rank: Rank, case: OpCase, **keywords):
+def dispatch_on_rank(rank: Rank, case: OpCase):
     x, ids, _, mask = case.arguments(rank.rank)
     ep = rank.groups(tp_size=1, dp_size=case.num_ranks).ep
-    return distribute_dispatch(
-        x, ids, group_ep=ep, moe_expert_num=case.num_local * case.num_ranks, x_active_mask=mask, **keywords
-    )
+    return distribute_dispatch(x, ids, group_ep=ep, moe_expert_num=case.num_local * case.num_ranks, x_active_mask=mask)
 
 
 def combine_on_rank(rank: Rank, case: OpCase) -> torch.Tensor:
@@ -160,19 +158,11 @@ def test_receive_counts_are_prefix_sums_over_all_experts_and_sources(pools, case
 
 @given(op_cases())
 @example(ALL_IDLE)
-def test_expert_token_nums_are_counts_or_prefix_sums(pools, case):
-    pool = pools("threaded", case.num_ranks)
-    by_type = {kind: pool.run(dispatch_typed, case, kind) for kind in (0, 1)}
-    for rank, (prefix_sums, counts) in enumerate(zip(by_type[0], by_type[1], strict=True)):
-        rows = received_rows(case, rank)
-        experts = range(case.num_local)
-        assert counts.tolist() == [sum(1 for row in rows if row[0] == expert) for expert in experts]
-        assert prefix_sums.tolist() == [sum(1 for row in rows if row[0] <= expert) for expert in experts]
-        assert counts.dtype == prefix_sums.dtype == torch.int64
-
-
-def dispatch_typed(rank: Rank, case: OpCase, kind: int) -> torch.Tensor:
-    return dispatch_on_rank(rank, case, expert_token_nums_type=kind).expert_token_nums
+def test_expert_token_nums_count_the_rows_of_each_local_expert(pools, case):
+    for rank, output in enumerate(pools("threaded", case.num_ranks).run(dispatch_on_rank, case)):
+        rows, counts = received_rows(case, rank), output.expert_token_nums
+        assert counts.tolist() == [sum(1 for row in rows if row[0] == expert) for expert in range(case.num_local)]
+        assert counts.dtype == torch.int64
 
 
 @given(op_cases())
@@ -188,7 +178,7 @@ def test_assist_info_names_each_rows_source_token_and_k_and_nothing_else(pools, 
 
 
 def round_to(dtype: torch.dtype, total: np.ndarray) -> torch.Tensor:
-    """float32 to nearest, ties to even: for bfloat16 by hand, on the bits."""
+    """Round float32 to the nearest value, ties to even. For bfloat16 this works on the bits."""
     if dtype is torch.float32:
         return torch.from_numpy(total)
     bits = total.view(np.uint32).astype(np.uint64)
@@ -197,7 +187,7 @@ def round_to(dtype: torch.dtype, total: np.ndarray) -> torch.Tensor:
 
 
 def expected_token(case: OpCase, rank: int, token: int) -> torch.Tensor:
-    """acc = acc + row * scale in float32, k ascending, each product and each sum rounded; then one cast."""
+    """acc = acc + row * scale in float32, k ascending. Each product and each sum is rounded; one cast follows."""
     _, ids, scales, _ = case.arguments(rank)
     total = np.zeros(case.width, dtype=np.float32)
     for k in range(case.top_k):
@@ -224,7 +214,7 @@ def test_combine_is_the_contracts_sum_bit_for_bit_and_inactive_rows_are_poison(p
 
 
 def combine_that_cancels(rank: Rank, ids: list[int]) -> float:
-    """Each rank's one token, whose experts 0, 1, 2, 3 return 2**24, 1, -2**24, 0."""
+    """Return the sum of this rank's one token. Experts 0, 1, 2, 3 return 2**24, 1, -2**24, 0."""
     ep = rank.groups(tp_size=1, dp_size=2).ep
     expert_ids = torch.tensor([ids], dtype=torch.int32)
     dispatched = distribute_dispatch(torch.zeros(1, 1), expert_ids, group_ep=ep, moe_expert_num=4)
@@ -250,7 +240,7 @@ def test_combine_adds_in_the_order_of_k_not_of_experts_or_ranks(pools, ids, tota
 
 
 def combine_twice(rank: Rank, case: OpCase) -> bool:
-    """Whether outputs and arguments of the first call stay as they are while the second one runs."""
+    """Whether the outputs of the first call stay as they are while a second call runs."""
     first = dispatch_on_rank(rank, case)
     tensors = [each for each in first if isinstance(each, torch.Tensor)]
     copies = [tensor.clone() for tensor in tensors]

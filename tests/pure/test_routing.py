@@ -1,4 +1,4 @@
-"""routing: permutations and destinations against plain loops, refusals of routing that does not fit."""
+"""routing: permutations and destinations against plain loops, and the refusal of routing that does not fit."""
 
 import re
 from math import comb
@@ -29,7 +29,7 @@ NAN = float("nan")
 
 @st.composite
 def routings(draw):
-    """(global ids [num_tokens, top_k], placement, a rank of it)."""
+    """(global ids [num_tokens, top_k], placement, one EP rank)."""
     placement = ExpertPlacement(draw(st.sampled_from([4, 8, 16])), draw(st.sampled_from([1, 2, 4])))
     top_k = draw(st.integers(1, min(5, placement.num_experts)))
     ids = distinct_ids(draw(st.integers(0, 12)), top_k, placement.num_experts, seeded(draw(SEEDS)))
@@ -42,7 +42,7 @@ def local_ids_of(routing) -> torch.Tensor:
 
 
 def expert_major_pairs(local_ids: torch.Tensor, num_local_experts: int) -> list[tuple[int, int, int]]:
-    """(expert, token, k) of every local pair, as the layout is documented."""
+    """(expert, token, k) of every local pair, in the documented order of expert-major rows."""
     return [
         (expert, token, k)
         for expert in range(num_local_experts)
@@ -81,8 +81,8 @@ def test_a_permutation_is_expert_major_and_stable(routing):
     assert permutation.row_of_pair.tolist() == expected
 
 
-# Bounds, relative to the sum of the terms' magnitudes. float32: one rounding for each product and each sum, 2**-24 each.
-# Then one rounding to the output's dtype: half of its spacing.
+# Bounds of the error, relative to the sum of the terms' magnitudes. Each product and each sum in float32 is rounded by up to
+# 2**-24. The result is rounded once more to the output's dtype, by up to half of that dtype's spacing.
 ROUNDING = {torch.float32: 2**-24, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
 
@@ -94,14 +94,14 @@ def test_sum_rows_is_the_weighted_sum_of_each_tokens_rows(on_gpus, routing, seed
     local_ids, num_local = local_ids_of(routing), routing[1].experts_per_rank
     generator = seeded(seed)
     weights = torch.rand(local_ids.shape, generator=generator)
-    weights[local_ids < 0] = NAN  # of other ranks' pairs
+    weights[local_ids < 0] = NAN  # weights of pairs of other ranks
     permutation = ExpertPermutation.build(local_ids, num_local)
     pairs = expert_major_pairs(local_ids, num_local)
     rows = torch.randn(len(pairs) + unused_rows, 5, generator=generator).to(dtype)
     rows[len(pairs) :] = NAN
     before = rows.clone()
 
-    if on_gpus and local_ids.numel():  # what it does with CUDA tensors
+    if on_gpus and local_ids.numel():  # sum_rows calls this function for CUDA tensors
         output = _sum_rows_without_sync(rows, permutation.row_of_pair, permutation.row_of_pair >= 0, weights)
     else:
         output = sum_rows(rows, permutation.row_of_pair, weights)
@@ -114,7 +114,7 @@ def test_sum_rows_is_the_weighted_sum_of_each_tokens_rows(on_gpus, routing, seed
         magnitude[token] += term.abs()
     assert (output.dtype, output.shape) == (dtype, expected.shape)
     bound = magnitude * (2 * local_ids.shape[1] * 2**-24 + ROUNDING[dtype])
-    # 2**-24 more: half of the spacing of float16's subnormal numbers
+    # float16 has subnormal numbers: half of their spacing is 2**-24
     assert bool(((output.double() - expected).abs() <= bound + 2**-24 * (dtype is torch.float16)).all())
     assert torch.equal(rows[: len(pairs)], before[: len(pairs)]), "the experts' output is not written"
     assert output.untyped_storage().data_ptr() != rows.untyped_storage().data_ptr() or not output.numel()
@@ -123,7 +123,7 @@ def test_sum_rows_is_the_weighted_sum_of_each_tokens_rows(on_gpus, routing, seed
 def test_a_bad_row_reaches_its_own_token_only():
     local_ids = torch.tensor([[0, -1], [-1, -1], [1, 0]])
     permutation = ExpertPermutation.build(local_ids, 2)
-    rows = torch.ones(3, 2)  # by expert: tokens 0 and 2, then token 2
+    rows = torch.ones(3, 2)  # tokens 0 and 2 of expert 0, then token 2 of expert 1
     rows[0] = NAN
     output = sum_rows(rows, permutation.row_of_pair, torch.ones(3, 2))
     assert output[0].isnan().all()
@@ -131,7 +131,7 @@ def test_a_bad_row_reaches_its_own_token_only():
 
 
 @given(routings())
-def test_each_token_goes_once_to_each_rank_that_needs_it_rank_major(routing):
+def test_each_token_goes_once_to_each_rank_that_has_one_of_its_experts(routing):
     ids, placement, _ = routing
     destinations = RankDestinations.build(ids, placement)
     owners = [{expert // placement.experts_per_rank for expert in row} for row in ids.tolist()]
@@ -267,7 +267,7 @@ def test_expected_destinations_follow_the_hypergeometric_law(ep_size, experts_pe
     num_experts = ep_size * experts_per_rank
     top_k = data.draw(st.integers(1, num_experts))
     misses_a_rank = comb(num_experts - experts_per_rank, top_k) / comb(num_experts, top_k)
-    # rounding of at most 3 operations for each of the top_k factors
+    # the tolerance covers 3 rounded operations for each of the top_k factors
     exact = ep_size * (1 - misses_a_rank)
     assert distinct_destinations(num_experts, ep_size, top_k) == pytest.approx(exact, rel=1e-12, abs=1e-12)
 
@@ -278,9 +278,9 @@ def test_expected_destinations_of_256_experts_and_top_8(ep_size, ranks):
 
 
 @given(st.sampled_from([2, 4, 8]), SEEDS)
-def test_the_law_agrees_with_what_destinations_count(ep_size, seed):
+def test_the_law_agrees_with_counted_destinations(ep_size, seed):
     placement = ExpertPlacement(16, ep_size)
     ids = distinct_ids(2000, 3, 16, seeded(seed))
     mean = RankDestinations.build(ids, placement).tokens.numel() / 2000
-    # at most 3 ranks a token: standard deviation of the mean below 1 / sqrt(2000); five of them
+    # A token needs at most 3 ranks, so the standard deviation of the mean is below 1 / sqrt(2000). Five of them are allowed.
     assert mean == pytest.approx(distinct_destinations(16, ep_size, 3), abs=5 / 2000**0.5)

@@ -1,4 +1,4 @@
-"""What stops an engine on an NPU before its first token, and what only lowers MC2's capacity."""
+"""check_start: faults that stop an engine on an NPU before its first token, and limits that only lower MC2's capacity."""
 
 from dataclasses import replace
 
@@ -44,7 +44,7 @@ def test_a_layer_past_a_limit_of_the_op_is_named_where_mc2_was_asked_for(family,
         check("mc2", family=family, layer=layer, topology=topology)
     assert what in str(error.value)
     assert "use all2all" in str(error.value)
-    device = check("auto", family=family, layer=layer, topology=topology, buffer_mb=1)  # auto goes another way
+    device = check("auto", family=family, layer=layer, topology=topology, buffer_mb=1)  # auto takes another strategy
     assert what in describe_capacity(device, topology, [layer])
 
 
@@ -74,7 +74,7 @@ def test_tokens_are_shared_by_the_tp_ranks():
 @pytest.mark.parametrize("requested", ["all2all", "allgather", "naive"])
 def test_strategies_without_mc2_need_no_buffer(requested, family):
     limits = check(requested, family=family, buffer_mb=1)
-    assert limits.capacities["mc2"] == 0, "should the living engine be told mc2 later, its steps take all2all"
+    assert limits.capacities["mc2"] == 0, "if the running engine is switched to mc2, its steps take all2all"
     assert replace(limits, mc2=None) == replace(DEVICES[family], mc2=None)
 
 

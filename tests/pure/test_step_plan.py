@@ -1,4 +1,4 @@
-"""step_plan: padding, the rows that each rank brings, and refusal of rows that the plan does not give."""
+"""step_plan: padding, the number of rows of each rank, and the refusal of another number."""
 
 import itertools
 import re
@@ -53,7 +53,7 @@ def test_full_steps(counts, tp_size, full):
 
 
 @given(planned_grids())
-def test_ranks_bring_all_tokens_of_their_dp_rank_or_equal_slices_that_hold_them(grid):
+def test_each_rank_has_all_tokens_of_its_dp_rank_or_one_of_equal_slices(grid):
     tp_size, dp_size, plan = grid
     ranks = topologies(tp_size, dp_size)
     rows = [plan.input_rows(each) for each in ranks]

@@ -1,4 +1,4 @@
-"""strategies: all ranks choose alike, and never what the topology or the limits refuse."""
+"""strategies: all ranks choose alike, and no choice is one that the topology or the limits refuse."""
 
 import re
 from dataclasses import replace
@@ -18,6 +18,7 @@ from vllm_npu.core.limits import (
     DeviceLimits,
     MC2Limits,
     MoELayer,
+    QuantMode,
 )
 from vllm_npu.core.step_plan import StepPlan, TokenSharding
 from vllm_npu.core.topology import ParallelTopology
@@ -25,6 +26,7 @@ from vllm_npu.errors import InvalidInputError, UnsupportedConfigError
 from vllm_npu.strategies.dispatch.all2allv import All2AllVDispatcher
 from vllm_npu.strategies.dispatch.local_permute import LocalPermuteDispatcher
 from vllm_npu.strategies.dispatch.mc2 import MC2Dispatcher
+from vllm_npu.strategies.pipelines import Pipelines
 from vllm_npu.strategies.prepare_finalize.all2all import All2AllPrepareAndFinalize
 from vllm_npu.strategies.prepare_finalize.allgather import AllGatherPrepareAndFinalize
 from vllm_npu.strategies.prepare_finalize.mc2 import MC2PrepareAndFinalize
@@ -50,7 +52,7 @@ def chosen(requested: str, topology: ParallelTopology, step: StepPlan, **facts) 
 
 
 def lone_groups(topology: ParallelTopology) -> Groups:
-    """Groups whose other ranks never come: enough to construct on."""
+    """Groups whose other ranks never come. They are enough to build pipelines on."""
 
     def end(name: str, rank: int, size: int) -> ThreadedTransport:
         return ThreadedTransport(ThreadedGroup(name, size, timeout=1.0), rank)
@@ -65,7 +67,7 @@ def lone_groups(topology: ParallelTopology) -> Groups:
 
 @st.composite
 def steps_on_grids(draw):
-    """(every rank's topology, plan, experts, limits)."""
+    """(topology of each rank, plan, facts for select)."""
     tp_size, dp_size = draw(st.sampled_from(GRIDS))
     counts = draw(st.lists(st.integers(0, 1100), min_size=dp_size, max_size=dp_size))
     ranks = topologies(tp_size, dp_size, expert_parallel=draw(st.booleans()))
@@ -131,7 +133,7 @@ def test_auto_takes_a_native_mc2_while_the_tokens_fit():
     assert chosen(AUTO, topology, plan(33, 1), device=NATIVE).strategy != "mc2"
 
 
-def test_auto_passes_over_what_the_device_refuses():
+def test_auto_skips_strategies_that_the_device_refuses():
     topology, step = topologies(1, 16)[0], plan(*[4] * 16)
     assert chosen(AUTO, topology, step, device=DEVICES["A3"]).strategy == "mc2"
     narrow = replace(LAYER, hidden_size=512)
@@ -198,7 +200,7 @@ def test_auto_weighs_the_ranks_that_a_token_needs(ranks, top_k, strategy, share)
     assert selection == Selection(strategy, f"auto: a token needs {share} of the {ranks} ranks")
 
 
-def test_mc2_takes_the_hierarchy_where_only_that_takes_the_layer_and_then_no_mask():
+def test_mc2_takes_the_hierarchy_for_a_layer_that_only_it_takes_and_then_no_mask():
     topology, device = topologies(1, 16)[0], DEVICES["A2"]
     layer = replace(LAYER, num_experts=25 * 16, hidden_size=1024)
     assert device.for_layer(layer, 16).mc2 is A2_HIERARCHY
@@ -276,7 +278,7 @@ def test_strategies_that_move_tokens_to_experts_need_expert_parallelism(name, to
 
 
 @pytest.mark.parametrize("name", ["allgather", "naive", AUTO])
-def test_the_others_need_none(name):
+def test_other_strategies_run_without_expert_parallelism(name):
     check_strategy(name, ParallelTopology.of_rank(0, tp_size=2, dp_size=2, expert_parallel=False))
 
 
@@ -297,10 +299,28 @@ def test_a_row_of_the_table_is_built_from_the_classes_that_it_names(name, prepar
     assert pipeline.dispatcher.placement.first_expert(groups.topology.ep_rank) == 6
 
 
-def test_every_row_of_the_table_is_built_somewhere_and_summed_up():
+def test_every_row_of_the_table_can_be_built_and_has_a_summary():
     for name, row in STRATEGIES.items():
         build(name, lone_groups(topologies(2, 1)[0]), 8)
         assert row.summary
+
+
+def test_layers_of_one_process_share_a_pipeline_where_all_facts_are_equal():
+    pipelines = Pipelines(lone_groups(topologies(2, 2)[3]))
+    first = pipelines.get("mc2", 9, QuantMode.INT8_PER_TOKEN, 1)
+    assert pipelines.get("mc2", 9, quant_mode=QuantMode.INT8_PER_TOKEN, shared_expert_ranks=1) is first
+    assert (first.dispatcher.groups, first.dispatcher.quant_mode) == (pipelines.groups, QuantMode.INT8_PER_TOKEN)
+    assert (first.dispatcher.placement.num_experts, first.dispatcher.placement.shared_expert_ranks) == (9, 1)
+    others = [
+        pipelines.get("mc2", 9, QuantMode.NONE, 1),
+        pipelines.get("mc2", 12, QuantMode.INT8_PER_TOKEN),
+        pipelines.get("mc2", 12),
+        pipelines.get("all2all", 12),
+    ]
+    assert len({id(each) for each in (first, *others)}) == 5
+    assert pipelines.get("all2all", 12) is others[-1]
+    with pytest.raises(UnsupportedConfigError, match="unknown moe_comm 'mc3'"):
+        pipelines.get("mc3", 12)
 
 
 @pytest.mark.parametrize("name", STRATEGIES)

@@ -1,4 +1,4 @@
-"""Sizes of windows and launches, and when symmetric memory is not used. Needs no GPU."""
+"""Sizes of the symmetric strategy's windows and launches, and the reasons against it. Needs no GPU."""
 
 from dataclasses import replace
 
@@ -32,7 +32,7 @@ def test_what_is_missing_is_named(change, reason):
     assert why_not_symmetric(replace(FACTS, **change), tokens_per_rank=1) == reason
 
 
-def test_larger_steps_than_the_windows_are_sent_elsewhere():
+def test_steps_larger_than_the_windows_are_refused():
     answer = why_not_symmetric(FACTS, tokens_per_rank=SYMMETRIC.max_tokens_per_rank + 1)
     assert answer == "4097 tokens a rank are more than 4096"
 

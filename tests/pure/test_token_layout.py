@@ -1,4 +1,6 @@
-"""token_layout: slices cover every token once, padding is undone exactly, packed rows keep every bit."""
+"""token_layout: slices cover every token once, unpadding undoes padding exactly, and packed rows keep every bit."""
+
+import re
 
 import pytest
 import torch
@@ -11,10 +13,13 @@ from vllm_npu.core.token_layout import (
     RowFormat,
     TokenSlice,
     ceil_div,
-    move_together,
+    check_rows,
+    chunk_sizes,
+    even_sizes,
     offsets,
-    pack_and_move,
+    pack,
     pad_rows,
+    share_messages,
     unpad_rows,
 )
 from vllm_npu.errors import InvalidInputError
@@ -57,16 +62,22 @@ def test_even_slices_follow_one_another_and_differ_by_at_most_one_row(num_tokens
 @example(0, 3)
 def test_chunks_give_each_token_to_the_rank_that_vllm_gives_it_to(num_tokens, size):
     slices = [TokenSlice.chunk(num_tokens, rank=rank, size=size) for rank in range(size)]
-    padded = num_tokens + -num_tokens % size  # vLLM pads to a multiple of the group, then cuts equal chunks
+    padded = num_tokens + -num_tokens % size  # vLLM pads to a multiple of the group size, then cuts equal chunks
     chunk = padded // size
     for rank, piece in enumerate(slices):
         assert rows_of(piece) == [row for row in range(rank * chunk, (rank + 1) * chunk) if row < num_tokens]
         assert piece.length == len(rows_of(piece)), "a chunk without tokens has length 0, never less"
 
 
+@given(COUNTS, SIZES)
+def test_sizes_are_the_lengths_of_all_ranks_slices(num_tokens, size):
+    for sizes, cut in ((even_sizes, TokenSlice.even), (chunk_sizes, TokenSlice.chunk)):
+        assert sizes(num_tokens, size) == [cut(num_tokens, rank=rank, size=size).length for rank in range(size)]
+
+
 def test_the_documented_examples_of_slices():
-    assert [TokenSlice.even(9, rank=rank, size=4).length for rank in range(4)] == [3, 2, 2, 2]
-    assert [TokenSlice.chunk(9, rank=rank, size=4).length for rank in range(4)] == [3, 3, 3, 0]
+    assert even_sizes(9, 4) == [3, 2, 2, 2]
+    assert chunk_sizes(9, 4) == [3, 3, 3, 0]
 
 
 @given(COUNTS, SIZES, st.sampled_from([TokenSlice.even, TokenSlice.chunk]))
@@ -170,35 +181,36 @@ def test_packing_reads_strided_rows_and_writes_none_of_them():
 
 
 @given(FIELDS, st.integers(0, 7), SEEDS, st.booleans())
-def test_tensors_move_as_one_message_up_to_the_limit_and_the_large_one_apart_above(fields, num_rows, seed, above):
+def test_tensors_share_one_message_up_to_the_limit_and_the_first_is_alone_above(fields, num_rows, seed, above):
     tensors = any_bits(num_rows, fields, seed)
-    messages = []
-
-    def reverse(x: torch.Tensor) -> torch.Tensor:
-        messages.append(x.shape)
-        return x.flip(0)
-
-    row_bytes = RowFormat.of(tensors).row_bytes
-    moved = move_together(
-        tensors, PACK_MAX_BYTES // row_bytes + above, lambda together: pack_and_move(together, reverse)
-    )
+    messages, moved = [], []
+    row_bytes = sum(width * dtype.itemsize for dtype, width in fields)
+    for together in share_messages(tensors, PACK_MAX_BYTES // row_bytes + above):
+        message, unpack = pack(together)
+        messages.append(message.shape)
+        moved += unpack(message.flip(0))
     for before, after in zip(tensors, moved, strict=True):
         assert same_bits(before.flip(0), after)
     if len(fields) == 1:
         assert messages == [tensors[0].shape], "one tensor is its own message"
     elif not above:
-        assert messages == [(num_rows, row_bytes)]
+        assert messages == [(num_rows, RowFormat.of(tensors).row_bytes)]
     else:
         assert messages[0] == tensors[0].shape
         assert len(messages) == 2, "the rest is below the limit again, so it shares one message"
 
 
 def test_all_ranks_choose_the_same_number_of_messages_whatever_they_bring():
-    def calls(own_rows: int, max_rows: int) -> int:
-        count = []
-        tensors = [torch.zeros(own_rows, 1024), torch.zeros(own_rows, 8)]
-        move_together(tensors, max_rows, lambda together: count.append(together) or [*together])
-        return len(count)
+    def messages(own_rows: int, max_rows: int) -> int:
+        return len(share_messages([torch.zeros(own_rows, 1024), torch.zeros(own_rows, 8)], max_rows))
 
-    assert [calls(own_rows, 10_000) for own_rows in (0, 1, 50)] == [2, 2, 2]
-    assert [calls(own_rows, 50) for own_rows in (0, 1, 50)] == [1, 1, 1]
+    assert [messages(own_rows, 10_000) for own_rows in (0, 1, 50)] == [2, 2, 2]
+    assert [messages(own_rows, 50) for own_rows in (0, 1, 50)] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 4), (4, 4), (3, 4, 1)])
+def test_rows_of_another_number_are_refused_with_their_meaning(shape):
+    check_rows(torch.zeros(3, 4), 3, name="x", stage="Stage.end", meaning="a row for each token")
+    message = f"x has shape {shape}; Stage.end needs [3, width], a row for each token"
+    with pytest.raises(InvalidInputError, match=re.escape(message)):
+        check_rows(torch.zeros(shape), 3, name="x", stage="Stage.end", meaning="a row for each token")

@@ -1,4 +1,4 @@
-"""npu_moe_update_expert, as portable_ops defines it: op-plugin's arithmetic, choice by choice."""
+"""npu_moe_update_expert in portable_ops against op-plugin's arithmetic, one choice at a time."""
 
 import math
 
@@ -28,8 +28,7 @@ def test_every_choice_goes_to_the_replica_that_the_rule_names(num_ranks, slots, 
     rank = seed % num_ranks
     table = placement.eplb_table()
     before = ids.clone()
-    physical, mask = npu_moe_update_expert(ids, table, local_rank_id=rank, world_size=num_ranks, balance_mode=mode)
-    assert mask is None
+    physical = npu_moe_update_expert(ids, table, local_rank_id=rank, world_size=num_ranks, balance_mode=mode)
     assert physical.dtype == dtype
     assert torch.equal(ids, before)
     for token, (row, found) in enumerate(zip(ids.tolist(), physical.tolist(), strict=True)):
@@ -38,31 +37,6 @@ def test_every_choice_goes_to_the_replica_that_the_rule_names(num_ranks, slots, 
             count, *places = table[expert].tolist()
             share = rank // math.ceil(num_ranks / count) if mode is BalanceMode.BY_RANK else token % count
             assert place == places[share]
-
-
-@given(SEEDS)
-def test_pruning_drops_choices_of_small_weight_and_of_tokens_that_are_none(seed):
-    ids = distinct_ids(6, 3, 5, seeded(seed))
-    table = torch.tensor([[1, e, -1] for e in range(5)], dtype=torch.int32)
-    scales, threshold = torch.rand(6, 3, generator=seeded(seed)), torch.tensor([0.0, 0.3, 0.4])
-    active = torch.arange(6) < seed % 7
-    _, kept = npu_moe_update_expert(
-        ids, table, expert_scales=scales, pruning_threshold=threshold, active_mask=active, local_rank_id=0, world_size=2
-    )
-    for token in range(6):
-        for k in range(3):
-            wanted = bool(scales[token, k] >= threshold[k] * scales[token].sum()) and token < seed % 7
-            assert bool(kept[token, k]) == wanted
-    half = torch.full((1, 2), 0.5)
-    _, kept = npu_moe_update_expert(
-        ids[:1, :2],
-        table,
-        expert_scales=half,
-        pruning_threshold=torch.tensor([0.5, 0.5001]),
-        local_rank_id=0,
-        world_size=2,
-    )
-    assert kept.tolist() == [[True, False]], "as much as the threshold is enough"
 
 
 IDS, TABLE = torch.tensor([[0, 1]]), torch.tensor([[1, 0], [1, 1]], dtype=torch.int32)
@@ -77,17 +51,6 @@ IDS, TABLE = torch.tensor([[0, 1]]), torch.tensor([[1, 0], [1, 1]], dtype=torch.
         ({"expert_ids": IDS - 1}, r"expert_ids lie in \[-1, 0\]"),
         ({"eplb_table": TABLE + 1}, r"replica counts lie in \[2, 2\]; with 2 columns they must lie in \[1, 1\]"),
         ({"local_rank_id": 2}, "rank 2 is not one of 2"),
-        ({"expert_scales": torch.ones(1, 2)}, "expert_scales and pruning_threshold go together"),
-        ({"active_mask": torch.ones(1, dtype=torch.bool)}, "and active_mask with both"),
-        (
-            {
-                "expert_ids": IDS.expand(3, 2),
-                "expert_scales": torch.ones(3, 2),
-                "pruning_threshold": torch.zeros(2),
-                "active_mask": torch.tensor([True, False, True]),
-            },
-            "x_active_mask has a hole",
-        ),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(changes, text):

@@ -50,15 +50,12 @@ def in_flight(rank: Rank, strategy: str) -> None:
                 rows = int(each.tokens_per_expert.sum())
                 assert same_bits(dispatched[i].expert_input[:rows], each.expert_input[:rows])
                 assert same_bits(dispatched[i].tokens_per_expert, each.tokens_per_expert)
-            returning = {
-                i: dispatcher.combine_start(dispatched[i].expert_input * 2, dispatched[i].handle) for i in order
-            }
-            combined = {i: returning[i].finish() for i in back}
+            combined = {i: dispatcher.combine(dispatched[i].expert_input * 2, dispatched[i].handle) for i in back}
             assert all(same_bits(combined[i], each) for i, each in enumerate(wanted))
             with pytest.raises(HandleMismatchError, match="has already used"):
                 pending[0].finish()
             with pytest.raises(HandleMismatchError, match="has already used"):
-                dispatcher.combine_start(dispatched[0].expert_input, dispatched[0].handle)
+                dispatcher.combine(dispatched[0].expert_input, dispatched[0].handle)
 
 
 def between(rank: Rank, strategy: str) -> None:
@@ -75,7 +72,7 @@ def between(rank: Rank, strategy: str) -> None:
         dispatcher.combine(plain.expert_input, plain.handle)
     late, plain = pending.finish(), dispatcher.dispatch(first)
     assert same_bits(late.tokens_per_expert, plain.tokens_per_expert)
-    assert same_bits(late.expert_input[: late.handle.expert_rows], plain.expert_input[: late.handle.expert_rows])
+    assert same_bits(late.expert_input[: late.handle.rows], plain.expert_input[: late.handle.rows])
 
 
 def counts_and_overlap(rank: Rank, strategy: str) -> None:
@@ -111,17 +108,15 @@ def test_a_pipeline_leaves_the_sum_over_tp_to_its_caller(pools):
 
 
 def start_does_not_wait(rank: Rank) -> None:
-    """The last rank comes late to its combine; the others have started theirs by then."""
-    groups = rank.groups(tp_size=1, dp_size=rank.num_ranks)
-    dispatcher = build("all2all", groups, EXPERTS).dispatcher
-    batch = next(batches_of(rank))
-    for seconds in (0, 1.5):  # first, to have everything open
-        dispatched = dispatcher.dispatch(batch)
-        groups.ep.barrier()
+    """The last rank comes late to an all-to-all. The others have started theirs by then."""
+    ep = rank.groups(tp_size=1, dp_size=rank.num_ranks).ep
+    rows, sizes = torch.ones(2 * rank.num_ranks, HIDDEN, device=rank.device), [2] * rank.num_ranks
+    for seconds in (0, 1.5):  # the first round opens all connections
+        ep.barrier()
         if rank.rank == rank.num_ranks - 1:
             time.sleep(seconds)
         started = time.monotonic()
-        pending = dispatcher.combine_start(dispatched.expert_input, dispatched.handle)
+        pending = ep.all_to_all_start(rows, sizes, sizes)
         took = time.monotonic() - started
         pending.finish()
     assert took < 1, f"the start waited {took:.1f} s for a rank that was late"
@@ -162,12 +157,11 @@ def test_a_start_does_not_wait_for_the_other_ranks(pools):
 
 
 def starts_without_the_others(rank: Rank) -> None:
-    dispatcher = build("all2all", rank.groups(tp_size=1, dp_size=2), EXPERTS).dispatcher
-    batch = next(batches_of(rank))
-    dispatched = dispatcher.dispatch(batch)
+    ep = rank.groups(tp_size=1, dp_size=2).ep
+    ep.barrier()
     if rank.rank == 0:
-        raise ValueError("its own fault, before its combine")
-    dispatcher.combine_start(dispatched.expert_input, dispatched.handle).finish()
+        raise ValueError("its own fault, before its all-to-all")
+    ep.all_to_all_start(torch.ones(2, HIDDEN, device=rank.device), [1, 1], [1, 1]).finish()
 
 
 @pytest.mark.timeout(120)

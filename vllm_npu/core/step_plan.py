@@ -1,43 +1,39 @@
-"""What is known of one forward step before any tensor moves, equal on every rank."""
+"""Facts of one forward step that are known before any tensor moves, and that are equal on every rank."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
-from typing import Any
 
-from vllm_npu.core.token_layout import TokenSlice, ceil_div
+from vllm_npu.core.token_layout import ceil_div, chunk_sizes
 from vllm_npu.core.topology import ParallelTopology
 from vllm_npu.errors import InvalidInputError
 
 
 class TokenSharding(Enum):
-    """How a DP rank's tokens lie over its tensor-parallel ranks."""
+    """How the tokens of a DP rank are divided over its tensor-parallel ranks."""
 
     REPLICATED = "replicated"
     """Every TP rank holds all tokens of its DP rank."""
 
     SLICED_OVER_TP = "sliced_over_tp"
-    """TP rank t holds rows [t*c, (t+1)*c) with c = ceil(num_tokens / tp_size); rows past num_tokens are padding."""
+    """TP rank t holds rows [t*c, (t+1)*c) with c = ceil(num_tokens / tp_size). Rows past num_tokens are padding."""
 
     @classmethod
     def from_flags(
         cls, *, enable_shared_expert_dp: bool, replace_allreduce: bool, sequence_parallel: bool
     ) -> "TokenSharding":
-        """The sharding that the original design's three flags describe: each says that the input is already sliced."""
+        """The sharding for the three flags of the original design. Each flag says that the input is already sliced."""
         sliced = enable_shared_expert_dp or replace_allreduce or sequence_parallel
         return cls.SLICED_OVER_TP if sliced else cls.REPLICATED
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepPlan:
-    """Token counts of one step. Equal on every rank of the grid; no field depends on the rank that holds it."""
+    """Token counts of one step. Equal on every rank of the grid: no field depends on the rank."""
 
-    num_tokens_across_dp: tuple[int, ...]
+    num_tokens_across_dp: tuple[int, ...]  # real tokens of each DP rank
     sharding: TokenSharding
     captured: bool = False
-    """Whether a graph is captured from the step, or replayed for it: the counts are then the graph's, padding included."""
-
-    derived: dict[object, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
-    """What follows from the step for who keeps it here: each layer asks the same, and host time counts. Not of the plan."""
+    """Whether a graph is captured from the step, or replayed for it. The counts are then those of the graph, with padding."""
 
     def __post_init__(self) -> None:
         if not self.num_tokens_across_dp or min(self.num_tokens_across_dp) < 0:
@@ -52,38 +48,34 @@ class StepPlan:
 
     @property
     def max_tokens_across_dp(self) -> int:
-        """Tokens of the fullest DP rank."""
+        """Number of tokens of the DP rank that has most."""
         return max(self.num_tokens_across_dp)
 
     def divides_over_tp(self, tp_size: int) -> bool:
-        """Whether every rank of the grid has a token, and the TP ranks of each DP rank as many."""
+        """Whether every rank of the grid has a token, and all TP ranks of one DP rank have the same number of tokens."""
         return all(count > 0 and count % tp_size == 0 for count in self.num_tokens_across_dp)
 
     def padded_tokens(self, tp_size: int) -> int:
-        """Tokens per DP rank once every rank is padded alike: the maximum over DP, up to a multiple of tp_size, >= tp_size.
+        """Number of tokens of each DP rank after all ranks are padded to one size: a multiple of tp_size, at least tp_size.
 
-        Never 0: the Ascend dispatch op wants at least one row on every rank.
+        It is never 0, since the Ascend dispatch op needs a row on every rank.
         """
         return max(1, ceil_div(self.max_tokens_across_dp, tp_size)) * tp_size
 
     def is_full(self, tp_size: int) -> bool:
-        """Whether no rank of the grid pads: every one brings padded_tokens / tp_size real rows. Then nothing is masked."""
+        """Whether every rank of the grid has padded_tokens / tp_size real rows. Such a step needs no padding and no mask."""
         return min(self.num_tokens_across_dp) == self.padded_tokens(tp_size)
 
     def input_rows(self, topology: ParallelTopology) -> int:
-        """Rows of hidden_states that this rank brings to the layer and takes back from it."""
+        """Number of rows of hidden_states on this rank, before and after the layer. Padding is counted."""
         num_tokens = self.num_tokens_across_dp[topology.dp_rank]
         if self.sharding is TokenSharding.REPLICATED:
             return num_tokens
         return ceil_div(num_tokens, topology.tp_size)
 
     def sliced_tokens_across_ep(self, tp_size: int) -> list[int]:
-        """Real tokens on each rank of the grid under SLICED_OVER_TP: padding rows are not counted."""
-        return [
-            TokenSlice.chunk(num_tokens, rank=tp_rank, size=tp_size).length
-            for num_tokens in self.num_tokens_across_dp
-            for tp_rank in range(tp_size)
-        ]
+        """Number of real tokens on each rank of the grid under SLICED_OVER_TP. Padding is not counted."""
+        return [size for num_tokens in self.num_tokens_across_dp for size in chunk_sizes(num_tokens, tp_size)]
 
     def check_input(self, hidden_states_rows: int, topology: ParallelTopology) -> None:
         """Raise InvalidInputError unless the plan fits the topology and this rank's hidden_states."""

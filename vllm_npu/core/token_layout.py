@@ -23,30 +23,53 @@ class TokenSlice:
 
     @classmethod
     def even(cls, num_tokens: int, *, rank: int, size: int) -> "TokenSlice":
-        """Rank's part when tokens are spread so that no two ranks differ by more than one: 9 over 4 is 3, 2, 2, 2."""
+        """The slice of `rank` when no two ranks differ by more than one token: 9 tokens over 4 ranks are 3, 2, 2, 2."""
         share, extra = divmod(num_tokens, size)
         start = rank * share + min(rank, extra)
         return cls(start, start + share + (rank < extra))
 
     @classmethod
     def chunk(cls, num_tokens: int, *, rank: int, size: int) -> "TokenSlice":
-        """Rank's part of chunks of ceil(num_tokens / size): 9 over 4 is 3, 3, 3, 0. vLLM's sequence parallelism cuts so."""
+        """The slice of `rank` in chunks of ceil(num_tokens / size) tokens: 9 tokens over 4 ranks are 3, 3, 3, 0.
+
+        vLLM's sequence parallelism cuts tokens in this way.
+        """
         length = ceil_div(num_tokens, size)
         return cls(min(rank * length, num_tokens), min((rank + 1) * length, num_tokens))
 
     @property
     def length(self) -> int:
-        """Rows in the slice."""
+        """Number of rows in the slice."""
         return self.stop - self.start
 
     def take(self, x: torch.Tensor) -> torch.Tensor:
-        """A view of the slice's rows of `x` [num_tokens, ...]; `x` itself where those are all."""
+        """Return a view of the slice's rows of `x` [num_tokens, ...], or `x` itself where the slice holds all its rows."""
         return x if self.start == 0 and self.stop >= x.shape[0] else x[self.start : self.stop]
 
 
+def even_sizes(num_tokens: int, size: int) -> list[int]:
+    """Length of TokenSlice.even of each rank."""
+    share, extra = divmod(num_tokens, size)
+    return [share + 1] * extra + [share] * (size - extra)
+
+
+def chunk_sizes(num_tokens: int, size: int) -> list[int]:
+    """Length of TokenSlice.chunk of each rank."""
+    full, rest = divmod(num_tokens, max(ceil_div(num_tokens, size), 1))
+    sizes = [ceil_div(num_tokens, size)] * full + [rest] + [0] * size
+    return sizes[:size]
+
+
 def offsets(sizes: Sequence[int]) -> list[int]:
-    """Start of each part when parts of these sizes lie one after another, and the total as last element."""
+    """Start of each part when parts of these sizes lie one after another. The last element is the sum of all sizes."""
     return list(accumulate(sizes, initial=0))
+
+
+def check_rows(x: torch.Tensor, rows: int, *, name: str, stage: str, meaning: str) -> None:
+    """Raise InvalidInputError unless `x` is [rows, width]. The message says that `stage` needs this shape, and the meaning of
+    a row."""
+    if x.dim() != 2 or x.shape[0] != rows:
+        raise InvalidInputError(f"{name} has shape {tuple(x.shape)}; {stage} needs [{rows}, width], {meaning}")
 
 
 def pad_rows(
@@ -54,7 +77,7 @@ def pad_rows(
     length: int,
     fill: float = 0,
 ) -> torch.Tensor:  # [length, ...]; fresh memory unless n == length
-    """Append rows of `fill` until `x` has `length` rows. Raises InvalidInputError where it already has more."""
+    """Append rows of `fill` until `x` has `length` rows. Raises InvalidInputError where `x` already has more."""
     missing = length - x.shape[0]
     if missing < 0:
         raise InvalidInputError(
@@ -66,7 +89,10 @@ def pad_rows(
 
 
 def unpad_rows(x: torch.Tensor, length: int) -> torch.Tensor:
-    """The first `length` rows of `x`, in memory of their own where rows are dropped (a view would keep the whole alive)."""
+    """Return the first `length` rows of `x`: a copy, or `x` itself where no row is dropped.
+
+    A view would keep the memory of the dropped rows alive. Raises InvalidInputError where `x` has fewer rows.
+    """
     if x.shape[0] < length:
         raise InvalidInputError(f"cannot unpad {x.shape[0]} rows to {length}: rows are missing")
     return x if x.shape[0] == length else x[:length].clone()
@@ -74,11 +100,14 @@ def unpad_rows(x: torch.Tensor, length: int) -> torch.Tensor:
 
 @dataclass(frozen=True, slots=True)
 class RowFormat:
-    """How one row of several [n, width] tensors lies in a message of bytes: each field aligned to its element size."""
+    """Layout of a message of bytes in which each row holds one row of several [n, width] tensors.
+
+    Each tensor has a field in the row. The field starts at a multiple of the tensor's element size.
+    """
 
     dtypes: tuple[torch.dtype, ...]
-    widths: tuple[int, ...]
-    starts: tuple[int, ...]
+    widths: tuple[int, ...]  # in elements
+    starts: tuple[int, ...]  # in bytes
     row_bytes: int
 
     @classmethod
@@ -106,48 +135,42 @@ class RowFormat:
         return message
 
     def unpack(self, message: torch.Tensor) -> list[torch.Tensor]:
-        """Views of the fields of a [n, row_bytes] uint8 message, one [n, width] tensor for each."""
+        """Return the fields of a [n, row_bytes] uint8 message as views, one [n, width] tensor for each."""
         return [
             message[:, start : start + width * dtype.itemsize].view(dtype)
             for dtype, width, start in zip(self.dtypes, self.widths, self.starts, strict=True)
         ]
 
 
-PACK_MAX_BYTES = 8 << 20
-"""Messages up to this size travel as one. Measured over gloo, 2 and 4 ranks, hidden size 7168, bfloat16: packing halves
-the time of small messages and costs more than the second collective from about 8 MiB on."""
-
-
-def move_together(
-    tensors: Sequence[torch.Tensor],  # each [n, width], n >= 0; widths and dtypes equal on all ranks
-    max_rows: int,  # the most rows that any rank moves: equal on all ranks
-    move: Callable[[Sequence[torch.Tensor]], list[torch.Tensor]],  # moves the rows of tensors that share a message
-) -> list[torch.Tensor]:
-    """Move several tensors alike with as few messages as pay: one, or two where the message is large.
-
-    The first tensor is taken for the large one.
-    """
-    row_bytes = sum(tensor.shape[1] * tensor.element_size() for tensor in tensors)
-    if len(tensors) == 1 or max_rows * row_bytes <= PACK_MAX_BYTES:
-        return move(tensors)
-    return [*move(tensors[:1]), *move_together(tensors[1:], max_rows, move)]
-
-
-def as_message(
+def pack(
     tensors: Sequence[torch.Tensor],  # each [n, width]
 ) -> tuple[torch.Tensor, Callable[[torch.Tensor], list[torch.Tensor]]]:
-    """The tensors' rows as one contiguous message, and what takes such a message apart again, into views. One tensor is its
-    own message."""
+    """Return `message, unpack`: the tensors' rows as one contiguous tensor, and the function that splits such a message.
+
+    The message may be moved, cut and reordered by rows in between. unpack returns views of its argument, one [m, width]
+    tensor for each packed one. A single tensor is its own message: no copy, unless it is not contiguous.
+    """
     if len(tensors) == 1:
         return tensors[0].contiguous(), lambda message: [message]
     row_format = RowFormat.of(tensors)
     return row_format.pack(tensors), row_format.unpack
 
 
-def pack_and_move(
-    tensors: Sequence[torch.Tensor],  # each [n, width]
-    move: Callable[[torch.Tensor], torch.Tensor],  # moves the rows of one tensor
-) -> list[torch.Tensor]:
-    """Move several tensors as one message; the results are views of it."""
-    message, take_apart = as_message(tensors)
-    return take_apart(move(message))
+PACK_MAX_BYTES = 8 << 20
+"""Largest size of a packed message. Measured over gloo, 2 and 4 ranks, hidden size 7168, bfloat16: packing halves the time of
+small messages, and costs more than a second collective from about 8 MiB on."""
+
+
+def share_messages(
+    tensors: Sequence[torch.Tensor],  # each [n, width], n >= 0; widths and dtypes equal on all ranks
+    max_rows: int,  # the largest n of any rank: equal on all ranks
+) -> list[Sequence[torch.Tensor]]:
+    """Divide tensors that move alike into groups that share a message. Equal on all ranks.
+
+    There is one group where the rows take at most PACK_MAX_BYTES, alignment not counted. Otherwise the first tensor, which
+    should be the largest, is a group alone.
+    """
+    row_bytes = sum(tensor.shape[1] * tensor.element_size() for tensor in tensors)
+    if len(tensors) == 1 or max_rows * row_bytes <= PACK_MAX_BYTES:
+        return [tensors]
+    return [tensors[:1], *share_messages(tensors[1:], max_rows)]

@@ -1,11 +1,11 @@
-"""The ops around the experts: Ascend's own on NPU tensors, their definition in plain torch elsewhere."""
+"""The ops around the experts: Ascend's own ops for NPU tensors, and their definition in plain torch for all others."""
 
 from importlib import import_module
 from types import ModuleType
 
 import torch
 
-# By type of device; both modules have the same functions. Imported when first used.
+# Module by type of device. Both modules have the same functions. Each is imported at its first use.
 OPS = {
     "cpu": "vllm_npu.device.portable_ops",
     "cuda": "vllm_npu.device.portable_ops",
@@ -14,5 +14,5 @@ OPS = {
 
 
 def ops_of(x: torch.Tensor) -> ModuleType:
-    """The ops that run on this tensor's device."""
+    """The module of the ops that run on the device of `x`."""
     return import_module(OPS[x.device.type])

@@ -23,8 +23,7 @@ def to_physical(
     of one DP rank, which map the same tokens alike, would use only one replica. LOCAL. Host sync: no. Raises InvalidInputError
     as npu_moe_update_expert does.
     """
-    physical: torch.Tensor
-    physical, _ = ops_of(topk_ids).npu_moe_update_expert(
+    physical: torch.Tensor = ops_of(topk_ids).npu_moe_update_expert(
         topk_ids,
         eplb_table,
         local_rank_id=mapping_rank(topology, sharding),

@@ -1,1 +1,1 @@
-"""Which way tokens go, and each way. Read pipeline.py first, then table.py."""
+"""The strategies of communication, and the choice between them. Read pipeline.py first, then table.py."""

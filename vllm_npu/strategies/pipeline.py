@@ -1,11 +1,15 @@
-"""A token's whole path. Read this first.
+"""The whole path of a token through one MoE layer. Read this file first.
 
-topk_weights, topk_ids     the router's choice, made before anything is gathered: 8 bytes a choice in place of 4 an expert
-prepare                    tokens of this rank      -> tokens it works on        (prepare_finalize/)
-dispatch                   tokens it works on       -> rows of its experts       (dispatch/)
-experts                    rows of its experts      -> rows of its experts       (the caller's)
-combine                    the inverse of dispatch, from its handle
-finalize                   the inverse of prepare, from its handle
+stage      takes                                     returns                                   code
+router     tokens of this rank                       topk_weights and topk_ids of each token   the caller's
+prepare    tokens of this rank                       tokens that this rank works on            prepare_finalize/
+dispatch   tokens that this rank works on            rows of this rank's experts               dispatch/
+experts    rows of this rank's experts               rows of this rank's experts               the caller's
+combine    rows of this rank's experts               tokens that this rank works on            dispatch/
+finalize   tokens that this rank works on            tokens of this rank                       prepare_finalize/
+
+dispatch returns a handle, and combine undoes the dispatch of that handle. prepare and finalize are the same kind of pair.
+The router runs before prepare, since the choice of an expert takes 8 bytes. Router logits take 4 bytes for every expert.
 """
 
 from collections.abc import Callable
@@ -20,13 +24,16 @@ from vllm_npu.strategies.dispatch.base import Dispatcher, RoutedTokens
 from vllm_npu.strategies.prepare_finalize.base import Finalized, PrepareAndFinalize
 
 ExpertsFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
-"""(expert_input [rows, hidden_size] expert-major, tokens_per_expert [num_local_experts], dynamic_scales [rows] float32 where
-rows are int8, else None) -> [rows, width]."""
+"""experts(expert_input, tokens_per_expert, dynamic_scales) -> [rows, width].
+
+expert_input: [rows, hidden_size], the rows of the first expert first. tokens_per_expert: [num_local_experts].
+dynamic_scales: [rows] float32 where the rows are int8, else None.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class MoEPipeline:
-    """A strategy: one prepare/finalize and one dispatcher. No state of any call, so micro-batches may interleave."""
+    """One strategy: a prepare/finalize and a dispatcher. It keeps no state of a call, so micro-batches may interleave."""
 
     prepare_finalize: PrepareAndFinalize
     dispatcher: Dispatcher
@@ -40,9 +47,9 @@ class MoEPipeline:
         step: StepPlan,
         *,
         reduce_results: bool = True,
-        meanwhile: Callable[[], None] | None = None,  # what may run while the tokens travel to their experts
+        meanwhile: Callable[[], None] | None = None,  # runs while the tokens travel to their experts
     ) -> Finalized:
-        """The routed experts' output for this rank's tokens. COLLECTIVE: the sum of its stages' costs."""
+        """Return the routed experts' output for this rank's tokens. COLLECTIVE: the cost is the sum of the stages' costs."""
         per_token: tuple[torch.Tensor, ...] = (topk_weights, topk_ids)
         if self.prepare_finalize.gathers_tokens and self.dispatcher.quant_mode is not QuantMode.NONE:
             hidden_states, dynamic_scales = ops_of(hidden_states).npu_dynamic_quant(hidden_states)

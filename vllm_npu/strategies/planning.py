@@ -1,4 +1,4 @@
-"""What a layer's exchange will be like before anything runs: legal strategies, auto's choice, bytes, HCCL's buffer."""
+"""Forecast of a layer's exchange before anything runs: legal strategies, auto's choice, bytes, and HCCL's buffer."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,23 +11,24 @@ from vllm_npu.core.topology import ParallelTopology
 from vllm_npu.strategies.select import distinct_destinations, select, why_not
 from vllm_npu.strategies.table import AUTO, STRATEGIES
 
-ROUTING_BYTES = 8  # of a chosen expert: a float32 weight and an int32 id
-ID_BYTES = 4
-SCALE_BYTES = 4  # of an int8 row
-COUNT_BYTES = 8  # of all2all's exchange of split sizes, to each rank
+ROUTING_BYTES = 8  # a float32 weight and an int32 id, for each expert of a token
+ID_BYTES = 4  # an int32 id
+SCALE_BYTES = 4  # the float32 scale of an int8 row
+COUNT_BYTES = 8  # the int64 count of rows that all2all sends to each rank
 
-# Where model families keep them in config.json; the first key that is there counts.
+# The keys of config.json, which differ between model families. The first key that is there counts.
 CONFIG_KEYS = {
     "experts": ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts"),
     "topk": ("num_experts_per_tok", "moe_topk", "moe_top_k", "num_experts_per_token"),
-    "hidden": ("moe_latent_size", "hidden_size"),  # experts of a latent MoE take narrower rows
+    "hidden": ("moe_latent_size", "hidden_size"),  # the experts of a latent MoE take narrower rows
     "dtype": ("torch_dtype", "dtype"),
 }
 
 
 def facts_of_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """experts, topk, hidden and dtype of a model's config.json; None for what it does not say."""
-    config = {**config, **(config.get("text_config") or {})}  # multimodal models keep the language model's there
+    """Read experts, topk, hidden and dtype from a model's config.json. A fact is None where the file does not have it."""
+    # A multimodal model keeps the facts of its language model in text_config.
+    config = {**config, **(config.get("text_config") or {})}
     return {
         name: next((config[key] for key in keys if config.get(key) is not None), None)
         for name, keys in CONFIG_KEYS.items()
@@ -36,19 +37,19 @@ def facts_of_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StrategyPlan:
-    """One strategy on this layer."""
+    """Forecast of one strategy on this layer."""
 
     strategy: str
-    reason: str | None  # why it cannot run, and what to do; None: it can
-    collectives: int  # of one layer, on one rank
+    reason: str | None  # why the strategy cannot run, and what to do; None: it can run
+    collectives: int  # number for one layer
     bytes_sent: int  # by one rank for one layer, routing uniform over experts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AutoRange:
-    """Steps for which `auto` takes the same strategy."""
+    """A range of step sizes for which `auto` takes the same strategy. Sizes are tokens of the DP rank that has most."""
 
-    first_tokens: int  # of the fullest DP rank
+    first_tokens: int
     last_tokens: int
     strategy: str
     reason: str
@@ -56,17 +57,17 @@ class AutoRange:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BufferPlan:
-    """HCCL's buffer for one algorithm of MC2."""
+    """The buffer of HCCL that one algorithm of MC2 needs."""
 
     algorithm: str
-    reason: str | None  # why the algorithm cannot run this layer
-    tokens_per_rank: int  # planned for: the step's, or the most that the algorithm takes
-    needed_mb: int | None  # HCCL_BUFFSIZE, MiB
+    reason: str | None  # why the algorithm cannot run this layer; None: it can run
+    tokens_per_rank: int  # size of the planned step, or the algorithm's capacity where that is smaller
+    needed_mb: int | None  # HCCL_BUFFSIZE in MiB; None: the algorithm cannot run, or needs no buffer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerPlan:
-    """The whole answer."""
+    """Forecast of one layer."""
 
     strategies: tuple[StrategyPlan, ...]
     auto: tuple[AutoRange, ...]
@@ -74,7 +75,7 @@ class LayerPlan:
 
 
 def plan_layer(layer: MoELayer, topology: ParallelTopology, device: DeviceLimits, num_tokens: int) -> LayerPlan:
-    """Plan for steps of up to `num_tokens` tokens on each DP rank, replicated over TP. LOCAL."""
+    """Forecast the layer for steps of up to `num_tokens` tokens on each DP rank, replicated over TP. LOCAL."""
     strategies = tuple(
         StrategyPlan(
             strategy=name,
@@ -98,7 +99,7 @@ def plan_layer(layer: MoELayer, topology: ParallelTopology, device: DeviceLimits
 def auto_ranges(
     layer: MoELayer, topology: ParallelTopology, device: DeviceLimits, max_tokens: int
 ) -> tuple[AutoRange, ...]:
-    """What `auto` takes for steps of 1 to max_tokens tokens on the fullest DP rank."""
+    """The choices of `auto` for steps of 1 to max_tokens tokens, the same number on each DP rank."""
     ranges: list[AutoRange] = []
     for tokens in range(1, max_tokens + 1):
         step = StepPlan(num_tokens_across_dp=(tokens,) * topology.dp_size, sharding=TokenSharding.REPLICATED)
@@ -111,16 +112,16 @@ def auto_ranges(
 
 
 def collectives(strategy: str, topology: ParallelTopology) -> int:
-    """Collectives of one layer, tokens replicated over TP."""
+    """Number of collectives of one layer, for tokens replicated over TP."""
     dp, tp = topology.dp_size, topology.tp_size
     over_ranks = {"mc2": 2, "all2all": 3, "allgather": 2 if dp > 1 else 0, "naive": dp + 1 if dp > 1 else 0}
     return over_ranks[strategy] + (tp > 1)
 
 
 def bytes_sent(strategy: str, layer: MoELayer, topology: ParallelTopology, num_tokens: int, *, native_mc2: bool) -> int:
-    """Bytes that one rank sends to others for one layer: num_tokens real tokens on each DP rank, replicated over TP.
+    """Bytes that one rank sends to others for one layer, for num_tokens real tokens on each DP rank, replicated over TP.
 
-    As RecordingTransport counts them. all2all and native mc2: the mean over uniform routing.
+    RecordingTransport counts the same bytes. For all2all and native mc2 the number is the mean over uniform routing.
     """
     tp, dp, world = topology.tp_size, topology.dp_size, topology.world_size
     hidden = layer.hidden_size * layer.dtype.itemsize
@@ -138,9 +139,10 @@ def bytes_sent(strategy: str, layer: MoELayer, topology: ParallelTopology, num_t
 
 
 def row_bytes(strategy: str, layer: MoELayer, *, native_mc2: bool) -> tuple[int, int]:
-    """Bytes of one row on its way to the experts, with what travels beside it, and on its way back.
+    """Bytes that travel to the experts for one row, with its ids, weights and scale, and bytes that travel back.
 
-    A row is a token for one rank; of native mc2, for one expert; of portable mc2, one slot of a rank, back with top_k rows.
+    A row is one token for one destination rank. In native mc2 it is one token for one expert. In portable mc2 it is one slot of
+    a rank, and top_k rows come back for it.
     """
     back = layer.hidden_size * layer.dtype.itemsize
     there = back if layer.quant_mode is QuantMode.NONE else layer.hidden_size + SCALE_BYTES
@@ -150,6 +152,7 @@ def row_bytes(strategy: str, layer: MoELayer, *, native_mc2: bool) -> tuple[int,
 
 
 def _buffer(limits: MC2Limits, layer: MoELayer, ep_size: int, tokens_per_rank: int) -> BufferPlan:
+    """The buffer of one algorithm for steps of up to tokens_per_rank tokens on each rank."""
     planned = min(tokens_per_rank, limits.max_tokens_per_rank)
     reason = limits.why_not(layer, ep_size)
     needed = None if reason else limits.buffer_mb(layer, ep_size, planned)

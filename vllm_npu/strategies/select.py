@@ -1,4 +1,4 @@
-"""Which strategy a step takes, and the pipeline of each. select() sees only facts that are equal on every rank."""
+"""The choice of a step's strategy, and the construction of its pipeline. select sees only facts that are equal on all ranks."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -13,8 +13,8 @@ from vllm_npu.strategies.pipeline import MoEPipeline
 from vllm_npu.strategies.table import ALL_STRATEGIES, AUTO
 from vllm_npu.transport.base import Groups
 
-# all2all sends a token to its distinct destination ranks, allgather to all. Below this share of the ranks the bytes saved
-# pay for the exchange of counts. Chosen from the byte model, not yet from measurements on a cluster.
+# all2all sends a token to the ranks of its experts, allgather to all ranks. Up to this share of the ranks, the saved bytes
+# outweigh the exchange of counts. Chosen from the byte model, not yet from measurements on a cluster.
 ALL2ALL_MAX_SHARE_OF_RANKS = 0.75
 
 SHARED_EXPERTS_NEED_MC2 = (
@@ -24,7 +24,7 @@ SHARED_EXPERTS_NEED_MC2 = (
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """What a step takes, and why: for logs and errors."""
+    """The strategy of a step, and the reason for logs and errors."""
 
     strategy: str
     reason: str
@@ -33,7 +33,10 @@ class Selection:
 def why_not(
     name: str, topology: ParallelTopology, layer: MoELayer | None = None, device: DeviceLimits = PORTABLE
 ) -> str | None:
-    """Why a strategy can never run this layer (None: any layer) here, whatever the step, and what to do; or None."""
+    """The reason why no step of `layer` can take this strategy here, and what to do. None: some step can.
+
+    `layer` None stands for any layer.
+    """
     device = device.for_layer(layer, topology.ep_size)
     if ALL_STRATEGIES[name].needs_expert_parallel and topology.ep_size == 1:
         return (
@@ -43,15 +46,16 @@ def why_not(
     if layer is not None and layer.shared_expert_ranks and name != "mc2":
         return f"{name} {SHARED_EXPERTS_NEED_MC2}"
     instead = "all2all" if device.all2all else "allgather"
-    if name == "mc2" and device.mc2 is None:
-        return f"{device.family} has no MC2; use {instead}"
-    if name == "mc2" and device.mc2 is not None and layer is not None:
-        reason = device.mc2.why_not(layer, topology.ep_size)
+    if name == "mc2":
+        if device.mc2 is None:
+            return f"{device.family} has no MC2; use {instead}"
+        reason = None if layer is None else device.mc2.why_not(layer, topology.ep_size)
         return reason and f"{reason}; use {instead}"
-    if name == "symmetric" and device.symmetric is None:
-        return f"symmetric needs GPUs of one host that can write each other's memory; use {instead}"
-    if name == "symmetric" and device.symmetric is not None and topology.ep_size > device.symmetric.max_ep_size:
-        return f"symmetric takes up to {device.symmetric.max_ep_size} ranks, not {topology.ep_size}; use {instead}"
+    if name == "symmetric":
+        if device.symmetric is None:
+            return f"symmetric needs GPUs of one host that can write each other's memory; use {instead}"
+        if topology.ep_size > device.symmetric.max_ep_size:
+            return f"symmetric takes up to {device.symmetric.max_ep_size} ranks, not {topology.ep_size}; use {instead}"
     if name == "all2all" and not device.all2all:
         return f"{device.family} runs allgather and naive only; use allgather"
     return None
@@ -60,7 +64,7 @@ def why_not(
 def check_strategy(
     name: str, topology: ParallelTopology, layer: MoELayer | None = None, device: DeviceLimits = PORTABLE
 ) -> None:
-    """Raise UnsupportedConfigError unless `name` is auto or a strategy that can run here, as why_not says."""
+    """Raise UnsupportedConfigError for an unknown `name`, and for a strategy that why_not refuses. "auto" is always allowed."""
     if name == AUTO:
         return
     if name not in ALL_STRATEGIES:
@@ -71,8 +75,8 @@ def check_strategy(
 
 
 def distinct_destinations(num_experts: int, ep_size: int, top_k: int) -> float:
-    """Expected number of ranks that a token's top_k experts lie on, for uniform routing."""
-    elsewhere = 1.0
+    """Expected number of ranks that hold a token's top_k experts, for uniform routing."""
+    elsewhere = 1.0  # probability that a given rank holds none of them
     for chosen in range(top_k):
         elsewhere *= max(num_experts - num_experts / ep_size - chosen, 0) / (num_experts - chosen)
     return ep_size * (1 - elsewhere)
@@ -86,11 +90,11 @@ def select(
     layer: MoELayer,
     device: DeviceLimits = PORTABLE,
 ) -> Selection:
-    """The strategy of a step. LOCAL, and equal on all ranks: no argument may be a rank's own fact.
+    """Choose the strategy of a step. LOCAL, and equal on all ranks: no argument may be a fact of one rank alone.
 
-    `requested` is taken as it is, but for mc2 and symmetric above their capacity, which become all2all, in a captured step
-    allgather. Raises UnsupportedConfigError as check_strategy does, and where a captured step would take a strategy that no
-    graph of this device can hold.
+    A requested strategy is taken as it is. There is one exception: mc2 and symmetric become all2all for a step above their
+    capacity, or allgather where the step is captured. Raises UnsupportedConfigError where check_strategy does, and for a
+    captured step whose strategy no graph of this device can hold.
     """
     check_strategy(requested, topology, layer, device)
     selection = _select(requested, topology, step, layer, device)
@@ -114,7 +118,10 @@ def _select(
         return Selection(instead, f"{requested} takes {most} tokens a rank, this step brings {tokens_per_rank}")
     lacks_mask = device.mc2 is not None and not device.mc2.takes_mask and not step.divides_over_tp(topology.tp_size)
     if requested == "mc2" and lacks_mask:
-        return Selection(instead, f"mc2 takes no mask here, and not every rank has tokens, TP ranks as many, in {step}")
+        return Selection(
+            instead,
+            f"mc2 takes no mask here, and in {step} a rank has no token, or TP ranks have different numbers of tokens",
+        )
     if requested != AUTO:
         return Selection(requested, "requested")
     if topology.ep_size == 1:
@@ -142,9 +149,12 @@ def build(
     quant_mode: QuantMode = QuantMode.NONE,
     shared_expert_ranks: int = 0,
 ) -> MoEPipeline:
-    """The strategy's pipeline on these groups. LOCAL. Raises UnsupportedConfigError for an unknown name, and where the
-    topology or the transport cannot carry it."""
-    check_strategy(name, groups.topology, device=NVLINK)  # whether memory is shared, the dispatcher itself finds out
+    """Build the pipeline of a strategy on these groups. LOCAL.
+
+    Raises UnsupportedConfigError for an unknown name, and where the topology or the transport cannot carry the strategy.
+    """
+    # NVLINK refuses nothing that PORTABLE takes. Whether GPUs share memory, SymmetricDispatcher finds out when it opens it.
+    check_strategy(name, groups.topology, device=NVLINK)
     if shared_expert_ranks and name != "mc2":
         raise UnsupportedConfigError(f"{name} {SHARED_EXPERTS_NEED_MC2}")
     row = ALL_STRATEGIES[name]
@@ -156,5 +166,6 @@ def build(
 
 @cache
 def _class(path: str) -> Any:
+    """Import the class that a row of the table names."""
     module, _, attribute = path.partition(":")
     return getattr(import_module(module), attribute)

@@ -1,4 +1,4 @@
-"""What must hold before the first token: pure functions of facts that are equal on every rank."""
+"""Checks before the first token. They are pure functions of facts that are equal on every rank."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,10 +14,10 @@ from vllm_npu.strategies.table import AUTO
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedShape:
-    """The steps that the engine is configured for, in tokens of one DP rank."""
+    """The steps that the engine is configured for. Sizes are numbers of tokens on one DP rank."""
 
-    decode_tokens: int  # all sequences decode at once: the steps that mc2 is for
-    graph_tokens: tuple[int, ...] = ()  # steps that run as captured graphs; none: eager
+    decode_tokens: int  # size of the step in which all sequences decode at once; mc2 is for such steps
+    graph_tokens: tuple[int, ...] = ()  # sizes of the steps that run as captured graphs; empty: all steps run eagerly
 
 
 def check_start(
@@ -29,12 +29,12 @@ def check_start(
     shape: PlannedShape,
     hccl_buffer_mb: int,
 ) -> DeviceLimits:
-    """`device`, with MC2's capacity cut to what HCCL's buffer takes. LOCAL, and the same on all ranks that have the same
-    HCCL_BUFFSIZE.
+    """Return `device` with MC2's capacity lowered to what HCCL's buffer takes. LOCAL, and equal on all ranks that have the
+    same HCCL_BUFFSIZE.
 
-    Raises UnsupportedDeviceError for a chip without the op of `requested`, DeviceLimitError for a layer past its limits,
-    HcclBufferError where even the decode steps do not fit the buffer, UnsupportedConfigError where the experts do not divide
-    over the ranks, and for a strategy that reads counts on the host inside of a captured graph.
+    Raises UnsupportedDeviceError for a chip without the op of `requested`, DeviceLimitError for a layer past the op's limits,
+    and HcclBufferError where even the decode steps do not fit the buffer. Raises UnsupportedConfigError where the experts do
+    not divide over the ranks, and for a strategy that reads counts on the host inside of a captured graph.
     """
     ExpertPlacement(layer.num_experts, topology.ep_size, layer.shared_expert_ranks)
     device = device.for_layer(layer, topology.ep_size)
@@ -42,7 +42,7 @@ def check_start(
     reason = why_not("mc2", topology, layer, device)
     if requested == "mc2" and reason is not None:
         raise (UnsupportedDeviceError if device.mc2 is None else DeviceLimitError)(reason)
-    if reason is None and device.mc2 is not None:  # whatever is requested now: a living engine may be told mc2 later
+    if reason is None and device.mc2 is not None:  # also for another request, since a running engine may switch to mc2
         if requested in (AUTO, "mc2"):
             _check_buffer(topology, layer, device.mc2, shape, hccl_buffer_mb)
         device = replace(device, mc2=_within_buffer(topology, layer, device.mc2, hccl_buffer_mb))
@@ -56,6 +56,7 @@ def check_start(
 def _check_buffer(
     topology: ParallelTopology, layer: MoELayer, limits: MC2Limits, shape: PlannedShape, hccl_buffer_mb: int
 ) -> None:
+    """Raise HcclBufferError unless the buffer takes the decode steps, or all steps within the op's own capacity."""
     planned = min(ceil_div(shape.decode_tokens, topology.tp_size), limits.max_tokens_per_rank)
     needed = limits.buffer_mb(layer, topology.ep_size, planned)
     if needed is not None and needed > hccl_buffer_mb:
@@ -67,6 +68,7 @@ def _check_buffer(
 
 
 def _within_buffer(topology: ParallelTopology, layer: MoELayer, limits: MC2Limits, hccl_buffer_mb: int) -> MC2Limits:
+    """Return the limits with the largest capacity that the buffer takes."""
     capacity = limits.max_tokens_per_rank
     while capacity > 0 and (limits.buffer_mb(layer, topology.ep_size, capacity) or 0) > hccl_buffer_mb:
         capacity -= 1
@@ -74,7 +76,7 @@ def _within_buffer(topology: ParallelTopology, layer: MoELayer, limits: MC2Limit
 
 
 def describe_capacity(device: DeviceLimits, topology: ParallelTopology, layers: Sequence[MoELayer]) -> str:
-    """One line for the log: what MC2 takes here, or why it runs no step."""
+    """Describe in one line for the log how many tokens MC2 takes here, or why it runs no step."""
     for layer in layers:
         reason = why_not("mc2", topology, layer, device)
         if reason is not None:

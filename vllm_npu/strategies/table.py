@@ -1,18 +1,21 @@
-"""The strategies: one row each. Classes are named here, and imported when a pipeline is first built."""
+"""All strategies, one row for each. A row names its classes by "module:class"; select.build imports them.
+
+Doctor reads this table where torch cannot be imported.
+"""
 
 from dataclasses import dataclass
 
-AUTO = "auto"
+AUTO = "auto"  # the user's request that select chooses the strategy of each step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StrategyRow:
-    """One strategy. Classes are named, and imported when first used."""
+    """One strategy."""
 
-    prepare_finalize: str
-    dispatcher: str
-    needs_expert_parallel: bool
-    summary: str
+    prepare_finalize: str  # "module:class" of the group-level stages
+    dispatcher: str  # "module:class" of the expert-level stages
+    needs_expert_parallel: bool  # whether ep_size must be more than 1
+    summary: str  # one line for the user
 
 
 STRATEGIES = {
@@ -26,23 +29,23 @@ STRATEGIES = {
         prepare_finalize="vllm_npu.strategies.prepare_finalize.all2all:All2AllPrepareAndFinalize",
         dispatcher="vllm_npu.strategies.dispatch.all2allv:All2AllVDispatcher",
         needs_expert_parallel=True,
-        summary="each token once to each rank that needs it; many tokens, many ranks",
+        summary="each token goes once to each rank that needs it; many tokens, many ranks",
     ),
     "allgather": StrategyRow(
         prepare_finalize="vllm_npu.strategies.prepare_finalize.allgather:AllGatherPrepareAndFinalize",
         dispatcher="vllm_npu.strategies.dispatch.local_permute:LocalPermuteDispatcher",
         needs_expert_parallel=False,
-        summary="all tokens to all ranks, shares added by a reduce-scatter; few ranks, or no expert parallelism",
+        summary="all tokens go to all ranks, a reduce-scatter adds the shares; few ranks, or no expert parallelism",
     ),
     "naive": StrategyRow(
         prepare_finalize="vllm_npu.strategies.prepare_finalize.naive_multicast:NaiveMulticastPrepareAndFinalize",
         dispatcher="vllm_npu.strategies.dispatch.local_permute:LocalPermuteDispatcher",
         needs_expert_parallel=False,
-        summary="as allgather, by one broadcast a rank; where the fabric has no gather",
+        summary="as allgather, but one broadcast for each rank; where the fabric has no gather",
     ),
 }
 
-# Those that run on one kind of device only, by what DeviceLimits says.
+# These run on one kind of device only. DeviceLimits says on which.
 GPU_STRATEGIES = {
     "symmetric": StrategyRow(
         prepare_finalize="vllm_npu.strategies.prepare_finalize.mc2:EvenPrepareAndFinalize",

@@ -19,7 +19,7 @@ from vllm_npu.core.token_layout import TokenSlice
 from vllm_npu.core.tolerances import TOLERANCES
 from vllm_npu.core.topology import ExpertPlacement, ParallelTopology
 from vllm_npu.device import ops_of
-from vllm_npu.device.portable_ops import Counts, npu_dynamic_quant
+from vllm_npu.device.portable_ops import npu_dynamic_quant
 from vllm_npu.eplb.placement import ReplicaPlacement
 from vllm_npu.eplb.replicas import to_physical
 from vllm_npu.strategies.dispatch.symmetric_layout import why_not_symmetric
@@ -266,7 +266,7 @@ def grouped_experts(experts: LinearExperts, dtype: torch.dtype) -> ExpertsFuncti
         output: torch.Tensor = ops_of(expert_input).npu_grouped_matmul(
             expert_input,
             experts.weights,
-            Counts(tokens_per_expert),
+            tokens_per_expert,
             scale=scales,
             per_token_scale=dynamic_scales,
             output_dtype=dtype,

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 
 from vllm_npu.core.handles import Pending
-from vllm_npu.core.token_layout import as_message, pack_and_move
+from vllm_npu.core.token_layout import pack
 from vllm_npu.core.topology import ParallelTopology
 from vllm_npu.errors import InvalidInputError, RankFailureError, TransportError, UnsupportedConfigError
 
@@ -144,13 +144,11 @@ class Transport(ABC):
             exchanged = self.exchange_tokens(tensors, rows_per_rank)
             return Pending(stage="exchange_tokens", complete=lambda: exchanged)
         sent_rows, received_rows = self._exchange_sizes(tensors, rows_per_rank)
-        message, take_apart = as_message(tensors)
+        message, unpack = pack(tensors)
         if len(tensors) == 1:
             message = message.clone()
         pending = self._all_to_all_start(message, sent_rows, received_rows)
-        return Pending(
-            stage="exchange_tokens", complete=lambda: (take_apart(pending.finish()), sent_rows, received_rows)
-        )
+        return Pending(stage="exchange_tokens", complete=lambda: (unpack(pending.finish()), sent_rows, received_rows))
 
     def _check_exchange(self, tensors: Sequence[torch.Tensor], rows_per_rank: torch.Tensor) -> None:
         self._check_together("exchange_tokens", tensors)
@@ -234,7 +232,8 @@ class Transport(ABC):
     def _all_to_all(self, x: torch.Tensor, send_sizes: Sequence[int], recv_sizes: Sequence[int]) -> torch.Tensor: ...
 
     def _gather_tokens(self, tensors: Sequence[torch.Tensor], sizes: Sequence[int]) -> list[torch.Tensor]:
-        return pack_and_move(tensors, lambda message: self._all_gather(message, sizes))
+        message, unpack = pack(tensors)
+        return unpack(self._all_gather(message, sizes))
 
     def _exchange_sizes(
         self, tensors: Sequence[torch.Tensor], rows_per_rank: torch.Tensor
@@ -256,8 +255,8 @@ class Transport(ABC):
 
     def _exchange_tokens(self, tensors: Sequence[torch.Tensor], rows_per_rank: torch.Tensor) -> Exchanged:
         sent_rows, received_rows = self._exchange_sizes(tensors, rows_per_rank)
-        received = pack_and_move(tensors, lambda message: self._all_to_all(message, sent_rows, received_rows))
-        return received, sent_rows, received_rows
+        message, unpack = pack(tensors)
+        return unpack(self._all_to_all(message, sent_rows, received_rows)), sent_rows, received_rows
 
     @abstractmethod
     def _broadcast(self, x: torch.Tensor, source: int) -> torch.Tensor: ...

@@ -1,1 +1,1 @@
-"""Expert level: from the tokens that this rank works on to the rows of its experts, and back."""
+"""Expert-level stages: dispatch brings tokens to the ranks of their experts, combine brings the experts' rows back."""

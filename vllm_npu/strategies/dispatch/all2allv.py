@@ -1,14 +1,14 @@
-"""Uneven all-to-all: each token travels once to each rank that has one of its experts, and one row comes back from there.
+"""Uneven all-to-all: a token travels once to each rank that has one of its experts, and one row comes back from each.
 
-source:       token + weights + local ids of that rank's experts  --all-to-all-->  destination
-destination:  permute -> experts -> weight and sum by token       --all-to-all-->  source: sum over ranks
+source:       token + weights + local ids of the destination's experts  --all-to-all-->  destination
+destination:  sort by expert -> experts -> weighted sum by token        --all-to-all-->  source: sum over ranks
 """
 
 from dataclasses import dataclass
 
 import torch
 
-from vllm_npu.core.handles import Pending, check_handle
+from vllm_npu.core.handles import Pending
 from vllm_npu.core.limits import QuantMode
 from vllm_npu.core.routing import RankDestinations
 from vllm_npu.device import ops_of
@@ -20,24 +20,25 @@ from vllm_npu.transport.base import Exchanged
 class All2AllVHandle(DispatchHandle):
     """Returned by All2AllVDispatcher.dispatch, consumed by its combine."""
 
-    row_of_rank: torch.Tensor  # [num_tokens, ep_size]: sent row of each token to each rank, -1 for none
-    row_of_pair: torch.Tensor  # [num_received, top_k]: row of expert_input, -1 for a pair of another rank
+    row_of_rank: torch.Tensor  # [num_tokens, ep_size]: row of each token among the rows sent to each rank; -1: not sent
+    row_of_pair: torch.Tensor  # [num_received, top_k]: row of expert_input; -1: an expert of another rank
     received_weights: torch.Tensor  # [num_received, top_k] float32
-    sent_rows: list[int]  # to each EP rank
-    received_rows: list[int]  # from each EP rank
+    sent_rows: list[int]  # number of rows sent to each EP rank
+    received_rows: list[int]  # number of rows received from each EP rank
 
 
 class All2AllVDispatcher(Dispatcher):
-    """COLLECTIVE over ep. Host sync: yes (the split sizes). Graph capture: no."""
+    """COLLECTIVE over ep. Host sync: yes (the number of rows for each rank). Graph capture: no."""
 
     def dispatch(self, tokens: RoutedTokens) -> Dispatched:
-        """Two all-to-alls: 8 bytes a rank of counts, then [hidden | weights | ids] of each token once a destination; int8
-        rows with their scales in the same message."""
+        """Two all-to-alls. The first sends a count of 8 bytes to each rank; the second sends [hidden | weights | ids] of each
+        token once to each destination. int8 rows travel with their scales in the same message."""
         destinations, outgoing = self._outgoing(tokens)
         return self._arrived(destinations, self.groups.ep.exchange_tokens(outgoing, destinations.rows_per_rank))
 
     def dispatch_start(self, tokens: RoutedTokens) -> Pending[Dispatched]:
-        """The counts are through when it returns; the tokens travel until the finish, which sorts them by expert."""
+        """Start a dispatch. The counts have arrived when this returns. The tokens travel until the finish, which sorts them by
+        expert."""
         destinations, outgoing = self._outgoing(tokens)
         exchange = self.groups.ep.exchange_tokens_start(outgoing, destinations.rows_per_rank)
         return Pending(
@@ -45,6 +46,7 @@ class All2AllVDispatcher(Dispatcher):
         )
 
     def _outgoing(self, tokens: RoutedTokens) -> tuple[RankDestinations, tuple[torch.Tensor, ...]]:
+        """The destinations, and the tensors to send: rows, scales where rows are int8, weights, local ids."""
         tokens.check(self.placement.num_experts)
         payload = (tokens.hidden_states,)
         if self.quant_mode is not QuantMode.NONE:
@@ -58,41 +60,27 @@ class All2AllVDispatcher(Dispatcher):
         return destinations, outgoing
 
     def _arrived(self, destinations: RankDestinations, exchanged: Exchanged) -> Dispatched:
+        """Sort the received rows by expert."""
         (rows, *scales, weights, local_ids), sent_rows, received_rows = exchanged
         routed = ops_of(rows).init_routing(rows, local_ids, self.placement.experts_per_rank, *scales)
         handle = All2AllVHandle(
-            expert_rows=routed.expanded_x.shape[0],
+            rows=routed.expanded_x.shape[0],
             row_of_rank=destinations.row_of_rank,
             row_of_pair=routed.expanded_row_idx,
             received_weights=weights,
             sent_rows=sent_rows,
             received_rows=received_rows,
         )
-        return Dispatched(
-            expert_input=routed.expanded_x,
-            tokens_per_expert=routed.tokens_per_expert,
-            handle=handle,
-            dynamic_scales=routed.expanded_scale,
-        )
+        return Dispatched.of(routed, handle)
 
     def combine(self, expert_output: torch.Tensor, handle: DispatchHandle) -> torch.Tensor:
-        """One all-to-all of one row a (token, rank), weighted and summed where the experts are. The sum over ranks is in
-        float32, ranks ascending, of rows already rounded to expert_output's dtype."""
-        handle, weighted = self._weighted(expert_output, handle)
-        return self._summed(self.groups.ep.all_to_all(weighted, handle.received_rows, handle.sent_rows), handle)
+        """One all-to-all. Each rank returns one row for each received token: the weighted sum over its experts.
 
-    def combine_start(self, expert_output: torch.Tensor, handle: DispatchHandle) -> Pending[torch.Tensor]:
-        """The weighted rows travel until the finish, which adds them up."""
-        handle, weighted = self._weighted(expert_output, handle)
-        return_trip = self.groups.ep.all_to_all_start(weighted, handle.received_rows, handle.sent_rows)
-        return Pending(stage="All2AllVDispatcher.combine", complete=lambda: self._summed(return_trip.finish(), handle))
-
-    def _weighted(self, expert_output: torch.Tensor, handle: DispatchHandle) -> tuple[All2AllVHandle, torch.Tensor]:
-        handle = check_handle(handle, All2AllVHandle, "All2AllVDispatcher.combine")
-        self._check_combine(expert_output, handle)
+        The token's rank adds these rows up in float32, ranks ascending. They are already rounded to expert_output's dtype.
+        """
+        handle = self._consume(handle, All2AllVHandle, expert_output)
         ops = ops_of(expert_output)
-        return handle, ops.finalize_routing(expert_output, handle.row_of_pair, handle.received_weights)
-
-    def _summed(self, returned: torch.Tensor, handle: All2AllVHandle) -> torch.Tensor:
-        combined: torch.Tensor = ops_of(returned).finalize_routing(returned, handle.row_of_rank)
+        weighted = ops.finalize_routing(expert_output, handle.row_of_pair, handle.received_weights)
+        returned = self.groups.ep.all_to_all(weighted, handle.received_rows, handle.sent_rows)
+        combined: torch.Tensor = ops.finalize_routing(returned, handle.row_of_rank)
         return combined

@@ -1,4 +1,4 @@
-"""The contract of the expert-level stages: dispatch before the experts, combine after them."""
+"""The contract of the expert-level stages: dispatch runs before the experts, combine after them."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -10,33 +10,33 @@ from vllm_npu.core.handles import Handle, Pending, check_handle
 from vllm_npu.core.limits import QuantMode
 from vllm_npu.core.routing import check_topk
 from vllm_npu.core.topology import ExpertPlacement
+from vllm_npu.device.portable_ops import InitRoutingOutput
 from vllm_npu.errors import InvalidInputError
 from vllm_npu.strategies.dispatch.rows_with_ids import RowsWithIds, ids_of_expert_major_rows
 from vllm_npu.strategies.prepare_finalize.base import Prepared
+from vllm_npu.strategies.row_handle import RowHandle, RowHandleT, consume
 from vllm_npu.transport.base import Groups
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DispatchHandle(Handle):
-    """Returned by dispatch, consumed by the combine of the same object."""
-
-    expert_rows: int  # rows that combine must be given
+class DispatchHandle(RowHandle):
+    """Returned by dispatch, consumed by the combine of the same object. Its rows are those of expert_input."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoutedTokens:
-    """The tokens that a rank dispatches."""
+    """The tokens that a rank dispatches, and the router's choice for each of them."""
 
     hidden_states: torch.Tensor  # [num_tokens, hidden_size]; int8 where there are dynamic_scales
     topk_weights: torch.Tensor  # [num_tokens, top_k] float32
     topk_ids: torch.Tensor  # [num_tokens, top_k] int32 or int64, global expert ids, distinct in a row
     dynamic_scales: torch.Tensor | None = None  # [num_tokens, 1] float32, of rows that prepare gathered as int8
-    mask: torch.Tensor | None = None  # [num_tokens] bool, a prefix; None: all tokens are real. Of fixed shapes only
-    max_rows: int | None = None  # of the fullest rank, where ranks bring different numbers; None: all bring as many
+    mask: torch.Tensor | None = None  # [num_tokens] bool, True for real tokens, which come first; None: all are real
+    max_rows: int | None = None  # the most num_tokens of any rank, where ranks differ; None: all ranks have the same
 
     @classmethod
     def of(cls, prepared: Prepared) -> "RoutedTokens":
-        """Those of a prepare that was given topk_weights, topk_ids and, of int8 rows, their scales."""
+        """The tokens of a prepare whose per_token was topk_weights, topk_ids and, for int8 rows, dynamic_scales."""
         topk_weights, topk_ids, *scales = prepared.per_token
         return cls(
             hidden_states=prepared.hidden_states,
@@ -48,8 +48,7 @@ class RoutedTokens:
         )
 
     def check(self, num_experts: int, *, takes_mask: bool = False) -> None:
-        """Raise InvalidInputError as routing.check_topk does, for a mask that the dispatcher does not take, and for one on top
-        of different numbers of rows."""
+        """Raise InvalidInputError where check_topk does, for a mask unless takes_mask, and for a mask beside max_rows."""
         check_topk(self.hidden_states, self.topk_weights, self.topk_ids, num_experts, self.mask)
         if self.mask is not None and not takes_mask:
             raise InvalidInputError("a mask is for strategies of fixed shapes; bring the rows that are tokens only")
@@ -61,25 +60,33 @@ class RoutedTokens:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dispatched:
-    """The rows of this rank's experts."""
+    """The rows of this rank's experts, expert-major: the rows of the first expert come first."""
 
-    expert_input: (
-        torch.Tensor
-    )  # [expert_rows, hidden_size], expert-major; rows past sum(tokens_per_expert) are undefined
+    expert_input: torch.Tensor  # [expert_rows, hidden_size]; rows past sum(tokens_per_expert) are undefined
     tokens_per_expert: torch.Tensor  # [num_local_experts] int64: counts, not prefix sums
     handle: DispatchHandle
     dynamic_scales: torch.Tensor | None = None  # [expert_rows] float32: value = int8 * scale, where rows are int8
 
+    @classmethod
+    def of(cls, routed: InitRoutingOutput, handle: DispatchHandle) -> "Dispatched":
+        """The rows that init_routing sorted by expert."""
+        return cls(
+            expert_input=routed.expanded_x,
+            tokens_per_expert=routed.tokens_per_expert,
+            handle=handle,
+            dynamic_scales=routed.expanded_scale,
+        )
+
 
 class Dispatcher(ABC):
-    """One way to move tokens to experts. Holds its groups and the placement, and nothing of any call."""
+    """One way to move tokens to their experts. It holds its groups and the placement, and no state of a call."""
 
     def __init__(
         self,
         groups: Groups,
-        num_experts: int,
+        num_experts: int,  # over all ranks, redundant ones included
         quant_mode: QuantMode = QuantMode.NONE,
-        shared_expert_ranks: int = 0,  # MC2 only
+        shared_expert_ranks: int = 0,  # not 0 for MC2 only: the first ranks of ep, which hold the shared expert alone
     ) -> None:
         self.groups = groups
         self.placement = ExpertPlacement(num_experts, groups.topology.ep_size, shared_expert_ranks)
@@ -87,18 +94,16 @@ class Dispatcher(ABC):
 
     @abstractmethod
     def dispatch(self, tokens: RoutedTokens) -> Dispatched:
-        """Bring each token to its experts. The inputs are not written."""
+        """Bring each token to the ranks of its experts. The inputs are not written."""
 
     def dispatch_start(self, tokens: RoutedTokens) -> Pending[Dispatched]:
-        """dispatch whose tokens travel while the caller computes, up to the finish. Here: all of it at once, for those that
-        move nothing or have one op for the whole (torch_npu 2.13 has no setup and teardown of MC2's)."""
+        """Start a dispatch whose tokens travel while the caller computes. The finish of the result completes it.
+
+        By default all of dispatch runs at the start. Dispatchers that move nothing have no other way, and torch_npu 2.13 has
+        no op that starts MC2's dispatch and one that ends it.
+        """
         dispatched = self.dispatch(tokens)
         return Pending(stage=f"{type(self).__name__}.dispatch", complete=lambda: dispatched)
-
-    def combine_start(self, expert_output: torch.Tensor, handle: DispatchHandle) -> Pending[torch.Tensor]:
-        """combine in the same way. It consumes the handle at the start."""
-        combined = self.combine(expert_output, handle)
-        return Pending(stage=f"{type(self).__name__}.combine", complete=lambda: combined)
 
     @abstractmethod
     def combine(
@@ -106,7 +111,7 @@ class Dispatcher(ABC):
         expert_output: torch.Tensor,  # [expert_rows, any width], any floating dtype
         handle: DispatchHandle,
     ) -> torch.Tensor:  # [num_tokens, width], dtype of expert_output
-        """Bring the experts' rows back and add them up, weighted."""
+        """Bring the experts' rows back to the ranks of their tokens, and return each token's weighted sum."""
 
     max_extra_tensors: ClassVar[int | None] = 0
     """Most tensors that dispatch_with_ids takes beside the rows. None: any number."""
@@ -147,10 +152,12 @@ class Dispatcher(ABC):
         topology = self.groups.topology
         return self.placement.first_expert((topology.ep_rank + 1) % topology.ep_size)
 
-    def _check_combine(self, expert_output: torch.Tensor, handle: DispatchHandle) -> None:
-        if expert_output.dim() != 2 or expert_output.shape[0] != handle.expert_rows:
-            raise InvalidInputError(
-                f"expert_output has shape {tuple(expert_output.shape)}; {type(self).__name__}.combine needs "
-                f"[{handle.expert_rows}, width], a row for each row of expert_input"
-            )
-        handle.spend(f"{type(self).__name__}.combine")
+    def _consume(self, handle: DispatchHandle, expected: type[RowHandleT], expert_output: torch.Tensor) -> RowHandleT:
+        return consume(
+            handle,
+            expected,
+            expert_output,
+            stage=f"{type(self).__name__}.combine",
+            name="expert_output",
+            meaning="a row for each row of expert_input",
+        )

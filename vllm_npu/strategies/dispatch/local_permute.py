@@ -1,4 +1,4 @@
-"""For strategies whose prepare has gathered all tokens: sort those of the local experts, move nothing."""
+"""For strategies whose prepare has gathered all tokens: sort the tokens of the local experts. Nothing moves."""
 
 from dataclasses import dataclass
 
@@ -15,15 +15,19 @@ from vllm_npu.strategies.dispatch.rows_with_ids import RowsWithIds
 class LocalPermuteHandle(DispatchHandle):
     """Returned by LocalPermuteDispatcher.dispatch, consumed by its combine."""
 
-    row_of_pair: torch.Tensor  # [num_tokens, top_k]: row of expert_input, -1 for a pair of no local expert
-    topk_weights: torch.Tensor
+    row_of_pair: torch.Tensor  # [num_tokens, top_k]: row of expert_input; -1: an expert of another rank
+    topk_weights: torch.Tensor  # [num_tokens, top_k] float32
 
 
 class LocalPermuteDispatcher(Dispatcher):
-    """LOCAL: no collective. Host sync: not on NPUs; on other accelerators yes (the number of local rows), and no graphs."""
+    """LOCAL: no collective.
+
+    On NPUs no host sync, and legal under graph capture. On other accelerators a host sync (the number of local rows), and
+    illegal under graph capture.
+    """
 
     def dispatch(self, tokens: RoutedTokens) -> Dispatched:
-        """The rows of tokens that chose a local expert, expert-major. Without expert parallelism all experts are local."""
+        """Sort the tokens that chose a local expert by expert. Without expert parallelism all experts are local."""
         tokens.check(self.placement.num_experts)
         first_expert = self.placement.first_expert(self.groups.topology.ep_rank)
         local_ids = local_expert_ids(tokens.topk_ids, first_expert, self.placement.experts_per_rank)
@@ -31,21 +35,15 @@ class LocalPermuteDispatcher(Dispatcher):
             tokens.hidden_states, local_ids, self.placement.experts_per_rank, tokens.dynamic_scales
         )
         handle = LocalPermuteHandle(
-            expert_rows=routed.expanded_x.shape[0],
+            rows=routed.expanded_x.shape[0],
             row_of_pair=routed.expanded_row_idx,
             topk_weights=tokens.topk_weights,
         )
-        return Dispatched(
-            expert_input=routed.expanded_x,
-            tokens_per_expert=routed.tokens_per_expert,
-            handle=handle,
-            dynamic_scales=routed.expanded_scale,
-        )
+        return Dispatched.of(routed, handle)
 
     def combine(self, expert_output: torch.Tensor, handle: DispatchHandle) -> torch.Tensor:
-        """This rank's share of each token's output: zeros for a token without a local expert."""
-        handle = check_handle(handle, LocalPermuteHandle, "LocalPermuteDispatcher.combine")
-        self._check_combine(expert_output, handle)
+        """Return this rank's share of each token's output. It is zero for a token without a local expert."""
+        handle = self._consume(handle, LocalPermuteHandle, expert_output)
         combined: torch.Tensor = ops_of(expert_output).finalize_routing(
             expert_output, handle.row_of_pair, handle.topk_weights
         )
@@ -63,11 +61,10 @@ class LocalPermuteDispatcher(Dispatcher):
             tokens.topk_ids.contiguous(),
             tuple(tensor.contiguous() for tensor in extra_tensors),
         )
-        return rows, DispatchHandle(expert_rows=rows.rows.shape[0])
+        return rows, DispatchHandle(rows=rows.rows.shape[0])
 
     def combine_with_ids(self, expert_output: torch.Tensor, handle: Handle) -> torch.Tensor:
         """Return expert_output itself, which has a row for each token."""
-        self._check_combine(
-            expert_output, check_handle(handle, DispatchHandle, "LocalPermuteDispatcher.combine_with_ids")
-        )
+        stage = "LocalPermuteDispatcher.combine_with_ids"
+        self._consume(check_handle(handle, DispatchHandle, stage), DispatchHandle, expert_output)
         return expert_output

@@ -1,17 +1,19 @@
-"""MC2: Ascend's distribute-dispatch and distribute-combine. Fixed shapes, nothing counted, one collective each way."""
+"""MC2: Ascend's distribute-dispatch and distribute-combine ops, one collective each way. Shapes are fixed: no count is sent."""
 
 from dataclasses import dataclass
 
 import torch
 
-from vllm_npu.core.handles import check_handle
 from vllm_npu.device import ops_of
 from vllm_npu.strategies.dispatch.base import Dispatched, Dispatcher, DispatchHandle, RoutedTokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MC2DispatchHandle(DispatchHandle):
-    """Returned by MC2Dispatcher.dispatch, consumed by its combine. Holds the routing tensors, not copies of them."""
+    """Returned by MC2Dispatcher.dispatch, consumed by its combine. Holds the routing tensors, not copies of them.
+
+    hidden_states and expert_input are left out, so that their memory is free while the experts run.
+    """
 
     topk_ids: torch.Tensor
     topk_weights: torch.Tensor
@@ -24,14 +26,14 @@ class MC2DispatchHandle(DispatchHandle):
 
 
 class MC2Dispatcher(Dispatcher):
-    """Ranks bring as many rows each, or tokens.max_rows says how many the fullest brings and none is masked:
-    MC2PrepareAndFinalize sees to that. int8 is made by the op.
+    """Either all ranks bring the same number of rows, or tokens.max_rows is set and no row is masked.
 
-    Ascend's ops alternate on a group: there, a second dispatch before the first one's combine is an InvalidInputError.
+    MC2PrepareAndFinalize brings such rows. The op itself makes int8 rows. On NPUs the two ops must alternate on a group: a
+    second dispatch before the combine of the first raises InvalidInputError.
     """
 
     def dispatch(self, tokens: RoutedTokens) -> Dispatched:
-        """The op's distribute_dispatch. COLLECTIVE over ep: one. Host sync: no. Graph capture: yes."""
+        """Run distribute_dispatch. COLLECTIVE over ep: one. Host sync: no. Graph capture: yes."""
         tokens.check(self.placement.num_experts, takes_mask=True)
         global_bs = (tokens.max_rows or 0) * self.placement.ep_size
         output = ops_of(tokens.hidden_states).distribute_dispatch(
@@ -46,7 +48,7 @@ class MC2Dispatcher(Dispatcher):
             global_bs=global_bs,
         )
         handle = MC2DispatchHandle(
-            expert_rows=output.expand_x.shape[0],
+            rows=output.expand_x.shape[0],
             topk_ids=tokens.topk_ids,
             topk_weights=tokens.topk_weights,
             mask=tokens.mask,
@@ -64,12 +66,11 @@ class MC2Dispatcher(Dispatcher):
         )
 
     def combine(self, expert_output: torch.Tensor, handle: DispatchHandle) -> torch.Tensor:
-        """The op's distribute_combine. COLLECTIVE over ep: one. Host sync: no. Graph capture: yes.
+        """Run distribute_combine. COLLECTIVE over ep: one. Host sync: no. Graph capture: yes.
 
-        Rows of masked tokens are undefined (NaN from the portable op): finalize drops them.
+        Rows of masked tokens are undefined (NaN from the portable op). MC2's finalize drops them.
         """
-        handle = check_handle(handle, MC2DispatchHandle, "MC2Dispatcher.combine")
-        self._check_combine(expert_output, handle)
+        handle = self._consume(handle, MC2DispatchHandle, expert_output)
         combined: torch.Tensor = ops_of(expert_output).distribute_combine(
             expert_output,
             handle.topk_ids,

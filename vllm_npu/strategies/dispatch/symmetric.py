@@ -18,6 +18,7 @@ import torch
 from vllm_npu.core.handles import Handle, check_handle
 from vllm_npu.core.limits import SYMMETRIC, QuantMode, SymmetricLimits
 from vllm_npu.core.routing import check_topk
+from vllm_npu.core.token_layout import check_rows
 from vllm_npu.device import ops_of
 from vllm_npu.errors import InvalidInputError, UnsupportedConfigError
 from vllm_npu.strategies.dispatch.base import Dispatched, Dispatcher, DispatchHandle, RoutedTokens
@@ -284,7 +285,7 @@ class SymmetricDispatcher(Dispatcher):
             tokens_per_expert=counts[:experts_per_rank],
             dynamic_scales=None if slots.scales is None else slots.scales[sources, 0],
             handle=SymmetricHandle(
-                expert_rows=expert_rows,
+                rows=expert_rows,
                 slots=slots.handle,
                 local_ids=slots.topk_ids,
                 weights=slots.topk_weights,
@@ -294,8 +295,7 @@ class SymmetricDispatcher(Dispatcher):
 
     def combine(self, expert_output: torch.Tensor, handle: DispatchHandle) -> torch.Tensor:
         """Each slot's weighted sum of the experts' rows, then combine_slots. Rows past the experts' own are not read."""
-        handle = check_handle(handle, SymmetricHandle, "SymmetricDispatcher.combine")
-        self._check_combine(expert_output, handle)
+        handle = self._consume(handle, SymmetricHandle, expert_output)
         slot_output = weighted_sum(expert_output, handle.positions, handle.local_ids, handle.weights)
         return self.combine_slots(slot_output, handle.slots)
 
@@ -355,11 +355,13 @@ class SymmetricDispatcher(Dispatcher):
     def _plan_combine(self, slot_output: torch.Tensor, handle: SlotHandle) -> tuple[PreparedLaunch, ...]:
         """Check slot_output, and prepare combine's kernel for each window. Empty: there is nothing to move."""
         plan, windows, layout = handle.plan, handle.plan.windows, handle.plan.layout
-        if slot_output.dim() != 2 or slot_output.shape[0] != layout.num_slots:
-            raise InvalidInputError(
-                f"slot_output has shape {tuple(slot_output.shape)}; SymmetricDispatcher.combine_slots needs "
-                f"[{layout.num_slots}, width], a row for each slot"
-            )
+        check_rows(
+            slot_output,
+            layout.num_slots,
+            name="slot_output",
+            stage="SymmetricDispatcher.combine_slots",
+            meaning="a row for each slot",
+        )
         if slot_output.dtype not in COMBINE_DTYPES:
             raise InvalidInputError(f"slot_output is {slot_output.dtype}; it must be one of {COMBINE_DTYPES}")
         if slot_output.nbytes > windows.size.returned_bytes:

@@ -1,1 +1,1 @@
-"""Group level: from the tokens of this rank to the tokens that it works on with its groups, and back."""
+"""Group-level stages: prepare brings a rank the tokens that it works on, finalize brings their output back."""

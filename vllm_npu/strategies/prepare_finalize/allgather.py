@@ -1,9 +1,10 @@
-"""AllGather: every rank sees all tokens and computes its own experts' share of each; a reduce-scatter adds the shares.
+"""AllGather: every rank receives all tokens and computes the share of its own experts. A reduce-scatter adds the shares.
 
-Chosen without expert parallelism, and where tokens go to most ranks anyway (few ranks, large top-k).
+For layers without expert parallelism, and where a token goes to most ranks anyway (few ranks, or a large top-k).
 
-    REPLICATED:      Attn -> TP AR -> DP AG -> experts -> DP RS -> TP AR
-    SLICED_OVER_TP:  TP AG -> Attn -> TP RS -> EP AG -> experts -> EP RS
+                     attention ends with      prepare              finalize
+    REPLICATED       all-reduce over tp       all-gather over dp   reduce-scatter over dp, all-reduce over tp
+    SLICED_OVER_TP   reduce-scatter over tp   all-gather over ep   reduce-scatter over ep
 """
 
 from collections.abc import Sequence
@@ -11,9 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_npu.core.handles import check_handle
 from vllm_npu.core.step_plan import StepPlan, TokenSharding
-from vllm_npu.core.token_layout import move_together
+from vllm_npu.core.token_layout import TokenSlice, share_messages
 from vllm_npu.strategies.prepare_finalize.base import Finalized, PrepareAndFinalize, Prepared, PrepareHandle
 from vllm_npu.strategies.sequence_parallel import reduce_scatter_and_pad
 from vllm_npu.transport.base import Transport
@@ -23,42 +23,49 @@ from vllm_npu.transport.base import Transport
 class AllGatherHandle(PrepareHandle):
     """Returned by AllGatherPrepareAndFinalize.prepare, consumed by its finalize."""
 
-    transport: Transport  # the group that was gathered over: DP, or EP where the input was sliced over TP
-    real_rows: tuple[int, ...]  # rows of each rank of that group
+    transport: Transport  # the group that prepare gathered over: dp, or ep for a sliced input
+    real_rows: tuple[int, ...]  # rows of each rank of this group, without padding
     input_rows: int  # rows of this rank's input, padding included
 
 
 class AllGatherPrepareAndFinalize(PrepareAndFinalize):
-    """Gather over DP (or over EP under sequence parallelism), uneven sizes, no padding on the wire."""
+    """Gather over dp, or over ep for a sliced input. Ranks may have different numbers of rows; padding does not travel."""
 
     gathers_tokens = True
 
     def prepare(self, hidden_states: torch.Tensor, per_token: tuple[torch.Tensor, ...], step: StepPlan) -> Prepared:
         """Gather the real rows of all ranks of the group.
 
-        COLLECTIVE over dp (ep where sliced): one all-gather, two where the message is large. Bytes sent: (W-1) * own rows *
-        row size. Host sync: no. Graph capture: yes, for the captured sizes.
+        COLLECTIVE over dp (ep for a sliced input): one all-gather, or two for a large message. Bytes sent: (group size - 1) *
+        own rows * row size. Host sync: no. Graph capture: yes, for the captured sizes.
         """
         self._check_prepare(hidden_states, per_token, step)
-        transport, real_rows = self._group(step)
-        gathered = self.gather_rows((hidden_states, *per_token), real_rows, transport)
-        handle = AllGatherHandle(
-            step=step,
-            prepared_rows=sum(real_rows),
-            transport=transport,
-            real_rows=tuple(real_rows),
-            input_rows=hidden_states.shape[0],
+        if step.sharding is TokenSharding.SLICED_OVER_TP:
+            transport, real_rows = self.groups.ep, tuple(step.sliced_tokens_across_ep(self.groups.topology.tp_size))
+        else:
+            transport, real_rows = self.groups.dp, step.num_tokens_across_dp
+        own = TokenSlice(0, real_rows[transport.rank])
+        gathered = self.gather_rows([own.take(x) for x in (hidden_states, *per_token)], real_rows, transport)
+        return Prepared(
+            hidden_states=gathered[0],
+            per_token=tuple(gathered[1:]),
+            mask=None,
+            handle=AllGatherHandle(
+                step=step,
+                rows=sum(real_rows),
+                transport=transport,
+                real_rows=real_rows,
+                input_rows=hidden_states.shape[0],
+            ),
         )
-        return Prepared(hidden_states=gathered[0], per_token=tuple(gathered[1:]), mask=None, handle=handle)
 
     def finalize(self, routed_output: torch.Tensor, handle: PrepareHandle, *, reduce_results: bool = True) -> Finalized:
-        """Add the ranks' shares and keep this rank's rows.
+        """Add the shares of all ranks and keep this rank's rows.
 
-        COLLECTIVE over dp (ep where sliced): one reduce-scatter; then, where the input was replicated over TP and
-        reduce_results, one all-reduce over tp. Host sync: no. Graph capture: yes, for the captured sizes.
+        COLLECTIVE over dp (ep for a sliced input): one reduce-scatter. For replicated input and reduce_results, one
+        all-reduce over tp follows. Host sync: no. Graph capture: yes, for the captured sizes.
         """
-        handle = check_handle(handle, AllGatherHandle, "AllGatherPrepareAndFinalize.finalize")
-        self._check_finalize(routed_output, handle)
+        handle = self._consume(handle, AllGatherHandle, routed_output)
         output = reduce_scatter_and_pad(routed_output, handle.real_rows, handle.input_rows, handle.transport)
         missing_tp_sum = handle.step.sharding is TokenSharding.REPLICATED and self.groups.topology.tp_size > 1
         if missing_tp_sum and reduce_results:
@@ -69,23 +76,21 @@ class AllGatherPrepareAndFinalize(PrepareAndFinalize):
 
     def gather_rows(
         self,
-        tensors: Sequence[torch.Tensor],  # each [rows, width]; rows past rows_of_ranks[rank] stay here
-        rows_of_ranks: Sequence[int],  # rows that each rank of the group brings
+        tensors: Sequence[torch.Tensor],  # each [real_rows[rank], width]
+        real_rows: Sequence[int],  # rows of each rank of the group
         transport: Transport,
-    ) -> list[torch.Tensor]:  # each [sum(rows_of_ranks), width]; may be views of one message
-        """Gather the tensors of all ranks, in rank order. COLLECTIVE over the transport's group: see prepare."""
-        return move_together(
-            tensors, max(rows_of_ranks), lambda message: self._gather(message, rows_of_ranks, transport)
-        )
-
-    def _group(self, step: StepPlan) -> tuple[Transport, list[int]]:
-        if step.sharding is TokenSharding.SLICED_OVER_TP:
-            return self.groups.ep, step.sliced_tokens_across_ep(self.groups.topology.tp_size)
-        return self.groups.dp, list(step.num_tokens_across_dp)
+    ) -> list[torch.Tensor]:  # each [sum(real_rows), width]; may be views of one message
+        """Gather the rows of all ranks, in rank order. COLLECTIVE over the transport's group, with the cost of prepare."""
+        gathered: list[torch.Tensor] = []
+        for together in share_messages(tensors, max(real_rows)):
+            gathered += self._gather(together, real_rows, transport)
+        return gathered
 
     def _gather(
-        self, tensors: Sequence[torch.Tensor], real_rows: Sequence[int], transport: Transport
-    ) -> list[torch.Tensor]:
-        own_rows = real_rows[transport.rank]
-        own = tensors if tensors[0].shape[0] == own_rows else [tensor[:own_rows] for tensor in tensors]
-        return transport.gather_tokens(own, real_rows)
+        self,
+        tensors: Sequence[torch.Tensor],  # each [real_rows[rank], width]
+        real_rows: Sequence[int],
+        transport: Transport,
+    ) -> list[torch.Tensor]:  # each [sum(real_rows), width]
+        """Gather the tensors in one message."""
+        return transport.gather_tokens(tensors, real_rows)

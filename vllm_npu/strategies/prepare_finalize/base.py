@@ -1,4 +1,4 @@
-"""The contract of the group-level stages: prepare before the experts' dispatch, finalize after their combine."""
+"""The contract of the group-level stages: prepare runs before the dispatch to experts, finalize after the combine."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -6,43 +6,42 @@ from typing import ClassVar, NamedTuple
 
 import torch
 
-from vllm_npu.core.handles import Handle
 from vllm_npu.core.step_plan import StepPlan, TokenSharding
 from vllm_npu.errors import InvalidInputError
+from vllm_npu.strategies.row_handle import RowHandle, RowHandleT, consume
 from vllm_npu.transport.base import Groups
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PrepareHandle(Handle):
-    """Returned by prepare, consumed by the finalize of the same object."""
+class PrepareHandle(RowHandle):
+    """Returned by prepare, consumed by the finalize of the same object. Its rows are the prepared rows."""
 
     step: StepPlan
-    prepared_rows: int  # rows that finalize must be given
 
 
-class Prepared(NamedTuple):  # made once a layer and rank: a named tuple takes a fifth of a dataclass's host time
+class Prepared(NamedTuple):  # made once for each layer: a named tuple takes a fifth of a dataclass's host time
     """The tokens that this rank works on until finalize."""
 
     hidden_states: torch.Tensor  # [prepared_rows, hidden_size]
     per_token: tuple[torch.Tensor, ...]  # each [prepared_rows, ...], in the order given to prepare
-    mask: torch.Tensor | None  # [prepared_rows] bool, True for real tokens, a prefix; None: all are real
+    mask: torch.Tensor | None  # [prepared_rows] bool, True for real tokens, which come first; None: all tokens are real
     handle: PrepareHandle
-    max_rows: int | None = None  # of the fullest rank, where mc2 brings different numbers; None: see the strategy
+    max_rows: int | None = None  # the most prepared_rows of any rank, where MC2's ranks differ; else None
 
 
 class Finalized(NamedTuple):
-    """The layer's output, and what the caller still has to know of it."""
+    """The layer's output, and its layout."""
 
     hidden_states: torch.Tensor  # [input rows, width]; routed_output itself where nothing had to move
-    sharding: TokenSharding  # how it lies over TP: as the input did
-    reduced: bool  # False: a sum over the TP group is still missing
+    sharding: TokenSharding  # of the rows over TP: the sharding of prepare's input
+    reduced: bool  # False: the caller must still sum over the TP group
 
 
 class PrepareAndFinalize(ABC):
-    """One strategy's pair. Holds its groups and nothing of any call: what a call needs later is in the handle."""
+    """The pair of one strategy. It holds its groups and no state of a call: the handle keeps what finalize needs."""
 
     gathers_tokens: ClassVar[bool] = False
-    """Whether prepare sends hidden_states to other ranks: then they are quantised before it."""
+    """Whether prepare sends hidden_states to other ranks. The pipeline then quantises hidden_states before prepare."""
 
     def __init__(self, groups: Groups) -> None:
         self.groups = groups
@@ -54,7 +53,7 @@ class PrepareAndFinalize(ABC):
         per_token: tuple[torch.Tensor, ...],  # each [step.input_rows, ...]: router logits, or top-k weights and ids
         step: StepPlan,
     ) -> Prepared:
-        """Bring this rank the tokens it works on, with whatever travels along. The inputs are not written."""
+        """Bring this rank the tokens that it works on, with their rows of per_token. The inputs are not written."""
 
     @abstractmethod
     def finalize(
@@ -64,8 +63,10 @@ class PrepareAndFinalize(ABC):
         *,
         reduce_results: bool = True,
     ) -> Finalized:
-        """Bring the output back to the layout of prepare's input. reduce_results=False leaves a sum over TP to the caller,
-        where one is due: see Finalized.reduced."""
+        """Bring the output back to the layout of prepare's input.
+
+        With reduce_results=False, a missing sum over TP is left to the caller. Finalized.reduced says whether one is missing.
+        """
 
     def _check_prepare(self, hidden_states: torch.Tensor, per_token: tuple[torch.Tensor, ...], step: StepPlan) -> None:
         if hidden_states.dim() != 2:
@@ -80,10 +81,12 @@ class PrepareAndFinalize(ABC):
                 )
         step.check_input(hidden_states.shape[0], self.groups.topology)
 
-    def _check_finalize(self, routed_output: torch.Tensor, handle: PrepareHandle) -> None:
-        if routed_output.dim() != 2 or routed_output.shape[0] != handle.prepared_rows:
-            raise InvalidInputError(
-                f"routed_output has shape {tuple(routed_output.shape)}; {type(self).__name__}.finalize needs "
-                f"[{handle.prepared_rows}, width], a row for each prepared token"
-            )
-        handle.spend(f"{type(self).__name__}.finalize")
+    def _consume(self, handle: PrepareHandle, expected: type[RowHandleT], routed_output: torch.Tensor) -> RowHandleT:
+        return consume(
+            handle,
+            expected,
+            routed_output,
+            stage=f"{type(self).__name__}.finalize",
+            name="routed_output",
+            meaning="a row for each prepared token",
+        )

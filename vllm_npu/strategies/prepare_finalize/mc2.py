@@ -1,16 +1,16 @@
-"""MC2 (Ascend's fused matrix computation and communication): every rank brings the same number of rows, some masked.
+"""MC2 (Ascend's fused matrix computation and communication): each rank of the grid works on one slice of the tokens.
 
-Chosen for few tokens (decode): shapes depend only on the agreed length, so nothing is counted and graphs can be captured.
+For few tokens (decode): shapes follow from the planned counts, so nothing is counted, and graphs can be captured.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 
-from vllm_npu.core.handles import check_handle
 from vllm_npu.core.step_plan import StepPlan, TokenSharding
 from vllm_npu.core.token_layout import TokenSlice, pad_rows, unpad_rows
+from vllm_npu.core.topology import ParallelTopology
 from vllm_npu.strategies.prepare_finalize.base import Finalized, PrepareAndFinalize, Prepared, PrepareHandle
 
 
@@ -19,80 +19,76 @@ class MC2Handle(PrepareHandle):
     """Returned by MC2PrepareAndFinalize.prepare, consumed by its finalize."""
 
     input_rows: int  # rows of this rank's input, padding included
-    real_rows: int  # those of prepared_rows that are tokens: a prefix
-
-
-@dataclass(frozen=True, slots=True)
-class _Share:
-    """What one rank works on in a step."""
-
-    own: TokenSlice  # of this rank's input
-    rows: int  # after padding
-    real_rows: int
-    padded: bool  # on any rank: then all mask
-    max_rows: int | None
+    real_rows: int  # number of prepared rows that are tokens; they come first
 
 
 class MC2PrepareAndFinalize(PrepareAndFinalize):
-    """Slice over TP; where that leaves some rank without a token or TP ranks uneven, pad to the agreed length and mask."""
+    """Slice over TP. Where the ranks' slices cannot be dispatched as they are, pad all of them to one length and mask."""
 
     takes_uneven_ranks: ClassVar[bool] = True
-    """Whether the dispatcher takes a different number of tokens from each rank, where every rank has one: max_rows."""
+    """Whether the dispatcher takes a different number of tokens from each rank. Every rank must then have a token."""
 
     def prepare(self, hidden_states: torch.Tensor, per_token: tuple[torch.Tensor, ...], step: StepPlan) -> Prepared:
-        """Take this TP rank's slice, as it is or padded to step.padded_tokens. LOCAL. Host sync: no. Graph capture: yes.
+        """Take this TP rank's slice, and pad it where the step needs padding. LOCAL. Host sync: no. Graph capture: yes.
 
-        Padding rows hold 0 in floating-point tensors and -1 in integer ones; the mask is False there, and only there. A
-        step that needs no padding has no mask: views of the input, nothing is copied.
+        Padding rows hold 0 in floating-point tensors and -1 in integer ones. The mask is False for padding rows, and True
+        for all others. A step without padding has no mask, and its tensors are views of the input.
         """
         self._check_prepare(hidden_states, per_token, step)
-        share: _Share = step.derived.get(self) or self._share(step)
-        rows, own = share.rows, share.own
+        own = own_rows(step, self.groups.topology, takes_uneven_ranks=self.takes_uneven_ranks)
         return Prepared(
-            hidden_states=pad_rows(own.take(hidden_states), rows),
+            hidden_states=pad_rows(own.slice.take(hidden_states), own.rows),
             per_token=tuple(
-                pad_rows(own.take(tensor), rows, 0 if tensor.is_floating_point() else -1) for tensor in per_token
+                [pad_rows(own.slice.take(x), own.rows, 0 if x.is_floating_point() else -1) for x in per_token]
             ),
-            mask=torch.arange(rows, device=hidden_states.device) < share.real_rows if share.padded else None,
-            max_rows=share.max_rows,
-            handle=MC2Handle(
-                step=step, prepared_rows=rows, input_rows=hidden_states.shape[0], real_rows=share.real_rows
-            ),
+            mask=torch.arange(own.rows, device=hidden_states.device) < own.real_rows if own.padded else None,
+            max_rows=own.max_rows,
+            handle=MC2Handle(step=step, rows=own.rows, input_rows=hidden_states.shape[0], real_rows=own.real_rows),
         )
 
     def finalize(self, routed_output: torch.Tensor, handle: PrepareHandle, *, reduce_results: bool = True) -> Finalized:
-        """Gather the TP ranks' slices where the input was replicated, then drop the padding.
+        """Gather the slices of the TP ranks where the input was replicated, and drop the padding.
 
-        COLLECTIVE over tp, replicated input only: one all-gather of equal sizes. Host sync: no. Graph capture: yes. The
-        output is complete: reduce_results has no say. Padding rows of a sliced input come back as zeros.
+        COLLECTIVE over tp for replicated input: one all-gather of equal sizes. LOCAL for sliced input, whose padding rows
+        come back as zeros. Host sync: no. Graph capture: yes. The output is complete, so reduce_results has no effect.
         """
-        handle = check_handle(handle, MC2Handle, "MC2PrepareAndFinalize.finalize")
-        self._check_finalize(routed_output, handle)
+        handle = self._consume(handle, MC2Handle, routed_output)
         if handle.step.sharding is TokenSharding.REPLICATED and self.groups.topology.tp_size > 1:
             output = unpad_rows(self.groups.tp.all_gather(routed_output), handle.input_rows)
         else:
             output = pad_rows(unpad_rows(routed_output, handle.real_rows), handle.input_rows)
         return Finalized(hidden_states=output, sharding=handle.step.sharding, reduced=True)
 
-    def _share(self, step: StepPlan) -> _Share:
-        topology = self.groups.topology
-        tp_size = topology.tp_size
-        most_rows = step.padded_tokens(tp_size) // tp_size
-        num_tokens = step.num_tokens_across_dp[topology.dp_rank]
-        full = step.is_full(tp_size)
-        padded = not full and not (self.takes_uneven_ranks and step.divides_over_tp(tp_size))
-        rows = most_rows if padded else num_tokens // tp_size
-        if step.sharding is TokenSharding.REPLICATED:
-            own = TokenSlice.chunk(rows * tp_size, rank=topology.tp_rank, size=tp_size)
-            real_rows = min(max(num_tokens - own.start, 0), rows)
-        else:
-            own = TokenSlice(0, rows)
-            real_rows = TokenSlice.chunk(num_tokens, rank=topology.tp_rank, size=tp_size).length
-        share = step.derived[self] = _Share(own, rows, real_rows, padded, None if padded or full else most_rows)
-        return share
-
 
 class EvenPrepareAndFinalize(MC2PrepareAndFinalize):
-    """As MC2, for a dispatcher that needs as many rows of every rank."""
+    """MC2's pair for a dispatcher that needs the same number of rows from every rank."""
 
     takes_uneven_ranks = False
+
+
+class OwnRows(NamedTuple):
+    """The rows that one rank works on in one step."""
+
+    slice: TokenSlice  # of this rank's input; it may end past the last row
+    rows: int  # number of rows after padding
+    real_rows: int  # number of rows that are tokens
+    padded: bool  # whether any rank pads: then every rank has a mask
+    max_rows: int | None  # the most rows of any rank, where ranks differ; None: all ranks have the same number
+
+
+def own_rows(step: StepPlan, topology: ParallelTopology, *, takes_uneven_ranks: bool) -> OwnRows:
+    """The rows of this rank. A step is padded where some rank has no token or TP ranks differ, and also where any two ranks
+    differ unless takes_uneven_ranks."""
+    tp_rank, tp_size = topology.tp_rank, topology.tp_size
+    num_tokens = step.num_tokens_across_dp[topology.dp_rank]
+    most_rows = step.padded_tokens(tp_size) // tp_size
+    full = step.is_full(tp_size)
+    padded = not full and not (takes_uneven_ranks and step.divides_over_tp(tp_size))
+    rows = most_rows if padded else num_tokens // tp_size
+    if step.sharding is TokenSharding.REPLICATED:
+        taken = TokenSlice(tp_rank * rows, (tp_rank + 1) * rows)
+        real_rows = min(max(num_tokens - taken.start, 0), rows)
+    else:
+        taken = TokenSlice(0, rows)
+        real_rows = TokenSlice.chunk(num_tokens, rank=tp_rank, size=tp_size).length
+    return OwnRows(taken, rows, real_rows, padded, None if padded or full else most_rows)

@@ -1,0 +1,37 @@
+"""The pipelines of a process: one for all layers that have the same strategy and the same sizes."""
+
+from vllm_npu.core.limits import QuantMode
+from vllm_npu.strategies.pipeline import MoEPipeline
+from vllm_npu.strategies.select import build
+from vllm_npu.transport.base import Groups
+
+
+class Pipelines:
+    """Builds the pipelines over `groups` and keeps them. Layers may share a pipeline, since it keeps no state of a call."""
+
+    def __init__(self, groups: Groups) -> None:
+        self.groups = groups
+        self._pipelines: dict[tuple[str, int, QuantMode, int], MoEPipeline] = {}
+
+    def get(
+        self,
+        strategy: str,
+        num_experts: int,  # over all ranks, redundant ones included
+        quant_mode: QuantMode = QuantMode.NONE,
+        shared_expert_ranks: int = 0,
+    ) -> MoEPipeline:
+        """Return the pipeline, and build it at the first call. LOCAL. Raises UnsupportedConfigError as build does."""
+        key = strategy, num_experts, quant_mode, shared_expert_ranks
+        found = self._pipelines.get(key)
+        if (
+            found is None
+        ):  # micro-batches may ask from several threads: setdefault returns the same pipeline to all of them
+            found = self._pipelines.setdefault(
+                key, build(strategy, self.groups, num_experts, quant_mode, shared_expert_ranks)
+            )
+        return found
+
+    def close(self) -> None:
+        """Close and forget all pipelines. LOCAL. Safe to call twice. No handle may be in flight."""
+        while self._pipelines:
+            self._pipelines.popitem()[1].dispatcher.close()

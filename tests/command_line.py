@@ -15,3 +15,10 @@ def vllm_npu(*arguments: str, **environment: str) -> "subprocess.CompletedProces
         timeout=240,
         check=False,
     )
+
+
+def refusal(*arguments: str) -> str:
+    """Run the command, which must end with exit status 1. Returns what it wrote to stderr."""
+    done = vllm_npu(*arguments)
+    assert done.returncode == 1, done.stdout
+    return done.stderr

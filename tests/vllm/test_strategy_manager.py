@@ -1,4 +1,4 @@
-"""Strategies as vLLM's all2all manager, over gloo: what vLLM's experts get and give, against the dense reference."""
+"""Strategies as vLLM's all2all manager over gloo give the output of the dense reference."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What ranks run to test a gathering all2all manager, on any transport."""
+"""Run on each rank to test a gathering all2all manager, on any transport."""
 
 import torch
 
@@ -10,7 +10,7 @@ WIDTH, TOP_K, EXPERTS = 2048, 2, 8
 
 
 def exchanges(rank: Rank, name: str) -> list[str]:
-    """Every step's faults, each rank data parallel, and two of them sequence parallel over TP2."""
+    """Return the faults of all steps: with data parallelism alone, and with sequence parallelism over TP2."""
     faults = []
     for counts in COUNTS[rank.num_ranks]:
         for tp_size in (1, 2):
@@ -24,13 +24,13 @@ def exchanges(rank: Rank, name: str) -> list[str]:
 def _exchange(rank: Rank, name: str, counts: tuple[int, ...], tp_size: int) -> list[str]:
     groups = rank.groups(tp_size=tp_size, dp_size=rank.num_ranks // tp_size)
     manager = manager_class(name)(groups, lambda: counts)
-    sequence_parallel = tp_size > 1  # the exchange is over EP then, of all ranks
+    sequence_parallel = tp_size > 1  # then the exchange is over EP, which has all ranks
     generator = torch.Generator().manual_seed(sum(counts))
     whole = [
         torch.randint(-3, 4, (sum(counts), WIDTH), generator=generator).to(torch.bfloat16),
         torch.rand(sum(counts), TOP_K, generator=generator),
         torch.randint(EXPERTS, (sum(counts), TOP_K), generator=generator).to(torch.int32),
-        torch.rand(sum(counts), generator=generator),  # a tensor beside them, as scales are
+        torch.rand(sum(counts), generator=generator),  # an extra tensor, as scales are
     ]
     whole = [x.to(rank.device) for x in whole]
     start = sum(counts[: rank.rank])

@@ -1,5 +1,7 @@
-"""What ranks run to test the strategies as vLLM's all2all manager: real vLLM's forward context, the ranks' own process groups,
-and experts that read rows, weights and ids as vLLM's do."""
+"""Run on each rank to test the strategies as vLLM's all2all manager.
+
+The forward context is vLLM's. The process groups are those of the ranks. The experts read rows, weights and ids as vLLM's do.
+"""
 
 import torch
 import torch.distributed as dist
@@ -12,7 +14,7 @@ from vllm_npu.tools.verification import Case, CaseTensors
 
 
 def run_cases(rank: Rank, cases: list[Case]) -> list[str]:
-    """The faults of this rank. COLLECTIVE."""
+    """Return the faults that this rank finds. COLLECTIVE."""
     cpu_group = dist.new_group(backend="gloo")
     return [f"{case}: {fault}" for case in cases for fault in _run(rank, case, cpu_group)]
 
@@ -49,7 +51,8 @@ def _run(rank: Rank, case: Case, cpu_group: dist.ProcessGroup) -> list[str]:
 
 
 def cases(strategy: str, num_ranks: int) -> list[Case]:
-    """Full steps, uneven ones, and ones without tokens; data parallel alone, and sequence parallel over TP2."""
+    """Full steps, uneven steps and steps in which some ranks have no tokens, each with data parallelism alone and with sequence
+    parallelism over TP2."""
     grids = [(1, num_ranks, TokenSharding.REPLICATED), (2, num_ranks // 2, TokenSharding.SLICED_OVER_TP)]
     found = []
     for tp_size, dp_size, sharding in grids:

@@ -1,4 +1,4 @@
-"""Buffers of the libraries behind the generic managers, their handle cache and dispatch rules: without the libraries."""
+"""Buffer sizes, handle cache and rules of the generic managers. The libraries of the managers are not needed."""
 
 import pytest
 import torch
@@ -87,7 +87,7 @@ def test_empty_slots_have_an_expert_of_another_rank():
 
 
 class OnGPU(torch.Tensor):
-    """A CPU tensor that says it is on a GPU, so that the rule can be asked without one."""
+    """A CPU tensor whose is_cuda is True, so that the rule can be tested without a GPU."""
 
     is_cuda = True
 

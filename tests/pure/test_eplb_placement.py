@@ -1,4 +1,4 @@
-"""Placements and the transfers between two of them: every expert arrives, loads are even, bad tables are named."""
+"""Placements and transfers: every expert arrives, sources share the load, and an error names what is wrong in a table."""
 
 from collections import Counter
 
@@ -17,7 +17,7 @@ from vllm_npu.errors import InvalidInputError
 
 
 def drawn(num_ranks: int, slots: int, num_experts: int, seed: int, *, empty: bool = True) -> ReplicaPlacement:
-    """Every expert once, replicas of any in the slots that are left, some of these empty; no expert twice on a rank."""
+    """Draw a placement with every expert once. The other slots are replicas or empty. No expert is twice on a rank."""
     generator = seeded(seed)
     order = torch.randperm(num_ranks * slots, generator=generator).tolist()
     table = [[EMPTY] * slots for _ in range(num_ranks)]
@@ -52,7 +52,7 @@ def test_a_simulated_move_brings_every_slot_its_expert(num_ranks, slots, seed):
 
 @given(st.integers(2, 8), SEEDS)
 def test_no_source_sends_much_more_than_its_share(num_ranks, seed):
-    """Where all ranks have all that is fetched, loads differ by one at most."""
+    """The loads of ranks that all have the same experts differ by one at most."""
     slots = 4
     old = ReplicaPlacement.of([[0, 1, 2, 3]] * (num_ranks - 1) + [[EMPTY] * slots], 4)
     order = torch.randperm(slots, generator=seeded(seed)).tolist()

@@ -1,4 +1,4 @@
-"""naive and AgRs on gloo: what they bring to the experts and take back, in DP and in sequence-parallel steps."""
+"""The managers naive and agrs over gloo: their dispatch and combine, in data-parallel and in sequence-parallel steps."""
 
 import inspect
 

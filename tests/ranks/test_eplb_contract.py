@@ -1,5 +1,7 @@
-"""eplb/communicator.py's contract, for every communicator; over gloo here, on NPU tensors in tests/emulated/test_eplb.py, on
-GPUs in tests/cuda/test_eplb.py."""
+"""The contract of eplb/communicator.py for every communicator, over gloo.
+
+tests/emulated/test_eplb.py runs it on NPU tensors, and tests/cuda/test_eplb.py on GPUs.
+"""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -28,7 +30,7 @@ DTYPES = (torch.bfloat16, torch.float32, torch.int8, torch.float8_e4m3fn, torch.
 
 
 class GroupOverATransport:
-    """pynccl.GroupedPointToPoint on processes without GPUs: what is between start and end travels together."""
+    """pynccl.GroupedPointToPoint for processes without GPUs. Messages between group_start and group_end travel together."""
 
     def __init__(self, transport: Transport) -> None:
         self.rank, self.world_size = transport.rank, transport.size
@@ -66,7 +68,7 @@ def over_gloo(rank: Rank, kind: str) -> EplbCommunicator:
 
 
 def weights(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> torch.Tensor:
-    """Any bytes, the same on every rank that names the seed, on the default device."""
+    """Return random bytes on the default device. They are the same on every rank that gives the same seed."""
     size = torch.empty(shape, dtype=dtype, device="meta").nbytes
     return (
         torch.randint(256, (size,), generator=seeded(seed), device="cpu", dtype=torch.uint8)
@@ -166,7 +168,7 @@ def many_small_and_one_large(c: EplbCommunicator) -> None:
 
 
 def permuted_experts(c: EplbCommunicator) -> None:
-    """All experts move at once, each of three tensors, to slots drawn anew; then again from there."""
+    """Move all experts at once to new random slots, four times. An expert has three tensors."""
     slots, shapes = 3, (((4, 6), torch.bfloat16), ((6,), torch.float32), ((6, 2), torch.int8))
     num_experts = slots * c.size
     places = [list(range(num_experts))]
@@ -269,7 +271,7 @@ def test_contract(pools, kind, num_ranks):
 
 
 class Allocations(TorchDispatchMode):
-    """Bytes of CPU memory allocated meanwhile, all added up."""
+    """Counts the bytes of CPU memory that are allocated inside the context."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -293,7 +295,7 @@ def _tensors(values) -> Iterator[torch.Tensor]:
 
 
 def allocated(rank: Rank, staging: int) -> int:
-    """Of an exchange of 8 MiB with each other rank, all in one execute."""
+    """Return the bytes that one execute allocates when each rank exchanges 8 MiB with each other rank."""
     c = GlooStagedEplbCommunicator(rank.groups(tp_size=1, dp_size=rank.num_ranks).ep, staging)
     sent = [torch.full((8, 1 << 20), peer, dtype=torch.uint8) for peer in range(c.size)]
     received = [torch.zeros(8, 1 << 20, dtype=torch.uint8) for _ in range(c.size)]
@@ -352,7 +354,7 @@ def test_bytes_that_do_not_match_are_an_error_in_time(kind):
 
 
 class FailsOnce(GroupOverATransport):
-    """As where NCCL refuses a message within its group."""
+    """Fails once inside a group, as NCCL does where it refuses a message."""
 
     failed = False
 

@@ -1,4 +1,4 @@
-"""move_experts on real ranks: every slot gets its expert, and a fault on one rank changes no weight on any."""
+"""move_experts on real ranks: every slot gets its expert, and an error on one rank leaves the weights of all unchanged."""
 
 from itertools import pairwise
 
@@ -25,7 +25,7 @@ def expert(e: int) -> list[torch.Tensor]:
 
 
 def held(row) -> list[torch.Tensor]:
-    """The weights of a rank with these experts, [SLOTS, ...] each."""
+    """Return the weights of a rank that has these experts, each [SLOTS, ...]."""
     rows = [[unfilled(shape, dtype) for shape, dtype in SHAPES] if e == EMPTY else expert(e) for e in row]
     return [torch.stack(list(each)) for each in zip(*rows, strict=True)]
 
@@ -63,7 +63,7 @@ def test_every_slot_gets_its_expert(pools, kind, num_ranks):
 OLD = [[0, 1, 2], [3, 4, 5]]
 NEW = [[0, 3, 2], [1, 4, 5]]
 TWICE, FEWER_RANKS = [[0, 3, 2], [1, 1, 5]], [[0, 1, 2]]
-# What is wrong: the new placement of each rank that does not get NEW, the error, and parts of its text.
+# Each fault: the new placement of each rank that does not get NEW, the error, and parts of its text.
 FAULTS = {
     "twice on a rank, for one": (
         {0: [[0, 3, 3], [1, 4, 5]]},
@@ -94,7 +94,7 @@ FAULTS = {
 
 
 class FailsOnRank1(TorchDistEplbCommunicator):
-    """As where a message cannot be sent. The last of its rank's messages have arrived by then."""
+    """Raises on rank 1 after its messages have arrived, as a transport does that cannot send."""
 
     def _exchange(self, messages: list[SendRecv]) -> None:
         super()._exchange(messages)

@@ -30,3 +30,8 @@ class Pipelines:
                 key, build(strategy, self.groups, num_experts, quant_mode, shared_expert_ranks)
             )
         return found
+
+    def close(self) -> None:
+        """Close and forget all pipelines. LOCAL. Safe to call twice. No handle may be in flight."""
+        while self._pipelines:
+            self._pipelines.popitem()[1].dispatcher.close()

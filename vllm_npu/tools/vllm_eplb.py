@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -53,13 +54,19 @@ class Balance:
         return f"{NUM_EXPERTS} experts, top-{TOP_K}, {MOE_LAYERS} layers, {load}"
 
 
-def balance(ranks: int, redundant_experts: int, seed: int) -> Balance:
-    """Of a drawn load of NUM_EXPERTS experts: tokens' choices are independent, and each layer prefers experts of its own."""
+@cache
+def draw_load(seed: int) -> torch.Tensor:  # [MOE_LAYERS, NUM_EXPERTS] tokens
+    """Draw the load of NUM_EXPERTS experts. Choices of tokens are independent, and each layer prefers other experts."""
     generator = torch.Generator().manual_seed(seed)
     chance = torch.arange(1, NUM_EXPERTS + 1, dtype=torch.float64) ** -SKEW
     preferred = torch.stack([torch.randperm(NUM_EXPERTS, generator=generator) for _ in range(MOE_LAYERS)])
     choices = torch.multinomial(chance[preferred], TOKENS * TOP_K, replacement=True, generator=generator)
-    load = torch.zeros(MOE_LAYERS, NUM_EXPERTS).scatter_add_(1, choices, torch.ones(choices.shape))
+    return torch.zeros(MOE_LAYERS, NUM_EXPERTS).scatter_add_(1, choices, torch.ones(choices.shape))
+
+
+def balance(ranks: int, redundant_experts: int, seed: int) -> Balance:
+    """Balance the load of draw_load on this number of ranks."""
+    load = draw_load(seed)
     start = EplbState.build_initial_global_physical_to_logical_map(NUM_EXPERTS, redundant_experts)
     before = torch.tensor(start).expand(MOE_LAYERS, -1)
     after = DefaultEplbPolicy.rebalance_experts(load, before.shape[1], 1, 1, ranks, before)

@@ -22,8 +22,9 @@ from vllm_npu.strategies.dispatch.base import RoutedTokens
 from vllm_npu.strategies.dispatch.rows_with_ids import RowsWithIds
 from vllm_npu.strategies.dispatch.symmetric_layout import why_not_symmetric
 from vllm_npu.strategies.pipeline import MoEPipeline
+from vllm_npu.strategies.pipelines import Pipelines
 from vllm_npu.strategies.prepare_finalize.base import PrepareHandle
-from vllm_npu.strategies.select import Selection, build, check_strategy, select
+from vllm_npu.strategies.select import Selection, check_strategy, select
 from vllm_npu.strategies.table import AUTO
 from vllm_npu.transport.base import Groups
 from vllm_npu.transport.gloo import GlooTransport
@@ -77,7 +78,7 @@ class StrategyAll2AllManager(All2AllManager):
         check_strategy(strategy, groups.topology, device=self.limits)
         self.selection: Selection | None = None  # of the last step with another strategy than before
         self._layers: dict[RowKind, MoELayer] = {}
-        self._pipelines: dict[str, MoEPipeline] = {}
+        self._pipelines = Pipelines(groups)
         self._in_flight: dict[int, _InFlight] = {}  # by micro-batch
         self._step: _Step | None = None
 
@@ -85,7 +86,7 @@ class StrategyAll2AllManager(All2AllManager):
         """Run the strategy's prepare and dispatch. Tensors of the symmetric strategy are views, valid until combine."""
         step = self._current_step(is_sequence_parallel)
         name = self._strategy_of(step, tokens)
-        pipeline = self._pipeline(name)
+        pipeline = self._pipelines.get(name, self.num_experts)
         self._check(name, pipeline, step.plan, len(tokens.extra_tensors))
         per_token = (tokens.topk_weights, tokens.topk_ids, *tokens.extra_tensors)
         prepared = pipeline.prepare_finalize.prepare(tokens.rows, per_token, step.plan)
@@ -107,8 +108,7 @@ class StrategyAll2AllManager(All2AllManager):
 
     def destroy(self) -> None:
         """Close what the strategies opened: the windows of symmetric."""
-        while self._pipelines:
-            self._pipelines.popitem()[1].dispatcher.close()
+        self._pipelines.close()
 
     def _current_step(self, is_sequence_parallel: bool) -> _Step:
         dp_metadata = get_forward_context().dp_metadata
@@ -144,11 +144,6 @@ class StrategyAll2AllManager(All2AllManager):
                 )
             self.selection = selection
         return selection.strategy
-
-    def _pipeline(self, name: str) -> MoEPipeline:
-        if name not in self._pipelines:
-            self._pipelines[name] = build(name, self.groups, self.num_experts)
-        return self._pipelines[name]
 
     def _check(self, name: str, pipeline: MoEPipeline, plan: StepPlan, num_extra_tensors: int) -> None:
         """Raise UnsupportedConfigError where the strategy cannot carry this layer inside vLLM."""

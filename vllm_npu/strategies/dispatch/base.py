@@ -113,16 +113,6 @@ class Dispatcher(ABC):
     ) -> torch.Tensor:  # [num_tokens, width], dtype of expert_output
         """Bring the experts' rows back to the ranks of their tokens, and return each token's weighted sum."""
 
-    def _consume(self, handle: DispatchHandle, expected: type[RowHandleT], expert_output: torch.Tensor) -> RowHandleT:
-        return consume(
-            handle,
-            expected,
-            expert_output,
-            stage=f"{type(self).__name__}.combine",
-            name="expert_output",
-            meaning="a row for each row of expert_input",
-        )
-
     max_extra_tensors: ClassVar[int | None] = 0
     """Most tensors that dispatch_with_ids takes beside the rows. None: any number."""
 
@@ -161,3 +151,13 @@ class Dispatcher(ABC):
         """Global id of an expert of another rank."""
         topology = self.groups.topology
         return self.placement.first_expert((topology.ep_rank + 1) % topology.ep_size)
+
+    def _consume(self, handle: DispatchHandle, expected: type[RowHandleT], expert_output: torch.Tensor) -> RowHandleT:
+        return consume(
+            handle,
+            expected,
+            expert_output,
+            stage=f"{type(self).__name__}.combine",
+            name="expert_output",
+            meaning="a row for each row of expert_input",
+        )

@@ -65,6 +65,6 @@ class LocalPermuteDispatcher(Dispatcher):
 
     def combine_with_ids(self, expert_output: torch.Tensor, handle: Handle) -> torch.Tensor:
         """Return expert_output itself, which has a row for each token."""
-        stage = f"{type(self).__name__}.combine_with_ids"
+        stage = "LocalPermuteDispatcher.combine_with_ids"
         self._consume(check_handle(handle, DispatchHandle, stage), DispatchHandle, expert_output)
         return expert_output

@@ -44,7 +44,8 @@ class AllGatherPrepareAndFinalize(PrepareAndFinalize):
             transport, real_rows = self.groups.ep, tuple(step.sliced_tokens_across_ep(self.groups.topology.tp_size))
         else:
             transport, real_rows = self.groups.dp, step.num_tokens_across_dp
-        gathered = self.gather_rows((hidden_states, *per_token), real_rows, transport)
+        own = TokenSlice(0, real_rows[transport.rank])
+        gathered = self.gather_rows([own.take(x) for x in (hidden_states, *per_token)], real_rows, transport)
         return Prepared(
             hidden_states=gathered[0],
             per_token=tuple(gathered[1:]),
@@ -75,15 +76,14 @@ class AllGatherPrepareAndFinalize(PrepareAndFinalize):
 
     def gather_rows(
         self,
-        tensors: Sequence[torch.Tensor],  # each [rows, width]; rows past rows_of_ranks[rank] stay here
-        rows_of_ranks: Sequence[int],  # rows that each rank of the group brings
+        tensors: Sequence[torch.Tensor],  # each [real_rows[rank], width]
+        real_rows: Sequence[int],  # rows of each rank of the group
         transport: Transport,
-    ) -> list[torch.Tensor]:  # each [sum(rows_of_ranks), width]; may be views of one message
-        """Gather the tensors of all ranks, in rank order. COLLECTIVE over the transport's group: see prepare."""
-        own = TokenSlice(0, rows_of_ranks[transport.rank])
+    ) -> list[torch.Tensor]:  # each [sum(real_rows), width]; may be views of one message
+        """Gather the rows of all ranks, in rank order. COLLECTIVE over the transport's group, with the cost of prepare."""
         gathered: list[torch.Tensor] = []
-        for together in share_messages([own.take(x) for x in tensors], max(rows_of_ranks)):
-            gathered += self._gather(together, rows_of_ranks, transport)
+        for together in share_messages(tensors, max(real_rows)):
+            gathered += self._gather(together, real_rows, transport)
         return gathered
 
     def _gather(

@@ -21,10 +21,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from vllm_npu.child_processes import free_port
 from vllm_npu.envs import MOE_COMM
 from vllm_npu.plugin.entry_points import PLUGIN_NAME
-from vllm_npu.tools.engines.engine_processes import folder_for_sockets, free_port
-from vllm_npu.tools.engines.http_engine import ask_server
+from vllm_npu.tools.engines.engine_processes import folder_for_sockets
+from vllm_npu.tools.engines.http_engine import ask_server, wait_for_health
 from vllm_npu.tools.engines.process_tree import ProcessTree
 from vllm_npu.tools.engines.tiny_models import DEMO_MAX_TOKENS, QWEN3_MOE, demo_prompts, write_tiny_model
 
@@ -136,15 +137,14 @@ def sample(tree: ProcessTree, started: float, answers: int) -> Sample:
 
 
 def wait_until_healthy(tree: ProcessTree, port: int) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline and tree.process.poll() is None:
-        try:
-            ask_server(port, "/health", None, 5.0)
-        except OSError:
-            time.sleep(1)
-        else:
-            return
-    raise SystemExit("soak: the server did not start; see its log")
+    def check_process() -> None:
+        if tree.process.poll() is not None:
+            raise SystemExit("soak: the server ended while starting; see its log")
+
+    try:
+        wait_for_health(port, START_SECONDS, check_process)
+    except TimeoutError as error:
+        raise SystemExit(f"soak: {error}; see its log") from None
 
 
 def growth(samples: Sequence[Sample], field: str) -> tuple[float, float]:

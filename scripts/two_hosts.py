@@ -23,7 +23,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -31,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vllm_npu.tools.engines.engine_processes import require_vllm
-from vllm_npu.tools.engines.http_engine import ask_server
+from vllm_npu.tools.engines.http_engine import ask_server, wait_for_health
 from vllm_npu.tools.engines.process_tree import ProcessTree
 from vllm_npu.tools.engines.tiny_models import QWEN3_MOE, write_tiny_model
 
@@ -154,18 +153,15 @@ def complete(prompt: list[int], max_tokens: int) -> list[int]:
 
 
 def wait_until_ready(servers: list[tuple[ProcessTree, Path]]) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while True:
-        try:
-            ask("/health", timeout=5.0)
-            break
-        except (urllib.error.URLError, OSError):
-            for tree, log in servers:
-                if tree.process.poll() is not None:
-                    raise NotAsItShouldBeError(f"{log} ended while starting:\n{tail(log)}") from None
-            if time.monotonic() > deadline:
-                raise NotAsItShouldBeError(f"not ready after {START_SECONDS:.0f} s; see {servers[0][1]}") from None
-            time.sleep(0.5)
+    def check_processes() -> None:
+        for tree, log in servers:
+            if tree.process.poll() is not None:
+                raise NotAsItShouldBeError(f"{log} ended while starting:\n{tail(log)}")
+
+    try:
+        wait_for_health(HTTP_PORT, START_SECONDS, check_processes)
+    except TimeoutError:
+        raise NotAsItShouldBeError(f"not ready after {START_SECONDS:.0f} s; see {servers[0][1]}") from None
     for tree, _ in servers:
         tree.note_shared_memory()
 

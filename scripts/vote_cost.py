@@ -79,7 +79,8 @@ def step_times(file: Path) -> dict[bool, list[float]]:
 
 
 def main() -> None:
-    from vllm_npu.tools.engines.engine_processes import engine_environment, folder_for_sockets, free_port
+    from vllm_npu.child_processes import free_port
+    from vllm_npu.tools.engines.engine_processes import engine_environment, folder_for_sockets
     from vllm_npu.tools.engines.tiny_models import QWEN3_MOE, write_tiny_model
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -27,7 +27,7 @@ ENABLE = "import vllm_npu.emulator; vllm_npu.emulator.enable(); "
 
 
 @dataclass(frozen=True)
-class Row:
+class TimedRow:
     """One line of the table."""
 
     what: str
@@ -155,20 +155,20 @@ def seconds_of(*command: str, **environment: str) -> float:
     return time.perf_counter() - start
 
 
-def rows(with_build: bool) -> Iterator[Row]:
+def rows(with_build: bool) -> Iterator[TimedRow]:
     if with_build:
         with tempfile.TemporaryDirectory() as folder:
             built = seconds_of("-m", "vllm_npu.emulator", "build", VLLM_NPU_ENV_HOME=folder)
-        yield Row("build of the libraries, once", "s", [built])
+        yield TimedRow("build of the libraries, once", "s", [built])
     for what, code in (
         ("`import torch`", "import torch"),
         ("`enable()`, `import torch, torch_npu`", ENABLE + "import torch, torch_npu"),
         ("the same and `torch.ones(1, device='npu')`", ENABLE + "import torch, torch_npu; torch.ones(1, device='npu')"),
     ):
-        yield Row(f"process that does {what}", "s", [seconds_of("-c", code) for _ in range(LAUNCHES)])
+        yield TimedRow(f"process that does {what}", "s", [seconds_of("-c", code) for _ in range(LAUNCHES)])
     operators = in_emulated_ranks("operators", 1)
     for device in ("npu", "cpu"):
-        yield Row(f"`x + 1` of 16 float32 on {device}", "µs", operators[device])
+        yield TimedRow(f"`x + 1` of 16 float32 on {device}", "µs", operators[device])
     for num_ranks in (2, 4):
         launches = [in_emulated_ranks("ranks", num_ranks) for _ in range(LAUNCHES)]
         for name, what in (
@@ -177,7 +177,7 @@ def rows(with_build: bool) -> Iterator[Row]:
             ("layer", f"dispatch_v2 and combine_v2 of {TOKENS} tokens a rank, hidden size {HIDDEN}, top-{TOP_K}, bf16"),
         ):
             samples = [sample for launch in launches for sample in launch[name]]
-            yield Row(f"{what}, {num_ranks} ranks", "ms", samples)
+            yield TimedRow(f"{what}, {num_ranks} ranks", "ms", samples)
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 import transformers
 from torch.overrides import TorchFunctionMode
 
-from vllm_npu.cli import ascend_demo
+from vllm_npu.tools.demo import ascend_demo
 from vllm_npu.tools.engines.tiny_models import VOCAB_SIZE, TinyModel, demo_prompts, write_tiny_model
 
 COPIES = 16

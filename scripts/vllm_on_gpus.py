@@ -111,7 +111,7 @@ def rank_main(rank: int, options: argparse.Namespace, model: str, port: int, bar
         if options.measure:
             result |= measure(generate)
         else:
-            from vllm_npu.cli.ascend_demo import MAX_TOKENS
+            from vllm_npu.tools.demo.ascend_demo import MAX_TOKENS
             from vllm_npu.tools.engines.tiny_models import demo_prompts
 
             share = slice(rank, None, options.dp)
@@ -160,7 +160,7 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    from vllm_npu.tools.engines.engine_processes import free_port
+    from vllm_npu.child_processes import free_port
 
     os.environ["VLLM_NPU_CUDA_PLATFORM"] = "1"
     os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # collective_rpc of change_manager
@@ -173,7 +173,7 @@ def main() -> int:
                 json.dumps({**QWEN3_30B_A3B, "num_hidden_layers": options.layers})
             )
         else:
-            from vllm_npu.cli.ascend_demo import MODELS
+            from vllm_npu.tools.demo.ascend_demo import MODELS
             from vllm_npu.tools.engines.tiny_models import write_tiny_model
 
             write_tiny_model(MODELS[0], Path(folder))

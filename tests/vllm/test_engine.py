@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from vllm_npu.cli.demo import DP2_EP, TP2_DP2_EP, TP2_EP, compare
 from vllm_npu.strategies.table import STRATEGIES
+from vllm_npu.tools.demo.vanilla_demo import DP2_EP, TP2_DP2_EP, TP2_EP, compare
 from vllm_npu.tools.engines.engine_processes import EngineFailedError, Parallelism
 from vllm_npu.tools.engines.engine_set import EngineSet, Generation
 from vllm_npu.tools.engines.tiny_models import DEEPSEEK_V2, DEMO_MAX_TOKENS, QWEN3_MOE, TinyModel, demo_prompts

@@ -1,9 +1,9 @@
-"""Measures what the emulated Ascend device costs on this machine, and prints docs/emulator.md's table.
+"""Measures times of the emulated Ascend device on this machine, and prints the table of docs/emulator.md.
 
 Usage: $PY scripts/emulator_times.py [--build]    with the python of scripts/setup.sh --emulator, on an idle machine
 
-Every number is of the emulated device: it says how long tests take, nothing about an NPU. --build adds a build from
-scratch, in a temporary folder.
+The numbers show how long tests take. They say nothing about an NPU. --build also measures a build from scratch, in a temporary
+folder.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from pathlib import Path
 
 LAUNCHES = 5
 WARM_UP, REPEATS = 5, 40
-CALLS = 200  # of one sample of an operator
+CALLS = 200  # calls of an operator in one sample
 TOKENS, HIDDEN, EXPERTS_PER_RANK, TOP_K = 64, 1024, 4, 4
 ENABLE = "import vllm_npu.emulator; vllm_npu.emulator.enable(); "
 
@@ -51,11 +51,11 @@ def spread(samples: list[float]) -> tuple[float, float, float]:
     return tenths[0], statistics.median(samples), tenths[8]
 
 
-# --- in processes of their own ---
+# --- measurements, each in a new process ---
 
 
 def timed(function: Callable[[], object], repeats: int = REPEATS, calls: int = 1) -> list[float]:
-    """Seconds of one call, `repeats` times."""
+    """Seconds of one call, measured `repeats` times."""
     for _ in range(WARM_UP):
         function()
     samples = []
@@ -80,7 +80,7 @@ def measure_operators() -> dict[str, list[float]]:
 
 
 def measure_ranks() -> dict[str, list[float]]:
-    """In each rank: opening the process group, a reduction, and a layer's way to the experts and back."""
+    """Measure in each rank: the start of the process group, an all-reduce, and a layer's dispatch and combine."""
     import torch
     import torch.distributed as dist
     import torch_npu  # noqa: F401
@@ -91,7 +91,7 @@ def measure_ranks() -> dict[str, list[float]]:
     start = time.perf_counter()
     dist.init_process_group("hccl")
     one = torch.ones(1, device=device)
-    dist.all_reduce(one)  # HCCL's communicator is made by the first collective
+    dist.all_reduce(one)  # the first collective makes HCCL's communicator
     torch.npu.synchronize()
     found = {"init": [time.perf_counter() - start]}
 
@@ -128,7 +128,7 @@ def measure_ranks() -> dict[str, list[float]]:
 MEASUREMENTS = {"operators": measure_operators, "ranks": measure_ranks}
 
 
-# --- in the first process ---
+# --- the main process ---
 
 
 def run(*command: str, **environment: str) -> str:
@@ -141,7 +141,7 @@ def run(*command: str, **environment: str) -> str:
 
 
 def in_emulated_ranks(measurement: str, num_ranks: int) -> dict[str, list[float]]:
-    """The slowest rank's times."""
+    """Times of the slowest rank."""
     arguments = ("-m", "vllm_npu.emulator", "run", "--soc", "A3", "--nproc", str(num_ranks), __file__)
     with tempfile.TemporaryDirectory() as folder:
         run(*arguments, "--measure", measurement, "--folder", folder)

@@ -1,4 +1,4 @@
-"""Whether a real CANN is there: the emulator must never stand in its way."""
+"""Search for a real CANN: the emulated device must never replace it."""
 
 import os
 from collections.abc import Mapping
@@ -34,7 +34,7 @@ def find(environ: Mapping[str, str] = os.environ) -> str | None:
 
 
 def refuse_if_found() -> None:
-    """Raises UnsupportedConfigError where a real CANN is there."""
+    """Raise UnsupportedConfigError if a real CANN is installed."""
     found = find()
     if found is not None:
         raise UnsupportedConfigError(

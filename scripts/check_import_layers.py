@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""Checks that every import in vllm_npu/ goes down the layers, and that outside packages enter only where they may.
+"""Checks that files of vllm_npu/ import only from lower layers, and outside packages only where that is allowed.
 
 Usage: check_import_layers.py [ROOT]    ROOT is the folder that holds vllm_npu/ (default: this checkout)
 
-Prints "file:line: what; what to do" for each fault and exits 1, or a summary and exits 0. Reads the sources, imports
-nothing, and needs the standard library only. An import inside a function counts like one at the top of the file.
+Prints "file:line: fault; remedy" for each fault and exits with status 1, or prints a summary and exits with status 0. It reads
+the sources and imports nothing. It needs the standard library only. An import in a function counts like one at the top of the
+file.
 """
 
 import argparse
@@ -16,10 +17,10 @@ from pathlib import Path
 
 PACKAGE = "vllm_npu"
 
-# Never runs in service: the layers below it do, and import nothing of it.
+# Never runs in service. The layers below it run in service, and must not import it.
 TOOLS = "tools"
 
-# Each layer may import itself and the layers below it.
+# The top layer comes first. Each layer may import itself and the layers below it.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("cli", "__main__"),
     (TOOLS,),
@@ -31,7 +32,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("transport",),
     ("core",),
     ("native_build",),
-    ("errors", "envs"),
+    ("errors", "envs", "child_processes"),
 )
 LAYER_OF = {module: depth for depth, layer in enumerate(LAYERS) for module in layer}
 
@@ -40,20 +41,21 @@ LAYER_OF = {module: depth for depth, layer in enumerate(LAYERS) for module in la
 PLATFORM_FOLDERS = ("plugin/cpu/", "plugin/gpu/", "plugin/ascend/")
 PLATFORM_IMPORTERS = ("plugin/__init__.py", "plugin/compat/")
 
-# Beside the layers: runs before torch is imported, so it sees next to nothing of the package.
+# In no layer: it runs before torch is imported, so it may import only these modules, which need the standard library alone.
 EMULATOR = "emulator"
-EMULATOR_MAY_IMPORT = frozenset({EMULATOR, "native_build", "errors", "envs"})
+EMULATOR_MAY_IMPORT = frozenset({EMULATOR, "native_build", "child_processes", "errors", "envs"})
+EMULATOR_IMPORTS_LISTED = ", ".join(sorted(EMULATOR_MAY_IMPORT - {EMULATOR}))
 EMULATOR_MAY_IMPORT_OUTSIDE = {"emulator/pytest_plugin.py": "pytest"}
-# Modules that are themselves imported in a function, when torch_npu is in use: they define operators and take tensors.
+# These modules may import torch at the top: the emulator imports them in functions, after torch_npu has been imported.
 EMULATOR_AFTER_TORCH = frozenset({"emulator/ascend_stack/custom_ops.py", "emulator/ascend_stack/slot_mapping.py"})
 EMULATOR_IMPORTERS = frozenset({"cli", TOOLS, "__main__", EMULATOR})
 
 
 @dataclass(frozen=True, slots=True)
 class Confined:
-    """An outside package that only some places, relative to the package, may import."""
+    """An outside package that only some files of the package may import."""
 
-    places: tuple[str, ...]
+    places: tuple[str, ...]  # folders and files, relative to the package
     allowed_for_type_checking: bool
 
 
@@ -72,10 +74,11 @@ CONFINED = {
     "torch._C._distributed_c10d": Confined(("transport/", "eplb/", "all2all/"), allowed_for_type_checking=True),
 }
 
-# Doctor starts where torch cannot be imported, and reads these.
+# doctor imports these files, and starts where torch cannot be imported.
 WITHOUT_TORCH = frozenset(
     {
         "__init__.py",
+        "child_processes.py",
         "envs.py",
         "errors.py",
         "native_build.py",
@@ -93,7 +96,7 @@ WITHOUT_TORCH = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Import:
-    """One imported dotted name, absolute."""
+    """One import: the absolute dotted name, and where it is."""
 
     name: str
     line: int
@@ -102,10 +105,10 @@ class Import:
 
 
 class ImportCollector(ast.NodeVisitor):
-    """Collects what a file imports: statements, import_module("literal"), and uses such as torch.distributed.x."""
+    """Collects the imports of a file: statements, import_module("literal"), and attributes such as torch.distributed.x."""
 
     def __init__(self, package_of_file: list[str]) -> None:
-        self.package_of_file = package_of_file  # what a relative import of one dot is relative to
+        self.package_of_file = package_of_file  # a relative import with one dot begins here
         self.imports: list[Import] = []
         self._type_checking_depth = 0
         self._function_depth = 0
@@ -166,7 +169,7 @@ class ImportCollector(ast.NodeVisitor):
 
 
 def dotted_name(node: ast.expr) -> str | None:
-    """`a.b.c` for an expression that is such a chain of names, else None."""
+    """The text `a.b.c` of an expression that is such a chain of names; None for any other expression."""
     if isinstance(node, ast.Name):
         return node.id
     if isinstance(node, ast.Attribute):
@@ -176,7 +179,7 @@ def dotted_name(node: ast.expr) -> str | None:
 
 
 def is_within(name: str, package: str) -> bool:
-    """Whether the dotted name is the package or something in it."""
+    """Whether the dotted name is the package or a part of it."""
     return name == package or name.startswith(f"{package}.")
 
 
@@ -185,20 +188,20 @@ def layer_name(module: str) -> str:
 
 
 def fault_of_own_import(importer: str, imported: str) -> str | None:
-    """What is wrong with top-level module `importer` importing top-level module `imported`, both of the package."""
+    """Why the top-level module `importer` may not import the top-level module `imported`; None: it may."""
     if importer == "__init__":
         return f"the package's root imports {imported}; it holds the version only, import {imported} where it is used"
     if imported == EMULATOR and importer not in EMULATOR_IMPORTERS:
         return "imports the emulator, which only cli and tools may; the rest of the package must run without it"
     if importer == EMULATOR and imported not in EMULATOR_MAY_IMPORT:
         return (
-            f"the emulator imports {imported}, and may import only native_build, errors and envs of this package; "
+            f"the emulator imports {imported}, and may import only {EMULATOR_IMPORTS_LISTED} of this package; "
             "move the code that needs it out of emulator/"
         )
     if EMULATOR in (importer, imported) or LAYER_OF[imported] >= LAYER_OF[importer]:
         return None
     if imported == TOOLS:
-        return f"{importer} runs in service and imports tools, which never does; move the code that both need down"
+        return f"{importer} runs in service and imports tools, which never does; move the code that both need to a lower layer"
     return (
         f"{importer} imports {imported} from a layer above its own ({layer_name(imported)} is above "
         f"{layer_name(importer)}); move the code down, or pass the object in"
@@ -220,7 +223,7 @@ def fault_of_platform_import(file: str, imported: str) -> str | None:
 
 
 def fault_of_outside_import(file: str, found: Import) -> str | None:
-    """What is wrong with a file, named relative to the package, importing something that is not of the package."""
+    """Why a file may not import a name from outside the package; None: it may. `file` is relative to the package."""
     for package, confined in CONFINED.items():
         if not is_within(found.name, package) or file.startswith(confined.places):
             continue
@@ -238,7 +241,7 @@ def fault_of_outside_import(file: str, found: Import) -> str | None:
             return f"imports {top} at the top of the file; the emulator loads before torch, import it in a function"
         allowed = {"torch", "torch_npu", EMULATOR_MAY_IMPORT_OUTSIDE.get(file)}
         if top not in allowed and top not in sys.stdlib_module_names:
-            return f"the emulator imports {top}; it may use the standard library, native_build, errors and envs only"
+            return f"the emulator imports {top}; it may import the standard library and {EMULATOR_IMPORTS_LISTED} only"
     return None
 
 
@@ -255,14 +258,14 @@ def faults_of_file(path: Path, package_root: Path) -> Iterator[tuple[int, str]]:
     reported = set()
     for found in collector.imports:
         if found.name == PACKAGE:
-            continue  # the root holds the version; anybody may read it
+            continue  # the root holds the version, which every file may read
         if is_within(found.name, PACKAGE):
             imported = found.name.split(".")[1]
             if imported not in LAYER_OF and imported != EMULATOR:
                 if is_module(package_root, imported):
-                    continue  # reported once, as an unknown module
+                    continue  # check() reports the unknown module once
                 if found.name.count(".") == 1:
-                    continue  # a name of the root itself: from vllm_npu import __version__
+                    continue  # a name in the root: from vllm_npu import __version__
                 fault: str | None = f"imports {found.name}, which does not exist; correct the name"
             else:
                 fault = fault_of_own_import(importer, imported) or fault_of_platform_import(
@@ -280,7 +283,7 @@ def is_module(package_root: Path, name: str) -> bool:
 
 
 def check(root: Path) -> tuple[int, list[str]]:
-    """The number of files read, and one line for each fault."""
+    """Return the number of files that were read, and one line for each fault."""
     package_root = root / PACKAGE
     files = sorted(path for path in package_root.rglob("*.py") if "__pycache__" not in path.parts)
     if not files:

@@ -1,4 +1,4 @@
-"""A hook of mkdocs: pages for the documents that lie beside docs/, and for each module, made of its docstrings.
+"""A hook of mkdocs: it adds a page for each document outside of docs/, and one for each module, made of its docstrings.
 
 mkdocstrings reads the sources; nothing of the package is imported.
 """
@@ -11,11 +11,11 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "vllm_npu"
 BESIDE = {"README.md": "index.md", **{name: name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")}}
-NO_API = ("cli", "emulator/startup")  # vllm-npu --help says it; run by the interpreter
+NO_API = ("cli", "emulator/startup")  # nothing to import: `vllm-npu --help` describes cli, and Python runs startup
 
 
 def modules() -> dict[str, list[str]]:
-    """Dotted names by the folder that they lie in."""
+    """Dotted names of modules, by their folder."""
     found: dict[str, list[str]] = {}
     for path in sorted(PACKAGE.rglob("*.py")):
         relative = path.relative_to(PACKAGE)
@@ -27,13 +27,13 @@ def modules() -> dict[str, list[str]]:
 
 
 def on_config(config: MkDocsConfig) -> None:
-    """The API comes last in the navigation."""
+    """Put the API last in the navigation."""
     pages = [{folder: [{name: f"api/{name}.md"} for name in names]} for folder, names in modules().items()]
     config.nav = [*config.nav, {"API": pages}]
 
 
 def on_files(files: Files, config: MkDocsConfig) -> None:
-    """Adds the pages. Links into docs/ become links within it."""
+    """Add the pages. Links to docs/ become links in it."""
     for source, page in BESIDE.items():
         text = (ROOT / source).read_text(encoding="utf-8").replace("](docs/", "](")
         files.append(File.generated(config, page, content=text.replace("](README.md", "](index.md")))

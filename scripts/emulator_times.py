@@ -1,9 +1,9 @@
-"""Measures what the emulated Ascend device costs on this machine, and prints docs/emulator.md's table.
+"""Measures times of the emulated Ascend device on this machine, and prints the table of docs/emulator.md.
 
 Usage: $PY scripts/emulator_times.py [--build]    with the python of scripts/setup.sh --emulator, on an idle machine
 
-Every number is of the emulated device: it says how long tests take, nothing about an NPU. --build adds a build from
-scratch, in a temporary folder.
+The numbers show how long tests take. They say nothing about an NPU. --build also measures a build from scratch, in a temporary
+folder.
 """
 
 import argparse
@@ -21,13 +21,13 @@ from pathlib import Path
 
 LAUNCHES = 5
 WARM_UP, REPEATS = 5, 40
-CALLS = 200  # of one sample of an operator
+CALLS = 200  # calls of an operator in one sample
 TOKENS, HIDDEN, EXPERTS_PER_RANK, TOP_K = 64, 1024, 4, 4
 ENABLE = "import vllm_npu.emulator; vllm_npu.emulator.enable(); "
 
 
 @dataclass(frozen=True)
-class Row:
+class TimedRow:
     """One line of the table."""
 
     what: str
@@ -51,11 +51,11 @@ def spread(samples: list[float]) -> tuple[float, float, float]:
     return tenths[0], statistics.median(samples), tenths[8]
 
 
-# --- in processes of their own ---
+# --- measurements, each in a new process ---
 
 
 def timed(function: Callable[[], object], repeats: int = REPEATS, calls: int = 1) -> list[float]:
-    """Seconds of one call, `repeats` times."""
+    """Seconds of one call, measured `repeats` times."""
     for _ in range(WARM_UP):
         function()
     samples = []
@@ -80,7 +80,7 @@ def measure_operators() -> dict[str, list[float]]:
 
 
 def measure_ranks() -> dict[str, list[float]]:
-    """In each rank: opening the process group, a reduction, and a layer's way to the experts and back."""
+    """Measure in each rank: the start of the process group, an all-reduce, and a layer's dispatch and combine."""
     import torch
     import torch.distributed as dist
     import torch_npu  # noqa: F401
@@ -91,7 +91,7 @@ def measure_ranks() -> dict[str, list[float]]:
     start = time.perf_counter()
     dist.init_process_group("hccl")
     one = torch.ones(1, device=device)
-    dist.all_reduce(one)  # HCCL's communicator is made by the first collective
+    dist.all_reduce(one)  # the first collective makes HCCL's communicator
     torch.npu.synchronize()
     found = {"init": [time.perf_counter() - start]}
 
@@ -128,7 +128,7 @@ def measure_ranks() -> dict[str, list[float]]:
 MEASUREMENTS = {"operators": measure_operators, "ranks": measure_ranks}
 
 
-# --- in the first process ---
+# --- the main process ---
 
 
 def run(*command: str, **environment: str) -> str:
@@ -141,7 +141,7 @@ def run(*command: str, **environment: str) -> str:
 
 
 def in_emulated_ranks(measurement: str, num_ranks: int) -> dict[str, list[float]]:
-    """The slowest rank's times."""
+    """Times of the slowest rank."""
     arguments = ("-m", "vllm_npu.emulator", "run", "--soc", "A3", "--nproc", str(num_ranks), __file__)
     with tempfile.TemporaryDirectory() as folder:
         run(*arguments, "--measure", measurement, "--folder", folder)
@@ -155,20 +155,20 @@ def seconds_of(*command: str, **environment: str) -> float:
     return time.perf_counter() - start
 
 
-def rows(with_build: bool) -> Iterator[Row]:
+def rows(with_build: bool) -> Iterator[TimedRow]:
     if with_build:
         with tempfile.TemporaryDirectory() as folder:
             built = seconds_of("-m", "vllm_npu.emulator", "build", VLLM_NPU_ENV_HOME=folder)
-        yield Row("build of the libraries, once", "s", [built])
+        yield TimedRow("build of the libraries, once", "s", [built])
     for what, code in (
         ("`import torch`", "import torch"),
         ("`enable()`, `import torch, torch_npu`", ENABLE + "import torch, torch_npu"),
         ("the same and `torch.ones(1, device='npu')`", ENABLE + "import torch, torch_npu; torch.ones(1, device='npu')"),
     ):
-        yield Row(f"process that does {what}", "s", [seconds_of("-c", code) for _ in range(LAUNCHES)])
+        yield TimedRow(f"process that does {what}", "s", [seconds_of("-c", code) for _ in range(LAUNCHES)])
     operators = in_emulated_ranks("operators", 1)
     for device in ("npu", "cpu"):
-        yield Row(f"`x + 1` of 16 float32 on {device}", "µs", operators[device])
+        yield TimedRow(f"`x + 1` of 16 float32 on {device}", "µs", operators[device])
     for num_ranks in (2, 4):
         launches = [in_emulated_ranks("ranks", num_ranks) for _ in range(LAUNCHES)]
         for name, what in (
@@ -177,7 +177,7 @@ def rows(with_build: bool) -> Iterator[Row]:
             ("layer", f"dispatch_v2 and combine_v2 of {TOKENS} tokens a rank, hidden size {HIDDEN}, top-{TOP_K}, bf16"),
         ):
             samples = [sample for launch in launches for sample in launch[name]]
-            yield Row(f"{what}, {num_ranks} ranks", "ms", samples)
+            yield TimedRow(f"{what}, {num_ranks} ranks", "ms", samples)
 
 
 def main() -> None:

@@ -2,10 +2,10 @@
 
 Usage: $PY scripts/soak.py [--minutes 30]    with the python of scripts/setup.sh
 
-Real vLLM, eight clients with pauses of random length, so that ranks are busy, idle and unequal in
-turn. Every answer must be the one that the same prompt got before. Memory is that of all processes of the server: after a
-warm-up of a fifth of the time, the last third's median may be above the first third's by 2 % or 16 MiB, whichever is more.
-Exit status 1 where it grows further, or an answer is wrong.
+Eight clients send requests to real vLLM, with pauses of random length, so that ranks are busy, idle and unequal in turn. Every
+prompt must always get the same answer. The first fifth of the time is a warm-up. After it, the memory of all processes of the
+server is measured. The median of the last third may exceed the median of the first third by 2 % or 16 MiB, whichever is more.
+Exit status 1 if memory grows more, or an answer is wrong.
 """
 
 import argparse
@@ -21,10 +21,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from vllm_npu.child_processes import free_port
 from vllm_npu.envs import MOE_COMM
 from vllm_npu.plugin.entry_points import PLUGIN_NAME
-from vllm_npu.tools.engines.engine_processes import folder_for_sockets, free_port
-from vllm_npu.tools.engines.http_engine import ask_server
+from vllm_npu.tools.engines.engine_processes import folder_for_sockets
+from vllm_npu.tools.engines.http_engine import ask_server, wait_for_health
 from vllm_npu.tools.engines.process_tree import ProcessTree
 from vllm_npu.tools.engines.tiny_models import DEMO_MAX_TOKENS, QWEN3_MOE, demo_prompts, write_tiny_model
 
@@ -42,12 +43,12 @@ SERVER_OPTIONS = [
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """The server's processes at one moment. MiB are sums over processes."""
+    """The server's processes at one moment. Numbers of MiB are sums over processes."""
 
     seconds: float
     anonymous_mib: float
-    by_process_mib: dict[str, float]  # the same, of each
-    shared_memory_mib: float  # resident pages of /dev/shm and the like, each process's own count
+    by_process_mib: dict[str, float]  # the same for each process
+    shared_memory_mib: float  # resident shared pages; a page counts once for each process
     processes: int
     threads: int
     open_files: int
@@ -55,7 +56,7 @@ class Sample:
 
 
 class Load:
-    """Clients that ask random prompts for random lengths until told to stop."""
+    """Clients that send random prompts with random lengths until they are stopped."""
 
     def __init__(self, port: int, seed: int) -> None:
         self._port, self._seed = port, seed
@@ -116,7 +117,7 @@ def sample(tree: ProcessTree, started: float, answers: int) -> Sample:
             status = Path(f"/proc/{pid}/status").read_text()
             files += len(os.listdir(f"/proc/{pid}/fd"))
         except OSError:
-            continue  # ended meanwhile
+            continue  # the process has ended
         fields = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
         own = int(fields.get("RssAnon", "0 kB").split()[0])
         anonymous += own
@@ -136,19 +137,18 @@ def sample(tree: ProcessTree, started: float, answers: int) -> Sample:
 
 
 def wait_until_healthy(tree: ProcessTree, port: int) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline and tree.process.poll() is None:
-        try:
-            ask_server(port, "/health", None, 5.0)
-        except OSError:
-            time.sleep(1)
-        else:
-            return
-    raise SystemExit("soak: the server did not start; see its log")
+    def check_process() -> None:
+        if tree.process.poll() is not None:
+            raise SystemExit("soak: the server ended while starting; see its log")
+
+    try:
+        wait_for_health(port, START_SECONDS, check_process)
+    except TimeoutError as error:
+        raise SystemExit(f"soak: {error}; see its log") from None
 
 
 def growth(samples: Sequence[Sample], field: str) -> tuple[float, float]:
-    """Medians of the first and of the last third after the warm-up."""
+    """Medians of the first third and of the last third after the warm-up."""
     values = [getattr(each, field) for each in samples[int(len(samples) * WARM_UP_SHARE) :]]
     third = max(1, len(values) // 3)
     return statistics.median(values[:third]), statistics.median(values[-third:])
@@ -170,7 +170,7 @@ def main() -> None:
     samples: list[Sample] = []
     with tempfile.TemporaryDirectory(prefix="soak-", dir=folder_for_sockets()) as name, options.log.open("wb") as log:
         model = write_tiny_model(QWEN3_MOE, Path(name) / "model")
-        # Not by `vllm-npu serve`, which gives the server a session of its own: what is measured is this tree.
+        # `vllm-npu serve` would give the server another session, and ProcessTree.members would not find its processes.
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
         command += [*SERVER_OPTIONS, "--port", str(port)]
         environment = os.environ | {"TMPDIR": name, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}

@@ -2,10 +2,10 @@
 
 Usage: $PY scripts/tiny_model_seeds.py qwen3-moe --first 0 --seeds 200    with the python of scripts/setup.sh
 
-Sums in another order differ in their last bits. That changes a token where two tokens are nearly as likely, and where two
-experts are: a router that picks the other one changes the whole row. Neither margin alone finds the second, so every model
-is decoded by transformers in float32 beside copies whose layers' outputs are disturbed, and a seed is printed, with its
-smallest margin, where no copy's tokens differ.
+Sums in another order differ in their last bits. That changes a token if two tokens are nearly equally likely, or if two experts
+are: a router that picks the other expert changes the whole row. The margin between tokens does not show the second case. So
+transformers decodes every model in float32 together with copies, whose layers have disturbed outputs. A seed is printed, with
+its smallest margin, if all copies generate the same tokens.
 """
 
 import argparse
@@ -21,18 +21,18 @@ import torch.nn.functional as F
 import transformers
 from torch.overrides import TorchFunctionMode
 
-from vllm_npu.cli import ascend_demo
+from vllm_npu.tools.demo import ascend_demo
 from vllm_npu.tools.engines.tiny_models import VOCAB_SIZE, TinyModel, demo_prompts, write_tiny_model
 
 COPIES = 16
-# Of a row's root mean square; float16 rounds to 0.0005 of a number, and strategies differ by some 0.001 of a row. Around int8
-# matmuls rows are bfloat16, which rounds 8 times coarser; those matmuls are exact, so that MLPs alone differ.
+# Parts of a row's root mean square. float16 rounds to 0.0005 of a number, and strategies differ by about 0.001 of a row. Rows
+# of int8 matrix products are bfloat16, which rounds 8 times more coarsely. These products are exact, so only MLPs differ.
 NOISE = 0.0015
 NOISE_INT8 = 0.003
 
 
 class Int8Linears(TorchFunctionMode):
-    """Linear layers with weights and rows of int8 values, as W8A8_DYNAMIC has them; the router and the head as they are."""
+    """Linear layers with int8 weights and int8 rows, as in W8A8_DYNAMIC. The router and the head stay in float."""
 
     def __init__(self, tiny: TinyModel) -> None:
         super().__init__()
@@ -50,13 +50,13 @@ class Int8Linears(TorchFunctionMode):
 
 
 def through_int8(rows: torch.Tensor) -> torch.Tensor:
-    """What is left of each row as int8 and one scale."""
+    """Each row after quantisation to int8 with one scale."""
     scale = rows.abs().amax(-1, keepdim=True) / 127
     return (rows / scale).round() * scale
 
 
 def disturb(model: Any, generator: torch.Generator, *, int8: bool) -> None:
-    """Add noise to what MLP and attention of each layer put out, in every row of the batch but the first."""
+    """Add noise to the outputs of MLP and attention of each layer, in every row of the batch except the first."""
     noise = NOISE_INT8 if int8 else NOISE
 
     def hook(_module: torch.nn.Module, _inputs: Any, output: Any) -> Any:
@@ -73,7 +73,7 @@ def disturb(model: Any, generator: torch.Generator, *, int8: bool) -> None:
 
 
 def decode(model: Any, prompt: list[int], max_tokens: int) -> Iterator[tuple[int, float]]:
-    """Greedy tokens, each with the least margin (nats) that it has in any copy; ends early where a copy differs."""
+    """Greedy tokens, each with its least margin (nats) in any copy. Ends early if a copy generates another token."""
     ids = torch.tensor([prompt]).expand(COPIES, -1)
     cache = None
     for _ in range(max_tokens):
@@ -91,7 +91,7 @@ def decode(model: Any, prompt: list[int], max_tokens: int) -> Iterator[tuple[int
 def smallest_margin(
     tiny: TinyModel, max_tokens: Sequence[int], at_least: float, *, int8: bool = False
 ) -> tuple[float, int] | None:
-    """Of one seed, with the number of distinct tokens; None where a copy differs or the margin is below `at_least`."""
+    """Smallest margin and number of distinct tokens of a seed; None if a copy differs or the margin is below `at_least`."""
     with tempfile.TemporaryDirectory() as folder:
         write_tiny_model(tiny, Path(folder))
         model = transformers.AutoModelForCausalLM.from_pretrained(
@@ -111,7 +111,7 @@ def smallest_margin(
 
 
 def main() -> None:
-    """Print seed, margin and distinct tokens, one line a seed that holds."""
+    """Print seed, margin and number of distinct tokens, in one line for each good seed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     models = {planned.model.family: planned for planned in ascend_demo.FULL_PLAN}
     parser.add_argument("family", choices=models)

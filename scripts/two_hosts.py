@@ -1,17 +1,17 @@
-"""Data and expert parallelism over two hosts, by vLLM's own multi-node launch, and what happens when their link is cut.
+"""Test of data and expert parallelism over two hosts, with vLLM's own multi-node launch, and of a cut of their link.
 
 Usage: $PY scripts/two_hosts.py [--logs FOLDER]    with the python of scripts/setup.sh
 
-The hosts are two network namespaces of this machine with a cable (a veth pair) between them: nothing else leads from one to
-the other. A runs the API server and data-parallel rank 0, B rank 1, headless. In order:
+The hosts are two network namespaces of this machine. A cable (a veth pair) is the only connection between them. Host A runs the
+API server and data-parallel rank 0, host B runs rank 1 without a server. The steps are:
 
-1. two hosts: tokens;
-2. the cable is cut while they generate: both hosts end with an error that names the collective, and leave nothing behind;
-3. the cable is back, both hosts are started again: the same tokens;
-4. one host alone, both ranks on it: the same tokens.
+1. Two hosts generate tokens.
+2. The cable is cut while they generate. Both hosts end with an error that names the collective, and no process is left.
+3. The cable is back, and both hosts start again. They generate the same tokens.
+4. One host runs both ranks. It generates the same tokens.
 
-Needs iproute2, and the privilege to make network namespaces (root, or user namespaces). Without it: exit status 77 and what is
-missing. Exit status 1 where something is not as it should be.
+Needs iproute2, and the privilege to make network namespaces (root, or user namespaces). If they are missing, the script says so
+and ends with exit status 77. Exit status 1 if a step fails.
 """
 
 import argparse
@@ -23,7 +23,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -31,28 +30,28 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vllm_npu.tools.engines.engine_processes import require_vllm
-from vllm_npu.tools.engines.http_engine import ask_server
+from vllm_npu.tools.engines.http_engine import ask_server, wait_for_health
 from vllm_npu.tools.engines.process_tree import ProcessTree
 from vllm_npu.tools.engines.tiny_models import QWEN3_MOE, write_tiny_model
 
-INSIDE = "TWO_HOSTS_INSIDE"  # set where this process has a network namespace of its own
+INSIDE = "TWO_HOSTS_INSIDE"  # set if this process has its own network namespace
 CANNOT = 77
-LINK = "veth0"  # the end of the cable, on either host
+LINK = "veth0"  # the end of the cable on each host
 ADDRESS_A, ADDRESS_B = "10.77.0.1", "10.77.0.2"
 HTTP_PORT, RPC_PORT = 8077, 13377
 START_SECONDS = 900.0
-COLLECTIVE_SECONDS = 120  # after which vLLM's groups give a collective up, and a rank waits for the others at the start
+COLLECTIVE_SECONDS = 120  # time-out of collectives of vLLM's groups, and of the wait for other ranks at the start
 STOP_SECONDS = 60.0
 END_SECONDS = COLLECTIVE_SECONDS + 120.0
 PROMPTS = [[5, 17, 200, 3], [9], [40, 41, 42, 43, 44, 45, 46, 47, 48], [300, 2], [7, 7, 7, 7, 7], [81, 9, 100]]
 MAX_TOKENS = [12, 20, 6, 15, 9, 18]
-# A collective of MoE layers names ranks; one of vLLM's own, where the cut may as well fall, carries gloo's text.
+# The error of an MoE layer's collective names ranks. The cut may also hit a collective of vLLM, whose error has gloo's text.
 COLLECTIVE_FAILED = r"\w+ on group '[\w-]+' failed on rank \d+: .+|gloo/transport/\S+ .+"
-LONG = 240  # tokens, for the cut to come in between
+LONG = 240  # tokens to generate, so that the cut comes before the end
 
 
 class NotAsItShouldBeError(Exception):
-    """What was found, and where to look."""
+    """A step failed. The message says what was found, and which log to read."""
 
 
 @dataclass(frozen=True)
@@ -61,14 +60,14 @@ class Host:
 
     name: str
     address: str
-    holder: int  # process that keeps it open
-    enter: tuple[str, ...]  # in front of a command that is to run there
+    holder: int  # id of the process that keeps the namespace open
+    enter: tuple[str, ...]  # prefix of a command that runs in the namespace
 
     def run(self, *command: str) -> None:
         subprocess.run([*self.enter, *command], check=True)
 
     def processes(self) -> list[str]:
-        """What runs in the namespace, but for what holds it open and this program."""
+        """The processes in the namespace, without its holder and this program."""
         namespace = os.stat(f"/proc/{self.holder}/ns/net").st_ino
         found = []
         for process in Path("/proc").glob("[0-9]*"):
@@ -76,13 +75,13 @@ class Host:
                 if (process / "ns/net").stat().st_ino == namespace:
                     found.append((int(process.name), (process / "cmdline").read_text().replace("\0", " ")))
             except OSError:
-                continue  # it has ended meanwhile
+                continue  # the process has ended
         return [f"{pid}: {command}" for pid, command in found if pid not in (self.holder, os.getpid())]
 
 
 @contextmanager
 def two_hosts() -> Iterator[tuple[Host, Host]]:
-    """This process's namespace and another one, connected. Both end with the processes in them."""
+    """The namespace of this process and a new one, with a cable between them. A namespace ends with its last process."""
     holder = subprocess.Popen(["unshare", "--net", "sleep", "infinity"])
     try:
         while os.stat(f"/proc/{holder.pid}/ns/net").st_ino == os.stat("/proc/self/ns/net").st_ino:
@@ -101,7 +100,7 @@ def two_hosts() -> Iterator[tuple[Host, Host]]:
 
 
 def launch(host: Host, model: Path, log: Path, sockets: str, *options: str) -> ProcessTree:
-    """vLLM's server on a host, with options of vLLM's own; `vllm-npu serve` adds none but the strategy."""
+    """vLLM's server on a host, with options of vLLM. `vllm-npu serve` adds the strategy only."""
     command = [
         *host.enter,
         *(sys.executable, "-W", "ignore", "-m", "vllm_npu.cli", "serve", str(model), "--moe-comm", "all2all"),
@@ -115,11 +114,11 @@ def launch(host: Host, model: Path, log: Path, sockets: str, *options: str) -> P
     environment = {
         **os.environ,
         "VLLM_HOST_IP": host.address,
-        "GLOO_SOCKET_IFNAME": LINK,  # gloo's own guess is the host's name, which leads nowhere here
+        "GLOO_SOCKET_IFNAME": LINK,  # by default gloo uses the host's name, which has no address in this namespace
         "TMPDIR": sockets,
         "OMP_NUM_THREADS": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the hosts share their cores, and each would take the first ones
-        "VLLM_NPU_SHARED_WINDOW": "0",  # which two hosts do not have
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the hosts share their cores, and each host would use the first ones
+        "VLLM_NPU_SHARED_WINDOW": "0",  # two hosts have no shared memory
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
         "TORCHDYNAMO_DISABLE": "1",
@@ -132,7 +131,7 @@ API_SERVER = ("--host", "127.0.0.1", "--port", str(HTTP_PORT))
 
 
 def on_two(a: Host, b: Host, model: Path, logs: Path, sockets: str, title: str) -> list[tuple[ProcessTree, Path]]:
-    """The launch that vLLM documents for several nodes: the address of the first one, and headless others."""
+    """The launch that vLLM documents for several nodes: all get the address of the first node, and the others are headless."""
     shared = ("--data-parallel-size-local", "1", "--data-parallel-address", a.address)
     shared += ("--data-parallel-rpc-port", str(RPC_PORT))
     started = []
@@ -154,18 +153,15 @@ def complete(prompt: list[int], max_tokens: int) -> list[int]:
 
 
 def wait_until_ready(servers: list[tuple[ProcessTree, Path]]) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while True:
-        try:
-            ask("/health", timeout=5.0)
-            break
-        except (urllib.error.URLError, OSError):
-            for tree, log in servers:
-                if tree.process.poll() is not None:
-                    raise NotAsItShouldBeError(f"{log} ended while starting:\n{tail(log)}") from None
-            if time.monotonic() > deadline:
-                raise NotAsItShouldBeError(f"not ready after {START_SECONDS:.0f} s; see {servers[0][1]}") from None
-            time.sleep(0.5)
+    def check_processes() -> None:
+        for tree, log in servers:
+            if tree.process.poll() is not None:
+                raise NotAsItShouldBeError(f"{log} ended while starting:\n{tail(log)}")
+
+    try:
+        wait_for_health(HTTP_PORT, START_SECONDS, check_processes)
+    except TimeoutError:
+        raise NotAsItShouldBeError(f"not ready after {START_SECONDS:.0f} s; see {servers[0][1]}") from None
     for tree, _ in servers:
         tree.note_shared_memory()
 
@@ -176,7 +172,7 @@ def generate() -> list[list[int]]:
 
 
 def cut_and_watch(host: Host, servers: list[tuple[ProcessTree, Path]]) -> None:
-    """Cut the cable while all ranks generate; each host must end by itself and say which collective failed."""
+    """Cut the cable while all ranks generate. Each host must end by itself and name the collective that failed."""
     with ThreadPoolExecutor(len(PROMPTS)) as pool:
         answers = [pool.submit(complete, prompt, LONG) for prompt in PROMPTS]
         time.sleep(2.0)
@@ -257,7 +253,7 @@ def run(logs: Path, sockets: str) -> None:
 
 
 def lacks() -> str | None:
-    """What this machine does not let us do."""
+    """The tool or privilege that is missing on this machine, or None."""
     for tool in ("ip", "unshare", "nsenter"):
         if shutil.which(tool) is None:
             return f"needs the command {tool} (iproute2, util-linux)"
@@ -266,7 +262,7 @@ def lacks() -> str | None:
 
 
 def unshared() -> list[str]:
-    """A namespace of its own for a command; as root without a new user."""
+    """Prefix of a command that runs in a new network namespace. Without root, it runs in a new user namespace too."""
     return ["unshare", "--net"] if os.geteuid() == 0 else ["unshare", "--map-root-user", "--net"]
 
 

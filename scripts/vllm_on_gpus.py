@@ -1,12 +1,12 @@
-"""Real vLLM on GPUs through every all2all manager and strategy: are the tokens vLLM's own, and what does a step take?
+"""Real vLLM on GPUs with every all2all manager and strategy: compares tokens with vLLM's own, and measures steps.
 
 Usage: python scripts/vllm_on_gpus.py [--dp 2] [--tp 1] [--graphs] [--measure] [--choices vllm,agrs,symmetric,...] [--json FILE]
 
-Starts one engine for each data-parallel rank and lets the living engines change their manager, so that all choices run on the
-same weights in one run; graphs are captured anew each time. "vllm" is vLLM's own allgather_reducescatter. Without --measure:
-greedy tokens of a tiny Qwen3-MoE in float16, compared with vLLM's own; it is the one of `demo --ascend-emulated`, whose tokens
-survive rounding. With it: times of a model of Qwen3-30B-A3B's shape, fewer layers, random weights. --start-with CHOICE selects
-that one by additional_config, as a user does, and compares nothing else.
+Starts one engine for each data-parallel rank. The running engines change their manager, so that all choices run on the same
+weights. Each change captures graphs again. "vllm" is vLLM's own allgather_reducescatter. Without --measure, the script compares
+greedy tokens of a tiny Qwen3-MoE in float16 with vLLM's own. The model is that of `demo --ascend-emulated`, whose tokens
+survive rounding. With --measure, it measures a model of Qwen3-30B-A3B's shape with fewer layers and random weights.
+--start-with CHOICE selects one choice by additional_config, as a user does, and compares nothing.
 """
 
 import argparse
@@ -32,7 +32,7 @@ QWEN3_30B_A3B = {
     "tie_word_embeddings": False, "hidden_act": "silu", "attention_bias": False, "bos_token_id": 0, "eos_token_id": 1,
     "torch_dtype": "bfloat16",
 }  # fmt: skip
-PREFILL_PROMPTS, PREFILL_TOKENS = 8, 512  # of a rank: one step of 4096 tokens
+PREFILL_PROMPTS, PREFILL_TOKENS = 8, 512  # for each rank: one step of 4096 tokens
 DECODE_PROMPTS, DECODE_STEPS = 64, 64
 ROUNDS = 7
 
@@ -46,7 +46,7 @@ def section(choice: str) -> dict[str, str]:
 
 
 def change_manager(worker: Any, choice: str, graphs: bool) -> str:
-    """Runs in each of vLLM's workers: put another manager into the living engine. COLLECTIVE."""
+    """Put another manager into the running engine. Runs in each of vLLM's workers. COLLECTIVE."""
     import torch
     from vllm.compilation.cuda_graph import CUDAGraphWrapper
     from vllm.config import set_current_vllm_config
@@ -105,13 +105,13 @@ def rank_main(rank: int, options: argparse.Namespace, model: str, port: int, bar
     for choice in [options.start_with] if options.start_with else options.choices.split(","):
         name = "as started"
         if not options.start_with and options.dp > 1:
-            time.sleep(3)  # until the engines' last empty steps, which wait for each other, are over
+            time.sleep(3)  # until the last empty steps of the engines, which wait for each other, have ended
             name = llm.collective_rpc(change_manager, args=(choice, options.graphs))[0]
         result: dict[str, Any] = {"choice": choice, "manager": name, "start_seconds": time.perf_counter() - started}
         if options.measure:
             result |= measure(generate)
         else:
-            from vllm_npu.cli.ascend_demo import MAX_TOKENS
+            from vllm_npu.tools.demo.ascend_demo import MAX_TOKENS
             from vllm_npu.tools.engines.tiny_models import demo_prompts
 
             share = slice(rank, None, options.dp)
@@ -129,13 +129,13 @@ def rank_main(rank: int, options: argparse.Namespace, model: str, port: int, bar
 
 
 def margin(position: dict[int, Any]) -> float:
-    """How much likelier the best token is than the second, in nats."""
+    """Gap in log-probability (nats) between the best and the second-best token."""
     best, second = sorted((entry.logprob for entry in position.values()), reverse=True)[:2]
     return float(best - second)
 
 
 def measure(generate: Any) -> dict[str, Any]:
-    """Milliseconds of a prefill step and of a decode step, with everything that vLLM does around the model."""
+    """Milliseconds of a prefill step and of a decode step, including all work of vLLM around the model."""
     prompts = [[(31 * i + 7 * j) % 30000 + 2 for j in range(PREFILL_TOKENS)] for i in range(PREFILL_PROMPTS)]
     short = [[(31 * i + 7 * j) % 30000 + 2 for j in range(8)] for i in range(DECODE_PROMPTS)]
     prefill, decode = [], []
@@ -160,7 +160,7 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    from vllm_npu.tools.engines.engine_processes import free_port
+    from vllm_npu.child_processes import free_port
 
     os.environ["VLLM_NPU_CUDA_PLATFORM"] = "1"
     os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # collective_rpc of change_manager
@@ -173,7 +173,7 @@ def main() -> int:
                 json.dumps({**QWEN3_30B_A3B, "num_hidden_layers": options.layers})
             )
         else:
-            from vllm_npu.cli.ascend_demo import MODELS
+            from vllm_npu.tools.demo.ascend_demo import MODELS
             from vllm_npu.tools.engines.tiny_models import write_tiny_model
 
             write_tiny_model(MODELS[0], Path(folder))
@@ -205,7 +205,7 @@ def main() -> int:
 
 
 def report(options: argparse.Namespace, found: list[list[dict[str, Any]]]) -> int:
-    """One line a choice, and JSON; 1 where tokens differ from vLLM's own."""
+    """Print one line for each choice and write JSON. Return 1 if tokens differ from vLLM's own."""
     differ, rows = False, []
     where = f"DP{options.dp} TP{options.tp} EP {'graphs' if options.graphs else 'eager'}"
     for index, own in enumerate(found[0]):

@@ -1,10 +1,10 @@
-"""What the vote on each step's plan adds to a decode step: real vLLM, DP2×EP on the CPU.
+"""Measures how much time the vote on each step's plan adds to a decode step: real vLLM, DP2×EP on the CPU.
 
 Usage: $PY scripts/vote_cost.py [--rounds 8] [--layers 3]    with the python of scripts/setup.sh
 
-Two engines decode the same number of tokens together, and the vote is left out in every second block of steps, by the steps'
-number, which is the same on both ranks. A step's time is that from one plan to the next. The model is tiny: with three layers
-the share is about the largest that can be.
+Two engines decode the same number of tokens together. Every second block of steps has no vote. The number of the step decides,
+and it is the same on both ranks. The time of a step is the time from one plan to the next. The model is tiny, so the vote takes
+a larger share of a step than in real models.
 """
 
 import argparse
@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import Any
 
 BLOCK = 20  # steps with the vote, then as many without
-SKIPPED = 2  # at the beginning of a block
+SKIPPED = 2  # steps at the beginning of a block that do not count
 TIMES_FOLDER = "VOTE_COST_FOLDER"
 
 
 class VoteInBlocks:
-    """vLLM's worker extension: importing this module in a worker is what changes the planner."""
+    """vLLM's worker extension. vLLM imports this module in a worker for it, and the import changes the planner."""
 
 
 def install() -> None:
@@ -68,7 +68,7 @@ def rank_main(rank: int, model: str, port: str, rounds: int) -> None:
 
 
 def step_times(file: Path) -> dict[bool, list[float]]:
-    """Milliseconds of decode steps with all sequences on both ranks, with the vote and without."""
+    """Milliseconds of decode steps with the vote (True) and without it (False), if both ranks have all sequences."""
     found: dict[bool, list[float]] = {True: [], False: []}
     lines = [line.split() for line in file.read_text().splitlines()]
     for (step, began, *counts), (following, ended, *_) in pairwise(lines):
@@ -79,7 +79,8 @@ def step_times(file: Path) -> dict[bool, list[float]]:
 
 
 def main() -> None:
-    from vllm_npu.tools.engines.engine_processes import engine_environment, folder_for_sockets, free_port
+    from vllm_npu.child_processes import free_port
+    from vllm_npu.tools.engines.engine_processes import engine_environment, folder_for_sockets
     from vllm_npu.tools.engines.tiny_models import QWEN3_MOE, write_tiny_model
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -10,11 +10,10 @@ from pathlib import Path
 import pytest
 
 from vllm_npu import envs
-from vllm_npu.cli import doctor
 from vllm_npu.emulator import shared_memory
 from vllm_npu.errors import UnsupportedConfigError
 from vllm_npu.plugin import release_lines
-from vllm_npu.tools.doctor import engine_findings, machine_checks, variable_checks
+from vllm_npu.tools.doctor import engine_findings, examination, machine_checks, variable_checks, version_checks
 from vllm_npu.tools.doctor.findings import Finding
 
 BROKEN_TORCH = "raise ImportError('libtorch_cpu.so: this torch is broken')\n"
@@ -172,7 +171,9 @@ def test_the_emulated_device_beside_cann_is_a_problem(tmp_path):
     [hccl] = of_check(findings, "libhccl")
     assert (hccl["status"], "does not load: " in hccl["what"]) == ("problem", True)
     assert "source set_env.sh of CANN" in hccl["remedy"]
-    enabled = "import os; os.environ['VLLM_NPU_EMULATOR'] = '1'; from vllm_npu.cli import doctor as d; "
+    enabled = (
+        "import os; os.environ['VLLM_NPU_EMULATOR'] = '1'; from vllm_npu.tools.doctor import machine_checks as d; "
+    )
     command = [sys.executable, "-c", enabled + "print(next(d.check_cann()).status)"]
     alone = subprocess.run(command, env={**os.environ, **home}, capture_output=True, text=True, check=True)
     assert alone.stdout == "problem\n"
@@ -208,10 +209,26 @@ def test_it_runs_where_no_dependency_can_be_imported(entry, tmp_path):
     assert "this package is broken" in finding["what"]
 
 
-def test_every_variable_has_a_rule_that_takes_its_default():
-    assert set(variable_checks.VALUES) == set(envs.VARIABLES)
-    for variable, fault in variable_checks.VALUES.items():
-        assert variable.default == "" or fault(variable.default) is None
+def test_a_check_that_raises_becomes_a_finding_and_the_others_still_run():
+    def vanishes():
+        yield Finding("disk", "ok", "seen")
+        raise FileNotFoundError("/dev/shm/gone")
+
+    def follows():
+        yield Finding("next", "ok", "seen too")
+
+    first, failed, last = examination.examine(checks={"disk": vanishes, "next": follows})
+    assert (first.check, last.check) == ("disk", "next")
+    assert (failed.check, failed.status) == ("disk", "problem")
+    assert failed.what == "this check failed: FileNotFoundError: /dev/shm/gone"
+    assert failed.remedy
+
+
+def test_every_variable_has_a_rule_that_takes_its_default(monkeypatch):
+    assert set(variable_checks.RULES) == set(envs.VARIABLES)
+    for variable in variable_checks.RULES:
+        monkeypatch.setenv(variable.name, variable.default)
+        assert variable.default == "" or variable_checks.fault_of(variable) is None
 
 
 @pytest.mark.parametrize("text", ["0", "1", "2", "true", "0.5", "nan", "60", "-1", "soon", "1e3"])
@@ -227,7 +244,7 @@ def test_switches_and_seconds_are_judged_as_they_are_read(text, monkeypatch):
             is_read = True
         except UnsupportedConfigError:
             is_read = False
-        assert (variable_checks.VALUES[variable](text) is None) == is_read
+        assert (variable_checks.fault_of(variable) is None) == is_read
 
 
 @pytest.mark.parametrize(
@@ -242,14 +259,14 @@ def test_switches_and_seconds_are_judged_as_they_are_read(text, monkeypatch):
     ],
 )
 def test_versions_are_judged_by_the_pins_of_the_extras(distribution, version, status):
-    finding = doctor.judged_version(distribution, version)
+    finding = version_checks.judged_version(distribution, version)
     assert finding.status == status
     assert (finding.remedy == "") == (status == "ok")
 
 
 def test_a_vllm_that_the_plugin_refuses_is_a_problem_with_the_plugins_words():
     def of_vllm(version: str) -> list[Finding]:
-        return [finding for finding in doctor.check_pairs([version]) if finding.check == "vllm"]
+        return [finding for finding in version_checks.check_pairs([version]) if finding.check == "vllm"]
 
     [unsupported] = of_vllm("0.31.2")
     lines = ", ".join(release_lines.SUPPORTED)
@@ -265,7 +282,7 @@ def test_a_vllm_that_the_plugin_refuses_is_a_problem_with_the_plugins_words():
     ("version", "status"), [("8.5.0", "ok"), ("8.10.RC1", "ok"), ("8.3.RC1", "warning"), ("unknown", "warning")]
 )
 def test_a_cann_older_than_the_limits_is_warned_about(version, status):
-    finding = doctor.judged_cann(version)
+    finding = version_checks.judged_cann(version)
     assert (finding.status, bool(finding.remedy)) == (status, status == "warning")
 
 
@@ -324,6 +341,49 @@ def test_nodes_and_bindings_of_ranks(tmp_path, monkeypatch):
         assert all(said in each.what for each in findings)
 
 
+def test_a_numa_node_that_vanishes_before_it_is_read_is_left_out(tmp_path, monkeypatch):
+    (tmp_path / "node0").mkdir()
+    (tmp_path / "node0/cpulist").write_text(f"{min(os.sched_getaffinity(0))}\n")
+    (tmp_path / "node1").mkdir()
+    (tmp_path / "node1/cpulist").mkdir()  # listed, and no file that can be read
+    monkeypatch.delenv(envs.CPU_OMP_THREADS_BIND, raising=False)
+    [finding] = machine_checks.check_numa(tmp_path)
+    assert finding.what == "node 0: 1 cores"
+
+
+def test_files_of_shared_memory_come_and_go_while_doctor_looks(tmp_path, monkeypatch):
+    """Another process makes and removes files all the time. No look at the folder may fail."""
+    monkeypatch.setattr(shared_memory, "FOLDER", tmp_path)
+    names = [f"{shared_memory.PREFIX}0.999999999.{count}.1" for count in range(50)]
+    churn = (
+        "import os, sys\nwhile True:\n"
+        "    for name in sys.argv[1:]: open(name, 'w').close()\n"
+        "    for name in sys.argv[1:]:\n"
+        "        try: os.unlink(name)\n"
+        "        except FileNotFoundError: pass\n"
+    )
+    other = subprocess.Popen([sys.executable, "-S", "-c", churn, *(str(tmp_path / name) for name in names)])
+    try:
+        seen = removed = looks = 0
+        while min(seen, removed) < 200 and looks < 20_000:
+            findings = list(machine_checks.check_shared_memory(tmp_path))
+            assert findings[0].check == str(tmp_path)
+            seen += len(findings) > 1
+            removed += len(shared_memory.clean_leftovers())
+            looks += 1
+    finally:
+        other.kill()
+        other.wait()
+    assert min(seen, removed) > 0, "the other process made files"
+
+
+@pytest.mark.parametrize("name", ["0.²", "0", "", "0.99999999999999999999999.0.1", "x.y.z"])
+def test_a_name_that_no_process_made_is_left_over(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(shared_memory, "FOLDER", tmp_path)
+    (tmp_path / f"{shared_memory.PREFIX}{name}").touch()
+    assert shared_memory.leftovers() == [tmp_path / f"{shared_memory.PREFIX}{name}"]
+
+
 def test_devices_that_a_container_does_not_let_in_are_named(tmp_path):
     [finding] = machine_checks.check_npu_devices(tmp_path)
     assert (finding.status, "--device /dev/davinci0" in finding.remedy) == ("warning", True)
@@ -352,7 +412,7 @@ DEEPSEEK_V3 = {"n_routed_experts": 256, "num_experts_per_tok": 8, "hidden_size":
 
 def find_in_engine(model: Path, **given) -> Finding:
     engine = {"soc": "A3", "ep": 16, "tp": 1, "max_num_seqs": 32, "moe_comm": "auto", **given}
-    [finding] = engine_findings.findings_of(engine_findings.PlannedEngine(model=str(model), **engine))
+    [finding] = engine_findings.findings_of(examination.PlannedEngine(model=str(model), **engine))
     return finding
 
 

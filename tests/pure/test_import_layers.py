@@ -54,6 +54,7 @@ def test_a_tree_that_keeps_the_rules_passes(tmp_path):
             "device/npu_ops.py": "from vllm_npu.transport import base\ndef load():\n    import torch_npu\n",
             "trust/watchdog.py": "import torch.distributed as dist\nfrom vllm_npu.transport import base\n",
             "native_build.py": "import subprocess\nfrom vllm_npu import errors\n",
+            "child_processes.py": "import ctypes\n",
             "strategies/select.py": (
                 "from typing import TYPE_CHECKING\n"
                 "if TYPE_CHECKING:\n    from torch.distributed import ProcessGroup\n    import vllm\n"
@@ -66,13 +67,13 @@ def test_a_tree_that_keeps_the_rules_passes(tmp_path):
             "tools/engines/offline_engine.py": "def f():\n    from vllm import LLM\n",
             "tools/doctor/machine_checks.py": "from vllm_npu import emulator, plugin\n",
             "emulator/__init__.py": "import ctypes\nfrom vllm_npu import envs\ndef enable():\n    import torch_npu\n",
-            "emulator/build.py": "from vllm_npu import native_build\n",
+            "emulator/build.py": "from vllm_npu import child_processes, native_build\n",
             "emulator/pytest_plugin.py": "import pytest\n",
             "emulator/rank_program.py": "def f():\n    import torch\n    torch.distributed.barrier()\n",
             "cli/__init__.py": "from vllm_npu import emulator, tools\nimport vllm_npu.plugin\n",
         },
     )
-    assert check(tmp_path) == (21, [])
+    assert check(tmp_path) == (22, [])
 
 
 CAUGHT = {
@@ -145,6 +146,7 @@ CAUGHT = {
     "torch in the root": ("__init__.py", "import torch\n", 1, "imports torch, and must be usable before torch"),
     "torch in errors": ("errors.py", "from torch import Tensor\n", 1, "imports torch, and must be usable before"),
     "torch in envs": ("envs.py", "def f():\n    import torch\n", 2, "imports torch, and must be usable before"),
+    "torch in child_processes": ("child_processes.py", "import torch\n", 1, "imports torch, and must be usable before"),
     "torch in trace": ("trust/trace.py", "import torch\n", 1, "imports torch, and must be usable before"),
     "emulator imports the package": ("emulator/a.py", "from ..core import X\n", 1, "the emulator imports core"),
     "emulator imports a package": ("emulator/a.py", "import numpy\n", 1, "the emulator imports numpy"),

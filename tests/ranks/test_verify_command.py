@@ -57,7 +57,7 @@ def test_a_wrong_result_and_an_error_are_failures_with_their_case(monkeypatch, c
         ({"transport": "mpi"}, "unknown transport 'mpi'"),
         ({"transport": "symmetric", "strategy": "mc2"}, "--transport symmetric is for strategy symmetric"),
         ({"ranks": 1, "strategy": "mc2"}, "mc2 cannot run on 1 ranks on CPU"),
-        ({"strategy": "symmetric", "random_count": 3}, "no drawn cases for symmetric here"),
+        ({"strategy": "symmetric", "random_count": 3}, "no random cases for symmetric here"),
     ],
 )
 def test_what_cannot_run_is_refused(options, message):

@@ -12,8 +12,8 @@ import pytest
 
 from tests.vllm.forked_engine import FORKED
 from tests.vllm.text_prompts import TEXT_MAX_TOKENS, text_prompts
-from vllm_npu.cli.demo import SAFE_MARGIN
 from vllm_npu.errors import UnsupportedConfigError
+from vllm_npu.tools.demo.vanilla_demo import SAFE_MARGIN
 from vllm_npu.tools.engines.engine_processes import Parallelism, require_vllm
 from vllm_npu.tools.engines.engine_set import EngineSet
 from vllm_npu.tools.engines.process_tree import SHARED_MEMORY_FOLDER, mapped_shared_memory

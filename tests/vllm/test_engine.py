@@ -17,8 +17,8 @@ import pytest
 
 from tests.time_limits import PATIENCE_SECONDS, on_this_machine
 from tests.vllm.forked_engine import FORKED
-from vllm_npu.cli.demo import DP2_EP, TP2_DP2_EP, TP2_EP, compare
 from vllm_npu.strategies.table import STRATEGIES
+from vllm_npu.tools.demo.vanilla_demo import DP2_EP, TP2_DP2_EP, TP2_EP, compare
 from vllm_npu.tools.engines.engine_processes import EngineFailedError, Parallelism
 from vllm_npu.tools.engines.engine_set import EngineSet, Generation
 from vllm_npu.tools.engines.process_tree import ProcessTree

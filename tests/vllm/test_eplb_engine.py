@@ -12,8 +12,8 @@ import torch
 
 from tests.vllm import eplb_probe
 from tests.vllm.forked_engine import FORKED
-from vllm_npu.cli.demo import DP2_EP
 from vllm_npu.strategies.table import STRATEGIES
+from vllm_npu.tools.demo.vanilla_demo import DP2_EP
 from vllm_npu.tools.engines.engine_set import EngineSet, Generation
 from vllm_npu.tools.engines.tiny_models import DEMO_MAX_TOKENS, QWEN3_MOE, TinyModel, demo_prompts
 

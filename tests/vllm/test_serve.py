@@ -18,7 +18,7 @@ import pytest
 from tests.time_limits import PATIENCE_SECONDS, on_this_machine
 from tests.vllm.processes import kill_processes_of, processes_of
 from tests.vllm.text_prompts import TEXT_MAX_TOKENS, TEXTS
-from vllm_npu.tools.engines.engine_processes import free_port
+from vllm_npu.child_processes import free_port
 from vllm_npu.tools.engines.tiny_models import DEMO_MAX_TOKENS, QWEN3_MOE, TinyModel
 
 pytestmark = pytest.mark.slow

@@ -1,6 +1,6 @@
-"""The command line: `vllm-npu COMMAND`. See app.COMMANDS.
+"""The command line `vllm-npu COMMAND`. app.COMMANDS lists the commands.
 
-Standard library only at first: doctor has to start where no other package can be imported.
+This file imports the standard library only, because doctor starts where no other package can be imported.
 """
 
 import gc
@@ -10,7 +10,7 @@ from vllm_npu.errors import VllmNpuError
 
 
 def main() -> None:
-    """Entry point of `vllm-npu`. Exit status: 0, 1 for a failure, 2 for wrong usage, or what the command says."""
+    """Entry point of `vllm-npu`. Exit status: 0, 1 for a failure, 2 for wrong usage, or the status of the command."""
     try:
         if sys.argv[1:2] == ["doctor"]:
             from vllm_npu.cli.doctor import doctor
@@ -25,4 +25,4 @@ def main() -> None:
         print(f"{red}error: {error}{plain}", file=sys.stderr)
         sys.exit(1)
     finally:
-        gc.freeze()  # or Python, before it ends, looks through all that torch has made for cycles: half a second
+        gc.freeze()  # saves 0.5 s: at its end, Python does not search all objects of torch for cycles

@@ -1,4 +1,4 @@
-"""`python -m vllm_npu.cli`: the same as the command `vllm-npu`."""
+"""`python -m vllm_npu.cli` does the same as the command `vllm-npu`."""
 
 from vllm_npu.cli import main
 

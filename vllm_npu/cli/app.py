@@ -1,4 +1,4 @@
-"""The table of commands. A command's module is imported when the command runs, so help is instant."""
+"""The table of commands. The module of a command is imported only when the command runs, so that --help is fast."""
 
 from dataclasses import dataclass
 from importlib import import_module
@@ -10,37 +10,43 @@ from vllm_npu import __version__
 
 @dataclass(frozen=True, slots=True)
 class CommandRow:
-    """One command: where its function is, how it reads its arguments, what `vllm-npu --help` says about it."""
+    """One command: its function, its line in `vllm-npu --help`, and how it reads its arguments."""
 
     function: str  # "module:name"
     summary: str
-    reads_raw_arguments: bool = False  # True: the function takes a list of strings; False: typer reads its signature
+    reads_raw_arguments: bool = False  # True: the function takes a list of strings. False: typer reads its signature.
 
 
 COMMANDS = {
-    "demo": CommandRow("vllm_npu.cli.demo:demo", "Every strategy in real vLLM on a tiny model, against vanilla vLLM."),
-    "verify": CommandRow("vllm_npu.cli.verify:verify", "Every strategy on real ranks against a dense reference."),
-    "bench": CommandRow("vllm_npu.cli.bench:bench", "Times of every strategy beside its peers, in one run."),
-    "bench eplb": CommandRow(
-        "vllm_npu.cli.bench_eplb:bench_eplb", "Times of moving experts between ranks, by every communicator."
+    "demo": CommandRow(
+        "vllm_npu.cli.demo:demo", "Run every strategy in real vLLM on a tiny model, against vanilla vLLM."
     ),
-    "plan": CommandRow("vllm_npu.cli.plan:plan", "Legal strategies, bytes and HCCL buffer of a layer on Ascend chips."),
+    "verify": CommandRow("vllm_npu.cli.verify:verify", "Run every strategy on real ranks against a dense reference."),
+    "bench": CommandRow("vllm_npu.cli.bench:bench", "Measure every strategy and its peers in one run."),
+    "bench eplb": CommandRow(
+        "vllm_npu.cli.bench_eplb:bench_eplb", "Measure the move of experts between ranks by every communicator."
+    ),
+    "plan": CommandRow(
+        "vllm_npu.cli.plan:plan", "Show legal strategies, bytes and HCCL buffer of a layer on Ascend chips."
+    ),
     "simulate": CommandRow(
-        "vllm_npu.cli.simulate:simulate", "Estimated times of the exchange on clusters of 2 to 768 ranks."
+        "vllm_npu.cli.simulate:simulate", "Estimate times of the exchange on clusters of 2 to 768 ranks."
     ),
     "doctor": CommandRow(
         "vllm_npu.cli.doctor:doctor",
-        "What is wrong with this environment, and what to do about it.",
+        "Find what is wrong with this environment, and say what to do.",
         reads_raw_arguments=True,
     ),
     "serve": CommandRow(
-        "vllm_npu.cli.serve:serve", "vLLM's OpenAI-compatible server with this plugin on.", reads_raw_arguments=True
+        "vllm_npu.cli.serve:serve",
+        "Start vLLM's OpenAI-compatible server with this plugin on.",
+        reads_raw_arguments=True,
     ),
 }
 
 
 def build_app() -> typer.Typer:
-    """The command line. Each command forwards its arguments to its function."""
+    """The command line. Each command passes its arguments to its function."""
     app = typer.Typer(
         help="Expert-parallel communication of vLLM for Ascend NPUs, GPUs and CPUs.",
         no_args_is_help=True,
@@ -58,7 +64,7 @@ def build_app() -> typer.Typer:
         app.command(
             name,
             help=row.summary,
-            add_help_option=False,  # the command's own help answers
+            add_help_option=False,  # the command's own program prints its help
             context_settings={
                 "allow_extra_args": True,
                 "ignore_unknown_options": True,
@@ -69,7 +75,7 @@ def build_app() -> typer.Typer:
 
 
 def _forward(context: typer.Context) -> None:
-    """Import the command that was asked for and hand it the arguments as they were typed."""
+    """Import the command and call it with the arguments that the user typed."""
     name, arguments = str(context.info_name), context.args
     if arguments and f"{name} {arguments[0]}" in COMMANDS:
         name, arguments = f"{name} {arguments[0]}", arguments[1:]
@@ -85,5 +91,5 @@ def _forward(context: typer.Context) -> None:
 
 
 def _unwrapped(docstring: str) -> str:
-    """One line per paragraph: the terminal's width decides where help breaks, not the source's."""
+    """The docstring with one line for each paragraph, so that typer wraps it at the terminal's width."""
     return "\n\n".join(" ".join(paragraph.split()) for paragraph in docstring.split("\n\n"))

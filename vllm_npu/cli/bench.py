@@ -1,4 +1,4 @@
-"""`vllm-npu bench`: every strategy beside its peers in one run."""
+"""`vllm-npu bench`: times of every strategy and of its peers, in one run."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -10,40 +10,47 @@ from rich.progress import track
 from rich.table import Table
 
 from vllm_npu.cli.charts import import_pyplot
-from vllm_npu.cli.devices import TRANSPORT_CHOICES, as_title, conditions_of, rank_pool, split_symmetric
-from vllm_npu.cli.outputs import JsonPath, PlotPath, write_rows
-from vllm_npu.cli.shared_options import Dtype, Experts, HiddenSize, SeveralRanks, TopK
+from vllm_npu.cli.outputs import JsonPath, PlotPath, conditions_title, write_rows
+from vllm_npu.cli.shared_options import (
+    Dtype,
+    Experts,
+    HiddenSize,
+    SeveralRanks,
+    TopK,
+)
+from vllm_npu.cli.transport_choice import BETWEEN_PROCESSES, chosen_transport
 from vllm_npu.core.topology import ExpertPlacement
 from vllm_npu.errors import UnsupportedConfigError
 from vllm_npu.tools.benchmark import STRATEGY, Workload, best, counts_of, measure, with_ratios
 from vllm_npu.tools.layers import moe_layer
-
-BETWEEN_PROCESSES = [name for name in TRANSPORT_CHOICES if name != "threaded"]
+from vllm_npu.tools.rank_pools import measuring_conditions, open_rank_pool
 
 
 def bench(
-    transport: Annotated[str, typer.Option(help=f"How ranks talk: {', '.join(BETWEEN_PROCESSES)}.")] = "gloo",
+    transport: Annotated[str, typer.Option(help=f"How ranks communicate: {', '.join(BETWEEN_PROCESSES)}.")] = "gloo",
     ranks: SeveralRanks = 4,
-    tokens: Annotated[str, typer.Option(help="Tokens of a rank, several counts by commas.")] = "1,8,64,512",
-    skew: Annotated[float, typer.Option(min=1, help="Ranks but the first bring this many times fewer tokens.")] = 1,
+    tokens: Annotated[str, typer.Option(help="Tokens of a rank; separate several counts by commas.")] = "1,8,64,512",
+    skew: Annotated[
+        float, typer.Option(min=1, help="All ranks except the first have this many times fewer tokens.")
+    ] = 1,
     hidden: HiddenSize = 2048,
     experts: Experts = 64,
     topk: TopK = 8,
     dtype: Dtype = "bfloat16",
-    rounds: Annotated[int, typer.Option(min=3, help="Each times every exchange once.")] = 30,
+    rounds: Annotated[int, typer.Option(min=3, help="Rounds. Each round measures every exchange once.")] = 30,
     graph: Annotated[bool, typer.Option("--graph", help="Replay captured CUDA graphs.")] = False,
     json_path: JsonPath = None,
     plot: PlotPath = None,
 ) -> None:
-    """Time the exchange of one layer's tokens through every strategy, and through what others do: vLLM's AgRs, the original
-    design's allgather and multicast, and bare collectives.
+    """Measure the exchange of one layer's tokens by every strategy and by its peers: vLLM's AgRs, the original design's
+    allgather and multicast, and single collectives.
 
-    Experts are left out. All exchanges take turns in each round; a round's time is its slowest rank's. Ratios are to AgRs.
-    Transport symmetric is nccl, with that strategy alone beside the peers.
+    No expert runs. Each round measures all exchanges in turn, and the slowest rank gives the time. Ratios are to AgRs.
+    Transport symmetric means nccl, with that strategy alone beside the peers.
     """
     if transport not in BETWEEN_PROCESSES:
         raise UnsupportedConfigError(f"unknown transport {transport!r}; there are: {', '.join(BETWEEN_PROCESSES)}")
-    transport, only = split_symmetric(transport, None)
+    transport, only = chosen_transport(transport, None)
     layer = moe_layer(experts, topk, hidden, dtype)
     ExpertPlacement(experts, ranks)
     if plot is not None:
@@ -53,9 +60,9 @@ def bench(
         for count in _counts(tokens)
     ]
     rows: list[dict[str, Any]] = []
-    with rank_pool(transport, ranks) as (pool, device):
+    with open_rank_pool(transport, ranks) as (pool, device):
         conditions = {
-            **conditions_of(transport, ranks, device),
+            **measuring_conditions(transport, ranks, device),
             "hidden_size": hidden,
             "experts": experts,
             "top_k": topk,
@@ -63,7 +70,7 @@ def bench(
             "rounds": rounds,
             "graph": graph,
         }
-        title = as_title(conditions)
+        title = conditions_title(conditions)
         table = Table(
             "tokens", "exchange", "µs (median)", "p10", "p90", "of AgRs", "collectives", "KiB sent a rank", "of link",
             title=title,
@@ -106,7 +113,7 @@ def _counts(text: str) -> list[int]:
 
 
 def _draw(rows: list[dict[str, Any]], title: str, path: Path) -> None:
-    """Time over tokens, both logarithmic: strategies as lines, peers dashed, the band from p10 to p90."""
+    """Draw time over tokens on logarithmic axes: lines for strategies, dashes for peers, a band from p10 to p90."""
     pyplot = import_pyplot()
     figure, axes = pyplot.subplots(figsize=(9, 6), constrained_layout=True)
     for name in dict.fromkeys(row["strategy"] for row in rows):

@@ -1,4 +1,4 @@
-"""`vllm-npu bench eplb`: every way of moving experts between ranks, in one run."""
+"""`vllm-npu bench eplb`: times of every communicator that moves experts between ranks, in one run."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -10,11 +10,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from vllm_npu.cli.bench import BETWEEN_PROCESSES
 from vllm_npu.cli.charts import import_pyplot
-from vllm_npu.cli.devices import as_title, conditions_of, rank_pool
-from vllm_npu.cli.outputs import JsonPath, PlotPath, write_rows
+from vllm_npu.cli.outputs import JsonPath, PlotPath, conditions_title, write_rows
 from vllm_npu.cli.shared_options import SeveralRanks
+from vllm_npu.cli.transport_choice import BETWEEN_PROCESSES
 from vllm_npu.errors import UnsupportedConfigError
 from vllm_npu.tools.eplb_benchmark import (
     HIDDEN_SIZE,
@@ -25,28 +24,33 @@ from vllm_npu.tools.eplb_benchmark import (
     measure_eplb,
 )
 from vllm_npu.tools.layers import DTYPES
+from vllm_npu.tools.rank_pools import measuring_conditions, open_rank_pool
 
 if TYPE_CHECKING:
     from vllm_npu.tools.vllm_eplb import Balance
 
-DEVICES_OF_VLLM = ("gloo", "nccl")  # transports of the devices for which vLLM has communicators
+TRANSPORTS_OF_VLLM = ("gloo", "nccl")  # vLLM has communicators for the devices of these transports
 
 
 def bench_eplb(
-    transport: Annotated[str, typer.Option(help=f"How ranks talk: {', '.join(BETWEEN_PROCESSES)}.")] = "gloo",
+    transport: Annotated[str, typer.Option(help=f"How ranks communicate: {', '.join(BETWEEN_PROCESSES)}.")] = "gloo",
     ranks: SeveralRanks = 2,
     experts: Annotated[int, typer.Option(min=1, help="Experts that each rank sends and receives.")] = 4,
-    scale: Annotated[int, typer.Option(min=1, help="Divides both sizes of DeepSeek-V3's experts.")] = 8,
-    dtype: Annotated[str, typer.Option(help=f"Of the weights: {', '.join(DTYPES)}.")] = "bfloat16",
-    rounds: Annotated[int, typer.Option(min=1, help="Each moves the experts once by every communicator.")] = 5,
-    seed: Annotated[int, typer.Option(help="Of the load that is balanced.")] = 0,
+    scale: Annotated[int, typer.Option(min=1, help="Divisor of both sizes of DeepSeek-V3's experts.")] = 8,
+    dtype: Annotated[str, typer.Option(help=f"dtype of the weights: {', '.join(DTYPES)}.")] = "bfloat16",
+    rounds: Annotated[
+        int, typer.Option(min=1, help="Rounds. Each round moves the experts once by every communicator.")
+    ] = 5,
+    seed: Annotated[int, typer.Option(help="Seed of the load that is balanced.")] = 0,
     plot: PlotPath = None,
     json_path: JsonPath = None,
 ) -> None:
-    """Time the move of experts of DeepSeek-V3's shape, scaled down, to the next rank, through every communicator of the device.
+    """Measure the move of experts to the next rank by every communicator of the device. Experts have DeepSeek-V3's shape,
+    scaled down.
 
-    A round's time is its slowest rank's. What arrived is compared with what was sent. Where vLLM is installed, its own
-    communicators take turns with ours, and its policy balances a skewed load of DeepSeek-V3's experts: that is arithmetic.
+    The slowest rank gives the time of a round. The weights that arrive are compared with those that were sent. If vLLM is
+    installed, its own communicators are measured too, and its policy balances a skewed load of DeepSeek-V3's experts by
+    arithmetic.
     """
     if plot is not None:
         import_pyplot()
@@ -60,10 +64,10 @@ def bench_eplb(
         )
     workload = EplbWorkload(experts=experts, scale=scale, dtype=DTYPES[dtype], rounds=rounds)
     peers, balances = _of_vllm(transport, seed)
-    with rank_pool(transport, ranks) as (pool, device):
+    with open_rank_pool(transport, ranks) as (pool, device):
         results = pool.run(measure_eplb, workload, peers)[0]
     conditions = {
-        **conditions_of(transport, ranks, device),
+        **measuring_conditions(transport, ranks, device),
         "experts": experts,
         "scale": scale,
         "dtype": dtype,
@@ -72,7 +76,7 @@ def bench_eplb(
     }
     table = Table(
         "communicator", "ms (median)", "min", "max", "GB/s a rank",
-        title=as_title(conditions),
+        title=conditions_title(conditions),
     )  # fmt: skip
     fastest = min(results, key=lambda each: each.ms_median)
     for result in results:
@@ -98,8 +102,8 @@ def bench_eplb(
 
 
 def _of_vllm(transport: str, seed: int) -> "tuple[Peers | None, list[Balance]]":
-    """Its communicators, and what its policy does; nothing where vLLM is not installed, or has none for the device."""
-    if transport not in DEVICES_OF_VLLM or find_spec("vllm") is None:
+    """vLLM's communicators, and the balance that its policy reaches. Nothing if vLLM is missing or has none for the device."""
+    if transport not in TRANSPORTS_OF_VLLM or find_spec("vllm") is None:
         return None, []
     from vllm_npu.tools.vllm_eplb import CASES, balance, vllm_communicators
 
@@ -109,7 +113,7 @@ def _of_vllm(transport: str, seed: int) -> "tuple[Peers | None, list[Balance]]":
 def _draw(
     results: "Sequence[EplbResult]", balances: "Sequence[Balance]", conditions: dict[str, Any], path: Path
 ) -> None:
-    """Times as bars, from the fastest to the slowest round; beside them each load, before and after."""
+    """Draw the times as bars, with whiskers from the fastest to the slowest round, and beside them the balance of each load."""
     pyplot = import_pyplot()
     figure, axes = pyplot.subplots(1, 2 if balances else 1, figsize=(11, 4.5), squeeze=False, constrained_layout=True)
     medians = [each.ms_median for each in results]
@@ -117,7 +121,7 @@ def _draw(
     names = [f"{each.name}\n{each.gb_per_second:.2f} GB/s" for each in results]
     axes[0, 0].bar(names, medians, yerr=reach, capsize=4)
     axes[0, 0].set(ylabel="ms (median; whiskers: fastest and slowest round)")
-    axes[0, 0].set_title(as_title(conditions), fontsize=7, wrap=True)
+    axes[0, 0].set_title(conditions_title(conditions), fontsize=7, wrap=True)
     if balances:
         places = range(len(balances))
         for offset, label, values in (

@@ -1,4 +1,4 @@
-"""matplotlib, which is needed for --plot only."""
+"""Import of matplotlib, which only --plot needs."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from vllm_npu.errors import UnsupportedConfigError
 
 
 def import_pyplot() -> Any:
-    """Without a display. Raises UnsupportedConfigError where matplotlib is not installed."""
+    """matplotlib's pyplot, set up to draw without a display. Raises UnsupportedConfigError if matplotlib is not installed."""
     try:
         import matplotlib
     except ImportError as error:

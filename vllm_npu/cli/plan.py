@@ -1,4 +1,4 @@
-"""`vllm-npu plan`: which strategies a layer may use on a device, what auto takes, and what to set."""
+"""`vllm-npu plan`: the strategies that a layer may use on a device, the choice of auto, and the buffer to set."""
 
 import json
 from dataclasses import asdict
@@ -20,23 +20,25 @@ from vllm_npu.tools.layers import DTYPES, layer_of_model
 
 def plan(
     soc: Annotated[str, typer.Option(help=f"Family of chips: {', '.join(DEVICES)}.")],
-    ep: Annotated[int, typer.Option(min=1, help="Ranks that the experts are spread over: TP times DP.")],
-    tokens: Annotated[int, typer.Option(min=1, help="Most tokens of a step on one data-parallel rank.")] = 512,
+    ep: Annotated[int, typer.Option(min=1, help="Ranks that hold the experts: TP times DP.")],
+    tokens: Annotated[
+        int, typer.Option(min=1, help="Largest number of tokens of a step on one data-parallel rank.")
+    ] = 512,
     tp: Annotated[int, typer.Option(min=1, help="Tensor-parallel ranks.")] = 1,
-    experts: Annotated[int | None, typer.Option(min=1, help="Routed experts of a layer.")] = None,
-    topk: Annotated[int | None, typer.Option(min=1, help="Experts a token.")] = None,
+    experts: Annotated[int | None, typer.Option(min=1, help="Routed experts of the layer.")] = None,
+    topk: Annotated[int | None, typer.Option(min=1, help="Experts for each token.")] = None,
     hidden: Annotated[int | None, typer.Option(min=1, help="hidden_size of the model.")] = None,
-    dtype: Annotated[str | None, typer.Option(help=f"Of hidden states: {', '.join(DTYPES)} (bfloat16).")] = None,
+    dtype: Annotated[str | None, typer.Option(help=f"dtype of hidden states: {', '.join(DTYPES)} (bfloat16).")] = None,
     model: Annotated[
-        Path | None, typer.Option(help="A config.json, or its folder: for what is not given here.")
+        Path | None, typer.Option(help="A config.json, or its folder. It gives the numbers that no option gives.")
     ] = None,
     json_path: JsonPath = None,
 ) -> None:
-    """Say which strategies are legal for a mixture-of-experts layer and why others are not, which one auto takes at which
-    token counts, what a rank sends for a layer, and the HCCL_BUFFSIZE that mc2 needs.
+    """Show the strategies that are legal for a mixture-of-experts layer, and the reason against each other one. Show the choice
+    of auto for each token count, the bytes that a rank sends for a layer, and the HCCL_BUFFSIZE that mc2 needs.
 
-    Nothing runs, no device is needed. Bytes are a model: uniform routing, no headers. Exit status 1 where the numbers
-    cannot be a layer.
+    Nothing runs, and no device is needed. Bytes are computed for uniform routing, without headers. Exit status 1 if no layer
+    can have these numbers.
     """
     if soc not in DEVICES:
         raise UnsupportedConfigError(f"unknown --soc {soc!r}; there are: {', '.join(DEVICES)}")
@@ -57,7 +59,7 @@ def plan(
 
 
 def advice(planned: LayerPlan, buffer_mb: int) -> list[str]:
-    """What to set. `buffer_mb`: the HCCL_BUFFSIZE in force."""
+    """The variable to set, or nothing. `buffer_mb` is the present HCCL_BUFFSIZE in MiB."""
     for buffer in planned.buffers:
         if buffer.needed_mb is not None and buffer.needed_mb > buffer_mb:
             return [

@@ -1,4 +1,4 @@
-"""Options of a layer and its ranks that several commands take, so that they read and mean the same in each."""
+"""Options that several commands have: the numbers of a layer and of its ranks."""
 
 from typing import Annotated
 
@@ -9,6 +9,6 @@ from vllm_npu.tools.layers import DTYPES
 Ranks = Annotated[int, typer.Option(min=1, max=16, help="Ranks to start on this machine.")]
 SeveralRanks = Annotated[int, typer.Option(min=2, max=16, help="Ranks to start on this machine.")]
 Experts = Annotated[int, typer.Option(min=1, help="Experts of the layer.")]
-TopK = Annotated[int, typer.Option(min=1, help="Experts a token.")]
-HiddenSize = Annotated[int, typer.Option(min=1, help="hidden_size.")]
-Dtype = Annotated[str, typer.Option(help=f"Of hidden states: {', '.join(DTYPES)}.")]
+TopK = Annotated[int, typer.Option(min=1, help="Experts for each token.")]
+HiddenSize = Annotated[int, typer.Option(min=1, help="hidden_size of the model.")]
+Dtype = Annotated[str, typer.Option(help=f"dtype of hidden states: {', '.join(DTYPES)}.")]

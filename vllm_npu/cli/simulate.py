@@ -1,4 +1,4 @@
-"""`vllm-npu simulate`: what the exchange of a layer would take on clusters that are not here."""
+"""`vllm-npu simulate`: estimated times of a layer's exchange on clusters of 2 to 768 ranks."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -15,38 +15,58 @@ from vllm_npu.core.limits import MoELayer
 from vllm_npu.errors import UnsupportedConfigError
 from vllm_npu.strategies.table import ALL_STRATEGIES
 from vllm_npu.tools.layers import moe_layer
-from vllm_npu.tools.simulation import Comparison, Estimate, Fabric, Workload, compare, estimates, fabrics, fastest
+from vllm_npu.tools.simulation import (
+    Estimate,
+    Fabric,
+    PublishedTime,
+    Workload,
+    estimates,
+    fabrics,
+    fastest,
+    published_times,
+)
 
 EP_SIZES = "2,4,8,16,32,64,128,256,384,512,768"
 STEPS = [1 << power for power in range(13)]  # tokens of a rank: 1 to 4096
 
 
 def simulate(
-    fabric: Annotated[str, typer.Option(help=f"Clusters, by commas: {', '.join(fabrics())}.")] = ",".join(fabrics()),
-    ep: Annotated[str, typer.Option(help="Ranks, all data parallel; several sizes by commas.")] = EP_SIZES,
+    fabric: Annotated[str, typer.Option(help=f"Clusters, separated by commas: {', '.join(fabrics())}.")] = ",".join(
+        fabrics()
+    ),
+    ep: Annotated[str, typer.Option(help="Numbers of data-parallel ranks, separated by commas.")] = EP_SIZES,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of each rank.")] = 128,
-    experts: Annotated[int, typer.Option(min=1, help="Experts of the layer; redundant ones fill the ranks up.")] = 256,
+    experts: Annotated[
+        int,
+        typer.Option(min=1, help="Experts of the layer. Redundant ones make ranks equal."),
+    ] = 256,
     topk: TopK = 8,
     hidden: HiddenSize = 7168,
     intermediate: Annotated[int, typer.Option(min=1, help="Intermediate size of an expert.")] = 2048,
     layers: Annotated[int, typer.Option(min=1, help="MoE layers of the model.")] = 58,
     dtype: Dtype = "bfloat16",
-    skew: Annotated[float, typer.Option(min=0, help="Exponent of the experts' popularity by Zipf; 0: uniform.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of the popularity and of what ranks receive.")] = 0,
-    published: Annotated[bool, typer.Option("--published", help="Compare with published times instead.")] = False,
+    skew: Annotated[
+        float, typer.Option(min=0, help="Exponent of a Zipf law of the experts' popularity; 0: uniform.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed of the popularity and of the rows that ranks receive.")] = 0,
+    published: Annotated[
+        bool, typer.Option("--published", help="Compare estimates with published times instead.")
+    ] = False,
     json_path: JsonPath = None,
     plot: Annotated[
         Path | None,
-        typer.Option(callback=in_a_folder, help="Draw which strategy is fastest where: .png, .svg, .pdf."),
+        typer.Option(
+            callback=in_a_folder, help="Draw the fastest strategy for each size in this file: .png, .svg, .pdf."
+        ),
     ] = None,
 ) -> None:
-    """Estimate dispatch, combine and the step's MoE layers from the bandwidths and start-up times of fabrics.toml.
+    """Estimate the times of dispatch, combine and all MoE layers of a step from bandwidths and start-up times of clusters.
 
-    Nothing runs. An estimate has no contention, host time or overlap in it; --published says how far such estimates are from
+    Nothing runs. The estimates ignore contention, the time of the host and overlap. --published compares such estimates with
     times that others have measured. The defaults are DeepSeek-V3's layer.
     """
     if published:
-        _print_comparison(compare(), json_path)
+        _print_published(published_times(), json_path)
         return
     chosen = {name: _fabric(name) for name in fabric.split(",")}
     sizes = _sizes(ep)
@@ -122,8 +142,8 @@ def _print_estimates(title: str, found: dict[int, list[Estimate]], layers: int) 
     Console(width=None if Console().is_terminal else 140).print(table)
 
 
-def comparison_rows(compared: list[Comparison]) -> list[str]:
-    """The lines of a Markdown table, as docs/simulate.md has them."""
+def published_table(compared: list[PublishedTime]) -> list[str]:
+    """The lines of a Markdown table. docs/simulate.md contains them."""
     lines = ["| published | EP | stage | published | estimated | error |", "|---|---|---|---|---|---|"]
     for each in compared:
         error = f"{each.error:+.0%}{' (fitted)' if each.fitted else ''}"
@@ -135,15 +155,15 @@ def comparison_rows(compared: list[Comparison]) -> list[str]:
     return lines
 
 
-def _print_comparison(compared: list[Comparison], json_path: Path | None) -> None:
-    print("\n".join(comparison_rows(compared)))
+def _print_published(compared: list[PublishedTime], json_path: Path | None) -> None:
+    print("\n".join(published_table(compared)))
     write_rows(json_path, [{**asdict(each), "error": each.error} for each in compared])
 
 
 def _draw(
     pyplot: Any, best: dict[str, list[list[str]]], sizes: list[int], chosen: dict[str, Fabric], title: str, path: Path
 ) -> None:
-    """A field for each cluster: ranks across, tokens upwards, the colour of the strategy with the shortest exchange."""
+    """Draw one field for each cluster: ranks on the x axis, tokens on the y axis, a colour for the fastest strategy."""
     from matplotlib.colors import ListedColormap
     from matplotlib.patches import Patch
 

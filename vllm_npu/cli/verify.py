@@ -1,4 +1,4 @@
-"""`vllm-npu verify`: every strategy on real ranks against the dense reference."""
+"""`vllm-npu verify`: every strategy on real ranks against a dense reference."""
 
 import json
 import time
@@ -9,42 +9,45 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
-from vllm_npu.cli.devices import TRANSPORT_CHOICES, rank_pool, split_symmetric
 from vllm_npu.cli.outputs import JsonPath
 from vllm_npu.cli.shared_options import Ranks
+from vllm_npu.cli.transport_choice import chosen_transport
 from vllm_npu.core.limits import DeviceLimits
 from vllm_npu.errors import UnsupportedConfigError, VllmNpuError
 from vllm_npu.strategies.table import ALL_STRATEGIES, STRATEGIES
 from vllm_npu.tools.launch import RankPool
+from vllm_npu.tools.rank_pools import TRANSPORT_CHOICES, open_rank_pool
 from vllm_npu.tools.verification import Case, RandomRun, cases, limits_of_device, random_runs, run_case, run_random
 
 SHOWN_FAILURES = 20
 
 
 def verify(
-    transport: Annotated[str, typer.Option(help=f"How ranks talk: {', '.join(TRANSPORT_CHOICES)}.")] = "threaded",
+    transport: Annotated[
+        str, typer.Option(help=f"How ranks communicate: {', '.join(TRANSPORT_CHOICES)}.")
+    ] = "threaded",
     ranks: Ranks = 4,
-    strategy: Annotated[str | None, typer.Option(help="Only this strategy; all by default.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="One dtype and one routing of each layout.")] = False,
+    strategy: Annotated[str | None, typer.Option(help="Run only this strategy (default: all).")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Run one dtype and one routing of each layout.")] = False,
     random_count: Annotated[
-        int | None, typer.Option("--random", min=1, help="Run this many drawn cases in place of the table's.")
+        int | None, typer.Option("--random", min=1, help="Run this many random cases instead of the fixed ones.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of hidden states, routing and experts.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of hidden states, routing and experts.")] = 0,
     json_path: JsonPath = None,
 ) -> None:
     """Run every strategy on every grid of the ranks against a dense mixture of experts in one process.
 
-    Token counts are odd, zero and skewed; rows that nobody may read are NaN; small integers must come out exactly. Exit
-    status 1 if any case failed. hccl runs on NPUs, and where there is no CANN on the emulated Ascend device. symmetric is nccl
+    Token counts are odd, zero and skewed. Rows that no rank may read are NaN. Results of small integers must be exact. Exit
+    status 1 if any case failed. hccl runs on NPUs, or on the emulated Ascend device if there is no CANN. symmetric means nccl
     with that strategy alone.
     """
     if strategy is not None and strategy not in ALL_STRATEGIES:
         raise UnsupportedConfigError(f"unknown strategy {strategy!r}; there are: {', '.join(ALL_STRATEGIES)}")
-    transport, strategy = split_symmetric(transport, strategy)
+    transport, strategy = chosen_transport(transport, strategy)
     chosen = tuple(ALL_STRATEGIES) if strategy is None else (strategy,)
     started = time.monotonic()
     failures: dict[Case | RandomRun, str] = {}
-    with rank_pool(transport, ranks) as (pool, device):
+    with open_rank_pool(transport, ranks) as (pool, device):
         limits = pool.run(limits_of_device)[0]
         to_run: list[Case | RandomRun]
         if random_count is None:
@@ -81,19 +84,19 @@ def verify(
 
 
 def _drawn_strategies(chosen: tuple[str, ...], limits: DeviceLimits) -> list[str]:
-    """Those whose hidden sizes are free: drawn cases are small."""
+    """The chosen strategies that take the small hidden sizes of random cases on this device."""
     drawn = [name for name in chosen if name in STRATEGIES]
     if limits.mc2 is None or limits.mc2.hidden_sizes is not None:
         drawn = [name for name in drawn if name != "mc2"]
     if not limits.all2all:
         drawn = [name for name in drawn if name != "all2all"]
     if not drawn:
-        raise UnsupportedConfigError(f"no drawn cases for {', '.join(chosen)} here; leave --random out")
+        raise UnsupportedConfigError(f"no random cases for {', '.join(chosen)} here; leave --random out")
     return drawn
 
 
 def _run(pool: RankPool, case: Case | RandomRun) -> str | None:
-    """What went wrong on the first rank where something did, or None."""
+    """The fault of the first rank that has one, or None."""
     run = run_random if isinstance(case, RandomRun) else run_case
     try:
         return next((fault for fault in pool.run(run, case) if fault), None)

@@ -1,4 +1,4 @@
-"""`python -m vllm_npu.emulator`: run a script on emulated devices, build them, report what they have, clean up."""
+"""`python -m vllm_npu.emulator`: run a script on emulated devices, build them, report what they emulate, clean up."""
 
 import argparse
 import sys
@@ -18,13 +18,15 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     families = ", ".join(f"{family.name} = {family.default_soc}" for family in soc.FAMILIES)
     run.add_argument("--soc", default=envs.EMULATOR_SOC.read(), help=f"the chip, or its family: {families}")
     run.add_argument("--trace", action="store_true", help="list the calls of ACL, HCCL and aclnn on standard error")
-    run.add_argument("-m", dest="module", action="store_true", help="the script is the name of a module")
-    run.add_argument("script", help="a Python file, or with -m a module")
-    run.add_argument("arguments", nargs=argparse.REMAINDER, help="of the script")
+    run.add_argument("-m", dest="module", action="store_true", help="SCRIPT is the name of a module")
+    run.add_argument("script", help="a Python file, or a module with -m")
+    run.add_argument("arguments", nargs=argparse.REMAINDER, help="arguments of the script")
 
-    commands.add_parser("build", help="build the libraries if they are not there, and print their folder")
-    compare = commands.add_parser("report", help="compare what the installed torch_npu asks for with what is emulated")
-    compare.add_argument("--json", type=Path, metavar="PATH", help="write every name and its state here")
+    commands.add_parser("build", help="build the libraries if they are missing, and print their folder")
+    compare = commands.add_parser(
+        "report", help="list which functions and operators of the installed torch_npu are emulated"
+    )
+    compare.add_argument("--json", type=Path, metavar="PATH", help="write every name and its state to this file")
     commands.add_parser("clean", help="remove shared memory that killed processes left behind")
     commands.add_parser("hook", help="print the line of a .pth file that makes VLLM_NPU_EMULATOR=1 work everywhere")
     return parser.parse_args(arguments)

@@ -1,4 +1,4 @@
-"""The emulated device's libraries: those of a folder that is named, else built once per state of the sources."""
+"""The libraries of the emulated device: those of VLLM_NPU_EMULATOR_LIBRARIES, or built once for each state of the sources."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ DEVICE = Component("emulator", "the emulated device", "libascendcl.so", Emulator
 
 
 def missing() -> str | None:
-    """Why the emulated device cannot be built or used here, or None."""
+    """The reason why the emulated device cannot be built or used here, or None."""
     try:
         DEVICE.package_folder("torch")
         DEVICE.package_folder("torch_npu")
@@ -24,15 +24,15 @@ def missing() -> str | None:
 
 
 def library_folder() -> Path:
-    """Where the libraries are, or will be once they are built."""
+    """The folder of the libraries. It does not exist before the build."""
     named = envs.EMULATOR_LIBRARIES.read_if_set()
     return Path(named) if named else DEVICE.library_folder()
 
 
 def build() -> Path:
-    """The folder of the libraries, built first where they are not there yet. Several processes may call it at once.
+    """Build the libraries if they are missing, and return their folder. Several processes may call this at once.
 
-    Raises EmulatorBuildError where something that building needs is missing, or the build fails.
+    Raises EmulatorBuildError if a build tool is missing or the build fails.
     """
     if envs.EMULATOR_LIBRARIES.read_if_set() is None:
         return DEVICE.build()

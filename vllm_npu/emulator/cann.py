@@ -1,4 +1,4 @@
-"""Whether a real CANN is there: the emulator must never stand in its way."""
+"""Search for a real CANN: the emulated device must never replace it."""
 
 import os
 from collections.abc import Mapping
@@ -21,20 +21,20 @@ USUAL_FOLDERS = (
 
 
 def find(environ: Mapping[str, str] = os.environ) -> str | None:
-    """What shows that CANN is there, or None."""
+    """The variable or library that shows that CANN is installed, or None."""
     for variable in HOME_VARIABLES:
         if environ.get(variable):
             return f"{variable}={environ[variable]}"
     folders = [folder for folder in environ.get("LD_LIBRARY_PATH", "").split(":") if folder]
     for folder in (*folders, *USUAL_FOLDERS):
-        library = Path(folder, LIBRARY)
-        if library.exists():
-            return str(library)
+        library = str(Path(folder, LIBRARY))
+        if os.path.exists(library):  # unlike Path.exists, no error for a folder that this user may not read
+            return library
     return None
 
 
 def refuse_if_found(environ: Mapping[str, str] = os.environ) -> None:
-    """Raises UnsupportedConfigError where a real CANN is there."""
+    """Raise UnsupportedConfigError if a real CANN is installed."""
     found = find(environ)
     if found is not None:
         raise UnsupportedConfigError(

@@ -1,11 +1,9 @@
 """Runs a script in several processes. Each process is a rank with an emulated device of its own."""
 
 import contextlib
-import ctypes
 import os
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 from vllm_npu import envs
+from vllm_npu.child_processes import free_port, signal_when_parent_dies
 from vllm_npu.emulator import build, cann, loader, shared_memory, soc
 
 STARTUP_FOLDER = Path(__file__).resolve().parent / "startup"
@@ -25,9 +24,6 @@ DEFAULT_EXEC_TIMEOUT = "50"
 DEFAULT_TASK_QUEUE = "0"
 POLL_SECONDS = 0.02
 GRACE_SECONDS = 5.0  # after a failure: for the other ranks to report theirs, and again to end by themselves
-PR_SET_PDEATHSIG = 1
-prctl = ctypes.CDLL(None).prctl  # found before any fork
-prctl.argtypes, prctl.restype = [ctypes.c_int, ctypes.c_ulong], ctypes.c_int
 
 
 class RankProcess(Protocol):
@@ -52,15 +48,9 @@ class Launch:
     trace: bool = False
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
 def end_with_parent() -> None:
     """In a new process: the kernel ends this process when its parent ends, however the parent ends."""
-    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    signal_when_parent_dies(signal.SIGKILL)
 
 
 def device_environment(

@@ -1,4 +1,4 @@
-"""Puts the emulated device under torch_npu in this process."""
+"""Makes `import torch_npu` of this process find the emulated device."""
 
 import ctypes
 import importlib.abc
@@ -11,9 +11,10 @@ from types import ModuleType
 
 from vllm_npu import envs
 from vllm_npu.emulator import ascend_stack, build, cann, soc
+from vllm_npu.emulator.amended_imports import find_amended
 from vllm_npu.errors import EmulatorBuildError, UnsupportedConfigError
 
-# In the order of their dependencies. torch_npu finds them by name, as loaded already.
+# A library comes after those that it needs. torch_npu then asks for them by name and finds them loaded.
 BEFORE_TORCH = (
     "libascendcl.so",
     "libhccl.so",
@@ -22,8 +23,8 @@ BEFORE_TORCH = (
     "libacl_op_compiler.so",
     "libacl_tdt_channel.so",
 )
-AFTER_TORCH = ("libopapi.so", "libatb.so")  # need torch's own libraries
-OPERATORS = "libvllm_npu_emulator_aten.so"  # registers with torch_npu's device, so it comes after torch_npu
+AFTER_TORCH = ("libopapi.so", "libatb.so")  # they need torch's own libraries
+OPERATORS = "libvllm_npu_emulator_aten.so"  # registers operators for torch_npu's device, so torch_npu comes first
 AUTOLOAD_VARIABLE = "TORCH_DEVICE_BACKEND_AUTOLOAD"
 
 
@@ -38,42 +39,31 @@ def load_library(folder: Path, name: str) -> None:
         ) from error
 
 
-class LoaderWithDevice(importlib.abc.Loader):
-    """Loads torch_npu, and around it what needs torch or torch_npu."""
-
-    def __init__(self, real_loader: importlib.abc.Loader, folder: Path) -> None:
-        self.real_loader = real_loader
-        self.folder = folder
-
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
-        return self.real_loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        import torch
-
-        for name in AFTER_TORCH:
-            if (self.folder / name).is_file():
-                load_library(self.folder, name)
-        self.real_loader.exec_module(module)
-        if (self.folder / OPERATORS).is_file():
-            torch.ops.load_library(str(self.folder / OPERATORS))
-
-
 class TorchNpuFinder(importlib.abc.MetaPathFinder):
-    """Finds torch_npu where it is, to be loaded by LoaderWithDevice."""
+    """Finds the installed torch_npu, and loads the emulator's other libraries before and after it."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self._folder = folder  # of the emulator's libraries
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
         if fullname != "torch_npu":
             return None
-        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
-        if spec is not None and spec.loader is not None:
-            spec.loader = LoaderWithDevice(spec.loader, self.folder)
-        return spec
+        return find_amended(fullname, path, before=self._load_after_torch, after=self._load_operators)
+
+    def _load_after_torch(self, _torch_npu: ModuleType) -> None:
+        import torch  # noqa: F401 - the libraries need those of torch
+
+        for name in AFTER_TORCH:
+            if (self._folder / name).is_file():
+                load_library(self._folder, name)
+
+    def _load_operators(self, _torch_npu: ModuleType) -> None:
+        import torch
+
+        if (self._folder / OPERATORS).is_file():
+            torch.ops.load_library(str(self._folder / OPERATORS))
 
 
 def is_enabled() -> bool:
@@ -81,12 +71,12 @@ def is_enabled() -> bool:
 
 
 def enable(soc_name: str | None = None) -> None:
-    """From now on, `import torch_npu` works in this process and finds emulated devices.
+    """Make every later `import torch_npu` of this process work and find emulated devices.
 
-    Call it before torch is imported (after, it works only if torch did not try to load torch_npu by itself). A second
-    call changes nothing. `soc_name` is a chip ("Ascend910_9391") or a family ("A3"); the default is
-    VLLM_NPU_EMULATOR_SOC, else A2's. Raises UnsupportedConfigError where a real CANN is there or where torch_npu has
-    been imported already, EmulatorBuildError where the libraries cannot be built.
+    Call it before the import of torch. After that import, it works only if torch did not try to load torch_npu by itself. A
+    second call changes nothing. `soc_name` is a chip ("Ascend910_9391") or a family ("A3"); the default is
+    VLLM_NPU_EMULATOR_SOC. Raises UnsupportedConfigError if a real CANN is installed or torch_npu is imported already, and
+    EmulatorBuildError if the libraries cannot be built.
     """
     if is_enabled():
         return
@@ -97,7 +87,7 @@ def enable(soc_name: str | None = None) -> None:
     folder = build.build()
     for name in BEFORE_TORCH:
         load_library(folder, name)
-    # torch must not import torch_npu while it is half imported itself; who needs the device imports torch_npu.
+    # torch must not import torch_npu during its own import. A program that needs the device imports torch_npu.
     os.environ[AUTOLOAD_VARIABLE] = "0"
     sys.meta_path.insert(0, TorchNpuFinder(folder))
     ascend_stack.install()

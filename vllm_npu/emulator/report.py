@@ -1,13 +1,13 @@
-"""What the emulated device has of what the installed torch_npu asks for: read from the built libraries, not from a list.
+"""Report of the functions of CANN that the installed torch_npu needs. The built libraries show which ones are emulated.
 
     python -m vllm_npu.emulator report [--json PATH]
 
-Three questions, with three kinds of evidence:
+It answers three questions:
 
-- which symbols the wheel's libraries need in order to load: certain, from their symbol tables; what a function does behind
-  its name is read from its code, but for aclnn functions, of which being there is all that is read;
-- which functions of CANN they look up by name while they run: names found as texts in the wheel, so a few may be texts only;
-- which operators of torch_npu can run: inferred from their names alone, e.g. npu_moe_re_routing from aclnnMoeReRouting.
+- Which symbols do the wheel's libraries need to load? Symbol tables give a certain answer. The code of a function shows whether
+  it is emulated. For aclnn functions, only their presence is read.
+- Which functions of CANN do they look up by name while they run? Names are texts in the wheel, so a few may be no functions.
+- Which operators of torch_npu can run? Only their names tell: npu_moe_re_routing needs aclnnMoeReRouting, for example.
 """
 
 import contextlib
@@ -28,30 +28,30 @@ from vllm_npu.emulator.build import DEVICE, build
 from vllm_npu.errors import EmulatorBuildError
 
 IMPORT_SECONDS = 120.0
-SHOWN_CHARACTERS = 240  # of a list of names; --json has them all
+SHOWN_CHARACTERS = 240  # longest list of names in the text; --json has all names
 
 
 class State(StrEnum):
-    """What a function of CANN does here."""
+    """State of a function of CANN on the emulated device."""
 
     EMULATED = "emulated"
-    NO_EFFECT = "no effect"  # returns a constant and does nothing: profiling, options that change nothing here
-    REFUSED = "refused"  # is there, and fails by its name when it is called
-    ABSENT = "absent"  # is not there: a look-up finds nothing, and torch_npu takes the feature for missing
+    NO_EFFECT = "no effect"  # it returns a constant: profiling, options without an effect here
+    REFUSED = "refused"  # it fails with its name when it is called
+    ABSENT = "absent"  # a look-up finds nothing, and torch_npu regards the feature as missing
 
 
 class Inferred(StrEnum):
-    """Whether an operator can run, as far as names tell."""
+    """Whether an operator can run, inferred from its name."""
 
-    PROVIDED = "provided"  # every function of its name is emulated
-    IN_PART = "in part"  # some are: of the versions of one operation, or of the functions of that name
-    ABSENT = "absent"  # none is
-    UNKNOWN = "not known from its name"  # it may be made of other operators, need no function, or a graph operator
+    PROVIDED = "provided"  # all functions with its name are emulated
+    IN_PART = "in part"  # some of these functions are emulated
+    ABSENT = "absent"  # none of these functions is emulated
+    UNKNOWN = "not known from its name"  # it may consist of other operators, need no function, or need a graph operator
 
 
 @dataclass(frozen=True, slots=True)
 class Operator:
-    """One schema of torch_npu, and the functions behind it that its name leads to."""
+    """One schema of torch_npu, and the functions with the same name."""
 
     state: Inferred
     functions: dict[str, State]
@@ -62,7 +62,7 @@ class Report:
     torch_npu: str
     torch: str
     libraries: str
-    needed: dict[str, dict[str, State]]  # in order to load, by library of torch_npu
+    needed: dict[str, dict[str, State]]  # to load, for each library of torch_npu
     looked_up: dict[str, State]  # while they run
     operators: dict[str, Operator] = field(default_factory=dict)
     import_fault: str = ""  # why the operators could not be listed
@@ -89,7 +89,7 @@ def output_of(*command: str) -> str:
 
 
 def symbols(path: Path, *options: str) -> Iterable[tuple[str, str]]:
-    """(kind, name with its version) of the dynamic symbols, as nm lists them."""
+    """(kind, name with version) of each dynamic symbol, from nm."""
     for line in output_of(find_binutils("nm"), "-D", "--with-symbol-versions", *options, str(path)).splitlines():
         kind, name = line.split()[-2:]
         yield kind, name
@@ -115,7 +115,7 @@ def system_has(name: str) -> bool:
 
 @functools.cache
 def system_libraries() -> list[ctypes.CDLL]:
-    """Those whose functions some builds of torch_npu name without a version. Loaded by name: this process may hold CANN's."""
+    """The system libraries. Some builds of torch_npu name their functions without a version."""
     found = []
     for name in ("libc.so.6", "libm.so.6", "libdl.so.2", "libpthread.so.0"):
         with contextlib.suppress(OSError):
@@ -124,13 +124,13 @@ def system_libraries() -> list[ctypes.CDLL]:
 
 
 def needed_symbols() -> dict[str, set[str]]:
-    """What each of torch_npu's libraries needs from CANN in order to load: what nothing else on the machine has."""
+    """Symbols that each library of torch_npu needs from CANN to load: no other library of the machine has them."""
     libraries = wheel_libraries()
     present = defined_by([*libraries, *DEVICE.package_folder("torch").glob("lib/*.so")])
     needed = {}
     for path in libraries:
         undefined = {name for kind, name in symbols(path, "--undefined-only") if kind == "U"}
-        # Symbols of the system's libraries carry a version (memcpy@GLIBC_2.14), or are found there; CANN's carry none.
+        # Symbols of system libraries have a version (memcpy@GLIBC_2.14), or system_has finds them. CANN's have none.
         without_version = {
             name for name in undefined - present if "@" not in name and not name.startswith(("Py", "_Py"))
         }
@@ -142,13 +142,13 @@ CANN_NAME = re.compile(rb"\0((?:acl[a-z]*|Hccl)[A-Z]\w*)(?=\0)")
 
 
 def looked_up_names() -> set[str]:
-    """Texts in torch_npu's libraries that are names of CANN's functions."""
+    """Texts in torch_npu's libraries that look like names of CANN's functions."""
     return {name.decode() for path in wheel_libraries() for name in CANN_NAME.findall(path.read_bytes())}
 
 
-# --- what a built library does behind a name ---
+# --- code of the functions of a built library ---
 
-# Of x86-64 and AArch64, as objdump writes them.
+# Instructions of x86-64 and AArch64 in the output of objdump.
 FUNCTION = re.compile(r"^[0-9a-f]+ <([^>]+)>:$")
 INSTRUCTION = re.compile(r"^\s*[0-9a-f]+:\s+(\S+)\s*(.*)$")
 PADDING = re.compile(r"nop|xchg|data16|cs|endbr64|bti|hint")
@@ -160,10 +160,10 @@ CONSTANT = re.compile(r"(?:xor (%\w+),\1|mov \$0x[0-9a-f]+,%[re]ax|mov [wx]0, (?
 
 
 def state_of(body: list[tuple[str, str]]) -> State:
-    """What a function does, from its instructions: (name, operands)."""
+    """State of a function, from its instructions (name, operands)."""
     instructions = [(name, operands) for name, operands in body if not PADDING.match(name)]
     if any(CONDITIONAL.match(name) for name, _ in instructions):
-        return State.EMULATED  # it decides something
+        return State.EMULATED  # it has a branch
     targets = [operands for name, operands in instructions if TRANSFER.match(name)]
     if targets:
         return State.REFUSED if all(REFUSAL.search(target) for target in targets) else State.EMULATED
@@ -174,7 +174,7 @@ def state_of(body: list[tuple[str, str]]) -> State:
 
 
 def states_of_library(path: Path) -> dict[str, State]:
-    """What each exported function of a library does; objects that are no functions count as emulated."""
+    """State of each exported function of a library. Exported objects count as emulated."""
     exported = {unversioned(name) for _, name in symbols(path, "--defined-only")}
     bodies: dict[str, list[tuple[str, str]]] = {}
     body: list[tuple[str, str]] = []
@@ -206,7 +206,7 @@ print("operators: " + json.dumps(names))
 
 
 def operator_names() -> list[str]:
-    """The schemas that torch_npu registers, from a process of its own that imports it on the emulated device."""
+    """The schemas that torch_npu registers. Another process imports it on the emulated device."""
     command = [sys.executable, "-c", LIST_OPERATORS]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=IMPORT_SECONDS, check=False)
@@ -220,13 +220,16 @@ def operator_names() -> list[str]:
 
 
 def plain(name: str) -> str:
-    """What names of one operation have in common: no case, no underscores, no version, no 'npu', 'backward' as 'grad'."""
+    """The name without case, underscores, version and 'npu', and with 'grad' for 'backward'.
+
+    Names of one operation become equal.
+    """
     name = name.lower().replace("_", "").removeprefix("npu").replace("backward", "grad")
     return re.sub(r"(?:v\d+)?(?:functional)?$", "", name)
 
 
 def operations(names: Iterable[str]) -> dict[str, list[str]]:
-    """Operations by their plain name: aclnnX of each pair aclnnX, aclnnXGetWorkspaceSize."""
+    """Operations by their plain name. An operation is a pair of functions aclnnX and aclnnXGetWorkspaceSize."""
     found: dict[str, list[str]] = {}
     every = set(names)
     for name in sorted(every):
@@ -236,7 +239,7 @@ def operations(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def state_of_operation(name: str, states: Mapping[str, State]) -> State:
-    """Of a pair of functions, the state of the lesser."""
+    """State of a pair of functions: that of the less capable one."""
     order = list(State)
     both = (states.get(each, State.ABSENT) for each in (name, f"{name}GetWorkspaceSize"))
     return max(both, key=order.index)
@@ -257,9 +260,9 @@ def infer_operator(name: str, by_plain_name: Mapping[str, list[str]], states: Ma
 
 
 def make_report() -> Report:
-    """Compares the installed torch_npu with the libraries, which are built first where they are not there.
+    """Compare the installed torch_npu with the emulated libraries, and build these first if they are missing.
 
-    Raises EmulatorBuildError where torch_npu or a tool is missing.
+    Raises EmulatorBuildError if torch_npu or a tool is missing.
     """
     folder = build()
     states = states_of_folder(folder)
@@ -283,7 +286,7 @@ def make_report() -> Report:
     return report
 
 
-FAMILIES, OTHERS = ("aclrt", "Hccl", "aclnn"), "other acl"  # of functions, by their prefixes
+FAMILIES, OTHERS = ("aclrt", "Hccl", "aclnn"), "other acl"  # prefixes of functions
 
 
 def family(name: str) -> str:
@@ -291,14 +294,14 @@ def family(name: str) -> str:
 
 
 def shortened(names: list[str]) -> str:
-    """Names that fit on a few lines, and how many more there are."""
+    """The first names, up to SHOWN_CHARACTERS, and the number of the other ones."""
     shown = [name for index, name in enumerate(names) if len(", ".join(names[: index + 1])) <= SHOWN_CHARACTERS]
     rest = len(names) - len(shown)
     return ", ".join(shown) + (f" and {rest} more (--json lists them)" if rest else "")
 
 
 def table(heading: str, columns: Iterable[str], rows: Mapping[str, Collection[str]]) -> Iterable[str]:
-    """How many of each row there are, and how many of each state."""
+    """A table with one line for each row: the number of names, and the number in each state."""
     titles = ("all", *columns)
     width = max(len(heading), *map(len, rows))
     yield f"{heading:<{width}}" + "".join(f"  {title:>9}" for title in titles)
@@ -308,7 +311,7 @@ def table(heading: str, columns: Iterable[str], rows: Mapping[str, Collection[st
 
 
 def as_text(report: Report) -> str:
-    """For people."""
+    """The report as text."""
     rows = {f"needed by {library}": list(needed.values()) for library, needed in report.needed.items()}
     for each in (*FAMILIES, OTHERS):
         rows[f"looked up while it runs: {each}*"] = [
@@ -339,9 +342,9 @@ def as_text(report: Report) -> str:
         lines.append(f"{inferred}: {', '.join(names) or 'none'}")
     lines += [
         "",
-        "Names that are looked up are texts in the wheel; a few may be texts only. An emulated function may still refuse",
-        "arguments. An operator whose name tells nothing may be made of others, or be refused when it runs. Operators of",
-        "aten do not appear: they run on the CPU's kernels, without aclnn.",
+        "Names that are looked up are texts in the wheel, so a few may be no functions. An emulated function may still refuse",
+        "arguments. An operator that is not known from its name may consist of others, or fail when it runs. Operators of",
+        "aten do not appear: they run by the CPU's kernels, without aclnn.",
     ]
     return "\n".join(lines)
 

@@ -1,4 +1,4 @@
-"""Removes shared memory that killed processes left behind. Processes that end by themselves leave none."""
+"""Shared memory of emulated devices that killed processes left behind. A process that ends by itself removes its own."""
 
 import os
 from pathlib import Path
@@ -10,7 +10,7 @@ PREFIX = "vllm_npu_emulator."  # then RUN.PID.COUNT.TIME; see HcclGetRootInfo in
 def process_exists(pid: int) -> bool:
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):  # OverflowError: no process has such a large number
         return False
     except PermissionError:
         return True
@@ -18,7 +18,7 @@ def process_exists(pid: int) -> bool:
 
 
 def remove(path: Path) -> bool:
-    """Whether the file was this user's and has been removed."""
+    """Remove the file if it belongs to this user. Return whether this call removed it: other processes may be faster."""
     try:
         if path.stat().st_uid != os.geteuid():
             return False
@@ -29,22 +29,24 @@ def remove(path: Path) -> bool:
 
 
 def clean_run(run: str) -> None:
-    """Removes what the processes of one launch left; they must have ended."""
+    """Remove the shared memory of one launch. Its processes must have ended."""
     for path in FOLDER.glob(f"{PREFIX}{run}.*"):
         remove(path)
 
 
 def leftovers() -> list[Path]:
-    """What processes that do not exist any more left, of all launches."""
+    """Files of all launches whose processes have ended. Other processes may remove them at any time."""
     found = []
     for path in sorted(FOLDER.glob(f"{PREFIX}*")):
         parts = path.name.removeprefix(PREFIX).split(".")
-        pids = [part.partition("-")[0] for part in parts[:2]]  # the launcher's (0 without one), and the maker's
-        if not any(pid.isdigit() and int(pid) > 0 and process_exists(int(pid)) for pid in pids):
+        # RUN begins with the launcher's process id, or is 0; PID is the process that made the file.
+        pids = [part.partition("-")[0] for part in parts[:2]]
+        numbers = [int(pid) for pid in pids if pid.isascii() and pid.isdecimal()]
+        if not any(number > 0 and process_exists(number) for number in numbers):
             found.append(path)
     return found
 
 
 def clean_leftovers() -> list[str]:
-    """Removes what processes that do not exist any more left, of all launches. Returns the names."""
+    """Remove the files of leftovers() that belong to this user. Return their names."""
     return [path.name for path in leftovers() if remove(path)]

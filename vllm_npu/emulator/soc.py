@@ -1,4 +1,4 @@
-"""The chips that the emulated device can pass for."""
+"""The chips that can be emulated."""
 
 from dataclasses import dataclass
 
@@ -7,11 +7,11 @@ from vllm_npu.errors import UnsupportedConfigError
 
 @dataclass(frozen=True, slots=True)
 class SocFamily:
-    """Chips that software treats alike."""
+    """A family of chips. Software treats all chips of a family alike."""
 
-    name: str  # as the field calls it
+    name: str  # for example A2
     default_soc: str
-    prefixes: tuple[str, ...]  # of the names; csrc_npu/emulator/runtime/soc.cpp has the same, and a test compares
+    prefixes: tuple[str, ...]  # of the chips' names; a test compares them with csrc_npu/emulator/runtime/soc.cpp
 
 
 FAMILIES = (
@@ -23,7 +23,7 @@ FAMILIES = (
 
 
 def family_of(name: str) -> SocFamily:
-    """The family of a chip, or that of the name. Raises UnsupportedConfigError for one that is not emulated."""
+    """The family with this name, or the family of the chip. Raises UnsupportedConfigError if it is not emulated."""
     for family in FAMILIES:
         if name.upper() == family.name or name.startswith(family.prefixes):
             return family
@@ -32,6 +32,6 @@ def family_of(name: str) -> SocFamily:
 
 
 def resolve(name: str) -> str:
-    """The chip's name for a chip's or a family's. Raises UnsupportedConfigError for one that is not emulated."""
+    """Name of the chip: `name` itself, or the default chip of a family. Raises UnsupportedConfigError if it is not emulated."""
     family = family_of(name)
     return family.default_soc if name.upper() == family.name else name

@@ -1,1 +1,1 @@
-"""What never runs in service: references, verification, benchmarks, simulation, ranks and engines for tests."""
+"""Tools that never run in service: references, verification, benchmarks, simulation, and ranks and engines for tests."""

@@ -1,8 +1,9 @@
-"""Times of the exchanges of a mixture-of-experts layer: every strategy beside its peers, on the same ranks, in one run.
+"""Times of the exchanges of a mixture-of-experts layer: every strategy and its peers, on the same ranks, in one run.
 
-An exchange is what lies between a rank's tokens and the ranks that compute on them, both ways, experts left out. What is
-timed: prepare and finalize for allgather and naive, and slots for symmetric: their sort by expert on the rank itself is left
-out, as the peers leave it to the expert kernels; prepare, dispatch, combine and finalize for mc2 and all2all.
+An exchange brings a rank's tokens to the ranks of their experts, and the outputs back. No expert runs. For mc2 and all2all,
+prepare, dispatch, combine and finalize are measured. For allgather and naive, prepare and finalize are measured. For symmetric,
+prepare, the exchange of slots and finalize are measured. The last three strategies sort tokens by expert on the rank itself,
+and this sort is left out: the peers leave it to the expert kernels.
 """
 
 import math
@@ -25,28 +26,28 @@ from vllm_npu.tools.verification import limits_of_device
 from vllm_npu.transport.base import Groups, Transport
 from vllm_npu.trust.recording import CollectiveCounter
 
-HOST_READS_SIZES = ("all2all",)  # in what is timed here, where sorts by expert are left out: no graph can hold it
+HOST_READS_SIZES = ("all2all",)  # the host reads sizes in these exchanges, so no graph can hold them
 WARM_UP_ROUNDS = 5
-CALLS_IN_A_GRAPH = 10  # one behind another, so that starting the graph costs each a tenth
-LINK_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20, "npu": 16 << 20}  # what each rank sends to find the bandwidth
+CALLS_IN_A_GRAPH = 10  # each call then costs a tenth of the start of a graph
+LINK_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20, "npu": 16 << 20}  # sent by each rank to measure the bandwidth
 PEER, STRATEGY = "peer", "strategy"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """One step: all ranks data parallel, routing uniform."""
+    """One step with uniform routing. All ranks are data parallel."""
 
     counts: tuple[int, ...]  # tokens of each rank
     layer: MoELayer
-    rounds: int  # each times every exchange once
+    rounds: int  # each round measures every exchange once
     graph: bool = False  # replay captured CUDA graphs
-    only: str | None = None  # this strategy beside the peers; None: all that can run
+    only: str | None = None  # measure this strategy and the peers; None: all strategies that can run
     seed: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """One exchange. Times are those of the slowest rank in each round, in microseconds."""
+    """One exchange. Times are in microseconds. The slowest rank gives the time of a round."""
 
     name: str
     kind: str  # "strategy" or "peer"
@@ -55,18 +56,17 @@ class Result:
     us_p90: float
     collectives: int
     bytes_sent_per_rank: float  # mean over ranks
-    share_of_limit: (
-        float  # time that the bytes take at the bandwidth of one large all-to-all in this run, over us_median
-    )
+    # Time of these bytes at the bandwidth of one large all-to-all, divided by us_median.
+    share_of_limit: float
 
 
 def counts_of(tokens: int, ranks: int, skew: float) -> tuple[int, ...]:
-    """`tokens` on the first rank, a skew-th of them, and at least one, on each other."""
+    """Token counts of the ranks: `tokens` on the first one, and tokens / skew, at least one, on each other rank."""
     return (tokens, *[max(1, math.ceil(tokens / skew))] * (ranks - 1))
 
 
 def measure(rank: Rank, workload: Workload) -> list[Result]:
-    """Every strategy and every peer on this workload. COLLECTIVE over all ranks; the same result on each."""
+    """Measure every strategy and every peer. COLLECTIVE over all ranks, which all return the same results."""
     if len(workload.counts) != rank.num_ranks:
         raise UnsupportedConfigError(f"{len(workload.counts)} token counts for {rank.num_ranks} ranks; give one a rank")
     if workload.graph and rank.device.type != "cuda":
@@ -160,11 +160,11 @@ def _peers(groups: Groups, tokens: Tokens) -> dict[str, tuple[str, Peer]]:
 
 
 Clock = Callable[[Callable[[], object]], float]
-"""Runs a function, all ranks from the same moment on, and gives the microseconds of one call."""
+"""Runs a function, which all ranks start at the same moment, and returns the microseconds of one call."""
 
 
 def _clock(rank: Rank, transport: Transport, graph: bool) -> Clock:
-    """The host's clock; on GPUs the device's, from the first kernel of a call to its last."""
+    """A clock of the host. On GPUs: a clock of the device, from the first kernel of a call to the last one."""
 
     def host(run: Callable[[], object]) -> float:
         transport.barrier()
@@ -201,7 +201,7 @@ def _clock(rank: Rank, transport: Transport, graph: bool) -> Clock:
 
 
 def _times(clock: Clock, runs: list[Callable[[], torch.Tensor]], rounds: int) -> torch.Tensor:
-    """[runs, rounds] float64 on the CPU's side of things: exchanges alternate, so that a slow moment hits all of them."""
+    """[runs, rounds] float64 on the CPU. Exchanges take turns, so that a slow moment of the machine slows all of them."""
     for _ in range(WARM_UP_ROUNDS):
         for run in runs:
             clock(run)
@@ -209,7 +209,7 @@ def _times(clock: Clock, runs: list[Callable[[], torch.Tensor]], rounds: int) ->
 
 
 def _bandwidth(rank: Rank, transport: Transport) -> float:
-    """Bytes that a rank sends in a microsecond, in one large all-to-all."""
+    """Bytes that a rank sends in one microsecond of a large all-to-all."""
     part = LINK_BYTES[rank.device.type] // transport.size
     x = torch.zeros(part * transport.size, dtype=torch.uint8, device=rank.device)
     sizes = [part] * transport.size
@@ -225,7 +225,7 @@ def best(results: list[Result]) -> Result:
 
 
 def with_ratios(results: list[Result]) -> Iterator[tuple[Result, float]]:
-    """Each result with its time over AgRs's."""
+    """Each result, with its time divided by the time of AgRs."""
     agrs = next(each.us_median for each in results if each.name == "AgRs")
     for each in results:
         yield each, each.us_median / agrs

@@ -1,4 +1,4 @@
-"""How fast experts move: every communicator of the ranks' device, on the same experts, taking turns."""
+"""Times of the move of experts: every communicator of the ranks' device moves the same experts in turn."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,12 +15,12 @@ from vllm_npu.transport.base import Transport
 from vllm_npu.transport.gloo import GlooTransport
 from vllm_npu.transport.torch_dist import TorchDistTransport
 
-HIDDEN_SIZE, INTERMEDIATE_SIZE = 7168, 2048  # of DeepSeek-V3's routed experts (its config.json)
+HIDDEN_SIZE, INTERMEDIATE_SIZE = 7168, 2048  # of DeepSeek-V3's routed experts; source: its config.json
 WARM_UP_ROUNDS = 1
 
 
 class Mover(Protocol):
-    """What is measured: an EplbCommunicator of ours, or of vLLM's."""
+    """A communicator that can be measured: an EplbCommunicator of this package or of vLLM."""
 
     def add_send(self, tensors: Sequence[torch.Tensor], dst_rank: int, expert_id: int) -> None: ...
     def add_recv(self, tensors: Sequence[torch.Tensor], src_rank: int, expert_id: int) -> None: ...
@@ -28,12 +28,15 @@ class Mover(Protocol):
 
 
 Peers = Callable[[torch.device, Mapping[str, Transport]], Mapping[str, Mover]]
-"""Makes others to measure beside ours, by name, on a device and the groups of open_communicator. Runs on every rank."""
+"""Makes further communicators by name, on a device and the groups of open_communicator. Every rank calls it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EplbWorkload:
-    """Each rank sends `experts` to the next one: gate and up, and down projection, both sizes divided by `scale`."""
+    """Each rank sends `experts` experts to the next rank: gate and up projection, and down projection.
+
+    `scale` divides the sizes.
+    """
 
     experts: int
     scale: int
@@ -42,29 +45,32 @@ class EplbWorkload:
 
     @property
     def shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Of one expert's two weights."""
+        """Shapes of the two weights of an expert."""
         hidden, intermediate = HIDDEN_SIZE // self.scale, INTERMEDIATE_SIZE // self.scale
         return (2 * intermediate, hidden), (hidden, intermediate)
 
     @property
     def bytes_per_rank(self) -> int:
-        """Received by each rank in a round."""
+        """Bytes that each rank receives in a round."""
         return self.experts * self.dtype.itemsize * sum(rows * columns for rows, columns in self.shapes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EplbResult:
-    """One communicator. Times are those of the slowest rank in each round, in milliseconds."""
+    """One communicator. Times are in milliseconds. The slowest rank gives the time of a round."""
 
     name: str
     ms_median: float
     ms_min: float
     ms_max: float
-    gb_per_second: float  # received by a rank, at the median
+    gb_per_second: float  # that a rank receives, at the median time
 
 
 def measure_eplb(rank: Rank, workload: EplbWorkload, peers: Peers | None = None) -> list[EplbResult]:
-    """Every communicator on this workload, its received bytes checked. COLLECTIVE over all ranks; the same on each."""
+    """Measure every communicator and check the received weights.
+
+    COLLECTIVE over all ranks, which all return the same results.
+    """
     ep = rank.groups(tp_size=1, dp_size=rank.num_ranks).ep
     following, before = (ep.rank + 1) % ep.size, (ep.rank - 1) % ep.size
     sent, received = (
@@ -94,7 +100,7 @@ def measure_eplb(rank: Rank, workload: EplbWorkload, peers: Peers | None = None)
                 seconds[name].append(own)
             for tensor in (each for tensors in received for each in tensors):
                 if not bool((tensor == before + 1).all()):
-                    raise TransportError("execute", ep.group, ep.rank, f"{name} brought other weights than were sent")
+                    raise TransportError("execute", ep.group, ep.rank, f"{name} delivered other weights than were sent")
                 tensor.zero_()
     times = torch.tensor(list(seconds.values()), dtype=torch.float32, device=rank.device)
     slowest = 1e3 * ep.all_gather(times[None]).amax(0).cpu()  # [communicators, rounds]
@@ -111,7 +117,10 @@ def measure_eplb(rank: Rank, workload: EplbWorkload, peers: Peers | None = None)
 
 
 def _communicators(rank: Rank, peers: Peers | None) -> dict[str, Mover]:
-    """Those that can be opened on the ranks' device, and others; what pynccl needs is vLLM's, which only the plugin has."""
+    """The communicators of the ranks' device, and those of `peers`.
+
+    pynccl needs an object of vLLM, so only `peers` can open it.
+    """
     ep = rank.groups(tp_size=1, dp_size=rank.num_ranks).ep
     if not isinstance(ep, TorchDistTransport):
         raise UnsupportedConfigError("EPLB is measured between processes; choose the transport gloo, hccl or nccl")

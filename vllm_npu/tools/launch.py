@@ -1,6 +1,6 @@
-"""Start N ranks on this machine, as threads or as processes, and run functions on all of them.
+"""Starts N ranks on this machine, as threads or as processes, and runs functions on all of them.
 
-For `verify`, benchmarks and tests: the ranks of a served model are started by vLLM.
+`verify`, benchmarks and tests use it. vLLM itself starts the ranks of a served model.
 """
 
 import datetime
@@ -32,19 +32,22 @@ from vllm_npu.trust.watchdog import LOOPBACK, Watchdog
 
 
 class Rank(ABC):
-    """What a function that runs on every rank gets as first argument: who it is, and its groups."""
+    """The first argument of a function that runs on every rank: the rank's number, device and groups."""
 
     def __init__(self, rank: int, num_ranks: int, device: torch.device) -> None:
         self.rank = rank
         self.num_ranks = num_ranks
-        self.device = device  # of the tensors that its groups move
-        self.ring = open_ring(rank, num_ranks)  # of VLLM_NPU_RECORD
+        self.device = device  # the groups move tensors of this device
+        self.ring = open_ring(rank, num_ranks)  # for VLLM_NPU_RECORD
         self.watchdog: Watchdog | None = None
 
     def groups(
         self, *, tp_size: int, dp_size: int, expert_parallel: bool = True, counter: CollectiveCounter | None = None
     ) -> Groups:
-        """This rank's groups in a dp_size x tp_size grid of all ranks. COLLECTIVE over all ranks where not yet open."""
+        """This rank's groups in a dp_size x tp_size grid of all ranks.
+
+        The first call for a grid is COLLECTIVE over all ranks.
+        """
         if tp_size * dp_size != self.num_ranks:
             raise InvalidInputError(
                 f"a TP{tp_size}xDP{dp_size} grid needs {tp_size * dp_size} ranks, not {self.num_ranks}"
@@ -61,11 +64,11 @@ class Rank(ABC):
 
     @abstractmethod
     def _open(self, topology: ParallelTopology) -> tuple[Transport, Transport, Transport]:
-        """The tp, dp and ep transports."""
+        """Open the tp, dp and ep transports."""
 
 
 class RankPool(ABC):
-    """N ranks that run one function after another. Use as a context manager."""
+    """N ranks that run one function after another. A context manager."""
 
     def __init__(self, num_ranks: int) -> None:
         if num_ranks < 1:
@@ -73,16 +76,19 @@ class RankPool(ABC):
         self.num_ranks = num_ranks
 
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """function(rank, *args) on every rank; its results in rank order. Raises the first rank's error."""
+        """Call function(rank, *args) on every rank and return the results in rank order.
+
+        Raises the error of the first rank that failed. A rank's own error goes before a time-out that it caused elsewhere.
+        """
         outcomes = self.outcomes(function, *args)
         errors = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
         for error in sorted(errors, key=lambda error: isinstance(error, TransportError)):
-            raise error  # a rank's own fault before the time-outs that it caused on other ranks
+            raise error
         return outcomes
 
     @abstractmethod
     def outcomes(self, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """As run(), but a rank that raised has its exception in the list."""
+        """Do the same as run(), but put the exception of a failed rank in the list."""
 
     @abstractmethod
     def close(self) -> None:
@@ -108,10 +114,10 @@ class _ThreadRank(Rank):
 
 
 class ThreadRankPool(RankPool):
-    """Ranks as threads on one core, each without torch's own. Starts in no time; a run costs microseconds for each collective.
+    """Ranks as threads on one core. torch uses no further threads. The start takes no time, a collective takes microseconds.
 
-    One thread at a time holds Python's lock. Spread over two cores, eight ranks took 3.4 times as long as on one (53 and 15 ms
-    for a case of `verify`), most of it in the kernel, passing that lock from core to core.
+    Only one thread at a time holds Python's lock. On two cores, eight ranks took 3.4 times as long as on one core (53 and 15 ms
+    for a case of `verify`): the kernel passes that lock from core to core.
     """
 
     def __init__(self, num_ranks: int, timeout: float | None = None) -> None:
@@ -136,9 +142,9 @@ class ThreadRankPool(RankPool):
         def main(rank: int) -> None:
             try:
                 if core is not None:
-                    os.sched_setaffinity(0, {core})  # of this thread alone
+                    os.sched_setaffinity(0, {core})  # for this thread only
                 outcomes[rank] = function(_ThreadRank(rank, self.num_ranks, group), *args)
-            except BaseException as error:  # noqa: BLE001 - handed to the caller, as a process pool does
+            except BaseException as error:  # noqa: BLE001 - the caller gets it, as from a process pool
                 outcomes[rank] = error
                 with lock:
                     failed.set()
@@ -147,7 +153,7 @@ class ThreadRankPool(RankPool):
 
         threads = [threading.Thread(target=main, args=(rank,), daemon=True) for rank in range(self.num_ranks)]
         threads_of_torch = torch.get_num_threads()
-        torch.set_num_threads(1)  # of this thread, and of those that it starts
+        torch.set_num_threads(1)  # for this thread and the threads that it starts
         try:
             for thread in threads:
                 thread.start()
@@ -158,11 +164,11 @@ class ThreadRankPool(RankPool):
         return outcomes
 
     def close(self) -> None:
-        """Threads end with each run; nothing is left."""
+        """Do nothing: threads end with each run."""
 
 
 def _one_core() -> int | None:
-    """One of those that this thread may run on, different from process to process; None where the system has no such choice."""
+    """A core that this thread may use, chosen by the process id; None if the system cannot bind threads to cores."""
     if not hasattr(os, "sched_setaffinity"):
         return None
     allowed = sorted(os.sched_getaffinity(0))
@@ -185,7 +191,7 @@ class _ProcessRank(Rank):
             self._grids[shape] = (tp, dp)
         tp, dp = self._grids[shape]
         ep = dist.group.WORLD
-        assert ep is not None  # the process group of _serve_rank
+        assert ep is not None  # _serve_rank has opened it
         return self._transport(tp, "tp"), self._transport(dp, "dp"), self._transport(ep, "ep")
 
 
@@ -197,10 +203,10 @@ def _process_transport(name: str) -> type[TorchDistTransport]:
 
 
 def _portable(error: Exception) -> Exception:
-    """`error`, or where it cannot be pickled and made again, a RuntimeError that says what it said."""
+    """`error`, or a RuntimeError with its message if `error` cannot be pickled and unpickled."""
     try:
-        pickle.loads(pickle.dumps(error))  # noqa: S301 - its own
-    except Exception:  # noqa: BLE001 - whatever a stranger's __reduce__ or __init__ raises
+        pickle.loads(pickle.dumps(error))  # noqa: S301 - this process made it
+    except Exception:  # noqa: BLE001 - any __reduce__ or __init__ may raise any error
         return RuntimeError(f"{type(error).__name__}: {error}")
     return error
 
@@ -208,7 +214,7 @@ def _portable(error: Exception) -> Exception:
 def _serve_rank(
     rank: int, num_ranks: int, transport_name: str, store: str, timeout: float, requests: Connection
 ) -> None:
-    """Main of a rank's process: say that it is ready, then run what comes down the pipe until it closes."""
+    """Main function of a rank's process: report that it is ready, then run the functions from the pipe until it is closed."""
     torch.set_num_threads(1)
     try:
         transport = _process_transport(transport_name)
@@ -245,17 +251,18 @@ def _serve_rank(
         try:
             requests.send(outcome)
         except (BrokenPipeError, ConnectionResetError):
-            break  # the pool was closed meanwhile
+            break  # the pool has been closed
     dist.destroy_process_group()
-    os._exit(0)  # nothing is left to flush, and torch's own teardown takes seconds on a busy machine
+    os._exit(0)  # nothing needs to be flushed, and torch's own teardown takes seconds on a busy machine
 
 
 class ProcessRankPool(RankPool):
-    """Ranks as processes, over a transport that is a c10d backend; on an accelerator, rank r has device r.
+    """Ranks as processes, over a transport that is a c10d backend. On accelerators, rank r uses device r.
 
-    Starting takes some seconds (each imports torch); functions must be picklable. After a TransportError the ranks are of
-    no use: the next run starts new ones. `start_method` is multiprocessing's: ranks of a forkserver start faster, but see the
-    environment as it was at the first start. A context in its place has multiprocessing's Pipe and Process.
+    The start takes some seconds, because each process imports torch. Functions must be picklable. After a TransportError the
+    ranks cannot be used again, so the next run starts new ones. `start_method` is multiprocessing's. Ranks of a forkserver
+    start faster, and have the environment variables of the first start. A context in its place has
+    multiprocessing's Pipe and Process.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""A mixture-of-experts layer as options of the command line name it: for bench, plan, simulate and doctor."""
+"""A mixture-of-experts layer from options of the command line, for bench, plan, simulate and doctor."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 
 def moe_layer(experts: int, topk: int, hidden: int, dtype: str) -> MoELayer:
-    """The layer. Raises UnsupportedConfigError for what cannot be one, naming the option."""
+    """The layer with these numbers. Raises UnsupportedConfigError, which names the option, if no layer can have them."""
     if dtype not in DTYPES:
         raise UnsupportedConfigError(f"unknown --dtype {dtype!r}; there are: {', '.join(DTYPES)}")
     if topk > experts:
@@ -30,7 +30,7 @@ def layer_of_model(
     hidden: int | None = None,
     dtype: str | None = None,
 ) -> MoELayer:
-    """The layer of a config.json, or of the one in a folder, with what is given in place of what it says."""
+    """The layer of a config.json or of the folder that holds it. A number that is given replaces the one in the file."""
     given: dict[str, Any] = {"experts": experts, "topk": topk, "hidden": hidden, "dtype": dtype}
     if model is not None:
         path = model / "config.json" if model.is_dir() else model

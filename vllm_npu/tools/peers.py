@@ -1,7 +1,7 @@
-"""The exchanges that others make, over c10d's own collectives: what `vllm-npu bench` compares the strategies with.
+"""Exchanges of other projects over c10d's collectives: the peers of the strategies in `vllm-npu bench`.
 
-Each brings every rank's tokens with what routes them to all ranks, and the ranks' shares of the outputs back, as one rank
-must hold [n, H] hidden states before and after. Ranks that bring fewer rows than others pad.
+Each peer sends every rank's tokens and their routing to all ranks, and adds the ranks' outputs up. Each rank holds [n, H]
+hidden states before and after. Ranks with fewer rows than others add padding.
 """
 
 from collections.abc import Callable
@@ -19,26 +19,26 @@ from vllm_npu.transport.torch_dist import TorchDistTransport, all_gather_single,
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """What one rank brings."""
+    """The tokens of one rank and their routing."""
 
     hidden_states: torch.Tensor  # [counts[rank], H]
     router_logits: torch.Tensor  # [counts[rank], E] float32
     topk_weights: torch.Tensor  # [counts[rank], K] float32
     topk_ids: torch.Tensor  # [counts[rank], K] int32
-    counts: tuple[int, ...]  # of all ranks
+    counts: tuple[int, ...]  # tokens of every rank
 
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """One exchange, ready to run again and again."""
+    """One exchange, which may run many times."""
 
     run: Callable[[], torch.Tensor]
     collectives: int
-    bytes_sent: int  # by one rank, as RecordingTransport counts
+    bytes_sent: int  # by one rank, counted like in RecordingTransport
 
 
 class PeerExchanges:
-    """The peers on one group. All are COLLECTIVE over it."""
+    """The peers on one group. Each one is COLLECTIVE over the group."""
 
     def __init__(self, transport: Transport, tokens: Tokens) -> None:
         inner = transport.innermost
@@ -53,7 +53,7 @@ class PeerExchanges:
         self._rows = max(tokens.counts)
 
     def all(self) -> dict[str, Peer]:
-        """Every peer by name; the first is the one that ratios refer to."""
+        """Every peer by name. Ratios refer to the first one."""
         tokens = self._tokens
         x, logits = tokens.hidden_states, tokens.router_logits
         routing = (tokens.topk_weights, tokens.topk_ids)
@@ -92,7 +92,7 @@ class PeerExchanges:
         return nullcontext()
 
     def _agrs(self) -> torch.Tensor:
-        """vLLM's AgRs: hidden states, weights and ids gathered (one NCCL launch on GPUs), outputs reduce-scattered."""
+        """vLLM's AgRs: all-gather of hidden states, weights and ids (one NCCL launch on GPUs), reduce-scatter of outputs."""
         tokens = self._tokens
         with self._coalesced():
             gathered = self._gather(tokens.hidden_states)
@@ -101,13 +101,13 @@ class PeerExchanges:
         return self._scatter(gathered)
 
     def _original_allgather(self) -> torch.Tensor:
-        """The original design's AllGather: hidden states and logits gathered, outputs reduce-scattered."""
+        """The original design's AllGather: all-gather of hidden states and logits, reduce-scatter of outputs."""
         gathered = self._gather(self._tokens.hidden_states)
         self._gather(self._tokens.router_logits)
         return self._scatter(gathered)
 
     def _original_multicast(self) -> torch.Tensor:
-        """The original design's naive multicast: a broadcast a rank for each tensor, outputs all-reduced, own rows kept."""
+        """The original design's naive multicast: a broadcast by each rank for each tensor, all-reduce of outputs."""
         starts = offsets(self._tokens.counts)
         own = slice(starts[self._rank], starts[self._rank + 1])
         whole = []

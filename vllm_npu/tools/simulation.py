@@ -1,9 +1,9 @@
-"""What an exchange would take on machines that are not here: an alpha-beta model over the figures of fabrics.toml.
+"""Estimated times of an exchange on clusters of up to 768 ranks: an alpha-beta model with the figures of fabrics.toml.
 
-A stage (dispatch, combine) takes a start (alpha) and the time that the busiest rank's bytes take on its links (beta): links
-inside of the node and between nodes at once, or one after the other where they share ports. What is not in it: contention
-between ranks, time of the host, sorting and quantising, overlap with anything else. Ranks are data parallel, all with as many
-tokens. Numbers are estimates; docs/simulate.md says how far they are from published ones.
+The time of a stage (dispatch, combine) is a start-up time (alpha), plus the time of the busiest rank's bytes on its links
+(beta). Links in the node and links between nodes work at the same time, or one after the other if they share ports. The model
+ignores contention between ranks, the time of the host, sorting, quantising and overlap. All ranks are data parallel and have
+equally many tokens. docs/simulate.md compares estimates with published times.
 """
 
 import tomllib
@@ -24,7 +24,7 @@ from vllm_npu.strategies.select import distinct_destinations, why_not
 from vllm_npu.strategies.table import ALL_STRATEGIES
 
 FIGURES = Path(__file__).parent / "fabrics.toml"
-DRAWN_TOKENS = 1 << 16  # from which the demand for experts is estimated where it is skewed
+DRAWN_TOKENS = 1 << 16  # random tokens, from which a skewed demand for experts is estimated
 KERNEL, COLLECTIVE = "kernel", "collective"
 PER_EXPERT, PER_RANK, PER_NODE, GATHER, SLOTS = "per_expert", "per_rank", "per_node", "gather", "slots"
 
@@ -33,7 +33,7 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fabric:
-    """A kind of cluster, as fabrics.toml describes it."""
+    """A kind of cluster. fabrics.toml has the figures and their meaning."""
 
     summary: str
     device: str  # GPU, or a family of limits.DEVICES
@@ -52,21 +52,21 @@ class Fabric:
 
     @property
     def limits(self) -> DeviceLimits:
-        """What the device can run."""
+        """Limits of the device."""
         return NVLINK if self.device == "GPU" else DEVICES[self.device]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Demand:
-    """Rows that a token sends to each rank, in expectation, and to the busiest one."""
+    """Expected number of rows that a token sends to each rank."""
 
-    per_expert: Array  # [ep_size], one row for each chosen expert
-    per_rank: Array  # [ep_size], one row for each rank with chosen experts
+    per_expert: Array  # [ep_size]; if a token sends one row for each chosen expert
+    per_rank: Array  # [ep_size]; if a token sends one row to each rank with chosen experts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """One MoE layer's step."""
+    """One step of one MoE layer."""
 
     layer: MoELayer
     ep_size: int
@@ -77,28 +77,28 @@ class Workload:
 
     @property
     def placed(self) -> MoELayer:
-        """The layer with as many redundant experts as the ranks need to hold equally many."""
+        """The layer with redundant experts, so that all ranks hold equally many."""
         return replace(self.layer, num_experts=ceil_div(self.layer.num_experts, self.ep_size) * self.ep_size)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
-    """One strategy on one workload; times in microseconds of the slowest rank."""
+    """One strategy on one workload. Times are those of the slowest rank, in microseconds."""
 
     strategy: str
-    reason: str | None  # why it cannot run; then the times are infinite
+    reason: str | None  # why the strategy cannot run; then the times are infinite
     dispatch_us: float = np.inf
     combine_us: float = np.inf
     experts_us: float = np.inf
 
     @property
     def exchange_us(self) -> float:
-        """Dispatch and combine."""
+        """Time of dispatch and combine."""
         return self.dispatch_us + self.combine_us
 
     @property
     def layer_us(self) -> float:
-        """Dispatch, experts and combine, one after the other."""
+        """Time of dispatch, experts and combine."""
         return self.exchange_us + self.experts_us
 
 
@@ -108,15 +108,15 @@ def _figures() -> dict[str, Any]:
 
 
 def fabrics() -> dict[str, Fabric]:
-    """The fabrics by their names."""
+    """The fabrics of fabrics.toml by name."""
     return {name: Fabric(**figures) for name, figures in _figures()["fabrics"].items()}
 
 
-# --- who sends what to whom ---
+# --- rows between ranks ---
 
 
 def popularity(num_experts: int, skew: float, seed: int) -> Array:
-    """[num_experts] shares that add up to 1: a Zipf law, in an order drawn from the seed."""
+    """[num_experts] shares of a Zipf law, which add up to 1. The seed gives their order."""
     shares = np.arange(1, num_experts + 1, dtype=np.float64) ** -skew
     np.random.default_rng(seed).shuffle(shares)
     return shares / shares.sum()
@@ -124,18 +124,18 @@ def popularity(num_experts: int, skew: float, seed: int) -> Array:
 
 @cache
 def draw_choices(num_experts: int, top_k: int, skew: float, seed: int) -> NDArray[np.int64]:
-    """[DRAWN_TOKENS, top_k] different experts of each token, drawn by popularity."""
+    """[DRAWN_TOKENS, top_k] random experts of each token, all different. Popular experts are chosen more often."""
     waits = np.random.default_rng(seed + 1).standard_exponential((DRAWN_TOKENS, num_experts), dtype=np.float32)
     waits /= popularity(num_experts, skew, seed).astype(np.float32)
-    return np.argpartition(waits, top_k - 1, axis=1)[:, :top_k]  # the first to come, one after another
+    return np.argpartition(waits, top_k - 1, axis=1)[:, :top_k]  # the experts with the shortest waiting times
 
 
 @cache
 def demand(num_experts: int, top_k: int, ep_size: int, skew: float, seed: int) -> Demand:
-    """Expected rows of a token for each rank. Uniform routing exactly, skewed routing as drawn.
+    """Expected rows of a token for each rank: exact for uniform routing, estimated from DRAWN_TOKENS tokens for skewed routing.
 
-    Experts lie on the ranks in order; where there are more places than experts, they begin again as replicas, and a token
-    takes any replica.
+    Rank 0 holds the first experts, rank 1 the next ones. If there are more slots than experts, the last slots hold replicas of
+    the first experts, and a token takes any replica.
     """
     if skew == 0:
         even = np.full(ep_size, 1 / ep_size)
@@ -158,9 +158,9 @@ def demand(num_experts: int, top_k: int, ep_size: int, skew: float, seed: int) -
 
 
 def _rank_of(experts: NDArray[np.int64], num_experts: int, ep_size: int, token: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The rank of each chosen expert, of replicas the one that the token's number points at."""
+    """The rank of each chosen expert. The number of the token decides between replicas."""
     places = ceil_div(num_experts, ep_size) * ep_size
-    replicas = (places - 1 - experts) // num_experts + 1  # places of the expert: itself, itself + num_experts, ...
+    replicas = (places - 1 - experts) // num_experts + 1  # its slots are expert, expert + num_experts, ...
     return (experts + num_experts * (token % replicas)) // (places // ep_size)
 
 
@@ -171,9 +171,9 @@ def _distinct_with_replicas(num_experts: int, top_k: int, ep_size: int) -> float
 
 
 def busiest_rows(expected: Array, tokens: int, ranks_per_node: int, seed: int) -> tuple[float, float]:
-    """Rows of the busiest rank inside its node and over the network: the larger of sent and received, for each rank.
+    """Rows of the busiest rank in its node, and over the network. A rank counts the larger one of sent and received rows.
 
-    `expected`: rows of a token for each rank. What a rank receives varies as a Poisson number does, drawn from the seed.
+    `expected` is the number of rows of a token for each rank. Received rows are Poisson numbers from the seed.
     """
     ep_size = len(expected)
     ranks = np.arange(ep_size)
@@ -192,7 +192,7 @@ def busiest_rows(expected: Array, tokens: int, ranks_per_node: int, seed: int) -
 
 
 def start_us(fabric: Fabric, ep_size: int, exchange: str, by: str) -> float:
-    """What a stage takes before any byte counts."""
+    """Start-up time of a stage."""
     in_node = min(ep_size, fabric.ranks_per_node)
     if by == KERNEL:
         return fabric.kernel_us if ep_size == in_node else fabric.kernel_network_us
@@ -201,7 +201,7 @@ def start_us(fabric: Fabric, ep_size: int, exchange: str, by: str) -> float:
 
 
 def bytes_us(fabric: Fabric, ep_size: int, in_node: float, outside: float) -> float:
-    """What a rank's bytes take, those inside of its node and those over the network."""
+    """Time of a rank's bytes: `in_node` inside the node, `outside` over the network."""
     bandwidth = fabric.node_gb_s
     if fabric.node_pair_gb_s is not None:
         bandwidth = min(bandwidth, fabric.node_pair_gb_s * max(min(ep_size, fabric.ranks_per_node) - 1, 1))
@@ -210,9 +210,9 @@ def bytes_us(fabric: Fabric, ep_size: int, in_node: float, outside: float) -> fl
 
 
 def rows_of(fabric: Fabric, ep_size: int, exchange: str, tokens: int, wanted: Demand, seed: int) -> tuple[float, float]:
-    """Rows of the busiest rank in a stage: inside of its node, and over the network."""
+    """Rows of the busiest rank in a stage: in its node, and over the network."""
     ranks = min(ep_size, fabric.ranks_per_node)
-    if exchange == GATHER:  # rings: every row passes every rank's port, and the network once for each node
+    if exchange == GATHER:  # rings: every row passes the port of every rank, and the network once for each node
         return tokens * (ep_size - 1.0), tokens * (ep_size - ranks) / ranks
     if exchange == SLOTS:
         return tokens * (ranks - 1.0), tokens * float(ep_size - ranks)
@@ -221,7 +221,7 @@ def rows_of(fabric: Fabric, ep_size: int, exchange: str, tokens: int, wanted: De
 
 
 def estimate(fabric: Fabric, workload: Workload, strategy: str) -> Estimate:
-    """The times of one strategy on one workload, or why it cannot run there."""
+    """Times of one strategy on one workload, or the reason why it cannot run."""
     layer, ep_size, tokens = workload.placed, workload.ep_size, workload.tokens
     topology = ParallelTopology.of_rank(0, tp_size=1, dp_size=ep_size)
     device = fabric.limits.for_layer(layer, ep_size)
@@ -258,7 +258,7 @@ def _protocol(strategy: str, *, native_mc2: bool) -> tuple[str, str]:
 
 
 def experts_us(fabric: Fabric, workload: Workload, wanted: Demand) -> float:
-    """The grouped MLP of the busiest rank at the device's peak: products, or reading the weights where that takes longer."""
+    """Time of the busiest rank's grouped MLP at the device's peak: the products, or the reads of the weights if longer."""
     layer = workload.placed
     rows = float(
         np.random.default_rng(workload.seed + 3).poisson(workload.tokens * workload.ep_size * wanted.per_expert).max()
@@ -269,21 +269,21 @@ def experts_us(fabric: Fabric, workload: Workload, wanted: Demand) -> float:
 
 
 def estimates(fabric: Fabric, workload: Workload) -> list[Estimate]:
-    """Every strategy."""
+    """The estimates of all strategies."""
     return [estimate(fabric, workload, strategy) for strategy in ALL_STRATEGIES]
 
 
 def fastest(found: Sequence[Estimate]) -> Estimate:
-    """The one with the shortest exchange."""
+    """The estimate with the shortest exchange."""
     return min(found, key=lambda each: each.exchange_us)
 
 
-# --- against what others have published ---
+# --- published times ---
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Comparison:
-    """One published number beside the model's."""
+class PublishedTime:
+    """One published number, and the estimate for it."""
 
     source: str
     ep_size: int
@@ -295,16 +295,16 @@ class Comparison:
 
     @property
     def error(self) -> float:
-        """Of the estimate, relative to what was published."""
+        """Relative error of the estimate."""
         return self.estimated / self.published - 1
 
 
-def compare() -> list[Comparison]:
-    """Every published number of fabrics.toml beside the model's: 256 experts, top 8, uniform routing."""
-    return [row for table in _figures()["published"] for row in _compare_table(table)]
+def published_times() -> list[PublishedTime]:
+    """Every published number of fabrics.toml, with its estimate: 256 experts, top 8, uniform routing."""
+    return [row for table in _figures()["published"] for row in _published_table(table)]
 
 
-def _compare_table(table: Mapping[str, Any]) -> list[Comparison]:
+def _published_table(table: Mapping[str, Any]) -> list[PublishedTime]:
     fabric, rows = fabrics()[table["fabric"]], []
     for ep, published in table["values"].items():
         ep_size = int(ep)
@@ -325,7 +325,7 @@ def _compare_table(table: Mapping[str, Any]) -> list[Comparison]:
             ("dispatch", "combine") if len(published) == 2 else ("both" if table["exchange"] == GATHER else "one way",)
         )
         rows += [
-            Comparison(
+            PublishedTime(
                 source=table["source"],
                 ep_size=ep_size,
                 stage=stage,
@@ -340,11 +340,11 @@ def _compare_table(table: Mapping[str, Any]) -> list[Comparison]:
 
 
 def _rows_of_table(table: Mapping[str, Any], fabric: Fabric, ep_size: int) -> tuple[float, float]:
-    """Rows of every rank, all alike: published figures come from uniform routing."""
+    """Rows of a rank in its node, and over the network. All ranks are alike, because published times have uniform routing."""
     wanted = demand(256, 8, ep_size, 0.0, 0)
     if table["exchange"] == PER_NODE and ep_size > fabric.ranks_per_node:
         nodes = ep_size // fabric.ranks_per_node
-        reached = min(distinct_destinations(256, nodes, 8), table["max_nodes"])  # nodes of a token
+        reached = min(distinct_destinations(256, nodes, 8), table["max_nodes"])  # nodes that a token reaches
         forwarded = wanted.per_rank.sum() * (fabric.ranks_per_node - 1) / fabric.ranks_per_node
         return float(table["tokens"] * forwarded), float(table["tokens"] * reached * (nodes - 1) / nodes)
     if table["exchange"] == GATHER:

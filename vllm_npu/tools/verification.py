@@ -1,6 +1,6 @@
 """Every strategy against the reference, on real ranks: the cases of `vllm-npu verify` and of the tests.
 
-Each rank builds all ranks' data from one seed, so the expected output needs no communication.
+Each rank makes the tensors of all ranks from one seed, so that it knows the expected output without communication.
 """
 
 import random
@@ -31,8 +31,8 @@ from vllm_npu.tools.reference import LinearExperts, reference_moe, select_topk
 from vllm_npu.transport.symmetric_memory import gather_facts
 
 HIDDEN_SIZE = 32
-COLUMN_OF_THE_LARGEST = 0  # of hidden_states in exact int8 cases: it sets the scale, and no expert reads it
-SCALE_DTYPES = {torch.bfloat16: torch.bfloat16}  # of int8 weights in npu_grouped_matmul, by its outputs' dtype
+COLUMN_OF_THE_LARGEST = 0  # in exact int8 cases, this column of hidden_states sets the scale, and no expert reads it
+SCALE_DTYPES = {torch.bfloat16: torch.bfloat16}  # of int8 weights in npu_grouped_matmul, by the dtype of its outputs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,23 +54,23 @@ class Case:
     top_k: int = 3
     quant_mode: QuantMode = QuantMode.NONE
     shared_expert_ranks: int = 0
-    redundant_per_rank: int = 0  # slots of each rank with replicas of experts that other slots have; placement by seed
-    balance_mode: BalanceMode = BalanceMode.BY_RANK  # among replicas
+    redundant_per_rank: int = 0  # slots of each rank that hold replicas; the seed gives the placement
+    balance_mode: BalanceMode = BalanceMode.BY_RANK  # how tokens choose a replica
     seed: int = 0
 
     @property
     def num_experts(self) -> int:
-        """Routed experts over all ranks, replicas not counted."""
+        """Routed experts of all ranks, without replicas."""
         return self.experts_per_rank * (self.tp_size * self.dp_size - self.shared_expert_ranks)
 
     @property
     def num_physical_experts(self) -> int:
-        """Slots for routed experts over all ranks."""
+        """Slots for routed experts of all ranks."""
         return self.num_experts + self.redundant_per_rank * self.tp_size * self.dp_size
 
     @property
     def layer(self) -> MoELayer:
-        """What limits depend on."""
+        """The layer of the case, on which limits depend."""
         return MoELayer(
             num_experts=self.num_physical_experts,
             top_k=self.top_k,
@@ -97,7 +97,7 @@ def grids(num_ranks: int) -> list[tuple[int, int]]:
 
 
 def count_patterns(tp_size: int, dp_size: int) -> list[tuple[int, ...]]:
-    """Token counts that have broken implementations: none, fewer than TP, odd, ragged, idle ranks, one busy rank."""
+    """Token counts that often reveal faults: none, fewer than TP, odd, unequal, idle ranks, one busy rank."""
     interesting = (0, 1, tp_size - 1, tp_size, tp_size + 1, 2 * tp_size - 1, 2 * tp_size + 1, 9, 33)
     patterns = [(count,) * dp_size for count in interesting]
     if dp_size > 1:
@@ -115,11 +115,13 @@ def cases(
     seed: int,
     device: DeviceLimits = PORTABLE,
 ) -> Iterator[Case]:
-    """All cases for this many ranks that the device can run, of the least size that it takes. `quick` keeps one dtype and
-    one seed of each layout."""
+    """All cases that the device can run on this many ranks, with the least hidden size that it takes.
+
+    `quick` keeps one dtype and one seed of each layout.
+    """
     for case in _all_cases(num_ranks, strategies, quick, seed):
         limited = device.mc2 if case.strategy == "mc2" else None
-        if limited is not None and limited.hidden_sizes is not None:  # rows that come back have the size of those sent
+        if limited is not None and limited.hidden_sizes is not None:  # returned rows have the size of sent rows
             least = max(HIDDEN_SIZE, limited.hidden_sizes[0])
             case = replace(case, hidden_size=least, width=least)
         topology = ParallelTopology.of_rank(
@@ -130,7 +132,10 @@ def cases(
 
 
 def empty_rank_cases(num_ranks: int, seed: int) -> Iterator[Case]:
-    """Every pattern of DP ranks without tokens, with tokens for all ranks' experts and for the first rank's alone."""
+    """Every pattern of DP ranks without tokens.
+
+    Tokens go to the experts of all ranks, and in further cases to the first rank's.
+    """
     for strategy, row in STRATEGIES.items():
         for pattern in product((0, 3), repeat=num_ranks):
             case = Case(
@@ -141,16 +146,16 @@ def empty_rank_cases(num_ranks: int, seed: int) -> Iterator[Case]:
                 yield replace(case, skewed=True)
 
 
-RANDOM_COUNTS = (0, 1, 257)  # and those around tp_size
+RANDOM_COUNTS = (0, 1, 257)  # token counts of random cases, together with numbers around tp_size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RandomRun:
-    """A case that was drawn, and what happens between its dispatch and its combine."""
+    """A random case, and what happens between its dispatch and its combine."""
 
     case: Case
-    between: Case | None = None  # another micro-batch, from beginning to end
-    interrupted: bool = False  # first once with an exception between the stages, on all ranks
+    between: Case | None = None  # another micro-batch, which runs from its beginning to its end
+    interrupted: bool = False  # the case runs once before, and all ranks raise an exception between the stages
 
     def __str__(self) -> str:
         parts = [str(self.case)] + [f"with {self.between} in between"] * (self.between is not None)
@@ -160,7 +165,7 @@ class RandomRun:
 def random_runs(
     num_ranks: int, count: int, seed: int, strategies: Sequence[str] = tuple(STRATEGIES)
 ) -> list[RandomRun]:
-    """`count` runs drawn from the seed: the same on every machine."""
+    """`count` random runs. The same seed gives the same runs on every machine."""
     draw = random.Random(f"{num_ranks} {seed}")
     runs: list[RandomRun] = []
     while len(runs) < count:
@@ -257,7 +262,7 @@ def _experts(layer: MoELayer, width: int, integer: bool, seed: int) -> LinearExp
 
 
 def grouped_experts(experts: LinearExperts, dtype: torch.dtype) -> ExpertsFunction:
-    """The device's grouped matrix product over these experts, outputs in dtype."""
+    """A function that runs these experts by the device's grouped matrix product. Outputs have dtype `dtype`."""
     scales = None if experts.scales is None else experts.scales.to(SCALE_DTYPES.get(dtype, torch.float32))
 
     def run(
@@ -277,7 +282,7 @@ def grouped_experts(experts: LinearExperts, dtype: torch.dtype) -> ExpertsFuncti
 
 
 def _replica_placement(case: Case) -> ReplicaPlacement:
-    """Every expert once and replicas of others, in slots drawn from the seed; no expert twice on a rank."""
+    """Random slots for every expert and for replicas, from the case's seed. No rank holds an expert twice."""
     num_ranks = case.tp_size * case.dp_size
     generator = torch.Generator().manual_seed(case.seed)
     order = torch.randperm(case.num_experts, generator=generator).tolist()
@@ -292,19 +297,19 @@ def _replica_placement(case: Case) -> ReplicaPlacement:
 
 @dataclass(frozen=True, slots=True)
 class CaseTensors:
-    """The whole grid's tensors of a case, the same on every rank."""
+    """The tensors of all ranks for one case. They are the same on every rank."""
 
     dtype: torch.dtype
     shared_expert_ranks: int
-    replicas: ReplicaPlacement | None  # where experts are, if not one after the other
-    hidden_states: list[torch.Tensor]  # of each DP rank [num_tokens, hidden_size]
+    replicas: ReplicaPlacement | None  # slots of the experts; None: in the order of their ids
+    hidden_states: list[torch.Tensor]  # for each DP rank [num_tokens, hidden_size]
     topk_weights: list[torch.Tensor]
     topk_ids: list[torch.Tensor]
-    experts: LinearExperts  # the routed ones, then the shared one
+    experts: LinearExperts  # the routed ones, and then the shared one
 
     @classmethod
     def of(cls, case: Case) -> "CaseTensors":
-        """Draw them from the case's seed."""
+        """Make the tensors from the case's seed."""
         generator = torch.Generator().manual_seed(case.seed)
         hidden_states, weights, ids = [], [], []
         for num_tokens in case.num_tokens_across_dp:
@@ -315,7 +320,7 @@ class CaseTensors:
             x = torch.randn(num_tokens, case.hidden_size, generator=generator)
             if case.integer:
                 x = (x * 2).round().clamp(-3, 3)
-                if case.quant_mode is not QuantMode.NONE:  # scales of 1 / 64: int8 loses nothing
+                if case.quant_mode is not QuantMode.NONE:  # scales are 1 / 64, so int8 is exact
                     x[:, COLUMN_OF_THE_LARGEST] = 127
                     x /= 64
                 topk_weights = topk_ids % 2 + 1.0
@@ -333,7 +338,10 @@ class CaseTensors:
         )
 
     def input_of(self, topology: ParallelTopology, sharding: TokenSharding, device: torch.device) -> list[torch.Tensor]:
-        """What one rank brings to the layer: hidden_states, weights, ids. Padding rows are poison: NaN, and id 0 twice."""
+        """Inputs of the layer on one rank: hidden_states, weights, ids.
+
+        Padding rows are NaN, with expert id 0 in every column.
+        """
         tensors = [each[topology.dp_rank] for each in (self.hidden_states, self.topk_weights, self.topk_ids)]
         if sharding is TokenSharding.REPLICATED:
             return [tensor.to(device, copy=True) for tensor in tensors]
@@ -348,7 +356,7 @@ class CaseTensors:
         return sliced
 
     def experts_of(self, topology: ParallelTopology, device: torch.device) -> ExpertsFunction:
-        """One rank's experts: whole ones, or its shard of all."""
+        """The experts of one rank: whole experts, or its part of every expert."""
         if self.replicas is not None:
             own = self.experts.at(self.replicas.slots[topology.ep_rank])
         elif topology.expert_parallel:
@@ -362,7 +370,7 @@ class CaseTensors:
         return grouped_experts(own.to(device), self.dtype)
 
     def expected_on(self, topology: ParallelTopology, sharding: TokenSharding) -> torch.Tensor:
-        """The real rows of the output that this rank must get."""
+        """The rows of the output that this rank must get, without padding."""
         dp_rank = topology.dp_rank
         hidden_states, experts = self.hidden_states[dp_rank], self.experts
         if experts.scales is not None:
@@ -380,7 +388,7 @@ class CaseTensors:
 
 
 def limits_of_device(rank: Rank) -> DeviceLimits:
-    """What the rank's device can run. COLLECTIVE over all ranks."""
+    """Limits of the rank's device. COLLECTIVE over all ranks."""
     if rank.device.type == "cuda":
         facts = gather_facts(rank.groups(tp_size=1, dp_size=rank.num_ranks).ep)
         return PORTABLE if why_not_symmetric(facts, tokens_per_rank=1) else NVLINK
@@ -389,11 +397,11 @@ def limits_of_device(rank: Rank) -> DeviceLimits:
 
 
 class _BetweenStagesError(Exception):
-    """Raised between dispatch and combine, on all ranks."""
+    """All ranks raise this error between dispatch and combine."""
 
 
 def run_random(rank: Rank, run: RandomRun) -> str | None:
-    """Run it on this rank. Returns what was wrong, or None. COLLECTIVE over all ranks."""
+    """Run it on this rank. Return the fault, or None. COLLECTIVE over all ranks."""
 
     def interrupt() -> None:
         raise _BetweenStagesError
@@ -409,7 +417,7 @@ def run_random(rank: Rank, run: RandomRun) -> str | None:
 
 
 def poisoned(experts: ExpertsFunction, between: Callable[[], None] | None = None) -> ExpertsFunction:
-    """`experts`, with NaN and infinity in the rows that belong to no token, and `between` run first."""
+    """`experts` that first call `between`, and that write NaN and infinity to the rows of no token."""
 
     def run(
         expert_input: torch.Tensor, tokens_per_expert: torch.Tensor, dynamic_scales: torch.Tensor | None = None
@@ -425,8 +433,10 @@ def poisoned(experts: ExpertsFunction, between: Callable[[], None] | None = None
 
 
 def run_case(rank: Rank, case: Case, between: Callable[[], None] | None = None) -> str | None:
-    """Run the case on this rank. Returns what was wrong, or None. COLLECTIVE over all ranks. `between` runs between dispatch
-    and combine."""
+    """Run the case on this rank and return the fault, or None. COLLECTIVE over all ranks.
+
+    `between` runs between dispatch and combine.
+    """
     groups = rank.groups(tp_size=case.tp_size, dp_size=case.dp_size, expert_parallel=case.expert_parallel)
     tensors = CaseTensors.of(case)
     hidden_states, weights, ids = tensors.input_of(groups.topology, case.sharding, rank.device)

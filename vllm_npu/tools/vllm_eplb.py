@@ -1,4 +1,4 @@
-"""What `vllm-npu bench eplb` has of vLLM: its communicators beside ours, and what its policy makes of a skewed load."""
+"""vLLM's part in `vllm-npu bench eplb`: its communicators, and the balance that its policy gives a skewed load."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from vllm.distributed.eplb.policy import DefaultEplbPolicy
 from vllm_npu.eplb import open_communicator
 from vllm_npu.tools.eplb_benchmark import Mover
 
-# DeepSeek-V3's (its config.json); how unevenly its experts are asked for is assumed: as 1 / place ** SKEW.
+# From DeepSeek-V3's config.json. SKEW is an assumption: the expert at place p of the popularity has a chance of p ** -SKEW.
 NUM_EXPERTS, TOP_K, MOE_LAYERS = 256, 8, 58
 SKEW = 0.6
 TOKENS = 65536
@@ -21,8 +21,10 @@ CASES = ((8, 0), (8, 32), (32, 0), (32, 32), (64, 0), (64, 64))  # ranks and red
 
 
 def vllm_communicators(device: torch.device, groups: Mapping[str, Any]) -> Mapping[str, Mover]:
-    """vLLM's, by its names of them, over the groups of ours. On CPUs torch_nccl alone runs, over gloo: its torch_gloo waits
-    for an accelerator's stream."""
+    """vLLM's communicators by vLLM's names, over the same groups as ours.
+
+    On CPUs only torch_nccl runs, over gloo. torch_gloo does not: it waits for a stream of an accelerator.
+    """
     found: dict[str, Mover] = {
         "vLLM torch_nccl": theirs.TorchDistNcclEplbCommunicator(ep_group=groups["device_group"].process_group)
     }
@@ -39,17 +41,17 @@ def vllm_communicators(device: torch.device, groups: Mapping[str, Any]) -> Mappi
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Balance:
-    """Load of the fullest rank over the mean, summed over layers: 1 is even. A step is as slow as its fullest rank."""
+    """Load of the fullest rank divided by the mean load, summed over layers. 1 is even; the fullest rank slows a step down."""
 
     seed: int
     ranks: int
     redundant_experts: int
-    before: float  # as vLLM places experts at the start
-    after: float  # as its policy places them
+    before: float  # with vLLM's placement at the start
+    after: float  # with the placement of vLLM's policy
 
     @property
     def conditions(self) -> str:
-        """For titles."""
+        """The conditions, as a part of a title."""
         load = f"an expert's chance 1 / place ** {SKEW}, seed {self.seed}"
         return f"{NUM_EXPERTS} experts, top-{TOP_K}, {MOE_LAYERS} layers, {load}"
 
@@ -81,10 +83,10 @@ def balance(ranks: int, redundant_experts: int, seed: int) -> Balance:
 
 def imbalance(
     load: torch.Tensor,  # [layers, logical experts]
-    placement: torch.Tensor,  # [layers, physical experts], logical ones
+    placement: torch.Tensor,  # [layers, physical experts], the id of each one's logical expert
     ranks: int,
 ) -> float:
-    """Balance's quotient; replicas share the load of their expert evenly."""
+    """The quotient of Balance. Replicas share the load of their expert evenly."""
     replicas = torch.zeros_like(load).scatter_add_(1, placement, torch.ones(placement.shape))
     of_slots = (load / replicas).gather(1, placement)
     of_ranks = of_slots.reshape(load.shape[0], ranks, -1).sum(2)

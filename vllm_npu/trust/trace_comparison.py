@@ -22,8 +22,8 @@ class Kind(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
-    """Something that is wrong between ranks."""
+class TraceDifference:
+    """One fault between the traces of ranks."""
 
     kind: Kind
     ranks: tuple[int, ...]  # DIFFERENCE, ORDER: ranks involved; WAITING: ranks that did not come
@@ -31,7 +31,7 @@ class Finding:
     group: Group
 
 
-def compare(traces: Sequence[RankTrace]) -> list[Finding]:
+def compare(traces: Sequence[RankTrace]) -> list[TraceDifference]:
     """Find what is wrong between these ranks. LOCAL; pure. Traces of ranks may be missing, and traces may begin late.
 
     Order of the findings: the first different call of each group, the earliest first; groups used in different orders; ranks
@@ -58,9 +58,9 @@ def _meetings(traces: Mapping[int, RankTrace]) -> dict[tuple[Group, int], dict[i
     return meetings
 
 
-def _differences(traces: Mapping[int, RankTrace]) -> list[Finding]:
+def _differences(traces: Mapping[int, RankTrace]) -> list[TraceDifference]:
     """The first different call of each group, the earliest first."""
-    first: dict[Group, tuple[tuple[int, ...], Finding]] = {}
+    first: dict[Group, tuple[tuple[int, ...], TraceDifference]] = {}
     for (group, number), calls in _meetings(traces).items():
         when = (number, min(call.index for call in calls.values()))
         if group in first and first[group][0] <= when:
@@ -68,7 +68,7 @@ def _differences(traces: Mapping[int, RankTrace]) -> list[Finding]:
         text = _difference(group, calls)
         if text is not None:
             head = f"call {number} on group {group}: {text}"
-            first[group] = when, Finding(Kind.DIFFERENCE, tuple(sorted(calls)), head, group)
+            first[group] = when, TraceDifference(Kind.DIFFERENCE, tuple(sorted(calls)), head, group)
     return [finding for _, finding in sorted(first.values(), key=lambda found: found[0][1])]
 
 
@@ -93,7 +93,7 @@ def _difference(group: Group, calls: Mapping[int, Call]) -> str | None:
     return None
 
 
-def _orders(traces: Mapping[int, RankTrace]) -> list[Finding]:
+def _orders(traces: Mapping[int, RankTrace]) -> list[TraceDifference]:
     """Find a cycle: rank a makes call x before call y, rank b makes y before z, and so on, and some rank makes the last call
     before x. If calls wait for earlier calls, as calls on one stream do, none of these ranks can continue."""
     after: dict[tuple[Group, int], dict[tuple[Group, int], int]] = defaultdict(dict)
@@ -115,7 +115,7 @@ def _orders(traces: Mapping[int, RankTrace]) -> list[Finding]:
     for start in sorted(on_cycles, key=lambda meeting: (when[meeting], str(meeting[0]))):
         cycle = _shortest_cycle(start, after, on_cycles)
         if cycle:
-            return [_order_finding(cycle, after, traces)]
+            return [_order_difference(cycle, after, traces)]
     return []
 
 
@@ -162,11 +162,11 @@ def _shortest_cycle(
     return []
 
 
-def _order_finding(
+def _order_difference(
     cycle: list[tuple[Group, int]],
     after: Mapping[tuple[Group, int], Mapping[tuple[Group, int], int]],
     traces: Mapping[int, RankTrace],
-) -> Finding:
+) -> TraceDifference:
     lines, ranks = [], []
     for one, following in zip(cycle, [*cycle[1:], cycle[0]], strict=True):
         rank = after[one][following]
@@ -176,7 +176,7 @@ def _order_finding(
         lines.append(f"rank {rank}: call {one[1]} on {one[0]} ({calls[one]}), {then}")
     names = " and ".join(sorted({str(group) for group, _ in cycle}))
     head = f"ranks use groups {names} in different orders, and wait for each other"
-    return Finding(Kind.ORDER, tuple(sorted(set(ranks))), "\n  ".join([head, *lines]), cycle[0][0])
+    return TraceDifference(Kind.ORDER, tuple(sorted(set(ranks))), "\n  ".join([head, *lines]), cycle[0][0])
 
 
 def _unmet(traces: Mapping[int, RankTrace]) -> Iterator[tuple[Group, int, list[int], list[int]]]:
@@ -188,7 +188,7 @@ def _unmet(traces: Mapping[int, RankTrace]) -> Iterator[tuple[Group, int, list[i
             yield group, number, waiting, [rank for rank in group.members if rank in traces and rank not in calls]
 
 
-def _waits(traces: Mapping[int, RankTrace]) -> list[Finding]:
+def _waits(traces: Mapping[int, RankTrace]) -> list[TraceDifference]:
     findings = []
     for group, number, waiting, late in _unmet(traces):
         unknown = [rank for rank in group.members if rank not in traces]
@@ -200,7 +200,7 @@ def _waits(traces: Mapping[int, RankTrace]) -> list[Finding]:
             last = traces[rank].calls[-1:]
             lines.append(f"rank {rank} did not come; its last call: {f'{last[0].group} {last[0]}' if last else 'none'}")
         lines += [f"ranks {unknown}: no trace of them here"] if unknown else []
-        findings.append(Finding(Kind.WAITING, tuple(late + unknown), "\n  ".join(lines), group))
+        findings.append(TraceDifference(Kind.WAITING, tuple(late + unknown), "\n  ".join(lines), group))
     return findings
 
 

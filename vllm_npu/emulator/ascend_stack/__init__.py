@@ -1,23 +1,23 @@
-"""What vllm-ascend finds on an Ascend machine besides CANN's libraries and torch_npu, for processes on the emulated device.
+"""Modules that vllm-ascend needs besides CANN's libraries and torch_npu, for processes on the emulated device.
 
-No installed file is edited. A finder of imports answers for these modules, when and if they are imported:
+No installed file is edited. A finder provides these modules when a process imports them:
 
 acl, acl.rt
-    pyACL, a part of CANN. Here: memcpy over the emulated runtime, which is what vllm-ascend's allocator imports.
+    pyACL, a part of CANN. Here: memcpy of the emulated runtime, which vllm-ascend's allocator imports.
 vllm_ascend._build_info
-    Written when vllm-ascend is built, for one chip. Here it follows VLLM_NPU_EMULATOR_SOC: one installation, every chip.
+    The build of vllm-ascend writes it for one chip. Here it names the chip of VLLM_NPU_EMULATOR_SOC.
 vllm_ascend.vllm_ascend_C
-    Its compiled operators, which need CANN's compiler. Here: some of them, by torch_npu's operators (custom_ops.py);
-    routing of experts and norms have no other way.
+    Its compiled operators, which need CANN's compiler. Here: some of them, made of torch_npu's operators (custom_ops.py).
+    vllm-ascend routes experts and computes norms by these operators only.
 vllm.v1.worker.block_table
-    vLLM's module with a kernel for Triton, which finds no device here. The kernel is replaced by slot_mapping.py.
+    vLLM's module with a Triton kernel. Triton finds no device here, so slot_mapping.py replaces the kernel.
 vllm_ascend.utils
-    Unchanged; once it is imported, torch_npu's cast of weights to the format NZ leaves them plain.
+    Unchanged. After its import, torch_npu's cast of weights to the format NZ keeps the plain format.
 torchvision._meta_registrations
-    FakeTensor functions of torchvision's compiled operators. Those are built for CUDA and do not load beside a CPU build
-    of torch; transformers' image processors, which vllm-ascend imports, do without. Here the module is empty.
+    FakeTensor functions of torchvision's compiled operators. These operators are built for CUDA and do not load with a CPU
+    build of torch. transformers' image processors, which vllm-ascend imports, do not need them. Here the module is empty.
 
-What is not among these is absent by name: AttributeError from torch.ops, ImportError from a module.
+Other operators and modules are absent: torch.ops raises AttributeError with the name, an import raises ImportError.
 """
 
 from vllm_npu.emulator.ascend_stack.finder import install

@@ -1,7 +1,7 @@
-"""Some of vllm-ascend's compiled operators (torch.ops._C_ascend), by operators of torch_npu.
+"""Some of vllm-ascend's compiled operators (torch.ops._C_ascend), made of operators of torch_npu.
 
-Their signatures and what they do are those of vllm-ascend 0.23.0 (csrc/torch_binding.cpp and the kernels). Operators that are
-not here are absent: torch.ops raises AttributeError with their name.
+Source of signatures and results: vllm-ascend 0.23.0, csrc/torch_binding.cpp and the kernels. Other operators are absent:
+torch.ops raises AttributeError with their name.
 """
 
 from collections.abc import Callable, Sequence
@@ -32,7 +32,7 @@ def moe_gating_top_k(
     eps: float,
     bias_opt: torch.Tensor | None = None,
 ) -> Tensors:
-    """torch_npu's gating, which has no `renorm`: 1 divides softmax's chosen weights by their sum plus `eps`, then scales."""
+    """torch_npu's gating with `renorm`: 1 divides the chosen softmax weights by their sum plus `eps`, and then scales."""
     import torch_npu
 
     divides = norm_type == SOFTMAX and renorm == L1_RENORM
@@ -64,7 +64,7 @@ def npu_moe_init_routing_custom(
     expert_num: int = -1,
     **rest: Any,
 ) -> Tensors:
-    """torch_npu's init_routing v2, with an empty range of experts standing for all of them."""
+    """torch_npu's init_routing v2. An empty range of experts means all experts."""
     import torch_npu
 
     return tuple(
@@ -85,7 +85,7 @@ def npu_add_rms_norm_bias(
     beta: torch.Tensor | None = None,
     epsilon: float = 1e-6,
 ) -> Tensors:
-    """torch_npu's add_rms_norm, then `beta` added."""
+    """torch_npu's add_rms_norm, and then an addition of `beta`."""
     import torch_npu
 
     y, rstd, total = torch_npu.npu_add_rms_norm(x1, x2, gamma, epsilon)
@@ -95,9 +95,9 @@ def npu_add_rms_norm_bias(
 def _swiglu_quantised(
     sums: torch.Tensor, counts: torch.Tensor, weight_scale: torch.Tensor, row_scale: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """int32 sums [n, 2I] by groups of rows -> scaled, swiglu in float32, then int8 [n, I] with a scale a row [n].
+    """Scale int32 sums [n, 2I], apply swiglu in float32, and quantise to int8 [n, I] with one scale for each row [n].
 
-    Rows past the last group stay undefined, as the emulated device marks them. Host sync.
+    `counts` gives the rows of each expert. Rows after the last expert's get the emulated device's undefined values. Host sync.
     """
     counts = counts.cpu()
     used = int(counts.sum())
@@ -127,9 +127,9 @@ def grouped_matmul_swiglu_quant_weight_nz(
     offset: torch.Tensor | None = None,
     swiglu_limit: float = 0.0,
 ) -> Tensors:
-    """int8 rows by their experts' gate and up, swiglu, int8. `group_list` has running sums.
+    """Multiply int8 rows by the gate and up weights of their experts, apply swiglu, and quantise to int8.
 
-    The emulated device has plain formats only: run vllm-ascend with weight_nz_mode 0, else its cast to NZ is refused.
+    `group_list` has running sums of the rows of experts. The emulated device has plain formats only.
     """
     import torch_npu
 
@@ -154,7 +154,10 @@ def npu_dequant_swiglu_quant(
     quant_mode: int = 0,
     **rest: Any,
 ) -> Tensors:
-    """int32 sums of experts' gate and up, swiglu, int8. `group_index` has counts; emulated for rows that choose their scale."""
+    """Apply swiglu to int32 sums of gate and up weights, and quantise to int8 with one scale for each row.
+
+    `group_index` has the number of rows of each expert.
+    """
     if x.dtype != torch.int32 or weight_scale is None or activation_scale is None or group_index is None:
         raise NotImplementedError("npu_dequant_swiglu_quant is emulated for int32 with both scales and group_index")
     given = {name: value for name, value in rest.items() if value not in (None, 0, 0.0) and name != "glu_alpha"}
@@ -184,7 +187,7 @@ OPERATORS: dict[str, Callable[..., Tensors]] = {
     "-> (Tensor y, Tensor scale)": npu_dequant_swiglu_quant,
 }
 
-# vllm-ascend registers FakeTensor functions for these whenever its operators load. No kernel: a call says so.
+# vllm-ascend registers FakeTensor functions for these operators. They have no kernel here, so a call raises an error.
 DECLARED = (
     "get_masked_input_and_mask(Tensor input, int org_vocab_start_index, int org_vocab_end_index, int num_org_vocab_padding, "
     "int added_vocab_start_index, int added_vocab_end_index) -> (Tensor masked_input, Tensor mask)",
@@ -199,10 +202,10 @@ ACL_FORMAT_ND, ACL_FORMAT_FRACTAL_NZ = 2, 29
 def npu_format_cast(
     tensor: torch.Tensor, acl_format: int, *, customize_dtype: int | None = None, input_dtype: int | None = None
 ) -> torch.Tensor:
-    """torch_npu's cast for the weights that vllm-ascend wants in NZ: a copy in the plain format, in which ops take it too.
+    """torch_npu's cast of weights to the format NZ: here a copy in the plain format.
 
-    On a device the format is how memory is laid out and changes no value. Here all memory is plain: get_npu_format keeps
-    saying so, and op-plugin then calls the functions for plain weights.
+    A format is a layout in memory and changes no value. All memory of the emulated device is plain. get_npu_format reports
+    that, and op-plugin then calls the functions for plain weights.
     """
     if (
         acl_format not in (ACL_FORMAT_ND, ACL_FORMAT_FRACTAL_NZ)
@@ -216,12 +219,12 @@ def npu_format_cast(
     return tensor if acl_format == ACL_FORMAT_ND else tensor.clone()
 
 
-# What a library defined or overrode lives as long as it does: the caches below hold them.
+# An operator exists as long as its library object. The caches below keep these objects.
 
 
 @cache
 def keep_formats_plain() -> torch.library.Library:
-    """Puts npu_format_cast above in the place of torch_npu's, which needs an operator of CANN's graph engine for NZ."""
+    """Replace torch_npu's npu_format_cast, which needs an operator of CANN's graph engine, by the one above."""
     library = torch.library.Library("npu", "IMPL")
     library.impl("npu_format_cast", npu_format_cast, "PrivateUse1", allow_override=True)
     return library
@@ -229,7 +232,7 @@ def keep_formats_plain() -> torch.library.Library:
 
 @cache
 def register() -> torch.library.Library:
-    """Defines the operators, once in a process. Kernels for the device only: torch.compile is not for them."""
+    """Define the operators once in a process. They have kernels for the device only, so torch.compile cannot use them."""
     library = torch.library.Library(NAMESPACE, "FRAGMENT")
     for schema in DECLARED:
         library.define(schema)

@@ -1,31 +1,30 @@
-"""Answers imports of the modules in the table of this package's docstring."""
+"""Finder for imports of the modules that the docstring of this package lists."""
 
 import ctypes
 import importlib.abc
 import importlib.machinery
 import importlib.util
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import ModuleType
 
 from vllm_npu import envs
 from vllm_npu.emulator import soc
+from vllm_npu.emulator.amended_imports import Step, do_nothing, find_amended
 
-STACK = "vllm_ascend"  # the finder has nothing to do where this is not installed
+STACK = "vllm_ascend"  # without this package, the finder is not installed
 
-# The members of vllm-ascend's AscendDeviceType, by the family's name.
+# Names of families, with vllm-ascend's AscendDeviceType of each.
 DEVICE_TYPES = {"A2": "A2", "A3": "A3", "310P": "_310P", "A5": "A5"}
-
-Fill = Callable[[ModuleType], None]
 
 
 def fill_acl(module: ModuleType) -> None:
-    module.__path__ = []  # a package
+    module.__path__ = []  # makes the module a package
 
 
 def fill_acl_rt(module: ModuleType) -> None:
     def memcpy(destination: int, destination_size: int, source: int, size: int, kind: int) -> int:
-        """pyACL's signature: addresses and sizes in bytes, aclrtMemcpyKind; returns ACL's code."""
+        """pyACL's function: addresses, sizes in bytes, an aclrtMemcpyKind. Returns ACL's error code."""
         copy = ctypes.CDLL("libascendcl.so").aclrtMemcpy
         copy.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
         copy.restype = ctypes.c_int
@@ -57,50 +56,31 @@ def amend_formats(_module: ModuleType) -> None:
     custom_ops.keep_formats_plain()
 
 
-def leave_empty(_module: ModuleType) -> None:
-    """For a module that is imported for its effects only."""
-
-
-MADE: dict[str, Fill] = {
+MADE: dict[str, Step] = {
     "acl": fill_acl,
     "acl.rt": fill_acl_rt,
-    "torchvision._meta_registrations": leave_empty,
+    "torchvision._meta_registrations": do_nothing,
     "vllm_ascend._build_info": fill_build_info,
     "vllm_ascend.vllm_ascend_C": fill_custom_ops,
 }
-AMENDED: dict[str, Fill] = {
+AMENDED: dict[str, Step] = {
     "vllm.v1.worker.block_table": amend_block_table,
     "vllm_ascend.utils": amend_formats,
 }
 
 
 class MadeModuleLoader(importlib.abc.Loader):
-    """Makes a module that has no file."""
+    """Makes a module without a file."""
 
-    def __init__(self, fill: Fill) -> None:
+    def __init__(self, fill: Step) -> None:
         self.fill = fill
 
     def exec_module(self, module: ModuleType) -> None:
         self.fill(module)
 
 
-class AmendingLoader(importlib.abc.Loader):
-    """Loads a module from its file, then changes it."""
-
-    def __init__(self, real_loader: importlib.abc.Loader, amend: Fill) -> None:
-        self.real_loader = real_loader
-        self.amend = amend
-
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
-        return self.real_loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        self.real_loader.exec_module(module)
-        self.amend(module)
-
-
 class AscendStackFinder(importlib.abc.MetaPathFinder):
-    """Finds what MADE and AMENDED list."""
+    """Finds the modules of MADE and AMENDED."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -111,13 +91,10 @@ class AscendStackFinder(importlib.abc.MetaPathFinder):
             )
         if fullname not in AMENDED:
             return None
-        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
-        if spec is not None and spec.loader is not None:
-            spec.loader = AmendingLoader(spec.loader, AMENDED[fullname])
-        return spec
+        return find_amended(fullname, path, after=AMENDED[fullname])
 
 
 def install() -> None:
-    """From now on, this process's imports find what vllm-ascend needs. Changes nothing where vllm-ascend is not installed."""
+    """Make later imports of this process find what vllm-ascend needs. Without vllm-ascend, do nothing."""
     if importlib.util.find_spec(STACK) is not None:
         sys.meta_path.insert(0, AscendStackFinder())

@@ -1,4 +1,4 @@
-"""vLLM's kernel that finds each token's slot in the paged cache, without Triton."""
+"""vLLM's kernel that computes the slot of each token in the paged cache, without Triton."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import torch
 
 
 class SlotMappingKernel:
-    """Called as a Triton kernel is, `kernel[grid](arguments)`. The contract is vLLM 0.23's _compute_slot_mapping_kernel."""
+    """A function with the call syntax of Triton, `kernel[grid](arguments)`, for vLLM 0.23's _compute_slot_mapping_kernel."""
 
     def __getitem__(self, grid: tuple[int]) -> "SlotMappingKernel":
         return self
@@ -26,7 +26,7 @@ class SlotMappingKernel:
         PAD_ID: int,
         **other_constants: Any,
     ) -> None:
-        """Writes `slot_mapping`: block * block_size + offset of each token, PAD_ID after the last. LOCAL; host sync.
+        """Write block * block_size + offset of each token to `slot_mapping`, and PAD_ID after the last token. LOCAL; host sync.
 
         Raises NotImplementedError for context parallelism, which spreads the blocks over ranks.
         """

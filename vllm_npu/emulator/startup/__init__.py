@@ -1,10 +1,10 @@
-"""What an interpreter does at its start in an environment that has torch_npu but perhaps no CANN.
+"""Code that Python runs at its start, in an environment with torch_npu and possibly without CANN.
 
-With VLLM_NPU_EMULATOR=1 it enables the emulated device. Otherwise it keeps a plain `import torch` working: torch would
+With VLLM_NPU_EMULATOR=1 it enables the emulated device. Otherwise it keeps `import torch` working without CANN: torch would
 import torch_npu, which needs CANN.
 
-Two ways to have it done: the launcher puts this folder on PYTHONPATH, for sitecustomize.py; or a .pth file in the
-environment's site-packages holds the line that `python -m vllm_npu.emulator hook` prints.
+There are two ways to install it. The launcher adds this folder to PYTHONPATH, where Python finds sitecustomize.py. Or a .pth
+file in the environment's site-packages contains the line that `python -m vllm_npu.emulator hook` prints.
 """
 
 import importlib.util
@@ -15,7 +15,10 @@ PTH_LINE = "import vllm_npu.emulator.startup; vllm_npu.emulator.startup.prepare_
 
 
 def prepare_interpreter() -> None:
-    """Ends the process if the emulated device was asked for and cannot be had: errors of start-up code are ignored."""
+    """Enable the emulated device if it is wanted.
+
+    If it fails, end the process, because Python ignores errors of start-up code.
+    """
     from vllm_npu import envs
     from vllm_npu.emulator import cann, loader
     from vllm_npu.errors import VllmNpuError

@@ -1,4 +1,4 @@
-"""Run by every interpreter that has this folder on PYTHONPATH; then runs the sitecustomize that it hides, if any."""
+"""Python runs this file if its folder is on PYTHONPATH. It then runs the sitecustomize that it hides, if there is one."""
 
 import importlib.machinery
 import importlib.util

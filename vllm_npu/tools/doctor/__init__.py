@@ -1,1 +1,1 @@
-"""The doctor's checks, and what they find. Standard library only, but for engine_findings."""
+"""The checks of `vllm-npu doctor`, and what they find. Standard library only, except engine_findings."""

@@ -1,13 +1,13 @@
-"""doctor's look at an engine that has not been started: the plugin's start-up check on a config.json.
+"""doctor's check of an engine that is not started yet: the plugin's start-up check, on the model's config.json.
 
     python -m vllm_npu.tools.doctor.engine_findings JSON
 
-Prints Findings as JSON. A process of its own, since the check needs torch.
+JSON is a PlannedEngine. Prints a list of Findings as JSON. This is a program of its own, because the check needs torch.
 """
 
 import json
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 from vllm_npu.core.limits import DEVICES, PORTABLE
@@ -15,26 +15,15 @@ from vllm_npu.core.topology import ParallelTopology
 from vllm_npu.envs import HCCL_BUFFSIZE
 from vllm_npu.errors import UnsupportedConfigError, VllmNpuError
 from vllm_npu.strategies.start_checks import PlannedShape, check_start, describe_capacity
+from vllm_npu.tools.doctor.examination import PlannedEngine
 from vllm_npu.tools.doctor.findings import OK, Finding
 from vllm_npu.tools.layers import layer_of_model
 
 CHECK = "engine"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PlannedEngine:
-    """What is to be started."""
-
-    model: str  # config.json, or its folder
-    soc: str | None  # a family of limits.DEVICES; None: no NPU
-    ep: int  # ranks of the grid, over which the experts are spread
-    tp: int
-    max_num_seqs: int  # sequences that a data-parallel rank decodes at once
-    moe_comm: str
-
-
 def findings_of(engine: PlannedEngine) -> list[Finding]:
-    """What the plugin would say at the start: one refusal, or what it would run."""
+    """The plugin's refusal to start this engine, or what the engine would run."""
     try:
         if engine.soc is not None and engine.soc not in DEVICES:
             raise UnsupportedConfigError(f"there is no --soc {engine.soc}; name one of {', '.join(DEVICES)}")

@@ -1,5 +1,7 @@
-"""doctor's checks of the machine: CANN and HCCL, drivers, devices, shared memory, cores and NUMA nodes. Standard library
-only."""
+"""doctor's checks of the machine: CANN and HCCL, drivers, devices, shared memory, cores and NUMA nodes.
+
+Standard library only. A system without /dev/shm, /proc or a list of allowed cores (macOS, Windows) gets findings too.
+"""
 
 import os
 import re
@@ -10,12 +12,13 @@ from pathlib import Path
 
 from vllm_npu import envs
 from vllm_npu.emulator import cann, shared_memory
-from vllm_npu.tools.doctor.findings import OK, PROBLEM, WARNING, Finding, probe, probe_python
+from vllm_npu.tools.doctor.findings import OK, PROBLEM, WARNING, Finding
+from vllm_npu.tools.doctor.probes import probe, probe_python
 
 TOOL_SECONDS = 20.0
-SMALL_SHARED_MEMORY = 1 << 30  # bytes; vLLM's message queues and the emulated HCCL both lie there
+SMALL_SHARED_MEMORY = 1 << 30  # bytes; vLLM's message queues and the emulated HCCL need shared memory
 HCCL_LIBRARY = "libhccl.so"
-DEVICES = Path("/dev")
+DEVICE_FOLDER = Path("/dev")
 NUMA_NODES = Path("/sys/devices/system/node")
 CONTROL_GROUPS = Path("/sys/fs/cgroup")
 
@@ -26,11 +29,11 @@ CONTROL_GROUPS = Path("/sys/fs/cgroup")
 def check_cann() -> Iterator[Finding]:
     found = cann.find()
     if found is None:
-        yield Finding("CANN", OK, "none, so NPUs are out of reach and the emulated device may run")
+        yield Finding("CANN", OK, "not found, so no NPU can be used and the emulated device may run")
         return
     if os.environ.get(envs.EMULATOR.name) == "1":
         yield Finding(
-            "CANN", PROBLEM, f"{found}, and {envs.EMULATOR.name}=1 asks for the emulated device, which refuses beside it",
+            "CANN", PROBLEM, f"{found}, and {envs.EMULATOR.name}=1 asks for the emulated device, which refuses beside CANN",
             f"unset {envs.EMULATOR.name}, or hide CANN (unset its variables and LD_LIBRARY_PATH)",
         )  # fmt: skip
     else:
@@ -40,7 +43,7 @@ def check_cann() -> Iterator[Finding]:
 
 
 def check_hccl_library() -> Iterator[Finding]:
-    """Whether HCCL's library loads, as torch_npu will ask for it: by name."""
+    """Whether HCCL's library loads by its name, which is how torch_npu loads it."""
     code = f"import ctypes; ctypes.CDLL({HCCL_LIBRARY!r}); print(*open('/proc/self/maps'))"
     tried = probe_python(code)
     if not tried.fault:
@@ -56,11 +59,12 @@ def check_hccl_library() -> Iterator[Finding]:
     )  # fmt: skip
 
 
-def check_npu_devices(folder: Path = DEVICES) -> Iterator[Finding]:
-    numbers = sorted(int(path.name.removeprefix("davinci")) for path in folder.glob("davinci[0-9]*"))
+def check_npu_devices(folder: Path = DEVICE_FOLDER) -> Iterator[Finding]:
+    names = (path.name.removeprefix("davinci") for path in folder.glob("davinci[0-9]*"))
+    numbers = sorted(int(name) for name in names if name.isascii() and name.isdecimal())
     if not numbers:
         yield Finding(
-            "NPU devices", WARNING, f"CANN is here, and no {folder}/davinci* is: there is no NPU, or none is let in",
+            "NPU devices", WARNING, f"CANN is installed, and there is no {folder}/davinci*: no NPU, or no access to one",
             "in a container, pass --device /dev/davinci0 (one for each NPU), /dev/davinci_manager, /dev/devmm_svm and "
             "/dev/hisi_hdc",
         )  # fmt: skip
@@ -72,20 +76,22 @@ def check_drivers() -> Iterator[Finding]:
     for tool, arguments, hardware in (("npu-smi", ["info"], "NPU"), ("nvidia-smi", ["-L"], "NVIDIA GPU")):
         path = shutil.which(tool)
         if path is None:
-            yield Finding(tool, OK, f"not there, so no {hardware} is visible")
+            yield Finding(tool, OK, f"not installed, so no {hardware} can be seen")
             continue
         tried = probe([path, *arguments], TOOL_SECONDS)
         if tried.fault:
-            yield Finding(tool, WARNING, f"{path} fails: {tried.fault}", f"see to the driver of the {hardware}")
+            yield Finding(tool, WARNING, f"{path} fails: {tried.fault}", f"check the driver of the {hardware}")
         else:
             yield Finding(tool, OK, (tried.output.splitlines() or [path])[0])
 
 
-# --- memory that processes share ---
+# --- shared memory ---
 
 
-def check_shared_memory() -> Iterator[Finding]:
-    folder = shared_memory.FOLDER
+def check_shared_memory(folder: Path = shared_memory.FOLDER) -> Iterator[Finding]:
+    if not hasattr(os, "statvfs") or (sys.platform != "linux" and not folder.is_dir()):
+        yield Finding(str(folder), OK, f"{sys.platform} has no such folder: ranks of one host use sockets")
+        return
     try:
         room = os.statvfs(folder)
     except OSError as error:
@@ -95,8 +101,8 @@ def check_shared_memory() -> Iterator[Finding]:
     size = f"{free / (1 << 20):,.0f} of {total / (1 << 20):,.0f} MiB free"
     if free < SMALL_SHARED_MEMORY:
         yield Finding(
-            str(folder), WARNING, f"{size}: vLLM's processes and the emulated HCCL may run out of it",
-            "remove what is left there, or start the container with --shm-size=2g",
+            str(folder), WARNING, f"{size}: too little for vLLM's processes and the emulated HCCL",
+            "remove old files there, or start the container with --shm-size=2g",
         )  # fmt: skip
     else:
         yield Finding(str(folder), OK, size)
@@ -112,7 +118,7 @@ def check_shared_memory() -> Iterator[Finding]:
 
 
 def parse_cores(text: str) -> set[int]:
-    """'0-2,8' -> {0, 1, 2, 8}, as the kernel and vLLM write lists of cores. Raises ValueError."""
+    """A list of cores as the kernel and vLLM write it: '0-2,8' -> {0, 1, 2, 8}. Raises ValueError."""
     cores: set[int] = set()
     for part in text.strip().split(","):
         first, _, last = part.partition("-")
@@ -121,7 +127,7 @@ def parse_cores(text: str) -> set[int]:
 
 
 def granted_cores(folder: Path = CONTROL_GROUPS) -> float | None:
-    """Cores whose time the control group grants, of which a container's threads may be more; None: no limit."""
+    """Processor time that the control group (a container) grants, in cores; None: no limit."""
     try:
         if (folder / "cpu.max").is_file():  # version 2: "max 100000", or microseconds of each period
             quota, period = (folder / "cpu.max").read_text().split()
@@ -133,8 +139,15 @@ def granted_cores(folder: Path = CONTROL_GROUPS) -> float | None:
     return None if quota in ("max", "-1") else int(quota) / int(period)
 
 
+def allowed_cores() -> set[int]:
+    """Numbers of the cores that this process may use. macOS and Windows have no such list: there, all cores."""
+    if hasattr(os, "sched_getaffinity"):
+        return os.sched_getaffinity(0)
+    return set(range(os.cpu_count() or 1))
+
+
 def check_cores(control_groups: Path = CONTROL_GROUPS) -> Iterator[Finding]:
-    cores = len(os.sched_getaffinity(0))
+    cores = len(allowed_cores())
     granted = granted_cores(control_groups)
     usable = cores if granted is None else min(cores, max(1, int(granted)))
     shown = f"{cores}" if usable == cores else f"{cores}, of which the control group grants the time of {granted:g}"
@@ -148,11 +161,11 @@ def check_cores(control_groups: Path = CONTROL_GROUPS) -> Iterator[Finding]:
         yield Finding(
             "cores",
             OK,
-            f"{shown}; OMP_NUM_THREADS is unset, so each process takes all: set it to cores / ranks for several",
+            f"{shown}; OMP_NUM_THREADS is unset, so each process uses all: for several ranks, set it to cores / ranks",
         )
     elif not re.fullmatch(r"[1-9][0-9]*(,[1-9][0-9]*)*", threads):
         yield Finding(
-            "cores", PROBLEM, f"OMP_NUM_THREADS={threads!r} is no number", "set it to a whole number, or unset it"
+            "cores", PROBLEM, f"OMP_NUM_THREADS={threads!r} is not a number", "set it to a whole number, or unset it"
         )
     elif int(threads.partition(",")[0]) > usable:
         yield Finding(
@@ -164,16 +177,20 @@ def check_cores(control_groups: Path = CONTROL_GROUPS) -> Iterator[Finding]:
 
 
 def check_numa(nodes: Path = NUMA_NODES) -> Iterator[Finding]:
-    """The nodes that this process may run on, and vLLM's binding of ranks to cores."""
-    allowed = os.sched_getaffinity(0)
-    spread = {}
+    """The NUMA nodes that this process may run on, and the cores that vLLM binds ranks to."""
+    allowed = allowed_cores()
+    cores_of_nodes = {}
     for path in nodes.glob("node[0-9]*/cpulist"):
-        cores = parse_cores(path.read_text()) if path.read_text().strip() else set()
+        try:
+            text = path.read_text().strip()
+        except OSError:
+            continue  # the kernel has removed the node since glob listed it
+        cores = parse_cores(text) if text else set()
         if cores & allowed:
-            spread[int(path.parent.name.removeprefix("node"))] = len(cores & allowed)
-    if spread:
-        listed = ", ".join(f"node {node}: {count} cores" for node, count in sorted(spread.items()))
-        yield Finding("NUMA", OK, f"{len(spread)} nodes, {listed}" if len(spread) > 1 else listed)
+            cores_of_nodes[int(path.parent.name.removeprefix("node"))] = len(cores & allowed)
+    if cores_of_nodes:
+        listed = ", ".join(f"node {node}: {count} cores" for node, count in sorted(cores_of_nodes.items()))
+        yield Finding("NUMA", OK, f"{len(cores_of_nodes)} nodes, {listed}" if len(cores_of_nodes) > 1 else listed)
     binding = os.environ.get(envs.CPU_OMP_THREADS_BIND, "auto")
     if binding in ("auto", "nobind"):
         return
@@ -182,7 +199,7 @@ def check_numa(nodes: Path = NUMA_NODES) -> Iterator[Finding]:
     except ValueError:
         yield Finding(
             envs.CPU_OMP_THREADS_BIND, PROBLEM, f"is {binding!r}, which is no list of cores for each rank",
-            "set it to lists such as 0-31|32-63, one a rank, to auto, or to nobind",
+            "set it to one list for each rank, such as 0-31|32-63, or to auto, or to nobind",
         )  # fmt: skip
         return
     foreign = sorted(set().union(*ranks) - allowed)

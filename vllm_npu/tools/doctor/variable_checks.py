@@ -1,88 +1,107 @@
-"""What `vllm-npu doctor` finds in the environment's variables: those that nothing reads, and values that they do not take."""
+"""doctor's check of environment variables: names that nothing reads, and values that a variable does not take.
+
+Standard library only.
+"""
 
 import difflib
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from vllm_npu import envs
 from vllm_npu.emulator import soc
+from vllm_npu.emulator.build import DEVICE
+from vllm_npu.envs import Variable
 from vllm_npu.errors import UnsupportedConfigError
 from vllm_npu.plugin import entry_points
 from vllm_npu.strategies.table import AUTO, STRATEGIES
 from vllm_npu.tools.doctor.findings import OK, PROBLEM, WARNING, Finding
 
-OTHER_VARIABLES = ("VLLM_NPU_ENV_HOME",)  # scripts/setup.sh reads it
+OTHER_VARIABLES = ("VLLM_NPU_ENV_HOME",)  # scripts/setup.sh and native_build.py read it
 
 
-def is_one_of(*choices: str) -> Callable[[str], str | None]:
-    return lambda text: None if text in choices else f"set it to {', '.join(choices[:-1])} or {choices[-1]}"
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """The values that a variable takes."""
+
+    read: Callable[[Variable], object]  # raises UnsupportedConfigError for another value
+    remedy: str = ""  # empty: the error's message
 
 
-def is_whole_number(largest: int) -> Callable[[str], str | None]:
-    def fault(text: str) -> str | None:
-        fits = re.fullmatch("[0-9]+", text) and int(text) <= largest
-        return None if fits else f"set it to a whole number from 0 to {largest}"
-
-    return fault
-
-
-def is_seconds(text: str) -> str | None:
+def fault_of(variable: Variable) -> str | None:
+    """What to do about the variable's value in this process, or None if the variable takes it."""
+    rule = RULES[variable]
     try:
-        return None if 0 < float(text) < float("inf") else "set it to a positive number of seconds"
-    except ValueError:
-        return "set it to a positive number of seconds"
-
-
-def is_soc(text: str) -> str | None:
-    try:
-        soc.resolve(text)
+        rule.read(variable)
     except UnsupportedConfigError as error:
-        return str(error)
+        return rule.remedy or str(error)
     return None
 
 
-def is_libraries(text: str) -> str | None:
-    return None if Path(text, "libascendcl.so").is_file() else "it holds no libascendcl.so; unset it"
+def _one_of(*choices: str) -> Rule:
+    def read(variable: Variable) -> None:
+        if variable.read() not in choices:
+            raise UnsupportedConfigError(f"{variable.name} is none of {', '.join(choices)}")
+
+    return Rule(read, f"set it to {', '.join(choices[:-1])} or {choices[-1]}")
 
 
-def is_strategy(text: str) -> str | None:
-    strategies = (AUTO, *STRATEGIES)
-    beside_vllm_ascend = ("off", "compare", *(f"compare:{name}" for name in strategies))
-    if text in beside_vllm_ascend and entry_points.vllm_ascend_is_installed():
-        return None
-    return is_one_of(*strategies)(text)
+def _whole_number(largest: int) -> Rule:
+    def read(variable: Variable) -> None:
+        if variable.read_whole_number() > largest:
+            raise UnsupportedConfigError(f"{variable.name} is more than {largest}")
+
+    return Rule(read, f"set it to a whole number from 0 to {largest}")
 
 
-def is_version(text: str) -> str | None:
-    return None if re.fullmatch(r"\d+(\.\w+)+", text) else "set it to a version, e.g. 8.5.0"
+def _read_strategy(variable: Variable) -> None:
+    names = (AUTO, *STRATEGIES)
+    with_vllm_ascend = ("off", "compare", *(f"compare:{name}" for name in names))
+    if variable.read() not in with_vllm_ascend or not entry_points.vllm_ascend_is_installed():
+        _one_of(*names).read(variable)
 
 
-# What each variable takes: a function from its text to what is to be done, or None. Numbers as runtime/settings.cpp reads them.
-VALUES: dict[envs.Variable, Callable[[str], str | None]] = {
-    envs.MOE_COMM: is_strategy,
-    envs.CUDA_PLATFORM: is_one_of("0", "1"),
-    envs.COUNT_COLLECTIVES: is_one_of("0", "1"),
-    envs.METRICS: is_one_of("0", "1"),
-    envs.SHARED_WINDOW: is_one_of("0", "1"),
-    envs.HCCL_OPS: is_one_of("0", "1"),
-    envs.HCCL_BUFFSIZE: is_whole_number(2**31 - 1),
-    envs.RECORD: lambda text: None,
-    envs.TRANSPORT_TIMEOUT: is_seconds,
-    envs.COLLECTIVE_DEADLINE: is_seconds,
-    envs.EMULATOR: is_one_of("0", "1"),
-    envs.EMULATOR_SOC: is_soc,
-    envs.EMULATOR_LIBRARIES: is_libraries,
-    envs.EMULATOR_RUN: lambda text: None,
-    envs.EMULATOR_TRACE: is_one_of("0", "1"),
-    envs.EMULATOR_ASYNC: is_whole_number(2**64 - 1),
-    envs.EMULATOR_DEVICES: is_whole_number(1024),
-    envs.EMULATOR_MEMORY_GB: is_whole_number(1024),
-    envs.EMULATOR_LIMITS: is_one_of("device", "none"),
-    envs.EMULATOR_UNDEFINED: is_one_of("nan", "zero"),
-    envs.EMULATOR_CANN: is_version,
-    envs.EMULATOR_LOG: is_one_of("0", "1", "2", "3"),
+def _read_libraries(variable: Variable) -> None:
+    if not Path(variable.read(), DEVICE.product).is_file():
+        raise UnsupportedConfigError(f"it holds no {DEVICE.product}; unset it")
+
+
+def _read_version(variable: Variable) -> None:
+    if not re.fullmatch(r"\d+(\.\w+)+", variable.read()):
+        raise UnsupportedConfigError("set it to a version, e.g. 8.5.0")
+
+
+FLAG = Rule(Variable.read_flag, "set it to 0 or 1")
+SECONDS = Rule(Variable.read_seconds, "set it to a positive number of seconds")
+ANY_TEXT = Rule(Variable.read)
+
+# The only table of what each variable takes. csrc_npu/emulator/runtime/settings.cpp reads the emulator's numbers, with these
+# largest values.
+RULES: Mapping[Variable, Rule] = {
+    envs.MOE_COMM: Rule(_read_strategy, _one_of(AUTO, *STRATEGIES).remedy),
+    envs.CUDA_PLATFORM: FLAG,
+    envs.COUNT_COLLECTIVES: FLAG,
+    envs.METRICS: FLAG,
+    envs.SHARED_WINDOW: FLAG,
+    envs.HCCL_OPS: FLAG,
+    envs.HCCL_BUFFSIZE: _whole_number(2**31 - 1),
+    envs.RECORD: ANY_TEXT,
+    envs.TRANSPORT_TIMEOUT: SECONDS,
+    envs.COLLECTIVE_DEADLINE: SECONDS,
+    envs.EMULATOR: FLAG,
+    envs.EMULATOR_SOC: Rule(lambda variable: soc.resolve(variable.read())),
+    envs.EMULATOR_LIBRARIES: Rule(_read_libraries),
+    envs.EMULATOR_RUN: ANY_TEXT,
+    envs.EMULATOR_TRACE: FLAG,
+    envs.EMULATOR_ASYNC: _whole_number(2**64 - 1),
+    envs.EMULATOR_DEVICES: _whole_number(1024),
+    envs.EMULATOR_MEMORY_GB: _whole_number(1024),
+    envs.EMULATOR_LIMITS: _one_of("device", "none"),
+    envs.EMULATOR_UNDEFINED: _one_of("nan", "zero"),
+    envs.EMULATOR_CANN: Rule(_read_version),
+    envs.EMULATOR_LOG: _one_of("0", "1", "2", "3"),
 }
 
 
@@ -96,7 +115,7 @@ def check_variables() -> Iterator[Finding]:
             close = difflib.get_close_matches(name, known, n=1)
             remedy = f"did you mean {close[0]}?" if close else f"unset it; there are: {', '.join(known)}"
             yield Finding(name, WARNING, f"is set to {text!r}, and nothing reads it", remedy)
-        elif text and (fault := VALUES[known[name]](text)):
+        elif text and (fault := fault_of(known[name])):
             yield Finding(name, PROBLEM, f"is set to {text!r}, which it does not take", fault)
         else:
             yield Finding(name, OK, f"is set to {text!r}: {known[name].meaning}")

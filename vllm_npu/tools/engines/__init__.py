@@ -1,1 +1,1 @@
-"""Starts, watches and stops vLLM engines, for the demo, serve and tests."""
+"""Starts, drives and stops vLLM engines, for the demo, serve, scripts and tests."""

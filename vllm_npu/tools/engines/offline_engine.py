@@ -1,18 +1,18 @@
-"""One vLLM engine in a process of its own: JSON lines in on stdin, JSON lines out on stdout, everything else on stderr.
+"""A program that runs one vLLM engine: it reads JSON lines from stdin, answers with JSON lines on stdout, and logs on stderr.
 
     python -m vllm_npu.tools.engines.offline_engine [--request FILE]
 
-The first line on stdin (or FILE) is an EngineRequest. The process builds `vllm.LLM`, answers `{"event": "ready", ...}`,
-then generates the same prompts greedily once per strategy, switching the strategy of the living engine, and answers
-`{"event": "finished", ...}` (a StrategyResult) each time. With `await_go` it waits for one more line on stdin before
-every strategy; end of input instead of a line ends the process in good order.
+The first line on stdin (or FILE) is an EngineRequest. The program builds `vllm.LLM` and answers `{"event": "ready", ...}`.
+Then, for each strategy, it switches the running engine to the strategy, generates the same prompts greedily, and answers
+`{"event": "finished", ...}` (a StrategyResult). With `await_go`, it waits for a further line on stdin before every strategy.
+The end of the input ends the process in good order.
 
-Data parallel: one such process per rank. The engines step in lockstep until no rank has work left, so `generate`
-returns on all ranks at about the same time; `await_go` lets the parent keep the ranks together between strategies as
-well, and keeps every engine alive until the last rank has answered.
+For data parallelism, each rank is one such process. All engines run a step at the same time until no rank has work left, so
+`generate` returns on all ranks at about the same time. With `await_go`, the parent also keeps the ranks together between
+strategies, and every engine stays alive until the last rank has answered.
 
-`EngineRequest` and `StrategyResult` are the whole protocol. vLLM is imported only when an engine is built, so that a
-parent process can import this module without paying for it.
+`EngineRequest` and `StrategyResult` are the whole protocol. vLLM is imported only when an engine is built, because the import
+is slow and the parent process imports this module too.
 """
 
 import argparse
@@ -38,12 +38,12 @@ class MalformedRequestError(ValueError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineRequest:
-    """What one engine process does. Sizes are counts, `max_tokens` are tokens to generate, one per prompt."""
+    """The task of one engine process."""
 
     model: str  # folder with config.json and model.safetensors
     prompts: list[list[int]]  # this rank's share, as token ids
-    max_tokens: list[int]  # one per prompt; different on purpose, so that ranks run dry at different steps
-    strategies: list[str | None] = field(default_factory=lambda: [None])  # None: do not touch vLLM's own choice
+    max_tokens: list[int]  # tokens to generate for each prompt; different numbers let ranks end at different steps
+    strategies: list[str | None] = field(default_factory=lambda: [None])  # None: keep vLLM's own communication
     tensor_parallel_size: int = 1
     data_parallel_size: int = 1
     data_parallel_rank: int = 0
@@ -52,7 +52,7 @@ class EngineRequest:
     dtype: str = "float32"
     enforce_eager: bool = True  # False: torch.compile
     await_go: bool = False  # wait for a line on stdin before every strategy
-    measure_margins: bool = False  # report how close the second-best token ever came
+    measure_margins: bool = False  # report the least gap to the second-best token
     engine_args: dict[str, Any] = field(default_factory=dict)  # further vllm.EngineArgs, by their Python names
 
     def __post_init__(self) -> None:
@@ -69,12 +69,12 @@ class EngineRequest:
             )
 
     def to_json(self) -> str:
-        """One line, the inverse of `from_json`."""
+        """One line of JSON, which `from_json` reads."""
         return json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """Parse one JSON object; raises MalformedRequestError naming what is wrong."""
+        """Parse one JSON object. Raises MalformedRequestError, which names the fault."""
         try:
             members = json.loads(text)
         except json.JSONDecodeError as error:
@@ -91,28 +91,28 @@ class EngineRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StrategyResult:
-    """What one rank generated with one strategy."""
+    """The tokens that one rank generated with one strategy."""
 
-    strategy: str | None  # as asked; what ran is in the counters
+    strategy: str | None  # the requested one; the counters name the one that ran
     tokens: list[list[int]]  # one list per prompt of the request, in order
-    seconds: float  # wall time of generate()
-    counters: list[dict[str, Any]]  # one per worker (tensor-parallel rank); empty for strategy None
-    smallest_margin: float | None  # least log-probability gap between best and second-best token; None: not measured
+    seconds: float  # of generate()
+    counters: list[dict[str, Any]]  # one for each worker (tensor-parallel rank); empty for strategy None
+    smallest_margin: float | None  # least gap (nats) to the second-best token; None: not measured
 
     def to_json(self) -> str:
-        """One line; the parent recognises it by its event."""
+        """One line of JSON. Its event tells the parent that it is a result."""
         return json.dumps({"event": "finished", **asdict(self)})
 
     @classmethod
     def from_event(cls, event: dict[str, Any]) -> Self:
-        """The inverse of `to_json`, for a line that is already parsed."""
+        """The result of a parsed line of `to_json`."""
         return cls(**{f.name: event[f.name] for f in fields(cls)})
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point of the engine process; see the module's docstring. Exit status 2: malformed request."""
+    """Entry point of the engine process. Exit status 2: malformed request."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--request", type=Path, help="file with the request, in place of the first line on stdin")
+    parser.add_argument("--request", type=Path, help="file with the request, instead of the first line on stdin")
     options = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, _exit_in_good_order)
     answers = _claim_stdout()
@@ -126,7 +126,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def serve_request(request: EngineRequest, answers: TextIO) -> None:
-    """Run `request` and write one JSON line to `answers` when the engine is ready and one per strategy."""
+    """Run `request`. Write one JSON line to `answers` when the engine is ready, and one for each strategy."""
     started = time.perf_counter()
     with _engine(request) as llm:
         _answer(answers, json.dumps({"event": "ready", "seconds": time.perf_counter() - started}))
@@ -135,12 +135,12 @@ def serve_request(request: EngineRequest, answers: TextIO) -> None:
                 return
             _answer(answers, _run_strategy(llm, request, strategy).to_json())
         if request.await_go:
-            sys.stdin.readline()  # the other ranks' engines still talk to this one until every rank has answered
+            sys.stdin.readline()  # engines of other ranks communicate with this one until every rank has answered
 
 
 @contextmanager
 def _engine(request: EngineRequest) -> Iterator["LLM"]:
-    """Build the engine; shut its processes down in the end, however the block ends."""
+    """Build the engine. After the block, also after an error, shut its processes down."""
     if request.data_parallel_size > 1:
         os.environ.update(
             VLLM_DP_RANK=str(request.data_parallel_rank),
@@ -157,7 +157,7 @@ def _engine(request: EngineRequest) -> Iterator["LLM"]:
         "max_num_seqs": 8,
         "max_num_batched_tokens": 256,
         "kv_cache_memory_bytes": 64 << 20,
-        "enable_prefix_caching": False,  # every strategy has to prefill its prompts itself
+        "enable_prefix_caching": False,  # every strategy must prefill its prompts itself
         **request.engine_args,
     }
     if current_platform.is_cpu() and request.dtype == "float32":
@@ -177,17 +177,17 @@ def _engine(request: EngineRequest) -> Iterator["LLM"]:
     try:
         yield llm
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the end has begun: do not cut it in half
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # SIGTERM must not interrupt the shutdown
         llm.llm_engine.engine_core.shutdown()
 
 
 def _run_strategy(llm: "LLM", request: EngineRequest, strategy: str | None) -> StrategyResult:
-    """Switch the living engine to `strategy` (None: leave it) and generate every prompt greedily."""
+    """Switch the running engine to `strategy` (None: do not switch) and generate every prompt greedily."""
     from vllm import SamplingParams
 
     if strategy is not None:
         llm.collective_rpc("set_moe_comm", args=(strategy,))
-        llm.collective_rpc("moe_comm_counters")  # counting starts over
+        llm.collective_rpc("moe_comm_counters")  # the counters start again at 0
     sampling = [
         SamplingParams(
             temperature=0.0,
@@ -212,7 +212,7 @@ def _run_strategy(llm: "LLM", request: EngineRequest, strategy: str | None) -> S
 
 
 def _smallest_margin(outputs: "list[RequestOutput]") -> float:
-    """Least gap in log-probability (nats) between the best and the second-best token, over all generated positions."""
+    """Least gap in log-probability (nats) between the best and the second-best token, over all generated tokens."""
     gaps = []
     for output in outputs:
         for position in output.outputs[0].logprobs or []:
@@ -222,7 +222,7 @@ def _smallest_margin(outputs: "list[RequestOutput]") -> float:
 
 
 def _claim_stdout() -> TextIO:
-    """Keep stdout for answers alone: whatever else writes to it, here or in a child process, goes to stderr."""
+    """Keep stdout for answers only: other writes to it, here and in child processes, go to stderr."""
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     return answers
@@ -234,7 +234,7 @@ def _answer(answers: TextIO, line: str) -> None:
 
 
 def _exit_in_good_order(signum: int, frame: FrameType | None) -> None:
-    """SIGTERM unwinds the stack, so that the engine's own processes are shut down too."""
+    """Handler of SIGTERM. The exit runs `finally` blocks, which shut the engine's own processes down."""
     sys.exit(128 + signum)
 
 

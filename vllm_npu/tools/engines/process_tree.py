@@ -5,7 +5,6 @@ may their shared memory. A tree is therefore a session of its own: a process sta
 notes which shared memory its processes map while they live.
 """
 
-import ctypes
 import os
 import select
 import signal
@@ -14,14 +13,11 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import IO, Final
+from typing import IO
+
+from vllm_npu.child_processes import signal_when_parent_dies
 
 SHARED_MEMORY_FOLDER = Path("/dev/shm")
-_PR_SET_PDEATHSIG: Final = 1
-_prctl = ctypes.CDLL(
-    None, use_errno=True
-).prctl  # looked up here, because the child may not do so between fork and exec
-_prctl.argtypes, _prctl.restype = [ctypes.c_int, ctypes.c_ulong], ctypes.c_int
 
 
 class ProcessTree:
@@ -95,7 +91,7 @@ class ProcessTree:
 
 def _terminate_with_parent() -> None:
     """Runs in the child between fork and exec: ask the kernel for SIGTERM when the parent dies."""
-    _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    signal_when_parent_dies(signal.SIGTERM)
 
 
 def _lives_in(session: int, pid: int) -> bool:

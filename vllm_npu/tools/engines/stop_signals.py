@@ -1,4 +1,4 @@
-"""SIGINT, SIGTERM and SIGHUP as one exception, raised where the program can clean up after itself."""
+"""SIGINT, SIGTERM and SIGHUP as one exception. The program can then remove its processes and files."""
 
 import signal
 from collections.abc import Iterator
@@ -6,11 +6,13 @@ from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+STOP_SIGNALS = [
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+]  # Windows: no SIGHUP
 
 
 class Interrupted(BaseException):
-    """The program was asked to stop. Not an Exception, so that nothing on the way out mistakes it for a failure."""
+    """A stop signal came. This is no Exception, so that no handler of errors takes it for a failure."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(f"stopped by {signal.Signals(signum).name}")
@@ -18,15 +20,15 @@ class Interrupted(BaseException):
 
     @property
     def exit_status(self) -> int:
-        """What a shell reports for a program that this signal ended."""
+        """The exit status that a shell reports for a program that this signal ended."""
         return 128 + self.signum
 
 
 class StopSignals:
-    """While entered (main thread only), the first stop signal raises Interrupted; later ones change nothing.
+    """Context manager, for the main thread only. In it, the first stop signal raises Interrupted, and later ones do nothing.
 
-    Inside `held()` the exception waits for the end of the block: starting a process and noting it, or taking processes
-    down, must not be cut in half. Without being entered, `held()` does nothing.
+    In a block of `held()`, the exception waits for the end of the block. Two things must not be cut in half: the start of a
+    process together with the note of its id, and the end of processes. Outside of the context manager, `held()` does nothing.
     """
 
     def __init__(self) -> None:
@@ -47,7 +49,7 @@ class StopSignals:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Put Interrupted off until the block has ended. Blocks may be nested."""
+        """Delay Interrupted until the block has ended. Blocks may be nested."""
         self._depth += 1
         try:
             yield

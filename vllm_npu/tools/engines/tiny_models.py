@@ -1,11 +1,11 @@
 """Tiny random checkpoints that vLLM loads like any other model: config.json, model.safetensors, a tokenizer.
 
-Three families: Qwen3-MoE (every layer a mixture of experts), DeepSeek-V2 (latent attention, a dense first layer, shared
-experts, grouped top-k with a scaling factor) and DeepSeek-V3 (the same with latent queries, sigmoid scores and a bias
-for the choice; sizes that Ascend's gating and attention take). The same family and seed give the same bytes on every
-machine: the numbers come from numpy's PCG64, not from torch. Experts are loud: the loss of any one of them changes at
-least 19 of the 96 tokens that the demo generates. The seeds are chosen so that greedy decoding of `demo_prompts()`
-visits many tokens and never meets a near tie; whoever generates a reference measures the margin again, each time.
+There are three families. In Qwen3-MoE, every layer is a mixture of experts. DeepSeek-V2 has latent attention, a dense first
+layer, shared experts, and grouped top-k with a scaling factor. DeepSeek-V3 has also latent queries, sigmoid scores and a bias
+for the choice of experts, and sizes that Ascend's gating and attention take. The same family and seed give the same bytes on
+every machine, because numpy's PCG64 and not torch draws the numbers. Every expert matters: without any one of them, at least 19
+of the 96 tokens of the demo change. With the chosen seeds, greedy decoding of `demo_prompts()` gives many different tokens and
+no near tie. Each run that generates a reference measures the margin again.
 """
 
 import json
@@ -23,8 +23,8 @@ BOS_TOKEN, BOS_TOKEN_ID = "<s>", 0
 EOS_TOKEN, EOS_TOKEN_ID = "</s>", 1
 MAX_POSITIONS = 2048
 
-# Tokens to generate for each of demo_prompts(), 96 in all. Dealt out to two ranks they end at different steps, so that
-# one rank runs empty steps while the other still works.
+# Tokens to generate for each of demo_prompts(), 96 in all. On two ranks they end at different steps, so that one rank runs
+# empty steps while the other rank still works.
 DEMO_MAX_TOKENS = [20, 7, 16, 10, 13, 4, 17, 9]
 
 CHAT_TEMPLATE = (
@@ -38,11 +38,11 @@ Draw = Callable[..., "np.ndarray[Any, Any]"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TinyModel:
-    """One family: what config.json says and how the weights are drawn."""
+    """One family: its config.json and the function that draws its weights."""
 
     family: str
-    summary: str  # one line for tables: what is special about it
-    seed: int  # of the weights; gives wide argmax margins on demo_prompts()
+    summary: str  # one line for tables: the properties of the family
+    seed: int  # of the weights; it gives wide margins on demo_prompts()
     config: Mapping[str, Any]
     draw_weights: Callable[[Mapping[str, Any], Draw], Weights]
 
@@ -60,10 +60,10 @@ class TinyModel:
 def write_tiny_model(model: TinyModel, folder: Path, *, int8: bool = False) -> Path:
     """Write the checkpoint of `model` into `folder` (created if absent) and return `folder`.
 
-    `int8` writes attention's and the experts' weights as integers with a scale for each output, and which they are, as
-    ModelSlim's W8A8_DYNAMIC has them: vllm-ascend reads that as quantization="ascend".
+    `int8` writes the weights of attention and experts as int8 with a scale for each output, and a file that lists them. This is
+    ModelSlim's format W8A8_DYNAMIC, which vllm-ascend reads with quantization="ascend".
 
-    12 MB (qwen3-moe) to 30 MB (deepseek-v3), under a second. Raises OSError if the folder cannot be written.
+    Writes 12 MB (qwen3-moe) to 30 MB (deepseek-v3) in less than a second. Raises OSError if the folder cannot be written.
     """
     import numpy as np
     from safetensors.numpy import save_file
@@ -72,7 +72,7 @@ def write_tiny_model(model: TinyModel, folder: Path, *, int8: bool = False) -> P
     generator = np.random.default_rng(model.seed)
 
     def draw(*shape: int, scale: float | None = None) -> "np.ndarray[Any, Any]":
-        """Normal numbers; by default the last dimension is the fan-in, so that a unit input gives a unit output."""
+        """Normal numbers. By default their scale is that of a layer whose last dimension is the fan-in."""
         scale = shape[-1] ** -0.5 if scale is None else scale
         return (generator.standard_normal(shape) * scale).astype(np.float32)
 
@@ -87,16 +87,19 @@ def write_tiny_model(model: TinyModel, folder: Path, *, int8: bool = False) -> P
 
 
 def demo_prompts() -> list[list[int]]:
-    """One prompt (token ids) per entry of DEMO_MAX_TOKENS, of 5, 8, 11, ... tokens: no two ranks bring equally many."""
+    """One prompt (token ids) for each entry of DEMO_MAX_TOKENS, of 5, 8, 11, ...
+
+    tokens. Ranks thus have unequal numbers of tokens.
+    """
     first_id, span = 2, VOCAB_SIZE - 48
     return [[(7 * i + 13 * j) % span + first_id for j in range(5 + 3 * i)] for i in range(len(DEMO_MAX_TOKENS))]
 
 
 def write_byte_tokenizer(folder: Path) -> None:
-    """Write tokenizer.json and tokenizer_config.json: the 256 bytes plus two-letter merges, VOCAB_SIZE tokens in all.
+    """Write tokenizer.json and tokenizer_config.json: 256 bytes and pairs of letters, VOCAB_SIZE tokens in all.
 
-    Every string can be encoded (bytes) and every token id decodes to something, so text works over HTTP in both
-    directions although the model is random.
+    Every string can be encoded, and every token id can be decoded. So text works over HTTP in both directions, although the
+    model is random.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -126,7 +129,7 @@ def write_byte_tokenizer(folder: Path) -> None:
 
 
 def _as_int8(weights: Weights) -> tuple[Weights, dict[str, str]]:
-    """The weights with those of linear layers as integers, and the kind of each by its name."""
+    """The weights, with those of linear layers in int8, and the kind of each weight by its name."""
     import numpy as np
 
     written: Weights = {}
@@ -151,7 +154,7 @@ def _ones(size: int) -> "np.ndarray[Any, Any]":
 
 
 def _mlp(prefix: str, hidden: int, intermediate: int, draw: Draw, gain: float = 1.0) -> Weights:
-    """Gate, up and down projections of one expert (or of a dense MLP); `gain` scales what it adds to the residual."""
+    """Gate, up and down projections of one expert or of a dense MLP. `gain` scales its output."""
     return {
         f"{prefix}.gate_proj.weight": draw(intermediate, hidden),
         f"{prefix}.up_proj.weight": draw(intermediate, hidden),
@@ -192,7 +195,7 @@ def _draw_qwen3_moe(config: Mapping[str, Any], draw: Draw) -> Weights:
 
 
 def _draw_queries(prefix: str, config: Mapping[str, Any], draw: Draw) -> Weights:
-    """One projection, or by way of a latent where the configuration has its rank."""
+    """The projection of queries: one matrix, or two around a latent if the configuration has q_lora_rank."""
     hidden, rank = config["hidden_size"], config["q_lora_rank"]
     width = config["num_attention_heads"] * (config["qk_nope_head_dim"] + config["qk_rope_head_dim"])
     if rank is None:
@@ -272,9 +275,9 @@ QWEN3_MOE = TinyModel(
     draw_weights=_draw_qwen3_moe,
 )
 
-# Latent attention on CPU decodes only latent rank 512 plus 64 rotary dimensions: those two are DeepSeek's own sizes. Yarn
-# is DeepSeek's own too, and needed: vLLM 0.32.0 on CPU turns latent queries wrongly where the rotation is not scaled
-# (tokens then depend on what else is in the batch).
+# vLLM's latent attention on CPUs decodes only latent rank 512 with 64 rotary dimensions, which are DeepSeek's own sizes. Yarn
+# is DeepSeek's own scaling of the rotation, and needed: without it, vLLM 0.32.0 on CPUs rotates latent queries wrongly, and
+# tokens depend on the other requests of the batch.
 DEEPSEEK_V2 = TinyModel(
     family="deepseek-v2",
     summary="2 MoE layers, 2 shared + 8 routed experts, top-2 in 2 of 4 groups, MLA",
@@ -314,7 +317,7 @@ DEEPSEEK_V2 = TinyModel(
     draw_weights=_draw_deepseek,
 )
 
-# Ascend's gating takes groups of 3 experts and more, and its attention heads of 128 beside 64 rotary dimensions.
+# Ascend's gating takes groups of 3 or more experts. Its attention takes heads of 128 dimensions with 64 rotary ones.
 DEEPSEEK_V3 = TinyModel(
     family="deepseek-v3",
     summary="2 MoE layers, 1 shared + 16 routed experts, top-2 in 2 of 4 groups by sigmoid and bias, MLA",

@@ -1,8 +1,7 @@
-"""What the ranks of verify and bench run on."""
+"""Pools of ranks by the name of their transport, for `vllm-npu verify` and `vllm-npu bench`."""
 
 import os
 import platform
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,22 +12,24 @@ from vllm_npu.emulator import cann, launcher
 from vllm_npu.errors import UnsupportedConfigError
 from vllm_npu.tools.launch import RANK_POOLS, RankPool
 
-SYMMETRIC = "symmetric"  # not a transport of its own: NCCL's ranks, whose tokens go through symmetric memory
+SYMMETRIC = "symmetric"  # not a transport: ranks meet over NCCL, and the strategy symmetric moves the tokens
 TRANSPORT_CHOICES = (*RANK_POOLS, SYMMETRIC)
 
 
 def split_symmetric(transport: str, strategy: str | None) -> tuple[str, str | None]:
-    """(transport, strategy) of the command line, with `symmetric` as what it stands for: nccl, that strategy alone."""
+    """The transport and the strategy that the user's two choices mean: `symmetric` means nccl and that strategy alone.
+
+    Raises UnsupportedConfigError for `symmetric` with another strategy.
+    """
     if transport != SYMMETRIC:
         return transport, strategy
     if strategy not in (None, SYMMETRIC):
         raise UnsupportedConfigError(f"--transport symmetric is for strategy symmetric; use nccl for {strategy}")
-    print("--transport symmetric: ranks meet over nccl, tokens travel by strategy symmetric alone", file=sys.stderr)
     return "nccl", SYMMETRIC
 
 
-def conditions_of(transport: str, ranks: int, device: str) -> dict[str, Any]:
-    """What times that ranks took were taken under; `device` is rank_pool's."""
+def measuring_conditions(transport: str, ranks: int, device: str) -> dict[str, Any]:
+    """Facts about this machine that a measured time depends on. `device` is the name that open_rank_pool gives."""
     return {
         "device": torch.cuda.get_device_name() if device == "GPU" else device,
         "cores": os.cpu_count(),
@@ -39,14 +40,12 @@ def conditions_of(transport: str, ranks: int, device: str) -> dict[str, Any]:
     }
 
 
-def as_title(conditions: dict[str, Any]) -> str:
-    """Of a table or a chart."""
-    return ", ".join(f"{name} {value}" for name, value in conditions.items())
-
-
 @contextmanager
-def rank_pool(transport: str, ranks: int) -> Iterator[tuple[RankPool, str]]:
-    """Ranks over this transport, and the name of their device. hccl without CANN: the emulated Ascend device."""
+def open_rank_pool(transport: str, ranks: int) -> Iterator[tuple[RankPool, str]]:
+    """Ranks over this transport, and the name of their device. hccl without CANN runs on the emulated Ascend device.
+
+    Raises UnsupportedConfigError for an unknown transport.
+    """
     if transport not in RANK_POOLS:
         raise UnsupportedConfigError(f"unknown transport {transport!r}; there are: {', '.join(TRANSPORT_CHOICES)}")
     if transport == "hccl" and cann.find() is None:

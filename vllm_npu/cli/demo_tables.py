@@ -1,0 +1,73 @@
+"""The tables of `vllm-npu demo`."""
+
+from collections.abc import Sequence
+
+from rich.table import Table
+
+from vllm_npu.tools.demo.ascend_demo import OFF, ServedRow
+from vllm_npu.tools.demo.vanilla_demo import Reference, StrategyRow
+
+
+def vanilla_table(references: dict[str, Reference], rows: Sequence[StrategyRow]) -> Table:
+    """One line for each reference and each strategy, grouped by model."""
+    balanced = any(row.experts_moved is not None for row in rows)
+    moving = ", while experts move between ranks (EPLB)" if balanced else ""
+    table = Table(title=f"Greedy tokens against vanilla vLLM{moving}", title_justify="left")
+    for header in ("model", "topology", "strategy"):
+        table.add_column(header, no_wrap=True)
+    for header in ("tokens\nidentical", "collectives\nper MoE layer", "bytes sent per\ntoken and layer", "tokens/s"):
+        table.add_column(header, justify="right", no_wrap=True)
+    if balanced:
+        table.add_column("experts\nmoved", justify="right", no_wrap=True)
+    for reference in references.values():
+        num_tokens = sum(map(len, reference.tokens))
+        table.add_row(
+            reference.model, "TP1", "vanilla vLLM", "reference", "–", "–", f"{num_tokens / reference.seconds:.1f}"
+        )
+        for row in (row for row in rows if row.model == reference.model):
+            topology = f"{row.topology} compiled" if row.mode.startswith("compiled") else row.topology
+            table.add_row(
+                row.model,
+                topology,
+                row.strategy if row.strategies_run == [row.strategy] else f"{row.strategy} → {row.strategies_run}",
+                f"{row.tokens_identical}/{row.tokens_total}",
+                f"{row.collectives_per_moe_layer:.1f}",
+                f"{row.bytes_sent_per_token_per_layer:,.0f}",
+                f"{row.tokens_per_second:.1f}",
+                *([str(row.experts_moved)] if balanced else []),
+                style=None if row.passed else "red",
+            )
+        table.add_section()
+    return table
+
+
+def ascend_table(rows: Sequence[ServedRow]) -> Table:
+    """One line for each strategy, grouped by chip, model and topology."""
+    table = Table(
+        title="Greedy tokens over HTTP against vllm-ascend's own path, on emulated NPUs", title_justify="left"
+    )
+    for header in ("chip", "model", "topology", "strategy"):
+        table.add_column(header, no_wrap=True)
+    for header in ("tokens\nidentical", "collectives\nper MoE layer", "bytes sent\nper MoE layer", "seconds"):
+        table.add_column(header, justify="right")
+    previous = None
+    for row in rows:
+        group = row.chip, row.model, row.topology
+        if previous not in (None, group):
+            table.add_section()
+        previous = group
+        if row.not_legal is not None:
+            table.add_row(*group, row.strategy, f"not legal: {row.not_legal}", "–", "–", "–")
+            continue
+        identical = "reference" if row.strategy == OFF else f"{row.tokens_identical}/{row.tokens_total}"
+        counted = row.collectives_per_moe_layer is not None and row.bytes_per_moe_layer is not None
+        table.add_row(
+            *group,
+            "vllm-ascend (off)" if row.strategy == OFF else row.strategy,
+            identical,
+            f"{row.collectives_per_moe_layer:.1f}" if counted else "–",
+            f"{row.bytes_per_moe_layer:,.0f}" if counted else "–",
+            f"{row.seconds:.1f}",
+            style=None if row.passed else "red",
+        )
+    return table

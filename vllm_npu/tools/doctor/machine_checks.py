@@ -133,8 +133,15 @@ def granted_cores(folder: Path = CONTROL_GROUPS) -> float | None:
     return None if quota in ("max", "-1") else int(quota) / int(period)
 
 
+def allowed_cores() -> set[int]:
+    """The cores that this process may run on. macOS and Windows do not tell: all cores there."""
+    if hasattr(os, "sched_getaffinity"):
+        return os.sched_getaffinity(0)
+    return set(range(os.cpu_count() or 1))
+
+
 def check_cores(control_groups: Path = CONTROL_GROUPS) -> Iterator[Finding]:
-    cores = len(os.sched_getaffinity(0))
+    cores = len(allowed_cores())
     granted = granted_cores(control_groups)
     usable = cores if granted is None else min(cores, max(1, int(granted)))
     shown = f"{cores}" if usable == cores else f"{cores}, of which the control group grants the time of {granted:g}"
@@ -165,7 +172,7 @@ def check_cores(control_groups: Path = CONTROL_GROUPS) -> Iterator[Finding]:
 
 def check_numa(nodes: Path = NUMA_NODES) -> Iterator[Finding]:
     """The nodes that this process may run on, and vLLM's binding of ranks to cores."""
-    allowed = os.sched_getaffinity(0)
+    allowed = allowed_cores()
     spread = {}
     for path in nodes.glob("node[0-9]*/cpulist"):
         cores = parse_cores(path.read_text()) if path.read_text().strip() else set()

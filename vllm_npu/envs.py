@@ -95,7 +95,7 @@ SHARED_WINDOW = Variable(
 HCCL_OPS = Variable(
     "VLLM_NPU_HCCL_OPS",
     "1",
-    "1: tokens travel by C++ operators straight on HCCL where these can be built; 0: by torch.distributed.",
+    "1: tokens travel by C++ operators straight on HCCL where these are built; 0: by torch.distributed.",
 )
 HCCL_BUFFSIZE = Variable("HCCL_BUFFSIZE", "200", "HCCL's own: MiB of the buffer in which MC2's ops work.")
 EMULATOR = Variable("VLLM_NPU_EMULATOR", "0", "1 puts the emulated Ascend device under torch_npu in every interpreter.")

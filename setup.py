@@ -1,4 +1,4 @@
-"""Packaging of vllm_npu. Names, pins and tool settings are in pyproject.toml; what needs code is here.
+"""Packaging of vllm_npu. Names, ranges of versions and tool settings are in pyproject.toml.
 
 Installing needs neither vLLM nor CANN nor CUDA: nothing is compiled, and the package is not imported.
 """

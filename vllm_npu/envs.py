@@ -95,7 +95,7 @@ SHARED_WINDOW = Variable(
 HCCL_OPS = Variable(
     "VLLM_NPU_HCCL_OPS",
     "1",
-    "1: C++ operators that call HCCL move tokens, if they can be built; 0: torch.distributed moves tokens.",
+    "1: C++ operators that call HCCL move tokens, if they are built; 0: torch.distributed moves tokens.",
 )
 HCCL_BUFFSIZE = Variable("HCCL_BUFFSIZE", "200", "HCCL's own variable: MiB of the buffer that MC2's ops use.")
 EMULATOR = Variable("VLLM_NPU_EMULATOR", "0", "1: torch_npu finds the emulated Ascend device in every Python process.")

@@ -37,7 +37,7 @@ class Component:
     what: str  # name of the component in messages
     product: str  # file name of a library; the component is built if the file is there
     error: type[NativeBuildError] = NativeBuildError
-    install_hint: str = "pip install 'vllm-npu[emulator]'"  # a command that installs the build tools
+    install_hint: str = "in a checkout: pip install '.[emulator]'"  # says how to install the build tools
 
     def source_folder(self) -> Path:
         """The folder csrc_npu: beside the package in a checkout, inside the package in an installation."""
@@ -47,7 +47,7 @@ class Component:
             if (folder / BUILD_FILE).is_file():
                 return folder
         raise self.error(
-            f"the C++ sources of {self.what} are neither beside nor in {package}; install vllm-npu from a checkout "
+            f"the C++ sources of {self.what} are neither beside nor in {package}; install vllm_npu from a checkout "
             "(pip install -e)"
         )
 

@@ -322,17 +322,22 @@ def lacks_them(rank: Rank, reasons: list[dict[str, str]]) -> tuple[bool, list[in
 
 
 def test_all_ranks_go_through_torch_distributed_where_some_lack_the_operators(warm, monkeypatch, tmp_path):
-    no_compiler = {"VLLM_NPU_ENV_HOME": str(tmp_path), "CXX": "no-compiler"}
+    not_built = {"VLLM_NPU_ENV_HOME": str(tmp_path)}
     with ranks_on(warm, monkeypatch, "A3", 3, {}) as pool:
-        outcomes = pool.run(lacks_them, [{}, {"VLLM_NPU_HCCL_OPS": "0"}, no_compiler])
+        outcomes = pool.run(lacks_them, [{}, {"VLLM_NPU_HCCL_OPS": "0"}, not_built])
     for (has_ops, gathered, logged), reason in zip(
         outcomes,
-        ["see their logs", "here: VLLM_NPU_HCCL_OPS=0", "needs a C++ compiler, and there is no no-compiler on PATH"],
+        [
+            "see their logs",
+            "here: VLLM_NPU_HCCL_OPS=0",
+            "are not built; run python -m vllm_npu.transport.hccl_direct.build",
+        ],
         strict=True,
     ):
         assert (has_ops, gathered) == (False, [0, 0, 1])
         assert "group 'dp' goes through torch.distributed: ranks [1, 2] cannot use the C++ operators" in logged
         assert reason in logged
+    assert not list(tmp_path.iterdir()), "a rank has begun to build"
 
 
 def test_limits_name_the_chips_with_uneven_collectives():

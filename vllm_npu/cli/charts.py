@@ -10,7 +10,7 @@ def import_pyplot() -> Any:
     try:
         import matplotlib
     except ImportError as error:
-        raise UnsupportedConfigError(f"--plot needs matplotlib ({error}); pip install 'vllm-npu[bench]'") from error
+        raise UnsupportedConfigError(f"--plot needs matplotlib ({error}); pip install matplotlib") from error
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

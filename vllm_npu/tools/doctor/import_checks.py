@@ -16,7 +16,7 @@ from vllm_npu.tools.doctor.findings import OK, PROBLEM, WARNING, Finding
 from vllm_npu.tools.doctor.installed import is_importable
 from vllm_npu.tools.doctor.probes import probe_python
 from vllm_npu.tools.doctor.version_checks import judged_cann
-from vllm_npu.transport.hccl_direct.build import TOKEN_OPS
+from vllm_npu.transport.hccl_direct.build import BUILD_COMMAND, TOKEN_OPS
 
 
 def check_import_of_torch() -> Iterator[Finding]:
@@ -97,7 +97,7 @@ def check_native(
             missing_tools.append(str(error))
     yield from (Finding(name, WARNING, *fault.split("; ", 1)) for fault in missing_tools)
     if not missing_tools:
-        yield Finding(name, WARNING, "not built yet", command)
+        yield Finding(name, WARNING, "not built", f"run {command}")
 
 
 def check_emulator() -> Iterator[Finding]:
@@ -105,6 +105,4 @@ def check_emulator() -> Iterator[Finding]:
 
 
 def check_token_ops() -> Iterator[Finding]:
-    return check_native(
-        "tokens on HCCL", TOKEN_OPS, TOKEN_OPS.library_folder, "python -m vllm_npu.transport.hccl_direct.build"
-    )
+    return check_native("tokens on HCCL", TOKEN_OPS, TOKEN_OPS.library_folder, BUILD_COMMAND)

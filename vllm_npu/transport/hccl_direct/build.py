@@ -1,14 +1,32 @@
-"""The library of csrc_npu/ops. Runs without torch.
+"""The library of the token operators, csrc_npu/ops. This module runs without torch.
 
-python -m vllm_npu.transport.hccl_direct.build     builds it and prints its folder
+python -m vllm_npu.transport.hccl_direct.build     builds the library and prints its folder (about 40 seconds)
 """
 
 import sys
+from pathlib import Path
 
 from vllm_npu.errors import NativeBuildError
 from vllm_npu.native_build import Component
 
-TOKEN_OPS = Component("ops", "token collectives on HCCL", "libvllm_npu_ops.so", install_hint="pip install cmake ninja")
+BUILD_COMMAND = "python -m vllm_npu.transport.hccl_direct.build"
+
+TOKEN_OPS = Component(
+    "ops", "the token operators on HCCL", "libvllm_npu_ops.so", install_hint="pip install cmake ninja"
+)
+
+
+def built_library() -> Path:
+    """The path of the library. Never builds it, because a serving process calls this at its first collective.
+
+    Raises NativeBuildError, which names BUILD_COMMAND, where the library is not built for these sources, this torch and
+    this torch_npu.
+    """
+    library = TOKEN_OPS.library_folder() / TOKEN_OPS.product
+    if not library.is_file():
+        raise NativeBuildError(f"{TOKEN_OPS.what} are not built; run {BUILD_COMMAND} and start the ranks again")
+    return library
+
 
 if __name__ == "__main__":
     try:

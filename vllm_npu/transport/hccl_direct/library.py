@@ -1,6 +1,6 @@
-"""libhccl.so by ctypes: a table of its functions, and its result codes as TransportErrors that say what to do.
+"""libhccl.so by ctypes: a table of its functions. A result code becomes a TransportError with a remedy.
 
-Declarations: hccl.h and hccl_types.h (CANN 8.5), which torch_npu ships.
+The declarations follow hccl.h and hccl_types.h (CANN 8.5), which torch_npu ships.
 """
 
 import ctypes
@@ -17,7 +17,7 @@ ROOT_INFO_BYTES = 4108
 
 
 class RootInfo(ctypes.Structure):
-    """HcclRootInfo: rank 0 makes it, all ranks of the communicator need it."""
+    """HcclRootInfo. Rank 0 makes it; every rank of the communicator needs it."""
 
     _fields_ = [("internal", ctypes.c_char * ROOT_INFO_BYTES)]
 
@@ -36,8 +36,8 @@ class SendRecvItem(ctypes.Structure):
 
 SEND, RECV = 0, 1  # HcclSendRecvType
 SUM = 0  # HcclReduceOp
-BYTES = 0  # HCCL_DATA_TYPE_INT8, which every function takes: of what only moves
-DATA_TYPES = {  # of what is added up; which of them, a chip decides
+BYTES = 0  # HCCL_DATA_TYPE_INT8: the type of rows that are moved and not summed; every function takes it
+DATA_TYPES = {  # HcclDataType of tensors that are summed; each chip takes some of them
     torch.int8: 0,
     torch.int16: 1,
     torch.int32: 2,
@@ -68,7 +68,7 @@ FUNCTIONS: dict[str, list[Any]] = {
     "HcclBatchSendRecv": [POINTER(SendRecvItem), c_uint32, _COMM, _STREAM],
     "HcclBarrier": [_COMM, _STREAM],
 }
-"""Arguments by name; each returns an HcclResult."""
+"""The argument types of each function. Each function returns an HcclResult."""
 
 
 _BUFFER_MEMORY = "lower HCCL_BUFFSIZE or the memory that the engine may use"
@@ -87,12 +87,12 @@ REMEDIES = {
     22: "(the communicator is suspended); restart the group's ranks",
     24: f"(out of memory); {_BUFFER_MEMORY}",
 }
-"""What a result code means, and what a user can do about it."""
+"""The meaning of each result code, and what a user can do."""
 OTHER = "(see HcclResult in hccl_types.h); look at the first error in the ranks' logs; restart the group's ranks"
 
 
 class HcclLibrary:
-    """libhccl.so as loaded by torch_npu. Raises UnsupportedConfigError where it is not there."""
+    """The libhccl.so that torch_npu has loaded. Raises UnsupportedConfigError where there is none."""
 
     def __init__(self) -> None:
         import torch_npu  # noqa: F401  # loads CANN
@@ -108,8 +108,8 @@ class HcclLibrary:
         self._runtime.aclGetRecentErrMsg.argtypes, self._runtime.aclGetRecentErrMsg.restype = [], c_char_p
 
     def call(self, function: str, *arguments: Any, operation: str, group: str, rank: int) -> None:
-        """Call one of FUNCTIONS. Raises TransportError with HCCL's own text and a remedy unless it succeeds, and
-        UnsupportedConfigError where this CANN does not have it."""
+        """Call one of FUNCTIONS. Raises TransportError with HCCL's own text and a remedy where the call fails, and
+        UnsupportedConfigError where this CANN lacks the function."""
         try:
             found = getattr(self._library, function)
         except AttributeError as error:
@@ -128,5 +128,5 @@ class HcclLibrary:
 
 @cache
 def load() -> HcclLibrary:
-    """The library, loaded once."""
+    """The library. The first call loads it."""
     return HcclLibrary()

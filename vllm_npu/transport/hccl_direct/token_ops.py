@@ -1,6 +1,6 @@
-"""The C++ operators of csrc_npu/ops: tokens travel straight through HCCL, on the current stream.
+"""The C++ operators of csrc_npu/ops. They move tokens through HCCL on the current stream, without torch.distributed.
 
-Where nobody has run `python -m vllm_npu.transport.hccl_direct.build`, the first group builds them.
+`python -m vllm_npu.transport.hccl_direct.build` builds them. Without their library, why_not() gives the reason.
 """
 
 from functools import cache
@@ -11,18 +11,17 @@ import torch
 from vllm_npu import envs
 from vllm_npu.core.token_layout import RowFormat
 from vllm_npu.errors import NativeBuildError
-from vllm_npu.transport.hccl_direct.build import TOKEN_OPS
+from vllm_npu.transport.hccl_direct.build import built_library
 from vllm_npu.transport.hccl_direct.library import OTHER, REMEDIES
 
 
 @cache
 def why_not() -> str | None:
-    """Why this process cannot use the operators, or None once they are loaded. LOCAL. Builds them where they are not built
-    yet: about 40 seconds."""
+    """Load the operators and return None, or return the reason why this process cannot use them. LOCAL."""
     if not envs.HCCL_OPS.read_flag():
         return f"{envs.HCCL_OPS.name}=0"
     try:
-        library = TOKEN_OPS.build() / TOKEN_OPS.product
+        library = built_library()
         import torch_npu  # noqa: F401  # the library needs its symbols
 
         torch.ops.load_library(str(library))
@@ -40,12 +39,12 @@ def ops() -> Any:
 
 @cache
 def overload(name: str) -> Any:
-    """An operator, as cheap to call as there is a way. Valid once why_not() is None."""
+    """One operator as an OpOverload, which costs less to call than its packet. Valid once why_not() is None."""
     return getattr(ops(), name).default
 
 
 def _register_shapes() -> None:
-    """What FakeTensor and the meta device see: the operators' shapes, nothing moved."""
+    """Register the operators' output shapes for FakeTensor and the meta device."""
 
     @torch.library.register_fake("vllm_npu::gather_message")
     def _(tensors: list[torch.Tensor], sizes: list[int], group: str) -> torch.Tensor:
@@ -66,6 +65,7 @@ def _register_shapes() -> None:
 
 
 def _message(tensors: list[torch.Tensor], rows: "int | torch.SymInt") -> torch.Tensor:
+    """An empty message of `rows` rows: a single tensor keeps its dtype, several become [rows, row_bytes] uint8."""
     if len(tensors) == 1:
         return tensors[0].new_empty((rows, *tensors[0].shape[1:]))
     return tensors[0].new_empty((rows, RowFormat.of(tensors).row_bytes), dtype=torch.uint8)

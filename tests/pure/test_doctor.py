@@ -276,7 +276,7 @@ def test_a_vllm_that_the_plugin_refuses_is_a_problem_with_the_plugins_words():
     assert unsupported.remedy.startswith("Install one of them, or keep vllm_npu out")
     [without_ascend] = of_vllm("0.23.0")
     assert "supported on NPUs only, beside vllm-ascend" in without_ascend.what
-    assert without_ascend.remedy.startswith("install both, or on CPUs a vLLM of another line: 0.32")
+    assert without_ascend.remedy.startswith("install both, or on CPUs another release line of vLLM: 0.32")
     assert of_vllm("0.32.1+cpu") == []
 
 

@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 
 from vllm_npu.all2all.base import All2AllManager, RowsOfRanks
-from vllm_npu.core.token_layout import offsets
 from vllm_npu.strategies.dispatch.rows_with_ids import RowsWithIds
 from vllm_npu.strategies.prepare_finalize.allgather import AllGatherPrepareAndFinalize
 from vllm_npu.strategies.prepare_finalize.naive_multicast import NaiveMulticastPrepareAndFinalize
@@ -39,6 +38,10 @@ class GatheringManager(All2AllManager):
         rows, logits, *extra = self._gather(tensors, is_sequence_parallel)
         return (rows, logits) if extra_tensors is None else (rows, logits, extra)
 
+    def combine(self, hidden_states: torch.Tensor, is_sequence_parallel: bool = False) -> torch.Tensor:
+        """Return this rank's rows of the sum over ranks. COLLECTIVE: one reduce-scatter."""
+        return self._group(is_sequence_parallel).reduce_scatter(hidden_states, list(self._rows_of_ranks()))
+
     def _dispatch(self, tokens: RowsWithIds, is_sequence_parallel: bool) -> RowsWithIds:
         """Gather the rows, weights, ids and extra tensors of all ranks, in rank order."""
         tensors = (tokens.rows, tokens.topk_weights, tokens.topk_ids, *tokens.extra_tensors)
@@ -62,22 +65,12 @@ class AgRsAll2AllManager(GatheringManager):
 
     strategy = AllGatherPrepareAndFinalize
 
-    def combine(self, hidden_states: torch.Tensor, is_sequence_parallel: bool = False) -> torch.Tensor:
-        """Return this rank's rows of the sum over ranks. COLLECTIVE: one reduce-scatter."""
-        return self._group(is_sequence_parallel).reduce_scatter(hidden_states, list(self._rows_of_ranks()))
-
 
 class NaiveAll2AllManager(GatheringManager):
     """The strategy naive: each rank with tokens broadcasts them in turn. vLLM no longer ships a manager of this name.
 
-    Two things differ from vLLM's former manager. Without sequence parallelism the broadcasts go over DP, not over EP. Ranks
-    without tokens broadcast nothing.
+    Three things differ from vLLM's former manager. Without sequence parallelism the broadcasts go over DP, not over EP. Ranks
+    without tokens broadcast nothing. combine is a reduce-scatter, where vLLM added up all rows on all ranks.
     """
 
     strategy = NaiveMulticastPrepareAndFinalize
-
-    def combine(self, hidden_states: torch.Tensor, is_sequence_parallel: bool = False) -> torch.Tensor:
-        """Return this rank's rows of the sum over ranks, as a copy. COLLECTIVE: one all-reduce, as in vLLM's former manager."""
-        transport = self._group(is_sequence_parallel)
-        starts = offsets(self._rows_of_ranks())
-        return transport.all_reduce(hidden_states)[starts[transport.rank] : starts[transport.rank + 1]].clone()

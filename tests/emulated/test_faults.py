@@ -233,9 +233,11 @@ def test_different_calls_are_named_on_every_rank(run_in_ranks):
             assert names_both_calls(texts[case], rank, parts), (case, texts[case])
 
 
-# One error only: the queue drops all work after its first error.
+# One error only: the queue drops all work after its first error. torch_npu's watchdog is off: with it, the wait for the
+# device missed the error on one rank in about 1 of 130 launches; without it, in none of 456.
 def test_different_calls_in_torch_npus_queue_are_named_on_every_rank(run_in_ranks, tmp_path):
-    run_in_ranks(make_different_calls_in_the_queue, 3, tmp_path, env={"TASK_QUEUE_ENABLE": "1"})
+    env = {"TASK_QUEUE_ENABLE": "1", "TORCH_HCCL_ASYNC_ERROR_HANDLING": "0"}
+    run_in_ranks(make_different_calls_in_the_queue, 3, tmp_path, env=env)
     for rank in (0, 1):
         text = (tmp_path / str(rank)).read_text()
         assert names_both_calls(text, rank, DIFFERENT_COUNTS), text

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests.time_limits import on_this_machine
 from vllm_npu.emulator.launcher import DEFAULT_EXEC_TIMEOUT
 
 pytestmark = pytest.mark.emulated
@@ -272,7 +273,7 @@ def test_a_late_rank_is_named_after_the_time_out(run_in_ranks):
     text, seconds = run_in_ranks(be_late, 3, env={"HCCL_EXEC_TIMEOUT": str(EXEC_TIMEOUT)}, may_fail=True).returned[0]
     assert "HcclAllReduce" in text
     assert "rank 1 did not make the call" in text
-    assert EXEC_TIMEOUT - 1 <= seconds < float(DEFAULT_EXEC_TIMEOUT)
+    assert EXEC_TIMEOUT - 1 <= seconds < min(on_this_machine(EXEC_TIMEOUT + 4), float(DEFAULT_EXEC_TIMEOUT))
 
 
 def test_a_killed_rank_is_named_at_once(run_in_ranks, tmp_path):
@@ -283,7 +284,10 @@ def test_a_killed_rank_is_named_at_once(run_in_ranks, tmp_path):
         seconds, _, text = (tmp_path / str(rank)).read_text().partition("\n")
         assert "rank 1" in text
         assert "has ended" in text
-        assert float(seconds) < float(DEFAULT_EXEC_TIMEOUT) / 2, "the error comes by the death, not by the time-out"
+        longest = min(
+            on_this_machine(10), float(DEFAULT_EXEC_TIMEOUT)
+        )  # the error comes by the death, not by the time-out
+        assert float(seconds) < longest
 
 
 CLAIMS = """

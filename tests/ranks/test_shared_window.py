@@ -146,16 +146,21 @@ def test_a_rank_whose_memory_cannot_be_read_is_named(changed, expected):
     assert expected in str(error.value)
 
 
+def reason_for_sockets(ep: Transport, patched: pytest.MonkeyPatch) -> str:
+    """Gather a large message, which must arrive without a shared window. Returns what the log says of that."""
+    told: list[str] = []
+    patched.setattr(gloo.logger, "info", lambda text, *values: told.append(text % values))
+    gathered = ep.all_gather(torch.full((2048, WIDTH), float(ep.rank), dtype=torch.float64))
+    assert gathered[::2048, 0].tolist() == list(range(ep.size))
+    assert ep._window is None
+    return told[0]
+
+
 def exchange_where_one_system_lacks_memfd(rank: Rank) -> str:
     with pytest.MonkeyPatch.context() as patched, group_of(rank, window="1") as ep:
         if rank.rank == 1:
             patched.delattr(os, "memfd_create")
-        told: list[str] = []
-        patched.setattr(gloo.logger, "info", lambda text, *values: told.append(text % values))
-        gathered = ep.all_gather(torch.full((2048, WIDTH), float(rank.rank), dtype=torch.float64))
-        assert gathered[::2048, 0].tolist() == list(range(rank.num_ranks))
-        assert ep._window is None
-        return told[0]
+        return reason_for_sockets(ep, patched)
 
 
 def test_a_system_without_memfd_uses_sockets_and_says_why(pools):
@@ -173,12 +178,7 @@ def exchange_between_hosts(rank: Rank, folder: str) -> str:
             elsewhere = Path(folder, "net")
             elsewhere.symlink_to("net:[1]")
             patched.setattr(host, "NETWORK_NAMESPACE", elsewhere)
-        told: list[str] = []
-        patched.setattr(gloo.logger, "info", lambda text, *values: told.append(text % values))
-        gathered = ep.all_gather(torch.full((2048, WIDTH), float(rank.rank), dtype=torch.float64))
-        assert gathered[::2048, 0].tolist() == list(range(rank.num_ranks))
-        assert ep._window is None
-        return told[0]
+        return reason_for_sockets(ep, patched)
 
 
 def test_ranks_in_different_network_namespaces_use_sockets(pools, tmp_path):

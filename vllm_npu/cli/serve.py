@@ -10,8 +10,8 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import Any, Final, Self
+from types import FrameType
+from typing import Final
 
 from vllm_npu.cli.outputs import in_a_folder
 from vllm_npu.envs import METRICS, MOE_COMM, PROMETHEUS_FOLDER, SOCKET_FOLDER
@@ -19,6 +19,7 @@ from vllm_npu.errors import UnsupportedConfigError
 from vllm_npu.plugin.entry_points import PLUGIN_NAME
 from vllm_npu.tools.engines.engine_processes import folder_for_sockets, require_vllm
 from vllm_npu.tools.engines.process_tree import ProcessTree
+from vllm_npu.tools.engines.stop_signals import SignalScope
 
 FORWARDED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -101,24 +102,16 @@ def _folders() -> Iterator[dict[str, str]]:
         }
 
 
-class _Signals:
+class _Signals(SignalScope):
     """While entered, signals to this program go to the server. The first stop signal to a server that is not up is noted."""
 
+    signals = FORWARDED_SIGNALS
+
     def __init__(self, port: int | None) -> None:
+        super().__init__()
         self._port = port  # of the API server; see http_port
         self.stopped_by: int | None = None  # SIGINT or SIGTERM, if one came before the server was up
         self._tree: ProcessTree | None = None
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> Self:
-        self._previous = {signum: signal.signal(signum, self._forward) for signum in FORWARDED_SIGNALS}
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for signum, handler in self._previous.items():
-            signal.signal(signum, handler)
 
     def send_to(self, tree: ProcessTree) -> None:
         """Send later signals to the first process of `tree`, and at once a stop signal that came before."""
@@ -126,7 +119,7 @@ class _Signals:
         if self.stopped_by is not None:
             tree.process.send_signal(self.stopped_by)
 
-    def _forward(self, signum: int, frame: FrameType | None) -> None:
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
         if signum in STOP_SIGNALS and self.stopped_by is None and not self._is_up():
             self.stopped_by = signum
         if self._tree is not None and self._tree.process.poll() is None:

@@ -15,15 +15,7 @@ from vllm_npu.device import portable_ops
 from vllm_npu.device.portable_ops import DistributeDispatchOutput, InitRoutingOutput
 from vllm_npu.errors import InvalidInputError, UnsupportedConfigError
 from vllm_npu.transport.base import Transport
-from vllm_npu.transport.hccl_direct.chip import limits_of_this_chip
-
-try:
-    import torch_npu
-except ImportError as error:
-    raise UnsupportedConfigError(
-        f"NPU tensors need torch_npu, and importing it fails ({error}); install torch_npu and CANN, or run under the emulated "
-        "Ascend device: python -m vllm_npu.emulator run"
-    ) from error
+from vllm_npu.transport.hccl_direct.chip import limits_of_this_chip, torch_npu
 
 logger = logging.getLogger("vllm.npu.device")
 

@@ -1,10 +1,11 @@
 """SIGINT, SIGTERM and SIGHUP as one exception. The program can then remove its processes and files."""
 
 import signal
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType, TracebackType
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 STOP_SIGNALS = [
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
@@ -24,21 +25,16 @@ class Interrupted(BaseException):
         return 128 + self.signum
 
 
-class StopSignals:
-    """Context manager, for the main thread only. In it, the first stop signal raises Interrupted, and later ones do nothing.
+class SignalScope(ABC):
+    """Context manager, for the main thread only. In it, _handle gets the signals in place of the handlers from before."""
 
-    In a block of `held()`, the exception waits for the end of the block. Two things must not be cut in half: the start of a
-    process together with the note of its id, and the end of processes. Outside of the context manager, `held()` does nothing.
-    """
+    signals: ClassVar[Sequence[int]]
 
     def __init__(self) -> None:
-        self._received: int | None = None
-        self._raised = False
-        self._depth = 0
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
-        self._previous = {signum: signal.signal(signum, self._handle) for signum in STOP_SIGNALS}
+        self._previous = {signum: signal.signal(signum, self._handle) for signum in self.signals}
         return self
 
     def __exit__(
@@ -46,6 +42,25 @@ class StopSignals:
     ) -> None:
         for signum, handler in self._previous.items():
             signal.signal(signum, handler)
+
+    @abstractmethod
+    def _handle(self, signum: int, frame: FrameType | None) -> None: ...
+
+
+class StopSignals(SignalScope):
+    """Context manager, for the main thread only. In it, the first stop signal raises Interrupted, and later ones do nothing.
+
+    In a block of `held()`, the exception waits for the end of the block. Two things must not be cut in half: the start of a
+    process together with the note of its id, and the end of processes. Outside of the context manager, `held()` does nothing.
+    """
+
+    signals = STOP_SIGNALS
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._received: int | None = None
+        self._raised = False
+        self._depth = 0
 
     @contextmanager
     def held(self) -> Iterator[None]:

@@ -6,7 +6,7 @@ from vllm_npu.core.limits import DEVICES, DeviceLimits
 from vllm_npu.errors import UnsupportedConfigError
 
 try:
-    import torch_npu
+    import torch_npu as torch_npu  # device/npu_ops takes it from here
 except ImportError as error:
     raise UnsupportedConfigError(
         f"NPU tensors need torch_npu, and importing it fails ({error}); install torch_npu and CANN, or run under the emulated "

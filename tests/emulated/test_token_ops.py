@@ -172,8 +172,8 @@ def between_two_hosts(rank: Rank, folder: str) -> bool:
         return PyHcclTransport(ep.process_group)._has_v
 
 
-def test_only_ranks_of_one_host_are_one_server(monkeypatch, capfd, tmp_path):
-    with ranks_on(monkeypatch, "A3", 2, {}) as pool:
+def test_only_ranks_of_one_host_are_one_server(warm, monkeypatch, capfd, tmp_path):
+    with ranks_on(warm, monkeypatch, "A3", 2, {}) as pool:
         assert pool.run(between_two_hosts, str(tmp_path)) == [False, False]
     called = {word for word in capfd.readouterr().err.split() if word.startswith("Hccl")}
     assert "HcclAlltoAllV" in called

@@ -4,7 +4,7 @@
 # Tests of the emulated Ascend device have an environment and a pytest process of their own. So do tests beside vllm-ascend,
 # which run on that device: scripts/test.sh --ascend [arguments of pytest], or a path below tests/ascend.
 # scripts/test.sh --nightly runs the tests marked nightly, in both environments. Every other run leaves them out.
-# Every run of pytest gives the seconds of each folder. A plain run, and --nightly, end with those of the two environments.
+# Every run of pytest gives the seconds of each folder.
 set -u -e -o pipefail
 
 root=$(cd -P "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.." && pwd)
@@ -17,15 +17,24 @@ run_pytest() { # setup's option, then pytest's arguments
   "$PY" -m pytest "$@"
 }
 
-run_all() { # pytest's arguments, for tests in both environments
-  local emulated=0 others=0 seconds
-  run_pytest --emulator tests/emulated "$@" || emulated=$?
-  seconds=$SECONDS
-  run_pytest "" "$@" || others=$?
-  echo "test.sh: $seconds s for tests/emulated, $((SECONDS - seconds)) s for the others"
-  [ $# -eq 0 ] || { emulated=${emulated/#5/0} others=${others/#5/0}; } # 5: no test there is in this lane
-  [ $emulated -eq 0 ] || echo "test.sh: tests of the emulated device did not pass; their summary is further up" >&2
+# Runs all tests with these arguments of pytest. Tests of the emulated device and those of ranks mostly wait, so they run side by
+# side; tests of vLLM's engines fill the cores, so they follow alone.
+run_all() {
+  local emulated=0 ranks=0 others=0 side_by_side emulated_output
+  emulated_output=$(mktemp)
+  run_pytest --emulator tests/emulated "$@" >"$emulated_output" 2>&1 &
+  run_pytest "" tests/pure tests/ranks "$@" || ranks=$?
+  wait $! || emulated=$?
+  cat "$emulated_output"
+  rm "$emulated_output"
+  side_by_side=$SECONDS
+  run_pytest "" tests/vllm tests/cuda tests/npu "$@" || others=$?
+  echo "test.sh: $side_by_side s for tests/emulated beside tests/pure and tests/ranks, $((SECONDS - side_by_side)) s for the others"
+  [ $# -eq 0 ] || { emulated=${emulated/#5/0} ranks=${ranks/#5/0} others=${others/#5/0}; } # 5: no test there is in this lane
+  [ $emulated -eq 0 ] || echo "test.sh: tests/emulated did not pass; the summary is further up" >&2
+  [ $ranks -eq 0 ] || echo "test.sh: tests/pure or tests/ranks did not pass; the summary is further up" >&2
   [ $others -eq 0 ] || exit $others
+  [ $ranks -eq 0 ] || exit $ranks
   exit $emulated
 }
 

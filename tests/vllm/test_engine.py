@@ -113,7 +113,7 @@ def test_compiled_engines_and_the_death_of_a_rank(
             assert_same_tokens(engines.generate(), expected, QWEN3_MOE)
         began = time.monotonic()
         with (
-            signal_while_generating(worker_of(engines.trees[1]), signal.SIGKILL),
+            killed_while_generating(worker_of(engines.trees[1])),
             pytest.raises(EngineFailedError, match="while generating with all2all"),
         ):
             engines.generate()
@@ -149,6 +149,14 @@ def signal_while_generating(process: int, signum: signal.Signals) -> Iterator[No
     timer.start()
     yield
     timer.join()
+
+
+@contextmanager
+def killed_while_generating(process: int) -> Iterator[None]:
+    """Kill a process 50 ms after the block has begun. It is stopped before the block, so that no generation ends without it."""
+    os.kill(process, signal.SIGSTOP)
+    with signal_while_generating(process, signal.SIGKILL):
+        yield
 
 
 def worker_of(tree: ProcessTree) -> int:

@@ -23,9 +23,8 @@ class Pipelines:
         """Return the pipeline, and build it at the first call. LOCAL. Raises UnsupportedConfigError as build does."""
         key = strategy, num_experts, quant_mode, shared_expert_ranks
         found = self._pipelines.get(key)
-        if (
-            found is None
-        ):  # micro-batches may ask from several threads: setdefault returns the same pipeline to all of them
+        if found is None:
+            # Micro-batches may ask from several threads: setdefault returns the same pipeline to all of them.
             found = self._pipelines.setdefault(
                 key, build(strategy, self.groups, num_experts, quant_mode, shared_expert_ranks)
             )

@@ -31,7 +31,7 @@ std::optional<std::uint64_t> least_log_level();
 // VLLM_NPU_EMULATOR_LIMITS=none: ops accept sizes and types that the real chip's ops refuse.
 EMULATOR_API bool limits_are_off();
 
-// VLLM_NPU_EMULATOR_UNDEFINED=zero: memory that an op leaves unwritten holds zeros instead of NaN.
+// VLLM_NPU_EMULATOR_UNDEFINED=zero: memory that an op leaves unwritten holds zeros (aclnn/undefined.h).
 EMULATOR_API bool undefined_is_zero();
 
 // An error text if an environment variable has a wrong value, else "".

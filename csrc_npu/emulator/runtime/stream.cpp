@@ -20,7 +20,7 @@ constexpr std::uint64_t kSeedStep = 0x9E3779B97F4A7C15u;  // makes the streams' 
 
 thread_local const Stream* stream_in_progress = nullptr;
 
-// While it lives, the stream is the one whose work the thread runs.
+// While an object of this class lives, the thread runs work of `stream`.
 class InProgress {
  public:
   explicit InProgress(const Stream* stream) : before_(stream_in_progress), device_before_(current_device()) {

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds the documents and the API's reference into build/site; a warning is an error. Arguments go to `mkdocs build`.
+# Builds the documents and the API reference into build/site. A warning is an error. Arguments are passed to `mkdocs build`.
 set -u -e -o pipefail
 
 root=$(cd -P "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.." && pwd)

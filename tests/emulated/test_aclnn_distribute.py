@@ -551,7 +551,7 @@ def refused_values(rank: int, num_ranks: int) -> None:
 
     tokens = [5] * last + [4]
     uneven = Layer(num_ranks, tokens, global_bs=5 * num_ranks, masks=[torch.ones(n, dtype=torch.bool) for n in tokens])
-    refused("x_active_mask needs as many tokens on all ranks", lambda: dispatch(uneven, rank))
+    refused("x_active_mask needs the same number of tokens on all ranks", lambda: dispatch(uneven, rank))
     too_many = Layer(num_ranks, [5] * last + [6], global_bs=5 * num_ranks)
     refused("global_bs=[0-9]+ allows 5 tokens a rank", lambda: dispatch(too_many, rank))
 
@@ -705,7 +705,7 @@ def test_refuses_values_on_every_rank(num_ranks: int, run_in_ranks) -> None:
         (
             "A3",
             [
-                ({"tokens": 513}, "tokens of a rank=513 is not one that Ascend910_9391 takes"),
+                ({"tokens": 513}, "tokens of a rank=513 is refused: Ascend910_9391 takes 1..512 "),
                 ({"width": 512}, "H=512"),
                 ({"width": 8193}, "H=8193"),
                 ({"experts": 1026}, "moe_expert_num=1026"),
@@ -717,7 +717,7 @@ def test_refuses_values_on_every_rank(num_ranks: int, run_in_ranks) -> None:
         (
             "A2",
             [
-                ({"tokens": 257}, "tokens of a rank=257 is not one that Ascend910B1 takes"),
+                ({"tokens": 257}, "tokens of a rank=257 is refused: Ascend910B1 takes 1..256 "),
                 ({"width": 1040}, "H=1040"),
                 ({"width": 7200}, "H=7200"),
                 ({"world_size": 12}, "ep_world_size=12"),

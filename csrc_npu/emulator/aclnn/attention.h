@@ -14,18 +14,18 @@ struct Attended {
   at::Tensor lse;  // [N, n] float32: log of the sum of exponents
 };
 
-// One sequence: query [N, n, D], key [KN, m, D], value [KN, m, Dv]; head h of the query reads head h / (N / KN).
-// `hidden` [n, m] bool is true where a query does not see a key. A query that sees nothing has zeros and an lse of
-// infinity.
+// Attention of one sequence: query [N, n, D], key [KN, m, D], value [KN, m, Dv]. Head h of the query reads head h / (N
+// / KN) of key and value. `hidden` [n, m] bool is true where a query does not see a key. A query that sees no key gets
+// zeros and an lse of infinity.
 EMULATOR_API Attended attend(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, double scale,
                              const std::optional<at::Tensor>& hidden);
 
-// The first `length` tokens of a sequence, [length, ...], from a cache [blocks, block_size, ...] by its row of the
-// block table. Refuses blocks that the cache has not.
+// Returns the first `length` tokens of a sequence, [length, ...], from a cache [blocks, block_size, ...]. `blocks` is
+// the sequence's row of the block table. Refuses blocks that the cache does not have.
 EMULATOR_API at::Tensor gather_blocks(const at::Tensor& cache, const at::Tensor& blocks, int64_t length);
 
-// Refuses a type that attention is not made for. float32 passes with VLLM_NPU_EMULATOR_LIMITS=none, though no chip
-// takes it.
+// Refuses a type that attention does not take. With VLLM_NPU_EMULATOR_LIMITS=none it takes float32, which no chip
+// takes.
 EMULATOR_API void require_attention_dtype(const at::Tensor& tensor, const char* name);
 
 }  // namespace vllm_npu::emulator::aclnn

@@ -1,4 +1,4 @@
-// _npu_distribute_barrier: waits for all ranks of a group, in the order of a stream.
+// _npu_distribute_barrier: work of a stream that waits for all ranks of a group.
 //
 // Contract: CANN's document of aclnnDistributeBarrierV2.
 #include "hccl/communicator.h"
@@ -7,7 +7,7 @@
 namespace vllm_npu::emulator::aclnn {
 namespace {
 
-// `x` only orders the op among others: it is neither read nor written.
+// `x` only sets the order of this op among others. It is neither read nor written.
 Plan distribute_barrier_v2(at::Tensor /*x*/, OptionalTensor time_out, OptionalTensor elastic_info,
                            std::string group_name, int64_t world_size) {
   require(current_soc().family == Family::kA3, current_soc().name,
@@ -16,7 +16,7 @@ Plan distribute_barrier_v2(at::Tensor /*x*/, OptionalTensor time_out, OptionalTe
   require_absent(elastic_info, "elastic_info", "it is not emulated");
   const std::shared_ptr<Communicator> group = find_communicator_by_name(group_name);
   require(group != nullptr, "group ", group_name, " names no HCCL communicator of this process");
-  require(world_size == group->size(), "world_size=", world_size, " is not that of group ", group_name, ", ",
+  require(world_size == group->size(), "world_size=", world_size, " is not that of group ", group_name, ", which is ",
           group->size());
   return [group] {
     if (group->exchange({"DistributeBarrier", "", {}, {}}, {}, [](const Chunk&) {}) != HCCL_SUCCESS) {

@@ -1,4 +1,4 @@
-// Combine: the experts' rows go back to their tokens and are added up.
+// Combine: sends the experts' rows back to the ranks of their tokens and adds them up for each token.
 #include "distribute.h"
 #include "distribute_limits.h"
 #include "exchange.h"
@@ -23,12 +23,12 @@ struct Inputs {
 };
 
 struct Options {
-  OptionalTensor tp_send_counts;  // dispatch's own output, for tensor parallelism: not read
+  OptionalTensor tp_send_counts;  // dispatch's output, for tensor parallelism; not read
   OptionalTensor mask;
-  OptionalTensor activation_scale;  // this and the next two: for a quantised expand_x, which no version honours yet
+  OptionalTensor activation_scale;  // with the next two, for a quantised expand_x, which no version supports yet
   OptionalTensor weight_scale;
   OptionalTensor group_list;
-  OptionalTensor expand_scales;  // dispatch's own output: the hierarchy wants it to be there, and does not read it
+  OptionalTensor expand_scales;  // dispatch's output; the hierarchy needs it and does not read it
 
   using Fields =
       std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor>;
@@ -52,7 +52,8 @@ struct Modes {
   using Fields = std::tuple<int64_t, int64_t, int64_t, int64_t>;
 };
 
-// Where the sum of a token's rows goes: [B, H] float32, of which the active tokens' rows are defined. [B] bool: active.
+// Writes the outputs. `total` [B, H] float32 has the sum of each token's rows, and is defined only for active tokens.
+// `active` is [B] bool.
 using Finish = std::function<void(const at::Tensor& total, const at::Tensor& active)>;
 
 struct Combine : Inputs, Options {
@@ -60,7 +61,7 @@ struct Combine : Inputs, Options {
   Placement place;
   SpecialExperts special;
   Constants constants;
-  OptionalTensor shared_expert_x;  // [B, H]: added as it is
+  OptionalTensor shared_expert_x;  // [B, H]: added without a weight
   int64_t comm_quant_mode;
   Finish finish;
 
@@ -69,7 +70,7 @@ struct Combine : Inputs, Options {
   int64_t width() const { return expand_x.size(1); }
 };
 
-// What goes back to one rank.
+// The tensors of a message to one rank.
 enum Field { kToken, kTopK, kRows };
 
 std::vector<Message> outgoing(const Combine& op, const PendingDispatch& dispatch) {
@@ -84,7 +85,7 @@ std::vector<Message> outgoing(const Combine& op, const PendingDispatch& dispatch
   return messages;
 }
 
-// [B, K + shared experts, H] float32: what came back for each pair; NaN where nothing did.
+// Returns the row that came back for each pair, [B, K + shared experts, H] float32. Pairs without a row are undefined.
 at::Tensor returned_rows(const Combine& op, const std::vector<Message>& received) {
   at::Tensor rows = at::empty({op.num_tokens(), op.top_k() + op.place.shared_experts, op.width()}, at::kFloat);
   fill_undefined(rows);
@@ -94,7 +95,7 @@ at::Tensor returned_rows(const Combine& op, const std::vector<Message>& received
   return rows;
 }
 
-// What constant experts give: alpha_1 * x + alpha_2 * v. Rows whose id is of another kind hold nothing of use.
+// Returns the output of constant experts, alpha_1 * x + alpha_2 * v. Ignore the rows of ids of other experts.
 at::Tensor constant_rows(const Combine& op, const at::Tensor& x, const at::Tensor& ids) {
   const int64_t first = op.place.moe_experts + op.special.zero + op.special.copy;
   const at::Tensor index = (ids - first).clamp(0, op.special.constant - 1);
@@ -105,8 +106,8 @@ at::Tensor constant_rows(const Combine& op, const at::Tensor& x, const at::Tenso
          op.constants.value->to(at::kFloat).index_select(0, index) * coefficient(*op.constants.alpha_2);
 }
 
-// As sum_of_rows, but of the rows of each server first, whose sums travel in the rows' type. The order inside a server
-// and the rounding between servers are our reading: no document says them.
+// Like sum_of_rows, but adds the rows of each server first. The sums of the servers are rounded to the rows' type. No
+// document states the order inside a server, or the rounding between servers: both are assumed here.
 at::Tensor sum_by_server(const Combine& op, const at::Tensor& rows, const at::Tensor& active) {
   constexpr int64_t kRanksOfServer = 8;
   const at::Tensor owners = op.expert_ids.to(at::kLong).floor_divide(op.place.experts_per_rank());
@@ -124,7 +125,8 @@ at::Tensor sum_by_server(const Combine& op, const at::Tensor& rows, const at::Te
   return total;
 }
 
-// float32, k ascending, a multiply and an add rounded apart; then the shared experts, unweighted.
+// Adds in float32 with k ascending, and rounds after the multiply and after the add. Then adds the shared experts
+// without weights.
 at::Tensor sum_of_rows(const Combine& op, const at::Tensor& rows, const at::Tensor& active) {
   const int64_t zero = op.place.moe_experts;
   const int64_t copy = zero + op.special.zero;
@@ -149,7 +151,7 @@ at::Tensor sum_of_rows(const Combine& op, const at::Tensor& rows, const at::Tens
   return total;
 }
 
-// Leaves the rows of inactive tokens undefined.
+// Writes the rows of active tokens. The rows of inactive tokens become undefined.
 void write_active(const at::Tensor& out, const at::Tensor& rows, const at::Tensor& active) {
   fill_undefined(out);
   const at::Tensor tokens = active.nonzero().squeeze(-1);
@@ -186,7 +188,7 @@ void check(const Combine& op) {
   require_dtype(op.weights, "expert_scales", {at::kFloat});
   require_shape(op.weights, "expert_scales", op.expert_ids.sizes());
   check_mask(op.expert_ids, op.mask);
-  require(!op.mask || op.version != "1", "x_active_mask is given, and version 1 of the op takes none");
+  require(!op.mask || op.version != "1", "x_active_mask is given, but version 1 of the op takes none");
   check_special(op);
   if (op.shared_expert_x) {
     require_dtype(*op.shared_expert_x, "shared_expert_x", {op.expand_x.scalar_type()});
@@ -198,7 +200,8 @@ void check(const Combine& op) {
           " to be a multiple of ", kInt8Group);
   check_limits(op.place, op.version == "1", op.num_tokens(), op.width(), op.top_k());
   if (op.place.is_hierarchical()) {
-    if (!op.expand_scales) refuse(Code::kMissing, "expand_scales is missing: comm_alg=hierarchy needs dispatch's");
+    if (!op.expand_scales)
+      refuse(Code::kMissing, "expand_scales is missing: comm_alg=hierarchy needs that of dispatch");
     require(op.special.total() == 0 && !op.shared_expert_x && op.comm_quant_mode == kNoQuant,
             "comm_alg=hierarchy with special experts, shared_expert_x or comm_quant_mode is not emulated");
   }
@@ -217,7 +220,7 @@ Plan plan(const Combine& op) {
       const PendingDispatch dispatch =
           take_dispatch(op.place.group, op.version, op.expert_ids, active, op.combine_index, op.send_counts);
       require(op.expand_x.size(0) >= dispatch.sources.size(0), "expand_x has ", op.expand_x.size(0),
-              " rows and the dispatch gave ", dispatch.sources.size(0));
+              " rows, but the dispatch returned ", dispatch.sources.size(0));
       return outgoing(op, dispatch);
     });
     const at::Tensor rows = returned_rows(op, received);
@@ -226,7 +229,7 @@ Plan plan(const Combine& op) {
   };
 }
 
-// What combine has for a quantised expand_x.
+// Refuses arguments for a quantised expand_x.
 void check_reserved(const Options& options, const Modes& modes) {
   const char* reason = "it is reserved";
   require_absent(options.activation_scale, "activation_scale", reason);
@@ -265,7 +268,7 @@ Plan combine_v1(Inputs inputs, Options options, Members members, Modes modes, at
   return plan({inputs, options, "1", place, {0, 0, 0}, {}, std::nullopt, modes.comm_quant_mode, finish});
 }
 
-// --- combine, the sum with a residual, and its root mean square normalisation in one op ---
+// --- One op for combine, the addition of a residual, and root mean square normalisation ---
 
 struct Norm {
   at::Tensor residual;  // [B, 1, H]
@@ -282,7 +285,7 @@ struct NormOutputs {
   using Fields = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 };
 
-// As the kernel rounds: the sum and its square in float32, y to 16 bits before gamma and after.
+// Rounds like the kernel: the sum and its square are float32, and y is rounded to 16 bits before and after gamma.
 void normalise(const Norm& norm, float epsilon, const NormOutputs& outputs, const at::Tensor& total,
                const at::Tensor& active) {
   const at::Tensor x = total + norm.residual.reshape(total.sizes()).to(at::kFloat);

@@ -1,4 +1,5 @@
-// Torch's kernels for the CPU and nothing above them: no autograd, autocast or Python mode of the calling thread.
+// Makes calls of torch go directly to the CPU kernels, without autograd, autocast or Python modes of the calling
+// thread.
 #pragma once
 
 #include <c10/core/InferenceMode.h>

@@ -1,4 +1,4 @@
-// Dispatch: each active token's row goes to the ranks of its experts.
+// Dispatch: sends the row of each active token to the ranks of its experts.
 #include <algorithm>
 
 #include "distribute.h"
@@ -38,7 +38,7 @@ struct Outputs {
 };
 
 struct Dispatch : Inputs, Outputs {
-  std::string version;  // "1", or "2" for all later ones
+  std::string version;  // "1", or "2" for all later versions
   Placement place;
   SpecialExperts special;
   int64_t quant_mode;
@@ -48,10 +48,11 @@ struct Dispatch : Inputs, Outputs {
   int64_t top_k() const { return expert_ids.size(1); }
 };
 
-// What goes to one rank, by token: a row for each pair.
+// The tensors of a message to one rank. They have a row for each pair of a token and an expert, in the order of the
+// tokens.
 enum Field { kSlot, kToken, kTopK, kValues, kScales, kWeights, kTokensAndMask };
 
-// One message: `slots` are the receiver's local experts, `smooth` the rows of smooth_scales.
+// Makes one message. For each pair, `slots` has the receiver's local expert and `smooth` the row of smooth_scales.
 Message rows_for_rank(const Dispatch& op, const at::Tensor& slots, const at::Tensor& tokens, const at::Tensor& ks,
                       const at::Tensor& smooth) {
   const at::Tensor rows = op.x.index_select(0, tokens);
@@ -78,7 +79,7 @@ Message routed_rows(const Dispatch& op, const at::Tensor& active, int64_t receiv
       active.flatten().logical_and(ids >= first_expert).logical_and(ids < first_expert + place.experts_per_rank());
   const at::Tensor pairs = here.nonzero().squeeze(-1);
   const at::Tensor experts = ids.index_select(0, pairs);
-  // Version 1 counts one row of scales for all shared experts.
+  // In version 1, all shared experts have one row of scales together.
   const int64_t first_smooth = op.version == "1" ? static_cast<int64_t>(place.shared_ranks > 0) : place.shared_experts;
   return rows_for_rank(op, experts - first_expert, pairs.floor_divide(op.top_k()), pairs.remainder(op.top_k()),
                        experts + first_smooth);
@@ -103,7 +104,7 @@ std::vector<Message> outgoing(const Dispatch& op, const at::Tensor& active) {
   return messages;
 }
 
-// With a mask, all ranks must have as many tokens; without, none may have more than global_bs says.
+// With a mask, all ranks must have the same number of tokens. No rank may have more tokens than global_bs allows.
 void check_tokens_of_ranks(const Dispatch& op, const std::vector<Message>& received) {
   std::vector<int64_t> tokens;
   bool any_mask = false;
@@ -112,10 +113,10 @@ void check_tokens_of_ranks(const Dispatch& op, const std::vector<Message>& recei
     any_mask = any_mask || message[kTokensAndMask][1].item<bool>();
   }
   const auto [least, most] = std::minmax_element(tokens.begin(), tokens.end());
-  require(*least == *most || !any_mask, "x_active_mask needs as many tokens on all ranks; by rank there are ",
+  require(*least == *most || !any_mask, "x_active_mask needs the same number of tokens on all ranks; the ranks have ",
           at::IntArrayRef(tokens));
   require(*most <= op.place.max_tokens(), "global_bs=", op.place.global_bs, " allows ", op.place.max_tokens(),
-          " tokens a rank; by rank there are ", at::IntArrayRef(tokens));
+          " tokens a rank; the ranks have ", at::IntArrayRef(tokens));
 }
 
 at::Tensor joined(const std::vector<Message>& received, Field field) {
@@ -124,7 +125,7 @@ at::Tensor joined(const std::vector<Message>& received, Field field) {
   return at::cat(parts);
 }
 
-// Version 1's third output: for each pair, how many of this rank's pairs before it go to the same expert.
+// The third output of version 1. For each pair, it counts the earlier pairs of this rank that go to the same expert.
 at::Tensor ordinals(const at::Tensor& expert_ids, const at::Tensor& active) {
   const at::Tensor ids = at::where(active, expert_ids.to(at::kLong), -1).flatten();
   const at::Tensor order = at::argsort(ids, /*stable=*/true, 0, /*descending=*/false);
@@ -133,7 +134,7 @@ at::Tensor ordinals(const at::Tensor& expert_ids, const at::Tensor& active) {
   return at::empty_like(ids).index_copy_(0, order, position).to(at::kInt);
 }
 
-// Rows by local expert, then source rank, then token.
+// Writes the outputs. Rows are ordered by local expert, then source rank, then token.
 void assemble(const Dispatch& op, const std::vector<Message>& received, const at::Tensor& active) {
   const int64_t world_size = op.place.world_size;
   const int64_t num_local = op.place.num_local_experts();
@@ -179,11 +180,11 @@ void check_shapes(const Dispatch& op) {
   require_dtype(op.expert_ids, "expert_ids", {at::kInt});
   require(op.x.size(0) == op.num_tokens(), "x has ", op.x.size(0), " rows and expert_ids has ", op.num_tokens());
   check_mask(op.expert_ids, op.mask);
-  require(!op.mask || op.version != "1", "x_active_mask is given, and version 1 of the op takes none");
+  require(!op.mask || op.version != "1", "x_active_mask is given, but version 1 of the op takes none");
   if (op.place.is_hierarchical()) {
     if (!op.weights) refuse(Code::kMissing, "expert_scales is missing: comm_alg=hierarchy needs it");
-    require(!op.mask || current_soc().family != Family::kA2, "x_active_mask is given, and comm_alg=hierarchy on ",
-            current_soc().name, " takes none; bring active tokens only");
+    require(!op.mask || current_soc().family != Family::kA2, "x_active_mask is given, but comm_alg=hierarchy on ",
+            current_soc().name, " takes none; pass active tokens only");
   }
   if (op.weights) {
     require_dtype(*op.weights, "expert_scales", {at::kFloat});

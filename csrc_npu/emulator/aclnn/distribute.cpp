@@ -1,4 +1,4 @@
-// What dispatch and combine check alike.
+// Checks that dispatch and combine share.
 #include "distribute.h"
 
 namespace vllm_npu::emulator::aclnn {
@@ -18,7 +18,7 @@ Placement make_placement(const Members& members, int64_t global_bs, const std::s
   const bool hierarchy = comm_alg == "hierarchy";
   require(
       comm_alg.empty() || comm_alg == "fullmesh" || comm_alg == "fullmesh_v1" || comm_alg == "fullmesh_v2" || hierarchy,
-      "comm_alg=", comm_alg, " is not emulated; there are fullmesh, fullmesh_v1, fullmesh_v2 and hierarchy");
+      "comm_alg=", comm_alg, " is not emulated; use fullmesh, fullmesh_v1, fullmesh_v2 or hierarchy");
   require(!hierarchy || shared_ranks == 0, "comm_alg=hierarchy takes shared_expert_rank_num=0 only, not ",
           shared_ranks);
   require(rank >= 0 && rank < world_size, "ep_rank_id=", rank, " is not in 0..", world_size - 1);

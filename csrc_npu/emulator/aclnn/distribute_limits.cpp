@@ -77,7 +77,7 @@ const std::vector<Range> kVersion1A3WorldSizes{{8, 8},     {16, 16},   {32, 32},
 
 Limits limits_of(Family family, bool version_1, bool hierarchical) {
   if (hierarchical) return family == Family::kA2 ? kA2Hierarchy : kA3Hierarchy;
-  Limits limits = family == Family::kA2 ? kA2 : kA3;  // no document gives A5's; it gets A3's
+  Limits limits = family == Family::kA2 ? kA2 : kA3;  // no document has limits of A5, so A3's are used
   if (!version_1) return limits;
   limits.world_sizes = family == Family::kA2 ? kVersion1A2WorldSizes : kVersion1A3WorldSizes;
   if (family != Family::kA2) {
@@ -108,7 +108,7 @@ std::string as_text(const std::vector<Range>& ranges) {
 
 int64_t rounded_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
-// MB of the group's buffer that one dispatch and its combine need, and where that is said.
+// The MB of the group's buffer that one dispatch and its combine need, and the formula as source.
 struct BufferNeed {
   int64_t mb;
   const char* source;
@@ -117,11 +117,11 @@ struct BufferNeed {
 BufferNeed buffer_need(Family family, const Placement& place, bool version_1, int64_t tokens, int64_t width,
                        int64_t top_k) {
   constexpr int64_t kMb = 1 << 20;
-  constexpr int64_t kWindows = 2;         // used in turn
-  constexpr int64_t kBytes = 2;           // of a 16-bit value
-  constexpr int64_t kBlock = 512;         // of the windows
-  constexpr int64_t kBlockPayload = 480;  // fullmesh_v2: the rest are flags
-  constexpr int64_t kRowFacts = 64;       // that go with a row to its expert
+  constexpr int64_t kWindows = 2;         // calls use them in turn
+  constexpr int64_t kBytes = 2;           // bytes of a 16-bit value
+  constexpr int64_t kBlock = 512;         // bytes of a block of a window
+  constexpr int64_t kBlockPayload = 480;  // bytes of a block that fullmesh_v2 uses for rows; the rest are flags
+  constexpr int64_t kRowFacts = 64;       // bytes that travel with each row to its expert
   const auto mb = [](int64_t bytes) { return rounded_up(bytes, kMb) / kMb; };
   const int64_t row = kBytes * width;
   if (place.is_hierarchical()) {
@@ -160,7 +160,7 @@ BufferNeed buffer_need(Family family, const Placement& place, bool version_1, in
 
 void check_buffer(const Placement& place, bool version_1, int64_t tokens, int64_t width, int64_t top_k) {
   const std::shared_ptr<Communicator> group = find_communicator_by_name(place.group);
-  if (group == nullptr) return;  // the exchange refuses it
+  if (group == nullptr) return;  // exchange() refuses it
   const BufferNeed need = buffer_need(current_soc().family, place, version_1, tokens, width, top_k);
   require(need.mb <= group->buffer_mb(), "HCCL_BUFFSIZE of group_ep ", place.group, " is ", group->buffer_mb(),
           " MB, and these sizes need ", need.mb, " (", need.source, "); set HCCL_BUFFSIZE=", need.mb,
@@ -176,7 +176,7 @@ void check_limits(const Placement& place, bool version_1, int64_t own_tokens, in
   if (limits_are_off()) return;
   const Limits limits = limits_of(soc.family, version_1, place.is_hierarchical());
   const auto check = [&](bool fits, const char* name, int64_t value, const std::string& allowed) {
-    require(fits, name, "=", value, " is not one that ", soc.name, " takes: ", allowed, " (", limits.source,
+    require(fits, name, "=", value, " is refused: ", soc.name, " takes ", allowed, " (", limits.source,
             "); VLLM_NPU_EMULATOR_LIMITS=none lets the emulator take it");
   };
   const auto check_most = [&](const char* name, int64_t value, int64_t most) {

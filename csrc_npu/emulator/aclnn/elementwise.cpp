@@ -1,4 +1,4 @@
-// Ops that torch_npu's C++ calls past the dispatcher, and swiglu.
+// Ops that torch_npu's C++ code calls directly and not through the dispatcher, and swiglu.
 #include "op.h"
 
 namespace vllm_npu::emulator::aclnn {

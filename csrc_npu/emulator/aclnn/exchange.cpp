@@ -29,7 +29,7 @@ void put(Bytes& out, const at::Tensor& tensor) {
   put_bytes(out, dense.const_data_ptr(), dense.nbytes());
 }
 
-// Reads back, in order, what put() wrote.
+// Reads the values that put() wrote, in the same order.
 class Reader {
  public:
   explicit Reader(const Bytes& bytes) : next_(bytes.data()) {}
@@ -82,8 +82,8 @@ Message as_message(const Bytes& bytes, int64_t sender) {
   return message;
 }
 
-// The communicator's exchange shows everybody all bytes. Each rank publishes a table of where each message begins,
-// then the messages; this takes out those to one rank.
+// Collects the messages to one rank. Communicator::exchange shows all bytes to every rank. Each rank publishes a table
+// with the start of each of its messages, and then the messages.
 class Mailbox {
  public:
   Mailbox(int size, int rank) : rank_(rank), size_(size), received_(size) {}
@@ -102,7 +102,7 @@ class Mailbox {
 
   const std::vector<Bytes>& received() const { return received_; }
 
-  // Where the messages begin, and behind the last.
+  // Returns the messages behind their table. The table has the start of each message and the end of the last one.
   static Bytes with_table(const std::vector<Bytes>& messages) {
     Bytes table;
     uint64_t begin = (messages.size() + 1) * sizeof begin;
@@ -118,7 +118,7 @@ class Mailbox {
     uint64_t end;
   };
 
-  // The table lies in the first piece: pieces are much longer.
+  // The whole table lies in the first piece, because pieces are much longer than tables.
   void read_table(int sender, const char* table) {
     wanted_.resize(size_);
     std::memcpy(&wanted_[sender], table + rank_ * sizeof(uint64_t), sizeof(Range));
@@ -154,7 +154,7 @@ std::vector<Message> exchange(const ExchangeCall& call, const std::function<std:
   } catch (const c10::Error& error) {
     refusal.emplace(Code::kUnusable, error.what_without_backtrace());
   }
-  if (refusal) outgoing.assign(group->size(), as_bytes(refusal->what(), {}));  // told to the others first, who wait
+  if (refusal) outgoing.assign(group->size(), as_bytes(refusal->what(), {}));  // the other ranks wait for it
   const Bytes published = Mailbox::with_table(outgoing);
   Mailbox mailbox(group->size(), group->rank());
   const int code = group->exchange({call.operation, call.agreed, {}, {}}, published.data(), published.size(),

@@ -1,7 +1,7 @@
 // Attention for inference, over a paged cache or plain keys and values.
 //
-// Contract: CANN's documents of aclnnFusedInferAttentionScoreV2 to V4. Emulated without quantisation, prefixes or
-// padding.
+// Contract: CANN's documents of aclnnFusedInferAttentionScoreV2 to V4. Quantisation, prefixes and padding are not
+// emulated.
 #include <algorithm>
 #include <limits>
 #include <map>
@@ -18,9 +18,9 @@ using Ints = std::vector<int64_t>;
 
 constexpr int64_t kNoMask = 0;           // sparse_mode
 constexpr int64_t kRightDownCausal = 3;  // the last query sees all keys
-constexpr int64_t kMaskSize = 2048;      // of the one mask that all causal sequences share
+constexpr int64_t kMaskSize = 2048;      // rows and columns of the mask that all causal sequences share
 
-// What the layouts of the query and of the output are, by input_layout.
+// The layouts of the query and of the output, which input_layout names together.
 struct Layouts {
   std::string query;
   std::string out;
@@ -39,7 +39,7 @@ const Layouts& layouts_of(const std::string& input_layout) {
   return found->second;
 }
 
-// A view as [B, N, S, D], or as [N, T, D] where sequences follow one another.
+// Returns a view [B, N, S, D]. Layouts that join the sequences along T give [N, T, D].
 at::Tensor heads_first(const at::Tensor& tensor, const std::string& layout, int64_t heads) {
   if (layout == "BSH") return tensor.view({tensor.size(0), tensor.size(1), heads, -1}).transpose(1, 2);
   if (layout == "BSND") return tensor.transpose(1, 2);
@@ -47,7 +47,7 @@ at::Tensor heads_first(const at::Tensor& tensor, const std::string& layout, int6
   return tensor;  // BNSD, NTD
 }
 
-// Arguments that none of the ops here honour.
+// Arguments that no op of this file supports.
 struct NotEmulated {
   OptionalTensor dequant_scale1, quant_scale1, dequant_scale2, quant_scale2, quant_offset2, antiquant_scale,
       antiquant_offset;
@@ -94,8 +94,8 @@ struct Inputs {
   Tensors value;
   OptionalTensor position_shift;
   OptionalTensor mask;
-  Ints query_lengths;  // running sums where sequences follow one another, else each sequence's
-  Ints kv_lengths;     // the same, but with a block table always each sequence's
+  Ints query_lengths;  // the length of each sequence; running sums of them if sequences are joined along T
+  Ints kv_lengths;     // the same, but always the length of each sequence if there is a block table
 
   using Fields = std::tuple<at::Tensor, Tensors, Tensors, OptionalTensor, OptionalTensor, Ints, Ints>;
 };
@@ -110,14 +110,14 @@ struct Rope {
 struct Attributes {
   int64_t heads;
   double scale;
-  int64_t pre_tokens;   // of modes that are refused
-  int64_t next_tokens;  // of modes that are refused
+  int64_t pre_tokens;   // only for modes that are refused
+  int64_t next_tokens;  // only for modes that are refused
   std::string input_layout;
   int64_t kv_heads;  // 0: as many as heads
   int64_t sparse_mode;
   int64_t inner_precise;  // how the device rounds
   int64_t block_size;
-  int64_t antiquant_mode;  // without scales, of no effect
+  int64_t antiquant_mode;  // no effect without scales
   bool wants_lse;
   int64_t key_antiquant_mode;
   int64_t value_antiquant_mode;
@@ -133,7 +133,7 @@ struct Outputs {
   using Fields = std::tuple<at::Tensor, at::Tensor>;
 };
 
-// One sequence's part of the tensors.
+// The parts of the tensors that belong to one sequence.
 struct Sequence {
   at::Tensor query;  // [N, n, D]
   at::Tensor key;    // [KN, m, D]
@@ -142,7 +142,8 @@ struct Sequence {
   at::Tensor lse;    // [N, n], or undefined
 };
 
-// A cache as [blocks, block_size, KN, D], from that with joined heads or from [blocks, KN, block_size, D].
+// Returns the cache as [blocks, block_size, KN, D]. It may be given as [blocks, block_size, KN * D] or
+// [blocks, KN, block_size, D].
 at::Tensor as_blocks(const at::Tensor& cache, const char* name, int64_t kv_heads, int64_t block_size) {
   require(cache.dim() == 3 || cache.dim() == 4, name, " has the shape ", cache.sizes(),
           "; with block_table it must have 3 or 4 dimensions (NZ caches are not emulated)");
@@ -196,7 +197,7 @@ class Attention {
 
   void check_inputs() const {
     require_attention_dtype(in_.query, "query");
-    require_absent(in_.position_shift, "pse_shift", "that is not emulated");
+    require_absent(in_.position_shift, "pse_shift", "it is not emulated");
     require(in_.key.size() == 1 && in_.value.size() == 1, "key has ", in_.key.size(), " tensors and value ",
             in_.value.size(), "; one of each is emulated");
     require_dtype(in_.key[0], "key", {in_.query.scalar_type()});
@@ -209,10 +210,10 @@ class Attention {
     require(!joined_ || in_.query_lengths.size() == in_.kv_lengths.size(), "actual_seq_lengths has ",
             in_.query_lengths.size(), " values and actual_seq_lengths_kv ", in_.kv_lengths.size());
     require(!joined_ || std::is_sorted(in_.query_lengths.begin(), in_.query_lengths.end()),
-            "actual_seq_lengths must be running sums with ", attributes_.input_layout, ", and falls");
+            "actual_seq_lengths falls, but with ", attributes_.input_layout, " it must be running sums");
   }
 
-  // The rotated parts of query and key follow the others, in one dot product.
+  // Appends the rotated parts to query and key, so that one dot product has both parts.
   void add_rope(const Rope& rope) {
     require(rope.query.has_value() == rope.key.has_value(), "query_rope and key_rope go together");
     if (!rope.query) return;
@@ -253,8 +254,8 @@ class Attention {
     }
   }
 
-  // The causal mode reads one mask for all: ones above the diagonal. Any other content is refused, as far as it is
-  // read.
+  // The causal mode reads one mask for all sequences, with ones above the diagonal. The part that is read must have
+  // them.
   void check_mask() const {
     if (attributes_.sparse_mode == kNoMask) {
       require_absent(in_.mask, "atten_mask", "sparse_mode=0 is emulated without a mask");
@@ -327,7 +328,7 @@ class Attention {
   Attributes attributes_;
   Layouts layouts_;
   int64_t kv_heads_;
-  bool joined_;  // sequences follow one another along T
+  bool joined_;  // sequences are joined along T
   Outputs out_;
   at::Tensor query_, key_, value_;  // heads first; with a block table, key and value as blocks
   OptionalTensor query_rope_, key_rope_;
@@ -358,14 +359,14 @@ Plan fused_infer_attention_v3(Inputs inputs, NotEmulated not_emulated, OptionalT
 Plan fused_infer_attention_v4(Inputs inputs, NotEmulated not_emulated, OptionalTensor block_table,
                               AlsoNotEmulated also_not_emulated, Rope rope, OptionalTensor key_rope_scale,
                               OptionalTensor query_scale, OptionalTensor sink, Attributes attributes,
-                              int64_t /*query_quant_mode: without scales, of no effect*/, Outputs outputs) {
+                              int64_t /*query_quant_mode: no effect without scales*/, Outputs outputs) {
   require_absent(query_scale, "dequant_scale_query", "quantised queries are not emulated");
-  require_absent(sink, "learnable_sink", "that is not emulated");
+  require_absent(sink, "learnable_sink", "it is not emulated");
   return fused_infer_attention_v3(inputs, not_emulated, block_table, also_not_emulated, rope, key_rope_scale,
                                   attributes, outputs);
 }
 
-// Merges what parts of the keys gave: softmax over the parts' lse, per row.
+// Merges the outputs for parts of the keys. The weight of a part in a row is the softmax of its lse over the parts.
 Plan attention_update(Tensors lse, Tensors outs, int64_t update_type, at::Tensor out, OptionalTensor lse_out) {
   require_one_of(update_type, "update_type", {0, 1});
   require(!lse.empty() && lse.size() == outs.size(), "lse has ", lse.size(), " tensors and local_out ", outs.size());
@@ -376,7 +377,7 @@ Plan attention_update(Tensors lse, Tensors outs, int64_t update_type, at::Tensor
   }
   require(lse_out.has_value() == (update_type == 1), "lse_out goes with update_type=1");
   return [=] {
-    // A part without keys has an lse of +infinity and counts for nothing.
+    // A part without keys has an lse of +infinity, and its weight must be 0.
     at::Tensor all = at::stack(lse);
     all = at::where(at::isposinf(all), -std::numeric_limits<float>::infinity(), all);
     const at::Tensor total = at::logsumexp(all, 0);

@@ -1,7 +1,7 @@
-// Choosing a token's experts, and which replica of an expert serves it.
+// Ops that choose the experts of a token, and the replica of each expert.
 //
 // Contracts: op-plugin's documents of npu_moe_gating_top_k, npu_moe_gating_top_k_softmax(_v2) and
-// npu_moe_update_expert; CANN's kernels where they say more. Of equal scores the lowest index comes first.
+// npu_moe_update_expert, and CANN's kernels for details. Of equal scores, the one with the lowest index comes first.
 #include <algorithm>
 #include <limits>
 
@@ -16,17 +16,18 @@ constexpr int64_t kMaxSoftmaxTopK = 1024;
 constexpr int64_t kMinExpertsInGroup = 3;
 constexpr int64_t kSoftmax = 0;
 constexpr int64_t kSigmoid = 1;
-constexpr int64_t kByMaximum = 0;  // how a group of experts is scored
+constexpr int64_t kByMaximum = 0;  // score of a group of experts
 constexpr int64_t kByTopTwo = 1;
 constexpr int64_t kByRank = 0;  // how update_expert spreads tokens over replicas
 constexpr int64_t kByToken = 1;
 
-// Indices of the k largest along the last dimension; torch.topk promises no order of equal values.
+// Returns the indices of the k largest values along the last dimension. torch.topk does not define the order of equal
+// values.
 at::Tensor largest(const at::Tensor& scores, int64_t k) {
   return at::argsort(-scores, /*stable=*/true, -1, /*descending=*/false).narrow(-1, 0, k);
 }
 
-// -inf for the experts outside the group_limit best groups.
+// Returns the scores, with -inf for the experts outside the group_limit best groups.
 at::Tensor keep_best_groups(const at::Tensor& choice, int64_t group_count, int64_t group_limit, int64_t select_mode) {
   const at::Tensor groups = choice.view({choice.size(0), group_count, -1});
   const at::Tensor scores = select_mode == kByTopTwo ? std::get<0>(groups.topk(2, -1)).sum(-1) : groups.amax(-1);
@@ -34,7 +35,7 @@ at::Tensor keep_best_groups(const at::Tensor& choice, int64_t group_count, int64
   return at::where(kept.unsqueeze(-1), groups, -std::numeric_limits<float>::infinity()).view(choice.sizes());
 }
 
-// The experts that a table gives for each token's id, as in layers that route by a hash of the token.
+// A table with the experts of each token id, for layers that route by a hash of the token.
 struct ByToken {
   OptionalTensor input_ids;  // [N]
   OptionalTensor table;      // tid2eid: [ids, k]
@@ -42,7 +43,7 @@ struct ByToken {
   using Fields = std::tuple<OptionalTensor, OptionalTensor>;
 };
 
-// How scores choose experts.
+// The parameters of the choice of experts by their scores.
 struct Choice {
   int64_t k;
   int64_t group_limit;
@@ -92,7 +93,7 @@ void check_by_token(const ByToken& by_token, const OptionalTensor& bias, const C
   require_shape(*by_token.table, "tid2eid", {by_token.table->size(0), choice.k});
 }
 
-// [N, k] the experts of each token's row in the table.
+// Returns the experts of each token from the table, [N, k].
 at::Tensor experts_by_token(const ByToken& by_token, int64_t num_experts) {
   const auto require_range = [](const at::Tensor& values, const char* name, int64_t end) {
     require(values.ge(0).logical_and(values < end).all().item<bool>(), name, " has a value outside 0..", end - 1);
@@ -149,7 +150,7 @@ void check_softmax(const at::Tensor& x, const OptionalTensor& finished, int64_t 
   }
 }
 
-// A finished row's ids are E, which no expert has.
+// Writes the ids. A finished row gets the id E, which no expert has.
 void write_ids(const at::Tensor& out, const at::Tensor& ids, const OptionalTensor& finished, int64_t experts) {
   out.copy_(finished ? at::where(finished->unsqueeze(-1), experts, ids) : ids);
 }
@@ -166,7 +167,7 @@ Plan gating_top_k_softmax(at::Tensor x, OptionalTensor finished, int64_t k, at::
   };
 }
 
-// renorm 0: softmax over all experts, then the choice. renorm 1: the choice, then softmax over the chosen.
+// renorm 0: softmax over all experts, then the choice. renorm 1: the choice, then softmax over the chosen experts.
 Plan gating_top_k_softmax_v2(at::Tensor x, OptionalTensor finished, int64_t k, int64_t renorm, bool wants_scores,
                              at::Tensor weights, at::Tensor expert_ids, OptionalTensor scores_out) {
   check_softmax(x, finished, k);
@@ -182,7 +183,8 @@ Plan gating_top_k_softmax_v2(at::Tensor x, OptionalTensor finished, int64_t k, i
   };
 }
 
-// Row e of the table: the number of replicas of logical expert e, their physical ids, padding.
+// Returns physical expert ids. Row e of the table has the number of replicas of logical expert e, their physical ids,
+// and padding.
 at::Tensor physical_experts(const at::Tensor& expert_ids, const at::Tensor& table, int64_t rank, int64_t world_size,
                             int64_t balance_mode) {
   const at::Tensor ids = expert_ids.to(at::kLong);

@@ -1,7 +1,7 @@
-// One matrix product for each group of rows: the experts' linear layers.
+// One matrix product for each group of rows, for the linear layers of experts.
 //
-// Contract: op-plugin's document of npu_grouped_matmul. Weights in plain formats; float16, bfloat16, float32, and int8
-// with a scale for each channel and, where given, for each row.
+// Contract: op-plugin's document of npu_grouped_matmul. Weights have plain formats. Types are float16, bfloat16,
+// float32, and int8 with a scale for each channel and optionally for each row.
 #include "op.h"
 #include "undefined.h"
 
@@ -33,19 +33,19 @@ struct GroupedMatmul {
   int64_t num_groups() const { return weight_is_stacked() ? weight[0].size(0) : static_cast<int64_t>(weight.size()); }
 };
 
-// What group `index` has in a list that holds one tensor for each group, or one stacked tensor for all.
+// Returns the tensor of group `index`. The list has one tensor for each group, or one stacked tensor for all groups.
 at::Tensor of_group(const std::vector<at::Tensor>& list, int64_t index, int64_t num_groups) {
   if (static_cast<int64_t>(list.size()) == num_groups && num_groups > 1) return list[index];
   return list[0].dim() >= 2 ? list[0][index] : list[0];
 }
 
 struct Group {
-  int64_t index;  // of the weight
+  int64_t index;  // index of its weight
   int64_t start;
   int64_t size;
 };
 
-// The group list as ranges of the split dimension. Groups of key-value lists come in the list's order.
+// Returns the groups as ranges of the split dimension. Groups of a key-value list keep the order of the list.
 std::vector<Group> read_groups(const at::Tensor& group_list, int64_t type, int64_t num_groups, int64_t length) {
   const at::Tensor values = group_list.contiguous();
   const int64_t* numbers = values.const_data_ptr<int64_t>();
@@ -82,7 +82,7 @@ at::Tensor activate(const at::Tensor& values, int64_t activation) {
   }
 }
 
-// One group's product in float32, or int32 where nothing scales it, before the cast to y's dtype.
+// Returns one group's product before the cast to y's dtype. It is float32, or int32 for int8 without a scale.
 at::Tensor product(const GroupedMatmul& op, const at::Tensor& rows, const at::Tensor& weight, int64_t group,
                    const OptionalTensor& row_scale) {
   const int64_t num_groups = op.num_groups();
@@ -102,7 +102,7 @@ at::Tensor product(const GroupedMatmul& op, const at::Tensor& rows, const at::Te
   return activate(result, op.activation);
 }
 
-// group_type 0: y's rows are x's rows; those past the last group are left unwritten.
+// group_type 0: each row of x gives a row of y. Rows of y behind the last group are left unwritten.
 void split_rows(const GroupedMatmul& op) {
   const at::Tensor x = at::cat(op.x);
   const OptionalTensor row_scale =
@@ -258,9 +258,9 @@ Plan grouped_matmul_v5(Tensors x, Tensors weight, Tensors bias, Tensors scale, T
                        Tensors antiquant_offset, Tensors per_token_scale, OptionalTensor group_list,
                        Tensors activation_input, Tensors activation_quant_scale, Tensors activation_quant_offset,
                        int64_t split_item, int64_t group_type, int64_t group_list_type, int64_t activation,
-                       std::vector<int64_t> /*tuning_config: speed only*/, Tensors y, Tensors activation_out,
+                       std::vector<int64_t> /*tuning_config: for the speed only*/, Tensors y, Tensors activation_out,
                        Tensors dynamic_quant_scale_out) {
-  const char* reason = "that is not emulated";
+  const char* reason = "it is not emulated";
   require_absent(offset, "offset", reason);
   require_absent(antiquant_scale, "antiquant_scale", reason);
   require_absent(antiquant_offset, "antiquant_offset", reason);

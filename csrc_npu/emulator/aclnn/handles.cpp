@@ -1,4 +1,4 @@
-// Creation and destruction of aclnn's handles.
+// Creates and destroys aclnn's handles.
 #include "handles.h"
 
 #include <c10/core/InferenceMode.h>
@@ -37,14 +37,14 @@ at::ScalarType scalar_type(int acl_type) {
 
 namespace {
 
-// Formats whose memory is laid out as torch lays it out.
+// Whether memory of this format has torch's layout.
 bool is_plain(aclFormat format) {
   static const std::set<aclFormat> kPlain{ACL_FORMAT_UNDEFINED, ACL_FORMAT_NCHW,  ACL_FORMAT_NHWC, ACL_FORMAT_ND,
                                           ACL_FORMAT_NDHWC,     ACL_FORMAT_NCDHW, ACL_FORMAT_NCL};
   return kPlain.count(format) > 0;
 }
 
-// A CPU tensor over memory that somebody else owns, whatever mode the calling thread is in.
+// Returns a CPU tensor on memory that it does not own. Modes of the calling thread have no effect.
 at::Tensor alias(void* memory, at::IntArrayRef sizes, at::IntArrayRef strides, at::ScalarType type) {
   c10::InferenceMode ordinary_tensors(false);
   return at::from_blob(memory, sizes, strides, at::TensorOptions().dtype(type));

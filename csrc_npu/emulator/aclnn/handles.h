@@ -1,4 +1,5 @@
-// What aclnn's opaque handles hold here. torch_npu makes them (aclCreateTensor ...) and an op's plan reads them.
+// The emulator's definition of aclnn's opaque handles. torch_npu creates handles (aclCreateTensor ...), and an op's
+// plan reads them.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -10,8 +11,8 @@
 #include "runtime/runtime.h"
 
 struct aclTensor {
-  at::Tensor tensor;  // a CPU tensor over the device memory, which is host memory; it owns nothing
-  std::string fault;  // why no op can use it, or ""
+  at::Tensor tensor;  // a CPU tensor on the device memory, which it does not own
+  std::string fault;  // the reason why no op can use the tensor, or ""
 };
 
 struct aclScalar {
@@ -40,8 +41,8 @@ struct aclScalarList {
 
 namespace vllm_npu::emulator::aclnn {
 
-// The torch type of an ACL type. Bits8, which no op here takes, stands for the types that torch lacks, such as
-// HiFloat8.
+// Returns the torch type of an ACL type. For types that torch lacks, such as HiFloat8, it returns Bits8, which no op
+// takes.
 EMULATOR_API at::ScalarType scalar_type(int acl_type);
 
 }  // namespace vllm_npu::emulator::aclnn

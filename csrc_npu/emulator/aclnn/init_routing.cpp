@@ -1,6 +1,6 @@
-// Init routing: a token's row once for each of its experts, sorted by expert.
+// Init routing: copies the row of each token once for each of its experts, and sorts the rows by expert.
 //
-// Contract: op-plugin's document of npu_moe_init_routing_v2; roundings: CANN's moe_init_routing_v3 kernels.
+// Contract: op-plugin's document of npu_moe_init_routing_v2. It rounds like CANN's moe_init_routing_v3 kernels.
 #include <algorithm>
 #include <limits>
 
@@ -32,7 +32,7 @@ struct InitRouting {
   bool drop_pad;
   int64_t counts_type;
   int64_t quant_mode;
-  int64_t first_expert;  // of the active range
+  int64_t first_expert;  // first expert of the active range
   int64_t end_expert;
   int64_t row_index_type;
   at::Tensor expanded_x;
@@ -44,7 +44,8 @@ struct InitRouting {
   int64_t num_active_experts() const { return end_expert - first_expert; }
 };
 
-// Pairs of a token and one of its experts, numbered token * top_k + k, of the experts in the active range: sorted.
+// The pairs of a token and one of its experts in the active range, sorted by expert. A pair's number is token * top_k +
+// k.
 struct SortedPairs {
   at::Tensor pairs;        // [V] int64
   at::Tensor experts;      // [V] int64, ascending
@@ -76,7 +77,7 @@ void write_counts(const InitRouting& op, const at::Tensor& counts) {
   }
 }
 
-// The rows of `pairs`, as expanded_x holds them, and their scales where the op has any.
+// Rows of expanded_x, and their scales if the op has scales.
 struct Rows {
   at::Tensor values;
   OptionalTensor scales;
@@ -89,7 +90,7 @@ Rows take_rows(const InitRouting& op, const at::Tensor& pairs, const at::Tensor&
     if (!op.scale) return {rows, std::nullopt};
     return {rows, op.scale->index_select(0, tokens)};
   }
-  if (op.quant_mode == kStaticQuant) {  // in fp16 throughout
+  if (op.quant_mode == kStaticQuant) {  // all steps are fp16
     const at::Tensor scaled = rows.to(at::kHalf) * op.scale->to(at::kHalf) + op.offset->to(at::kHalf);
     return {scaled.round().clamp(-128, 127).to(at::kChar), std::nullopt};
   }
@@ -123,7 +124,8 @@ void route_dropless(const InitRouting& op) {
   write_counts(op, sorted.counts);
 }
 
-// Each expert has expert_capacity slots: pairs beyond are dropped (row index -1), slots left over are zeros.
+// Each expert has expert_capacity slots. Pairs beyond the capacity are dropped and get row index -1. Unused slots are
+// zeros.
 void route_with_capacity(const InitRouting& op) {
   const SortedPairs sorted = sort_pairs(op);
   const at::Tensor slot_in_expert =
@@ -215,8 +217,8 @@ Plan init_routing_v3(at::Tensor x, at::Tensor expert_ids, OptionalTensor scale, 
   };
 }
 
-// Of 310P, and of CANN before 8.5: no quantisation, all experts. On 310P op-plugin passes neither quant_mode nor
-// active_expert_range on: they show in the outputs that it allocates.
+// The version for 310P, and for CANN before 8.5. It has no quantisation and takes all experts. On 310P, op-plugin does
+// not pass quant_mode and active_expert_range, so they are checked by the outputs that op-plugin allocates.
 Plan init_routing_v2(at::Tensor x, at::Tensor expert_ids, int64_t active_num, int64_t expert_capacity,
                      int64_t expert_num, int64_t drop_pad_mode, int64_t counts_flag, bool wants_counts_before_capacity,
                      at::Tensor expanded_x, at::Tensor expanded_row_index, at::Tensor counts,

@@ -1,4 +1,4 @@
-// Matrix products of linear layers: int8 with scales, and the batched one of latent attention.
+// Matrix products of linear layers: int8 with scales, and the batched product of latent attention.
 //
 // Contracts: op-plugin's documents of npu_quant_matmul and npu_transpose_batchmatmul.
 #include "op.h"
@@ -6,7 +6,7 @@
 namespace vllm_npu::emulator::aclnn {
 namespace {
 
-// torch_npu passes tensors without elements for some that are not given.
+// For some arguments that are not given, torch_npu passes a tensor without elements.
 void require_none(const OptionalTensor& tensor, const char* name, const char* reason) {
   if (tensor && tensor->numel() > 0) require_absent(tensor, name, reason);
 }
@@ -15,9 +15,9 @@ Plan quant_matmul(at::Tensor x1, at::Tensor x2, OptionalTensor row_scale, Option
                   OptionalTensor x1_offset, OptionalTensor x2_offset, OptionalTensor y_offset, OptionalTensor bias,
                   bool transpose_x1, bool transpose_x2, int64_t group_size, at::Tensor out) {
   require_none(y_scale, "y_scale", "quantised outputs are not emulated");
-  require_none(x1_offset, "x1_offset", "that is not emulated");
-  require_none(x2_offset, "offset", "that is not emulated");
-  require_none(y_offset, "y_offset", "that is not emulated");
+  require_none(x1_offset, "x1_offset", "it is not emulated");
+  require_none(x2_offset, "offset", "it is not emulated");
+  require_none(y_offset, "y_offset", "it is not emulated");
   require(!transpose_x1 && !transpose_x2, "transposeX1 and transposeX2 are not emulated");
   require_one_of(group_size, "group_sizes", {0});
   require_dtype(x1, "x1", {at::kChar});
@@ -61,7 +61,7 @@ Plan transpose_batch_matmul(at::Tensor x1, at::Tensor x2, OptionalTensor bias, O
                             std::vector<int64_t> permute_y, int8_t /*cube_math_type: how the device rounds*/,
                             int32_t batch_split_factor, at::Tensor out) {
   refuse_on_310p("npu_transpose_batchmatmul");
-  require_none(bias, "bias", "that is not emulated");
+  require_none(bias, "bias", "it is not emulated");
   require_none(scale, "scale", "quantised outputs are not emulated");
   require_one_of(batch_split_factor, "batch_split_factor", {1});
   require_dimensions(x1, "input", 3);

@@ -1,7 +1,7 @@
 // Root-mean-square norms and rotary position embeddings.
 //
 // Contracts: op-plugin's documents of npu_rms_norm, npu_add_rms_norm, npu_rotary_mul, npu_interleave_rope and
-// npu_kv_rmsnorm_rope_cache. Computed in float32, rounded once.
+// npu_kv_rmsnorm_rope_cache. The ops compute in float32 and round once.
 #include "op.h"
 #include "rotary.h"
 #include "undefined.h"
@@ -9,11 +9,11 @@
 namespace vllm_npu::emulator::aclnn {
 namespace {
 
-constexpr int64_t kHalves = 0;       // rotary mode: the first half turns with the second
-constexpr int64_t kInterleaved = 1;  // rotary mode: neighbours turn
+constexpr int64_t kHalves = 0;       // rotary mode: pairs of an element of the first half and one of the second
+constexpr int64_t kInterleaved = 1;  // rotary mode: pairs of neighbours
 
 struct Normed {
-  at::Tensor values;  // as x, float32
+  at::Tensor values;  // float32, with the shape of x
   at::Tensor rstd;    // [..., 1] float32
 };
 
@@ -56,7 +56,8 @@ Plan add_rms_norm(at::Tensor x1, at::Tensor x2, at::Tensor gamma, double epsilon
   };
 }
 
-// Neighbours apart, into two halves, then turned as halves: how DeepSeek's models rotate.
+// Rotates as DeepSeek's models do. Moves the first elements of the pairs of neighbours to the first half and the second
+// ones to the second half, then rotates halves.
 at::Tensor interleave_rotated(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin) {
   const at::Tensor apart = x.to(at::kFloat).unflatten(-1, {x.size(-1) / 2, 2}).transpose(-1, -2).flatten(-2);
   return apart * cos.to(at::kFloat) + turned_halves(apart) * sin.to(at::kFloat);
@@ -89,7 +90,8 @@ struct CacheQuantisation {
   using Fields = std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor>;
 };
 
-// kv [B, 1, 1, latent + rope]: the latent part normed into ckv_cache, the rest rotated into k_cache, both at `index`.
+// kv is [B, 1, 1, latent + rope]. Normalises the latent part and writes it to ckv_cache. Rotates the rest and writes it
+// to k_cache. `index` has the slots in both caches.
 Plan kv_rms_norm_rope_cache(at::Tensor kv, at::Tensor gamma, at::Tensor cos, at::Tensor sin, at::Tensor index,
                             at::Tensor k_cache, at::Tensor ckv_cache, CacheQuantisation quantisation, double epsilon,
                             std::string cache_mode, bool wants_outputs, at::Tensor k_rope, at::Tensor c_kv) {
@@ -99,7 +101,8 @@ Plan kv_rms_norm_rope_cache(at::Tensor kv, at::Tensor gamma, at::Tensor cos, at:
   require_absent(quantisation.c_kv_scale, "c_kv_scale", reason);
   require_absent(quantisation.k_rope_offset, "k_rope_offset", reason);
   require_absent(quantisation.c_kv_offset, "c_kv_offset", reason);
-  require(cache_mode == "PA" || cache_mode == "PA_BNSD", "cache_mode=", cache_mode, " is not emulated; there is PA");
+  require(cache_mode == "PA" || cache_mode == "PA_BNSD", "cache_mode=", cache_mode,
+          " is not emulated; use PA or PA_BNSD");
   require_dtype(kv, "kv", {at::kHalf, at::kBFloat16, at::kFloat});
   require_dimensions(kv, "kv", 4);
   require(kv.size(1) == 1 && kv.size(2) == 1, "kv has the shape ", kv.sizes(),

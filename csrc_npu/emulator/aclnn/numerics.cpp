@@ -10,7 +10,7 @@ constexpr int64_t kCommQuantGroup = 8;
 
 at::Tensor largest_of(const at::Tensor& rows) { return rows.abs().amax(-1, /*keepdim=*/true); }
 
-// Towards zero, where a C++ conversion rounds to the nearest.
+// Rounds towards zero. A C++ conversion would round to the nearest value.
 float truncated_to_half(float value) {
   c10::Half half(value);
   if (std::fabs(static_cast<float>(half)) > std::fabs(value)) half.x -= 1;

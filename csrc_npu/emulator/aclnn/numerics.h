@@ -1,4 +1,4 @@
-// The device's roundings, where they differ from torch's or from op to op.
+// The roundings of the device that differ from torch's, or between ops.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -10,15 +10,16 @@ struct Quantized {
   at::Tensor scales;  // [n] float32: a row is values * scale
 };
 
-// As dispatch's quant_mode 2: rint(x * (127 / max|x|)), scale 1 / (127 / max|x|). A row of zeros, which the kernel
-// makes 0 * inf, is zeros with scale 0.
+// Rounds like dispatch with quant_mode 2: rint(x * (127 / max|x|)), with scale 1 / (127 / max|x|). A row of zeros gives
+// zeros with scale 0. The kernel would compute 0 * inf for this row.
 Quantized quantize_by_product(const at::Tensor& rows);  // [n, H] float32
 
-// As init_routing's quant_mode 1: scale max|x| / 127, x / scale truncated to fp16, then rounded half away from zero.
-// A row of zeros is zeros with scale 0.
+// Rounds like init_routing with quant_mode 1. The scale is max|x| / 127. x / scale is truncated to fp16, then rounded
+// half away from zero. A row of zeros gives zeros with scale 0.
 Quantized quantize_by_quotient(const at::Tensor& rows);  // [n, H] float32
 
-// As combine's comm_quant_mode 2: what int8 by groups of 8, with scales in the dtype of `rows`, leaves of them.
+// Rounds like combine with comm_quant_mode 2. Quantises `rows` to int8 in groups of 8, with scales in the dtype of
+// `rows`, and back.
 at::Tensor through_int8_groups(const at::Tensor& rows);  // [n, H] float16 or bfloat16
 
 }  // namespace vllm_npu::emulator::aclnn

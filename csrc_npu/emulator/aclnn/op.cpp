@@ -1,4 +1,4 @@
-// Planning and running, the same for every op.
+// Planning and running, which are the same for every op.
 #include "op.h"
 
 #include <memory>
@@ -12,7 +12,7 @@ struct aclOpExecutor {
 namespace vllm_npu::emulator::aclnn {
 namespace {
 
-// Turns what `act` throws into the op's return code: nothing may be thrown through the C interface.
+// Converts an exception of `act` to the op's return code, because no exception may leave the C interface.
 int guarded(const char* name, const std::function<void()>& act) {
   try {
     const CpuKernelsOnly kernels;
@@ -39,14 +39,14 @@ int prepare(const char* name, const std::function<Plan()>& make_plan, uint64_t* 
 
 int run(const char* name, aclOpExecutor* executor, aclrtStream stream) {
   trace(name);
-  // Shared, since std::function wants work that can be copied.
+  // Shared, because std::function needs work that can be copied.
   std::shared_ptr<aclOpExecutor> owned(executor);
   return enqueue(stream, name, [name, owned] { return guarded(name, owned->plan); });
 }
 
 }  // namespace vllm_npu::emulator::aclnn
 
-// CANN's workspace pool of the calling thread. Ops here need no workspace.
+// CANN's workspace pool of the calling thread. The emulated ops need no workspace.
 extern "C" {
 EMULATOR_API int InitHugeMemThreadLocal(void*, bool) { return 0; }
 EMULATOR_API void UnInitHugeMemThreadLocal(void*, bool) {}

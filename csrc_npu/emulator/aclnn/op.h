@@ -1,15 +1,16 @@
 // How an op becomes part of the aclnn C interface.
 //
 //   Plan swiglu(at::Tensor x, int64_t dim, at::Tensor y) {
-//     require_one_of(dim, "dim", {-1});       // now: refuse what is not honoured
+//     require_one_of(dim, "dim", {-1});       // now: refuse arguments that are not supported
 //     return [x, y] { y.copy_(...); };        // later, on the stream: compute
 //   }
 //   ACLNN_OP(aclnnSwiGlu, swiglu);
 //
-// defines aclnnSwiGluGetWorkspaceSize(const aclTensor*, int64_t, const aclTensor*, uint64_t*, aclOpExecutor**), which
-// plans, and aclnnSwiGlu(void*, uint64_t, aclOpExecutor*, aclrtStream), which runs the plan. The C parameters follow
-// from the plan's own: Argument below. A struct that names its members' types as `Fields` stands for that many C
-// parameters, one after the other. A plan captures tensors, never handles: those die before the plan runs.
+// These lines define two C functions. aclnnSwiGluGetWorkspaceSize(const aclTensor*, int64_t, const aclTensor*,
+// uint64_t*, aclOpExecutor**) makes the plan. aclnnSwiGlu(void*, uint64_t, aclOpExecutor*, aclrtStream) runs it.
+// Argument, below, gives the C parameter for each parameter of `swiglu`. A parameter may be a struct with a type
+// `Fields`, a tuple of its members' types. It takes one C parameter for each member, in order. A plan captures tensors,
+// never handles, because handles are destroyed before the plan runs.
 #pragma once
 
 #include <functional>
@@ -30,17 +31,17 @@ namespace vllm_npu::emulator::aclnn {
 
 using OptionalTensor = std::optional<at::Tensor>;
 
-// An op's work. It throws Refusal for a value that it finds in the tensors and does not honour.
+// An op's work. It throws Refusal if the tensors hold a value that the op does not support.
 using Plan = std::function<void()>;
 
-// For ops whose document lists no Ascend310P.
+// Call it in ops whose document does not list Ascend310P.
 inline void refuse_on_310p(const char* op) {
   require(current_soc().family != Family::k310P, current_soc().name, " has no ", op);
 }
 
-// How one parameter of a plan crosses the C interface: as `Handle`, read by `take`.
+// How one parameter crosses the C interface. `Handle` is the C type, and `take` converts it to the parameter.
 template <class Parameter>
-struct Argument {  // numbers cross as they are
+struct Argument {  // numbers are not converted
   using Handle = Parameter;
   static Parameter take(Handle value) { return value; }
 };
@@ -97,7 +98,7 @@ struct Argument<std::string> {
   static std::string take(Handle text) { return text ? text : ""; }
 };
 
-// The two halves of every op: op.cpp.
+// The two steps of every op. They are defined in op.cpp.
 int prepare(const char* name, const std::function<Plan()>& make_plan, uint64_t* workspace_size,
             aclOpExecutor** executor);
 int run(const char* name, aclOpExecutor* executor, aclrtStream stream);
@@ -116,7 +117,7 @@ struct Parts<Struct, std::void_t<typename Struct::Fields>> {
 template <class Parameter>
 using PartsOf = typename Parts<Parameter>::Types;
 
-// Where the C parameters of the plan's parameter `index` begin.
+// Returns the index of the first C parameter of the plan's parameter `index`.
 template <size_t index, class... Parameters>
 constexpr size_t first_part() {
   constexpr size_t counts[] = {std::tuple_size_v<PartsOf<Parameters>>...};
@@ -160,8 +161,8 @@ struct Entry;
 template <class Name, class... Parameters, Plan (*plan)(Parameters...)>
 struct Entry<Name, plan> : EntryOf<Name, plan, decltype(std::tuple_cat(std::declval<PartsOf<Parameters>>()...))> {};
 
-// An exported C function cannot be a template. So each exported name is an indirect function: the dynamic linker asks
-// its resolver for the address, and the resolver answers with the template's.
+// An exported C function cannot be a template. So each exported name is an indirect function. The dynamic linker calls
+// the function's resolver, which returns the address of the template's instance.
 using CFunction = int (*)();
 
 template <class Function>

@@ -1,4 +1,4 @@
-// The dispatch that a group's next combine belongs to.
+// The pending dispatch of each group, for the group's next combine.
 #include <map>
 #include <mutex>
 
@@ -9,9 +9,9 @@ namespace {
 
 std::mutex mutex;
 
-// One for each group: the two ops alternate, and a device keeps no more than the last.
+// One for each group. Dispatch and combine alternate, and a device keeps only the last dispatch.
 std::map<std::string, PendingDispatch>& pending() {
-  static auto& dispatches = *new std::map<std::string, PendingDispatch>;  // lives to the end: streams' threads use it
+  static auto& dispatches = *new std::map<std::string, PendingDispatch>;  // never destroyed: streams' threads use it
   return dispatches;
 }
 

@@ -1,7 +1,8 @@
-// Permuting tokens by expert and back; the merge of the experts' outputs; rank-major to expert-major.
+// Ops that permute tokens by expert and back, merge the experts' outputs, and change rows from rank-major to
+// expert-major.
 //
 // Contracts: op-plugin's documents of npu_moe_token_permute, npu_moe_token_unpermute, npu_moe_finalize_routing and
-// npu_moe_re_routing; CANN 8.5's of aclnnMoeFinalizeRoutingV2, for its types.
+// npu_moe_re_routing. The types of npu_moe_finalize_routing are in CANN 8.5's document of aclnnMoeFinalizeRoutingV2.
 #include "op.h"
 #include "undefined.h"
 
@@ -19,7 +20,8 @@ at::Tensor inverse_permutation(const at::Tensor& order) {
   return inverse;
 }
 
-// Rows of `source` at `index`, which must be in [least, rows of source); zeros for -1. float32.
+// Returns the rows of `source` at `index` in float32, and zeros for index -1. An index must be in [least, rows of
+// source).
 at::Tensor rows_at(const at::Tensor& source, const at::Tensor& index, int64_t least, const char* name) {
   const int64_t num_rows = source.size(0);
   const at::Tensor bad = (index < least).logical_or(index >= num_rows);
@@ -50,9 +52,9 @@ Plan permute(at::Tensor tokens, at::Tensor indices, int64_t num_out_tokens, bool
   };
 }
 
-// float32, k ascending, a multiply and an add rounded apart.
+// Adds in float32 with k ascending, and rounds after the multiply and after the add.
 Plan unpermute(at::Tensor permuted, at::Tensor sorted_indices, OptionalTensor probs, bool padded_mode,
-               std::vector<int64_t> /*restore_shape: of padded_mode*/, at::Tensor unpermuted) {
+               std::vector<int64_t> /*restore_shape: only for padded_mode*/, at::Tensor unpermuted) {
   require(!padded_mode, "padded_mode=true is not emulated");
   require_dimensions(permuted, "permuted_tokens", 2);
   require_dimensions(sorted_indices, "sorted_indices", 1);
@@ -76,7 +78,7 @@ Plan unpermute(at::Tensor permuted, at::Tensor sorted_indices, OptionalTensor pr
   };
 }
 
-// All in the rows' type; but for bfloat16 the scales may be float32.
+// All tensors must have the rows' type. Only with bfloat16 rows, the scales may be float32.
 void check_finalize_types(const at::Tensor& rows, const OptionalTensor& skip1, const OptionalTensor& skip2,
                           const OptionalTensor& bias, const OptionalTensor& scales) {
   const at::ScalarType type = rows.scalar_type();
@@ -130,7 +132,7 @@ Plan finalize_routing(at::Tensor rows, at::Tensor source_to_row, OptionalTensor 
   };
 }
 
-// From (source rank, expert) to (expert, source rank).
+// Sorts rows that are ordered by (source rank, expert) by (expert, source rank).
 Plan re_routing(at::Tensor tokens, at::Tensor counts, OptionalTensor scales, int64_t counts_type, int64_t index_type,
                 at::Tensor out_tokens, OptionalTensor out_scales, at::Tensor source_rows, at::Tensor expert_counts) {
   refuse_on_310p("npu_moe_re_routing");

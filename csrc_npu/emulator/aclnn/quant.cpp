@@ -1,6 +1,6 @@
-// Quantising rows while it runs.
+// Dynamic quantisation: the scales are computed from the rows.
 //
-// Contract: op-plugin's document of npu_dynamic_quant. The rounding is half to even; the device's may differ by one
+// Contract: op-plugin's document of npu_dynamic_quant. Values are rounded half to even. The device's may differ by one
 // unit.
 #include "numerics.h"
 #include "op.h"
@@ -12,7 +12,7 @@ constexpr float kInt8Max = 127.0F;
 constexpr float kInt4Max = 7.0F;
 constexpr int64_t kInt4InInt32 = 8;
 
-// Eight int4 of a row in one int32, the first in the lowest bits.
+// Packs eight int4 values of a row into one int32. The first value has the lowest bits.
 at::Tensor pack_int4(const at::Tensor& values) {
   std::vector<int64_t> sizes = values.sizes().vec();
   sizes.back() /= kInt4InInt32;
@@ -22,7 +22,7 @@ at::Tensor pack_int4(const at::Tensor& values) {
   return nibbles.bitwise_left_shift(shifts).sum(-1).to(at::kInt);
 }
 
-// The smooth row of each row of x: the one of its group, where group_index has each group's last row + 1.
+// Returns the smooth row of each row of x, which is that of its group. group_index has the last row + 1 of each group.
 at::Tensor smooth_rows(const at::Tensor& smooth, const OptionalTensor& group_index, int64_t num_rows) {
   if (!group_index) return smooth;
   const at::Tensor ends = group_index->to(at::kLong).contiguous();
@@ -33,7 +33,7 @@ at::Tensor smooth_rows(const at::Tensor& smooth, const OptionalTensor& group_ind
   return at::repeat_interleave(smooth, sizes, 0);
 }
 
-Plan dynamic_quant_v2(at::Tensor x, OptionalTensor smooth, OptionalTensor group_index, int32_t /*dst_type: y has it*/,
+Plan dynamic_quant_v2(at::Tensor x, OptionalTensor smooth, OptionalTensor group_index, int32_t /*dst_type: y's dtype*/,
                       at::Tensor y, at::Tensor scale, OptionalTensor offset) {
   refuse_on_310p("npu_dynamic_quant");
   require_dtype(x, "input", {at::kHalf, at::kBFloat16});

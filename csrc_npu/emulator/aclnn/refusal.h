@@ -1,4 +1,4 @@
-// How an op says no.
+// Refusals: how an op reports arguments and values that it does not support.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -14,9 +14,9 @@ namespace vllm_npu::emulator::aclnn {
 // aclnn's return codes.
 enum class Code {
   kMissing = 161001,   // ACLNN_ERR_PARAM_NULLPTR
-  kInvalid = 161002,   // ACLNN_ERR_PARAM_INVALID: a dtype, a kind of argument
-  kUnusable = 561002,  // ACLNN_ERR_INNER_TILING_ERROR: a size, an attribute, a value
-  kRuntime = 361001,   // ACLNN_ERR_RUNTIME_ERROR: another rank, the communicator
+  kInvalid = 161002,   // ACLNN_ERR_PARAM_INVALID: for a dtype, or an argument that must be absent
+  kUnusable = 561002,  // ACLNN_ERR_INNER_TILING_ERROR: for a size, an attribute or a value
+  kRuntime = 361001,   // ACLNN_ERR_RUNTIME_ERROR: for a fault of another rank or of the communicator
 };
 
 // The op's return code, and the text that aclGetRecentErrMsg gives.
@@ -57,7 +57,7 @@ inline void require_one_of(int64_t value, const char* name, std::initializer_lis
   for (const int64_t known : emulated) {
     if (value == known) return;
   }
-  refuse(Code::kUnusable, name, "=", value, " is not emulated; there are ", at::IntArrayRef(emulated));
+  refuse(Code::kUnusable, name, "=", value, " is not emulated; use one of ", at::IntArrayRef(emulated));
 }
 
 inline void require_absent(const std::optional<at::Tensor>& tensor, const char* name, const char* reason) {

@@ -1,4 +1,5 @@
-// What memory holds that an op leaves unwritten. On a device: anything. Here: values that show when they are used.
+// The values of memory that an op leaves unwritten. On a device they are arbitrary. The emulator writes values that
+// make a wrong use visible.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -9,8 +10,8 @@
 
 namespace vllm_npu::emulator::aclnn {
 
-// NaN; in integers the smallest value; in booleans true. Or zeros (undefined_is_zero), for software that multiplies
-// such rows by zero.
+// Fills with NaN, with the smallest value of an integer type, or with true. If undefined_is_zero(), fills with zeros,
+// for software that multiplies unwritten rows by zero.
 inline void fill_undefined(const at::Tensor& tensor) {
   if (tensor.numel() == 0) return;
   if (undefined_is_zero()) {

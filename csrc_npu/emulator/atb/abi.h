@@ -1,7 +1,7 @@
-// The binary interface of ATB's libatb.so, as far as torch_npu's libop_plugin_atb.so uses it: layouts of structures,
-// the order of virtual functions, and mangled names. Source: the headers that op-plugin is compiled with
-// (third_party/atb/inc). Trailing members that nothing here reads are left out; objects come by reference from the
-// other side.
+// The part of the binary interface of ATB's libatb.so that torch_npu's libop_plugin_atb.so uses: layouts of structures,
+// the order of virtual functions, and mangled names. Source: the headers with which op-plugin is compiled
+// (third_party/atb/inc). Trailing members that the emulator does not read are left out. This is safe, because op-plugin
+// creates the objects and passes them by reference.
 #pragma once
 
 #include <cstddef>
@@ -18,7 +18,7 @@ using Status = int32_t;
 
 enum ErrorType : int { NO_ERROR = 0, ERROR_INVALID_PARAM = 1, ERROR_INTERNAL_ERROR = 3 };
 
-// A vector with room for 64 elements inside; more than those would be on the heap.
+// A vector with room for 64 elements inside the object. More elements would be on the heap.
 template <class T>
 class SVector {
  public:
@@ -97,7 +97,7 @@ struct ATB_API LinearParam {
 };
 
 struct ATB_API RopeParam {
-  int32_t rotaryCoeff;  // 2: halves turn; the head's size: neighbours turn
+  int32_t rotaryCoeff;  // 2 rotates halves; the head's size rotates neighbours
   int32_t cosFormat;
 };
 
@@ -122,7 +122,7 @@ struct ATB_API PagedAttentionParam {
   uint32_t mlaVHeadSize;
 };
 
-// Of operations that are refused: nothing is read.
+// The parameters of operations that are refused. The emulator does not read them.
 struct ATB_API ElewiseParam;
 struct ATB_API GroupTopkParam;
 struct ATB_API RmsNormParam;

@@ -1,8 +1,8 @@
 // libatb.so: the operations of Ascend Transformer Boost that torch_npu creates.
 //
-// Contracts: op-plugin's sources of the operators, op_plugin/ops/atb, and ATB's documents of the parameters.
-// torch_npu looks at what Setup returns and not at what Execute returns, and of an operation it shows the name only: so
-// everything is checked in Setup, the name then says why, and an error while computing is thrown.
+// Contracts: op-plugin's sources of the operators, op_plugin/ops/atb, and ATB's documents of the parameters. torch_npu
+// checks what Setup returns and ignores what Execute returns. Its error shows only the operation's name. So Setup makes
+// all checks and puts the reason into the name, and an error during the computation is thrown.
 #include <ATen/ATen.h>
 
 #include <algorithm>
@@ -26,7 +26,7 @@ using aclnn::require;
 using Work = std::function<void()>;
 using Tensors = std::vector<at::Tensor>;
 
-// An operation's tensors as torch sees them, in the order in which torch_npu sets them.
+// An operation's tensors as torch tensors, in the order in which torch_npu passes them.
 struct Operands {
   Tensors in;
   Tensors out;
@@ -40,7 +40,7 @@ at::Tensor as_torch(const atb::Tensor& tensor, const char* which, std::size_t in
   void* memory = tensor.deviceData != nullptr ? tensor.deviceData : tensor.hostData;
   const at::IntArrayRef sizes(tensor.desc.shape.dims, tensor.desc.shape.dimNum);
   const at::Tensor alias = at::from_blob(memory, sizes, at::TensorOptions().dtype(type));
-  return tensor.deviceData != nullptr ? alias : alias.clone();  // host memory may be gone when the work runs
+  return tensor.deviceData != nullptr ? alias : alias.clone();  // host memory may be freed before the work runs
 }
 
 Operands as_torch(const atb::VariantPack& pack) {
@@ -52,9 +52,9 @@ Operands as_torch(const atb::VariantPack& pack) {
   return operands;
 }
 
-// --- The operations: each checks its parameters and operands now and returns the work ---
+// --- The operations: each checks its parameters and operands at once and returns the work to run later ---
 
-// key, value [T, heads, width], caches [blocks, block_size, heads, width], slots [T] int32; -1 is not cached.
+// key, value [T, heads, width], caches [blocks, block_size, heads, width], slots [T] int32. A slot of -1 is not cached.
 Work plan(const atb::infer::ReshapeAndCacheParam& param, const Operands& operands) {
   aclnn::require_one_of(param.compressType, "compressType", {0});
   aclnn::require_one_of(param.kvCacheCfg, "kvCacheCfg", {0});
@@ -79,7 +79,7 @@ Work plan(const atb::infer::ReshapeAndCacheParam& param, const Operands& operand
   };
 }
 
-// query, key [T, heads * width], cos, sin [T, width], the number of tokens [1].
+// query, key [T, heads * width], cos, sin [T, width], number of tokens [1].
 Work plan(const atb::infer::RopeParam& param, const Operands& operands) {
   const at::Tensor cos = operands.in[2], sin = operands.in[3];
   const int64_t width = cos.size(-1);
@@ -101,8 +101,8 @@ Work plan(const atb::infer::RopeParam& param, const Operands& operands) {
   };
 }
 
-// query [T, N, D], one token a sequence; caches [blocks, block_size, KN, D], block table [T, blocks], lengths [T]
-// int32.
+// query [T, N, D] with one token for each sequence, caches [blocks, block_size, KN, D], block table [T, blocks],
+// lengths [T] int32.
 Work plan(const atb::infer::PagedAttentionParam& param, const Operands& operands) {
   aclnn::require_one_of(param.maskType, "maskType", {0});
   aclnn::require_one_of(param.batchRunStatusEnable, "batchRunStatusEnable", {0});
@@ -145,7 +145,7 @@ Work plan(const atb::infer::PagedAttentionParam& param, const Operands& operands
   };
 }
 
-// C += A^T B in float32, as torch_npu's _npu_matmul_add_fp32 asks for; other combinations are refused.
+// C += A^T B in float32, which torch_npu's _npu_matmul_add_fp32 needs. Other combinations are refused.
 Work plan(const atb::infer::LinearParam& param, const Operands& operands) {
   require(!param.hasBias && param.outDataType == ACL_DT_UNDEFINED && param.enAccum, "hasBias=", param.hasBias,
           ", outDataType=", param.outDataType, ", enAccum=", param.enAccum,

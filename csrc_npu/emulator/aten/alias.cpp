@@ -11,14 +11,15 @@
 namespace vllm_npu::emulator {
 namespace {
 
-// Resizable, as out= tensors are resized by the CPU kernel: it then moves to memory of the CPU's allocator.
+// A CPU storage on the memory of `storage`. It can be resized, because CPU kernels resize out= tensors. Resizing moves
+// it to memory of the CPU's allocator.
 c10::Storage alias_storage(const c10::Storage& storage) {
   auto* impl = storage.unsafeGetStorageImpl();
   return {c10::Storage::use_byte_size_t(), impl->nbytes(), c10::DataPtr(impl->mutable_data(), c10::Device(c10::kCPU)),
           c10::GetCPUAllocator(), /*resizable=*/true};
 }
 
-// Of the storage, from its start to the tensor's last element.
+// Bytes of the storage from its start to the tensor's last element.
 size_t spanned_bytes(const at::Tensor& tensor) {
   return at::detail::computeStorageNbytes(tensor.sizes(), tensor.strides(), tensor.element_size(),
                                           tensor.storage_offset());
@@ -83,7 +84,7 @@ void OpAliases::write_back() {
 void OpAliases::write_back_resized(const Written& written) const {
   const auto& alias = written.alias;
   const bool moved = alias.storage().data() != written.tensor.storage().data();
-  // First to all bytes that the strides span: resize_() to the sizes would leave out gaps between elements.
+  // Resize to all bytes that the strides span. A resize_() to the sizes alone would leave out gaps between elements.
   if (moved) written.tensor.resize_({static_cast<int64_t>(spanned_bytes(alias) / alias.element_size())});
   written.tensor.unsafeGetTensorImpl()->set_sizes_and_strides(alias.sizes(), alias.strides(), alias.storage_offset());
   if (moved) {
@@ -93,7 +94,8 @@ void OpAliases::write_back_resized(const Written& written) const {
   }
 }
 
-// The op has written already: take its values out of the memory again, and let the stream put them there.
+// The op has already written its values to device memory. Save the values, restore the memory, and let the stream write
+// the values later.
 void OpAliases::write_back_late(const Written& written) const {
   auto values = written.alias.clone();
   written.alias.copy_(written.values_before);

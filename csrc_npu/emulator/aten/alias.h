@@ -1,4 +1,4 @@
-// CPU tensors on the memory of npu tensors: device memory is host memory, so nothing is copied.
+// CPU tensors on the memory of npu tensors. Device memory is host memory, so nothing is copied.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -11,27 +11,27 @@
 
 namespace vllm_npu::emulator {
 
-// A CPU tensor on the memory of `tensor`. It owns nothing: use it while `tensor` lives.
+// A CPU tensor on the memory of `tensor`. It does not own the memory: use it only while `tensor` lives.
 at::Tensor cpu_alias(const at::Tensor& tensor);
 
-// The CPU aliases of one op's arguments, and the way back for its results.
+// The CPU aliases of one op's arguments, and the conversion of its results to npu tensors.
 class OpAliases {
  public:
   OpAliases(std::string op_name, c10::Device device) : op_name_(std::move(op_name)), device_(device) {}
 
-  // The alias of a tensor on the device; a tensor elsewhere, or an undefined one, as it is. Two tensors with one
-  // storage get aliases with one storage, and one tensor always gets the same alias.
+  // Returns the alias of a device tensor. Returns any other tensor, and an undefined one, unchanged. Two tensors with
+  // one storage get aliases with one storage, and one tensor always gets the same alias.
   at::Tensor to_cpu(const at::Tensor& tensor);
 
-  // Says that the op writes to `tensor`, so that write_back() looks at it. Call before the op runs.
+  // Registers that the op writes to `tensor`, for write_back(). Call it before the op runs.
   void will_write(const at::Tensor& tensor);
 
-  // After the op: gives the tensors written to the sizes that the CPU kernel gave their aliases, and in asynchronous
-  // mode moves the writing of their values to the stream.
+  // Call it after the op. Gives each written tensor the sizes that the CPU kernel gave to its alias. In asynchronous
+  // mode, the stream writes the values later.
   void write_back();
 
-  // The npu tensor for a result: the argument itself if the CPU kernel returned its alias, a view of the argument if
-  // it returned a view of its alias, else a new tensor.
+  // Returns the npu tensor for a result. For the alias of an argument this is the argument, for a view of an alias a
+  // view of the argument, and otherwise a new tensor.
   at::Tensor to_npu(const at::Tensor& result);
 
  private:

@@ -22,7 +22,8 @@ bool is_plain_copy(const at::Tensor& to, const at::Tensor& from) {
          to.is_conj() == from.is_conj() && to.is_neg() == from.is_neg();
 }
 
-// Page-locked memory goes back to torch_npu's host allocator when it is freed; this tells it until when it is in use.
+// Tells torch_npu's host allocator that the copy uses this page-locked memory, so that freed memory is reused only
+// after it.
 void keep_until_copied(const at::Tensor& host, c10::Device device) {
   const auto& data = host.storage().data_ptr();
   const auto stream = c10::impl::VirtualGuardImpl(device.type()).getStream(device);
@@ -34,7 +35,7 @@ void copy_in_background(const at::Tensor& to, const at::Tensor& from, const at::
     check(copy_on_stream(to.mutable_data_ptr(), from.const_data_ptr(), to.nbytes(), current_stream(device), kName),
           kName);
   } else {
-    // Aliases of both sides: the stream's thread must not be the last owner of a tensor that Python knows.
+    // Both sides are aliases, because the stream's thread must not be the last owner of a tensor that Python knows.
     enqueue_element_copy(device, kName, cpu_alias(to), cpu_alias(from));
   }
   keep_until_copied(host, device);
@@ -55,7 +56,7 @@ void copy_on_device(const at::Tensor& to, const at::Tensor& from) {
   if (to.device() == from.device()) {
     enqueue_element_copy(to.device(), kName, cpu_alias(to), cpu_alias(from));
   } else {
-    // torch_npu makes each device's stream wait for the other; here the host waits for both.
+    // torch_npu makes the stream of each device wait for that of the other. Here the host waits for both.
     wait_for_current_stream(from.device());
     wait_for_current_stream(to.device());
     cpu_alias(to).copy_(cpu_alias(from));
@@ -68,7 +69,7 @@ at::Tensor& copy_(at::Tensor& self, const at::Tensor& source, bool non_blocking)
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   const c10::DeviceGuard guard(self.is_privateuseone() ? self.device() : source.device());
   trace(kName);
-  const auto expanded = at::expand_inplace(self, source, kName);  // raises here, not on the stream's thread
+  const auto expanded = at::expand_inplace(self, source, kName);  // an error is raised here, not on the stream's thread
   if (self.is_privateuseone() && source.is_privateuseone()) {
     copy_on_device(self, *expanded);
   } else {

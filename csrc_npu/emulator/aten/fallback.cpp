@@ -21,7 +21,7 @@ namespace {
 using c10::IValue;
 using torch::jit::Stack;
 
-// As on other devices, their indices may be on the CPU.
+// Ops that take indices on the CPU, as on other devices.
 constexpr std::array<std::string_view, 3> kOpsWithCpuIndices = {"aten::index", "aten::index_put",
                                                                 "aten::_index_put_impl_"};
 
@@ -36,7 +36,7 @@ void for_each_tensor(const IValue& value, const Visit& visit) {
   }
 }
 
-// The same value with each tensor replaced by convert(tensor).
+// Returns the value with each tensor replaced by convert(tensor).
 template <typename Convert>
 IValue with_tensors(const IValue& value, const Convert& convert) {
   if (value.isTensor()) return convert(value.toTensor());
@@ -57,7 +57,7 @@ IValue with_tensors(const IValue& value, const Convert& convert) {
 
 bool is_npu_device(const IValue& value) { return value.isDevice() && value.toDevice().is_privateuseone(); }
 
-// One call of an op: its arguments are the last ones on the stack, and its results replace them there.
+// One call of an op. Its arguments are the last values on the stack, and its results replace them.
 class Call {
  public:
   Call(const c10::OperatorHandle& op, Stack* stack)
@@ -67,7 +67,7 @@ class Call {
     trace(name_.c_str());
     const c10::DeviceGuard device_guard(device_);
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    // The npu's autocast has done its casts; the CPU's must not add others.
+    // The npu's autocast has already cast the arguments. The CPU's autocast must not cast them again.
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     check_devices();
     wait_for_current_stream(device_);
@@ -92,7 +92,7 @@ class Call {
     return alias_info != nullptr && alias_info->isWrite();
   }
 
-  // That of the first npu tensor, else the argument `device`, else the current one.
+  // Returns the device of the first npu tensor, else the argument `device`, else the current device.
   c10::Device find_device() {
     std::optional<c10::Device> of_tensor;
     std::optional<c10::Device> of_argument;

@@ -11,10 +11,10 @@
 namespace vllm_npu::emulator {
 namespace {
 
-// torch_npu takes multiples of four only.
+// torch_npu accepts only multiples of four.
 constexpr uint64_t kOffsetPerOp = 4;
 
-// splitmix64: neighbouring seeds and offsets give unrelated seeds.
+// splitmix64, so that neighbouring seeds and offsets give unrelated seeds.
 uint64_t mixed(uint64_t value) {
   value += 0x9e3779b97f4a7c15;
   value = (value ^ (value >> 30)) * 0xbf58476d1ce4e5b9;
@@ -25,7 +25,7 @@ uint64_t mixed(uint64_t value) {
 }  // namespace
 
 at::Generator next_cpu_generator(const std::optional<at::Generator>& generator, c10::Device device) {
-  // torch_npu's own function, not at::globalContext()'s: torch_npu 2.10 does not answer that one.
+  // Use torch_npu's own function, because torch_npu 2.10 does not support the one of at::globalContext().
   at::Generator source =
       generator && generator->defined() ? *generator : at_npu::detail::getDefaultNPUGenerator(device.index());
   TORCH_CHECK(source.device().type() == device.type(), "Expected a '", device.type(), "' generator, but found a '",
@@ -36,7 +36,7 @@ at::Generator next_cpu_generator(const std::optional<at::Generator>& generator, 
   return at::detail::createCPUGenerator(mixed(mixed(source.current_seed()) + offset));
 }
 
-// PyTorch's CPU kernel has no generator argument; this is its definition on the device's generator.
+// PyTorch's CPU kernel takes no generator. This function computes the same from the device's generator.
 std::tuple<at::Tensor, at::Tensor> native_dropout(const at::Tensor& input, double p, std::optional<bool> train) {
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   const auto mask_options = input.options().dtype(at::kBool);

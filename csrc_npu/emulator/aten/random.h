@@ -1,4 +1,4 @@
-// Random numbers of the emulated device: drawn by PyTorch's CPU generator, in the order of the npu generator.
+// Random numbers of the emulated device. PyTorch's CPU generator draws them, from seeds of the npu generator.
 #pragma once
 
 #include <ATen/core/Generator.h>
@@ -9,9 +9,9 @@
 
 namespace vllm_npu::emulator {
 
-// A CPU generator for one op. Its seed follows from the seed and the offset of `generator` (the device's default one
-// if nothing is given), and the offset moves on: so manual_seed, get_rng_state and set_rng_state repeat the numbers.
-// The numbers are neither those of an NPU nor those of the CPU with the same seed.
+// Returns a CPU generator for one op. Its seed is computed from the seed and the offset of `generator`, or of the
+// device's default generator. Each call increases the offset, so manual_seed, get_rng_state and set_rng_state repeat
+// the numbers. An NPU, or the CPU with the same seed, draws other numbers.
 at::Generator next_cpu_generator(const std::optional<at::Generator>& generator, c10::Device device);
 
 std::tuple<at::Tensor, at::Tensor> native_dropout(const at::Tensor& input, double p, std::optional<bool> train);

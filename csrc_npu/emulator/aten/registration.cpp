@@ -1,13 +1,15 @@
-// Puts PyTorch's own kernels in the place of torch_npu's, for every aten op. What happens to an op:
+// Replaces torch_npu's kernels by PyTorch's own, for every aten op. The first condition that an op meets decides:
 //
-//   its name is in kTorchNpuOps     torch_npu's kernel stays: it makes npu tensors and views of them
-//   it has a kernel in this folder  that one
-//   it has a CPU kernel             the CPU kernel, on CPU aliases (fallback.h)
-//   PyTorch has a composite kernel  that one, on the npu tensors; it calls ops of the kinds above
-//   only torch_npu has a kernel     stays: op-plugin then calls the emulated aclnn interface, or fails by name
-//   nobody has a kernel             refused by name
+//   condition                           kernel of the op
+//   its name is in kTorchNpuOps         torch_npu's, which makes npu tensors and views of them
+//   this folder has a kernel            the kernel of this folder
+//   PyTorch has a CPU kernel            the CPU kernel, on CPU aliases (fallback.h)
+//   PyTorch has a composite kernel      the composite kernel, on the npu tensors; it calls other ops of this table
+//   only torch_npu has a kernel         torch_npu's: op-plugin calls the emulated aclnn interface, or fails by name
+//   there is no kernel                  a kernel that fails with the op's name
 //
-// torch_npu also has autograd formulas of its own, which call ops that only an NPU has: PyTorch's come back.
+// torch_npu also replaces some autograd formulas by its own, which call ops that only an NPU has. PyTorch's formulas
+// are registered again.
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/enum_tag.h>
@@ -62,14 +64,15 @@ const std::unordered_set<std::string> kTorchNpuOps = {
     "aten::view_as_real",
 };
 
-// Composites that choose an implementation by the kind of device, and would choose one of torch_npu's.
+// Composite ops that choose an implementation by the device type. On npu tensors they would choose torch_npu's, so they
+// run as a whole on the CPU.
 const std::unordered_set<std::string> kWholeOnCpu = {
     "aten::_convolution",
     "aten::convolution",
     "aten::convolution_backward",
 };
 
-// The CPU's histc has no integer types, the npu's has.
+// The npu's histc takes integer types, and the CPU's does not.
 at::Tensor histc(const at::Tensor& self, int64_t bins, const at::Scalar& low, const at::Scalar& high) {
   trace("aten::histc");
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
@@ -80,7 +83,7 @@ at::Tensor histc(const at::Tensor& self, int64_t bins, const at::Scalar& low, co
   return counts.to(self.scalar_type()).to(self.device());
 }
 
-// 0 is the mathematical definition of attention, in ops that have CPU kernels.
+// Returns 0, which selects attention by its mathematical definition. Its ops have CPU kernels.
 int64_t fused_sdp_choice(const at::Tensor&, const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&,
                          double, bool, std::optional<double>, bool) {
   return 0;
@@ -101,7 +104,7 @@ bool takes_tensors_or_device(const OperatorHandle& op) {
   });
 }
 
-// Draws random numbers and takes no generator: the CPU kernel would use the CPU's.
+// Whether the op draws random numbers without a generator argument. Its CPU kernel would use the CPU's generator.
 bool draws_without_generator(const OperatorHandle& op) {
   const auto& arguments = op.schema().arguments();
   return op.hasTag(at::Tag::nondeterministic_seeded) &&
@@ -125,13 +128,14 @@ std::optional<torch::CppFunction> composite_kernel(const OperatorHandle& op) {
   return {};
 }
 
-// PyTorch differentiates through what the op calls: a kernel for the device would cut the gradient off.
+// Whether PyTorch computes the op's gradient through the ops that it calls. A kernel for the device would lose the
+// gradient.
 bool is_differentiated_inside(const OperatorHandle& op) {
   return op.hasKernelForDispatchKey(DispatchKey::CompositeImplicitAutograd) &&
          !op.hasKernelForDispatchKey(DispatchKey::Autograd);
 }
 
-// The kernel for the device itself; nothing where what is there is right.
+// The kernel to register for the device. Empty if the registered one stays.
 std::optional<torch::CppFunction> device_kernel(const OperatorHandle& op) {
   using torch::CppFunction;
   const auto name = full_name(op.operator_name());
@@ -149,7 +153,7 @@ std::optional<torch::CppFunction> device_kernel(const OperatorHandle& op) {
   return CppFunction::makeFromBoxedFunction<refuse>();
 }
 
-// PyTorch's autograd kernel in the place of torch_npu's; nothing where torch_npu has none.
+// PyTorch's autograd kernel, which replaces torch_npu's. Empty if torch_npu has none.
 std::optional<torch::CppFunction> autograd_kernel(const OperatorHandle& op) {
   using torch::CppFunction;
   if (!op.hasKernelForDispatchKey(DispatchKey::AutogradPrivateUse1)) return {};
@@ -162,7 +166,7 @@ std::optional<torch::CppFunction> autograd_kernel(const OperatorHandle& op) {
   return {};
 }
 
-// That a kernel replaces another is the purpose here, and PyTorch warns of it.
+// Ignores PyTorch's warnings that one kernel replaces another, which is the purpose of this file.
 class IgnoreWarnings : public c10::WarningHandler {
   void process(const c10::Warning&) override {}
 };
@@ -170,7 +174,7 @@ class IgnoreWarnings : public c10::WarningHandler {
 void register_all() {
   IgnoreWarnings ignore_warnings;
   const c10::WarningUtils::WarningHandlerGuard guard(&ignore_warnings);
-  // Never destroyed: at exit the dispatcher may be gone first.
+  // Never destroyed, because the dispatcher may be destroyed first at exit.
   auto* device = new torch::Library(torch::Library::IMPL, "aten", DispatchKey::PrivateUse1, __FILE__, __LINE__);
   auto* autograd =
       new torch::Library(torch::Library::IMPL, "aten", DispatchKey::AutogradPrivateUse1, __FILE__, __LINE__);

@@ -32,7 +32,7 @@ int copy_span(const at::Tensor& target, const at::Tensor& source) {
   return ACL_SUCCESS;
 }
 
-// A pending piece of work keeps the pointer to its name, so the text has to stay.
+// Returns a copy of the text that is never freed. Pending work keeps the pointer to its name.
 const char* lasting(const char* name) {
   static auto* mutex = new std::mutex;
   static auto* names = new std::unordered_set<std::string>;

@@ -1,4 +1,4 @@
-// HCCL's collectives, each in terms of Communicator::exchange.
+// HCCL's collectives. Each makes one call of Communicator::exchange.
 #include <algorithm>
 #include <cstring>
 #include <string>
@@ -12,7 +12,7 @@ namespace {
 
 using Counts = std::vector<std::uint64_t>;
 
-// One call: checks what can be checked without the other ranks, then runs on the stream.
+// One call of a collective. It first checks what it can without the other ranks, then runs on the stream.
 class Collective {
  public:
   Collective(const char* function, HcclComm handle, aclrtStream stream)
@@ -47,7 +47,7 @@ class Collective {
     return agree("root", std::to_string(root));
   }
 
-  // Elements to and from each rank; compared between the ranks.
+  // The numbers of elements to and from each rank. The ranks compare them.
   Collective& with_counts(const Counts& send, const Counts& receive) {
     for (const std::uint64_t count : send) call_.send_bytes.push_back(count * element_bytes_);
     for (const std::uint64_t count : receive) call_.receive_bytes.push_back(count * element_bytes_);
@@ -85,14 +85,14 @@ class Collective {
   int code_ = HCCL_SUCCESS;
 };
 
-// A stretch of what one rank publishes, and where it goes.
+// A range of the bytes that one rank publishes, and the address to which it is copied.
 struct Stretch {
   std::uint64_t first;
   std::uint64_t bytes;
   char* destination;
 };
 
-// Copies what the chunk holds of the stretch of one rank.
+// Copies the part of one rank's stretch that is in the chunk.
 void copy_stretch(const Chunk& chunk, std::size_t rank, const Stretch& stretch) {
   const std::uint64_t from = std::max(chunk.offset, stretch.first);
   const std::uint64_t to = std::min(chunk.offset + chunk.parts[rank].size, stretch.first + stretch.bytes);
@@ -106,7 +106,7 @@ ChunkReader copy_stretches(std::vector<Stretch> by_rank) {
   };
 }
 
-// Reduces bytes `first` to `first + bytes` of what the ranks publish.
+// Reduces the bytes `first` to `first + bytes` of all ranks.
 ChunkReader reduce_stretch(Stretch stretch, HcclDataType type, HcclReduceOp reduction) {
   return [=](const Chunk& chunk) {
     const std::uint64_t element = size_of(type);
@@ -125,7 +125,7 @@ Counts read_counts(const void* counts, int size) {
   return Counts(first, first + size);
 }
 
-// Where each rank's share starts if the shares lie side by side, as they do in what a rank publishes.
+// The start of each rank's share. The shares lie side by side in the bytes that a rank publishes.
 std::vector<std::uint64_t> starts_of(const std::uint64_t* shares, std::size_t count) {
   std::vector<std::uint64_t> starts(count, 0);
   for (std::size_t i = 1; i < count; ++i) starts[i] = starts[i - 1] + shares[i - 1];
@@ -203,7 +203,7 @@ HcclResult HcclReduceScatterV(void* send, const void* send_counts, const void* s
   collective.with_type(type).with_reduction(type, reduction);
   collective.with_counts(counts, Counts(counts.size(), receive_count));
   const std::uint64_t element = collective.element_bytes();
-  // All ranks send as many elements to a rank as it expects, so its share starts at the same place in all buffers.
+  // All ranks send the same number of elements to a rank, so its share starts at the same place in all buffers.
   std::uint64_t first = 0;
   for (int rank = 0; rank < collective.rank(); ++rank) first += counts[rank] * element;
   const Stretch mine{first, receive_count * element, bytes_of(receive)};
@@ -256,7 +256,7 @@ HcclResult HcclAlltoAll(const void* send, uint64_t send_count, HcclDataType send
 
 namespace {
 
-// One rank's part in an exchange where each rank sends as much as it likes to each.
+// What one rank sends or receives in an exchange with a count for each peer.
 struct Shares {
   Counts counts;
   Counts displacements;
@@ -297,7 +297,8 @@ HcclResult HcclAlltoAllV(const void* send, const void* send_counts, const void* 
                          send_type, handle, stream);
 }
 
-// The same with one matrix of counts, equal on all ranks: row i is what rank i sends. Parts lie side by side.
+// HcclAlltoAllV with one matrix of counts, which is equal on all ranks. Row i has the counts that rank i sends. The
+// parts lie side by side in memory.
 HcclResult HcclAlltoAllVC(const void* send, const void* send_count_matrix, HcclDataType send_type, const void* receive,
                           HcclDataType receive_type, HcclComm handle, aclrtStream stream) {
   if (send_type != receive_type) {

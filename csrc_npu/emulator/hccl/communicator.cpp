@@ -27,7 +27,7 @@ std::uint64_t process_namespace() {
   return stat("/proc/self/ns/pid", &status) == 0 ? status.st_ino : 0;
 }
 
-// Whether the process has ended, also where nobody has waited for it yet.
+// Whether the process has ended. A zombie has ended too.
 bool has_ended(pid_t process) {
   if (kill(process, 0) != 0 && errno == ESRCH) return true;
   std::ifstream status("/proc/" + std::to_string(process) + "/stat");
@@ -42,8 +42,8 @@ void copy_text(char (&destination)[Bytes], const std::string& text) {
   std::snprintf(destination, Bytes, "%s", text.c_str());
 }
 
-// Opens the segment, or makes it with `bytes`; the ranks attach in any order. One that is there keeps its size, which
-// `bytes` then receives: other ranks have mapped it.
+// Opens the segment, or creates it with `bytes`. The ranks attach in any order. An existing segment keeps its size,
+// because other ranks have mapped it, and `bytes` receives this size.
 Segment* map_segment(const std::string& name, std::size_t& bytes, std::string& fault) {
   const int descriptor = shm_open(name.c_str(), O_CREAT | O_RDWR | O_CLOEXEC, S_IRUSR | S_IWUSR);
   if (descriptor < 0) {
@@ -57,7 +57,7 @@ Segment* map_segment(const std::string& name, std::size_t& bytes, std::string& f
     if (status.st_size != 0 || ftruncate(descriptor, static_cast<off_t>(bytes)) == 0) {
       mapped = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, descriptor, /*offset=*/0);
     }
-    flock(descriptor, LOCK_UN);  // closing alone would not unlock: the mapping holds on to the lock
+    flock(descriptor, LOCK_UN);  // closing alone would not unlock: the mapping keeps the lock
   }
   if (mapped == MAP_FAILED) {
     fault = "cannot use the shared memory " + name + ": " + std::strerror(errno);
@@ -66,7 +66,7 @@ Segment* map_segment(const std::string& name, std::size_t& bytes, std::string& f
   return mapped == MAP_FAILED ? nullptr : static_cast<Segment*>(mapped);
 }
 
-// Copies one piece of the parts, as if they lay side by side.
+// Copies one piece of the concatenated parts.
 void copy_piece(const std::vector<Part>& parts, std::uint64_t offset, char* piece) {
   std::uint64_t start = 0;
   for (const Part& part : parts) {
@@ -121,7 +121,7 @@ int Communicator::open(const std::string& segment_name, int rank, int size, cons
         HCCL_E_PARA, kOperation, "process " + std::to_string(process_before) + " has taken the same rank before");
   }
   const int code = communicator->wait_for_all(kOperation, connect_timeout);
-  // Now that all ranks have the memory, its name can go: nothing stays behind, however the processes end.
+  // All ranks have mapped the memory. Remove its name, so that nothing is left when the processes end, or are killed.
   if (code != HCCL_SUCCESS || rank == 0) shm_unlink(segment_name.c_str());
   return code;
 }
@@ -132,12 +132,12 @@ std::string Communicator::list_ranks(const std::vector<int>& ranks) {
   return text;
 }
 
-// Records the error, with where it happened.
+// Records the error with the operation, the group and the rank.
 int Communicator::report(int code, const char* operation, const std::string& what) {
   return fail(code, "%s on group '%s' failed on rank %d: %s", operation, name_.c_str(), rank_, what.c_str());
 }
 
-// Records the error and makes it the group's: whoever waits on the group, now or later, fails too.
+// Records the error and marks the group as failed. All other calls on the group, waiting or later, fail too.
 int Communicator::declare_failed(int code, const char* operation, const std::string& what) {
   report(code, operation, what);
   std::uint32_t expected = kSound;
@@ -159,7 +159,7 @@ int Communicator::failure() const {
   return segment_ != nullptr && segment_->failure_state == kFailed ? segment_->failure_code : HCCL_SUCCESS;
 }
 
-// "; the process of rank 1 has ended" for those of the ranks of which that is so, or "".
+// Returns a text such as "; the process of rank 1 has ended" for those of `ranks` that have ended, or "".
 std::string Communicator::ended_processes(const std::vector<int>& ranks) const {
   std::vector<int> ended;
   for (const int rank : ranks) {
@@ -170,7 +170,7 @@ std::string Communicator::ended_processes(const std::vector<int>& ranks) const {
   return ended.empty() ? "" : "; the process of " + list_ranks(ended) + " has ended";
 }
 
-// A barrier. Sleeps; looks now and then whether the ranks that are missing are still alive.
+// A barrier. It sleeps, and checks from time to time whether the processes of the missing ranks are alive.
 int Communicator::wait_for_all(const char* operation, std::chrono::seconds timeout) {
   const auto deadline = Clock::now() + timeout;
   const std::uint32_t generation = segment_->barrier_generation;
@@ -202,7 +202,7 @@ int Communicator::wait_for_all(const char* operation, std::chrono::seconds timeo
   return HCCL_SUCCESS;
 }
 
-// All ranks look at the same records, so all come to the same conclusion.
+// All ranks read the same records, so all come to the same result.
 int Communicator::check_agreement(const Call& call, unsigned record_side) {
   std::map<std::string, std::vector<int>> ranks_by_words;
   for (int rank = 0; rank < size_; ++rank) {

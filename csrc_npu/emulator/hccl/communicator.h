@@ -1,4 +1,4 @@
-// Communicators: the processes of one group, and the one exchange that all collectives are made of.
+// Communicators. A communicator connects the processes of one group. All collectives use its exchange().
 #pragma once
 
 #include <chrono>
@@ -9,7 +9,7 @@
 #include <string>
 #include <vector>
 
-// hccl.h declares nothing visible; its functions are what this library is for.
+// hccl.h does not declare its functions visible, and this library must export them.
 #pragma GCC visibility push(default)
 #include "hccl/hccl.h"
 #pragma GCC visibility pop
@@ -21,14 +21,14 @@ constexpr int kMaxRanks = 64;
 
 struct Segment;  // the shared memory; segment.h
 
-// What a rank says about its call. The ranks compare before any data is used; where they differ, the call fails on
-// every rank, with a text that names the ranks and what each of them said.
+// What a rank publishes about its call. The ranks compare these before they use any data. If they differ, the call
+// fails on every rank, and the error text shows what each rank passed.
 struct Call {
   std::string operation;  // such as "HcclAllReduce"
   std::string agreed;     // must be equal on all ranks, such as "count=5 dtype=fp32 op=sum"; at most 200 bytes
 
-  // For calls with counts of their own for each peer, else empty: bytes to and from each rank. What rank i sends to
-  // rank j must be what rank j expects from rank i.
+  // Bytes to and from each rank. Empty for calls without a count for each peer. The bytes that rank i sends to rank j
+  // must be those that rank j expects from rank i.
   std::vector<std::uint64_t> send_bytes;
   std::vector<std::uint64_t> receive_bytes;
 };
@@ -38,20 +38,21 @@ struct Part {
   std::uint64_t size;
 };
 
-// A piece of what all ranks publish: parts[i] are rank i's bytes from `offset` on (none once rank i has no more).
+// A piece of the bytes that all ranks publish. parts[i] has rank i's bytes from `offset` on, and is empty if there are
+// none.
 struct Chunk {
   std::uint64_t offset;
   std::vector<Part> parts;
-  std::vector<const std::uint64_t*> send_bytes;  // each rank's Call::send_bytes, where the call has them
+  std::vector<const std::uint64_t*> send_bytes;  // each rank's Call::send_bytes, if the call has them
 };
 
-// A message to one rank, or the receipt of one.
+// A message to one rank, or from one rank.
 struct Transfer {
   bool sends;
   char* data;
   std::uint64_t bytes;
   int peer;
-  std::string facts;  // such as "count=5 dtype=fp32": what the sender says must be what the receiver expects
+  std::string facts;  // such as "count=5 dtype=fp32"; sender and receiver must pass the same
 };
 
 using ChunkReader = std::function<void(const Chunk&)>;
@@ -62,8 +63,8 @@ class EMULATOR_API Communicator {
   Communicator(const Communicator&) = delete;
   Communicator& operator=(const Communicator&) = delete;
 
-  // COLLECTIVE: attaches to the segment of that name and waits for all ranks, at most `connect_timeout`. `timeout` is
-  // that of all later calls.
+  // COLLECTIVE: attaches to the segment of that name and waits for all ranks, at most `connect_timeout`. All later
+  // calls wait at most `timeout`.
   static int open(const std::string& segment_name, int rank, int size, const std::string& name,
                   std::chrono::seconds connect_timeout, std::chrono::seconds timeout,
                   std::shared_ptr<Communicator>& communicator);
@@ -73,26 +74,27 @@ class EMULATOR_API Communicator {
   const std::string& name() const { return name_; }
   const std::string& segment_name() const { return segment_name_; }
 
-  // MB of the buffer that a device sets aside for the group. Nothing here needs it; MC2's ops check that it suffices.
+  // Size in MB of the buffer that a real device reserves for the group. The emulator does not use the buffer. MC2's ops
+  // check that it is large enough.
   std::uint32_t buffer_mb() const { return buffer_mb_; }
   void set_buffer_mb(std::uint32_t buffer_mb) { buffer_mb_ = buffer_mb; }
 
-  // COLLECTIVE, waits for all ranks: publishes the parts of `data`, side by side (each rank as many bytes as it likes),
-  // and shows `reader` what all ranks published, piece by piece. Returns an HcclResult; the text is in
-  // aclGetRecentErrMsg. `reader` may overwrite `data` up to the end of the piece that it is shown.
+  // COLLECTIVE, waits for all ranks. Publishes the concatenated parts of `data`, of any size on each rank. Calls
+  // `reader` with the bytes of all ranks, one piece after the other. Returns an HcclResult, and aclGetRecentErrMsg has
+  // the error text. `reader` may overwrite `data` up to the end of the current piece.
   int exchange(const Call& call, const std::vector<Part>& data, const ChunkReader& reader);
   int exchange(const Call& call, const void* data, std::uint64_t bytes, const ChunkReader& reader) {
     return exchange(call, {{static_cast<const char*>(data), bytes}}, reader);
   }
 
-  // Messages to and from single ranks, all at the same time; those with the same peer and direction in their order.
+  // Sends and receives messages, all at the same time. Messages with the same peer and direction keep their order.
   // Waits for the peers.
   int transfer(const char* operation, const std::vector<Transfer>& transfers);
 
-  // HCCL_SUCCESS until the group has failed; then no call on it succeeds any more.
+  // HCCL_SUCCESS until the group has failed. After that, every call on the group fails.
   int failure() const;
 
-  // Records why the group has failed, for a call that can therefore not be made. Returns failure().
+  // Records, for a new call, the reason why the group has failed. Returns failure().
   int report_failed_before(const char* operation);
 
  private:
@@ -116,16 +118,16 @@ class EMULATOR_API Communicator {
   Segment* segment_ = nullptr;
   std::size_t segment_bytes_ = 0;
   std::mutex exchange_mutex_;
-  std::vector<std::mutex> channel_mutexes_;  // to each rank, then from each rank
-  std::uint64_t barriers_ = 0;               // that this rank has entered
-  std::uint64_t exchanges_ = 0;              // that this rank has started
-  std::uint64_t published_ = 0;              // pieces of this rank's data
+  std::vector<std::mutex> channel_mutexes_;  // first those of messages to each rank, then those from each rank
+  std::uint64_t barriers_ = 0;               // number of barriers that this rank has entered
+  std::uint64_t exchanges_ = 0;              // number of exchanges that this rank has started
+  std::uint64_t published_ = 0;              // number of pieces that this rank has published
 };
 
-// The communicator behind a handle, or null with the error recorded.
+// Returns the communicator of a handle. If there is none, records an error and returns null.
 EMULATOR_API std::shared_ptr<Communicator> find_communicator(HcclComm handle);
 
-// This process's communicator of that name (as HcclGetCommName says it), or null.
+// Returns this process's communicator of that name, as HcclGetCommName returns it, or null.
 EMULATOR_API std::shared_ptr<Communicator> find_communicator_by_name(const std::string& name);
 
 }  // namespace vllm_npu::emulator

@@ -37,7 +37,7 @@ To same_bits(From from) {
   return to;
 }
 
-// Each kind of element says how it is stored and in what it is computed.
+// One class for each type of element. It defines the stored type and the type of the computation.
 template <typename T>
 struct Plain {
   using Stored = T;
@@ -102,7 +102,7 @@ T combine(T left, T right, HcclReduceOp reduction) {
     case HCCL_REDUCE_PROD:
       return static_cast<T>(left * right);
     case HCCL_REDUCE_MAX:
-      return left != left || left > right ? left : right;  // a NaN wins
+      return left != left || left > right ? left : right;  // a NaN operand gives NaN
     default:
       return left != left || left < right ? left : right;
   }

@@ -1,4 +1,4 @@
-// The shared memory of one communicator. All of it starts as zeros.
+// The shared memory of one communicator. It starts as zeros.
 #pragma once
 
 #include <atomic>
@@ -15,7 +15,7 @@ constexpr std::size_t kFailureBytes = 1024;
 constexpr std::size_t kPieceBytes = 256 * 1024;
 constexpr std::size_t kChannelBytes = 64 * 1024;
 
-// A rank's side of a call; see Call.
+// The Call of one rank, in shared memory.
 struct Record {
   char operation[kNameBytes];
   char agreed[kAgreedBytes];
@@ -25,17 +25,17 @@ struct Record {
   std::uint64_t receive_bytes[kMaxRanks];
 };
 
-// One rank's part. Records and pieces alternate between two sides: a rank writes the one while others may still read
-// the other, and two barriers lie between two uses of the same.
+// The area of one rank. Records and pieces alternate between two sides. A rank writes one side while others may still
+// read the other. Two barriers lie between two uses of the same side.
 struct RankArea {
-  std::atomic<std::uint64_t> process;  // its id; 0 until the rank has attached
+  std::atomic<std::uint64_t> process;  // process id; 0 until the rank has attached
   std::atomic<std::uint64_t> process_namespace;
-  std::atomic<std::uint64_t> barriers;  // that the rank has entered
+  std::atomic<std::uint64_t> barriers;  // number of barriers that the rank has entered
   Record records[2];
   char pieces[2][kPieceBytes];
 };
 
-// Bytes on their way from one rank to another: a ring.
+// A ring buffer of bytes from one rank to another.
 struct Channel {
   std::atomic<std::uint64_t> written;
   std::atomic<std::uint64_t> read;
@@ -46,18 +46,18 @@ enum FailureState : std::uint32_t { kSound, kFailing, kFailed };
 
 struct Segment {
   std::atomic<std::uint32_t> arrived;
-  std::atomic<std::uint32_t> barrier_generation;  // waited on
-  std::atomic<std::uint32_t> channel_changes;     // waited on
+  std::atomic<std::uint32_t> barrier_generation;  // ranks sleep on it
+  std::atomic<std::uint32_t> channel_changes;     // ranks sleep on it
   std::atomic<std::uint32_t> failure_state;
   std::int32_t failure_code;
   char failure_text[kFailureBytes];
-  RankArea ranks[];  // one for each rank, then a channel from each rank to each
+  RankArea ranks[];  // one for each rank; behind them, a channel for each pair and direction
 
   static std::size_t bytes_for(int size) {
     return sizeof(Segment) + size * sizeof(RankArea) + static_cast<std::size_t>(size) * size * sizeof(Channel);
   }
 
-  // The number of ranks that a segment of so many bytes is for; 0 if for none.
+  // Returns the number of ranks of a segment of this size. 0 if no number of ranks has this size.
   static int size_for(std::size_t bytes) {
     int size = 1;
     while (size <= kMaxRanks && bytes_for(size) != bytes) ++size;

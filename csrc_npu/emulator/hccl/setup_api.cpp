@@ -1,4 +1,4 @@
-// HCCL's calls that make, describe and destroy communicators.
+// HCCL's calls that create, describe and destroy communicators.
 #include <unistd.h>
 
 #include <atomic>
@@ -16,7 +16,7 @@
 namespace vllm_npu::emulator {
 namespace {
 
-// HCCL's own defaults, in seconds.
+// HCCL's defaults, in seconds.
 constexpr int kDefaultConnectTimeout = 120;
 constexpr int kDefaultExecutionTimeout = 1836;
 
@@ -36,7 +36,7 @@ std::chrono::seconds seconds_from(const char* variable, int fallback) {
   return std::chrono::seconds(seconds > 0 ? seconds : fallback);
 }
 
-// As HCCL has it: the group's own setting, else HCCL_BUFFSIZE, else 200.
+// The buffer size that HCCL uses: the group's setting, else HCCL_BUFFSIZE, else 200.
 std::uint32_t buffer_mb(const HcclCommConfig* config) {
   if (config != nullptr && config->hcclBufferSize != HCCL_COMM_BUFFSIZE_CONFIG_NOT_SET) return config->hcclBufferSize;
   const int mb = std::atoi(environment("HCCL_BUFFSIZE", "").c_str());
@@ -97,7 +97,7 @@ HcclResult HcclGetRootInfo(HcclRootInfo* root) {
   static std::atomic<unsigned> count{0};
   trace(__func__);
   *root = {};
-  // VLLM_NPU_EMULATOR_RUN lets the launcher find what killed processes left behind.
+  // With VLLM_NPU_EMULATOR_RUN in the name, the launcher finds the shared memory of killed processes.
   const auto now = std::chrono::system_clock::now().time_since_epoch().count();
   std::snprintf(root->internal, sizeof root->internal, "/vllm_npu_emulator.%s.%d.%u.%lx",
                 environment("VLLM_NPU_EMULATOR_RUN", "0").substr(0, 64).c_str(), getpid(), count++,
@@ -116,7 +116,7 @@ HcclResult HcclCommInitRootInfoConfig(uint32_t size, const HcclRootInfo* root, u
   return HcclResult(open_communicator(__func__, segment_of(*root), rank, size, config, communicator));
 }
 
-// A group of some ranks of `parent`; all of these make the call, with the same ranks and id.
+// Creates a group of some ranks of the parent. All of these ranks make the call, with the same `ranks` and `id`.
 HcclResult HcclCreateSubCommConfig(HcclComm* parent_handle, uint32_t size, uint32_t* ranks, uint64_t id, uint32_t rank,
                                    HcclCommConfig* config, HcclComm* communicator) {
   if (communicator == nullptr || parent_handle == nullptr) {
@@ -170,8 +170,8 @@ HcclResult HcclGetCommAsyncError(HcclComm handle, HcclResult* error) {
   return HCCL_SUCCESS;
 }
 
-// Of HcclCommConfig, the name, the time-out and the buffer size are honoured. Determinism, expansion mode, rank and
-// job ids concern how a real communicator works, not its results: accepted.
+// The name, the time-out and the buffer size of HcclCommConfig have an effect. Determinism, expansion mode, rank ids
+// and job ids are accepted without effect, because they do not change the results of a real communicator.
 uint32_t HcclGetCommConfigCapability() { return HCCL_COMM_CONFIG_ALGO; }
 
 HcclResult HcclSetConfig(HcclConfig, HcclConfigValue) { return HCCL_SUCCESS; }  // reductions are always deterministic

@@ -1,4 +1,4 @@
-// Messages between two ranks: a header, then the data, through the ring of each pair and direction.
+// Messages between two ranks. A header and then the data go through the ring buffer of the pair and direction.
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
@@ -17,18 +17,19 @@ struct Header {
   char facts[64];
 };
 
-// How far one transfer has come.
+// The progress of one transfer.
 struct Progress {
   const Transfer* transfer;
   Channel* channel;
   Header header{};
-  std::uint64_t done = 0;  // bytes of the header and the data
+  std::uint64_t done = 0;  // bytes of the header and of the data that have moved
   bool header_was_checked = false;
 
   std::uint64_t total() const { return sizeof(Header) + transfer->bytes; }
   bool is_done() const { return done == total(); }
 
-  // Where the next byte is or goes, and how many lie side by side from there.
+  // The address of the next byte to read or write. `contiguous` receives the number of bytes that lie side by side from
+  // it.
   char* position(std::uint64_t& contiguous) {
     if (done < sizeof(Header)) {
       contiguous = sizeof(Header) - done;
@@ -38,7 +39,7 @@ struct Progress {
     return transfer->data + (done - sizeof(Header));
   }
 
-  // Moves what the ring takes or holds; returns whether that was anything.
+  // Writes as many bytes as the ring has room for, or reads all that it holds. Returns whether any byte moved.
   bool advance() {
     bool moved = false;
     while (!is_done()) {
@@ -74,7 +75,7 @@ int Communicator::wait_for_channels(const char* operation, std::uint32_t seen, C
   sleep_while_equal(segment_->channel_changes, seen, kLongestSleep);
   if (segment_->channel_changes != seen) return HCCL_SUCCESS;
   const std::string ended = ended_processes(waited_for);
-  if (segment_->channel_changes != seen) return HCCL_SUCCESS;  // its last act was to send or to receive
+  if (segment_->channel_changes != seen) return HCCL_SUCCESS;  // the peer sent or received before it ended
   const std::string who = list_ranks(waited_for);
   if (!ended.empty()) return declare_failed(HCCL_E_INTERNAL, operation, who + " did not take part" + ended);
   if (Clock::now() < deadline) return HCCL_SUCCESS;
@@ -84,7 +85,7 @@ int Communicator::wait_for_channels(const char* operation, std::uint32_t seen, C
 }
 
 int Communicator::transfer(const char* operation, const std::vector<Transfer>& transfers) {
-  std::set<std::size_t> mutexes;  // always locked in the same order
+  std::set<std::size_t> mutexes;  // a set, so that they are always locked in the same order
   for (const Transfer& each : transfers) mutexes.insert(each.peer + (each.sends ? 0 : size_));
   std::vector<std::unique_lock<std::mutex>> locks;
   for (const std::size_t mutex : mutexes) locks.emplace_back(channel_mutexes_[mutex]);
@@ -101,7 +102,7 @@ int Communicator::transfer(const char* operation, const std::vector<Transfer>& t
   while (true) {
     const std::uint32_t seen = segment_->channel_changes;
     bool moved = false;
-    std::set<const Channel*> busy;  // a message starts when the one before it in its channel is through
+    std::set<const Channel*> busy;  // a message starts when the one before it in its channel is done
     std::vector<int> waited_for;
     for (Progress& each : all) {
       if (each.is_done() || busy.count(each.channel) != 0) continue;

@@ -1,5 +1,5 @@
-// HCCL's messages between two ranks. They wait for their peer on the stream's thread: the caller goes on, as it does
-// on a real device, and may make the call that the peer waits for.
+// HCCL's messages between two ranks. They wait for their peer on the stream's thread. The calling thread goes on, as on
+// a real device, and may make the call for which the peer waits.
 #include <set>
 #include <string>
 #include <utility>
@@ -49,7 +49,8 @@ HcclResult HcclRecv(void* buffer, uint64_t count, HcclDataType type, uint32_t pe
   return enqueue_transfers(__func__, &item, 1, communicator, stream);
 }
 
-// A rank gives each other one at most one message in a batch, and takes at most one: CANN's document of the call.
+// In one batch, a rank sends at most one message to each other rank and receives at most one from it. Source: CANN's
+// document of the call.
 HcclResult HcclBatchSendRecv(HcclSendRecvItem* items, uint32_t count, HcclComm communicator, aclrtStream stream) {
   std::set<std::pair<std::uint32_t, HcclSendRecvType>> seen;
   for (std::uint32_t i = 0; i < count; ++i) {

@@ -1,5 +1,5 @@
-// The graph-operator path (aclop), which torch_npu takes for operators without an aclnn kernel. The descriptions it
-// builds are plain data; executing is refused by the operator's name.
+// The graph-operator path (aclop), which torch_npu takes for operators without an aclnn kernel. torch_npu's
+// descriptions of operators are stored. Execution fails with the operator's name.
 #include <string>
 #include <vector>
 
@@ -80,7 +80,7 @@ aclError aclSetTensorPlaceMent(aclTensorDesc* description, aclMemType placement)
 aclopAttr* aclopCreateAttr() { return new aclopAttr; }
 void aclopDestroyAttr(const aclopAttr* attributes) { delete attributes; }
 
-// Attributes matter only to the execution, which is refused; so they are not kept.
+// Attributes are not kept. Only the execution would need them, and it always fails.
 aclError aclopSetAttrBool(aclopAttr*, const char*, uint8_t) { return ACL_SUCCESS; }
 aclError aclopSetAttrInt(aclopAttr*, const char*, int64_t) { return ACL_SUCCESS; }
 aclError aclopSetAttrFloat(aclopAttr*, const char*, float) { return ACL_SUCCESS; }
@@ -105,7 +105,7 @@ aclError aclopCompileAndExecuteV2(const char* name, int, aclTensorDesc*[], aclDa
   return refuse_operator(__func__, name);
 }
 
-// Options of the operator compiler, of which there is none: accepted, without effect.
+// Options of the operator compiler are accepted without effect, because there is no operator compiler.
 aclError aclSetCompileopt(aclCompileOpt, const char*) { return ACL_SUCCESS; }
 
 size_t aclGetCompileoptSize(aclCompileOpt) { return 1; }

@@ -21,7 +21,7 @@ namespace {
 thread_local int device_of_thread = kNoDevice;
 std::atomic<bool> initialized{false};
 
-// A context is its device's primary one; there are no others.
+// Every context is the primary context of its device. There are no other contexts.
 struct Context {
   int device;
 };
@@ -51,7 +51,7 @@ std::map<aclSysParamOpt, std::int64_t>& parameters() {
 
 int get_parameter(aclSysParamOpt option, std::int64_t* value) {
   const std::lock_guard<std::mutex> lock(parameters_mutex);
-  *value = parameters()[option];  // 0, off, until set
+  *value = parameters()[option];  // 0 (off) until it is set
   return ACL_SUCCESS;
 }
 
@@ -81,7 +81,7 @@ aclError aclInit(const char*) {
   trace(__func__, "soc=%s", current_soc().name.c_str());
   for (const std::string& fault : {soc_fault(), settings_fault()}) {
     if (fault.empty()) continue;
-    std::fprintf(stderr, "vllm_npu emulator: %s\n", fault.c_str());  // torch_npu drops the text of this call
+    std::fprintf(stderr, "vllm_npu emulator: %s\n", fault.c_str());  // torch_npu does not show the text of this call
     return fail(ACL_ERROR_INVALID_PARAM, "aclInit: %s", fault.c_str());
   }
   return initialized.exchange(true) ? ACL_ERROR_REPEAT_INITIALIZE : ACL_SUCCESS;
@@ -109,7 +109,7 @@ aclError aclrtSetDevice(int32_t device) {
 }
 
 aclError aclrtGetDevice(int32_t* device) {
-  // torch_npu asks before it sets a device and expects this code; it is no error worth a text.
+  // torch_npu calls this before it sets a device, and expects this code. No error text is recorded.
   if (current_device() == kNoDevice) return ACL_ERROR_RT_CONTEXT_NULL;
   *device = current_device();
   return ACL_SUCCESS;
@@ -248,7 +248,7 @@ aclError aclsysGetCANNVersion(aclCANNPackageName, aclCANNPackageVersion* version
   return ACL_SUCCESS;
 }
 
-// --- Settings that are stored or checked, and change nothing: the CPU computes the same way whatever they say ---
+// --- Settings that are stored or checked and have no effect: the CPU computes in the same way with all of them ---
 
 aclError aclrtGetSysParamOpt(aclSysParamOpt option, int64_t* value) { return get_parameter(option, value); }
 aclError aclrtSetSysParamOpt(aclSysParamOpt option, int64_t value) { return set_parameter(option, value); }

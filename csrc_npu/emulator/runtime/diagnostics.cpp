@@ -13,10 +13,10 @@ namespace {
 constexpr std::size_t kMaxTextBytes = 4096;
 
 thread_local std::string recent_text;
-thread_local std::string returned_text;  // what aclGetRecentErrMsg returned last stays valid until its next call
+thread_local std::string returned_text;  // what aclGetRecentErrMsg returned last; valid until its next call
 
-// torch_npu's queue thread makes calls and the main thread reports their errors: a thread without a text of its own
-// gets the one that was recorded last by any thread.
+// torch_npu's queue thread makes calls, and the main thread reports their errors. So a thread without an error text of
+// its own gets the text that any thread recorded last.
 std::mutex& process_text_mutex() {
   static auto* mutex = new std::mutex;
   return *mutex;

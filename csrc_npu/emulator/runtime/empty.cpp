@@ -1,1 +1,1 @@
-// For libraries that only hand on libascendcl.so.
+// The source of libraries that contain nothing and link to libascendcl.so.

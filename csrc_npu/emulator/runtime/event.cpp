@@ -1,4 +1,4 @@
-// ACL's events: marks in a stream that other streams and the host can wait for, and that carry a time.
+// ACL's events. An event marks a place in a stream and has a time. Other streams and the host can wait for it.
 #include <algorithm>
 #include <chrono>
 #include <condition_variable>
@@ -14,8 +14,7 @@ using namespace vllm_npu::emulator;
 
 namespace {
 
-// An event may be recorded again and again. A wait concerns the last record made before the wait was made, so
-// records are counted.
+// An event can be recorded several times. A wait waits for the last record before it, so records are counted.
 class Event {
  public:
   std::uint64_t start_record() {
@@ -35,7 +34,7 @@ class Event {
     return records_;
   }
 
-  // An event that was never recorded counts as finished, as with CANN.
+  // An event that was never recorded is finished, as with CANN.
   bool is_finished() {
     const std::lock_guard<std::mutex> lock(mutex_);
     return finished_ == records_;
@@ -61,7 +60,7 @@ class Event {
     return pending_waits_ > 0;
   }
 
-  // Nothing where the event was not recorded, or not yet reached.
+  // Empty if the event was not recorded, or not reached yet.
   std::optional<std::chrono::steady_clock::time_point> time() {
     const std::lock_guard<std::mutex> lock(mutex_);
     if (records_ == 0 || finished_ != records_) return std::nullopt;
@@ -156,7 +155,7 @@ aclError aclrtStreamWaitEvent(aclrtStream stream_handle, aclrtEvent handle) {
   const auto wait = [event, record] {
     event->wait_for(record);
     event->finish_wait();
-    // Where the caller waits, it learns what went wrong before the event.
+    // With synchronous streams the caller waits here, so it gets the error of the work before the event.
     return streams_are_asynchronous() ? ACL_SUCCESS : take_kept_error(current_device());
   };
   return stream->enqueue(__func__, wait, Pace::kAtOnce);

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Writes C++ stubs for what torch_npu's libraries need from CANN and the emulator does not provide.
+"""Writes C++ stubs for the functions of CANN that torch_npu's libraries need and the emulator does not have.
 
-A stub prints its name and returns an error; it never returns success. Where the return type allows no error, it ends
-the process. Return types come from the headers that torch_npu ships.
+A stub prints its name and returns an error, never success. If its return type allows no error, the stub ends the process.
+Return types come from the headers that torch_npu ships.
 """
 
 import argparse
@@ -19,7 +19,7 @@ NOT_OF_A_TYPE = {"extern", "static", "inline", "const", "ACL_FUNC_VISIBILITY", "
 
 
 def symbols(nm: str, path: str, *options: str) -> list[tuple[str, str]]:
-    """(kind, name) of each dynamic or object symbol, without versions."""
+    """Return (kind, name) of each dynamic or object symbol, without versions."""
     run = subprocess.run([nm, *options, path], capture_output=True, text=True, check=True)
     found = []
     for line in run.stdout.splitlines():

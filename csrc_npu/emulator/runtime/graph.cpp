@@ -1,4 +1,4 @@
-// Graph capture is not emulated. Only the question whether a stream is being captured has an answer: no.
+// Graph capture is not emulated. The only function here answers that no stream is being captured.
 #include "acl/acl.h"
 #include "acl/acl_mdl.h"
 

@@ -29,7 +29,7 @@ struct PhysicalMemory {
   int device;
 };
 
-// Everything this process holds. Never destroyed: streams' threads may outlive main().
+// All memory that this process holds. Never destroyed, because streams' threads may outlive main().
 struct Memory {
   std::mutex mutex;
   std::map<std::uintptr_t, MemoryBlock> device_blocks;
@@ -46,7 +46,7 @@ Memory& memory() {
 
 std::size_t capacity() { return current_soc().memory_bytes; }
 
-// Takes `bytes` of the device's capacity, or records the error. The caller holds the mutex.
+// Subtracts `bytes` from the device's free capacity, or records an error. The caller holds the mutex.
 int take_capacity(const char* function, int device, std::size_t bytes) {
   std::size_t& used = memory().used_of_device[device];
   if (bytes > capacity() || used > capacity() - bytes) {
@@ -59,15 +59,15 @@ int take_capacity(const char* function, int device, std::size_t bytes) {
   return ACL_SUCCESS;
 }
 
-// The block of `blocks` that holds the address, or end().
+// Returns the block of `blocks` that contains the address, or end().
 template <typename Blocks>
 auto block_of(Blocks& blocks, std::uintptr_t address) {
   auto next = blocks.upper_bound(address);
   return next == blocks.begin() ? blocks.end() : std::prev(next);
 }
 
-// How many bytes from the address on are device memory, looking no further than `wanted`. Blocks that were mapped
-// side by side count as one. The caller holds the mutex.
+// Returns the number of bytes of device memory from the address on, at most `wanted`. Blocks that were mapped side by
+// side count as one. The caller holds the mutex.
 std::size_t device_bytes_from(std::uintptr_t address, std::size_t wanted) {
   std::size_t covered = 0;
   while (covered < wanted) {
@@ -100,7 +100,7 @@ int allocate(const char* function, void** pointer, std::size_t bytes) {
   return ACL_SUCCESS;
 }
 
-// Where a copy reads or writes outside of the device's memory, records the error.
+// Records an error if a copy reads or writes outside of the device's memory.
 int check_device_range(const char* function, const char* role, const void* pointer, std::size_t bytes,
                        bool must_be_device) {
   const std::lock_guard<std::mutex> lock(memory().mutex);
@@ -209,7 +209,7 @@ aclError aclrtFree(void* pointer) {
   if (!block || block->start != as_number(pointer)) {
     return fail(ACL_ERROR_RT_PARAM_INVALID, "aclrtFree: %p was not allocated, or has been freed", pointer);
   }
-  const int code = synchronize_device(block->device);  // no stream's thread may still use the memory
+  const int code = synchronize_device(block->device);  // no stream may still use the memory
   trace(__func__, "%p", pointer);
   const std::lock_guard<std::mutex> lock(memory().mutex);
   munmap(pointer, block->size);
@@ -286,7 +286,8 @@ aclError aclrtMemcpyAsync(void* destination, size_t destination_bytes, const voi
   return copy_on_stream(destination, source, bytes, stream, __func__);
 }
 
-// With CANN, decides by itself between a synchronous and an asynchronous copy; copy_on_stream always does.
+// With CANN, this function chooses between a synchronous and an asynchronous copy. copy_on_stream makes the same choice
+// for every copy.
 aclError aclrtMemcpyAsyncWithCondition(void* destination, size_t destination_bytes, const void* source, size_t bytes,
                                        aclrtMemcpyKind kind, aclrtStream stream) {
   if (const int code = check_copy(__func__, destination, destination_bytes, source, bytes, kind)) return code;
@@ -309,7 +310,7 @@ aclError aclrtMemsetAsync(void* pointer, size_t capacity_bytes, int32_t value, s
   });
 }
 
-// --- Virtual addresses (expandable segments): reserve addresses, then map physical memory to them ---
+// --- Virtual addresses, for expandable segments: reserve addresses, then map physical memory to them ---
 
 aclError aclrtReserveMemAddress(void** address, size_t bytes, size_t, void* expected, uint64_t) {
   void* reserved = mmap(expected, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, /*offset=*/0);

@@ -1,4 +1,4 @@
-// Profiling never starts on the emulated device: registering for it is accepted, and no callback ever comes.
+// Profiling never starts on the emulated device. Callbacks can be registered and are never called.
 #include <cstdint>
 
 #include "runtime.h"

@@ -7,7 +7,7 @@
 namespace vllm_npu::emulator {
 namespace {
 
-constexpr int kDefaultDevices = 16;  // of an A3 node
+constexpr int kDefaultDevices = 16;  // devices of an A3 node
 constexpr char kDefaultCannVersion[] = "8.5.0";
 constexpr std::uint64_t kMaxDevices = 1024;
 constexpr std::uint64_t kMaxMemoryGb = 1024;
@@ -23,7 +23,7 @@ struct Settings {
   std::string fault;
 };
 
-// The variable as a whole number; on anything else, `fault` says so.
+// Returns the variable as a whole number. If it is something else, `fault` receives an error text.
 std::optional<std::uint64_t> read_number(const char* name, std::uint64_t largest, std::string& fault) {
   const std::string text = environment(name, "");
   if (text.empty()) return std::nullopt;
@@ -38,14 +38,15 @@ std::optional<std::uint64_t> read_number(const char* name, std::uint64_t largest
   return value;
 }
 
-// Whether the variable is `other` in place of its default; on anything else, `fault` says so.
+// Whether the variable is `other`. If it is neither `other` nor `usual`, `fault` receives an error text.
 bool read_switch(const char* name, const std::string& usual, const std::string& other, std::string& fault) {
   const std::string text = environment(name, usual.c_str());
   if (text != usual && text != other) fault = std::string(name) + "=" + text + ": set it to " + usual + " or " + other;
   return text == other;
 }
 
-// How many of the devices ASCEND_RT_VISIBLE_DEVICES leaves: those listed before the first that does not exist.
+// The number of devices that ASCEND_RT_VISIBLE_DEVICES makes visible. They are the listed devices before the first one
+// that does not exist.
 int count_visible(const std::string& list, int existing) {
   int count = 0;
   std::size_t position = 0;
@@ -63,7 +64,7 @@ int count_visible(const std::string& list, int existing) {
 
 Settings read_settings() {
   Settings settings;
-  // A node always has a device for each rank that a launcher starts on it.
+  // A launcher may start more ranks than that. The node then has a device for each rank.
   const auto local_ranks = read_number("LOCAL_WORLD_SIZE", kMaxDevices, settings.fault);
   settings.devices = std::max(kDefaultDevices, static_cast<int>(local_ranks.value_or(0)));
   if (const auto devices = read_number("VLLM_NPU_EMULATOR_DEVICES", kMaxDevices, settings.fault)) {
@@ -95,8 +96,8 @@ int visible_device_count() { return settings().devices; }
 std::size_t configured_memory_bytes() { return settings().memory_bytes; }
 std::optional<std::uint64_t> asynchronous_seed() { return settings().seed; }
 std::optional<std::uint64_t> least_log_level() { return settings().log_level; }
-// Read apart from the other settings: torch_npu asks for the version while it is imported, and a process that has imported
-// torch_npu forks ranks, which get other settings.
+// The version is read apart from the other settings, because torch_npu asks for it during its import. A process may
+// import torch_npu and then fork ranks with other settings.
 const std::string& cann_version() {
   static const std::string read = environment("VLLM_NPU_EMULATOR_CANN", kDefaultCannVersion);
   return read;

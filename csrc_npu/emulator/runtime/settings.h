@@ -1,4 +1,4 @@
-// The emulator's settings, from environment variables: each is read once, when first asked for.
+// The emulator's settings, from environment variables. Each is read once, at its first use.
 #pragma once
 
 #include <cstddef>
@@ -10,31 +10,31 @@
 
 namespace vllm_npu::emulator {
 
-// The variable's text, or `fallback` where it is unset or empty.
+// Returns the variable's text, or `fallback` if it is unset or empty.
 EMULATOR_API std::string environment(const char* name, const char* fallback);
 
-// VLLM_NPU_EMULATOR_DEVICES: devices that exist; ASCEND_RT_VISIBLE_DEVICES hides some, as with CANN.
+// VLLM_NPU_EMULATOR_DEVICES: the number of devices. ASCEND_RT_VISIBLE_DEVICES hides some of them, as with CANN.
 int visible_device_count();
 
-// VLLM_NPU_EMULATOR_MEMORY_GB: capacity of one device, as seen by one process; 0 stands for the chip's own.
+// VLLM_NPU_EMULATOR_MEMORY_GB: the capacity of one device for one process. 0 is the capacity of the real chip.
 std::size_t configured_memory_bytes();
 
-// VLLM_NPU_EMULATOR_ASYNC: the seed of the asynchronous streams' delays; nothing for synchronous streams.
+// VLLM_NPU_EMULATOR_ASYNC: the seed of the asynchronous streams' delays. Empty for synchronous streams.
 std::optional<std::uint64_t> asynchronous_seed();
 
 // VLLM_NPU_EMULATOR_CANN: the version that every CANN package reports.
 const std::string& cann_version();
 
-// VLLM_NPU_EMULATOR_LOG: the least level of the ACL log that is shown; nothing for none.
+// VLLM_NPU_EMULATOR_LOG: the lowest level of the ACL log that is shown. Empty shows no log.
 std::optional<std::uint64_t> least_log_level();
 
-// VLLM_NPU_EMULATOR_LIMITS=none: ops take sizes and types that the chip's refuse.
+// VLLM_NPU_EMULATOR_LIMITS=none: ops accept sizes and types that the real chip's ops refuse.
 EMULATOR_API bool limits_are_off();
 
-// VLLM_NPU_EMULATOR_UNDEFINED=zero: what an op leaves unwritten is zeros, in place of values that show.
+// VLLM_NPU_EMULATOR_UNDEFINED=zero: memory that an op leaves unwritten holds zeros (aclnn/undefined.h).
 EMULATOR_API bool undefined_is_zero();
 
-// What is wrong with the environment variables, or "".
+// An error text if an environment variable has a wrong value, else "".
 const std::string& settings_fault();
 
 }  // namespace vllm_npu::emulator

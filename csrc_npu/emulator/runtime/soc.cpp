@@ -21,8 +21,8 @@ struct KnownSoc {
   std::size_t l2_bytes;
 };
 
-// The same prefixes as in vllm_npu/emulator/soc.py; a test compares them. Core counts and sizes are nominal: nothing in
-// the emulator depends on them.
+// The prefixes are those of vllm_npu/emulator/soc.py, and a test compares them. Core counts and sizes are nominal, and
+// nothing in the emulator depends on the core counts.
 constexpr std::array<KnownSoc, 7> kKnown{{
     {"Ascend910B1", Family::kA2, 24, 48, 64 * kGb, 192 * kMb},
     {"Ascend910B2", Family::kA2, 24, 48, 64 * kGb, 192 * kMb},

@@ -4,7 +4,7 @@
 
 namespace vllm_npu::emulator {
 
-// What is wrong with VLLM_NPU_EMULATOR_SOC, or "".
+// An error text if VLLM_NPU_EMULATOR_SOC has a wrong value, else "".
 const std::string& soc_fault();
 
 }  // namespace vllm_npu::emulator

@@ -13,14 +13,14 @@ namespace {
 
 using std::chrono::microseconds;
 
-constexpr int kDelayOneIn = 4;  // of the pieces of work
+constexpr int kDelayOneIn = 4;  // on average, one in four pieces of work is delayed
 constexpr microseconds kLongestDelay{3000};
 constexpr microseconds kLateCopyDelay{20000};
-constexpr std::uint64_t kSeedStep = 0x9E3779B97F4A7C15u;  // spreads the streams' seeds
+constexpr std::uint64_t kSeedStep = 0x9E3779B97F4A7C15u;  // makes the streams' seeds differ
 
 thread_local const Stream* stream_in_progress = nullptr;
 
-// Marks a stream as the one whose work the thread runs.
+// While an object of this class lives, the thread runs work of `stream`.
 class InProgress {
  public:
   explicit InProgress(const Stream* stream) : before_(stream_in_progress), device_before_(current_device()) {
@@ -39,7 +39,7 @@ class InProgress {
   int device_before_;
 };
 
-// What work on streams' threads has left behind, by device. Never destroyed, like the table of streams.
+// The first error of work on streams' threads, for each device. Never destroyed, like the table of streams.
 class KeptErrors {
  public:
   static KeptErrors& instance() {
@@ -73,7 +73,7 @@ class KeptErrors {
 
 }  // namespace
 
-// All live streams. Never destroyed: streams' threads may outlive main().
+// All live streams. Never destroyed, because streams' threads may outlive main().
 class StreamTable {
  public:
   static StreamTable& instance() {
@@ -167,7 +167,7 @@ void Stream::run_tasks() {
     lock.unlock();
     if (streams_are_asynchronous()) pause_before(task);
     run_and_keep_error(task);
-    task.work = nullptr;  // lets go of what the work owned before anybody who waits goes on
+    task.work = nullptr;  // destroys what the work owns before waiting threads go on
     lock.lock();
     ++finished_;
     changed_.notify_all();
@@ -194,7 +194,7 @@ void Stream::pause_before(const Task& task) {
 }
 
 int Stream::synchronize(std::optional<std::chrono::milliseconds> timeout) {
-  if (stream_in_progress == this) return ACL_SUCCESS;  // work waits for what ran before it in any case
+  if (stream_in_progress == this) return ACL_SUCCESS;  // earlier work is already done
   std::unique_lock<std::mutex> lock(mutex_);
   const std::uint64_t awaited = enqueued_;
   const auto done = [&] { return finished_ >= awaited; };

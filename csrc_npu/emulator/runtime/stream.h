@@ -1,4 +1,4 @@
-// Streams: work in order, on the caller's thread or, where it must not wait, on a thread of the stream's own.
+// Streams run their work in order, on the calling thread or on a thread of the stream.
 #pragma once
 
 #include <chrono>
@@ -14,10 +14,10 @@
 
 namespace vllm_npu::emulator {
 
-// When the work of an asynchronous stream may start, at the earliest.
+// The earliest time at which work of an asynchronous stream starts.
 enum class Pace {
-  kRandom,  // sometimes a little late, by the stream's seeded generator
-  kLate,    // always late enough that a host which does not wait sees the state before
+  kRandom,  // sometimes after a short delay, which the stream's seeded generator draws
+  kLate,    // always so late that a host that does not wait sees the old values
   kAtOnce,
 };
 
@@ -35,15 +35,16 @@ class Stream : public std::enable_shared_from_this<Stream> {
   // See enqueue() in runtime.h.
   int enqueue(const char* name, Work work, Pace pace = Pace::kRandom, Place place = Place::kCaller);
 
-  // Waits for the work enqueued so far, and takes the device's kept error. Gives up after `timeout`.
+  // Waits for the work that was enqueued so far, then returns and clears the device's kept error. Fails after
+  // `timeout`.
   int synchronize(std::optional<std::chrono::milliseconds> timeout = std::nullopt);
 
   bool is_idle();
 
-  // Forgets work that has not started, then ends the stream's thread once the current piece is done.
+  // Drops work that has not started. Ends the stream's thread when the current piece of work is done.
   void drop_pending_work();
 
-  // Ends the stream's thread once all work is done.
+  // Ends the stream's thread when all work is done.
   void close();
 
  private:
@@ -60,9 +61,9 @@ class Stream : public std::enable_shared_from_this<Stream> {
 
   const int device_;
   const int id_;
-  std::recursive_mutex running_;  // held while work runs, on whichever thread
+  std::recursive_mutex running_;  // held while work runs, on any thread
 
-  std::mutex mutex_;  // guards all below, which work on the stream's thread alone uses
+  std::mutex mutex_;  // guards the members below, which only work on the stream's thread uses
   std::condition_variable changed_;
   std::deque<Task> tasks_;
   std::uint64_t enqueued_ = 0;
@@ -72,19 +73,20 @@ class Stream : public std::enable_shared_from_this<Stream> {
   std::mt19937_64 random_;
 };
 
-// The live stream behind a handle; null selects the current device's default stream. On an unknown handle, or where
-// no device is set, returns null and records the error: `code` receives what the caller should return.
+// Returns the live stream of a handle. A null handle selects the current device's default stream. If the handle is
+// unknown or no device is set, returns null, records an error, and sets `code` to the code that the caller should
+// return.
 std::shared_ptr<Stream> find_stream(aclrtStream handle, int& code);
 
 aclrtStream add_stream(int device);
 std::shared_ptr<Stream> remove_stream(aclrtStream handle);
 std::vector<std::shared_ptr<Stream>> streams_of_device(int device);
 
-// Waits for all streams of the device, and takes its kept error.
+// Waits for all streams of the device, then returns and clears its kept error.
 int synchronize_device(int device, std::optional<std::chrono::milliseconds> timeout = std::nullopt);
 
-// The first error that work on streams' threads has left on the device since the last call, recorded for the calling
-// thread; or ACL_SUCCESS.
+// Returns the first error of work on streams' threads of the device since the last call, or ACL_SUCCESS. Records its
+// text for the calling thread.
 int take_kept_error(int device);
 
 // Waits for all streams of all devices.

@@ -16,7 +16,7 @@ namespace {
 constexpr std::chrono::milliseconds kReportPoll{100};
 
 std::optional<std::chrono::milliseconds> as_timeout(int32_t milliseconds) {
-  if (milliseconds < 0) return std::nullopt;  // -1: wait for ever
+  if (milliseconds < 0) return std::nullopt;  // -1: no limit
   return std::chrono::milliseconds(milliseconds);
 }
 
@@ -27,7 +27,7 @@ int create_stream(const char* function, aclrtStream* stream) {
   return ACL_SUCCESS;
 }
 
-// Switches that are stored and have no effect: the emulated chip has no overflow detection and never stops a stream.
+// Switches that are stored and have no effect. The emulated chip does not detect overflows and never stops a stream.
 std::mutex switches_mutex;
 std::unordered_map<aclrtStream, uint32_t>& overflow_switches() {
   static auto* switches = new std::unordered_map<aclrtStream, uint32_t>;
@@ -116,7 +116,7 @@ aclError aclrtGetStreamOverflowSwitch(aclrtStream stream, uint32_t* on) {
   return ACL_SUCCESS;
 }
 
-// --- Host functions: they run as part of the stream, so a thread that asks for reports finds none ---
+// --- Host functions: they run as work of the stream, so there are no reports for a thread that polls for them ---
 
 aclError aclrtSubscribeReport(uint64_t, aclrtStream stream) {
   int code = ACL_SUCCESS;

@@ -1,4 +1,4 @@
-// What a stub made by generate_stubs.py does when it is called.
+// Functions that the stubs of generate_stubs.py call.
 #include <cstdio>
 #include <cstdlib>
 

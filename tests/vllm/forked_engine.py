@@ -28,6 +28,7 @@ def import_vllm_and_choose_fork() -> None:
     import vllm.v1.executor.multiproc_executor
     import vllm.v1.worker.cpu_model_runner
     import vllm.v1.worker.cpu_worker  # noqa: F401
+    from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
     from vllm.platforms.cpu import CpuPlatform
 
     choose_spawn = CpuPlatform.check_and_update_config.__func__
@@ -35,6 +36,10 @@ def import_vllm_and_choose_fork() -> None:
     def choose_fork(cls: type[CpuPlatform], vllm_config: "VllmConfig") -> None:
         choose_spawn(cls, vllm_config)
         os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
+        if vllm_config.parallel_config.world_size_across_dp > (os.cpu_count() or 1):
+            # The workers of vLLM's own collectives over TP spin in shared memory. With more workers than cores they keep each
+            # other from the cores, and every strategy takes twice the time. vLLM then goes over gloo, as between containers.
+            CpuCommunicator._all_group_ranks_share_shm_group_name = lambda communicator: False
 
     CpuPlatform.check_and_update_config = classmethod(choose_fork)
 

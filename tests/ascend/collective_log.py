@@ -1,4 +1,4 @@
-"""Logs every collective of one rank with its bytes: calls of torch.distributed, of MC2's ops and of our C++ operators."""
+"""Logs every collective of one rank with its bytes: calls of torch.distributed, MC2's ops and our C++ operators."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ class LoggedCollective:
 
 
 class CollectiveLog(TorchDispatchMode):
-    """Works below the transports, so it counts vllm-ascend's own path and ours in the same way.
+    """Logs collectives below the transports, so it counts vllm-ascend's own path and ours in the same way.
 
     For MC2's ops it counts the active rows whose experts are on another rank. A dispatch mode does not see into opaque custom
     ops. Wrap a function that runs inside such an op with `inside`.
@@ -41,7 +41,7 @@ class CollectiveLog(TorchDispatchMode):
         return logged
 
     def see_everything(self) -> None:
-        """Log also what no dispatch mode sees: vLLM's collectives, which are opaque ops, and batches of sends and receives."""
+        """Also log calls that no dispatch mode sees: vLLM's collectives, which are opaque ops, and batches of messages."""
         from vllm.distributed.parallel_state import GroupCoordinator
 
         for name in ("_all_reduce_out_place", "_all_gather_out_place", "_reduce_scatter_out_place"):
@@ -118,7 +118,7 @@ class CollectiveLog(TorchDispatchMode):
         elif name.startswith(("reduce_scatter", "_reduce_scatter")):
             tensors = _tensors(given.get("input_tensor", given.get("input_tensors", given.get("inputs"))))
             sent = sum(x.nbytes for x in tensors) * (size - 1) // size
-        else:  # all-gather of some kind, broadcast
+        else:  # a kind of all-gather, or a broadcast
             tensors = _tensors(
                 given.get("input_tensor", given.get("input_tensors", given.get("tensors", given.get("inputs"))))
             )

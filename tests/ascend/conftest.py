@@ -11,7 +11,7 @@ from vllm_npu.emulator.pytest_plugin import missing
 
 
 def what_is_missing() -> str | None:
-    """Names what these tests need and this environment does not have. None if everything is there."""
+    """Return the names of what these tests need and this environment lacks, or None if it lacks nothing."""
     absent = [package for package in ("vllm_ascend", "torch_npu") if find_spec(package) is None]
     return f"{' and '.join(absent)} (scripts/test.sh --ascend has them)" if absent else missing()
 

@@ -3,8 +3,8 @@
     scripts/setup.sh --ascend   # prints a python
     PYTHON -m tests.ascend.host_times [CHIP [ROUNDS]]
 
-The device is emulated, so the times say what the host does for a layer and nothing about an NPU. Each stream has a thread of
-its own, so a call returns before its collective has run, as on a device. The processor time of the calling thread is measured.
+The device is emulated, so the times show the host's work for a layer, and nothing about an NPU. Each stream has its own thread,
+so a call returns before its collective has run, as on a device. The processor time of the calling thread is measured.
 
 Routing is not measured: vllm-ascend moves router logits, and ours moves the weights and ids chosen from them.
 
@@ -29,7 +29,7 @@ from tests.ascend.layer_program import make_layer
 THEIRS, THROUGH_TORCH, OURS = "vllm-ascend's class", "ours, torch.distributed", "ours, C++ operators"
 WARM_UP = 5
 LAYERS = (1, 8)
-# strategy -> (TP size, DP size, steps); a step has the number of tokens of each DP rank
+# {strategy: (TP size, DP size, steps)}; a step has the number of tokens of each DP rank
 WORKLOADS: dict[str, tuple[int, int, list[list[int]]]] = {
     "allgather": (1, 2, [[8, 8], [64, 64], [8, 5]]),
     "all2all": (2, 1, [[8], [64]]),

@@ -63,7 +63,7 @@ def dense(hidden: torch.Tensor, logits: torch.Tensor, w13: torch.Tensor, w2: tor
 
 
 def int8_config(experts: int) -> Any:
-    """vllm-ascend's quantisation config for a checkpoint whose experts are W8A8_DYNAMIC."""
+    """Return vllm-ascend's quantisation config for a checkpoint whose experts are W8A8_DYNAMIC."""
     from vllm_ascend.quantization.modelslim_config import AscendModelSlimConfig
 
     names = [f"{PREFIX}.{expert}.{name}_proj" for expert in range(experts) for name in ("gate", "up", "down")]
@@ -85,7 +85,7 @@ def load_int8(layer: Any, name: str, weight: torch.Tensor, own: slice) -> torch.
 
 
 def spoil_combine() -> None:
-    """Make the last row that our all2all brings back 10 % too large."""
+    """Make the last row of our all2all's combine 10 % too large."""
     from vllm_npu.strategies.dispatch.all2allv import All2AllVDispatcher
 
     combine = All2AllVDispatcher.combine
@@ -165,7 +165,7 @@ def make_layer(given: dict[str, Any]) -> tuple[Any, Any]:
 
 
 def main(given: dict[str, Any]) -> None:
-    """Build the layer, run every step by every path, print the rows."""
+    """Build the layer, run every step on every path, and print the rows."""
     rank, tp, dp = int(os.environ["RANK"]), given["tp"], given["dp"]
     hidden_size, experts, top_k = given["hidden"], given["experts"], given["top_k"]
     dtype = getattr(torch, given["dtype"])
@@ -199,7 +199,7 @@ def main(given: dict[str, Any]) -> None:
         hidden = torch.randn(tokens, hidden_size, generator=draw).to(dtype)
         logits = torch.randn(tokens, experts, generator=draw).to(dtype)
         expected = dense(hidden, logits, w13, w2, top_k)
-        if given.get("flashcomm1"):  # each TP rank brings its slice, and takes it back
+        if given.get("flashcomm1"):  # each TP rank has only its slice of the tokens
             own = slice(rank % tp * (tokens // tp), (rank % tp + 1) * (tokens // tp))
             hidden, logits, expected = hidden[own], logits[own], expected[own]
         with (

@@ -1,4 +1,5 @@
-"""One MoE layer of the real vllm-ascend on emulated ranks: every strategy is compared with its own path and a dense layer."""
+"""Compares every strategy, in one MoE layer of the real vllm-ascend on emulated ranks, with vllm-ascend's own path and a dense
+layer."""
 
 import json
 import re

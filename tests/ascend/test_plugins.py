@@ -34,7 +34,7 @@ def doctor(folder: Path, plugins: str | None) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def refusal() -> str:
-    """The error with which vLLM ends if VLLM_PLUGINS is not set."""
+    """Return the error with which vLLM ends if VLLM_PLUGINS is not set."""
     process = run(["-c", LOAD], None)
     assert process.returncode != 0
     assert "PLATFORM" not in process.stdout

@@ -1,4 +1,4 @@
-"""Ranks over NCCL: one process for each GPU of this machine, for 2 to 8 GPUs."""
+"""Starts ranks over NCCL: one process for each GPU of this machine, for 2 to 8 GPUs."""
 
 from collections.abc import Iterator
 
@@ -7,11 +7,13 @@ import torch
 
 from vllm_npu.tools.launch import ProcessRankPool, RankPool
 
-NUM_RANKS = 1 << (max(2, min(torch.cuda.device_count(), 8)).bit_length() - 1)  # a power of two divides all experts
+NUM_RANKS = 1 << (
+    max(2, min(torch.cuda.device_count(), 8)).bit_length() - 1
+)  # a power of two, to divide the experts evenly
 
 
 def missing() -> str | None:
-    """The reason why this machine cannot run these tests. None: it can."""
+    """Return the reason why this machine cannot run these tests, or None if it can."""
     if torch.cuda.device_count() < NUM_RANKS or not all(
         torch.cuda.can_device_access_peer(0, peer) for peer in range(1, NUM_RANKS)
     ):

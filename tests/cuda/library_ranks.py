@@ -1,4 +1,4 @@
-"""Functions that ranks run, for tests of the libraries behind the generic managers."""
+"""Functions that ranks run in tests of the libraries that the generic managers use."""
 
 import torch
 import torch.distributed as dist

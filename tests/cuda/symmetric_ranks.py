@@ -1,4 +1,4 @@
-"""Functions that ranks run, for tests of symmetric memory. Each rank makes the tensors of all ranks from one seed, so that it
+"""Functions that ranks run in tests of symmetric memory. Each rank makes the tensors of all ranks from one seed, so that it
 knows the result without communication."""
 
 import time
@@ -31,7 +31,7 @@ class Shape:
     dtype: torch.dtype = torch.bfloat16
     ids_dtype: torch.dtype = torch.int32
     routing: str = "uniform"
-    real_rows: int | None = None  # None: no mask
+    real_rows: int | None = None  # None means no mask
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def factor(expert: torch.Tensor) -> torch.Tensor:
 
 
 def on_slots(slots: DispatchedSlots, rank: int, num_local_experts: int) -> torch.Tensor:
-    """Each slot's weighted sum over local experts, and NaN for empty slots."""
+    """Return each slot's weighted sum over local experts, and NaN for empty slots."""
     local = slots.topk_ids >= 0
     weights = torch.where(local, slots.topk_weights * factor(slots.topk_ids + rank * num_local_experts), 0.0)
     rows = slots.hidden_states.float() * weights.sum(1, keepdim=True)
@@ -204,7 +204,7 @@ def replays(rank: Rank, num_tokens: int) -> None:
     shape = Shape(num_tokens=num_tokens, hidden_size=1024)
     dispatcher = opened(rank, shape)
     still = Batch.of(shape, rank.rank, rank.num_ranks, 0)
-    exchange(rank, dispatcher, shape, still)  # compiles, outside the graph
+    exchange(rank, dispatcher, shape, still)  # compiles the kernels outside the graph
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -227,7 +227,7 @@ def replays(rank: Rank, num_tokens: int) -> None:
 
 
 def in_flight(rank: Rank, two_streams: bool) -> None:
-    """Two micro-batches in flight, combined in either order, on one stream or two."""
+    """Keep two micro-batches in flight and combine them in both orders, on one stream or two."""
     shapes = [Shape(num_tokens=64, hidden_size=1024), Shape(num_tokens=900, hidden_size=4096)]  # the second fills a GPU
     dispatcher = opened(rank, shapes[0])
     per_rank = shapes[0].num_experts // rank.num_ranks
@@ -239,7 +239,7 @@ def in_flight(rank: Rank, two_streams: bool) -> None:
         for i, (batch, stream) in enumerate(zip(batches, streams, strict=True)):
             with torch.cuda.stream(stream):
                 if (rank.rank + i + seed) % 2:
-                    torch.cuda._sleep(1_000_000)  # another stream comes late on each rank
+                    torch.cuda._sleep(1_000_000)  # delays one stream, not the same one on every rank
                 slots.append(dispatcher.dispatch_slots(batch.hidden_states, batch.weights, batch.ids))
         for i in (0, 1) if seed % 2 else (1, 0):
             with torch.cuda.stream(streams[i]):
@@ -249,7 +249,7 @@ def in_flight(rank: Rank, two_streams: bool) -> None:
 
 
 def refusals(rank: Rank) -> list[str]:
-    """Messages of the calls that are refused. They move no tokens, so the exchange after them must be right."""
+    """Return the messages of refused calls. Refused calls move no tokens, so the exchange after them must be right."""
     shape = Shape(num_tokens=8)
     dispatcher = opened(rank, shape)
     own = Batch.of(shape, rank.rank, rank.num_ranks, 0)

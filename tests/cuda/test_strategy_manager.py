@@ -1,4 +1,4 @@
-"""Strategies as vLLM's all2all manager, over NCCL and symmetric memory, against the dense reference."""
+"""Compares every strategy, run by vLLM's all2all manager over NCCL and symmetric memory, with the dense reference."""
 
 import pytest
 

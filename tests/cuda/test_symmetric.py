@@ -1,4 +1,4 @@
-"""Dispatch and combine over symmetric memory: exact, in every shape, under graphs, and when a rank stops."""
+"""Tests dispatch and combine over symmetric memory: exact results in all shapes, captured graphs, and a rank that stops."""
 
 from dataclasses import replace
 

@@ -10,7 +10,7 @@ RANKS = (2, 4, 8)
 
 
 def num_npus() -> int:
-    """NPUs that torch_npu sees; 0 without torch_npu or CANN."""
+    """Return the number of NPUs that torch_npu sees. It is 0 without torch_npu or CANN."""
     try:
         import torch_npu
     except ImportError:

@@ -1,6 +1,6 @@
-"""What only hardware can tell: every strategy, the transport's contract and the ops, on real NPUs against portable torch.
+"""Compares every strategy and the ops on real NPUs with portable torch, and checks the transport's contract.
 
-One command on an Ascend machine with CANN and torch_npu: python -m pytest tests/npu
+Run on an Ascend machine with CANN and torch_npu: python -m pytest tests/npu
 """
 
 import pytest
@@ -33,7 +33,7 @@ def test_contract(npus, promise):
 
 
 def routing_ops(rank: Rank) -> None:
-    """Rows, counts and sums as portable_ops has them; undefined rows are not compared."""
+    """Compare rows, counts and sums with portable_ops. Undefined rows are not compared."""
     generator = seeded(rank.rank)
     x = torch.randn(TOKENS, HIDDEN, generator=generator).bfloat16()
     ids = distinct_ids(TOKENS, TOP_K, 2 * EXPERTS, generator)
@@ -54,7 +54,7 @@ def routing_ops(rank: Rank) -> None:
 
 
 def int8_ops(rank: Rank) -> None:
-    """Quantised rows to one unit, their grouped product to the rounding of its output."""
+    """Compare quantised rows within one unit, and their grouped product within the rounding of its output."""
     generator = seeded(100 + rank.rank)
     x = torch.randn(TOKENS, HIDDEN, generator=generator).bfloat16()
     ops = ops_of(torch.empty(0, device=rank.device))

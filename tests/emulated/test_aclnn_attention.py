@@ -154,7 +154,7 @@ def attention(**changes: Any) -> Any:
         ({"quant_scale1": torch.ones(1)}, "quant_scale1 is given"),
         ({"query_padding_size": torch.ones(1, dtype=torch.int64)}, "query_padding_size is given"),
         ({"actual_seq_lengths": [4]}, "ends at 4 and query has 3"),
-        ({"actual_seq_lengths": [3, 2], "actual_seq_lengths_kv": [3, 3]}, "and falls"),
+        ({"actual_seq_lengths": [3, 2], "actual_seq_lengths_kv": [3, 3]}, "actual_seq_lengths falls"),
         ({"query_rope": torch.ones(3, HEADS, 2, dtype=torch.float16)}, "go together"),
         ({name: random_rows(3, HEADS, WIDTH) for name in ("query", "key", "value")}, "query is Float"),
     ],

@@ -443,7 +443,7 @@ def version_1(rank: int, num_ranks: int) -> None:
 
     mask = torch.ones(5, dtype=torch.bool).npu()
     refused(
-        r"561002.*x_active_mask is given, and version 1",
+        r"561002.*x_active_mask is given, but version 1",
         lambda: npu.npu_moe_distribute_dispatch(
             case.x[rank].npu(), case.ids[rank].npu(), **{**arguments, "x_active_mask": mask}
         ),

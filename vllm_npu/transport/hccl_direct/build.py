@@ -12,7 +12,10 @@ from vllm_npu.native_build import Component
 BUILD_COMMAND = "python -m vllm_npu.transport.hccl_direct.build"
 
 TOKEN_OPS = Component(
-    "ops", "the token operators on HCCL", "libvllm_npu_ops.so", install_hint="pip install cmake ninja"
+    "ops",
+    "the library of token operators on HCCL",
+    "libvllm_npu_ops.so",
+    install_hint="in a checkout: pip install '.[ascend]', or '.[emulator]' without an NPU",
 )
 
 
@@ -24,7 +27,9 @@ def built_library() -> Path:
     """
     library = TOKEN_OPS.library_folder() / TOKEN_OPS.product
     if not library.is_file():
-        raise NativeBuildError(f"{TOKEN_OPS.what} are not built; run {BUILD_COMMAND} and start the ranks again")
+        raise NativeBuildError(
+            f"the token operators on HCCL are not built; run {BUILD_COMMAND} and start the ranks again"
+        )
     return library
 
 

@@ -621,7 +621,8 @@ def layers(rank: int, num_ranks: int) -> None:
         same_as_portable_ops(rank, num_ranks, 2)
 
 
-@pytest.mark.parametrize("num_ranks", [2, 4, 8])
+# Nightly, for its size: 8 ranks run the code paths of 4.
+@pytest.mark.parametrize("num_ranks", [2, 4, pytest.param(8, marks=pytest.mark.nightly)])
 def test_layers_of(num_ranks: int, run_in_ranks) -> None:
     run_in_ranks(layers, num_ranks)
 

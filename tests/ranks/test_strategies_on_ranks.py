@@ -28,6 +28,8 @@ def test_equals_the_reference_on_processes(pools, strategy, num_ranks):
     assert failures(pools("gloo", num_ranks), to_run) == {}
 
 
+# Nightly, for its size: the tests above show the same on 2, 3 and 4 ranks.
+@pytest.mark.nightly
 def test_equals_the_reference_on_eight_ranks(pools):
     assert failures(pools("threaded", 8), list(cases(8, quick=True, seed=7))) == {}
 

@@ -50,9 +50,7 @@ def assert_same_tokens(generation: Generation, vanilla: list[list[int]], model: 
     [
         # Without vLLM's sequence parallelism, which is wrong for this family: the platform turns it off.
         pytest.param(TP2_DP2_EP, id="tp2-dp2-ep"),
-        # Nightly: this is the product of a model and a topology. The default lane shows the same model on TP2xDP2, the same
-        # topology with the other model, and this model's shared experts on TP2 in test_moe_runner.
-        pytest.param(TP2_EP, id="tp2-ep", marks=pytest.mark.nightly),
+        pytest.param(TP2_EP, id="tp2-ep"),
     ],
 )
 def test_a_model_with_shared_experts(

@@ -344,7 +344,7 @@ REFUSED = {
     ),
     "exchange_tokens, sum": (
         lambda t: t.exchange_tokens([torch.zeros(t.size + 1, 2)], torch.ones(t.size, dtype=torch.int64)),
-        r"exchange_tokens on group '\w+': rows_per_rank \[[\d, ]+\] add up to \d, the tensors have \d rows",
+        r"exchange_tokens on group '\w+': rows_per_rank \[[\d, ]+\] add up to \d, but the tensors have \d rows",
     ),
     "exchange_tokens, type": (
         lambda t: t.exchange_tokens([torch.zeros(t.size, 2)], torch.ones(t.size, dtype=torch.int32)),

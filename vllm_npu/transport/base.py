@@ -167,7 +167,7 @@ class Transport(ABC):
         self._check_sizes("exchange_tokens", sent_rows, 0, None)
         if sum(sent_rows) != tensors[0].shape[0]:
             raise InvalidInputError(
-                f"exchange_tokens on group '{self.group}': rows_per_rank {list(sent_rows)} add up to {sum(sent_rows)}, the "
+                f"exchange_tokens on group '{self.group}': rows_per_rank {list(sent_rows)} add up to {sum(sent_rows)}, but the "
                 f"tensors have {tensors[0].shape[0]} rows"
             )
 

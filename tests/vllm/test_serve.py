@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -101,10 +102,18 @@ def check_metrics(url: str, num_tokens: int) -> None:
     """The API server's endpoint shows the counts of both workers among vLLM's own series."""
     from prometheus_client.parser import text_string_to_metric_families
 
-    with urllib.request.urlopen(url, timeout=60) as answer:
-        samples = [
-            sample for family in text_string_to_metric_families(answer.read().decode()) for sample in family.samples
-        ]
+    def read() -> list[Any]:
+        with urllib.request.urlopen(url, timeout=60) as answer:
+            families = text_string_to_metric_families(answer.read().decode())
+            return [sample for family in families for sample in family.samples]
+
+    def steps_of(samples: list[Any]) -> set[float]:
+        return {sample.value for sample in samples if sample.name == "vllm_npu:moe_steps_total"}
+
+    # The last step ends on one rank before the other: wait until both have counted it.
+    give_up = time.monotonic() + PATIENCE_SECONDS
+    while len(steps_of(samples := read())) != 1 and time.monotonic() < give_up:
+        time.sleep(0.1)
 
     def of(name: str) -> dict[tuple[str | None, str], float]:
         found = [sample for sample in samples if sample.name == f"vllm_npu:moe_{name}_total"]

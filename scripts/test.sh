@@ -20,11 +20,18 @@ run_pytest() { # setup's option, then pytest's arguments
 # Runs all tests with these arguments of pytest. Tests of the emulated device and those of ranks mostly wait, so they run side by
 # side; tests of vLLM's engines fill the cores, so they follow alone.
 run_all() {
-  local emulated=0 ranks=0 others=0 side_by_side emulated_output
+  local emulated=0 ranks=0 others=0 side_by_side
   emulated_output=$(mktemp)
-  run_pytest --emulator tests/emulated "$@" >"$emulated_output" 2>&1 &
+  set -m # a process group of their own, so that they end with this script, also after Ctrl-C
+  run_pytest --emulator tests/emulated "$@" >"$emulated_output" 2>&1 </dev/null &
+  set +m
+  emulated_tests=$!
+  trap 'kill -TERM -- -$emulated_tests 2>/dev/null; rm -f "$emulated_output"' EXIT
+  trap 'exit 130' INT
+  trap 'exit 143' TERM
   run_pytest "" tests/pure tests/ranks "$@" || ranks=$?
-  wait $! || emulated=$?
+  wait $emulated_tests || emulated=$?
+  trap - EXIT
   cat "$emulated_output"
   rm "$emulated_output"
   side_by_side=$SECONDS

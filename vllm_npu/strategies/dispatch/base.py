@@ -81,6 +81,9 @@ class Dispatched:
 class Dispatcher(ABC):
     """One way to move tokens to their experts. It holds its groups and the placement, and no state of a call."""
 
+    max_extra_tensors: ClassVar[int | None] = 0
+    """Most tensors that dispatch_with_ids takes beside the rows. None: any number."""
+
     def __init__(
         self,
         groups: Groups,
@@ -112,9 +115,6 @@ class Dispatcher(ABC):
         handle: DispatchHandle,
     ) -> torch.Tensor:  # [num_tokens, width], dtype of expert_output
         """Bring the experts' rows back to the ranks of their tokens, and return each token's weighted sum."""
-
-    max_extra_tensors: ClassVar[int | None] = 0
-    """Most tensors that dispatch_with_ids takes beside the rows. None: any number."""
 
     def dispatch_with_ids(
         self,

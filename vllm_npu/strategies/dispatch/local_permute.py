@@ -26,6 +26,8 @@ class LocalPermuteDispatcher(Dispatcher):
     illegal under graph capture.
     """
 
+    max_extra_tensors = None
+
     def dispatch(self, tokens: RoutedTokens) -> Dispatched:
         """Sort the tokens that chose a local expert by expert. Without expert parallelism all experts are local."""
         tokens.check(self.placement.num_experts)
@@ -48,8 +50,6 @@ class LocalPermuteDispatcher(Dispatcher):
             expert_output, handle.row_of_pair, handle.topk_weights
         )
         return combined
-
-    max_extra_tensors = None
 
     def dispatch_with_ids(
         self, tokens: RoutedTokens, extra_tensors: tuple[torch.Tensor, ...] = ()

@@ -96,6 +96,8 @@ class SymmetricDispatcher(Dispatcher):
     or combine, then raise TransportError with the rank's number.
     """
 
+    max_extra_tensors = 1
+
     def __init__(
         self,
         groups: Groups,
@@ -234,8 +236,6 @@ class SymmetricDispatcher(Dispatcher):
             launches[handle.window](tensors, stream)
         windows.give_back(handle.window)
         return output
-
-    max_extra_tensors = 1
 
     def dispatch_with_ids(
         self, tokens: RoutedTokens, extra_tensors: tuple[torch.Tensor, ...] = ()

@@ -71,7 +71,7 @@ def change_manager(worker: Any, choice: str, graphs: bool) -> str:
             communicator.all2all_manager = communicator.build_manager(vllm_config, Options.of(vllm_config))
         if graphs:
             worker.model_runner.capture_model()
-    return type(communicator.all2all_manager).__name__
+    return type(getattr(communicator.all2all_manager, "inner", communicator.all2all_manager)).__name__
 
 
 def rank_main(rank: int, options: argparse.Namespace, model: str, port: int, barrier: Any, answers: Any) -> None:

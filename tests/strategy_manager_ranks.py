@@ -1,51 +1,115 @@
-"""Run on each rank to test the strategies as vLLM's all2all manager.
+"""Run on each rank to test the strategies as vLLM's all2all manager. The experts read rows, weights and ids as vLLM's do."""
 
-The forward context is vLLM's. The process groups are those of the ranks. The experts read rows, weights and ids as vLLM's do.
-"""
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from vllm.forward_context import DPMetadata, ForwardContext, override_forward_context
 
+from vllm_npu.all2all.strategy import StrategyAll2AllManager
 from vllm_npu.core.step_plan import TokenSharding
-from vllm_npu.plugin.gpu.strategy_manager import StrategyAll2AllManager
 from vllm_npu.tools.launch import Rank
 from vllm_npu.tools.verification import Case, CaseTensors
+
+OPENED: dict[str, dist.ProcessGroup] = {}  # the gloo groups that this rank's process has opened
+
+
+@dataclass
+class GivenStep:
+    """A running step with given facts."""
+
+    counts: tuple[int, ...] = ()
+    in_graph: bool = False
+    batch: int = 0
+    current: object = field(default_factory=object)
+
+    def begin(self, counts: tuple[int, ...], *, in_graph: bool = False) -> None:
+        self.counts, self.in_graph, self.current = counts, in_graph, object()
+
+    def key(self) -> object:
+        return self.current
+
+    def num_tokens_across_dp(self) -> tuple[int, ...]:
+        return self.counts
+
+    def captured(self) -> bool:
+        return self.in_graph
+
+    def micro_batch(self) -> int:
+        return self.batch
+
+
+def manager_of(rank: Rank, case: Case, step: GivenStep) -> StrategyAll2AllManager:
+    """Return a manager on this rank's groups. COLLECTIVE."""
+    if "gloo" not in OPENED:
+        OPENED["gloo"] = dist.new_group(backend="gloo")
+    groups = rank.groups(tp_size=case.tp_size, dp_size=case.dp_size)
+    return StrategyAll2AllManager(
+        groups, OPENED["gloo"], strategy=case.strategy, num_experts=case.num_experts, running=step
+    )
 
 
 def run_cases(rank: Rank, cases: list[Case]) -> list[str]:
     """Return the faults that this rank finds. COLLECTIVE."""
-    cpu_group = dist.new_group(backend="gloo")
-    return [f"{case}: {fault}" for case in cases for fault in _run(rank, case, cpu_group)]
+    faults = []
+    for case in cases:
+        step = GivenStep(case.num_tokens_across_dp)
+        manager = manager_of(rank, case, step)
+        faults += [f"{case}: {fault}" for fault in exchange(rank, case, manager)]
+        manager.destroy()
+    return faults
 
 
-def _run(rank: Rank, case: Case, cpu_group: dist.ProcessGroup) -> list[str]:
-    groups = rank.groups(tp_size=case.tp_size, dp_size=case.dp_size)
-    topology = groups.topology
-    manager = StrategyAll2AllManager(
-        groups, cpu_group, strategy=case.strategy, num_experts=case.num_experts, graphs=False
-    )
+def exchange(rank: Rank, case: Case, manager: Any, after_dispatch: Callable[[], None] | None = None) -> list[str]:
+    """Run the layer of the case through the manager, and return its faults. after_dispatch runs in place of the experts."""
+    topology = rank.groups(tp_size=case.tp_size, dp_size=case.dp_size).topology
     tensors = CaseTensors.of(case)
     hidden_states, weights, ids = tensors.input_of(topology, case.sharding, rank.device)
-    ids = ids.int()
     matrices = tensors.experts.weights.to(rank.device)
     first = topology.ep_rank * case.experts_per_rank
-    counts = torch.tensor(case.num_tokens_across_dp, dtype=torch.int32)
-    context = ForwardContext(no_compile_layers={}, attn_metadata={}, slot_mapping={}, dp_metadata=DPMetadata(counts))
     sequence_parallel = case.sharding is TokenSharding.SLICED_OVER_TP
-    with override_forward_context(context):
-        rows, row_weights, row_ids = manager.dispatch(hidden_states, weights, ids, sequence_parallel)
-        faults = [f"rank {rank.rank}: not contiguous" for x in (rows, row_weights, row_ids) if not x.is_contiguous()]
-        if bool((row_ids < 0).any()) or row_ids.shape != row_weights.shape:
-            faults.append(f"rank {rank.rank}: ids below 0, or of another shape than the weights")
-        output = torch.zeros(rows.shape[0], case.width, device=rank.device)
-        for expert in range(first, first + case.experts_per_rank):
-            row, k = (row_ids == expert).nonzero(as_tuple=True)
-            output.index_add_(0, row, (rows[row] @ matrices[expert]).float() * row_weights[row, k, None])
-        combined = manager.combine(output.to(case.dtype), sequence_parallel)
+    rows, row_weights, row_ids = manager.dispatch(hidden_states, weights, ids.int(), sequence_parallel)
+    faults = [f"rank {rank.rank}: not contiguous" for x in (rows, row_weights, row_ids) if not x.is_contiguous()]
+    if bool((row_ids < 0).any()) or row_ids.shape != row_weights.shape:
+        faults.append(f"rank {rank.rank}: ids below 0, or of another shape than the weights")
+    if after_dispatch is not None:
+        after_dispatch()
+    output = torch.zeros(rows.shape[0], case.width, device=rank.device)
+    for expert in range(first, first + case.experts_per_rank):
+        row, k = (row_ids == expert).nonzero(as_tuple=True)
+        output.index_add_(0, row, (rows[row] @ matrices[expert]).float() * row_weights[row, k, None])
+    combined = manager.combine(output.to(case.dtype), sequence_parallel)
     expected = tensors.expected_on(topology, case.sharding)
     if not torch.equal(combined[: expected.shape[0]].cpu(), expected):
         faults.append(f"rank {rank.rank}: not the reference")
+    return faults
+
+
+class ExpertsFailed(Exception):
+    """Raised in place of the experts."""
+
+
+def goes_on_after_errors(rank: Rank, case: Case, steps: int) -> list[str]:
+    """Let the experts fail in three steps, and combine in one, and then run good steps. Returns the faults."""
+    step = GivenStep(case.num_tokens_across_dp)
+    manager = manager_of(rank, case, step)
+
+    def fail() -> None:
+        raise ExpertsFailed
+
+    faults = exchange(rank, case, manager)
+    for _ in range(3):
+        step.begin(case.num_tokens_across_dp)
+        try:
+            exchange(rank, case, manager, fail)
+        except ExpertsFailed:
+            continue
+        faults.append("the experts did not fail")
+    for _ in range(steps):
+        step.begin(case.num_tokens_across_dp)
+        faults += exchange(rank, case, manager)
+    manager.check_failed()
     manager.destroy()
     return faults
 

@@ -139,7 +139,7 @@ def exchanges(rank: Rank, shapes: list[Shape]) -> list[str]:
             faults.append(f"{shape}: output")
         if not all(same_bits(*pair) for pair in zip(before, (own.hidden_states, own.weights, own.ids), strict=True)):
             faults.append(f"{shape}: an input was written to")
-    dispatcher.check()
+    dispatcher.check_failed()
     return faults
 
 
@@ -223,7 +223,7 @@ def replays(rank: Rank, num_tokens: int) -> None:
         assert all(torch.equal(output, fresh.expected()) for output in outputs), seed
         if seed % 10 == 0:
             assert torch.equal(exchange(rank, dispatcher, shape, fresh), fresh.expected())  # eager between replays
-    dispatcher.check()
+    dispatcher.check_failed()
 
 
 def in_flight(rank: Rank, two_streams: bool) -> None:
@@ -293,7 +293,7 @@ def random_steps(rank: Rank, steps: int, seed: int) -> int:
         if key not in batches:
             batches[key] = Batch.of(shape, rank.rank, rank.num_ranks, draw[3] % 4)
         wrong += (exchange(rank, dispatcher, shape, batches[key]) != batches[key].expected()).sum()
-    dispatcher.check()
+    dispatcher.check_failed()
     return int(wrong)
 
 

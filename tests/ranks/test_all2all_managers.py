@@ -1,12 +1,10 @@
 """The managers naive and agrs over gloo: their dispatch and combine, in data-parallel and in sequence-parallel steps."""
 
-import inspect
-
 import pytest
 import torch
 
 from tests.managers import exchanges
-from vllm_npu.all2all import MANAGERS, All2AllManager, manager_class, manager_row
+from vllm_npu.all2all import MANAGERS, manager_class, manager_row
 from vllm_npu.errors import InvalidInputError, UnsupportedConfigError
 from vllm_npu.tools.launch import Rank, ThreadRankPool
 
@@ -40,18 +38,17 @@ def test_an_unknown_manager_and_an_absent_library_are_named():
         manager_row("deepep_low_latency")
 
 
-@pytest.mark.parametrize("name", [name for name, row in MANAGERS.items() if row.manager and row.library is None])
-def test_managers_have_the_signatures_of_vllms_contract(name):
-    base = pytest.importorskip("vllm.distributed.device_communicators.base_device_communicator").All2AllManagerBase
-    for method in (
-        "get_handle",
-        "dispatch",
-        "dispatch_router_logits",
-        "combine",
-        "set_num_sms",
-        "max_sms_used",
-        "destroy",
-    ):
-        expected = inspect.signature(getattr(base, method)).parameters
-        for cls in (All2AllManager, manager_class(name)):
-            assert list(inspect.signature(getattr(cls, method)).parameters) == list(expected), method
+def notes_what_it_took(rank: Rank):
+    manager = manager_class("naive")(rank.groups(tp_size=1, dp_size=2), lambda: [2, 2])
+    assert manager.end_step() is None
+    x = torch.zeros(2, 4)
+    manager.combine(manager.dispatch(x, x, x)[0])
+    assert [manager.end_step(), manager.end_step()] == [
+        ("naive", "naive")
+    ] * 2  # the second replays a graph of the first
+
+
+def test_a_step_tells_how_its_tokens_travelled():
+    with ThreadRankPool(2, timeout=5) as pool:
+        pool.run(notes_what_it_took)
+    assert all(manager_class(name).name == name for name, row in MANAGERS.items() if row.manager and not row.library)

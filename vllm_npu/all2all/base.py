@@ -6,7 +6,7 @@ vLLM passes no handle from dispatch to combine, so a manager keeps what its comb
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,29 @@ RowsOfRanks = Callable[[], Sequence[int]]
 HandleT = TypeVar("HandleT")
 
 
+class RunningStep(Protocol):
+    """What the caller of a manager knows of the step that is running. LOCAL. All but micro_batch are equal on all ranks."""
+
+    def key(self) -> object:
+        """Return an object that stays the same within a step, and that no other step has."""
+
+    def num_tokens_across_dp(self) -> tuple[int, ...]:
+        """Return the tokens of each DP rank, padding of a graph included."""
+
+    def captured(self) -> bool:
+        """Whether a graph is captured from the step, or replayed for it."""
+
+    def micro_batch(self) -> int:
+        """Return the number of the micro-batch that the calling thread works on."""
+
+
+class Taken(NamedTuple):
+    """How the tokens of a step travelled."""
+
+    requested: str
+    strategy: str
+
+
 class All2AllManager(ABC):
     """The exchange of tokens over one EP group.
 
@@ -28,12 +51,17 @@ class All2AllManager(ABC):
     sliced over TP then, and DP otherwise. cpu_group is the EP group's gloo group, with which libraries set up their own links.
     """
 
+    name: ClassVar[str]  # in the table MANAGERS
+
     def __init__(self, groups: Groups, rows_of_ranks: RowsOfRanks, cpu_group: dist.ProcessGroup | None = None) -> None:
         self.groups = groups
         self.cpu_group = cpu_group
         self.rank, self.world_size = groups.ep.rank, groups.ep.size
         self.dp_rank, self.dp_world_size = groups.dp.rank, groups.dp.size
         self._rows_of_ranks = rows_of_ranks
+        self.reports_faults = False  # whether fault_flag() can show a fault of the device
+        self._taken: Taken | None = None  # by the running step
+        self._taken_in_graphs: Taken | None = None  # by the step that was captured last
 
     def dispatch(
         self,
@@ -82,6 +110,27 @@ class All2AllManager(ABC):
         """Return the library's object for these sizes, or the manager itself where there is no library. LOCAL, except for the
         first call with these sizes."""
         return self
+
+    def check_failed(self) -> None:  # noqa: B027 - the exchanges of most managers raise their errors themselves
+        """Raise TransportError, with the numbers of the ranks, where an exchange has failed on the device only. LOCAL. Host
+        sync: no. The caller calls it before each step, since a replayed graph runs no Python."""
+
+    def fault_flag(self) -> torch.Tensor | None:
+        """Return a tensor [1] on the device that is not 0 once an exchange has failed there. None: nothing can fail yet."""
+        return None
+
+    def end_step(self) -> Taken | None:
+        """Return how the tokens of the last step travelled. LOCAL. None: no step has run.
+
+        Call it once after each step. A step without a dispatch replayed a graph. It counts as the step that was captured last.
+        """
+        taken, self._taken = self._taken or self._taken_in_graphs, None
+        return taken
+
+    def _note(self, taken: Taken, *, captured: bool) -> None:
+        self._taken = taken
+        if captured:
+            self._taken_in_graphs = taken
 
     def set_num_sms(self, num_sms: int) -> None:  # noqa: B027 - vLLM calls it on all managers
         """Limit the GPU multiprocessors that an exchange uses, where a limit is possible. LOCAL."""

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 import torch.distributed as dist
 
-from vllm_npu.all2all.base import All2AllManager, RowsOfRanks
+from vllm_npu.all2all.base import All2AllManager, RowsOfRanks, Taken
 from vllm_npu.strategies.dispatch.rows_with_ids import RowsWithIds
 from vllm_npu.strategies.prepare_finalize.allgather import AllGatherPrepareAndFinalize
 from vllm_npu.strategies.prepare_finalize.naive_multicast import NaiveMulticastPrepareAndFinalize
@@ -34,6 +34,7 @@ class GatheringManager(All2AllManager):
         extra_tensors: list[torch.Tensor] | None = None,
     ) -> tuple[Any, ...]:
         """Return the rows, router logits and extra tensors of all ranks, in rank order. COLLECTIVE."""
+        self._note(Taken(self.name, self.name), captured=True)  # a graph can take it as well
         tensors = (hidden_states, router_logits, *(extra_tensors or ()))
         rows, logits, *extra = self._gather(tensors, is_sequence_parallel)
         return (rows, logits) if extra_tensors is None else (rows, logits, extra)
@@ -44,6 +45,7 @@ class GatheringManager(All2AllManager):
 
     def _dispatch(self, tokens: RowsWithIds, is_sequence_parallel: bool) -> RowsWithIds:
         """Gather the rows, weights, ids and extra tensors of all ranks, in rank order."""
+        self._note(Taken(self.name, self.name), captured=True)
         tensors = (tokens.rows, tokens.topk_weights, tokens.topk_ids, *tokens.extra_tensors)
         rows, weights, ids, *extra = self._gather(tensors, is_sequence_parallel)
         return RowsWithIds(rows, weights, ids, tuple(extra))
@@ -63,6 +65,7 @@ class AgRsAll2AllManager(GatheringManager):
     A small step gathers rows, weights and ids as one message. vLLM's own manager of this name needs a collective for each.
     """
 
+    name = "agrs"
     strategy = AllGatherPrepareAndFinalize
 
 
@@ -73,4 +76,5 @@ class NaiveAll2AllManager(GatheringManager):
     without tokens broadcast nothing. combine is a reduce-scatter, where vLLM added up all rows on all ranks.
     """
 
+    name = "naive"
     strategy = NaiveMulticastPrepareAndFinalize

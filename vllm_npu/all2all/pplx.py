@@ -5,6 +5,8 @@ as a row with one id, for vLLM's gathering experts. An empty slot has the id of 
 kernels apply the weights and add up.
 """
 
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -12,11 +14,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from vllm_npu.all2all.base import All2AllManager, HandleCache, RowsOfRanks
+from vllm_npu.all2all.base import All2AllManager, HandleCache, RowsOfRanks, Taken
 from vllm_npu.core.topology import ExpertPlacement
 from vllm_npu.errors import HandleMismatchError, InvalidInputError, UnsupportedConfigError
 from vllm_npu.strategies.dispatch.rows_with_ids import RowsWithIds
 from vllm_npu.transport.base import Groups
+
+logger = logging.getLogger("vllm.npu.all2all.pplx")  # vLLM shows the messages of loggers below "vllm"
 
 ROW_ALIGNMENT = 16  # bytes that the kernels copy at once
 
@@ -63,6 +67,7 @@ class _InFlight:
     topk_weights: torch.Tensor
     topk_ids: torch.Tensor
     num_tokens: int
+    micro_batch: int
 
 
 class PPLXAll2AllManager(All2AllManager):
@@ -71,6 +76,8 @@ class PPLXAll2AllManager(All2AllManager):
     One exchange may be in flight at a time, since the kernels have one set of buffers. Ranks of one host need peer access.
     Ranks of several hosts need NVSHMEM, which the constructor starts: the constructor is COLLECTIVE then.
     """
+
+    name = "pplx"
 
     def __init__(
         self,
@@ -81,11 +88,13 @@ class PPLXAll2AllManager(All2AllManager):
         num_experts: int,
         max_tokens_per_rank: int,  # most rows that a rank brings to a step
         internode: bool = False,  # whether the ranks are on several hosts
+        micro_batch: Callable[[], int] = lambda: 0,  # number of the micro-batch that the calling thread works on
     ) -> None:
         super().__init__(groups, rows_of_ranks, cpu_group)
         self.placement = ExpertPlacement(num_experts, self.world_size)
         self.max_tokens_per_rank = max_tokens_per_rank
         self.internode = internode
+        self._micro_batch = micro_batch
         self._handles: HandleCache[Any] = HandleCache()
         self._in_flight: _InFlight | None = None
         self._group_of_handles = cpu_group
@@ -111,8 +120,15 @@ class PPLXAll2AllManager(All2AllManager):
                 "all2all pplx needs tokens that no two ranks share; run the model sequence parallel, or with "
                 "--tensor-parallel-size 1"
             )
+        micro_batch = self._micro_batch()
         if self._in_flight is not None:
-            raise HandleMismatchError("PPLXAll2AllManager.dispatch before the combine of the last dispatch")
+            if self._in_flight.micro_batch != micro_batch:
+                raise HandleMismatchError(
+                    f"PPLXAll2AllManager.dispatch in micro-batch {micro_batch} before the combine of micro-batch "
+                    f"{self._in_flight.micro_batch}; start vLLM without --enable-dbo"
+                )
+            logger.warning("An exchange of micro-batch %d had no combine, its buffers are free again", micro_batch)
+            self._in_flight = None
         num_tokens, hidden_size = hidden_states.shape
         if num_tokens > self.max_tokens_per_rank:
             raise InvalidInputError(
@@ -139,7 +155,8 @@ class PPLXAll2AllManager(All2AllManager):
             indices=indices,
             bound_m=None,
         )
-        self._in_flight = _InFlight(all_to_all, sizes, topk_weights.float(), indices, num_tokens)
+        self._note(Taken(self.name, self.name), captured=True)  # a graph can take it as well
+        self._in_flight = _InFlight(all_to_all, sizes, topk_weights.float(), indices, num_tokens, micro_batch)
         ids = ids_of_slots(counts, slots, rank=self.rank, world_size=self.world_size)
         return RowsWithIds(rows.view(local * slots, hidden_size), torch.ones_like(ids, dtype=torch.float32), ids)
 

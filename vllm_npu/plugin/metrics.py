@@ -65,18 +65,34 @@ class StepMetrics:
 
     def begin_step(self, requested: str, strategy: str, num_tokens: int, *, is_fallback: bool) -> None:
         """Count a step that begins, and the bytes that the step before it sent. LOCAL. Host sync: no."""
-        series = _series()
-        if self._sent is not None and self._strategy is not None:
-            total = self._sent.bytes_sent.total()
-            sent = total - self._sent_before if total >= self._sent_before else total  # a smaller total: it was reset
-            series["sent_bytes"].labels(self._strategy, self._rank).inc(sent)
-            self._sent_before = total
+        if self._strategy is not None:
+            self._count_sent(self._strategy)
         self._strategy = strategy
+        self._count(requested, strategy, num_tokens, is_fallback=is_fallback)
+
+    def end_step(self, requested: str, strategy: str, num_tokens: int, *, is_fallback: bool) -> None:
+        """Count a step that has ended, and the bytes that it sent. LOCAL. Host sync: no.
+
+        Callers that learn the strategy from the step itself call this in place of begin_step.
+        """
+        self._count(requested, strategy, num_tokens, is_fallback=is_fallback)
+        self._count_sent(strategy)
+
+    def _count(self, requested: str, strategy: str, num_tokens: int, *, is_fallback: bool) -> None:
+        series = _series()
         series["steps"].labels(strategy, self._rank).inc()
         if self._counts_tokens:
             series["tokens"].labels(strategy, self._rank).inc(num_tokens)
         if is_fallback:
             series["fallbacks"].labels(requested, strategy, self._rank).inc()
+
+    def _count_sent(self, strategy: str) -> None:
+        if self._sent is None:
+            return
+        total = self._sent.bytes_sent.total()
+        sent = total - self._sent_before if total >= self._sent_before else total  # a smaller total: it was reset
+        _series()["sent_bytes"].labels(strategy, self._rank).inc(sent)
+        self._sent_before = total
 
     def plans_differ(self) -> None:
         """Count a step that ends with PlanDisagreementError."""

@@ -5,24 +5,43 @@ from typing import Any
 import torch
 from vllm.config import VllmConfig, get_current_vllm_config_or_none
 from vllm.distributed import get_dp_group, get_tp_group
+from vllm.distributed.device_communicators.base_device_communicator import All2AllManagerBase
 from vllm.distributed.device_communicators.cuda_communicator import CudaCommunicator
-from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
+from vllm.utils.network_utils import get_ip
 
+from vllm_npu import __version__, envs
 from vllm_npu.all2all import All2AllManager, manager_class
 from vllm_npu.all2all.flashinfer import ALL_REDUCE_MAX_BYTES, FlashInferAllReduce
 from vllm_npu.all2all.pplx import PPLXAll2AllManager
-from vllm_npu.errors import InvalidInputError, UnsupportedConfigError
-from vllm_npu.plugin.gpu.strategy_manager import StrategyAll2AllManager
+from vllm_npu.all2all.strategy import StrategyAll2AllManager
+from vllm_npu.errors import UnsupportedConfigError
+from vllm_npu.plugin.eplb_communicators import DEVICE_TRANSPORTS
+from vllm_npu.plugin.gpu.vllm_manager import VllmAll2AllManager, VllmStep, rows_of_ranks
+from vllm_npu.plugin.groups import MAX_ADDRESS_BYTES, collective_counter, trace_ring
+from vllm_npu.plugin.metrics import StepMetrics
 from vllm_npu.plugin.options import Options, topology_of
-from vllm_npu.transport.base import Groups
-from vllm_npu.transport.nccl import NcclTransport
+from vllm_npu.strategies.table import AUTO
+from vllm_npu.transport.base import Groups, Transport, gather_texts
+from vllm_npu.transport.gloo import GlooTransport
+from vllm_npu.transport.table import transport_class
+from vllm_npu.trust.agreement import agree
+from vllm_npu.trust.recording import record
+from vllm_npu.trust.self_test import OFF, run_self_test
+from vllm_npu.trust.watchdog import Watchdog
 
 logger = init_logger("vllm.npu.plugin.gpu.communicator")
 
+DIFFERENT_STARTS = (
+    "ranks start with different exchanges; start all of them with the same versions, model and vllm_npu options"
+)
+
 
 class CudaMoECommunicator(CudaCommunicator):
-    """CudaCommunicator, unchanged where no option names a manager or an all-reduce."""
+    """CudaCommunicator, unchanged where no option names a manager or an all-reduce.
+
+    The constructor for the EP group is COLLECTIVE over it: the ranks compare their options, whether or not one names a manager.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -30,35 +49,61 @@ class CudaMoECommunicator(CudaCommunicator):
         if vllm_config is None or self.world_size < 2:
             return
         options = Options.of(vllm_config)
-        if self.use_all2all and (options.all2all is not None or options.exchange is not None):
+        if self.use_all2all:
             manager = self.build_manager(vllm_config, options)
             if manager is not None:
-                self.all2all_manager: Any = manager  # replaces vLLM's gathering manager, which holds nothing
-                logger.info_once("All2all manager: %s", type(manager).__name__)
+                self.all2all_manager: All2AllManagerBase | None = manager  # replaces vLLM's, which holds nothing
+                logger.info_once("All2all manager: %s", type(manager.inner).__name__)
         if options.flashinfer_all_reduce and self.unique_name.split(":")[0] == "tp":
             major, minor = torch.cuda.get_device_capability()
             self.fi_ar_comm = FlashInferAllReduce(
                 self.cpu_group, self.device_group, max_bytes=ALL_REDUCE_MAX_BYTES.get(10 * major + minor, {})
             )
 
-    def build_manager(self, vllm_config: VllmConfig, options: Options) -> All2AllManager | None:
-        """Build the manager that the options name. None: vLLM's own manager stays. COLLECTIVE over the group."""
+    def build_manager(self, vllm_config: VllmConfig, options: Options) -> VllmAll2AllManager | None:
+        """Build the manager that the options name. None: vLLM's own manager stays. COLLECTIVE over the group.
+
+        The ranks first compare their options. With a manager they then run the self-test of the collectives, and open the
+        watchdog. Raises PlanDisagreementError, LyingCollectiveError and UnsupportedConfigError.
+        """
         if self.device_group is None:
+            if options.all2all is None and options.exchange is None:
+                return None
             raise UnsupportedConfigError("all2all managers of vllm_npu need torch's process groups, not stateless ones")
+        vote = record(GlooTransport(self.cpu_group, "ep-vote"), None, trace_ring(), self.ranks)
+        topology = topology_of(vllm_config.parallel_config)
+        agree(
+            {
+                "vllm_npu": __version__,
+                "topology": f"TP{topology.tp_size} DP{topology.dp_size} EP{topology.ep_size}",
+                "moe_comm": options.exchange,
+                "all2all": options.all2all,
+                "self_test": options.self_test,
+                "experts": vllm_config.model_config.get_num_experts(),
+                "enforce_eager": vllm_config.model_config.enforce_eager,
+            },
+            vote,
+            difference=DIFFERENT_STARTS,
+        )
+        found = None if options.all2all is None else manager_class(options.all2all)
+        if options.exchange is None and found is None:
+            return None  # vLLM's own
         groups = self._groups(vllm_config)
+        _watch(groups, vote)
+        self._test_collectives(groups, vote, options.self_test)
+        inner = self._build(vllm_config, options.exchange, found, groups)
+        metrics = StepMetrics.if_wanted(groups.topology, collective_counter())
+        return VllmAll2AllManager(inner, self.device, metrics)
+
+    def _build(
+        self, vllm_config: VllmConfig, exchange: str | None, named: type[All2AllManager] | None, groups: Groups
+    ) -> All2AllManager:
         num_experts = int(vllm_config.model_config.get_num_experts())
-        if options.exchange is not None:
+        if named is None:
             return StrategyAll2AllManager(
-                groups,
-                self.cpu_group,
-                strategy=options.exchange,
-                num_experts=num_experts,
-                graphs=not vllm_config.model_config.enforce_eager,
+                groups, self.cpu_group, strategy=exchange or AUTO, num_experts=num_experts, running=VllmStep()
             )
-        found = manager_class(options.all2all or "")
-        if found is None:
-            return None
-        if found is PPLXAll2AllManager:
+        if named is PPLXAll2AllManager:
             return PPLXAll2AllManager(
                 groups,
                 rows_of_ranks,
@@ -66,23 +111,41 @@ class CudaMoECommunicator(CudaCommunicator):
                 num_experts=num_experts,
                 max_tokens_per_rank=int(vllm_config.scheduler_config.max_num_batched_tokens),
                 internode=bool(getattr(self.all2all_manager, "internode", False)),
+                micro_batch=VllmStep().micro_batch,
             )
-        return found(groups, rows_of_ranks, self.cpu_group)
+        return named(groups, rows_of_ranks, self.cpu_group)
 
     def _groups(self, vllm_config: VllmConfig) -> Groups:
         tp, dp = get_tp_group(), get_dp_group()
+        transport = transport_class(DEVICE_TRANSPORTS[self.device.type])
+        counter, ring = collective_counter(), trace_ring()
+
+        def opened(process_group: Any, name: str, ranks: list[int]) -> Transport:
+            return record(transport(process_group, name), counter, ring, ranks)  # type: ignore[call-arg, arg-type]
+
         return Groups(
             topology_of(vllm_config.parallel_config, tp_rank=tp.rank_in_group, dp_rank=dp.rank_in_group),
-            NcclTransport(tp.device_group, "tp"),
-            NcclTransport(dp.device_group, "dp"),
-            NcclTransport(self.device_group, "ep"),
+            opened(tp.device_group, "tp", tp.ranks),
+            opened(dp.device_group, "dp", dp.ranks),
+            opened(self.device_group, "ep", self.ranks),
         )
 
+    def _test_collectives(self, groups: Groups, vote: Transport, mode: str) -> None:
+        if mode == OFF:
+            return
+        seconds = run_self_test(groups, vote, self.device, mode)
+        if (counter := collective_counter()) is not None:
+            counter.reset()
+        logger.info_once("Self-test (%s) of collectives on %s: passed in %.0f ms", mode, groups.topology, seconds * 1e3)
 
-def rows_of_ranks() -> list[int]:
-    """Return the rows that each rank of the exchanging group brings to the running step, as vLLM counts them. LOCAL."""
-    dp_metadata = get_forward_context().dp_metadata
-    rows = None if dp_metadata is None else dp_metadata.get_chunk_sizes_across_dp_rank()
-    if rows is None:
-        raise InvalidInputError("an all2all manager ran in a step that counts no tokens across data-parallel ranks")
-    return [int(each) for each in rows]
+
+def _watch(groups: Groups, vote: Transport) -> None:
+    """Make errors in these groups and in the vote's group name the ranks that ended or are late. COLLECTIVE over the grid."""
+    watchdog = Watchdog.open(
+        vote.rank,
+        lambda text: gather_texts(vote, text, MAX_ADDRESS_BYTES),
+        address=get_ip(),
+        deadline=envs.COLLECTIVE_DEADLINE.read_seconds(),
+    )
+    groups.watch(watchdog)
+    vote.watch(watchdog)

@@ -34,6 +34,15 @@ def required_backend(vllm_config: "VllmConfig") -> str | None:
             "--enable-eplb"
         )
     check_expert_placement(parallel_config)
+    if parallel_config.enable_elastic_ep:
+        raise UnsupportedConfigError(
+            "elastic expert parallelism makes groups that torch.distributed does not know, and these exchanges need such "
+            "groups; leave out --enable-elastic-ep"
+        )
+    if parallel_config.prefill_context_parallel_size > 1:
+        raise UnsupportedConfigError(
+            "these exchanges are between data- and tensor-parallel ranks only; set --prefill-context-parallel-size 1"
+        )
     if options.all2all is not None:
         return manager_row(options.all2all).backend
     check_strategy(options.exchange or AUTO, topology_of(parallel_config), device=NVLINK)

@@ -12,16 +12,19 @@ if TYPE_CHECKING:
 
 logger = init_logger("vllm.npu.plugin.gpu.platform")
 
+OWN_WORKER = "vllm.v1.worker.gpu_worker.Worker"
+WORKER = "vllm_npu.plugin.gpu.worker.CudaMoEWorker"
+
 
 class CudaMoEPlatform(CudaPlatform):
     """CudaPlatform with our communicator. Models, experts and attention are vLLM's.
 
-    The exchange is vLLM's too, unless an option names another.
+    The exchange and the worker are vLLM's too, unless an option names another exchange.
     """
 
     @classmethod
     def check_and_update_config(cls, vllm_config: "VllmConfig") -> None:
-        """Check the options, and set vLLM's all2all_backend to the one that the named manager needs. Raises
+        """Check the options, and set vLLM's all2all_backend to the one that the named manager needs, and our worker. Raises
         UnsupportedConfigError."""
         backend = required_backend(vllm_config)
         parallel_config = vllm_config.parallel_config
@@ -29,6 +32,17 @@ class CudaMoEPlatform(CudaPlatform):
             logger.info("all2all_backend is %s, which the options need", backend)
             parallel_config.all2all_backend = backend
         super().check_and_update_config(vllm_config)
+        if backend is None:
+            return
+        if parallel_config.worker_cls == OWN_WORKER:
+            parallel_config.worker_cls = WORKER
+        elif parallel_config.worker_cls != WORKER:
+            logger.warning_once(
+                "The worker %s does not look for failed exchanges before each step, and counts no steps for /metrics; derive "
+                "it from %s",
+                parallel_config.worker_cls,
+                WORKER,
+            )
 
     @classmethod
     def get_device_communicator_cls(cls) -> str:

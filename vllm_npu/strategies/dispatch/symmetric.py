@@ -92,8 +92,8 @@ class SymmetricDispatcher(Dispatcher):
     COLLECTIVE over ep, one kernel each way. Host sync: no. Graph capture: yes, once the windows are open. Two handles may be
     in flight, on one stream or on two. All ranks must dispatch and combine in the same order; the kernels run in that order.
     Bytes sent: a row for each other rank that has one of the token's experts, and 8 * top_k for each other rank.
-    When a rank stops, the kernels of the others end after the time-out with undefined output. check(), and the next dispatch
-    or combine, then raise TransportError with the rank's number.
+    When a rank stops, the kernels of the others end after the time-out with undefined output. check_failed(), and the next
+    dispatch or combine, then raise TransportError with the rank's number.
     """
 
     max_extra_tensors = 1
@@ -153,13 +153,17 @@ class SymmetricDispatcher(Dispatcher):
         self._plans.clear()
         close_windows(self.groups.ep)
 
-    def check(self) -> None:
+    def check_failed(self) -> None:
         """Raise TransportError where a rank missed the time-out. LOCAL. Host sync: no; synchronize first to be certain.
 
         For callers that replay graphs. dispatch and combine make this check themselves.
         """
         if self._windows is not None:
             self._windows.check("exchange")
+
+    def failure_flag(self) -> torch.Tensor | None:
+        """Return the [1] int32 flag that a kernel sets when it gives up waiting. None: the windows are not open."""
+        return None if self._windows is None else self._windows.kernel_tensors[0][3]
 
     def dispatch_slots(
         self,

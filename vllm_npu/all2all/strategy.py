@@ -4,20 +4,17 @@ vLLM calls a manager only with data parallelism. Without it every tensor-paralle
 of its own experts, and no token moves.
 """
 
+import logging
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from vllm.forward_context import get_forward_context
-from vllm.logger import init_logger
-from vllm.v1.worker.ubatching import dbo_current_ubatch_id
 
-from vllm_npu import __version__
-from vllm_npu.all2all import All2AllManager
+from vllm_npu.all2all.base import All2AllManager, RunningStep, Taken
 from vllm_npu.core.handles import Handle
 from vllm_npu.core.limits import NVLINK, PORTABLE, MoELayer
 from vllm_npu.core.step_plan import StepPlan, TokenSharding
-from vllm_npu.errors import HandleMismatchError, InvalidInputError, UnsupportedConfigError
+from vllm_npu.errors import HandleMismatchError, UnsupportedConfigError
 from vllm_npu.strategies.dispatch.base import RoutedTokens
 from vllm_npu.strategies.dispatch.rows_with_ids import RowsWithIds
 from vllm_npu.strategies.dispatch.symmetric_layout import why_not_symmetric
@@ -27,14 +24,15 @@ from vllm_npu.strategies.prepare_finalize.base import PrepareHandle
 from vllm_npu.strategies.select import Selection, check_strategy, select
 from vllm_npu.strategies.table import AUTO
 from vllm_npu.transport.base import Groups
-from vllm_npu.transport.gloo import GlooTransport
 from vllm_npu.transport.symmetric_memory import gather_facts
-from vllm_npu.trust.agreement import agree
 
 if TYPE_CHECKING:
     import torch.distributed as dist
 
-logger = init_logger("vllm.npu.plugin.gpu.strategy_manager")
+logger = logging.getLogger("vllm.npu.all2all.strategy")  # vLLM shows the messages of loggers below "vllm"
+
+CAPTURES = ("mc2", "allgather", "naive", "symmetric")
+"""Strategies whose dispatch_with_ids and combine_with_ids a CUDA graph can hold. all2all reads its sizes on the host."""
 
 RowKind = tuple[int, int, torch.dtype]
 """top_k, hidden_size and dtype of a layer's tokens."""
@@ -53,30 +51,37 @@ class _InFlight:
 class _Step:
     """The running step, and the strategy of each kind of layer in it."""
 
-    dp_metadata: Any  # vLLM makes a new one for each step
+    key: object  # of RunningStep
     plan: StepPlan
     strategies: dict[RowKind, str] = field(default_factory=dict)
 
 
 class StrategyAll2AllManager(All2AllManager):
-    """`strategy` is a name of strategies.ALL_STRATEGIES, or auto. The constructor is COLLECTIVE over EP."""
+    """`strategy` is a name of strategies.ALL_STRATEGIES, or auto. The constructor is COLLECTIVE over EP.
+
+    `running` tells what the caller knows of the step. Raises UnsupportedConfigError where no step can take the strategy.
+    """
 
     def __init__(
-        self, groups: Groups, cpu_group: "dist.ProcessGroup", *, strategy: str, num_experts: int, graphs: bool
+        self,
+        groups: Groups,
+        cpu_group: "dist.ProcessGroup",
+        *,
+        strategy: str,
+        num_experts: int,
+        running: RunningStep,
     ) -> None:
         super().__init__(groups, list, cpu_group)
         self.strategy, self.num_experts = strategy, num_experts
-        agree(
-            f"vllm_npu {__version__}, {groups.topology}, moe_comm {strategy}, {num_experts} experts, graphs {graphs}",
-            GlooTransport(cpu_group, "ep-vote"),
-        )
         reason = why_not_symmetric(gather_facts(groups.ep), tokens_per_rank=1)
         if reason is not None and strategy == "symmetric":
             raise UnsupportedConfigError(f"moe_comm symmetric cannot run here: {reason}; choose allgather")
-        limits = NVLINK if reason is None else PORTABLE
-        self.limits = replace(limits, all2all=False) if graphs and strategy == AUTO else limits
+        self.limits = replace(NVLINK if reason is None else PORTABLE, captures=CAPTURES)
         check_strategy(strategy, groups.topology, device=self.limits)
+        # The kernels of symmetric give up after a time-out. Then a flag on the GPU says so.
+        self.reports_faults = reason is None and strategy in (AUTO, "symmetric")
         self.selection: Selection | None = None  # of the last step with another strategy than before
+        self._running = running
         self._layers: dict[RowKind, MoELayer] = {}
         self._pipelines = Pipelines(groups)
         self._in_flight: dict[int, _InFlight] = {}  # by micro-batch
@@ -84,6 +89,8 @@ class StrategyAll2AllManager(All2AllManager):
 
     def _dispatch(self, tokens: RowsWithIds, is_sequence_parallel: bool) -> RowsWithIds:
         """Run the strategy's prepare and dispatch. Tensors of the symmetric strategy are views, valid until combine."""
+        micro_batch = self._running.micro_batch()
+        self._abandon(micro_batch)
         step = self._current_step(is_sequence_parallel)
         name = self._strategy_of(step, tokens)
         pipeline = self._pipelines.get(name, self.num_experts)
@@ -92,33 +99,56 @@ class StrategyAll2AllManager(All2AllManager):
         prepared = pipeline.prepare_finalize.prepare(tokens.rows, per_token, step.plan)
         extra_tensors = prepared.per_token[2:]
         brought, handle = pipeline.dispatcher.dispatch_with_ids(RoutedTokens.of(prepared), extra_tensors)
-        self._in_flight[dbo_current_ubatch_id()] = _InFlight(pipeline, prepared.handle, handle)
+        self._in_flight[micro_batch] = _InFlight(pipeline, prepared.handle, handle)
+        self._note(Taken(self.strategy, name), captured=step.plan.captured)
         return brought
 
     def combine(self, hidden_states: torch.Tensor, is_sequence_parallel: bool = False) -> torch.Tensor:
         """Run the strategy's combine and finalize, for the dispatch of the same micro-batch.
 
-        allgather and naive without sequence parallelism leave the sum over TP to vLLM.
+        allgather and naive without sequence parallelism leave the sum over TP to vLLM. After an error the dispatch is over: the
+        next call must be another dispatch.
         """
-        sent = self._in_flight.pop(dbo_current_ubatch_id(), None)
+        micro_batch = self._running.micro_batch()
+        sent = self._in_flight.get(micro_batch)
         if sent is None:
             raise HandleMismatchError("StrategyAll2AllManager.combine without a dispatch in this micro-batch")
         output = sent.pipeline.dispatcher.combine_with_ids(hidden_states, sent.dispatched)
+        del self._in_flight[micro_batch]
         return sent.pipeline.prepare_finalize.finalize(output, sent.prepared, reduce_results=False).hidden_states
 
+    def check_failed(self) -> None:
+        """Raise TransportError, with the numbers of the ranks, where an exchange has failed on the GPU."""
+        self._pipelines.check_failed()
+
+    def fault_flag(self) -> torch.Tensor | None:
+        """Return the flag of symmetric's kernels. None: symmetric has not run yet."""
+        return self._pipelines.failure_flag()
+
     def destroy(self) -> None:
-        """Close what the strategies opened: the windows of symmetric."""
+        """Give up what is in flight, and close what the strategies opened: the windows of symmetric."""
+        for micro_batch in list(self._in_flight):
+            self._abandon(micro_batch)
         self._pipelines.close()
 
+    def _abandon(self, micro_batch: int) -> None:
+        """Give back what a dispatch holds that had no combine: an error ended the step between the two."""
+        left = self._in_flight.pop(micro_batch, None)
+        if left is not None:
+            logger.warning("An exchange of micro-batch %d had no combine, its buffers are free again", micro_batch)
+            left.pipeline.dispatcher.abandon(left.dispatched)
+
     def _current_step(self, is_sequence_parallel: bool) -> _Step:
-        dp_metadata = get_forward_context().dp_metadata
-        if dp_metadata is None:
-            raise InvalidInputError("an all2all manager ran in a step that counts no tokens across data-parallel ranks")
+        key = self._running.key()
         sharding = TokenSharding.SLICED_OVER_TP if is_sequence_parallel else TokenSharding.REPLICATED
         step = self._step
-        if step is None or step.dp_metadata is not dp_metadata or step.plan.sharding is not sharding:
-            counts = tuple(dp_metadata.num_tokens_across_dp_cpu.tolist())
-            step = self._step = _Step(dp_metadata, StepPlan(num_tokens_across_dp=counts, sharding=sharding))
+        if step is None or step.key is not key or step.plan.sharding is not sharding:
+            plan = StepPlan(
+                num_tokens_across_dp=self._running.num_tokens_across_dp(),
+                sharding=sharding,
+                captured=self._running.captured(),
+            )
+            step = self._step = _Step(key, plan)
         return step
 
     def _strategy_of(self, step: _Step, tokens: RowsWithIds) -> str:
@@ -158,8 +188,4 @@ class StrategyAll2AllManager(All2AllManager):
             raise UnsupportedConfigError(
                 f"{name} does not send what quantised experts need beside their rows; choose symmetric (one tensor of scales), "
                 "allgather or naive"
-            )
-        if name == "all2all" and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            raise UnsupportedConfigError(
-                "all2all reads sizes on the host, no CUDA graph can hold it; set --enforce-eager"
             )

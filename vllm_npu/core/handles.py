@@ -13,6 +13,11 @@ class Handle:
 
     _spent: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
 
+    @property
+    def is_spent(self) -> bool:
+        """Whether the inverse stage has used the handle, or the dispatch was abandoned."""
+        return bool(self._spent)
+
     def spend(self, stage: str) -> None:
         """Mark the handle as used by `stage`. Raises HandleMismatchError the second time."""
         if self._spent:

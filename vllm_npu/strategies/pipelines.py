@@ -30,6 +30,11 @@ class Pipelines:
             )
         return found
 
+    def check_failed(self) -> None:
+        """Raise the error of Dispatcher.check_failed, if a dispatcher has one. LOCAL. Host sync: no. Call it in each step."""
+        for pipeline in tuple(self._pipelines.values()):  # a copy: micro-batches of other threads may build pipelines
+            pipeline.dispatcher.check_failed()
+
     def close(self) -> None:
         """Close and forget all pipelines. LOCAL. Safe to call twice. No handle may be in flight."""
         while self._pipelines:

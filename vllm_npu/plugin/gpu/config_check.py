@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING
 
+from vllm.logger import init_logger
+
 from vllm_npu.all2all import FLASHINFER, GATHERING, manager_row
 from vllm_npu.core.limits import NVLINK
 from vllm_npu.errors import UnsupportedConfigError
@@ -11,6 +13,11 @@ from vllm_npu.strategies.table import AUTO
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+
+logger = init_logger("vllm.npu.plugin.gpu.config_check")
+
+WORKER = "vllm_npu.plugin.gpu.worker.CudaMoEWorker"
+KERNELS_WAIT = ("symmetric", AUTO)  # values of moe_comm that may run kernels which wait for other ranks
 
 
 def required_backend(vllm_config: "VllmConfig") -> str | None:
@@ -43,3 +50,19 @@ def required_backend(vllm_config: "VllmConfig") -> str | None:
             "or allgather"
         )
     return GATHERING
+
+
+def set_worker(vllm_config: "VllmConfig") -> None:
+    """Let vLLM start CudaMoEWorker, where kernels may wait for other ranks and the user names no worker."""
+    parallel_config, model_config = vllm_config.parallel_config, vllm_config.model_config
+    if model_config is None or not model_config.is_moe or Options.of(vllm_config).exchange not in KERNELS_WAIT:
+        return
+    if parallel_config.worker_cls == "auto":
+        parallel_config.worker_cls = WORKER
+    elif parallel_config.worker_cls != WORKER:
+        logger.warning(
+            "The worker class is %s: nothing checks whether a step of the symmetric strategy failed before its tokens leave. "
+            "Leave out --worker-cls, or derive that class from %s.",
+            parallel_config.worker_cls,
+            WORKER,
+        )

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from vllm.logger import init_logger
 from vllm.platforms.cuda import CudaPlatform
 
-from vllm_npu.plugin.gpu.config_check import required_backend
+from vllm_npu.plugin.gpu.config_check import required_backend, set_worker
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -28,6 +28,7 @@ class CudaMoEPlatform(CudaPlatform):
         if backend is not None and parallel_config.all2all_backend != backend:
             logger.info("all2all_backend is %s, which the options need", backend)
             parallel_config.all2all_backend = backend
+        set_worker(vllm_config)
         super().check_and_update_config(vllm_config)
 
     @classmethod

@@ -84,6 +84,9 @@ class StrategyAll2AllManager(All2AllManager):
 
     def _dispatch(self, tokens: RowsWithIds, is_sequence_parallel: bool) -> RowsWithIds:
         """Run the strategy's prepare and dispatch. Tensors of the symmetric strategy are views, valid until combine."""
+        leftover = self._in_flight.pop(dbo_current_ubatch_id(), None)
+        if leftover is not None:  # an exception between its dispatch and its combine
+            leftover.pipeline.dispatcher.abandon(leftover.dispatched)
         step = self._current_step(is_sequence_parallel)
         name = self._strategy_of(step, tokens)
         pipeline = self._pipelines.get(name, self.num_experts)
@@ -105,6 +108,10 @@ class StrategyAll2AllManager(All2AllManager):
             raise HandleMismatchError("StrategyAll2AllManager.combine without a dispatch in this micro-batch")
         output = sent.pipeline.dispatcher.combine_with_ids(hidden_states, sent.dispatched)
         return sent.pipeline.prepare_finalize.finalize(output, sent.prepared, reduce_results=False).hidden_states
+
+    def check_failed(self) -> None:
+        """Raise TransportError if the exchange of a step gave up waiting for another rank. LOCAL. Host sync: no."""
+        self._pipelines.check_failed()
 
     def destroy(self) -> None:
         """Close what the strategies opened: the windows of symmetric."""

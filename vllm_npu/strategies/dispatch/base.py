@@ -1,6 +1,8 @@
 """The contract of the expert-level stages: dispatch runs before the experts, combine after them."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -142,6 +144,35 @@ class Dispatcher(ABC):
         """Undo dispatch_with_ids. Cost: that of combine."""
         stage = f"{type(self).__name__}.combine_with_ids"
         return self.combine(expert_output, check_handle(handle, DispatchHandle, stage))
+
+    @contextmanager
+    def scope(self, handle: Handle) -> Iterator[None]:
+        """Abandon the dispatch of `handle` if the code inside raises before its combine has run."""
+        try:
+            yield
+        except BaseException:
+            self.abandon(handle)
+            raise
+
+    def abandon(self, handle: Handle) -> None:
+        """Give back what a dispatch has taken whose combine will not run. LOCAL. Host sync: no. A used handle is left alone.
+
+        All ranks can go on with their next step if all of them abandon the dispatch. Otherwise the ranks that combine it fail
+        after the deadline, with an error that names the others.
+        """
+        if not handle.is_spent:
+            handle.spend(f"{type(self).__name__}.abandon")
+            self._release(handle)
+
+    def _release(self, handle: Handle) -> None:  # noqa: B027 - most dispatchers keep nothing outside of the handle
+        """Give back what the handle's dispatch has taken outside of the handle."""
+
+    def check_failed(self) -> None:  # noqa: B027 - the collectives of most dispatchers raise their errors themselves
+        """Raise TransportError if a kernel that has ended gave up waiting for another rank. LOCAL. Host sync: no.
+
+        For steps that replay graphs, which run no Python. Call it after a sync with the step's output, before the output is
+        used.
+        """
 
     def close(self) -> None:  # noqa: B027 - most dispatchers open nothing
         """Release what this object opened itself. LOCAL. No handle may be in flight."""

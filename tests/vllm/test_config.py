@@ -402,6 +402,8 @@ def test_the_environment_asks_for_a_strategy_on_gpus_too(model, environment):
         ({"all2all": "naive", "moe_comm": "symmetric"}, {}, "give one of them"),
         ({"moe_comm": "all2all"}, {"enforce_eager": False}, "set --enforce-eager"),
         ({"moe_comm": "fast"}, {}, "unknown moe_comm 'fast'"),
+        ({"moe_comm": "allgather"}, {"prefill_context_parallel_size": 2}, "--prefill-context-parallel-size 1"),
+        ({"all2all": "agrs"}, {"enable_elastic_ep": True}, "leave out --enable-elastic-ep"),
     ],
 )
 def test_on_gpus_what_cannot_be_is_refused_before_a_process_starts(model, section, arguments, message):

@@ -150,8 +150,6 @@ def reads_of_the_runners(manager: Any) -> list[str]:
             found = getattr(get_ep_all2all_manager(), expression.rpartition(".")[2])
             faults += [] if found is False or callable(found) else [f"{expression} is {found}"]
     assert get_ep_all2all_manager() is manager
-    assert manager.query_fault().item() is False
-    assert manager.query_active_mask().tolist() == [0] * manager.world_size
     assert (manager.max_sms_used(), manager.set_num_sms(8)) == (None, None)
     return faults
 

@@ -59,7 +59,6 @@ class All2AllManager(ABC):
         self.rank, self.world_size = groups.ep.rank, groups.ep.size
         self.dp_rank, self.dp_world_size = groups.dp.rank, groups.dp.size
         self._rows_of_ranks = rows_of_ranks
-        self.reports_faults = False  # whether fault_flag() can show a fault of the device
         self._taken: Taken | None = None  # by the running step
         self._taken_in_graphs: Taken | None = None  # by the step that was captured last
 
@@ -112,12 +111,8 @@ class All2AllManager(ABC):
         return self
 
     def check_failed(self) -> None:  # noqa: B027 - the exchanges of most managers raise their errors themselves
-        """Raise TransportError, with the numbers of the ranks, where an exchange has failed on the device only. LOCAL. Host
-        sync: no. The caller calls it before each step, since a replayed graph runs no Python."""
-
-    def fault_flag(self) -> torch.Tensor | None:
-        """Return a tensor [1] on the device that is not 0 once an exchange has failed there. None: nothing can fail yet."""
-        return None
+        """Raise TransportError if the exchange of a step gave up waiting for another rank. LOCAL. Host sync: no. The caller
+        calls it in each step, since a replayed graph runs no Python."""
 
     def end_step(self) -> Taken | None:
         """Return how the tokens of the last step travelled. LOCAL. None: no step has run.

@@ -22,7 +22,6 @@ from vllm_npu.strategies.pipeline import MoEPipeline
 from vllm_npu.strategies.pipelines import Pipelines
 from vllm_npu.strategies.prepare_finalize.base import PrepareHandle
 from vllm_npu.strategies.select import Selection, check_strategy, select
-from vllm_npu.strategies.table import AUTO
 from vllm_npu.transport.base import Groups
 from vllm_npu.transport.symmetric_memory import gather_facts
 
@@ -78,8 +77,6 @@ class StrategyAll2AllManager(All2AllManager):
             raise UnsupportedConfigError(f"moe_comm symmetric cannot run here: {reason}; choose allgather")
         self.limits = replace(NVLINK if reason is None else PORTABLE, captures=CAPTURES)
         check_strategy(strategy, groups.topology, device=self.limits)
-        # The kernels of symmetric give up after a time-out. Then a flag on the GPU says so.
-        self.reports_faults = reason is None and strategy in (AUTO, "symmetric")
         self.selection: Selection | None = None  # of the last step with another strategy than before
         self._running = running
         self._layers: dict[RowKind, MoELayer] = {}
@@ -118,12 +115,8 @@ class StrategyAll2AllManager(All2AllManager):
         return sent.pipeline.prepare_finalize.finalize(output, sent.prepared, reduce_results=False).hidden_states
 
     def check_failed(self) -> None:
-        """Raise TransportError, with the numbers of the ranks, where an exchange has failed on the GPU."""
+        """Raise TransportError if the exchange of a step gave up waiting for another rank. LOCAL. Host sync: no."""
         self._pipelines.check_failed()
-
-    def fault_flag(self) -> torch.Tensor | None:
-        """Return the flag of symmetric's kernels. None: symmetric has not run yet."""
-        return self._pipelines.failure_flag()
 
     def destroy(self) -> None:
         """Give up what is in flight, and close what the strategies opened: the windows of symmetric."""

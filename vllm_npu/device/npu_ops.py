@@ -240,6 +240,7 @@ def distribute_combine(
     Host sync: no. Graph capture: yes."""
     version = distribute_version()
     group = group_ep.name_for_ops
+    _UNCOMBINED.pop(group, None)  # also where the op raises: its handle is used up then
     group_ep.note_op("combine", expert_ids.numel() * expand_x.shape[1] * expand_x.element_size())
     combined: torch.Tensor = getattr(torch_npu, DISTRIBUTE_OPS[version].combine)(
         expand_x,
@@ -254,8 +255,13 @@ def distribute_combine(
         shared_expert_rank_num=shared_expert_rank_num,
         global_bs=global_bs,
     )
-    _UNCOMBINED.pop(group, None)
     return combined
+
+
+def forget_dispatch(combine_index: torch.Tensor, *, group_ep: Transport) -> None:
+    """Let the group dispatch again, if the dispatch that returned `combine_index` still waits for its combine. LOCAL."""
+    if _UNCOMBINED.get(group_ep.name_for_ops) is combine_index:
+        del _UNCOMBINED[group_ep.name_for_ops]
 
 
 def _arguments_of_group(group_ep: Transport, group: str, version: int, comm_alg: str) -> dict[str, Any]:

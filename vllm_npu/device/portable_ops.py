@@ -313,6 +313,10 @@ def distribute_combine(
     return torch.where(active[:, None], total, float("nan")).to(expand_x.dtype)
 
 
+def forget_dispatch(combine_index: torch.Tensor, *, group_ep: Transport) -> None:
+    """Do nothing: several dispatches of a group may wait for their combines here. Ascend's ops allow one."""
+
+
 def _slots_of_a_rank(num_tokens: int, num_ranks: int, global_bs: int, mask: torch.Tensor | None) -> int:
     """Slots that each rank has for the rows of one other rank."""
     if global_bs == 0:

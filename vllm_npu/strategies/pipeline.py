@@ -49,7 +49,10 @@ class MoEPipeline:
         reduce_results: bool = True,
         meanwhile: Callable[[], None] | None = None,  # runs while the tokens travel to their experts
     ) -> Finalized:
-        """Return the routed experts' output for this rank's tokens. COLLECTIVE: the cost is the sum of the stages' costs."""
+        """Return the routed experts' output for this rank's tokens. COLLECTIVE: the cost is the sum of the stages' costs.
+
+        After an error of `experts` or `meanwhile` the dispatch is abandoned: see Dispatcher.abandon.
+        """
         per_token: tuple[torch.Tensor, ...] = (topk_weights, topk_ids)
         if self.prepare_finalize.gathers_tokens and self.dispatcher.quant_mode is not QuantMode.NONE:
             hidden_states, dynamic_scales = ops_of(hidden_states).npu_dynamic_quant(hidden_states)
@@ -60,8 +63,15 @@ class MoEPipeline:
             dispatched = self.dispatcher.dispatch(tokens)
         else:
             pending = self.dispatcher.dispatch_start(tokens)
-            meanwhile()
+            try:
+                meanwhile()
+            except BaseException:
+                self.dispatcher.abandon(
+                    pending.finish().handle
+                )  # finished first: other ranks may be receiving the rows
+                raise
             dispatched = pending.finish()
-        expert_output = experts(dispatched.expert_input, dispatched.tokens_per_expert, dispatched.dynamic_scales)
-        routed_output = self.dispatcher.combine(expert_output, dispatched.handle)
+        with self.dispatcher.scope(dispatched.handle):
+            expert_output = experts(dispatched.expert_input, dispatched.tokens_per_expert, dispatched.dynamic_scales)
+            routed_output = self.dispatcher.combine(expert_output, dispatched.handle)
         return self.prepare_finalize.finalize(routed_output, prepared.handle, reduce_results=reduce_results)

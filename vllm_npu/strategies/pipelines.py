@@ -1,7 +1,5 @@
 """The pipelines of a process: one for all layers that have the same strategy and the same sizes."""
 
-import torch
-
 from vllm_npu.core.limits import QuantMode
 from vllm_npu.strategies.pipeline import MoEPipeline
 from vllm_npu.strategies.select import build
@@ -36,11 +34,6 @@ class Pipelines:
         """Raise the error of Dispatcher.check_failed, if a dispatcher has one. LOCAL. Host sync: no. Call it in each step."""
         for pipeline in tuple(self._pipelines.values()):  # a copy: micro-batches of other threads may build pipelines
             pipeline.dispatcher.check_failed()
-
-    def failure_flag(self) -> torch.Tensor | None:
-        """Return the first Dispatcher.failure_flag that there is. LOCAL."""
-        flags = (pipeline.dispatcher.failure_flag() for pipeline in tuple(self._pipelines.values()))
-        return next((flag for flag in flags if flag is not None), None)
 
     def close(self) -> None:
         """Close and forget all pipelines. LOCAL. Safe to call twice. No handle may be in flight."""

@@ -1,11 +1,19 @@
 """Windows: GPU memory of each rank that all ranks of a group on one host can write. Uses torch's symmetric memory.
 
 All layers share the windows of a process group. There are two windows, so that two micro-batches may be in flight.
+
+A kernel that waits longer than the deadline gives up. It writes the missing ranks into a report, one page of host memory that
+all ranks map. Kernels of the other ranks then give up too, and no kernel of a rank that gave up tells others that its rows are
+complete. So every rank finds the failure, also a rank that had all of its own rows.
 """
 
 import ctypes
+import mmap
+import os
 from collections import deque
+from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,6 +29,8 @@ from vllm_npu.transport.torch_dist import TorchDistTransport
 NUM_WINDOWS = 2
 ALIGNMENT = 256  # bytes; offsets in a window are multiples of it
 MAX_PLACE_BYTES = 128  # of a host's identity and a device's UUID
+MAX_TEXT_BYTES = 256
+REGISTER_MAPPED = 3  # flags of cudaHostRegister: the memory is mapped, and pinned for all contexts
 STAGES = {1: "dispatch", 2: "combine"}  # numbers that the kernels write into the report
 
 
@@ -57,17 +67,80 @@ class WindowSize:
         )
 
 
+class SharedReport:
+    """Stages that kernels waited for in vain, by missing rank. One page of host memory that the ranks of a host share.
+
+    The kernels of all ranks write it, and the host of each rank reads it without a sync. The constructor is COLLECTIVE.
+    """
+
+    def __init__(self, transport: TorchDistTransport) -> None:
+        path, failure = "", ""
+        with ExitStack() as until_all_have_opened:
+            try:
+                path = _new_page(until_all_have_opened) if transport.rank == 0 else ""
+            except OSError as error:
+                failure = f"rank 0: {error}"
+            path = gather_texts(transport, path, MAX_TEXT_BYTES, transport.device_type)[0]
+            try:
+                self._words = _map_page(path, 1 + transport.size)
+                self.address = ctypes.addressof(self._words)
+                _check_cuda(torch.cuda.cudart().cudaHostRegister(self.address, mmap.PAGESIZE, REGISTER_MAPPED))
+            except (OSError, RuntimeError) as error:
+                failure = failure or f"rank {transport.rank}: {error}"
+            failures = list(filter(None, gather_texts(transport, failure, MAX_TEXT_BYTES, transport.device_type)))
+        if failures:
+            raise TransportError(
+                "share host memory", transport.group, transport.rank, f"{failures[0]}; run all ranks in one container"
+            )
+        self._nothing_missing = bytes(self._words)
+
+    def missing(self) -> dict[int, str]:
+        """The stage that each missing rank did not reach. Empty while no kernel of any rank has given up. LOCAL."""
+        if bytes(self._words) == self._nothing_missing:
+            return {}
+        return {rank: STAGES[stage] for rank, stage in enumerate(self._words[1:]) if stage}
+
+    def close(self) -> None:
+        """Unpin the page. LOCAL. No kernel of this rank may run."""
+        _check_cuda(torch.cuda.cudart().cudaHostUnregister(self.address))
+
+
+def _new_page(until_all_have_opened: ExitStack) -> str:
+    """Make a page of memory without a name in the file system. Returns a path that opens it while the descriptor is open."""
+    descriptor = os.memfd_create("vllm_npu_report")
+    until_all_have_opened.callback(os.close, descriptor)
+    os.ftruncate(descriptor, mmap.PAGESIZE)
+    return f"/proc/{os.getpid()}/fd/{descriptor}"
+
+
+def _map_page(path: str, num_words: int) -> "ctypes.Array[ctypes.c_int32]":
+    """The first int32 words of the page. They keep the mapping alive."""
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        return (ctypes.c_int32 * num_words).from_buffer(mmap.mmap(descriptor, mmap.PAGESIZE))
+    finally:
+        os.close(descriptor)
+
+
+def _check_cuda(code: Any) -> None:
+    """Raise RuntimeError for a result of CUDA's runtime that is not success."""
+    if int(code):
+        raise RuntimeError(f"CUDA error {int(code)}: {torch.cuda.cudart().cudaGetErrorString(code)}")
+
+
 class SymmetricWindows:
     """The windows of one group, with the kernel arguments of this rank. The constructor is COLLECTIVE.
 
     Takes `bytes_per_rank` of memory on each GPU until close(). Raises TransportError if the GPUs cannot share memory.
     """
 
-    def __init__(self, process_group: dist.ProcessGroup, group: str, size: WindowSize, timeout: float) -> None:
+    def __init__(self, transport: TorchDistTransport, size: WindowSize, timeout: float) -> None:
+        process_group, group = transport.process_group, transport.group
         self.group = group
-        self.rank = dist.get_rank(process_group)
-        self.num_ranks = dist.get_world_size(process_group)
+        self.rank = transport.rank
+        self.num_ranks = transport.size
         self.size = size
+        self._transport = transport
         self.timeout = timeout
         self.timeout_ns = int(timeout * 1e9)
         self.device = torch.device("cuda", torch.cuda.current_device())
@@ -101,10 +174,9 @@ class SymmetricWindows:
             )
             for window in range(NUM_WINDOWS)
         ]
-        self._report = torch.zeros(self.num_ranks, dtype=torch.int32, pin_memory=True)  # kernels write, the host reads
-        self.report_address = self._report.data_ptr()
-        self._report_view = (ctypes.c_int32 * self.num_ranks).from_address(self.report_address)
-        self._nothing_missing = bytes(4 * self.num_ranks)
+        self._report = SharedReport(transport)
+        self.report_address = self._report.address
+        self._failure: TransportError | None = None
         # torch.cuda.current_stream() would take 2 us more of host time for its object.
         self._current_stream = torch._C._cuda_getCurrentRawStream
         self._free = deque(range(NUM_WINDOWS))
@@ -136,6 +208,18 @@ class SymmetricWindows:
         """Free `window` for kernels that are queued after this call. LOCAL."""
         self._free.append(window)
 
+    def abandon(self, window: int) -> None:
+        """Free a window whose combine will not run, for kernels that are queued after this call. LOCAL. Host sync: no.
+
+        Every rank must abandon the exchange. A rank that combines it waits for the others until the deadline.
+        """
+        self._free.append(window)
+        if len(self._free) == NUM_WINDOWS:  # from here on the order does not depend on the failure
+            self._free = deque(range(NUM_WINDOWS))
+        self.enter()
+        _, epochs, _, _ = self.kernel_tensors[window]
+        epochs[0] += 1  # as combine does: the flags of the abandoned dispatch must not satisfy the next one
+
     def enter(self) -> int:
         """Let the current stream wait for the group's last kernel, and return the raw handle of the current stream. LOCAL.
         Host sync: no.
@@ -157,25 +241,25 @@ class SymmetricWindows:
         return stream
 
     def check(self, operation: str) -> None:
-        """Raise TransportError if a kernel has given up waiting. LOCAL. Host sync: no, it reads host memory.
+        """Raise TransportError if a kernel of any rank has given up waiting. LOCAL. Host sync: no, it reads host memory.
 
-        Kernels run later than the host queues them, so the first check after the time-out finds the failure.
+        Kernels run later than the host queues them. So a check covers the kernels that have ended: call it after a sync with
+        a step's output, and before the output is used. The error is a RankFailureError where a watchdog watches the group;
+        the first one then takes up to watchdog.GRACE_SECONDS.
         """
         if self._buffer is None:
             raise InvalidInputError(
                 f"the windows of group '{self.group}' are closed; dispatch anew, which opens others"
             )
-        if bytes(self._report_view) == self._nothing_missing:
-            return
-        missing = [
-            f"rank {rank} did not reach {STAGES[stage]}" for rank, stage in enumerate(self._report_view) if stage
-        ]
-        raise TransportError(
-            operation,
-            self.group,
-            self.rank,
-            f"{', '.join(missing)} within {self.timeout:g} s; it has stopped, or brought another number of rows",
-        )
+        if self._failure is None:
+            missing = self._report.missing()
+            if not missing:
+                return
+            found = ", ".join(f"rank {rank} did not reach {stage}" for rank, stage in missing.items())
+            self._failure = self._transport._failure(
+                operation, f"{found} within {self.timeout:g} s; it has stopped, or brought another number of rows"
+            )
+        raise self._failure
 
     def close(self) -> None:
         """Wait for this rank's kernels, and release its memory. LOCAL. Safe to call twice.
@@ -187,6 +271,7 @@ class SymmetricWindows:
         torch.cuda.synchronize(self.device)
         self._buffer = None
         del self._shared
+        self._report.close()
 
 
 _open: dict[str, SymmetricWindows] = {}
@@ -205,11 +290,13 @@ def _innermost(transport: Transport) -> TorchDistTransport:
 def open_windows(transport: Transport, size: WindowSize, timeout: float | None = None) -> SymmetricWindows:
     """Return the windows of the transport's process group. The first call opens them and is COLLECTIVE; later calls are LOCAL.
 
-    The first call sets the size. A later call that needs a larger one raises UnsupportedConfigError, since captured graphs
-    hold the windows' addresses. Host sync: yes, in the first call. Graph capture: after the first call.
+    `timeout`: the seconds that a kernel waits for other ranks. None: the deadline of the group's watchdog, or
+    VLLM_NPU_COLLECTIVE_DEADLINE in a group without one. The first call sets it, and the size. A later call that needs a larger
+    size raises UnsupportedConfigError, since captured graphs hold the windows' addresses. Host sync: yes, in the first call.
+    Graph capture: after the first call.
     """
-    process_group = _innermost(transport).process_group
-    name = process_group.group_name
+    group = _innermost(transport)
+    name = group.process_group.group_name
     if name in _open:
         if not _open[name].size.fits(size):
             raise UnsupportedConfigError(
@@ -221,8 +308,8 @@ def open_windows(transport: Transport, size: WindowSize, timeout: float | None =
         raise UnsupportedConfigError(
             "symmetric windows cannot be opened while a CUDA graph is captured; run one step before, or call open()"
         )
-    seconds = envs.TRANSPORT_TIMEOUT.read_seconds() if timeout is None else timeout
-    _open[name] = SymmetricWindows(process_group, transport.group, size, seconds)
+    seconds = timeout or group.deadline or envs.COLLECTIVE_DEADLINE.read_seconds()
+    _open[name] = SymmetricWindows(group, size, seconds)
     return _open[name]
 
 

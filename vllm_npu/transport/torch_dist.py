@@ -47,6 +47,11 @@ class TorchDistTransport(Transport):
         """Failures name ranks from now on. The process group keeps its own time-out; only gloo takes the watchdog's. LOCAL."""
         self._watchdog = watchdog
 
+    @property
+    def deadline(self) -> float | None:
+        """Seconds that a collective may take, as the group's watchdog says. None: no watchdog watches the group."""
+        return None if self._watchdog is None else self._watchdog.deadline
+
     def close(self) -> None:
         """Do nothing: this object opened nothing."""
 

@@ -93,7 +93,7 @@ class CudaMoECommunicator(CudaCommunicator):
         self._test_collectives(groups, vote, options.self_test)
         inner = self._build(vllm_config, options.exchange, found, groups)
         metrics = StepMetrics.if_wanted(groups.topology, collective_counter())
-        return VllmAll2AllManager(inner, self.device, metrics)
+        return VllmAll2AllManager(inner, metrics)
 
     def _build(
         self, vllm_config: VllmConfig, exchange: str | None, named: type[All2AllManager] | None, groups: Groups

@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING
 
+from vllm.logger import init_logger
+
 from vllm_npu.all2all import FLASHINFER, GATHERING, manager_row
 from vllm_npu.core.limits import NVLINK
 from vllm_npu.errors import UnsupportedConfigError
@@ -11,6 +13,10 @@ from vllm_npu.strategies.table import AUTO
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+
+logger = init_logger("vllm.npu.plugin.gpu.config_check")
+
+WORKER = "vllm_npu.plugin.gpu.worker.CudaMoEWorker"
 
 
 def required_backend(vllm_config: "VllmConfig") -> str | None:
@@ -52,3 +58,22 @@ def required_backend(vllm_config: "VllmConfig") -> str | None:
             "or allgather"
         )
     return GATHERING
+
+
+def set_worker(vllm_config: "VllmConfig") -> None:
+    """Let vLLM start CudaMoEWorker, where an option names an exchange of this package and the user names no worker."""
+    parallel_config, options = vllm_config.parallel_config, Options.of(vllm_config)
+    ours = options.exchange is not None or (
+        options.all2all is not None and manager_row(options.all2all).manager is not None
+    )
+    if not ours:
+        return
+    if parallel_config.worker_cls == "auto":
+        parallel_config.worker_cls = WORKER
+    elif parallel_config.worker_cls != WORKER:
+        logger.warning(
+            "The worker class is %s: nothing looks for a failed step of the symmetric strategy before its tokens leave, and "
+            "no step is counted for /metrics. Leave out --worker-cls, or derive that class from %s.",
+            parallel_config.worker_cls,
+            WORKER,
+        )

@@ -5,15 +5,12 @@ from typing import TYPE_CHECKING
 from vllm.logger import init_logger
 from vllm.platforms.cuda import CudaPlatform
 
-from vllm_npu.plugin.gpu.config_check import required_backend
+from vllm_npu.plugin.gpu.config_check import required_backend, set_worker
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 logger = init_logger("vllm.npu.plugin.gpu.platform")
-
-OWN_WORKER = "vllm.v1.worker.gpu_worker.Worker"
-WORKER = "vllm_npu.plugin.gpu.worker.CudaMoEWorker"
 
 
 class CudaMoEPlatform(CudaPlatform):
@@ -31,18 +28,8 @@ class CudaMoEPlatform(CudaPlatform):
         if backend is not None and parallel_config.all2all_backend != backend:
             logger.info("all2all_backend is %s, which the options need", backend)
             parallel_config.all2all_backend = backend
+        set_worker(vllm_config)
         super().check_and_update_config(vllm_config)
-        if backend is None:
-            return
-        if parallel_config.worker_cls == OWN_WORKER:
-            parallel_config.worker_cls = WORKER
-        elif parallel_config.worker_cls != WORKER:
-            logger.warning_once(
-                "The worker %s does not look for failed exchanges before each step, and counts no steps for /metrics; derive "
-                "it from %s",
-                parallel_config.worker_cls,
-                WORKER,
-            )
 
     @classmethod
     def get_device_communicator_cls(cls) -> str:

@@ -17,47 +17,24 @@ from vllm_npu.strategies.table import AUTO
 class VllmAll2AllManager(All2AllManagerBase):
     """Offers `inner` through vLLM's class. The constructor is COLLECTIVE over the group, as that of vLLM's class.
 
-    What vLLM's class does by itself stays: experts allocate their output, and combine_into_output copies what combine returns.
-    vLLM 0.32 asks support_fault_tolerance once. Where it is True, vLLM asks query_fault in each step, on the GPU and after the
-    step's exchanges. So vLLM returns no tokens of a step whose exchange failed, also if the step replayed a graph.
+    What vLLM's class does by itself stays: experts allocate their output, combine_into_output copies what combine returns, and
+    vLLM asks for no faults, since CudaMoEWorker looks for them.
     """
 
-    def __init__(self, inner: All2AllManager, device: torch.device, metrics: StepMetrics | None = None) -> None:
+    def __init__(self, inner: All2AllManager, metrics: StepMetrics | None = None) -> None:
         super().__init__(inner.cpu_group)
         self.inner = inner
-        self._device = device
-        self.support_fault_tolerance = inner.reports_faults
         self._metrics = metrics
         self._tokens_of_step: int | None = None  # of the step that runs
 
     def begin_step(self, num_tokens: int) -> None:
-        """Check the exchanges of earlier steps, and count the step before this one. LOCAL. Host sync: no.
-
-        num_tokens: scheduled tokens of this rank, without padding. Raises TransportError with the numbers of the ranks that did
-        not come to an exchange.
-        """
-        self.inner.check_failed()
+        """Count the step before this one. LOCAL. Host sync: no. num_tokens: scheduled on this rank, without padding."""
         taken = self.inner.end_step()
         if self._metrics is not None and taken is not None and self._tokens_of_step is not None:
             requested, strategy = taken
             is_fallback = requested not in (AUTO, strategy)
             self._metrics.end_step(requested, strategy, self._tokens_of_step, is_fallback=is_fallback)
         self._tokens_of_step = num_tokens
-
-    def query_fault(self) -> torch.Tensor:
-        """Return a tensor [] bool on the GPU: whether an exchange has failed. Host sync: no."""
-        flag = self.inner.fault_flag()
-        if flag is None:
-            return torch.zeros((), dtype=torch.bool, device=self._device)
-        return flag[0] != 0
-
-    def query_active_mask(self) -> torch.Tensor:
-        """Raise TransportError, which names the ranks that did not come. vLLM asks after a fault, for its own error's text.
-
-        Returns zeros [world_size] int32 if there was no fault.
-        """
-        self.inner.check_failed()
-        return torch.zeros(self.world_size, dtype=torch.int32)
 
     def get_handle(self, kwargs: dict[str, Any]) -> Any:
         """Return the inner manager's handle for these sizes."""

@@ -1,12 +1,14 @@
-"""vLLM's GPU worker, which tells our all2all manager when a step begins.
+"""vLLM's GPU worker, for exchanges of this package: it counts steps, and checks them before their output leaves the worker.
 
-vLLM has no other place for this: its newer runner replays a full graph without a forward context and without any Python of the
-layers.
+A captured graph runs no Python, and vLLM's runners plan a step without a hook for each graph. The worker is the place that
+every step passes on its way in and out.
 """
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from vllm.distributed import get_ep_group
+from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_npu.plugin.gpu.vllm_manager import VllmAll2AllManager
@@ -15,27 +17,65 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
 
 
-def begin_step(num_tokens: int) -> None:
-    """Tell the manager of this process's EP group that a step begins. Does nothing if the manager is vLLM's. LOCAL.
+class CudaMoEWorker(Worker):
+    """vLLM starts this worker if an option names an exchange of this package, and its own worker otherwise."""
 
-    Raises TransportError where an exchange of an earlier step has failed on the GPU.
+    def execute_model(self, scheduler_output: "SchedulerOutput") -> Any:
+        """Run a step. Raises TransportError if an earlier step failed, before anything of this step is queued."""
+        check_exchanges()
+        if scheduler_output.total_num_scheduled_tokens > 0:
+            count_step(scheduler_output.total_num_scheduled_tokens)
+        return checked(super().execute_model(scheduler_output), check_exchanges)
+
+    def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
+        """Sample the tokens of the step. Raises TransportError in place of tokens of a step that failed."""
+        return checked(super().sample_tokens(*args, **kwargs), check_exchanges)
+
+    def execute_dummy_batch(self, *args: Any, **kwargs: Any) -> None:
+        """Take part in a step without requests. Raises TransportError if an earlier step failed."""
+        check_exchanges()
+        count_step(0)
+        super().execute_dummy_batch(*args, **kwargs)
+
+
+class CheckedOutput(AsyncModelRunnerOutput):
+    """The output of a step that is still running. The check comes after the wait for it."""
+
+    def __init__(self, output: AsyncModelRunnerOutput, check: Callable[[], None]) -> None:
+        self._output = output
+        self._check = check
+
+    def get_output(self) -> ModelRunnerOutput:
+        """Wait for the step, and return its output. Raises TransportError if the step failed."""
+        output = self._output.get_output()
+        self._check()
+        return output
+
+
+def checked(output: Any, check: Callable[[], None]) -> Any:
+    """Return the output of vLLM's worker after `check`, or a CheckedOutput in place of an output that vLLM waits for later.
+
+    Any other output that holds tokens has been waited for already, since its tokens lie in host memory.
     """
-    communicator = get_ep_group().device_communicator
-    manager = None if communicator is None else communicator.all2all_manager
-    if isinstance(manager, VllmAll2AllManager):
+    if isinstance(output, AsyncModelRunnerOutput):
+        return CheckedOutput(output, check)
+    check()
+    return output
+
+
+def check_exchanges() -> None:
+    """Raise TransportError if an exchange of this process gave up waiting for another rank. LOCAL. Host sync: no."""
+    if (manager := _our_manager()) is not None:
+        manager.inner.check_failed()
+
+
+def count_step(num_tokens: int) -> None:
+    """Tell the manager that a step with so many scheduled tokens begins. LOCAL."""
+    if (manager := _our_manager()) is not None:
         manager.begin_step(num_tokens)
 
 
-class CudaMoEWorker(Worker):
-    """vLLM starts this worker where an option names an exchange, and its own worker otherwise."""
-
-    def execute_model(self, scheduler_output: "SchedulerOutput") -> Any:
-        """Begin the step, and run it."""
-        if scheduler_output.total_num_scheduled_tokens > 0:
-            begin_step(scheduler_output.total_num_scheduled_tokens)
-        return super().execute_model(scheduler_output)
-
-    def execute_dummy_batch(self) -> None:
-        """Begin the step of a rank without requests, and run it."""
-        begin_step(0)
-        super().execute_dummy_batch()
+def _our_manager() -> VllmAll2AllManager | None:
+    communicator = get_ep_group().device_communicator
+    manager = None if communicator is None else communicator.all2all_manager
+    return manager if isinstance(manager, VllmAll2AllManager) else None

@@ -174,10 +174,6 @@ class Dispatcher(ABC):
         used.
         """
 
-    def failure_flag(self) -> torch.Tensor | None:
-        """Return a tensor [1] on the device that is not 0 once a kernel has given up. None: no kernel has run that can."""
-        return None
-
     def close(self) -> None:  # noqa: B027 - most dispatchers open nothing
         """Release what this object opened itself. LOCAL. No handle may be in flight."""
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from vllm_npu.core.handles import Handle
 from vllm_npu.device import ops_of
 from vllm_npu.strategies.dispatch.base import Dispatched, Dispatcher, DispatchHandle, RoutedTokens
 
@@ -86,3 +87,7 @@ class MC2Dispatcher(Dispatcher):
             global_bs=handle.global_bs,
         )
         return combined
+
+    def _release(self, handle: Handle) -> None:
+        if isinstance(handle, MC2DispatchHandle):
+            ops_of(handle.combine_index).forget_dispatch(handle.combine_index, group_ep=self.groups.ep)

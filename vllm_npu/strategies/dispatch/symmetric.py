@@ -24,6 +24,7 @@ from vllm_npu.errors import InvalidInputError, UnsupportedConfigError
 from vllm_npu.strategies.dispatch.base import Dispatched, Dispatcher, DispatchHandle, RoutedTokens
 from vllm_npu.strategies.dispatch.rows_with_ids import RowsWithIds
 from vllm_npu.strategies.dispatch.symmetric_launch import (
+    check_device,
     combine_launches,
     dispatch_launches,
     programs_for,
@@ -51,8 +52,8 @@ class SlotPlan:
     sent_bytes: int  # by a token that has an expert on every rank
     launches: tuple[PreparedLaunch, ...]  # for each window; empty: no tokens
     views: tuple[tuple[torch.Tensor, ...], ...]  # for each window: hidden_states, scales, weights, ids
-    combines: dict[tuple[torch.Size, torch.dtype, bool], tuple[PreparedLaunch, ...]] = field(default_factory=dict)
-    """Launches of combine by the shape and dtype of slot_output, and whether there is a mask. Filled by combine_slots."""
+    combines: dict[tuple[int, torch.Size, torch.dtype], tuple[PreparedLaunch, ...]] = field(default_factory=dict)
+    """Launches of combine by the device, shape and dtype of slot_output. Filled by combine_slots."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,8 +93,11 @@ class SymmetricDispatcher(Dispatcher):
     COLLECTIVE over ep, one kernel each way. Host sync: no. Graph capture: yes, once the windows are open. Two handles may be
     in flight, on one stream or on two. All ranks must dispatch and combine in the same order; the kernels run in that order.
     Bytes sent: a row for each other rank that has one of the token's experts, and 8 * top_k for each other rank.
-    When a rank stops, the kernels of the others end after the time-out with undefined output. check_failed(), and the next
-    dispatch or combine, then raise TransportError with the rank's number.
+    When a rank stops, the kernels of the others end after the deadline with undefined output. check_failed(), and the next
+    dispatch or combine, then raise TransportError with the rank's number, on all ranks.
+
+    A dispatch holds one of the two windows until its combine. Run the experts and combine inside `scope`, so that an error
+    gives the window back.
     """
 
     max_extra_tensors = 1
@@ -105,7 +109,7 @@ class SymmetricDispatcher(Dispatcher):
         quant_mode: QuantMode = QuantMode.NONE,
         shared_expert_ranks: int = 0,  # must be 0: MC2 alone has such ranks
         limits: SymmetricLimits = SYMMETRIC,
-        timeout: float | None = None,  # seconds, for windows that this object opens; None: VLLM_NPU_TRANSPORT_TIMEOUT
+        timeout: float | None = None,  # seconds, for windows that this object opens; None: as open_windows says
     ) -> None:
         super().__init__(groups, num_experts, quant_mode, shared_expert_ranks)
         if not 2 <= groups.topology.ep_size <= limits.max_ep_size:
@@ -154,16 +158,12 @@ class SymmetricDispatcher(Dispatcher):
         close_windows(self.groups.ep)
 
     def check_failed(self) -> None:
-        """Raise TransportError where a rank missed the time-out. LOCAL. Host sync: no; synchronize first to be certain.
+        """Raise TransportError where a rank missed the deadline. LOCAL. Host sync: no, it reads host memory.
 
-        For callers that replay graphs. dispatch and combine make this check themselves.
+        dispatch and combine make this check themselves, for the kernels that have ended by then.
         """
         if self._windows is not None:
             self._windows.check("exchange")
-
-    def failure_flag(self) -> torch.Tensor | None:
-        """Return the [1] int32 flag that a kernel sets when it gives up waiting. None: the windows are not open."""
-        return None if self._windows is None else self._windows.kernel_tensors[0][3]
 
     def dispatch_slots(
         self,
@@ -175,15 +175,17 @@ class SymmetricDispatcher(Dispatcher):
     ) -> DispatchedSlots:
         """Send each token once to each rank that has one of its experts. COLLECTIVE over ep: one kernel. Host sync: no."""
         key = (
-            hidden_states.is_cuda,
+            hidden_states.get_device(),
             hidden_states.shape,
             hidden_states.dtype,
+            topk_weights.get_device(),
             topk_weights.shape,
             topk_weights.dtype,
+            topk_ids.get_device(),
             topk_ids.shape,
             topk_ids.dtype,
-            None if mask is None else (mask.shape, mask.dtype),
-            None if scales is None else (scales.shape, scales.dtype),
+            None if mask is None else (mask.get_device(), mask.shape, mask.dtype),
+            None if scales is None else (scales.get_device(), scales.shape, scales.dtype),
         )
         plan = self._plans.get(key)
         if plan is None:
@@ -191,19 +193,25 @@ class SymmetricDispatcher(Dispatcher):
             plan = self._plans[key] = self._plan(hidden_states, topk_weights, topk_ids, mask, scales)
         windows = plan.windows
         windows.check("dispatch")
+        # The kernels take addresses. combine reads ids and mask again.
         topk_ids = topk_ids.contiguous()
-        window = windows.take()
-        stream = windows.enter()
+        mask = None if mask is None else mask.contiguous()
+        tensors = (
+            hidden_states.contiguous(),
+            None if scales is None else scales.contiguous(),
+            topk_weights.contiguous(),
+            topk_ids,
+            mask,
+        )
         self.groups.ep.note_op("dispatch", plan.num_tokens * plan.sent_bytes)
-        if plan.launches:
-            tensors = (
-                hidden_states.contiguous(),
-                None if scales is None else scales.contiguous(),
-                topk_weights.contiguous(),
-                topk_ids,
-                mask,
-            )
-            plan.launches[window](tensors, stream)
+        window = windows.take()
+        try:
+            stream = windows.enter()
+            if plan.launches:
+                plan.launches[window](tensors, stream)
+        except BaseException:
+            windows.abandon(window)
+            raise
         rows, row_scales, weights, ids = plan.views[window]
         return DispatchedSlots(
             hidden_states=rows,
@@ -220,24 +228,31 @@ class SymmetricDispatcher(Dispatcher):
     ) -> torch.Tensor:  # [num_tokens, width], dtype of slot_output; zeros for a token that went nowhere
         """Send each filled slot's row back and add the rows up, float32, ranks ascending: the same bits in every run.
 
-        COLLECTIVE over ep: one kernel. Host sync: no. slot_output may lie anywhere; it is read, not kept.
+        COLLECTIVE over ep: one kernel. Host sync: no. slot_output is read, not kept. A refused slot_output (InvalidInputError)
+        leaves the handle usable. Any other error gives the window back.
         """
         handle = check_handle(handle, SlotHandle, "SymmetricDispatcher.combine_slots")
         plan = handle.plan
         windows = plan.windows
-        key = (slot_output.shape, slot_output.dtype, handle.mask is None)
+        key = (slot_output.get_device(), slot_output.shape, slot_output.dtype)
         launches = plan.combines.get(key)
         if launches is None:
             launches = plan.combines[key] = self._plan_combine(slot_output, handle)
-        windows.check("combine")
         handle.spend("SymmetricDispatcher.combine_slots")
-        others = self.placement.ep_size - 1
-        self.groups.ep.note_op("combine", plan.num_tokens * others * slot_output.shape[1] * slot_output.element_size())
-        output = slot_output.new_empty((plan.num_tokens, slot_output.shape[1]))
-        stream = windows.enter()
-        if launches:
+        try:
+            windows.check("combine")
+            others = self.placement.ep_size - 1
+            self.groups.ep.note_op(
+                "combine", plan.num_tokens * others * slot_output.shape[1] * slot_output.element_size()
+            )
+            output = slot_output.new_empty((plan.num_tokens, slot_output.shape[1]))
             tensors = (output, slot_output.contiguous(), handle.topk_ids, handle.mask)
-            launches[handle.window](tensors, stream)
+            stream = windows.enter()
+            if launches:
+                launches[handle.window](tensors, stream)
+        except BaseException:
+            windows.abandon(handle.window)
+            raise
         windows.give_back(handle.window)
         return output
 
@@ -254,7 +269,8 @@ class SymmetricDispatcher(Dispatcher):
             extra_tensors[0] if extra_tensors else None,
         )
         first_expert = self.placement.first_expert(self.groups.topology.ep_rank)
-        ids = torch.where(slots.topk_ids < 0, self._foreign_expert, slots.topk_ids + first_expert)
+        with self.scope(slots.handle):
+            ids = torch.where(slots.topk_ids < 0, self._foreign_expert, slots.topk_ids + first_expert)
         scales = () if slots.scales is None else (slots.scales,)
         return RowsWithIds(slots.hidden_states, slots.topk_weights, ids, scales), slots.handle
 
@@ -275,6 +291,10 @@ class SymmetricDispatcher(Dispatcher):
         if self.quant_mode is not QuantMode.NONE:
             hidden_states, scales = ops_of(hidden_states).npu_dynamic_quant(hidden_states)
         slots = self.dispatch_slots(hidden_states, tokens.topk_weights, tokens.topk_ids, tokens.mask, scales)
+        with self.scope(slots.handle):
+            return self._sorted_by_expert(slots)
+
+    def _sorted_by_expert(self, slots: DispatchedSlots) -> Dispatched:
         experts_per_rank, top_k = self.placement.experts_per_rank, slots.topk_ids.shape[1]
         pair_experts = torch.where(slots.topk_ids < 0, experts_per_rank, slots.topk_ids).flatten()
         order = pair_experts.argsort(stable=True)
@@ -300,8 +320,15 @@ class SymmetricDispatcher(Dispatcher):
     def combine(self, expert_output: torch.Tensor, handle: DispatchHandle) -> torch.Tensor:
         """Each slot's weighted sum of the experts' rows, then combine_slots. Rows past the experts' own are not read."""
         handle = self._consume(handle, SymmetricHandle, expert_output)
-        slot_output = weighted_sum(expert_output, handle.positions, handle.local_ids, handle.weights)
-        return self.combine_slots(slot_output, handle.slots)
+        with self.scope(handle.slots):
+            slot_output = weighted_sum(expert_output, handle.positions, handle.local_ids, handle.weights)
+            return self.combine_slots(slot_output, handle.slots)
+
+    def _release(self, handle: Handle) -> None:
+        if isinstance(handle, SymmetricHandle):
+            self.abandon(handle.slots)
+        if isinstance(handle, SlotHandle):
+            handle.plan.windows.abandon(handle.window)
 
     def _plan(
         self,
@@ -322,9 +349,12 @@ class SymmetricDispatcher(Dispatcher):
             )
         if not hidden_states.is_cuda:
             raise InvalidInputError(f"hidden_states is on {hidden_states.device}; symmetric memory moves CUDA tensors")
-        if row_bytes % WORD_BYTES:
+        tensors = {"topk_weights": topk_weights, "topk_ids": topk_ids, "mask": mask, "scales": scales}
+        for name, tensor in tensors.items():
+            check_device(name, tensor, hidden_states.device)
+        if row_bytes % WORD_BYTES or not row_bytes:
             raise InvalidInputError(
-                f"a row of hidden_states takes {row_bytes} bytes; it must be a multiple of {WORD_BYTES}"
+                f"a row of hidden_states takes {row_bytes} bytes; it must be a multiple of {WORD_BYTES}, and not 0"
             )
         if topk_weights.dtype is not torch.float32:
             raise InvalidInputError(f"topk_weights is {topk_weights.dtype}; it must be float32")
@@ -341,6 +371,8 @@ class SymmetricDispatcher(Dispatcher):
         if self._windows is None:
             self.open(row_bytes=row_bytes, top_k=top_k, scale_width=layout.scale_width)
         windows = self._windows
+        if windows is not None:
+            check_device("hidden_states", hidden_states, windows.device)
         if windows is None or layout.num_bytes > windows.size.received_bytes:
             raise InvalidInputError(
                 f"{layout} takes {layout.num_bytes} bytes, more than the windows hold; call open() for the widest rows "
@@ -366,8 +398,12 @@ class SymmetricDispatcher(Dispatcher):
             stage="SymmetricDispatcher.combine_slots",
             meaning="a row for each slot",
         )
-        if slot_output.dtype not in COMBINE_DTYPES:
-            raise InvalidInputError(f"slot_output is {slot_output.dtype}; it must be one of {COMBINE_DTYPES}")
+        check_device("slot_output", slot_output, windows.device)
+        if slot_output.dtype not in COMBINE_DTYPES or not slot_output.shape[1]:
+            raise InvalidInputError(
+                f"slot_output is {slot_output.dtype} {tuple(slot_output.shape)}; it must be one of {COMBINE_DTYPES}, with "
+                "columns"
+            )
         if slot_output.nbytes > windows.size.returned_bytes:
             raise InvalidInputError(
                 f"slot_output takes {slot_output.nbytes} bytes, the windows hold {windows.size.returned_bytes}; call "

@@ -23,6 +23,12 @@ FULL_TOKENS = 1024  # up to this number of tokens, 16 warps in a program are fas
 WEIGHTED_SUM_TILE = 1024  # the most elements of a row that one program of weighted_sum adds up
 
 
+def check_device(name: str, tensor: torch.Tensor | None, device: torch.device) -> None:
+    """Raise InvalidInputError for a tensor of another device. A kernel takes its address, which is no memory of this device."""
+    if tensor is not None and tensor.device != device:
+        raise InvalidInputError(f"{name} is on {tensor.device}; this exchange runs on {device}, move it there")
+
+
 def power_of_two(n: int) -> int:
     """The smallest power of two that is at least n; 1 for n = 0."""
     return 1 << max(n - 1, 0).bit_length()
@@ -162,7 +168,12 @@ def weighted_sum(
     local_ids: torch.Tensor,  # [num_slots, top_k] int32; -1: the pair has no row
     weights: torch.Tensor,  # [num_slots, top_k] float32
 ) -> torch.Tensor:  # [num_slots, width], dtype of rows; undefined for a slot without a pair
-    """Each slot's weighted sum of its rows, in float32, k ascending. LOCAL. Host sync: no. Graph capture: yes."""
+    """Each slot's weighted sum of its rows, in float32, k ascending. LOCAL. Host sync: no. Graph capture: yes.
+
+    positions, local_ids and weights must be contiguous; rows may lie anywhere. Raises InvalidInputError for rows of another
+    device.
+    """
+    check_device("expert_output", rows, positions.device)
     num_slots, width = positions.shape[0], rows.shape[1]
     summed = rows.new_empty((num_slots, width))
     if num_slots and width:

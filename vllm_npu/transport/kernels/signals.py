@@ -6,6 +6,10 @@ and a grid of any size ends.
 
 A flag holds the epoch of the last exchange that its sender finished. Epochs are device memory and only grow, so nothing is
 reset before a captured graph is replayed.
+
+A program that waits too long gives up. Two words then say so: `failed` on this GPU, and the first word of the report in host
+memory of all ranks. The programs of all GPUs then give up, and the next kernels of this GPU signal nothing. So no rank takes
+rows that were computed from undefined rows.
 """
 
 import triton
@@ -13,6 +17,8 @@ import triton.language as tl
 from triton.language.extra.cuda import globaltimer
 
 POLLS_BETWEEN_CLOCK_READS = tl.constexpr(256)  # a poll takes about 1 us
+TOLD = tl.constexpr(1)  # values of `failed`: another GPU has given up
+REPORTED = tl.constexpr(2)  # this GPU has given up, and has written what it misses
 
 
 @triton.jit
@@ -27,8 +33,8 @@ def signal(flags, present, epoch):
 def _late(flags, present, epoch):
     """Mask of the flags that have not reached `epoch`. The writes of the senders of all other flags are visible.
 
-    A sender that has given up on another rank may be some epochs ahead. The sign of the difference stays right when epochs
-    wrap around. The read is atomic because Triton then gives one thread's result to all threads, so that they decide alike.
+    The sign of the difference stays right when epochs wrap around. The read is atomic because Triton then gives one thread's
+    result to all threads, so that they decide alike.
     """
     return present & (tl.atomic_add(flags, 0, mask=present, sem="acquire", scope="sys") - epoch < 0)
 
@@ -38,26 +44,34 @@ def wait(flags, present, sources, epoch, clock, failed, report, stage, timeout_n
     """Return when all flags have reached `epoch`, or after timeout_ns.
 
     flags: pointers to int32 in this rank's memory. present: mask of the flags to wait for. sources: the rank that sets each
-    flag. clock: one int64, the latest time that any program has read. failed: one int32, set when any program gives up; the
-    other programs then give up at once. report: address of [ep_size] int32 in host memory; the entries of missing ranks are
-    set to `stage`.
+    flag. clock: one int64, the latest time that any program has read. failed: one int32, not 0 once any program of any GPU has
+    given up; the other programs then give up at once. report: address of [1 + ep_size] int32 in host memory that all GPUs
+    write. The entries of missing ranks are set to `stage`, and then the first word to TOLD.
+
+    A program that was told at its first look misses ranks that may only have given up themselves, so it accuses none.
     """
+    reports = report.to(tl.pointer_type(tl.int32))
     missing = tl.max(_late(flags, present, epoch).to(tl.int32), 0)
     polls = 0
     deadline = timeout_ns.to(tl.int64)
+    first_look = missing * 0
     while missing > 0:
         late = _late(flags, present, epoch)
         missing = tl.max(late.to(tl.int32), 0)
         polls += 1
         if polls % POLLS_BETWEEN_CLOCK_READS == 0:
-            # The time goes through memory, so that all threads of the program read the same one.
+            # Time and report go through memory, so that all threads of the program read the same.
             tl.atomic_max(clock, globaltimer().to(tl.int64))
             now = tl.atomic_max(clock, 0)
             deadline = tl.where(polls == POLLS_BETWEEN_CLOCK_READS, now + deadline, deadline)
-            given_up = tl.atomic_add(failed, 0) != 0
-            if (missing > 0) & ((now > deadline) | given_up):
-                if not given_up:
-                    tl.store(report.to(tl.pointer_type(tl.int32)) + sources, tl.zeros_like(sources) + stage, mask=late)
-                    tl.atomic_xchg(failed, 1)
+            tl.atomic_max(failed, tl.load(reports, volatile=True))
+            given_up = tl.atomic_add(failed, 0)
+            first_look = tl.where(polls == POLLS_BETWEEN_CLOCK_READS, given_up, first_look)
+            if (missing > 0) & ((now > deadline) | (given_up > 0)):
+                if (first_look == 0) & (given_up < REPORTED):
+                    tl.store(reports + 1 + sources, tl.zeros_like(sources) + stage, mask=late)
+                    tl.debug_barrier()
+                    tl.store(reports, TOLD)
+                    tl.atomic_max(failed, REPORTED, sem="acq_rel", scope="sys")
                 missing = 0
     tl.debug_barrier()

@@ -48,10 +48,13 @@ def _scales_of(scales, token, s, SCALE_WORDS: tl.constexpr):
 
 
 @triton.jit
-def _signal_others(addresses, others, rank, flags_offset, rank_flags, program, epoch, DEPENDENT_LAUNCH: tl.constexpr):
-    """Tell the other ranks that this program's rows are in their windows, and let the next kernel of this rank start."""
+def _signal_others(addresses, told, rank, flags_offset, rank_flags, program, epoch, DEPENDENT_LAUNCH: tl.constexpr):
+    """Tell the other ranks that this program's rows are in their windows, and let the next kernel of this rank start.
+
+    told: mask of the other ranks. Empty after an earlier kernel of this rank has given up, since its rows were undefined.
+    """
     flags = (addresses + flags_offset + rank * rank_flags * 4).to(tl.pointer_type(tl.int32)) + program
-    signal(flags, others, epoch)
+    signal(flags, told, epoch)
     if DEPENDENT_LAUNCH:
         gdc_launch_dependents()
 
@@ -67,7 +70,7 @@ def dispatch_kernel(
     epochs,  # [2] int32: of the next dispatch and of the next combine in this window
     clock,  # [1] int64
     failed,  # [1] int32
-    report,  # int64: address of [EP_SIZE] int32 in host memory
+    report,  # int64: address of [1 + EP_SIZE] int32 in host memory that all ranks write
     num_tokens,
     rank,
     experts_per_rank,
@@ -98,6 +101,8 @@ def dispatch_kernel(
     ranks = tl.arange(0, EP_SIZE_PADDED)
     addresses = tl.load(windows + ranks, mask=ranks < EP_SIZE, other=0)
     epoch = tl.load(epochs)
+    healthy = tl.load(failed) == 0  # loaded here, so that it delays no signal
+    others = (ranks < EP_SIZE) & (ranks != rank)
     token = program // PARTS
     part = program % PARTS
     k = tl.arange(0, TOP_K_PADDED)
@@ -129,8 +134,7 @@ def dispatch_kernel(
             if SCALE_WORDS > 0:
                 received_scales = _in_window(addresses, ranks, destination, scales_offset, tl.float32)
                 tl.store(received_scales + slot * SCALE_WORDS + s, row_scales, mask=(s < SCALE_WORDS) & addressed)
-    others = (ranks < EP_SIZE) & (ranks != rank)
-    _signal_others(addresses, others, rank, flags_offset, rank_flags, program, epoch, DEPENDENT_LAUNCH)
+    _signal_others(addresses, others & healthy, rank, flags_offset, rank_flags, program, epoch, DEPENDENT_LAUNCH)
     if program == 0:
         tl.store(epochs + 1, epoch)
     own_flags = _in_window(addresses, ranks, rank, flags_offset, tl.int32) + ranks * rank_flags + program
@@ -180,6 +184,8 @@ def combine_kernel(
     ranks = tl.arange(0, EP_SIZE_PADDED)
     addresses = tl.load(windows + ranks, mask=ranks < EP_SIZE, other=0)
     epoch = tl.load(epochs + 1)
+    healthy = tl.load(failed) == 0  # loaded here, so that it delays no signal
+    others = (ranks < EP_SIZE) & (ranks != rank)
     element_type: tl.constexpr = output.dtype.element_ty
     columns = part * TILE + tl.arange(0, TILE)
     inside = columns < WIDTH
@@ -194,8 +200,7 @@ def combine_kernel(
         if tl.max(ids, 0) >= 0:
             returned = _in_window(addresses, ranks, source, returned_offset, element_type)
             tl.store(returned + own_slot * WIDTH + columns, row, mask=inside)
-    others = (ranks < EP_SIZE) & (ranks != rank)
-    _signal_others(addresses, others, rank, flags_offset, rank_flags, program, epoch, DEPENDENT_LAUNCH)
+    _signal_others(addresses, others & healthy, rank, flags_offset, rank_flags, program, epoch, DEPENDENT_LAUNCH)
     if program == 0:
         tl.store(epochs, epoch + 1)
     is_token = True

@@ -1,0 +1,194 @@
+"""Runs the symmetric kernels on CPUs, in Triton's interpreter. A program: each rank is a forked process, and windows are shared
+memory of the host. `python -m tests.ranks.interpreted_kernels RANKS` prints what each rank saw in each scenario, as JSON.
+
+The kernels, their launches and the windows' bookkeeping are the package's own. This file gives what only a GPU has: memory that
+all ranks write, a clock and a stream.
+"""
+
+import ctypes
+import json
+import mmap
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import triton.language as tl
+from triton.runtime import interpreter
+
+from tests.time_limits import PATIENCE_SECONDS
+from vllm_npu.strategies.dispatch import symmetric_launch
+from vllm_npu.strategies.dispatch.symmetric_layout import SlotLayout
+from vllm_npu.transport.kernels import signals
+from vllm_npu.transport.symmetric_memory import NUM_WINDOWS, STAGES, SymmetricWindows, WindowSize, align
+
+HIDDEN, TOP_K, EXPERTS_PER_RANK, TOKENS = 8, 2, 2, 3
+TIMEOUT = 2.0  # seconds, of the exchanges that must fail
+SIZE = WindowSize(received_bytes=1 << 16, returned_bytes=1 << 16, rank_flags=16)
+ROW_BYTES = 4 * HIDDEN  # float32
+
+
+class HostWindows(SymmetricWindows):
+    """The windows of one rank in host memory. take, give_back and abandon are those of SymmetricWindows."""
+
+    def __init__(
+        self, rank: int, memories: list[int], report: "ctypes.Array[ctypes.c_int32]", window_bytes: int
+    ) -> None:
+        self.group, self.rank, self.num_ranks, self.size = "ep", rank, len(memories), SIZE
+        self.timeout_ns = 0  # an Exchanger sets it
+        self.device = torch.device("cpu")
+        self.returned_offset = align(SIZE.received_bytes)
+        self.dispatch_flags_offset = self.returned_offset + align(SIZE.returned_bytes)
+        self.combine_flags_offset = self.dispatch_flags_offset + align(4 * SIZE.rank_flags * self.num_ranks)
+        self.report_address = ctypes.addressof(report)
+        self.words = report
+        clock, failed = torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int32)
+        self.kernel_tensors = [
+            (
+                torch.tensor([memory + window * window_bytes for memory in memories]),
+                torch.tensor([1, 0], dtype=torch.int32),
+                clock,
+                failed,
+            )
+            for window in range(NUM_WINDOWS)
+        ]
+        self._free = deque(range(NUM_WINDOWS))
+        own = (ctypes.c_uint8 * (NUM_WINDOWS * window_bytes)).from_address(memories[rank])
+        self.memory = torch.frombuffer(own, dtype=torch.uint8).view(NUM_WINDOWS, window_bytes)
+
+    def enter(self) -> int:
+        return 0
+
+    @property
+    def missing(self) -> dict[int, str]:
+        return {rank: STAGES[stage] for rank, stage in enumerate(self.words[1:]) if stage}
+
+
+class Exchanger:
+    """Dispatch and combine of one rank. Expert e multiplies a row by e + 1; all weights are 1."""
+
+    def __init__(self, windows: HostWindows, timeout: float = PATIENCE_SECONDS) -> None:
+        self.windows = windows
+        windows.timeout_ns = int(timeout * 1e9)
+        self.layout = SlotLayout(windows.num_ranks * TOKENS, ROW_BYTES, 0, TOP_K)
+        arguments = (windows, self.layout, TOKENS, EXPERTS_PER_RANK)
+        self.dispatches = symmetric_launch.dispatch_launches(*arguments, has_mask=False)
+        self.combines = symmetric_launch.combine_launches(*arguments, width=HIDDEN, element_size=4, has_mask=False)
+
+    def dispatch(self, seed: int) -> tuple[int, torch.Tensor, torch.Tensor]:
+        generator = torch.Generator().manual_seed(100 * seed + self.windows.rank)
+        experts = EXPERTS_PER_RANK * self.windows.num_ranks
+        ids = torch.rand(TOKENS, experts, generator=generator).argsort(1)[:, :TOP_K].int()
+        x = torch.randint(-3, 4, (TOKENS, HIDDEN), generator=generator).float()
+        window = self.windows.take()
+        interpret(self.dispatches[window], (x, None, torch.ones(TOKENS, TOP_K), ids, None))
+        return window, x, ids
+
+    def combine(self, window: int, ids: torch.Tensor) -> torch.Tensor:
+        rows, _, _, local_ids = self.layout.views(self.windows.memory[window], torch.float32)
+        first = self.windows.rank * EXPERTS_PER_RANK
+        factors = torch.where(local_ids >= 0, local_ids + first + 1, 0).sum(1, keepdim=True)
+        slot_output = torch.where(factors > 0, rows * factors, float("nan"))
+        output = torch.full((TOKENS, HIDDEN), float("nan"))
+        interpret(self.combines[window], (output, slot_output, ids, None))
+        self.windows.give_back(window)
+        return output
+
+    def step(self, seed: int) -> bool:
+        """One exchange. Returns whether its output is right."""
+        window, x, ids = self.dispatch(seed)
+        return torch.equal(self.combine(window, ids), x * (ids + 1).sum(1, keepdim=True))
+
+
+def interpret(launch: symmetric_launch.PreparedLaunch, tensors: tuple[torch.Tensor | None, ...]) -> None:
+    launch._kernel[(launch._num_programs,)](*tensors, *launch._fixed, **launch._constants)
+
+
+def clock() -> tl.tensor:
+    """The clock of all ranks, in ns. A rank that looks at it waits, so others may have the core."""
+    time.sleep(0.01)
+    return tl.full((), time.monotonic_ns(), tl.int64)
+
+
+def splat(self: object, block: tl.block_type, scalar: interpreter.TensorHandle) -> interpreter.TensorHandle:
+    """Triton 3.9's own one makes integers of truth values, which its interpreter then refuses as a mask."""
+    return interpreter.TensorHandle(np.full(block.shape, scalar.data.reshape(-1)[0]), scalar.dtype.scalar)
+
+
+def recovers(windows: HostWindows) -> dict[str, object]:
+    """All ranks abandon one dispatch, then two dispatches in flight, in an order of their own."""
+    exchanger = Exchanger(windows)
+    good = [exchanger.step(0)]
+    windows.abandon(exchanger.dispatch(1)[0])
+    good += [exchanger.step(2 + i) for i in range(3)]
+    both = [exchanger.dispatch(10 + i)[0] for i in range(NUM_WINDOWS)]
+    for window in both if windows.rank else reversed(both):
+        windows.abandon(window)
+    good += [exchanger.step(20 + i) for i in range(10)]
+    return {"good": good, "missing": windows.missing}
+
+
+def last_abandons_alone(windows: HostWindows) -> dict[str, object]:
+    """The last rank abandons a dispatch that the others combine, and goes on to its next step."""
+    good = [Exchanger(windows).step(0)]
+    window, _, ids = Exchanger(windows).dispatch(1)
+    exchanger = Exchanger(windows, TIMEOUT)
+    if windows.rank == windows.num_ranks - 1:
+        windows.abandon(window)
+        exchanger.step(2)
+    else:
+        exchanger.combine(window, ids)
+    return {"good": good, "missing": windows.missing}
+
+
+def last_is_late(windows: HostWindows) -> dict[str, object]:
+    """The last rank comes to a dispatch after the others have given up, and runs a whole step then."""
+    good = [Exchanger(windows).step(0)]
+    exchanger = Exchanger(windows, TIMEOUT)
+    if windows.rank == windows.num_ranks - 1:
+        while not windows.missing:
+            time.sleep(0.1)
+    exchanger.step(1)
+    exchanger.step(2)
+    return {"good": good, "missing": windows.missing}
+
+
+def main(num_ranks: int) -> None:
+    torch.set_num_threads(1)
+    signals.globaltimer = clock
+    signals.POLLS_BETWEEN_CLOCK_READS = tl.constexpr(8)  # a poll takes about 0.2 ms here
+    interpreter.InterpreterBuilder.create_splat = splat
+    symmetric_launch._starts_early = lambda device: False
+    seen = {
+        scenario.__name__: on_ranks(num_ranks, scenario) for scenario in (recovers, last_abandons_alone, last_is_late)
+    }
+    sys.stdout.write(json.dumps(seen))
+
+
+def on_ranks(num_ranks: int, scenario: Callable[[HostWindows], dict[str, object]]) -> list[object]:
+    """What the scenario returns on each rank."""
+    window_bytes = align(SIZE.received_bytes) + align(SIZE.returned_bytes) + 2 * align(4 * SIZE.rank_flags * num_ranks)
+    shared = [mmap.mmap(-1, NUM_WINDOWS * window_bytes) for _ in range(num_ranks)]  # forked ranks map them, too
+    memories = [ctypes.addressof(ctypes.c_char.from_buffer(memory)) for memory in shared]
+    report = (ctypes.c_int32 * (1 + num_ranks)).from_buffer(mmap.mmap(-1, mmap.PAGESIZE))
+    readers = []
+    for rank in range(num_ranks):
+        reader, writer = os.pipe()
+        if os.fork() == 0:
+            found = scenario(HostWindows(rank, memories, report, window_bytes))
+            os.write(writer, json.dumps(found).encode())
+            os._exit(0)
+        os.close(writer)
+        readers.append(reader)
+    seen = []
+    for reader in readers:
+        with os.fdopen(reader, "rb") as pipe:
+            seen.append(json.loads(pipe.read()))
+    return seen
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

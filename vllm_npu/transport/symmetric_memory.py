@@ -6,6 +6,7 @@ All layers share the windows of a process group. There are two windows, so that 
 import ctypes
 from collections import deque
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -189,7 +190,8 @@ class SymmetricWindows:
         del self._shared
 
 
-_open: dict[str, SymmetricWindows] = {}
+# By group and not by its name, since a later engine in this process may give the name to another group.
+_open: "WeakKeyDictionary[dist.ProcessGroup, SymmetricWindows]" = WeakKeyDictionary()
 
 
 def _innermost(transport: Transport) -> TorchDistTransport:
@@ -209,26 +211,26 @@ def open_windows(transport: Transport, size: WindowSize, timeout: float | None =
     hold the windows' addresses. Host sync: yes, in the first call. Graph capture: after the first call.
     """
     process_group = _innermost(transport).process_group
-    name = process_group.group_name
-    if name in _open:
-        if not _open[name].size.fits(size):
+    windows = _open.get(process_group)
+    if windows is not None:
+        if not windows.size.fits(size):
             raise UnsupportedConfigError(
-                f"the symmetric windows of group '{transport.group}' were opened with {_open[name].size}, and {size} is "
+                f"the symmetric windows of group '{transport.group}' were opened with {windows.size}, and {size} is "
                 "needed now; dispatch the largest tensors first, or close the windows and open larger ones"
             )
-        return _open[name]
+        return windows
     if torch.cuda.is_current_stream_capturing():
         raise UnsupportedConfigError(
             "symmetric windows cannot be opened while a CUDA graph is captured; run one step before, or call open()"
         )
     seconds = envs.TRANSPORT_TIMEOUT.read_seconds() if timeout is None else timeout
-    _open[name] = SymmetricWindows(process_group, transport.group, size, seconds)
-    return _open[name]
+    windows = _open[process_group] = SymmetricWindows(process_group, transport.group, size, seconds)
+    return windows
 
 
 def close_windows(transport: Transport) -> None:
     """Close the windows of the transport's process group, if they are open. LOCAL."""
-    windows = _open.pop(_innermost(transport).process_group.group_name, None)
+    windows = _open.pop(_innermost(transport).process_group, None)
     if windows is not None:
         windows.close()
 

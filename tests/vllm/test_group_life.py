@@ -40,10 +40,17 @@ def windows() -> int:
     return MAPS.read_text().count("memfd:vllm_npu_window")
 
 
-def run_step(grid: Grid, config: Any, layer: Any, strategy: str = "allgather", num_experts: int = NUM_EXPERTS) -> None:
+def run_step(
+    grid: Grid,
+    config: Any,
+    layer: Any,
+    strategy: str = "allgather",
+    num_experts: int = NUM_EXPERTS,
+    counts: tuple[int, ...] = (5, 2),
+) -> None:
     from vllm_npu.plugin.step_planner import planner_of
 
-    counts = (5, 2, 1, 4)[: grid.dp]
+    counts = counts[: grid.dp]
     planner_of(config).propose(strategy)
     tokens = Tokens.random(Layout(grid), grid, counts, torch.float32)
     if num_experts != NUM_EXPERTS:
@@ -163,7 +170,7 @@ def run_large_steps(grid: Grid) -> tuple[int, int, int]:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(gloo, "WINDOW_MIN_BYTES", 1024)
         for strategy in STRATEGIES:
-            run_step(grid, config, layer, strategy)
+            run_step(grid, config, layer, strategy, counts=(90, 40))
     groups = model_groups(expert_parallel=True)
     assert (groups.topology.tp_size, groups.topology.dp_size) == (grid.tp, grid.dp)
     _before[:] = [weakref.ref(each) for each in (groups.ep.innermost, planner_of(config), layer)]

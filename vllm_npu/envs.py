@@ -2,8 +2,18 @@
 
 import os
 from dataclasses import dataclass
+from enum import Enum
 
 from vllm_npu.errors import UnsupportedConfigError
+
+
+class Kind(Enum):
+    """What a variable holds."""
+
+    TEXT = "text"
+    SWITCH = "0 or 1"
+    WHOLE_NUMBER = "whole number, 0 or more"
+    SECONDS = "positive number of seconds"
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,6 +23,7 @@ class Variable:
     name: str
     default: str
     meaning: str
+    kind: Kind = Kind.TEXT
 
     def read(self) -> str:
         """The variable's text, or its default if it is unset or empty."""
@@ -21,6 +32,18 @@ class Variable:
     def read_if_set(self) -> str | None:
         """The variable's text, or None if it is unset or empty."""
         return os.environ.get(self.name) or None
+
+    def value(self) -> str | bool | int | float:
+        """The variable as its kind. Raises UnsupportedConfigError for a text that is not of this kind."""
+        match self.kind:
+            case Kind.TEXT:
+                return self.read()
+            case Kind.SWITCH:
+                return self.read_flag()
+            case Kind.WHOLE_NUMBER:
+                return self.read_whole_number()
+            case Kind.SECONDS:
+                return self.read_seconds()
 
     def read_flag(self) -> bool:
         """The variable as a switch, 0 or 1. Raises UnsupportedConfigError for other texts."""
@@ -60,16 +83,19 @@ CUDA_PLATFORM = Variable(
     "VLLM_NPU_CUDA_PLATFORM",
     "0",
     "1: this package is vLLM's platform on GPUs and offers its all2all managers; 0: vLLM's own platform runs there.",
+    Kind.SWITCH,
 )
 COUNT_COLLECTIVES = Variable(
     "VLLM_NPU_COUNT_COLLECTIVES",
     "0",
     "1: count the calls and bytes of every collective; the worker call moe_comm_counters returns them.",
+    Kind.SWITCH,
 )
 METRICS = Variable(
     "VLLM_NPU_METRICS",
     "0",
     "1: count the steps, tokens, bytes, fallbacks and failed votes of each rank for vLLM's /metrics.",
+    Kind.SWITCH,
 )
 RECORD = Variable(
     "VLLM_NPU_RECORD",
@@ -80,25 +106,34 @@ TRANSPORT_TIMEOUT = Variable(
     "VLLM_NPU_TRANSPORT_TIMEOUT",
     "60",
     "Seconds after which a collective fails, in groups that this package opens itself.",
+    Kind.SECONDS,
 )
 COLLECTIVE_DEADLINE = Variable(
     "VLLM_NPU_COLLECTIVE_DEADLINE",
     "600",
     "Seconds after which a gloo collective of a served model fails and names the late ranks, unless vLLM gave the group a "
     "shorter time-out; HCCL obeys HCCL_EXEC_TIMEOUT.",
+    Kind.SECONDS,
 )
 SHARED_WINDOW = Variable(
     "VLLM_NPU_SHARED_WINDOW",
     "1",
-    "1: large gloo messages between ranks of one host go through shared memory; 0: through sockets. Set it alike on all ranks.",
+    "1: large gloo messages between ranks of one host go through shared memory; 0 on one rank: all messages of "
+    "its group go through sockets.",
+    Kind.SWITCH,
 )
 HCCL_OPS = Variable(
     "VLLM_NPU_HCCL_OPS",
     "1",
     "1: C++ operators that call HCCL move tokens, if they are built; 0: torch.distributed moves tokens.",
+    Kind.SWITCH,
 )
-HCCL_BUFFSIZE = Variable("HCCL_BUFFSIZE", "200", "HCCL's own variable: MiB of the buffer that MC2's ops use.")
-EMULATOR = Variable("VLLM_NPU_EMULATOR", "0", "1: torch_npu finds the emulated Ascend device in every Python process.")
+HCCL_BUFFSIZE = Variable(
+    "HCCL_BUFFSIZE", "200", "HCCL's own variable: MiB of the buffer that MC2's ops use.", Kind.WHOLE_NUMBER
+)
+EMULATOR = Variable(
+    "VLLM_NPU_EMULATOR", "0", "1: torch_npu finds the emulated Ascend device in every Python process.", Kind.SWITCH
+)
 EMULATOR_SOC = Variable("VLLM_NPU_EMULATOR_SOC", "A2", "Chip, or family of chips, that is emulated.")
 EMULATOR_LIBRARIES = Variable(
     "VLLM_NPU_EMULATOR_LIBRARIES", "", "Folder of built libraries, which is used unchanged; empty: build them."
@@ -106,7 +141,9 @@ EMULATOR_LIBRARIES = Variable(
 EMULATOR_RUN = Variable(
     "VLLM_NPU_EMULATOR_RUN", "", "Set by the launcher: a part of the names of a run's shared memory."
 )
-EMULATOR_TRACE = Variable("VLLM_NPU_EMULATOR_TRACE", "0", "1: list the calls of ACL, HCCL and aclnn on standard error.")
+EMULATOR_TRACE = Variable(
+    "VLLM_NPU_EMULATOR_TRACE", "0", "1: list the calls of ACL, HCCL and aclnn on standard error.", Kind.SWITCH
+)
 EMULATOR_ASYNC = Variable(
     "VLLM_NPU_EMULATOR_ASYNC",
     "",
@@ -136,7 +173,7 @@ PROMETHEUS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"  # prometheus_client: folder of a
 SOCKET_FOLDER = "VLLM_RPC_BASE_PATH"  # vLLM: folder of its sockets, which it does not delete
 CPU_OMP_THREADS_BIND = "VLLM_CPU_OMP_THREADS_BIND"  # vLLM: the cores of each rank
 
-VARIABLES = (
+RANK_VARIABLES = (
     MOE_COMM,
     CUDA_PLATFORM,
     COUNT_COLLECTIVES,
@@ -148,6 +185,20 @@ VARIABLES = (
     HCCL_OPS,
     HCCL_BUFFSIZE,
     EMULATOR,
+)
+"""Every rank reads all of them before the first collective of its groups (trust/settings.py)."""
+
+EQUAL_ON_ALL_RANKS = (
+    MOE_COMM,  # the strategy decides which collectives run
+    CUDA_PLATFORM,  # the platform decides which exchange runs
+    HCCL_BUFFSIZE,  # MC2's capacity follows from it, and auto's choice from the capacity
+    TRANSPORT_TIMEOUT,  # a rank that gives up before the others accuses ranks that still wait for it
+    COLLECTIVE_DEADLINE,  # as TRANSPORT_TIMEOUT
+)
+"""The ranks compare them when their groups are made. Every other variable may differ from rank to rank: SHARED_WINDOW and
+HCCL_OPS take effect only if all ranks of a group have 1, and the others change no collective."""
+
+EMULATOR_VARIABLES = (
     EMULATOR_SOC,
     EMULATOR_LIBRARIES,
     EMULATOR_RUN,
@@ -160,3 +211,12 @@ VARIABLES = (
     EMULATOR_CANN,
     EMULATOR_LOG,
 )
+"""The emulated device reads them when a process loads it, which is before the process has groups, and refuses others."""
+
+VARIABLES = RANK_VARIABLES + EMULATOR_VARIABLES
+
+
+def check_variables() -> None:
+    """Raise UnsupportedConfigError for the first variable whose text is not of its kind. LOCAL."""
+    for variable in RANK_VARIABLES:
+        variable.value()

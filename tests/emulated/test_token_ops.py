@@ -15,7 +15,7 @@ from vllm_npu.core.step_plan import StepPlan, TokenSharding
 from vllm_npu.core.token_layout import RowFormat
 from vllm_npu.emulator import launcher, soc
 from vllm_npu.emulator.fork_server import ForkContext
-from vllm_npu.errors import TransportError
+from vllm_npu.errors import TransportError, UnsupportedConfigError
 from vllm_npu.strategies.select import build
 from vllm_npu.tools.launch import ProcessRankPool, Rank
 from vllm_npu.transport import host
@@ -338,6 +338,24 @@ def test_all_ranks_go_through_torch_distributed_where_some_lack_the_operators(wa
         assert "group 'dp' goes through torch.distributed: ranks [1, 2] cannot use the C++ operators" in logged
         assert reason in logged
     assert not list(tmp_path.iterdir()), "a rank has begun to build"
+
+
+def malformed_on_one_rank(rank: Rank) -> tuple[str, list[int]]:
+    t = rank.groups(tp_size=1, dp_size=2).dp
+    x = torch.arange(t.rank + 1, device=rank.device)
+    with pytest.MonkeyPatch.context() as patched:
+        if rank.rank == 1:
+            patched.setenv("VLLM_NPU_HCCL_OPS", "yes")
+        with pytest.raises(UnsupportedConfigError) as error:
+            t.all_gather(x, [1, 2])
+    return str(error.value), t.all_gather(x, [1, 2]).tolist()
+
+
+def test_a_malformed_switch_on_one_rank_is_an_error_on_all(warm, monkeypatch):
+    with ranks_on(warm, monkeypatch, "A3", 2, {}) as pool:
+        for message, gathered in pool.run(malformed_on_one_rank):
+            assert message == "rank 1: VLLM_NPU_HCCL_OPS='yes': not a switch; set it to 0 or 1"
+            assert gathered == [0, 0, 1]
 
 
 def test_limits_name_the_chips_with_uneven_collectives():

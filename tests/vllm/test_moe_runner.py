@@ -598,7 +598,7 @@ def run_two_layers(grid: Grid) -> tuple[list[str], int]:
 
     config = make_config(grid)
     layers = [build_layer(grid, config, prefix=f"model.layers.{number}.mlp.experts") for number in (0, 1)]
-    model_pipelines.cache_clear()
+    model_pipelines(expert_parallel=True).close()
     tokens = Tokens.random(Layout(grid), grid, (3,) * grid.dp, torch.float32)
     expected = dense_moe(tokens, Weights.random(torch.float32), shared=False)
     with pytest.MonkeyPatch.context() as patched:

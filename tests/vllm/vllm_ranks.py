@@ -23,7 +23,7 @@ from tests.time_limits import PATIENCE_SECONDS
 from vllm_npu.core.step_plan import StepPlan, TokenSharding
 from vllm_npu.core.token_layout import TokenSlice
 from vllm_npu.envs import SOCKET_FOLDER
-from vllm_npu.plugin import groups
+from vllm_npu.plugin.groups import model_groups
 from vllm_npu.tools.engines.engine_processes import folder_for_sockets
 from vllm_npu.tools.engines.process_tree import SHARED_MEMORY_FOLDER
 from vllm_npu.tools.launch import ProcessRankPool, Rank
@@ -155,9 +155,6 @@ def _open(grid: Grid, process: int) -> None:
     from vllm.plugins import load_general_plugins
 
     load_general_plugins()
-    groups.model_groups.cache_clear()
-    groups.model_pipelines.cache_clear()
-    groups.vote_transport.cache_clear()
     parallel_state.destroy_model_parallel()
     ranks_per_engine = NUM_RANKS // grid.dp
     with set_current_vllm_config(make_config(grid.on(process))):
@@ -296,7 +293,9 @@ def planned_step(
 
     from vllm_npu.plugin.forward_context import PlannedStep, as_additional_context
 
-    step = PlannedStep(StepPlan(num_tokens_across_dp=tuple(counts), sharding=sharding), strategy, confirm=lambda: None)
+    groups = model_groups(expert_parallel=bool(config.parallel_config.enable_expert_parallel))
+    plan = StepPlan(num_tokens_across_dp=tuple(counts), sharding=sharding)
+    step = PlannedStep(plan, strategy, groups, confirm=lambda: None)
     with override_forward_context(create_forward_context(None, config, additional_kwargs=as_additional_context(step))):
         yield
 

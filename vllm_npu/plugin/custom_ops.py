@@ -8,16 +8,15 @@ from vllm.utils.torch_utils import direct_register_custom_op
 
 from vllm_npu.core.step_plan import TokenSharding
 from vllm_npu.plugin.forward_context import current_step
-from vllm_npu.plugin.groups import model_groups
 from vllm_npu.strategies.sequence_parallel import gather_and_unpad, reduce_scatter_and_pad
 from vllm_npu.transport.base import Transport
 
 
 def _real_rows(is_ep_comm: bool) -> tuple[list[int], Transport]:
     """Rows of each rank of ep (or tp) that are tokens, and the group's transport."""
-    groups = model_groups(expert_parallel=True)
-    tp_size = groups.topology.tp_size
-    per_rank = current_step().plan.sliced_tokens_across_ep(tp_size)
+    step = current_step()
+    groups, tp_size = step.groups, step.groups.topology.tp_size
+    per_rank = step.plan.sliced_tokens_across_ep(tp_size)
     if is_ep_comm:
         return per_rank, groups.ep
     first = groups.topology.dp_rank * tp_size
@@ -49,9 +48,9 @@ def maybe_pad_and_reduce(x: torch.Tensor, is_ep_comm: bool = False) -> torch.Ten
     COLLECTIVE: one reduce-scatter over ep (or tp). If the step is not sliced: one all-reduce over tp.
     """
     if not _is_sliced():
-        return model_groups(expert_parallel=True).tp.all_reduce(x)
+        return current_step().groups.tp.all_reduce(x)
     real_rows, transport = _real_rows(is_ep_comm)
-    rows = current_step().plan.input_rows(model_groups(expert_parallel=True).topology)
+    rows = current_step().plan.input_rows(current_step().groups.topology)
     return reduce_scatter_and_pad(x, real_rows, rows, transport)
 
 

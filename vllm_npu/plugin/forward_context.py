@@ -8,6 +8,7 @@ from vllm.forward_context import get_forward_context, is_forward_context_availab
 
 from vllm_npu.core.step_plan import StepPlan
 from vllm_npu.errors import InvalidInputError
+from vllm_npu.transport.base import Groups
 
 KEY = "vllm_npu_step"
 
@@ -18,6 +19,7 @@ class PlannedStep:
 
     plan: StepPlan
     strategy: str
+    groups: Groups  # of the model's MoE layers
     confirm: Callable[[], None]
     """Waits for the end of the vote on the plan. Raises PlanDisagreementError if the ranks' plans differ."""
 

@@ -1,73 +1,110 @@
-"""vLLM's process groups as transports. A process opens them once, and all layers use them."""
+"""vLLM's process groups as transports. All layers of a process use the same ones, for as long as vLLM's groups live."""
 
-from functools import cache
+from weakref import WeakKeyDictionary
 
 from vllm.distributed import get_dp_group, get_ep_group, get_tp_group
-from vllm.distributed.parallel_state import get_world_group
+from vllm.distributed.parallel_state import GroupCoordinator, get_world_group
 from vllm.utils.network_utils import get_ip
 
-from vllm_npu import envs
 from vllm_npu.core.topology import ParallelTopology
 from vllm_npu.plugin import compat
 from vllm_npu.strategies.pipelines import Pipelines
 from vllm_npu.transport.base import Groups, Transport, gather_texts
 from vllm_npu.transport.gloo import GlooTransport
-from vllm_npu.trust.recording import CollectiveCounter, open_ring, record
+from vllm_npu.trust.recording import CollectiveCounter, record
+from vllm_npu.trust.settings import agree_on_settings
 from vllm_npu.trust.trace import TraceRing
 from vllm_npu.trust.watchdog import Watchdog
 
 MAX_ADDRESS_BYTES = 512
 
 
-@cache
+class _OpenGroups:
+    """What this package keeps for one set of vLLM's groups. The constructor is COLLECTIVE over the grid."""
+
+    def __init__(self, tp: GroupCoordinator, dp: GroupCoordinator, ep: GroupCoordinator) -> None:
+        vote, world = GlooTransport(ep.cpu_group, "ep-vote"), get_world_group()
+        self.settings = agree_on_settings(vote, world.rank, world.world_size)
+        ring = self.settings.ring
+        self.vote = record(vote, None, ring, ep.ranks)
+        tp_transport, dp_transport, ep_transport = (
+            record(transport, self.settings.counter, ring, group.ranks)
+            for transport, group in zip(compat.current().transports(tp, dp, ep), (tp, dp, ep), strict=True)
+        )
+        # Both have the same transports: whether ranks own whole experts changes no group.
+        self.pipelines = {
+            expert_parallel: Pipelines(
+                Groups(
+                    ParallelTopology(
+                        tp_rank=tp.rank_in_group,
+                        tp_size=tp.world_size,
+                        dp_rank=dp.rank_in_group,
+                        dp_size=dp.world_size,
+                        expert_parallel=expert_parallel,
+                    ),
+                    tp_transport,
+                    dp_transport,
+                    ep_transport,
+                )
+            )
+            for expert_parallel in (False, True)
+        }
+        self.watchdog: Watchdog | None = None
+
+
+# An entry ends with vLLM's group: its value holds process groups, and not the coordinator of the key.
+_OPEN: "WeakKeyDictionary[GroupCoordinator, _OpenGroups]" = WeakKeyDictionary()
+
+
+def _open_groups() -> _OpenGroups:
+    """What is kept for vLLM's present groups. The first call for them is COLLECTIVE over the grid, as agree_on_settings.
+
+    vLLM must have initialised its groups. Raises UnsupportedConfigError on every rank if the settings of one are malformed.
+    """
+    ep = get_ep_group()
+    found = _OPEN.get(ep)
+    if found is None:
+        found = _OPEN[ep] = _OpenGroups(get_tp_group(), get_dp_group(), ep)
+    return found
+
+
 def collective_counter() -> CollectiveCounter | None:
-    """The counter of this process. None if VLLM_NPU_COUNT_COLLECTIVES and VLLM_NPU_METRICS are both 0."""
-    return CollectiveCounter() if envs.COUNT_COLLECTIVES.read_flag() or envs.METRICS.read_flag() else None
+    """The counter of this rank. None if VLLM_NPU_COUNT_COLLECTIVES and VLLM_NPU_METRICS are both 0."""
+    return _open_groups().settings.counter
 
 
-@cache
 def trace_ring() -> TraceRing | None:
-    """The trace of this process. None if VLLM_NPU_RECORD is empty. vLLM must have initialised its groups."""
-    return open_ring(get_world_group().rank, get_world_group().world_size)
+    """The trace of this rank. None if VLLM_NPU_RECORD is empty."""
+    return _open_groups().settings.ring
 
 
-@cache
 def model_groups(*, expert_parallel: bool) -> Groups:
-    """The groups of the model in this process. LOCAL. vLLM must have initialised its own groups."""
-    tp, dp, ep = get_tp_group(), get_dp_group(), get_ep_group()
-    topology = ParallelTopology(
-        tp_rank=tp.rank_in_group,
-        tp_size=tp.world_size,
-        dp_rank=dp.rank_in_group,
-        dp_size=dp.world_size,
-        expert_parallel=expert_parallel,
-    )
-    counter, ring = collective_counter(), trace_ring()
-    transports = zip(compat.current().transports(tp, dp, ep), (tp, dp, ep), strict=True)
-    return Groups(topology, *(record(transport, counter, ring, group.ranks) for transport, group in transports))
+    """The groups of the model on this rank. The first call is COLLECTIVE, as is that of every function here."""
+    return model_pipelines(expert_parallel=expert_parallel).groups
 
 
-@cache
 def model_pipelines(*, expert_parallel: bool) -> Pipelines:
-    """The pipelines of all MoE layers in this process, on the groups of model_groups. LOCAL."""
-    return Pipelines(model_groups(expert_parallel=expert_parallel))
+    """The pipelines of all MoE layers on this rank, on the groups of model_groups."""
+    return _open_groups().pipelines[expert_parallel]
 
 
-@cache
 def vote_transport() -> Transport:
     """The CPU group over all ranks of the grid, for the vote on each step. It moves no tokens, so it is not counted."""
-    ep = get_ep_group()
-    return record(GlooTransport(ep.cpu_group, "ep-vote"), None, trace_ring(), ep.ranks)
+    return _open_groups().vote
 
 
-def watch_groups(groups: Groups) -> None:
-    """Make errors in these groups and in the vote's group name the ranks that ended or are late. COLLECTIVE over the grid."""
-    vote = vote_transport()
-    watchdog = Watchdog.open(
+def watch_groups() -> None:
+    """Make errors in the model's groups and in the vote's group name the ranks that ended or are late. COLLECTIVE over the grid
+    at the first call for vLLM's present groups."""
+    opened = _open_groups()
+    if opened.watchdog is not None:
+        return
+    vote = opened.vote
+    opened.watchdog = Watchdog.open(
         vote.rank,
         lambda text: gather_texts(vote, text, MAX_ADDRESS_BYTES),
         address=get_ip(),
-        deadline=envs.COLLECTIVE_DEADLINE.read_seconds(),
+        deadline=opened.settings.deadline,
     )
-    groups.watch(watchdog)
-    vote.watch(watchdog)
+    opened.pipelines[True].groups.watch(opened.watchdog)
+    vote.watch(opened.watchdog)

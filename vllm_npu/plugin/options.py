@@ -109,8 +109,9 @@ def topology_of(parallel_config: "ParallelConfig", *, tp_rank: int = 0, dp_rank:
 def check_config(vllm_config: "VllmConfig", *, beside_vllm_ascend: bool = False) -> Options:
     """The options of an engine on CPUs or NPUs. Runs before any process starts.
 
-    Raises UnsupportedConfigError for options and for settings of vLLM that this package cannot serve.
+    Raises UnsupportedConfigError for options, environment variables and settings of vLLM that this package cannot serve.
     """
+    envs.check_variables()
     parallel_config = vllm_config.parallel_config
     options = Options.of(vllm_config)
     topology = topology_of(parallel_config)

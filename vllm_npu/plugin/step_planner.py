@@ -3,9 +3,11 @@
 from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from vllm.config import CUDAGraphMode
+from vllm.distributed import get_dp_group
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
@@ -24,9 +26,11 @@ from vllm_npu.strategies.start_checks import describe_capacity
 from vllm_npu.strategies.table import AUTO, STRATEGIES
 from vllm_npu.trust.agreement import agree_start
 from vllm_npu.trust.self_test import OFF, run_self_test
+from vllm_npu.trust.settings import prepare_together
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.distributed.parallel_state import GroupCoordinator
     from vllm.forward_context import DPMetadata
 
 logger = init_logger("vllm.npu.plugin.step_planner")  # vLLM shows the messages of loggers below "vllm"
@@ -61,6 +65,7 @@ class StepPlanner:
         self._groups = model_groups(expert_parallel=layers[0].use_ep)
         self._topology = self._groups.topology
         self._device = compat.current().device_limits(vllm_config, layers, self._topology, options.moe_comm)
+        check_strategy(options.moe_comm, self._topology, self._layer, self._device)
         self._metrics = StepMetrics.if_wanted(self._topology, collective_counter())
         self._fixed_fields = {  # the part of each vote that no step changes
             "vllm_npu": __version__,
@@ -103,7 +108,7 @@ class StepPlanner:
             if self._must_wait(plan):
                 self.confirm()
             if self._planned == 0:
-                watch_groups(self._groups)
+                watch_groups()
                 self._test_collectives()
         requested = self._agreed or self.proposed
         selection = select(requested, self._topology, plan, layer=self._layer, device=self._device)
@@ -119,7 +124,7 @@ class StepPlanner:
         self._planned += 1
         self.steps += 1
         self.tokens += num_tokens
-        return PlannedStep(plan, selection.strategy, self.confirm)
+        return PlannedStep(plan, selection.strategy, self._groups, self.confirm)
 
     def confirm(self) -> None:
         """Wait for the end of the vote, if one has begun. Raises PlanDisagreementError if the ranks' plans differ."""
@@ -172,25 +177,31 @@ class StepPlanner:
         return self.proposed != self._agreed or self._topology.tp_size > 1 or plan.captured
 
 
-# The key is id(vllm_config). The entry keeps the vllm_config alive, so that no other object gets this id.
-_PLANNERS: dict[int, tuple["VllmConfig", StepPlanner | None]] = {}
+# The planners of vLLM's groups, by id(vllm_config). They end with the groups, and an entry also ends with its vllm_config.
+_PLANNERS: "WeakKeyDictionary[GroupCoordinator, dict[int, tuple[ref[VllmConfig], StepPlanner | None]]]"
+_PLANNERS = WeakKeyDictionary()
 
 
 def planner_of(vllm_config: "VllmConfig") -> StepPlanner | None:
-    """The planner of the model of this process. None if moe_comm=off, or if no layer of the model is ours.
+    """The planner of the model on vLLM's present groups. None if moe_comm=off, or if no layer of the model is ours.
 
-    The first call reads the options and the layers, so the model must be built by then.
+    The first call reads the options and the layers, so the model must be built by then. If layers are ours, it is COLLECTIVE
+    over the grid, and raises UnsupportedConfigError on every rank if one rank cannot start.
     """
-    known = _PLANNERS.get(id(vllm_config))
-    if known is None:
-        known = _PLANNERS[id(vllm_config)] = vllm_config, _make_planner(vllm_config)
-    return known[1]
+    known = _PLANNERS.setdefault(get_dp_group(), {})  # vLLM makes a group for ep only for MoE models
+    key = id(vllm_config)
+    if key not in known:
+        planner = _make_planner(vllm_config)
+        known[key] = ref(vllm_config, lambda _: known.pop(key, None)), planner
+    return known[key][1]
 
 
 def _make_planner(vllm_config: "VllmConfig") -> StepPlanner | None:
     options = Options.of(vllm_config)
     layers = [] if options.mode is Mode.OFF else _our_layers(vllm_config)
-    return StepPlanner(vllm_config, options, layers) if layers else None
+    if not layers:
+        return None
+    return prepare_together(lambda: StepPlanner(vllm_config, options, layers), vote_transport())
 
 
 def plan_step(

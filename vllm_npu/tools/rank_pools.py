@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from vllm_npu import envs
 from vllm_npu.emulator import cann, launcher
 from vllm_npu.errors import UnsupportedConfigError
 from vllm_npu.tools.launch import RANK_POOLS, RankPool
@@ -44,8 +45,9 @@ def measuring_conditions(transport: str, ranks: int, device: str) -> dict[str, A
 def open_rank_pool(transport: str, ranks: int) -> Iterator[tuple[RankPool, str]]:
     """Ranks over this transport, and the name of their device. hccl without CANN runs on the emulated Ascend device.
 
-    Raises UnsupportedConfigError for an unknown transport.
+    Raises UnsupportedConfigError for an unknown transport, and for a malformed environment variable.
     """
+    envs.check_variables()
     if transport not in RANK_POOLS:
         raise UnsupportedConfigError(f"unknown transport {transport!r}; there are: {', '.join(TRANSPORT_CHOICES)}")
     if transport == "hccl" and cann.find() is None:

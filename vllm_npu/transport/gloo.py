@@ -11,11 +11,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from vllm_npu import envs
 from vllm_npu.core.token_layout import offsets
-from vllm_npu.errors import UnsupportedConfigError
 from vllm_npu.transport.base import RankWatch, gather_texts, sum_in_rank_order
-from vllm_npu.transport.shared_window import CAPACITY, MAX_TEXT_BYTES, SharedWindow
+from vllm_npu.transport.shared_window import CAPACITY, MAX_TEXT_BYTES, NoSharedWindowError, SharedWindow
 from vllm_npu.transport.torch_dist import TorchDistTransport
 
 logger = logging.getLogger("vllm.npu.transport.gloo")  # vLLM shows messages of loggers under "vllm"
@@ -83,14 +81,13 @@ class GlooTransport(TorchDistTransport):
 
     @cached_property
     def _window(self) -> SharedWindow | None:
-        """The group's shared memory, or None if the ranks have none. COLLECTIVE at the first access."""
+        """The group's shared memory, or None if the ranks have none. COLLECTIVE at the first access.
+
+        Raises UnsupportedConfigError on every rank if VLLM_NPU_SHARED_WINDOW of one rank is malformed.
+        """
         try:
-            return SharedWindow.open(
-                self.rank,
-                lambda text: gather_texts(self, text, MAX_TEXT_BYTES),
-                wanted=envs.SHARED_WINDOW.read_flag(),
-            )
-        except UnsupportedConfigError as error:
+            return SharedWindow.open(self.rank, lambda text: gather_texts(self, text, MAX_TEXT_BYTES))
+        except NoSharedWindowError as error:
             logger.info("Group '%s' exchanges tokens over gloo alone, without shared memory: %s", self.group, error)
             return None
 

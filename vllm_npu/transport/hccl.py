@@ -10,14 +10,16 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.distributed as dist
 
-from vllm_npu.errors import InvalidInputError, UnknownGroupError
-from vllm_npu.transport.base import Exchanged, SendRecv
+from vllm_npu.errors import InvalidInputError, UnknownGroupError, UnsupportedConfigError
+from vllm_npu.transport.base import Exchanged, SendRecv, gather_texts
 from vllm_npu.transport.hccl_direct import token_ops
 from vllm_npu.transport.hccl_direct.chip import limits_of_this_chip  # imports torch_npu, which makes c10d know hccl
 from vllm_npu.transport.host import host_number
 from vllm_npu.transport.torch_dist import TorchDistTransport
 
 logger = logging.getLogger("vllm.npu.hccl")
+
+MAX_TEXT_BYTES = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,10 +139,23 @@ class HcclTransport(TorchDistTransport):
         return self._shared
 
     def _open_ops(self) -> bool:
-        reason = token_ops.why_not()
-        has_v = reason is None and limits_of_this_chip().uneven_collectives and token_ops.ops().has_v_collectives()
-        facts = torch.tensor([[reason is None, has_v, host_number()]], device="npu")
-        ranks = TorchDistTransport._all_gather(self, facts, [1] * self.size).tolist()
+        """Register the group with the operators, unless a rank lacks them. COLLECTIVE over the group.
+
+        Raises UnsupportedConfigError on every rank if one rank cannot read its settings, or has an unknown chip.
+        """
+        reason, refusal, has_v = None, "", False
+        try:
+            reason = token_ops.why_not()
+            has_v = reason is None and limits_of_this_chip().uneven_collectives and token_ops.ops().has_v_collectives()
+        except UnsupportedConfigError as error:
+            refusal = str(error)
+        facts = torch.tensor([[not refusal, reason is None, has_v, host_number()]], device="npu")
+        all_facts = TorchDistTransport._all_gather(self, facts, [1] * self.size).tolist()
+        if not all(can for can, *_ in all_facts):
+            without_ops = TorchDistTransport(self.process_group, self.group)
+            texts = gather_texts(without_ops, refusal, MAX_TEXT_BYTES, self.device_type)
+            raise UnsupportedConfigError("; ".join(f"rank {rank}: {text}" for rank, text in enumerate(texts) if text))
+        ranks = [each[1:] for each in all_facts]
         without = [rank for rank, (has_ops, _, _) in enumerate(ranks) if not has_ops]
         if without:
             why = f"here: {reason}" if reason else "see their logs"

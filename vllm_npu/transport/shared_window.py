@@ -24,6 +24,11 @@ HALVES = 2  # a rank writes one half while others may still read the other
 LENGTH = HALVES * CAPACITY + mmap.PAGESIZE
 MARK_BYTES = 16  # at the end of the memory: a rank that opens it compares them with the offer
 MAX_TEXT_BYTES = 512
+MALFORMED = "malformed: "  # before the error of a rank that cannot read its setting
+
+
+class NoSharedWindowError(UnsupportedConfigError):
+    """The ranks of a group cannot share memory, or one of them must not. They exchange messages through sockets."""
 
 
 class SharedWindow:
@@ -35,32 +40,41 @@ class SharedWindow:
         self._shared = 0  # number of calls of share()
 
     @classmethod
-    def open(cls, rank: int, exchange: Callable[[str], list[str]], *, wanted: bool = True) -> Self:
+    def open(cls, rank: int, exchange: Callable[[str], list[str]]) -> Self:
         """Open the memory of all ranks. COLLECTIVE: `exchange` returns every rank's text, in rank order, cut after
         MAX_TEXT_BYTES.
 
-        Raises UnsupportedConfigError on every rank if one rank does not want shared memory, has none to share, or cannot
-        read another rank's. The memory has no name in the file system, and ends with the ranks.
+        Raises NoSharedWindowError on every rank if one rank does not want shared memory (VLLM_NPU_SHARED_WINDOW=0), has none to
+        share, or cannot read another rank's. Raises UnsupportedConfigError on every rank if the variable of one rank is
+        malformed. The memory has no name in the file system, and ends with the ranks.
         """
         mark = secrets.token_hex(MARK_BYTES // 2)
         with ExitStack() as until_all_have_opened:
+            own, offer = None, f"{envs.SHARED_WINDOW.name}=0"
             try:
-                own, offer = _offer(mark, until_all_have_opened) if wanted else (None, f"{envs.SHARED_WINDOW.name}=0")
+                if envs.SHARED_WINDOW.read_flag():
+                    own, offer = _offer(mark, until_all_have_opened)
+            except UnsupportedConfigError as error:
+                offer = f"{MALFORMED}{error}"
             except OSError as error:
-                own, offer = None, f"no memory to share: {error}"
+                offer = f"no memory to share: {error}"
             offers = exchange(offer)
+            malformed = [f"rank {other}: {text.removeprefix(MALFORMED)}" for other, text in enumerate(offers)
+                         if text.startswith(MALFORMED)]  # fmt: skip
+            if malformed:
+                raise UnsupportedConfigError("; ".join(malformed))
             refusals = [f"rank {other}: {text}" for other, text in enumerate(offers) if not text.startswith("{")]
             if own is None or refusals:
-                raise UnsupportedConfigError("; ".join(refusals))
+                raise NoSharedWindowError("; ".join(refusals))
             windows, failure = [], ""
             try:
                 for other, text in enumerate(offers):
                     windows.append(own if other == rank else _open_memory(**json.loads(text)))
-            except (OSError, ValueError, UnsupportedConfigError) as error:  # ValueError: the file is too short
+            except (OSError, ValueError, NoSharedWindowError) as error:  # ValueError: the file is too short
                 failure = f"rank {rank} cannot read the memory of rank {len(windows)}: {error}"
             failures = list(filter(None, exchange(failure)))
         if failures:
-            raise UnsupportedConfigError(failures[0])
+            raise NoSharedWindowError(failures[0])
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The given buffer is not writable")
             return cls(rank, [torch.frombuffer(window, dtype=torch.uint8) for window in windows])
@@ -98,12 +112,12 @@ def _offer(mark: str, until_all_have_opened: ExitStack) -> tuple[mmap.mmap, str]
 
 def _open_memory(*, host: str, path: str, mark: str) -> mmap.mmap:
     if host != host_identity():
-        raise UnsupportedConfigError("it runs on another host")
+        raise NoSharedWindowError("it runs on another host")
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     try:
         memory = mmap.mmap(descriptor, LENGTH, access=mmap.ACCESS_READ)
     finally:
         os.close(descriptor)
     if memory[-MARK_BYTES:] != mark.encode():
-        raise UnsupportedConfigError(f"{path} is something else; it runs in another container")
+        raise NoSharedWindowError(f"{path} is something else; it runs in another container")
     return memory

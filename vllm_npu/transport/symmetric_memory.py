@@ -14,6 +14,7 @@ from collections import deque
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary, proxy
 
 import torch
 import torch.distributed as dist
@@ -140,7 +141,7 @@ class SymmetricWindows:
         self.rank = transport.rank
         self.num_ranks = transport.size
         self.size = size
-        self._transport = transport
+        self._transport = proxy(transport)  # windows must not keep the process group alive, since they end with it
         self.timeout = timeout
         self.timeout_ns = int(timeout * 1e9)
         self.device = torch.device("cuda", torch.cuda.current_device())
@@ -274,7 +275,8 @@ class SymmetricWindows:
         self._report.close()
 
 
-_open: dict[str, SymmetricWindows] = {}
+# By group and not by its name, since a later engine in this process may give the name to another group.
+_open: "WeakKeyDictionary[dist.ProcessGroup, SymmetricWindows]" = WeakKeyDictionary()
 
 
 def _innermost(transport: Transport) -> TorchDistTransport:
@@ -296,26 +298,26 @@ def open_windows(transport: Transport, size: WindowSize, timeout: float | None =
     Graph capture: after the first call.
     """
     group = _innermost(transport)
-    name = group.process_group.group_name
-    if name in _open:
-        if not _open[name].size.fits(size):
+    windows = _open.get(group.process_group)
+    if windows is not None:
+        if not windows.size.fits(size):
             raise UnsupportedConfigError(
-                f"the symmetric windows of group '{transport.group}' were opened with {_open[name].size}, and {size} is "
+                f"the symmetric windows of group '{transport.group}' were opened with {windows.size}, and {size} is "
                 "needed now; dispatch the largest tensors first, or close the windows and open larger ones"
             )
-        return _open[name]
+        return windows
     if torch.cuda.is_current_stream_capturing():
         raise UnsupportedConfigError(
             "symmetric windows cannot be opened while a CUDA graph is captured; run one step before, or call open()"
         )
     seconds = timeout or group.deadline or envs.COLLECTIVE_DEADLINE.read_seconds()
-    _open[name] = SymmetricWindows(group, size, seconds)
-    return _open[name]
+    windows = _open[group.process_group] = SymmetricWindows(group, size, seconds)
+    return windows
 
 
 def close_windows(transport: Transport) -> None:
     """Close the windows of the transport's process group, if they are open. LOCAL."""
-    windows = _open.pop(_innermost(transport).process_group.group_name, None)
+    windows = _open.pop(_innermost(transport).process_group, None)
     if windows is not None:
         windows.close()
 

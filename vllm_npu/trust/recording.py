@@ -11,7 +11,7 @@ import torch
 from vllm_npu import envs
 from vllm_npu.core.handles import Pending
 from vllm_npu.core.token_layout import RowFormat
-from vllm_npu.errors import InvalidInputError, TransportError
+from vllm_npu.errors import InvalidInputError, TransportError, UnsupportedConfigError
 from vllm_npu.transport.base import Exchanged, RankWatch, SendRecv, Transport
 from vllm_npu.trust.trace import Call, Group, TraceRing, read_traces
 from vllm_npu.trust.trace_comparison import report
@@ -213,7 +213,12 @@ def record(
 
 
 def open_ring(rank: int, world_size: int) -> TraceRing | None:
-    """Open the trace of a rank in the folder VLLM_NPU_RECORD, or return None if that is unset. Raises InvalidInputError if the
-    folder cannot be written."""
+    """Open the trace of a rank in the folder VLLM_NPU_RECORD, or return None if that is unset. Raises UnsupportedConfigError if
+    the folder cannot be written."""
     folder = envs.RECORD.read()
-    return TraceRing.create(Path(folder), rank, world_size) if folder else None
+    if not folder:
+        return None
+    try:
+        return TraceRing.create(Path(folder), rank, world_size)
+    except InvalidInputError as error:
+        raise UnsupportedConfigError(f"{envs.RECORD.name}={folder!r}: {error}") from error

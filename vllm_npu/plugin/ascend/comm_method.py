@@ -35,7 +35,6 @@ class PipelineCommMethod(MoECommMethod):
         self.prepare_finalize = theirs.prepare_finalize
         self.use_fusion_ops = theirs.use_fusion_ops
         self._num_experts = int(self.moe_config.num_experts)
-        self._pipelines = model_pipelines(expert_parallel=bool(self.moe_config.use_ep))
 
     def prepare(
         self,
@@ -72,7 +71,8 @@ class PipelineCommMethod(MoECommMethod):
             ring.enter_layer()
         before_dispatch = torch.get_device_module(hidden_states.device).current_stream().record_event()
         quant_mode = compat.current().QUANT_MODES[fused_experts_input.quant.quant_type]
-        finalized = self._pipelines.get(step.strategy, self._num_experts, quant_mode).run(
+        pipelines = model_pipelines(expert_parallel=bool(self.moe_config.use_ep))
+        finalized = pipelines.get(step.strategy, self._num_experts, quant_mode).run(
             hidden_states, topk_weights.float(), topk_ids, call.compute, step.plan, reduce_results=False
         )
         return FusedExpertsResult(

@@ -165,8 +165,13 @@ def replace_comm_methods(make: Callable[[Any], Any]) -> None:
 
 
 def replace_choice(strategy_of_step: Callable[[], str | None]) -> None:
-    """Make vllm-ascend use the method of our strategy in each step. If `strategy_of_step` returns None, vllm-ascend chooses."""
+    """Make vllm-ascend use the method of our strategy in each step. If `strategy_of_step` returns None, vllm-ascend chooses.
+
+    A second call in a process does nothing.
+    """
     theirs = ascend_forward_context.select_moe_comm_method
+    if theirs.__module__ == __name__:
+        return
 
     def select_moe_comm_method(num_tokens: int, vllm_config: VllmConfig, is_draft_model: bool = False) -> Any:
         strategy = strategy_of_step()

@@ -43,11 +43,11 @@ class CpuMoERunner(MoERunner):
         sharding = TokenSharding.SLICED_OVER_TP if self.moe_config.is_sequence_parallel else TokenSharding.REPLICATED
         return LayerFacts.of(self.moe_config, sharding=sharding, experts=self._quant_method)
 
-    @cached_property
+    @property
     def _groups(self) -> Groups:
         return model_groups(expert_parallel=self.facts.use_ep)
 
-    @cached_property
+    @property
     def _pipelines(self) -> Pipelines:
         return model_pipelines(expert_parallel=self.facts.use_ep)
 

@@ -7,10 +7,11 @@ from vllm.config import VllmConfig, get_current_vllm_config_or_none
 from vllm.distributed import get_dp_group, get_tp_group
 from vllm.distributed.device_communicators.base_device_communicator import All2AllManagerBase
 from vllm.distributed.device_communicators.cuda_communicator import CudaCommunicator
+from vllm.distributed.parallel_state import get_world_group
 from vllm.logger import init_logger
 from vllm.utils.network_utils import get_ip
 
-from vllm_npu import __version__, envs
+from vllm_npu import __version__
 from vllm_npu.all2all import All2AllManager, manager_class
 from vllm_npu.all2all.flashinfer import ALL_REDUCE_MAX_BYTES, FlashInferAllReduce
 from vllm_npu.all2all.pplx import PPLXAll2AllManager
@@ -18,7 +19,7 @@ from vllm_npu.all2all.strategy import StrategyAll2AllManager
 from vllm_npu.errors import UnsupportedConfigError
 from vllm_npu.plugin.eplb_communicators import DEVICE_TRANSPORTS
 from vllm_npu.plugin.gpu.vllm_manager import VllmAll2AllManager, VllmStep, rows_of_ranks
-from vllm_npu.plugin.groups import MAX_ADDRESS_BYTES, collective_counter, trace_ring
+from vllm_npu.plugin.groups import MAX_ADDRESS_BYTES
 from vllm_npu.plugin.metrics import StepMetrics
 from vllm_npu.plugin.options import Options, topology_of
 from vllm_npu.strategies.table import AUTO
@@ -28,6 +29,7 @@ from vllm_npu.transport.table import transport_class
 from vllm_npu.trust.agreement import agree
 from vllm_npu.trust.recording import record
 from vllm_npu.trust.self_test import OFF, run_self_test
+from vllm_npu.trust.settings import Settings, agree_on_settings, prepare_together
 from vllm_npu.trust.watchdog import Watchdog
 
 logger = init_logger("vllm.npu.plugin.gpu.communicator")
@@ -63,14 +65,16 @@ class CudaMoECommunicator(CudaCommunicator):
     def build_manager(self, vllm_config: VllmConfig, options: Options) -> VllmAll2AllManager | None:
         """Build the manager that the options name. None: vLLM's own manager stays. COLLECTIVE over the group.
 
-        The ranks first compare their options. With a manager they then run the self-test of the collectives, and open the
-        watchdog. Raises PlanDisagreementError, LyingCollectiveError and UnsupportedConfigError.
+        The ranks first compare their variables and options. With a manager they then run the self-test of the collectives, and
+        open the watchdog. Raises PlanDisagreementError, LyingCollectiveError and UnsupportedConfigError.
         """
         if self.device_group is None:
             if options.all2all is None and options.exchange is None:
                 return None
             raise UnsupportedConfigError("all2all managers of vllm_npu need torch's process groups, not stateless ones")
-        vote = record(GlooTransport(self.cpu_group, "ep-vote"), None, trace_ring(), self.ranks)
+        gloo, world = GlooTransport(self.cpu_group, "ep-vote"), get_world_group()
+        settings = agree_on_settings(gloo, world.rank, world.world_size)
+        vote = record(gloo, None, settings.ring, self.ranks)
         topology = topology_of(vllm_config.parallel_config)
         agree(
             {
@@ -85,14 +89,16 @@ class CudaMoECommunicator(CudaCommunicator):
             vote,
             difference=DIFFERENT_STARTS,
         )
-        found = None if options.all2all is None else manager_class(options.all2all)
+        found = prepare_together(lambda: None if options.all2all is None else manager_class(options.all2all), vote)
         if options.exchange is None and found is None:
             return None  # vLLM's own
-        groups = self._groups(vllm_config)
-        _watch(groups, vote)
+        groups = self._groups(vllm_config, settings)
+        _watch(groups, vote, settings.deadline)
         self._test_collectives(groups, vote, options.self_test)
+        if settings.counter is not None:
+            settings.counter.reset()  # the counts leave the self-test out
         inner = self._build(vllm_config, options.exchange, found, groups)
-        metrics = StepMetrics.if_wanted(groups.topology, collective_counter())
+        metrics = StepMetrics.if_wanted(groups.topology, settings.counter)
         return VllmAll2AllManager(inner, metrics)
 
     def _build(
@@ -115,13 +121,12 @@ class CudaMoECommunicator(CudaCommunicator):
             )
         return named(groups, rows_of_ranks, self.cpu_group)
 
-    def _groups(self, vllm_config: VllmConfig) -> Groups:
+    def _groups(self, vllm_config: VllmConfig, settings: Settings) -> Groups:
         tp, dp = get_tp_group(), get_dp_group()
         transport = transport_class(DEVICE_TRANSPORTS[self.device.type])
-        counter, ring = collective_counter(), trace_ring()
 
         def opened(process_group: Any, name: str, ranks: list[int]) -> Transport:
-            return record(transport(process_group, name), counter, ring, ranks)  # type: ignore[call-arg, arg-type]
+            return record(transport(process_group, name), settings.counter, settings.ring, ranks)  # type: ignore[call-arg, arg-type]
 
         return Groups(
             topology_of(vllm_config.parallel_config, tp_rank=tp.rank_in_group, dp_rank=dp.rank_in_group),
@@ -134,18 +139,16 @@ class CudaMoECommunicator(CudaCommunicator):
         if mode == OFF:
             return
         seconds = run_self_test(groups, vote, self.device, mode)
-        if (counter := collective_counter()) is not None:
-            counter.reset()
         logger.info_once("Self-test (%s) of collectives on %s: passed in %.0f ms", mode, groups.topology, seconds * 1e3)
 
 
-def _watch(groups: Groups, vote: Transport) -> None:
+def _watch(groups: Groups, vote: Transport, deadline: float) -> None:
     """Make errors in these groups and in the vote's group name the ranks that ended or are late. COLLECTIVE over the grid."""
     watchdog = Watchdog.open(
         vote.rank,
         lambda text: gather_texts(vote, text, MAX_ADDRESS_BYTES),
         address=get_ip(),
-        deadline=envs.COLLECTIVE_DEADLINE.read_seconds(),
+        deadline=deadline,
     )
     groups.watch(watchdog)
     vote.watch(watchdog)

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from vllm.logger import init_logger
 
+from vllm_npu import envs
 from vllm_npu.all2all import FLASHINFER, GATHERING, manager_row
 from vllm_npu.core.limits import NVLINK
 from vllm_npu.errors import UnsupportedConfigError
@@ -22,8 +23,9 @@ WORKER = "vllm_npu.plugin.gpu.worker.CudaMoEWorker"
 def required_backend(vllm_config: "VllmConfig") -> str | None:
     """The all2all_backend of vLLM that the options need. None if vLLM's own choice stays.
 
-    Raises UnsupportedConfigError for options that this package cannot serve.
+    Raises UnsupportedConfigError for options and environment variables that this package cannot serve.
     """
+    envs.check_variables()
     parallel_config, model_config = vllm_config.parallel_config, vllm_config.model_config
     options = Options.of(vllm_config)
     if options.flashinfer_all_reduce:

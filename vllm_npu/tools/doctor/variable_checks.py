@@ -13,7 +13,7 @@ from pathlib import Path
 from vllm_npu import envs
 from vllm_npu.emulator import soc
 from vllm_npu.emulator.build import DEVICE
-from vllm_npu.envs import Variable
+from vllm_npu.envs import Kind, Variable
 from vllm_npu.errors import UnsupportedConfigError
 from vllm_npu.plugin import entry_points
 from vllm_npu.strategies.table import AUTO, STRATEGIES
@@ -73,28 +73,20 @@ def _read_version(variable: Variable) -> None:
         raise UnsupportedConfigError("set it to a version, e.g. 8.5.0")
 
 
-FLAG = Rule(Variable.read_flag, "set it to 0 or 1")
-SECONDS = Rule(Variable.read_seconds, "set it to a positive number of seconds")
-ANY_TEXT = Rule(Variable.read)
+OF_KIND = {
+    Kind.SWITCH: Rule(Variable.value, "set it to 0 or 1"),
+    Kind.SECONDS: Rule(Variable.value, "set it to a positive number of seconds"),
+    Kind.TEXT: Rule(Variable.value),
+}
 
-# The only table of what each variable takes. csrc_npu/emulator/runtime/settings.cpp reads the emulator's numbers, with these
+# What each variable takes, beyond its kind. csrc_npu/emulator/runtime/settings.cpp reads the emulator's numbers, with these
 # largest values.
 RULES: Mapping[Variable, Rule] = {
+    **{variable: OF_KIND[variable.kind] for variable in envs.VARIABLES if variable.kind in OF_KIND},
     envs.MOE_COMM: Rule(_read_strategy, _one_of(AUTO, *STRATEGIES).remedy),
-    envs.CUDA_PLATFORM: FLAG,
-    envs.COUNT_COLLECTIVES: FLAG,
-    envs.METRICS: FLAG,
-    envs.SHARED_WINDOW: FLAG,
-    envs.HCCL_OPS: FLAG,
     envs.HCCL_BUFFSIZE: _whole_number(2**31 - 1),
-    envs.RECORD: ANY_TEXT,
-    envs.TRANSPORT_TIMEOUT: SECONDS,
-    envs.COLLECTIVE_DEADLINE: SECONDS,
-    envs.EMULATOR: FLAG,
     envs.EMULATOR_SOC: Rule(lambda variable: soc.resolve(variable.read())),
     envs.EMULATOR_LIBRARIES: Rule(_read_libraries),
-    envs.EMULATOR_RUN: ANY_TEXT,
-    envs.EMULATOR_TRACE: FLAG,
     envs.EMULATOR_ASYNC: _whole_number(2**64 - 1),
     envs.EMULATOR_DEVICES: _whole_number(1024),
     envs.EMULATOR_MEMORY_GB: _whole_number(1024),

@@ -15,11 +15,17 @@ from vllm_npu.transport.hccl_direct.build import built_library
 from vllm_npu.transport.hccl_direct.library import OTHER, REMEDIES
 
 
-@cache
 def why_not() -> str | None:
-    """Load the operators and return None, or return the reason why this process cannot use them. LOCAL."""
-    if not envs.HCCL_OPS.read_flag():
-        return f"{envs.HCCL_OPS.name}=0"
+    """Load the operators and return None, or return the reason why this process cannot use them. LOCAL.
+
+    Raises UnsupportedConfigError if VLLM_NPU_HCCL_OPS is malformed.
+    """
+    return _fault_of_library() if envs.HCCL_OPS.read_flag() else f"{envs.HCCL_OPS.name}=0"
+
+
+@cache
+def _fault_of_library() -> str | None:
+    """Load the library once in a process. Returns None, or the reason why it cannot be loaded."""
     try:
         library = built_library()
         import torch_npu  # noqa: F401  # the library needs its symbols

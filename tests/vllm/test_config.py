@@ -15,7 +15,7 @@ from vllm_npu.core.limits import DEVICES
 from vllm_npu.envs import CPU_OMP_THREADS_BIND
 from vllm_npu.errors import HcclBufferError, UnsupportedConfigError, UnsupportedDeviceError
 from vllm_npu.plugin import compat, engine_check, options
-from vllm_npu.plugin.gpu.config_check import required_backend
+from vllm_npu.plugin.gpu.config_check import WORKER, required_backend, set_worker
 from vllm_npu.plugin.options import Options
 from vllm_npu.strategies.start_checks import PlannedShape
 from vllm_npu.strategies.table import STRATEGIES
@@ -402,13 +402,29 @@ def test_the_environment_asks_for_a_strategy_on_gpus_too(model, environment):
         ({"all2all": "naive", "moe_comm": "symmetric"}, {}, "give one of them"),
         ({"moe_comm": "all2all"}, {"enforce_eager": False}, "set --enforce-eager"),
         ({"moe_comm": "fast"}, {}, "unknown moe_comm 'fast'"),
-        ({"moe_comm": "allgather"}, {"prefill_context_parallel_size": 2}, "--prefill-context-parallel-size 1"),
-        ({"all2all": "agrs"}, {"enable_elastic_ep": True}, "leave out --enable-elastic-ep"),
     ],
 )
 def test_on_gpus_what_cannot_be_is_refused_before_a_process_starts(model, section, arguments, message):
     with pytest.raises(UnsupportedConfigError, match=message):
         cuda_backend(model, section, **arguments)
+
+
+@pytest.mark.parametrize("section", [{"all2all": "agrs"}, {"moe_comm": "allgather"}])
+def test_on_gpus_exchanges_refuse_prefill_context_parallelism(model, section):
+    config = engine_config(model, **EP2)
+    config.additional_config = {"vllm_npu": section}
+    config.parallel_config.prefill_context_parallel_size = 2  # now, since a CPU's own check refuses it
+    with pytest.raises(UnsupportedConfigError, match="set --prefill-context-parallel-size 1"):
+        required_backend(config)
+
+
+def test_on_gpus_our_worker_counts_and_checks_steps_of_our_exchanges(model):
+    for section, worker in (({}, "auto"), ({"all2all": "agrs"}, WORKER), ({"moe_comm": "allgather"}, WORKER)):
+        config = engine_config(model, **EP2)
+        config.additional_config = {"vllm_npu": section}
+        config.parallel_config.worker_cls = "auto"
+        set_worker(config)
+        assert config.parallel_config.worker_cls == worker
 
 
 @pytest.mark.parametrize("section", [{"all2all": "naive"}, {"flashinfer_all_reduce": True}])

@@ -42,11 +42,6 @@ def required_backend(vllm_config: "VllmConfig") -> str | None:
             "--enable-eplb"
         )
     check_expert_placement(parallel_config)
-    if parallel_config.enable_elastic_ep:
-        raise UnsupportedConfigError(
-            "elastic expert parallelism makes groups that torch.distributed does not know, and these exchanges need such "
-            "groups; leave out --enable-elastic-ep"
-        )
     if parallel_config.prefill_context_parallel_size > 1:
         raise UnsupportedConfigError(
             "these exchanges are between data- and tensor-parallel ranks only; set --prefill-context-parallel-size 1"

@@ -15,7 +15,7 @@ from vllm_npu.core.limits import DEVICES
 from vllm_npu.envs import CPU_OMP_THREADS_BIND
 from vllm_npu.errors import HcclBufferError, UnsupportedConfigError, UnsupportedDeviceError
 from vllm_npu.plugin import compat, engine_check, options
-from vllm_npu.plugin.gpu.config_check import required_backend
+from vllm_npu.plugin.gpu.config_check import WORKER, required_backend, set_worker
 from vllm_npu.plugin.options import Options
 from vllm_npu.strategies.start_checks import PlannedShape
 from vllm_npu.strategies.table import STRATEGIES
@@ -383,6 +383,23 @@ def cuda_backend(model: str, section: dict, **arguments) -> str | None:
 )
 def test_on_gpus_vllms_backend_follows_what_is_asked_for(model, section, backend):
     assert cuda_backend(model, section) == backend
+
+
+@pytest.mark.parametrize(
+    ("section", "named", "worker"),
+    [
+        ({"moe_comm": "symmetric"}, "auto", WORKER),
+        ({"moe_comm": "auto"}, "auto", WORKER),
+        ({"moe_comm": "allgather"}, "auto", "auto"),
+        ({}, "auto", "auto"),
+        ({"moe_comm": "symmetric"}, "their.Worker", "their.Worker"),
+    ],
+)
+def test_on_gpus_a_worker_checks_exchanges_whose_kernels_wait(model, section, named, worker):
+    config = engine_config(model, **EP2)
+    config.additional_config, config.parallel_config.worker_cls = {"vllm_npu": section}, named
+    set_worker(config)
+    assert config.parallel_config.worker_cls == worker
 
 
 def test_the_environment_asks_for_a_strategy_on_gpus_too(model, environment):

@@ -34,6 +34,8 @@ def _run(rank: Rank, case: Case, cpu_group: dist.ProcessGroup) -> list[str]:
     context = ForwardContext(no_compile_layers={}, attn_metadata={}, slot_mapping={}, dp_metadata=DPMetadata(counts))
     sequence_parallel = case.sharding is TokenSharding.SLICED_OVER_TP
     with override_forward_context(context):
+        for _ in range(3):  # exceptions of the experts: no combine follows, and nothing may be lost by that
+            manager.dispatch(hidden_states, weights, ids, sequence_parallel)
         rows, row_weights, row_ids = manager.dispatch(hidden_states, weights, ids, sequence_parallel)
         faults = [f"rank {rank.rank}: not contiguous" for x in (rows, row_weights, row_ids) if not x.is_contiguous()]
         if bool((row_ids < 0).any()) or row_ids.shape != row_weights.shape:

@@ -111,8 +111,8 @@ TRANSPORT_TIMEOUT = Variable(
 COLLECTIVE_DEADLINE = Variable(
     "VLLM_NPU_COLLECTIVE_DEADLINE",
     "600",
-    "Seconds after which a gloo collective of a served model fails and names the late ranks, unless vLLM gave the group a "
-    "shorter time-out; HCCL obeys HCCL_EXEC_TIMEOUT.",
+    "Seconds after which a gloo collective or a kernel of symmetric fails and names the late ranks. A gloo group with a "
+    "shorter time-out keeps it; HCCL obeys HCCL_EXEC_TIMEOUT.",
     Kind.SECONDS,
 )
 SHARED_WINDOW = Variable(

@@ -2,11 +2,13 @@
 knows the result without communication."""
 
 import time
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 
 import torch
 
 from tests.cases import same_bits
+from tests.ranks.test_exceptions import SMALL, Steps, good_steps_after_exceptions
 from vllm_npu.core.limits import SymmetricLimits
 from vllm_npu.errors import HandleMismatchError, InvalidInputError, TransportError
 from vllm_npu.strategies.dispatch.base import RoutedTokens
@@ -14,7 +16,8 @@ from vllm_npu.strategies.dispatch.symmetric import DispatchedSlots, SymmetricDis
 from vllm_npu.strategies.dispatch.symmetric_layout import why_not_symmetric
 from vllm_npu.tools.launch import Rank
 from vllm_npu.tools.verification import Case, run_case
-from vllm_npu.transport.symmetric_memory import close_windows, gather_facts
+from vllm_npu.transport.nccl import NcclTransport
+from vllm_npu.transport.symmetric_memory import WindowSize, close_windows, gather_facts, open_windows
 
 LIMITS = SymmetricLimits(max_tokens_per_rank=1024, source="tests")
 ROUTINGS = ("uniform", "first rank only", "last rank only", "one expert", "own rank only")
@@ -274,8 +277,141 @@ def refusals(rank: Rank) -> list[str]:
     many = LIMITS.max_tokens_per_rank + 1
     refused(InvalidInputError, dispatcher.dispatch_slots, *(x[:1].expand(many, -1) for x in tensors))
     refused(InvalidInputError, dispatcher.dispatch_slots, own.hidden_states[:, :511], own.weights, own.ids)
+    mask = torch.ones(8, dtype=torch.bool, device="cuda")
+    for place in range(1, 4):  # addresses of host memory must not reach a kernel
+        arguments = [*tensors, mask]
+        arguments[place] = arguments[place].cpu()
+        refused(InvalidInputError, dispatcher.dispatch_slots, *arguments)
+    slots = dispatcher.dispatch_slots(*tensors)
+    refused(InvalidInputError, dispatcher.combine_slots, outputs[0].cpu(), slots.handle)
+    refused(InvalidInputError, dispatcher.combine_slots, outputs[0][:, :0], slots.handle)
+    dispatcher.abandon(slots.handle)
     assert torch.equal(exchange(rank, dispatcher, shape, own), own.expected())
     return messages
+
+
+def strided_tensors(rank: Rank) -> list[str]:
+    """Exchange tensors that are not contiguous: every second element or column of larger ones. Returns the faults."""
+    faults = []
+    for num_tokens in (7, 300):
+        shape = Shape(num_tokens=num_tokens, real_rows=num_tokens // 2)
+        dispatcher = opened(rank, shape)
+        own = Batch.of(shape, rank.rank, rank.num_ranks, 5)
+        shuffle = torch.randperm(
+            num_tokens, device="cuda", generator=_seeded(rank.rank)
+        )  # masked rows between the others
+        x, weights, ids, mask = (
+            torch.stack([t[shuffle], torch.ones_like(t)], -1).flatten(-2)[..., ::2]
+            for t in (own.hidden_states, own.weights, own.ids, own.mask)
+        )
+        faults += [f"{num_tokens}: an input is contiguous" for t in (x, weights, ids, mask) if t.is_contiguous()]
+        slots = dispatcher.dispatch_slots(x, weights, ids, mask)
+        wide = on_slots(slots, rank.rank, shape.num_experts // rank.num_ranks)
+        wide = torch.stack([wide, torch.ones_like(wide)], -1).flatten(-2)
+        if not torch.equal(dispatcher.combine_slots(wide[:, ::2], slots.handle), own.expected()[shuffle]):
+            faults.append(f"{num_tokens}: output")
+    return faults
+
+
+def good_steps_after_exceptions_of_experts(rank: Rank, size: tuple[int, int]) -> None:
+    """The function of all dispatchers, with windows that its own pipeline opens."""
+    close_windows(rank.groups(tp_size=1, dp_size=rank.num_ranks).ep)
+    good_steps_after_exceptions(rank, "symmetric", size)
+    close_windows(rank.groups(tp_size=1, dp_size=rank.num_ranks).ep)
+
+
+def good_exchanges_after_exceptions_in_flight(rank: Rank) -> None:
+    """Exceptions with two dispatches in flight and while a graph is captured, each more often than there are windows. Then 100
+    eager exchanges, and 100 replays of a new graph."""
+    shape = Shape(num_tokens=33)
+    dispatcher = opened(rank, shape)
+    batches = [Batch.of(shape, rank.rank, rank.num_ranks, seed) for seed in range(3)]
+    assert torch.equal(exchange(rank, dispatcher, shape, batches[0]), batches[0].expected())
+
+    def fails(*failing: Batch) -> None:
+        with ExitStack() as scopes:
+            for batch in failing:
+                slots = dispatcher.dispatch_slots(batch.hidden_states, batch.weights, batch.ids)
+                scopes.enter_context(dispatcher.scope(slots.handle))
+            raise ZeroDivisionError
+
+    for _ in range(3):
+        with suppress(ZeroDivisionError):
+            fails(*batches[:2])
+        torch.cuda.synchronize()
+        with suppress(ZeroDivisionError), torch.cuda.graph(torch.cuda.CUDAGraph()):
+            fails(batches[2])
+    for step in range(100):
+        batch = batches[step % 3]
+        assert torch.equal(exchange(rank, dispatcher, shape, batch), batch.expected()), step
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = exchange(rank, dispatcher, shape, batches[0])
+    for step in range(100):
+        output.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(output, batches[0].expected()), step
+    torch.cuda.synchronize()
+    dispatcher.check_failed()
+
+
+def last_rank_raises_alone(rank: Rank) -> None:
+    """The last rank raises in its experts. The others combine, and look after the sync with the output."""
+    steps = Steps(rank, "symmetric", *SMALL)
+    assert steps.is_right()
+    if rank.rank == rank.num_ranks - 1:
+        raise ZeroDivisionError("in the experts of one rank")
+    steps.run(steps.experts)
+    torch.cuda.synchronize()
+    steps.pipeline.dispatcher.check_failed()
+
+
+def replays_until_the_last_rank_stops(rank: Rank, timeout: float) -> tuple[float, str]:
+    """The last rank stops after three replays of a graph, and comes back after the time-out of the others.
+
+    Returns the seconds that the replay took which failed, and the error of the check after it.
+    """
+    shape = Shape(num_tokens=8)
+    own = Batch.of(shape, rank.rank, rank.num_ranks, 0)
+    for seconds in (60.0, timeout):  # the first exchange compiles the kernels
+        close_windows(rank.groups(tp_size=1, dp_size=rank.num_ranks).ep)
+        dispatcher = dispatcher_of(rank, shape.num_experts, timeout=seconds)
+        assert torch.equal(exchange(rank, dispatcher, shape, own), own.expected())
+        torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = [exchange(rank, dispatcher, shape, own) for _ in range(3)]
+    for _ in range(3):
+        graph.replay()
+        torch.cuda.synchronize()
+        dispatcher.check_failed()
+        assert all(torch.equal(output, own.expected()) for output in outputs)
+    if rank.rank == rank.num_ranks - 1:
+        time.sleep(timeout + 1)
+    started = time.monotonic()
+    graph.replay()
+    torch.cuda.synchronize()  # as a sync with the step's output
+    seconds = time.monotonic() - started
+    try:
+        dispatcher.check_failed()
+    except TransportError as error:
+        return seconds, str(error)
+    return seconds, "no error"
+
+
+def seconds_of_windows(rank: Rank) -> tuple[float, float]:
+    """The time-outs of windows that no caller gives one: in a watched group, and in a group without a watchdog."""
+    ep = rank.groups(tp_size=1, dp_size=rank.num_ranks).ep
+    unwatched = NcclTransport(ep.innermost.process_group, "ep")
+    size = WindowSize(received_bytes=1 << 20, returned_bytes=1 << 20, rank_flags=64)
+    found = []
+    for transport in (ep, unwatched):
+        close_windows(transport)
+        found.append(open_windows(transport, size).timeout)
+        ep.barrier()
+    close_windows(ep)
+    return found[0], found[1]
 
 
 def random_steps(rank: Rank, steps: int, seed: int) -> int:

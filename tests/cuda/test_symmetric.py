@@ -8,10 +8,14 @@ import torch
 from tests.cuda import symmetric_ranks as ranks
 from tests.cuda.conftest import NUM_RANKS
 from tests.cuda.symmetric_ranks import ROUTINGS, Shape
+from tests.ranks.test_exceptions import LARGE, SMALL
 from vllm_npu.core.limits import NVLINK
+from vllm_npu.envs import COLLECTIVE_DEADLINE
+from vllm_npu.errors import RankFailureError
 from vllm_npu.strategies.table import ALL_STRATEGIES
 from vllm_npu.tools.launch import ProcessRankPool
 from vllm_npu.tools.verification import cases
+from vllm_npu.trust.watchdog import GRACE_SECONDS
 
 pytestmark = pytest.mark.cuda
 
@@ -69,7 +73,18 @@ def test_misuse_is_refused_before_anything_moves(gpus):
     for messages in gpus.run(ranks.refusals):
         for message, part in zip(
             messages,
-            ["in flight already", "a row for each slot", "already used", "1025 rows", "multiple of 4"],
+            [
+                "in flight already",
+                "a row for each slot",
+                "already used",
+                "1025 rows",
+                "multiple of 4",
+                "topk_weights is on cpu",
+                "topk_ids is on cpu",
+                "mask is on cpu",
+                "slot_output is on cpu",
+                "with columns",
+            ],
             strict=True,
         ):
             assert part in message
@@ -86,12 +101,47 @@ def test_every_strategy_equals_the_reference(gpus, strategy):
     assert [fault for faults in gpus.run(ranks.runs_cases, to_run) for fault in faults] == []
 
 
+def test_tensors_that_are_not_contiguous(gpus):
+    assert [fault for found in gpus.run(ranks.strided_tensors) for fault in found] == []
+
+
+@pytest.mark.parametrize("size", [SMALL, LARGE])
+def test_good_steps_after_exceptions_on_all_ranks(gpus, size):
+    gpus.run(ranks.good_steps_after_exceptions_of_experts, size)
+
+
+def test_good_exchanges_after_exceptions_with_two_in_flight_and_in_a_capture(gpus):
+    gpus.run(ranks.good_exchanges_after_exceptions_in_flight)
+
+
+def test_the_others_name_a_rank_that_raises_alone():
+    with ProcessRankPool(NUM_RANKS, timeout=10, transport="nccl") as pool:
+        *waiting, own = pool.outcomes(ranks.last_rank_raises_alone)
+    assert isinstance(own, ZeroDivisionError)
+    for error in waiting:
+        assert isinstance(error, RankFailureError)
+        assert f"rank {NUM_RANKS - 1} did not reach combine within 10 s" in str(error)
+
+
 def test_a_rank_that_stops_is_named_within_the_time_out():
     with ProcessRankPool(NUM_RANKS, timeout=60, transport="nccl") as pool:
         *waiting, _ = pool.run(ranks.waits_for_the_last_rank, 2.0)
     for elapsed, message in waiting:
-        assert f": rank {NUM_RANKS - 1} did not reach dispatch within 2 s" in message
-        assert 1.9 < elapsed < 4
+        assert f"rank {NUM_RANKS - 1} did not reach dispatch within 2 s" in message
+        assert 1.9 < elapsed < 4 + GRACE_SECONDS
+
+
+def test_a_rank_that_stops_between_replays_is_named_on_all_ranks():
+    with ProcessRankPool(NUM_RANKS, timeout=60, transport="nccl") as pool:
+        *waiting, late = pool.run(ranks.replays_until_the_last_rank_stops, 3.0)
+    for seconds, message in (*waiting, late):
+        assert f"rank {NUM_RANKS - 1} did not reach dispatch within 3 s" in message
+        assert seconds < 5
+    assert all(seconds > 2.9 for seconds, _ in waiting)
+
+
+def test_kernels_wait_as_long_as_served_collectives(gpus):
+    assert set(gpus.run(ranks.seconds_of_windows)) == {(60.0, COLLECTIVE_DEADLINE.read_seconds())}
 
 
 def test_gpus_of_one_host_are_taken(gpus):

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.cases import distinct_ids, same_bits, seeded
+from tests.ranks.test_exceptions import good_steps_after_exceptions
 from tests.ranks.test_split_phase import IN_FLIGHT, start_does_not_wait
 from vllm_npu.core.step_plan import StepPlan, TokenSharding
 from vllm_npu.core.token_layout import RowFormat
@@ -17,6 +18,7 @@ from vllm_npu.emulator import launcher, soc
 from vllm_npu.emulator.fork_server import ForkContext
 from vllm_npu.errors import TransportError, UnsupportedConfigError
 from vllm_npu.strategies.select import build
+from vllm_npu.strategies.table import STRATEGIES
 from vllm_npu.tools.launch import ProcessRankPool, Rank
 from vllm_npu.transport import host
 from vllm_npu.transport.base import Groups, Transport
@@ -156,6 +158,12 @@ def test_same_bits_and_counts_as_through_torch_distributed(warm, monkeypatch, ca
             pool.run(shows, "all2all")
         if "VLLM_NPU_EMULATOR_ASYNC" in env:
             pool.run(start_does_not_wait)
+
+
+def test_good_steps_after_exceptions_between_dispatch_and_combine(warm, monkeypatch):
+    with ranks_on(warm, monkeypatch, "A3", 2, {"VLLM_NPU_EMULATOR_LIMITS": "none"}) as pool:
+        for strategy in STRATEGIES:
+            pool.run(good_steps_after_exceptions, strategy)
 
 
 def between_two_hosts(rank: Rank, folder: str) -> bool:

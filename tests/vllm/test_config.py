@@ -385,6 +385,23 @@ def test_on_gpus_vllms_backend_follows_what_is_asked_for(model, section, backend
     assert cuda_backend(model, section) == backend
 
 
+@pytest.mark.parametrize(
+    ("section", "named", "worker"),
+    [
+        ({"moe_comm": "symmetric"}, "auto", WORKER),
+        ({"moe_comm": "auto"}, "auto", WORKER),
+        ({"moe_comm": "allgather"}, "auto", "auto"),
+        ({}, "auto", "auto"),
+        ({"moe_comm": "symmetric"}, "their.Worker", "their.Worker"),
+    ],
+)
+def test_on_gpus_a_worker_checks_exchanges_whose_kernels_wait(model, section, named, worker):
+    config = engine_config(model, **EP2)
+    config.additional_config, config.parallel_config.worker_cls = {"vllm_npu": section}, named
+    set_worker(config)
+    assert config.parallel_config.worker_cls == worker
+
+
 def test_the_environment_asks_for_a_strategy_on_gpus_too(model, environment):
     config = engine_config(model, **EP2)
     environment.setenv("VLLM_NPU_MOE_COMM", "symmetric")

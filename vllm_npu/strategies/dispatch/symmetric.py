@@ -189,7 +189,6 @@ class SymmetricDispatcher(Dispatcher):
         )
         plan = self._plans.get(key)
         if plan is None:
-            check_topk(hidden_states, topk_weights, topk_ids, self.placement.num_experts, mask)
             plan = self._plans[key] = self._plan(hidden_states, topk_weights, topk_ids, mask, scales)
         windows = plan.windows
         windows.check("dispatch")
@@ -338,7 +337,13 @@ class SymmetricDispatcher(Dispatcher):
         mask: torch.Tensor | None,
         scales: torch.Tensor | None,
     ) -> SlotPlan:
-        """Make the checks that check_topk leaves out, open the windows where they are closed, and lay out the slots."""
+        """Check the tensors, open the windows where they are closed, and lay out the slots."""
+        if not hidden_states.is_cuda:
+            raise InvalidInputError(f"hidden_states is on {hidden_states.device}; symmetric memory moves CUDA tensors")
+        others = {"topk_weights": topk_weights, "topk_ids": topk_ids, "mask": mask, "scales": scales}
+        for name, tensor in others.items():
+            check_device(name, tensor, hidden_states.device)
+        check_topk(hidden_states, topk_weights, topk_ids, self.placement.num_experts, mask)
         num_tokens, top_k = topk_ids.shape
         row_bytes = hidden_states.shape[1] * hidden_states.element_size()
         ep_size = self.placement.ep_size
@@ -347,11 +352,6 @@ class SymmetricDispatcher(Dispatcher):
                 f"{num_tokens} rows on rank {self.groups.topology.ep_rank}, the windows take "
                 f"{self.limits.max_tokens_per_rank}; raise SymmetricLimits.max_tokens_per_rank or use all2all"
             )
-        if not hidden_states.is_cuda:
-            raise InvalidInputError(f"hidden_states is on {hidden_states.device}; symmetric memory moves CUDA tensors")
-        tensors = {"topk_weights": topk_weights, "topk_ids": topk_ids, "mask": mask, "scales": scales}
-        for name, tensor in tensors.items():
-            check_device(name, tensor, hidden_states.device)
         if row_bytes % WORD_BYTES or not row_bytes:
             raise InvalidInputError(
                 f"a row of hidden_states takes {row_bytes} bytes; it must be a multiple of {WORD_BYTES}, and not 0"

@@ -21,7 +21,8 @@ Exchanged = tuple[list[torch.Tensor], list[int], list[int]]
 
 FAN_OUT = 8
 """A rank sends small tensors to at most FAN_OUT - 1 others at a time (see rounds_of). Up to FAN_OUT ranks exchange them in one
-all-to-all, which gloo runs on a thread of its own. Measured: docs/benchmarks/2026-11-28-vote-cpu.md."""
+all-to-all, which gloo runs on a thread of its own. Eight, because between 8 processes of one machine the all-to-all took 1.7 ms
+and two rounds of fewer messages 9.7 ms (2 cores, busy)."""
 
 MAX_RECEIVED_ROWS = 2**31 - 1  # routing ops number rows in int32
 

@@ -186,15 +186,15 @@ class Transport(ABC):
         """Return the sum of `x` over the ranks."""
         return x.clone() if self.size == 1 else self._all_reduce(x.contiguous())
 
-    def maximum_start(self, x: torch.Tensor) -> Pending[torch.Tensor]:
-        """Start the element-wise maximum of `x` over the ranks, for tensors of some bytes. The caller must not write `x` before
-        the finish.
+    def maximum_start(self, values: Sequence[int]) -> Pending[list[int]]:
+        """Start the maximum of each of a few int64 values over the ranks. The group moves CPU tensors. Host sync: yes.
 
-        Each rank sends `x` in the rounds of rounds_of(size): 1, 7, 14 and 22 messages at 2, 8, 64 and 768 ranks. gloo's own
+        Each rank sends them in the rounds of rounds_of(size): 1, 7, 14 and 22 messages at 2, 8, 64 and 768 ranks. gloo's own
         all-reduce sends fewer messages, but in a ring: 2 * (size - 1) hops follow one another (gloo/allreduce.cc; torch lets
         gloo choose no other algorithm). With more than FAN_OUT ranks everything happens in the finish.
         """
-        return Pending(stage="maximum", complete=x.clone) if self.size == 1 else self._maximum_start(x.contiguous())
+        values = list(values)
+        return Pending(stage="maximum", complete=lambda: values) if self.size == 1 else self._maximum_start(values)
 
     def send_recv(self, operations: Sequence[SendRecv]) -> None:
         """Run all sends and receives, in any order. Between two ranks, the n-th send goes to the n-th receive.
@@ -282,22 +282,25 @@ class Transport(ABC):
     @abstractmethod
     def _all_reduce(self, x: torch.Tensor) -> torch.Tensor: ...
 
-    def _maximum_start(self, x: torch.Tensor) -> Pending[torch.Tensor]:
+    def _maximum_start(self, values: list[int]) -> Pending[list[int]]:
         if self.size <= FAN_OUT:
             one_each = [1] * self.size
-            pending = self._all_to_all_start(x.expand(self.size, *x.shape).contiguous(), one_each, one_each)
-            return Pending(stage="maximum", complete=lambda: pending.finish().amax(0))
+            rows = torch.tensor([values] * self.size, dtype=torch.int64, device="cpu")
+            pending = self._all_to_all_start(rows, one_each, one_each)
+            return Pending(stage="maximum", complete=lambda: _highest(pending.finish()))
 
-        def complete() -> torch.Tensor:
-            highest = x
+        def complete() -> list[int]:
+            highest = values
             for distances in rounds_of(self.size):
-                received = x.new_empty(len(distances), *x.shape)
+                known = torch.tensor(highest, dtype=torch.int64, device="cpu")
+                received = known.new_empty(len(distances) + 1, len(highest))
+                received[0] = known
                 exchange = []
-                for distance, row in zip(distances, received, strict=True):
-                    exchange.append(SendRecv((self.rank + distance) % self.size, highest, is_send=True))
+                for distance, row in zip(distances, received[1:], strict=True):
+                    exchange.append(SendRecv((self.rank + distance) % self.size, known, is_send=True))
                     exchange.append(SendRecv((self.rank - distance) % self.size, row, is_send=False))
                 self._send_recv(exchange)
-                highest = torch.maximum(highest, received.amax(0))
+                highest = _highest(received)
             return highest
 
         return Pending(stage="maximum", complete=complete)
@@ -364,6 +367,11 @@ class Groups:
         """Close the three transports. LOCAL."""
         for transport in (self.tp, self.dp, self.ep):
             transport.close()
+
+
+def _highest(rows: torch.Tensor) -> list[int]:
+    """The maximum of each column. In Python: for rows as few as these, torch's reduction takes longer."""
+    return [max(column) for column in zip(*rows.tolist(), strict=True)]
 
 
 def rounds_of(size: int) -> list[range]:

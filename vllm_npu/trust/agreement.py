@@ -38,10 +38,10 @@ def agree_start(
     text = plan if isinstance(plan, str) else _as_text(plan)
     digest = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big", signed=True)
     # ~x is -x - 1, which every int64 has. So one maximum gives the highest and the lowest value.
-    pending = transport.maximum_start(torch.tensor([digest, ~digest, proposal, ~proposal], device="cpu"))
+    pending = transport.maximum_start([digest, ~digest, proposal, ~proposal])
 
     def complete() -> int | None:
-        highest, not_lowest, highest_proposal, not_lowest_proposal = pending.finish().tolist()
+        highest, not_lowest, highest_proposal, not_lowest_proposal = pending.finish()
         if highest != ~not_lowest:
             plans = gather_texts(transport, text, MAX_PLAN_BYTES)
             lines = [] if isinstance(plan, str) else _different_fields(plans)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from vllm_npu import envs
-from vllm_npu.core.handles import Pending
+from vllm_npu.core.handles import Pending, Result
 from vllm_npu.core.token_layout import RowFormat
 from vllm_npu.errors import InvalidInputError, TransportError
 from vllm_npu.transport.base import Exchanged, RankWatch, SendRecv, Transport, rounds_of
@@ -40,7 +40,7 @@ class RecordingTransport(Transport):
     so its calls are not recorded.
 
     Bytes sent in a group of W ranks: all_gather, own rows W-1 times; reduce_scatter and all_to_all, all rows except the part
-    of this rank; broadcast, the source's rows W-1 times; all_reduce, 2*(W-1)/W of the tensor (a ring); maximum, the tensor
+    of this rank; broadcast, the source's rows W-1 times; all_reduce, 2*(W-1)/W of the tensor (a ring); maximum, the values
     once for each message (rounds_of).
     """
 
@@ -149,19 +149,19 @@ class RecordingTransport(Transport):
             pending = self.inner.all_to_all_start(x, send_sizes, recv_sizes)
         return self._ended_by(pending, call)
 
-    def _maximum_start(self, x: torch.Tensor) -> Pending[torch.Tensor]:
+    def _maximum_start(self, values: list[int]) -> Pending[list[int]]:
         with self._explained():
-            sent = x.nbytes * sum(map(len, rounds_of(self.size)))
-            call = self._begin("maximum", sent, [x], sizes=x.shape[:1])
-            pending = self.inner.maximum_start(x)
+            sent = torch.int64.itemsize * len(values) * sum(map(len, rounds_of(self.size)))
+            call = self._begin("maximum", sent, (), sizes=[len(values)])
+            pending = self.inner.maximum_start(values)
         return self._ended_by(pending, call)
 
-    def _ended_by(self, pending: Pending[torch.Tensor], call: Call | None) -> Pending[torch.Tensor]:
+    def _ended_by(self, pending: Pending[Result], call: Call | None) -> Pending[Result]:
         """The pending operation, whose finish ends the call in the trace."""
         if call is None:
             return pending
 
-        def complete() -> torch.Tensor:
+        def complete() -> Result:
             with self._explained():
                 result = pending.finish()
             self._end(call)

@@ -49,6 +49,10 @@ class PlanDisagreementError(VllmNpuError, RuntimeError):
     """Ranks planned different steps. Every rank raises it before the step's first collective. It names the ranks and plans."""
 
 
+class PreparationError(VllmNpuError, RuntimeError):
+    """A rank lacks the memory, or another means, for a collective. No rank has moved anything. Free memory on that rank."""
+
+
 class LyingCollectiveError(VllmNpuError, RuntimeError):
     """A collective returned wrong data in the start-up self-test. The message names call and group. Do not serve with it."""
 

@@ -1,6 +1,12 @@
 """move_experts on real ranks: every slot gets its expert, and an error on one rank leaves the weights of all unchanged."""
 
+import resource
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,11 +14,12 @@ import torch
 from tests.cases import same_bits
 from tests.pure.test_eplb_placement import drawn
 from tests.ranks.test_eplb_contract import MADE_OF_A_TRANSPORT, unfilled, weights
+from tests.time_limits import on_this_machine
 from vllm_npu.eplb.communicator import EplbCommunicator
 from vllm_npu.eplb.movement import move_experts
 from vllm_npu.eplb.placement import EMPTY
 from vllm_npu.eplb.torch_dist import TorchDistEplbCommunicator
-from vllm_npu.errors import InvalidInputError, PlanDisagreementError, TransportError
+from vllm_npu.errors import InvalidInputError, PlanDisagreementError, TransportError, VllmNpuError
 from vllm_npu.tools.launch import ProcessRankPool, Rank
 from vllm_npu.transport.base import SendRecv
 
@@ -96,8 +103,8 @@ FAULTS = {
 class FailsOnRank1(TorchDistEplbCommunicator):
     """Raises on rank 1 after its messages have arrived, as a transport does that cannot send."""
 
-    def _exchange(self, messages: list[SendRecv]) -> None:
-        super()._exchange(messages)
+    def _exchange(self, messages: list[SendRecv], buffers: Sequence[torch.Tensor]) -> None:
+        super()._exchange(messages, buffers)
         if self.rank == 1:
             raise TransportError("execute", self.group, self.rank, "the cable is out")
 
@@ -167,3 +174,59 @@ def comes_alone(rank: Rank) -> str:
 def test_a_rank_that_stays_away_is_an_error_in_time():
     with ProcessRankPool(2, timeout=5, start_method="forkserver") as pool:
         assert "failed on rank 0" in pool.run(comes_alone)[0]
+
+
+MANY_BYTES = 40 << 20  # of an expert; glibc gives so many back at once, so no freed memory is used again
+SLACK_BYTES = 12 << 20  # left to the rank that lacks memory: less than an expert
+FULL = [[0, 1], [2, 3], [4, 5], [6, 7]]
+TURNED = [[7, 1], [0, 3], [2, 5], [4, 6]]  # each rank receives one, and rank 3 also copies one
+
+
+@contextmanager
+def without_memory(starved: bool) -> Iterator[None]:
+    """Let this process take SLACK_BYTES more address space at most: a larger allocation fails, as when memory has run out."""
+    if not starved:
+        yield
+        return
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (taken + SLACK_BYTES, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def large(row: list[int]) -> list[torch.Tensor]:
+    return [torch.stack([torch.full((MANY_BYTES,), 10 + e, dtype=torch.uint8) for e in row])]
+
+
+def lacks_memory(rank: Rank, starved: list[int]) -> tuple[str, float]:
+    ep = rank.groups(tp_size=1, dp_size=rank.num_ranks).ep
+    own, communicator = large(FULL[rank.rank]), TorchDistEplbCommunicator(ep)
+    ep.barrier()
+    began = time.monotonic()
+    with without_memory(rank.rank in starved), pytest.raises(VllmNpuError) as error:
+        move_experts(own, FULL, TURNED, 8, communicator, ep)
+    seconds = time.monotonic() - began
+    assert all(map(same_bits, own, large(FULL[rank.rank]))), "weights were changed"
+    assert move_experts(own, FULL, TURNED, 8, communicator, ep) == 1
+    assert all(map(same_bits, own, large(TURNED[rank.rank])))
+    return f"{type(error.value).__name__} {error.value}", seconds
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc and RLIMIT_AS: Linux")
+@pytest.mark.parametrize("starved", [[2], [0, 3], [0, 1, 2, 3]], ids=str)
+def test_a_rank_without_memory_is_named_on_all_ranks_and_nothing_moves(pools, starved):
+    outcomes = pools("gloo", 4).run(lacks_memory, starved)
+    for said, seconds in outcomes:
+        assert said.startswith(
+            "PlanDisagreementError ranks want to move experts differently, or some cannot; no weight"
+        )
+        assert seconds < on_this_machine(5)
+        for rank in starved:
+            assert f"  ranks [{rank}]: rank {rank} cannot prepare: " in said
+            assert f"tried to allocate {MANY_BYTES} bytes" in said
+        if len(starved) < 4:
+            others = [rank for rank in range(4) if rank not in starved]
+            assert f"  ranks {others}: 5 transfers of torch.uint8 [{MANY_BYTES}]" in said

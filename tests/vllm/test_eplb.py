@@ -1,5 +1,6 @@
 """vLLM rearranges experts through our communicators on real ranks. move_experts must bring the same result."""
 
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch.distributed as dist
 
 from tests.cases import same_bits
 from tests.pure.test_eplb_placement import drawn
-from tests.ranks.test_eplb_movement import SLOTS, expert, held
+from tests.ranks.test_eplb_movement import FULL, SLOTS, TURNED, expert, held, large, without_memory
 from tests.vllm.test_moe_runner import Layout, Tokens, check_output, counts_of, dense_moe, quantisation
 from tests.vllm.vllm_ranks import (
     DP2,
@@ -28,7 +29,7 @@ from tests.vllm.vllm_ranks import (
 )
 from vllm_npu.eplb.movement import move_experts
 from vllm_npu.eplb.placement import EMPTY
-from vllm_npu.errors import UnsupportedConfigError
+from vllm_npu.errors import PlanDisagreementError, UnsupportedConfigError
 from vllm_npu.tools.launch import Rank
 
 
@@ -92,6 +93,34 @@ def rearranges(rank: Rank, backends: list[str | None]) -> list[str]:
 def test_vllms_rearrangement_brings_every_slot_its_expert(ranks: VllmRanks):  # noqa: F811
     names = ranks.run_on_pool(rearranges, [None, "torch_gloo", "torch_nccl"])
     assert names == [["TorchDistEplbCommunicator"] * 3] * NUM_RANKS
+
+
+def rearranges_without_memory(rank: Rank, starved: int) -> str:
+    """vLLM's rearrangement through CPU memory, of which one rank has too little for the staging. Then again, with enough."""
+    from vllm.distributed.eplb.rebalance_execute import rearrange_expert_weights_inplace
+
+    from vllm_npu.plugin.eplb_communicators import TorchDistGlooStagedEplbCommunicator
+
+    own = large(FULL[rank.rank])
+    buffer = [torch.empty_like(w) for w in own]
+    communicator = TorchDistGlooStagedEplbCommunicator(dist.group.WORLD)
+    there, back = (torch.tensor([[e for row in table for e in row]]) for table in (FULL, TURNED))
+    with without_memory(rank.rank == starved), pytest.raises(PlanDisagreementError) as error:
+        rearrange_expert_weights_inplace(there, back, [own], buffer, dist.group.WORLD, communicator)
+    assert all(map(same_bits, own, large(FULL[rank.rank]))), "weights were changed"
+    rearrange_expert_weights_inplace(there, back, [own], buffer, dist.group.WORLD, communicator)
+    assert all(map(same_bits, own, large(TURNED[rank.rank])))
+    return str(error.value)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc and RLIMIT_AS: Linux")
+def test_a_rank_without_memory_for_vllms_rearrangement_is_named_on_all_ranks(ranks: VllmRanks):  # noqa: F811
+    for said in ranks.run_on_pool(rearranges_without_memory, 1):
+        assert said.startswith(
+            "some ranks cannot move the experts of this layer, and none was moved; free memory on them"
+        )
+        assert "  ranks [0, 2, 3]: ready\n  ranks [1]: rank 1 cannot prepare: " in said
+        assert "tried to allocate" in said
 
 
 # ------------------------------------------------------------------------------------ replicas in vLLM's MoE layer

@@ -481,7 +481,7 @@ def test_ranks_that_ask_for_different_strategies_are_all_named(ranks: VllmRanks,
     for seconds, error, recovered in ranks.run(run_disagreement, grid):
         assert isinstance(error, PlanDisagreementError)
         for rank, strategy in zip(range(grid.size), STRATEGIES, strict=False):
-            assert f"{rank}: '{strategy}'" in str(error)
+            assert f"ranks [{rank}]: {strategy}" in str(error)
         assert seconds < on_this_machine(REFUSAL_SECONDS)
         assert recovered == "all2all"
 

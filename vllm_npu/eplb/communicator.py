@@ -27,6 +27,16 @@ class _Queued:
         return f"{tensor.dtype} {tuple(tensor.shape)}{expert} {direction} rank {self.message.peer}"
 
 
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """All that execute() needs. Nothing is allocated after it."""
+
+    copies: Sequence[tuple[torch.Tensor, torch.Tensor]]  # within the rank: (source, destination)
+    messages: Sequence[SendRecv]
+    results: Sequence[tuple[torch.Tensor, torch.Tensor]]  # to copy after the exchange: (destination, received)
+    buffers: tuple[torch.Tensor, ...]
+
+
 class EplbCommunicator(ABC):
     """Queues messages and moves them in execute(). Subclasses move the bytes in _exchange().
 
@@ -40,6 +50,7 @@ class EplbCommunicator(ABC):
         self.rank = rank
         self.size = size
         self._queue: list[_Queued] = []
+        self._prepared: _Prepared | None = None  # until execute
         self._stream: torch.Stream | None = None
 
     def add_send(self, tensors: Tensors, dst_rank: int, expert_id: int | None = None) -> None:
@@ -53,21 +64,19 @@ class EplbCommunicator(ABC):
         """Queue tensors that receive from a rank of the group. LOCAL. Raises as add_send does."""
         self._add(tensors, src_rank, expert_id, is_send=False)
 
-    def execute(self) -> None:
-        """Move all queued messages. On return the messages have arrived: on an accelerator, in the order of the stream.
+    def prepare(self) -> None:
+        """Check the queue, and allocate all memory that execute() needs. LOCAL.
 
-        COLLECTIVE over the ranks that have messages for each other. A rank without messages returns at once. Host sync: see the
-        class. Graph capture: no. The queue is empty afterwards, also after an error. Raises InvalidInputError, before anything
-        moves, where messages to the rank itself do not pair up, or where a receive overlaps the memory of another message.
-        Raises TransportError where a peer does not take part, or sends another number of bytes.
+        execute() does it, too. A caller that prepares first can agree with the other ranks that all are ready
+        (trust.agreement.prepare_on_all), so that a rank without memory is named, and no rank waits for its messages. Sent
+        tensors are read from here on. The queue is empty afterwards; after an error nothing is prepared. Raises
+        InvalidInputError as execute() does, and the allocator's RuntimeError or MemoryError.
         """
         queue, self._queue = self._queue, []
         copies = self._copies_within_rank(queue)
         _check_overlaps(queue)
+        messages, results = [], []
         with _on_stream(self._stream):
-            for source, destination in copies:
-                destination.copy_(source)
-            messages, results = [], []
             for message in (each.message for each in queue):
                 if message.peer == self.rank or message.tensor.numel() == 0:
                     continue
@@ -78,22 +87,45 @@ class EplbCommunicator(ABC):
                     tensor = torch.empty_like(tensor, memory_format=torch.contiguous_format)
                     results.append((message.tensor, tensor))
                 messages.append(SendRecv(message.peer, bytes_of(tensor), message.is_send))
-            if messages:
-                self._exchange(messages)
-            for destination, tensor in results:
+            buffers = self._allocate(messages) if messages else ()
+        self._prepared = _Prepared(copies, messages, results, buffers)
+
+    def execute(self) -> None:
+        """Move all queued messages. On return the messages have arrived: on an accelerator, in the order of the stream.
+
+        COLLECTIVE over the ranks that have messages for each other. A rank without messages returns at once. Host sync: see the
+        class. Graph capture: no. The queue is empty afterwards, also after an error. Raises InvalidInputError, before anything
+        moves, where messages to the rank itself do not pair up, or where a receive overlaps the memory of another message.
+        Raises TransportError where a peer does not take part, or sends another number of bytes.
+        """
+        if self._prepared is None or self._queue:
+            self.prepare()
+        prepared, self._prepared = self._prepared, None
+        assert prepared is not None  # prepare has set it
+        with _on_stream(self._stream):
+            for source, destination in prepared.copies:
+                destination.copy_(source)
+            if prepared.messages:
+                self._exchange(prepared.messages, prepared.buffers)
+            for destination, tensor in prepared.results:
                 destination.copy_(tensor)
 
     def clear(self) -> None:
-        """Empty the queue. LOCAL. For a caller that cannot execute because of its own error."""
-        self._queue = []
+        """Empty the queue, and give back what is prepared. LOCAL. For a caller that cannot execute because of an error."""
+        self._queue, self._prepared = [], None
 
     def set_stream(self, stream: torch.Stream | None) -> None:
         """Set the stream of the tensors' device on which execute() works. None: the current stream."""
         self._stream = stream
 
+    def _allocate(self, messages: Sequence[SendRecv]) -> tuple[torch.Tensor, ...]:
+        """Allocate what _exchange needs for these messages."""
+        return ()
+
     @abstractmethod
-    def _exchange(self, messages: Sequence[SendRecv]) -> None:
-        """Move one or more messages. Each is a contiguous uint8 [n] with n >= 1, and none is for the rank itself."""
+    def _exchange(self, messages: Sequence[SendRecv], buffers: Sequence[torch.Tensor]) -> None:
+        """Move one or more messages. Each is a contiguous uint8 [n] with n >= 1, and none is for the rank itself. `buffers`
+        are those of _allocate."""
 
     def _add(self, tensors: Tensors, peer: int, expert_id: int | None, *, is_send: bool) -> None:
         if not 0 <= peer < self.size:

@@ -34,14 +34,18 @@ class GlooStagedEplbCommunicator(EplbCommunicator):
         self._transport = transport
         self._piece_bytes = staging_bytes // 2
 
-    def _exchange(self, messages: Sequence[SendRecv]) -> None:
-        """Exchange piece by piece, with one distance between ranks after the other: no circle of ranks waits for each other."""
-        device = messages[0].tensor.device
+    def _allocate(self, messages: Sequence[SendRecv]) -> tuple[torch.Tensor, ...]:
+        """Allocate the two halves of the staging memory."""
         largest = max(
             sum(each.tensor.numel() for each in messages if each.is_send is is_send) for is_send in (True, False)
         )
-        size, pinned = min(self._piece_bytes, largest), device.type != "cpu"
-        outgoing, incoming = (torch.empty(size, dtype=torch.uint8, pin_memory=pinned, device="cpu") for _ in range(2))
+        size, pinned = min(self._piece_bytes, largest), messages[0].tensor.device.type != "cpu"
+        return tuple(torch.empty(size, dtype=torch.uint8, pin_memory=pinned, device="cpu") for _ in range(2))
+
+    def _exchange(self, messages: Sequence[SendRecv], buffers: Sequence[torch.Tensor]) -> None:
+        """Exchange piece by piece, with one distance between ranks after the other: no circle of ranks waits for each other."""
+        device = messages[0].tensor.device
+        outgoing, incoming = buffers
         for distance in range(1, self.size):
             destination, source = (self.rank + distance) % self.size, (self.rank - distance) % self.size
             sends = (each.tensor for each in messages if each.is_send and each.peer == destination)

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+import torch
+
 from vllm_npu.core.limits import MIB
 from vllm_npu.eplb.communicator import EplbCommunicator
 from vllm_npu.transport.base import SendRecv, Transport
@@ -22,7 +24,7 @@ class HcclEplbCommunicator(EplbCommunicator):
         self._transport = transport
         self._max_message_bytes = max_message_bytes
 
-    def _exchange(self, messages: Sequence[SendRecv]) -> None:
+    def _exchange(self, messages: Sequence[SendRecv], buffers: Sequence[torch.Tensor]) -> None:
         self._transport.send_recv(
             [
                 SendRecv(each.peer, piece, each.is_send)

@@ -9,9 +9,9 @@ from vllm_npu.eplb.communicator import EplbCommunicator
 from vllm_npu.eplb.placement import RankTransfers, ReplicaPlacement, plan_transfers, transfers_of
 from vllm_npu.errors import InvalidInputError, PlanDisagreementError, TransportError, VllmNpuError
 from vllm_npu.transport.base import Transport
-from vllm_npu.trust.agreement import agree
+from vllm_npu.trust.agreement import agree, prepare_on_all
 
-DIFFERENT_PLACEMENTS = "ranks want to move experts differently, or some cannot; no weight was changed"
+NOT_READY = "ranks want to move experts differently, or some cannot; no weight was changed"
 FAILED = "experts did not arrive on all ranks; no weight was changed"
 Placement = ReplicaPlacement | torch.Tensor | Sequence[Sequence[int]]
 
@@ -29,38 +29,46 @@ def move_experts(
 ) -> int:
     """Give each slot the weights of its new expert. Returns the number of experts that this rank received.
 
-    Weights arrive in fresh buffers. They are copied into their slots after every rank has received all its experts. An error
-    before that leaves the weights of every rank unchanged. Slots that become empty keep their weights.
+    Three steps: every rank plans and allocates all that it needs, and all agree that all are ready; the weights arrive in fresh
+    buffers; all agree that they arrived, and each rank copies them into its slots, which allocates nothing. An error in the
+    first two steps leaves the weights of every rank unchanged, so that the next step may run on the old placement. After a
+    TransportError restart the ranks: a rank that ends during the last agreement may leave the others on either placement.
+    Slots that become empty keep their weights.
 
-    COLLECTIVE over the ranks: two all-gathers of 16 bytes on CPUs, and the communicator's messages. Host sync: yes. Graph
-    capture: no. All ranks raise the same kind of error: InvalidInputError where all were given the same invalid placement (see
-    ReplicaPlacement), PlanDisagreementError where the ranks were given different placements, and TransportError where moving
-    failed on one rank. PlanDisagreementError names the error or the plan of each rank.
+    COLLECTIVE over the ranks: two agree(), and the communicator's messages. Host sync: yes. Graph capture: no. All ranks raise
+    the same kind of error: InvalidInputError where all were given the same invalid placement (see ReplicaPlacement),
+    PlanDisagreementError where the ranks were given different placements, or where one has no memory, and TransportError where
+    moving failed on one rank. PlanDisagreementError names the error or the plan of each rank.
     """
-    fault: VllmNpuError | None = None
-    plan = RankTransfers((), (), (), ())
-    try:
-        plan, facts = _plan(weights, old, new, num_experts, voters, allow_same_rank, ranks_per_node)
-    except VllmNpuError as error:
-        fault, facts = error, str(error)
     weights = [w.detach() for w in weights]
-    agree(facts, voters, difference=DIFFERENT_PLACEMENTS)
-    if fault is not None:
-        raise fault
+    plan = RankTransfers((), (), (), ())
+    buffers: dict[int, list[torch.Tensor]] = {}  # by slot
 
-    buffers = {each.slot: [torch.empty_like(w[each.slot]) for w in weights] for each in plan.receives + plan.copies}
-    failure: Exception | None = None
-    try:
+    def prepare() -> str:
+        nonlocal plan
+        plan, facts = _plan(weights, old, new, num_experts, voters, allow_same_rank, ranks_per_node)
+        for each in plan.receives + plan.copies:
+            buffers[each.slot] = [torch.empty_like(w[each.slot]) for w in weights]
         for each in plan.sends:
             communicator.add_send([w[each.source_slot] for w in weights], each.rank, each.expert)
         for each in plan.receives:
             communicator.add_recv(buffers[each.slot], each.source_rank, each.expert)
+        communicator.prepare()
+        return facts
+
+    try:
+        prepare_on_all(prepare, voters, NOT_READY)
+    except VllmNpuError:
+        communicator.clear()
+        raise
+    failure: Exception | None = None
+    try:
         communicator.execute()
         for each in plan.copies:
             for buffer, w in zip(buffers[each.slot], weights, strict=True):
                 buffer.copy_(w[each.source_slot])
         _wait(weights)
-    except (VllmNpuError, RuntimeError) as error:
+    except (VllmNpuError, RuntimeError, MemoryError) as error:
         communicator.clear()
         failure = error
     try:

@@ -29,7 +29,7 @@ class PyNcclEplbCommunicator(EplbCommunicator):
         super().__init__(group, pynccl.rank, pynccl.world_size)
         self._pynccl = pynccl
 
-    def _exchange(self, messages: Sequence[SendRecv]) -> None:
+    def _exchange(self, messages: Sequence[SendRecv], buffers: Sequence[torch.Tensor]) -> None:
         try:
             self._pynccl.group_start()
             try:

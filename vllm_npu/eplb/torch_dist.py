@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+import torch
+
 from vllm_npu.eplb.communicator import EplbCommunicator
 from vllm_npu.transport.base import SendRecv, Transport
 
@@ -18,5 +20,5 @@ class TorchDistEplbCommunicator(EplbCommunicator):
         super().__init__(transport.group, transport.rank, transport.size)
         self._transport = transport
 
-    def _exchange(self, messages: Sequence[SendRecv]) -> None:
+    def _exchange(self, messages: Sequence[SendRecv], buffers: Sequence[torch.Tensor]) -> None:
         self._transport.send_recv(messages)

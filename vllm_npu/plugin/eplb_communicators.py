@@ -11,9 +11,11 @@ from vllm_npu.eplb import EplbCommunicator, open_communicator, pynccl
 from vllm_npu.eplb.communicator import Tensors
 from vllm_npu.eplb.gloo_staged import GlooStagedEplbCommunicator
 from vllm_npu.eplb.pynccl import GroupedPointToPoint
-from vllm_npu.errors import UnsupportedConfigError
+from vllm_npu.errors import UnsupportedConfigError, VllmNpuError
+from vllm_npu.transport.base import Transport
 from vllm_npu.transport.gloo import GlooTransport
 from vllm_npu.transport.table import transport_class
+from vllm_npu.trust.agreement import prepare_on_all
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -25,6 +27,7 @@ NAMES: dict[str | None, dict[str, str | None]] = {
     "torch_nccl": {"cpu": "torch_dist", "cuda": "torch_dist", "npu": "hccl"},
     "pynccl": {"cuda": "pynccl"},
 }
+NOT_READY = "some ranks cannot move the experts of this layer, and none was moved; free memory on them, and start again"
 DEVICE_TRANSPORTS = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
 
 
@@ -35,8 +38,14 @@ class AdaptedEplbCommunicator(VllmEplbCommunicator):
     a time, without an id. Both work.
     """
 
-    def __init__(self, communicator: EplbCommunicator, stream: torch.Stream | None = None) -> None:
+    def __init__(
+        self,
+        communicator: EplbCommunicator,
+        stream: torch.Stream | None = None,
+        voters: Transport | None = None,  # over CPU tensors, of the same ranks; None: ranks do not vote
+    ) -> None:
         self.communicator = communicator
+        self._voters = voters
         self.experts_received = 0
         self.set_stream(stream)
 
@@ -55,8 +64,23 @@ class AdaptedEplbCommunicator(VllmEplbCommunicator):
         self.experts_received += 1
 
     def execute(self) -> None:
-        """Move everything that is queued. COLLECTIVE among the ranks that queued something."""
+        """Move everything that is queued. COLLECTIVE over the group, as in vLLM, where every rank calls it for every layer.
+
+        Every rank first allocates what it needs, and all agree that all are ready. If one is not, no rank moves anything, and
+        every rank raises PlanDisagreementError, which names it. The engine cannot go on: vLLM may have moved earlier layers.
+        Without voters, COLLECTIVE among the ranks that queued something, and only the rank's own error names it.
+        """
+        if self._voters is not None:
+            try:
+                prepare_on_all(self._prepare, self._voters, NOT_READY)
+            except VllmNpuError:
+                self.communicator.clear()
+                raise
         self.communicator.execute()
+
+    def _prepare(self) -> str:
+        self.communicator.prepare()
+        return "ready"
 
     def set_stream(self, stream: torch.Stream | None) -> None:
         """Set the stream on which execute() works. None: the current stream."""
@@ -77,7 +101,8 @@ class TorchDistGlooStagedEplbCommunicator(AdaptedEplbCommunicator):
     """Moves experts by gloo, through CPU memory."""
 
     def __init__(self, cpu_group: "ProcessGroup", cuda_stream: torch.Stream | None = None) -> None:
-        super().__init__(GlooStagedEplbCommunicator(GlooTransport(cpu_group, "eplb")), cuda_stream)
+        transport = GlooTransport(cpu_group, "eplb")
+        super().__init__(GlooStagedEplbCommunicator(transport), cuda_stream, transport)
 
 
 class TorchDistNcclEplbCommunicator(AdaptedEplbCommunicator):
@@ -110,11 +135,12 @@ def create_eplb_communicator(
         )
     transport = transport_class(DEVICE_TRANSPORTS[device_type])
     device_group = group_coordinator.cpu_group if device_type == "cpu" else group_coordinator.device_group
+    cpu_group = GlooTransport(group_coordinator.cpu_group, group_coordinator.unique_name)
     communicator = open_communicator(
         device_type,
         NAMES[backend][device_type],
         device_group=transport(device_group, group_coordinator.unique_name),  # type: ignore[call-arg]
-        cpu_group=GlooTransport(group_coordinator.cpu_group, group_coordinator.unique_name),
+        cpu_group=cpu_group,
         pynccl=getattr(group_coordinator.device_communicator, "pynccl_comm", None),
     )
-    return AdaptedEplbCommunicator(communicator)
+    return AdaptedEplbCommunicator(communicator, voters=cpu_group)

@@ -24,7 +24,7 @@ from vllm_npu.plugin.options import Mode, Options
 from vllm_npu.strategies.select import Selection, check_strategy, select, why_not
 from vllm_npu.strategies.start_checks import describe_capacity
 from vllm_npu.strategies.table import AUTO, STRATEGIES
-from vllm_npu.trust.agreement import agree_start
+from vllm_npu.trust.agreement import agree, agree_start
 from vllm_npu.trust.self_test import OFF, run_self_test
 from vllm_npu.trust.settings import prepare_together
 
@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 logger = init_logger("vllm.npu.plugin.step_planner")  # vLLM shows the messages of loggers below "vllm"
 
 PROPOSALS = (AUTO, *STRATEGIES)
+DIFFERENT_STRATEGIES = (
+    "ranks ask for different moe_comm; start all of them with the same --additional-config and VLLM_NPU_MOE_COMM"
+)
 
 
 class StepPlanner:
@@ -59,7 +62,7 @@ class StepPlanner:
         self.bytes_reported: Counter[str] = Counter()  # bytes sent that moe_comm_counters has reported
         self._planned = 0  # steps since the start
         self._agreed: str | None = None  # the strategy in force
-        self._vote: Pending[list[int]] | None = None  # on the last plan, until confirm
+        self._vote: Pending[int | None] | None = None  # on the last plan, until confirm
         self._sharding = layers[0].sharding
         self._layer = layers[0].moe_layer
         self._groups = model_groups(expert_parallel=layers[0].use_ep)
@@ -94,7 +97,7 @@ class StepPlanner:
         )
 
     def plan(self, num_tokens_across_dp: list[int], *, captured: bool = False) -> PlannedStep:
-        """Plan a step, and start the vote on it. COLLECTIVE over the grid: 16 bytes to each rank, on CPU.
+        """Plan a step, and start the vote on it. COLLECTIVE over the grid: as agree_start, on CPU.
 
         Raises PlanDisagreementError if the ranks' plans differ: those of this step if it must wait for the vote, or those of
         the last step if no MoE layer ran in it.
@@ -132,14 +135,11 @@ class StepPlanner:
         if vote is None:
             return
         try:
-            proposals = [PROPOSALS[index] for index in vote.finish()]
-            if len(set(proposals)) == 1:
-                self._agreed = proposals[0]
-            elif self._agreed is None:
-                raise PlanDisagreementError(
-                    f"ranks ask for different moe_comm: {dict(enumerate(proposals))}; start all of them with the same "
-                    "--additional-config and VLLM_NPU_MOE_COMM"
-                )
+            proposal = vote.finish()
+            if proposal is not None:
+                self._agreed = PROPOSALS[proposal]
+            elif self._agreed is None:  # on all ranks, since they voted on the strategy in force too
+                agree({"moe_comm": self.proposed}, vote_transport(), difference=DIFFERENT_STRATEGIES)
         except PlanDisagreementError:
             if self._metrics is not None:
                 self._metrics.plans_differ()

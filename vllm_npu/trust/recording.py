@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 
 from vllm_npu import envs
-from vllm_npu.core.handles import Pending
+from vllm_npu.core.handles import Pending, Result
 from vllm_npu.core.token_layout import RowFormat
 from vllm_npu.errors import InvalidInputError, TransportError, UnsupportedConfigError
-from vllm_npu.transport.base import Exchanged, RankWatch, SendRecv, Transport
+from vllm_npu.transport.base import Exchanged, RankWatch, SendRecv, Transport, rounds_of
 from vllm_npu.trust.trace import Call, Group, TraceRing, read_traces
 from vllm_npu.trust.trace_comparison import report
 
@@ -40,7 +40,8 @@ class RecordingTransport(Transport):
     so its calls are not recorded.
 
     Bytes sent in a group of W ranks: all_gather, own rows W-1 times; reduce_scatter and all_to_all, all rows except the part
-    of this rank; broadcast, the source's rows W-1 times; all_reduce, 2*(W-1)/W of the tensor (a ring).
+    of this rank; broadcast, the source's rows W-1 times; all_reduce, 2*(W-1)/W of the tensor (a ring); maximum, the values
+    once for each message (rounds_of).
     """
 
     def __init__(
@@ -146,14 +147,25 @@ class RecordingTransport(Transport):
             sent = _bytes_to_others(x, send_sizes, self.rank)
             call = self._begin("all_to_all", sent, [x], sent=send_sizes, received=recv_sizes)
             pending = self.inner.all_to_all_start(x, send_sizes, recv_sizes)
+        return self._ended_by(pending, call)
+
+    def _maximum_start(self, values: list[int]) -> Pending[list[int]]:
+        with self._explained():
+            sent = torch.int64.itemsize * len(values) * sum(map(len, rounds_of(self.size)))
+            call = self._begin("maximum", sent, (), sizes=[len(values)])
+            pending = self.inner.maximum_start(values)
+        return self._ended_by(pending, call)
+
+    def _ended_by(self, pending: Pending[Result], call: Call | None) -> Pending[Result]:
+        """The pending operation, whose finish ends the call in the trace."""
         if call is None:
             return pending
 
-        def complete() -> torch.Tensor:
+        def complete() -> Result:
             with self._explained():
-                received = pending.finish()
+                result = pending.finish()
             self._end(call)
-            return received
+            return result
 
         return Pending(stage=pending.stage, complete=complete)
 

@@ -7,13 +7,23 @@ import torch
 from tests.cases import seeded
 from tests.emulated.references import half_units, sum_of_pairs
 from tests.emulated.test_token_ops import ranks_on
-from tests.ranks.test_steps_against_a_loop import is_refused, steps_after_an_exception, weights_of_one_expert_add_up
+from tests.ranks.test_steps_against_a_loop import (
+    EXPERTS,
+    check_step,
+    is_refused,
+    step_of,
+    tokens_of,
+    weights_of_one_expert_add_up,
+)
+from vllm_npu.strategies.select import build
+from vllm_npu.tools.launch import Rank
 
 pytestmark = pytest.mark.emulated
 
 TOKENS, TOP_K, HIDDEN = 33, 8, 64
 HIDDEN_OF_MC2 = 1024  # the least that A3's op takes
 CHIPS = ["A2", "A3", "A5"]
+STEPS_AFTER = 100
 
 
 def rows_and_pairs(top_k: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -55,12 +65,34 @@ def test_the_sum_of_the_experts_rows_is_rounded_once(run_in_ranks, soc: str) -> 
     run_in_ranks(sums_round_once, 1, soc=soc)
 
 
+def steps_after_an_exception(rank: Rank, strategy: str, hidden: int = 8) -> None:
+    """All ranks fail between the stages, twice. The errors are kept, and with them the frames that hold the handles."""
+    pipeline = build(strategy, rank.groups(tp_size=1, dp_size=rank.num_ranks), EXPERTS)
+    errors = []
+
+    def fails(*_: torch.Tensor | None) -> torch.Tensor:
+        raise ArithmeticError("the experts failed")
+
+    for seed in range(2):
+        step = step_of(rank, seed)
+        given = tokens_of(rank, step, seed, hidden, torch.bfloat16, repeated=False)
+        with pytest.raises(ArithmeticError, match="the experts failed") as raised:
+            pipeline.run(*given, fails, step)
+        errors.append(raised.value)
+    for seed in range(STEPS_AFTER):
+        check_step(rank, strategy, seed, hidden, torch.bfloat16)
+    assert len(errors) == 2
+
+
 @pytest.mark.parametrize("soc", CHIPS)
-def test_strategies_equal_a_loop(warm, monkeypatch, soc: str) -> None:
-    """The weights of an expert several times in a row add up, but mc2's op refuses it; then steps after an exception."""
+def test_the_weights_of_an_expert_that_stands_several_times_in_a_row_add_up(warm, monkeypatch, soc: str) -> None:
     with ranks_on(warm, monkeypatch, soc, 2, {}) as pool:
         for strategy in ("all2all", "allgather", "naive"):
             pool.run(weights_of_one_expert_add_up, strategy)
-            pool.run(steps_after_an_exception, strategy)
-        pool.run(steps_after_an_exception, "mc2", HIDDEN_OF_MC2)
         pool.run(is_refused, "mc2", RuntimeError, "expert_ids has an id twice in the row of one token", HIDDEN_OF_MC2)
+
+
+@pytest.mark.parametrize(("soc", "strategy"), [("A3", name) for name in ("all2all", "allgather", "naive", "mc2")])
+def test_a_hundred_steps_after_an_exception_between_dispatch_and_combine(warm, monkeypatch, soc, strategy) -> None:
+    with ranks_on(warm, monkeypatch, soc, 2, {}) as pool:
+        pool.run(steps_after_an_exception, strategy, HIDDEN_OF_MC2 if strategy == "mc2" else HIDDEN)

@@ -3,7 +3,7 @@
     python -m vllm_npu.emulator run --nproc 2 --soc A3 tests/ascend/layer_program.py '{"tp": 2, "dp": 1, ...}'
 
 Each rank prints one JSON line. For every step and path it holds the collectives, the bytes, and the largest difference from a
-dense layer in float32 and from vllm-ascend's own path.
+dense layer in float64 and from vllm-ascend's own path.
 """
 
 import json
@@ -13,9 +13,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-
-from vllm_npu.tools.reference import select_topk
 
 INTERMEDIATE = 64
 OWN = "vllm-ascend"
@@ -49,17 +48,21 @@ def write_config(folder: Path, *, hidden: int, experts: int, top_k: int) -> None
 
 
 def dense(hidden: torch.Tensor, logits: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, top_k: int) -> torch.Tensor:
-    """Compute the layer's output in float32: softmax, top-k, renormalised weights, gated MLPs."""
-    weights, ids = select_topk(logits, top_k)  # of equal logits the lowest id comes first, as on Ascend
-    weights = weights / weights.sum(-1, keepdim=True)
-    total = torch.zeros_like(hidden, dtype=torch.float32)
-    for k in range(top_k):
-        for expert in ids[:, k].unique().tolist():
-            rows = (ids[:, k] == expert).nonzero().squeeze(1)
-            gate, up = (hidden[rows].float() @ w13[expert].float().T).chunk(2, dim=-1)
-            out = (torch.nn.functional.silu(gate) * up) @ w2[expert].float().T
-            total[rows] += weights[rows, k, None] * out
-    return total
+    """Compute the layer's output in float64 with numpy: softmax, top-k, renormalised weights, gated MLPs."""
+    x, scores, first, second = (each.double().numpy() for each in (hidden, logits, w13, w2))
+    total = np.zeros_like(x)
+    for token, row in enumerate(np.exp(scores - scores.max(-1, keepdims=True))):
+        chosen = np.argsort(-row, kind="stable")[:top_k]  # of equal logits the lowest id comes first, as on Ascend
+        for expert in chosen:
+            gate, up = np.split(first[expert] @ x[token], 2)
+            inner = gate / (1 + np.exp(-gate)) * up
+            total[token] += row[expert] / row[chosen].sum() * (second[expert] @ inner)
+    return torch.from_numpy(total)
+
+
+def rms(values: torch.Tensor) -> float:
+    """The root of the mean square."""
+    return float(values.square().mean().sqrt())
 
 
 def int8_config(experts: int) -> Any:
@@ -216,7 +219,7 @@ def main(given: dict[str, Any]) -> None:
             from vllm.forward_context import get_forward_context
 
             ran = get_forward_context().moe_comm_type.name
-            output = layer(hidden.to(device), logits.to(device)).cpu().float()
+            output = layer(hidden.to(device), logits.to(device)).cpu().double()
         calls, log.calls = log.calls, []
         return output, expected, calls, ran
 
@@ -240,6 +243,7 @@ def main(given: dict[str, Any]) -> None:
                     "calls": [each.operation for each in calls],
                     "bytes": sum(each.sent for each in calls),
                     "from_dense": float((output - expected).abs().amax() / scale) if output.numel() else 0.0,
+                    "rms_from_dense": rms(output - expected) / max(rms(expected), 1e-9) if output.numel() else 0.0,
                     "from_own": float((output - own_outputs[number]).abs().amax() / scale) if output.numel() else 0.0,
                 }
             )

@@ -16,6 +16,10 @@ PLUGINS = "vllm_npu,ascend_kv_connector,ascend_model,ascend_model_loader,ascend_
 OWN = "vllm-ascend"
 STRATEGIES = ["mc2", "all2all", "allgather", "naive"]
 TOLERANCES = {"float16": 2e-3, "bfloat16": 2e-2}  # relative to the largest element, as in vllm_npu.tools.verification
+# Root mean square of the difference from the float64 layer, relative to the output's. At most nine results are rounded to the
+# dtype on the way (gate, up, silu, product, weight twice, expert, a rank's sum, the ranks' sum): together at most sqrt(9 / 3)
+# times half a unit, and this allows one unit.
+ROUNDINGS = {"float16": 2.0**-10, "bfloat16": 2.0**-7}
 INT8_FROM_DENSE = 5e-2  # activations are rounded twice to 1/127 of the largest element of their row
 COMM_TYPES = {"mc2": "MC2", "all2all": "ALLTOALL", "allgather": "ALLGATHER", "naive": "ALLGATHER"}
 
@@ -59,13 +63,13 @@ def test_every_strategy_gives_what_vllm_ascend_gives(case):
         ]
         for row in rows:
             assert row["from_dense"] < (INT8_FROM_DENSE if "int8" in given else tolerance), row
+            assert row["rms_from_dense"] < (INT8_FROM_DENSE if "int8" in given else ROUNDINGS[given["dtype"]]), row
             assert row["from_own"] < tolerance, row
             if row["path"] != OWN:
                 assert row["ran"] == COMM_TYPES[row["path"]]
-        # Both paths run the same op on the same rows, so the outputs must be equal.
+        # vllm-ascend's own path by MC2 runs the ops of our mc2. That both are equal shows nothing; the float64 layer does.
         own_by_mc2 = [row["counts"] for row in rows if row["path"] == OWN and row["ran"] == "MC2"]
         assert bool(own_by_mc2) == (soc == "A3")
-        assert all(row["from_own"] == 0 for row in rows if row["path"] == "mc2" and row["counts"] in own_by_mc2)
     if case == "A3 DP2 bfloat16, ragged":
         document = (ROOT / "docs/ascend.md").read_text(encoding="utf-8")
         for row in reports[0]["rows"]:

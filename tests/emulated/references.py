@@ -55,6 +55,25 @@ def counts_of(ids: torch.Tensor, first: int, end: int) -> list[int]:
     return [int((ids == expert).sum()) for expert in range(first, end)]
 
 
+def sum_of_pairs(
+    rows: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, kind: type[np.floating]
+) -> torch.Tensor:
+    """For each token and k ascending: total + rows[index] * weight, each step rounded to numpy's type `kind`, but nothing for
+    an index that is no row. index and weights are [tokens, k]. float64 gives the exact sums."""
+    values, scales = rows.double().numpy().astype(kind), weights.double().numpy().astype(kind)
+    total = np.zeros((index.shape[0], rows.shape[1]), kind)
+    for token, chosen in enumerate(index.tolist()):
+        for k, row in enumerate(chosen):
+            if 0 <= row < rows.shape[0]:
+                total[token] = total[token] + values[row] * scales[token, k]
+    return torch.from_numpy(total)
+
+
+def half_units(exact: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Half of the distance between neighbours of `dtype` at each value of `exact`, which is float64."""
+    return 2.0 ** exact.abs().clamp_min(torch.finfo(dtype).tiny).log2().floor() * torch.finfo(dtype).eps / 2
+
+
 # --- Roundings ---
 
 

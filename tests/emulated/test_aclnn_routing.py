@@ -6,7 +6,17 @@ import numpy as np
 import pytest
 import torch
 
-from tests.emulated.references import counts_of, distinct_ids, is_undefined, quotient_int8, random_rows, sorted_pairs
+from tests.emulated.references import (
+    counts_of,
+    distinct_ids,
+    half_units,
+    is_undefined,
+    quotient_int8,
+    random_rows,
+    refused,
+    sorted_pairs,
+    sum_of_pairs,
+)
 
 pytestmark = pytest.mark.emulated
 
@@ -250,7 +260,8 @@ def test_finalize_routing(drop_pad_mode: int, extras: bool) -> None:
     generator = torch.Generator().manual_seed(drop_pad_mode)
     rows = random_rows(4, 6, WIDTH) if drop_pad_mode in (1, 3) else random_rows(24, WIDTH)
     flat = rows.reshape(-1, WIDTH)
-    index = torch.randint(-1, 24, (TOKENS, TOP_K), generator=generator, dtype=torch.int32)
+    least = -1 if drop_pad_mode in (1, 3) else 0  # without a capacity, every index is a row
+    index = torch.randint(least, 24, (TOKENS, TOP_K), generator=generator, dtype=torch.int32)
     scales = random_rows(TOKENS, TOP_K, seed=5)
     skip1, skip2, bias = (random_rows(n, WIDTH, seed=6 + i) for i, n in enumerate((TOKENS, TOKENS, EXPERTS)))
     experts = random_ids(11)
@@ -283,9 +294,88 @@ def test_finalize_never_reads_the_rows_of_inactive_experts() -> None:
     rows, index, _, _ = npu.npu_moe_init_routing_v2(
         x.npu(), ids.npu(), expert_num=EXPERTS, expert_tokens_num_flag=True, active_expert_range=[2, 5]
     )
-    out = npu.npu_moe_finalize_routing(rows, None, None, None, torch.ones(TOKENS, TOP_K).npu(), index, None, 2).cpu()
-    active = ((ids >= 2) & (ids < 5)).sum(1, keepdim=True)
-    assert torch.allclose(out, x * active)
+    ones = torch.ones(TOKENS, TOP_K).npu()
+    out = npu.npu_moe_finalize_routing(rows.unsqueeze(1), None, None, None, ones, index, None, 3).cpu()
+    assert torch.equal(out, x * ((ids >= 2) & (ids < 5)).sum(1, keepdim=True))
+
+
+def unpermute_leaves_out(rank: int, num_ranks: int, soc: str) -> None:
+    """Which pairs the chip's kernel leaves out. Row 0 is NaN: reading it shows."""
+    del rank, num_ranks
+    rows = random_rows(PAIRS, WIDTH, dtype=torch.bfloat16)
+    rows[0] = float("nan")
+    index = torch.randint(1, PAIRS, (TOKENS, TOP_K), generator=torch.Generator().manual_seed(3), dtype=torch.int32)
+    weights = random_rows(TOKENS, TOP_K, seed=4)
+    index[::2, 1], index[1, 2] = PAIRS, 2**31 - 1  # past the last row
+    weights[0, 0] = 0
+
+    def check() -> None:
+        out = npu.npu_moe_token_unpermute(rows.npu(), index.flatten().npu(), weights.npu()).cpu()
+        assert torch.equal(out, sum_of_pairs(rows, index, weights, np.float32).bfloat16())
+
+    check()
+    index[0, 0] = -1  # with weight 0
+    check()
+    if soc == "A5":  # moe_finalize_routing_v2's kernel
+        index[2, 0] = -1
+        check()
+        index[0, 0] = 0
+        assert npu.npu_moe_token_unpermute(rows.npu(), index.flatten().npu(), weights.npu())[0].isnan().all()
+    else:
+        index[0, 0] = 0  # a row that the kernel does not read, because of weight 0
+        out = npu.npu_moe_token_unpermute(rows.npu(), index.flatten().npu(), weights.npu()).cpu()
+        rows[0] = 0
+        assert torch.equal(out, sum_of_pairs(rows, index, weights, np.float32).bfloat16())
+        index[2, 0] = -1
+        with pytest.raises(RuntimeError, match=r"(?s)561002.*sorted_indices has the value -1; it must be in 0\.\.20"):
+            npu.npu_moe_token_unpermute(rows.npu(), index.flatten().npu(), weights.npu()).cpu()
+
+
+@pytest.mark.parametrize("soc", ["A2", "A3", "A5"])
+def test_unpermute_leaves_out_what_the_chips_kernel_leaves_out(run_in_ranks, soc: str) -> None:
+    run_in_ranks(unpermute_leaves_out, 1, soc, soc=soc)
+
+
+def sums_of_float16(rank: int, num_ranks: int, soc: str) -> None:
+    """Both ops on the same rows. Only A2's and A3's finalize_routing rounds each product and each sum to float16."""
+    del rank, num_ranks
+    rows, index = random_rows(PAIRS, WIDTH, dtype=torch.float16), torch.randperm(PAIRS).int().view(TOKENS, TOP_K)
+    weights = random_rows(TOKENS, TOP_K, seed=5).half()
+    exact = sum_of_pairs(rows, index, weights, np.float64)
+    unpermuted = npu.npu_moe_token_unpermute(rows.npu(), index.flatten().npu(), weights.npu()).cpu()
+    finalized = npu.npu_moe_finalize_routing(
+        rows.npu(), None, None, None, weights.npu(), index.flatten().npu(), None, 2
+    ).cpu()
+    assert torch.equal(unpermuted, sum_of_pairs(rows, index, weights, np.float32).half())
+    assert ((unpermuted.double() - exact).abs() <= 1.01 * half_units(exact, torch.float16)).all()
+    assert torch.equal(finalized, sum_of_pairs(rows, index, weights, np.float32 if soc == "A5" else np.float16).half())
+    assert ((finalized.double() - exact).abs() > 1.5 * half_units(exact, torch.float16)).any() == (soc != "A5")
+
+
+@pytest.mark.parametrize("soc", ["A2", "A3", "A5"])
+def test_sums_of_float16(run_in_ranks, soc: str) -> None:
+    run_in_ranks(sums_of_float16, 1, soc, soc=soc)
+
+
+def finalize_without_a_row(rank: int, num_ranks: int, soc: str) -> None:
+    del rank, num_ranks
+    rows, index = random_rows(TOKENS, WIDTH), torch.tensor([[0, 1, -1]] * TOKENS, dtype=torch.int32)
+    weights = random_rows(TOKENS, TOP_K, seed=5)
+
+    def finalize() -> torch.Tensor:
+        return npu.npu_moe_finalize_routing(
+            rows.npu(), None, None, None, weights.npu(), index.flatten().npu(), None, 2
+        ).cpu()
+
+    if soc == "A5":
+        assert torch.equal(finalize(), sum_of_pairs(rows, index, weights, np.float32))
+    else:
+        refused("561002.*expanded_src_to_dst_row has the value -1", finalize)
+
+
+@pytest.mark.parametrize("soc", ["A2", "A3", "A5"])
+def test_without_a_capacity_finalize_routing_takes_a_pair_without_a_row_on_a5_only(run_in_ranks, soc: str) -> None:
+    run_in_ranks(finalize_without_a_row, 1, soc, soc=soc)
 
 
 def test_finalize_routing_refuses_by_name() -> None:
@@ -411,8 +501,8 @@ def replicas_and_pruning(rank: int, num_ranks: int) -> None:
 def indices_found_bad_on_the_device(rank: int, num_ranks: int) -> None:
     del rank, num_ranks
     rows = random_rows(4, WIDTH)
-    with pytest.raises(RuntimeError, match=r"(?s)561002.*sorted_indices has the value 9; it must be in 0\.\.3"):
-        npu.npu_moe_token_unpermute(rows.npu(), torch.tensor([0, 1, 2, 9], dtype=torch.int32).npu())
+    with pytest.raises(RuntimeError, match=r"(?s)561002.*sorted_indices has the value -2; it must be in 0\.\.3"):
+        npu.npu_moe_token_unpermute(rows.npu(), torch.tensor([0, 1, -2, 9], dtype=torch.int32).npu())
     index = torch.tensor([0, 1, 2, -2], dtype=torch.int32).npu()
     with pytest.raises(RuntimeError, match=r"(?s)561002.*expanded_src_to_dst_row has the value -2"):
         npu.npu_moe_finalize_routing(rows.npu(), None, None, None, None, index, None, 2)

@@ -28,6 +28,7 @@ from tests.emulated.references import (
     random_rows,
     small_integers,
     sorted_pairs,
+    sum_of_pairs,
     through_int8_groups,
 )
 
@@ -593,9 +594,13 @@ def check_init_routing(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
         wanted = torch.tensor(by_expert)
         same(counts, wanted if drawn["tokens_num_type"] == 1 else wanted.cumsum(0))
     if drawn["quant_mode"] == -1 and drawn["row_idx_type"] == 0:
-        out = npu.npu_moe_finalize_routing(rows, None, None, None, weights.to(x.dtype).npu(), index, None, 2)
-        here = (ids >= first) & (ids < end)
-        same(out, weighted_sum(x, torch.where(here, weights.to(x.dtype).float(), 0.0), x.dtype))
+        scales, of_pair = weights.to(x.dtype), index.cpu().view(ids.shape)
+        out = npu.npu_moe_finalize_routing(rows.unsqueeze(1), None, None, None, scales.npu(), index, None, 3)
+        kind = np.float16 if x.dtype == torch.float16 else np.float32
+        same(out, sum_of_pairs(rows.cpu(), of_pair, scales, kind).to(x.dtype))
+        past = torch.where(index < 0, rows.shape[0], index)
+        out = npu.npu_moe_token_unpermute(rows, past, weights.npu())
+        same(out, sum_of_pairs(rows.cpu(), of_pair, weights, np.float32).to(x.dtype))
 
 
 def check_re_routing(rank: int, size: int, drawn: dict[str, Any]) -> None:

@@ -1,4 +1,5 @@
-"""The C++ operators on HCCL, beside the same transport through torch.distributed: same bits, same counts, on real ranks."""
+"""The C++ operators on HCCL, beside what must arrive and beside the same transport through torch.distributed: same bits, same
+counts, on real ranks."""
 
 import logging
 import os
@@ -75,13 +76,14 @@ def sizes_of(t: Transport) -> Iterator[list[int]]:
 
 
 def gathers(t: HcclTransport) -> None:
+    layouts = ((5, torch.float16), (3, torch.float32), (1, torch.int8), (3, torch.int32), (2, torch.int64))
     for sizes in sizes_of(t):
-        own = sizes[t.rank]
-        fields = [any_rows(t.rank, own, width, dtype) for width, dtype in
-                  ((5, torch.float16), (3, torch.float32), (1, torch.int8), (3, torch.int32), (2, torch.int64))]  # fmt: skip
+        of_ranks = [[any_rows(rank, size, *layout) for layout in layouts] for rank, size in enumerate(sizes)]
+        fields = of_ranks[t.rank]
         before = [field.clone() for field in fields]
         first, second = (each.gather_tokens(fields, sizes) for each in pair(t))
-        assert [each.shape[0] for each in first] == [sum(sizes)] * len(fields)
+        wanted = [torch.cat(parts) for parts in zip(*of_ranks, strict=True)]
+        assert all(same_bits(a, b) for a, b in zip(first, wanted, strict=True))
         assert all(same_bits(a, b) for a, b in zip(first, second, strict=True))
         for field, as_it_was in zip(fields, before, strict=True):
             assert same_bits(field, as_it_was)
@@ -93,6 +95,8 @@ def scatters(t: HcclTransport) -> None:
         for dtype in (torch.float16, torch.float32, torch.int16, torch.int32, torch.int64):
             rows = any_rows(t.rank, sum(sizes), 6, dtype)
             first, second = (each.reduce_scatter(rows, sizes) for each in pair(t))
+            wanted = sum(any_rows(rank, sum(sizes), 6, dtype) for rank in range(t.size))
+            torch.testing.assert_close(first, wanted.split(sizes)[t.rank], rtol=0, atol=0, equal_nan=True)
             torch.testing.assert_close(first, second, rtol=0, atol=0, equal_nan=True)
             finite = rows[:, :3].nan_to_num(0) + 0.1 if dtype.is_floating_point else rows
             assert same_bits(*(each.reduce_scatter(finite, sizes) for each in pair(t)))
@@ -103,11 +107,20 @@ def exchanges(t: HcclTransport) -> None:
         matrix = torch.randint(0, 4, (t.size, t.size), generator=seeded(seed), device="cpu")
         matrix *= torch.tensor([seed > 0, seed != 1, True, True], device="cpu")[: t.size]  # nobody sends to some ranks
         sent, received = matrix[t.rank], matrix[:, t.rank].tolist()
-        fields = [any_rows(t.rank, int(sent.sum()), *field) for field in ((9, torch.float16), (2, torch.int32))]
+        of_ranks = [
+            [any_rows(rank, int(row.sum()), *field) for field in ((9, torch.float16), (2, torch.int32))]
+            for rank, row in enumerate(matrix)
+        ]
+        fields = of_ranks[t.rank]
+        wanted = [
+            torch.cat([part.split(row.tolist())[t.rank] for part, row in zip(parts, matrix, strict=True)])
+            for parts in zip(*of_ranks, strict=True)
+        ]
         results = [each.exchange_tokens(fields, sent.to(fields[0].device)) for each in pair(t)]
         for rows, sent_rows, received_rows in results:
             assert (sent_rows, received_rows) == (sent.tolist(), received)
             assert [tuple(each.shape) for each in rows] == [(sum(received), 9), (sum(received), 2)]
+        assert all(same_bits(a, b) for a, b in zip(results[0][0], wanted, strict=True))
         assert all(same_bits(a, b) for a, b in zip(results[0][0], results[1][0], strict=True))
         assert same_bits(*(each.all_to_all(fields[0], sent.tolist(), received) for each in pair(t)))
 
@@ -141,6 +154,8 @@ def outputs_and_counts(rank: Rank, grid: tuple[int, int], strategies: list[str])
                 hidden_states, weights, ids, lambda rows, *_: rows * 2, step
             )
             results.append((output.hidden_states, counter.calls, counter.bytes_sent))
+        x, sums = hidden_states.cpu().double(), weights.cpu().double().sum(1, keepdim=True)
+        torch.testing.assert_close(results[0][0].cpu().double(), 2 * sums * x, rtol=4 * 2**-11, atol=1e-6)
         assert same_bits(results[0][0], results[1][0]), strategy
         assert results[0][1:] == results[1][1:], strategy
 

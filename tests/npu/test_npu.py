@@ -38,7 +38,7 @@ def routing_ops(rank: Rank) -> None:
     x = torch.randn(TOKENS, HIDDEN, generator=generator).bfloat16()
     ids = distinct_ids(TOKENS, TOP_K, 2 * EXPERTS, generator)
     local = torch.where(ids < EXPERTS, ids, -1)
-    weights = torch.rand(TOKENS, TOP_K, generator=generator).bfloat16()
+    weights = torch.rand(TOKENS, TOP_K, generator=generator)
     ops = ops_of(torch.empty(0, device=rank.device))
     wanted = portable_ops.init_routing(x, local, EXPERTS)
     routed = ops.init_routing(x.to(rank.device), local.to(rank.device), EXPERTS)

@@ -224,15 +224,19 @@ def test_routing_that_fits_is_accepted(changes):
             "topk_ids lie in [-1, 7]; with 8 experts they must lie in [0, 7]",
         ),
         (
-            {"topk_ids": torch.tensor([[0, 7], [3, 3], [2, 6]])},
-            "topk_ids row 1 is [3, 3]: an expert may stand only once in a row",
+            {"topk_ids": torch.tensor([[0, 7], [3, 3], [2, 6]]), "distinct_for": "mc2"},
+            "topk_ids row 1 is [3, 3]: mc2 takes an expert only once in a row",
         ),
         (
             {"topk_ids": torch.tensor([[0, 7], [1, 8], [9, 9]]), "mask": torch.tensor([True, True, False])},
             "topk_ids lie in [0, 8]",
         ),
         (
-            {"topk_ids": torch.tensor([[0, 7], [4, 4], [9, 9]]), "mask": torch.tensor([True, True, False])},
+            {
+                "topk_ids": torch.tensor([[0, 7], [4, 4], [9, 9]]),
+                "mask": torch.tensor([True, True, False]),
+                "distinct_for": "mc2",
+            },
             "topk_ids row 1 is [4, 4]",
         ),
     ],
@@ -245,7 +249,7 @@ def test_routing_that_does_not_fit_is_refused_with_what_it_is_and_what_it_must_b
 def test_a_repeated_expert_is_found_when_the_two_are_not_neighbours():
     ids = torch.tensor([[0, 1, 2], [5, 3, 5]])
     with pytest.raises(InvalidInputError, match=re.escape("row 1 is [5, 3, 5]")):
-        check_topk(torch.zeros(2, 4), torch.ones(2, 3), ids, 8)
+        check_topk(torch.zeros(2, 4), torch.ones(2, 3), ids, 8, distinct_for="mc2")
 
 
 def test_values_on_an_accelerator_are_not_read():

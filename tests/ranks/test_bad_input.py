@@ -69,11 +69,6 @@ class TestEveryStrategy:
         ids[1, 0] = bad_id
         raises(strategy, InvalidInputError, "must lie in \\[0, 3\\]", hidden_states, weights, ids)
 
-    def test_refuses_an_expert_that_stands_twice_in_a_row(self, strategy):
-        hidden_states, weights, ids = inputs()
-        ids[2] = 1
-        raises(strategy, InvalidInputError, "an expert may stand only once", hidden_states, weights, ids)
-
     def test_refuses_ids_that_are_not_integers(self, strategy):
         hidden_states, weights, ids = inputs()
         raises(strategy, InvalidInputError, "int32 or int64", hidden_states, weights, ids.float())

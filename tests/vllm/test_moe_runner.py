@@ -289,6 +289,34 @@ def test_a_model_that_reduces_itself_counts_nothing_twice(ranks: VllmRanks, grid
     ranks.run(run_without_final_reduction, grid, Layout(grid), shared)
 
 
+def storages_of(tensors: tuple[torch.Tensor, ...]) -> set[int]:
+    return {each.untyped_storage().data_ptr() for each in tensors}
+
+
+def run_for_storages(grid: Grid, layout: Layout, shared: bool) -> None:
+    from vllm_npu.plugin.step_planner import planner_of
+
+    config = make_config(grid)
+    layer = build_layer(grid, config, shared=shared, sequence_parallel=layout.sequence_parallel)
+    for strategy in layout.strategies:
+        planner_of(config).propose(strategy)
+        counts = counts_of(grid)[0]
+        tokens = Tokens.random(layout, grid, counts, torch.float32)
+        inputs = (tokens.hidden_states, tokens.router_logits)
+        with vllm_step(grid, config, counts):
+            returned = layer._forward_impl(*inputs, tokens.hidden_states if shared else None)
+        outputs = returned if shared else (returned,)
+        assert len(storages_of(outputs)) == len(outputs), (strategy, "both outputs are views of one storage")
+        assert not storages_of(outputs) & storages_of(inputs), (strategy, "an output is the input's memory")
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["routed", "shared"])
+@pytest.mark.parametrize("layout", [Layout(TP2), Layout(TP2_DP2), Layout(TP2_DP2, sequence_parallel=True)], ids=str)
+def test_outputs_of_the_layers_op_share_no_memory(ranks: VllmRanks, layout, shared):  # noqa: F811
+    """By the schemas of vLLM's ops moe_forward and moe_forward_shared, their outputs alias nothing."""
+    ranks.run(run_for_storages, layout.grid, layout, shared)
+
+
 # ------------------------------------------------------------------------------------------------- collectives
 
 

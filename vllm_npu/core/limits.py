@@ -279,7 +279,18 @@ class DeviceLimits:
     all2all: bool = True
     symmetric: SymmetricLimits | None = None  # None: the ranks share no memory
     uneven_collectives: bool = False  # has HcclAllGatherV and HcclReduceScatterV between ranks of one server
-    routing_ops: bool = True  # has npu_moe_init_routing_v2 with a range of experts, and npu_moe_finalize_routing
+    routing_ops: bool = True
+    """Whether the chips have npu_moe_init_routing_v2 with a range of experts, and npu_moe_token_unpermute.
+
+    npu_moe_token_unpermute adds the experts' rows up, and not npu_moe_finalize_routing, as in vllm-ascend (AllGatherCommImpl in
+    ops/fused_moe/moe_comm_method.py of 0.23.0.post1: npu_moe_finalize_routing "will lead to accuracy issues"). The sources of
+    both kernels (moe/ of CANN's ops-transformer) show two reasons on A2 and A3:
+    - npu_moe_finalize_routing adds float16 rows up in float16. npu_moe_token_unpermute always adds up in float32.
+    - In drop_pad_mode 0 and 2, npu_moe_finalize_routing multiplies an old row where an index is -1. Pairs of experts on other
+      ranks have this index. SGLang found this too (its pull request 40705).
+    npu_moe_token_unpermute leaves out an index past the last row, and on A2 and A3 every pair of weight 0. On A5, it calls
+    npu_moe_finalize_routing's kernel for A5, which adds up in float32, and leaves out -1 and indices past the last row.
+    """
     update_expert: bool = False  # has npu_moe_update_expert
     captures: tuple[str, ...] = ()  # strategies without host syncs, which a graph can capture
 
@@ -308,6 +319,9 @@ class DeviceLimits:
         return {name: limits.max_tokens_per_rank for name, limits in limited.items() if limits is not None}
 
 
+UNPERMUTE_MAX_TOP_K = 512
+"""Most rows that npu_moe_token_unpermute adds up for a token. Source: CANN's document of aclnnMoeTokenUnpermute."""
+
 PORTABLE = DeviceLimits(family="no NPU", mc2=PORTABLE_MC2)
 NVLINK = DeviceLimits(family="GPUs of one host", mc2=PORTABLE_MC2, symmetric=SYMMETRIC, captures=("symmetric",))
 # The routing ops return the same number of rows for any routing. all2all always reads its split sizes on the host.
@@ -333,7 +347,8 @@ DEVICES = {
         socs=("Ascend910_93",),
         captures=_NPU_CAPTURES,
     ),
-    # vllm-ascend 0.23 has all-gather only for 310P. op-plugin's documents of both routing ops do not name 310P.
+    # vllm-ascend 0.23 has all-gather only for 310P. op-plugin's document of npu_moe_token_unpermute does not name 310P. CANN's
+    # does, without bfloat16, and only for hidden sizes that 128 divides.
     "310P": DeviceLimits(
         family="310P", mc2=None, all2all=False, uneven_collectives=True, routing_ops=False, socs=("Ascend310P",)
     ),

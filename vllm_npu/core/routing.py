@@ -16,10 +16,13 @@ def check_topk(
     topk_ids: torch.Tensor,  # [num_tokens, top_k] int32 or int64, global expert ids
     num_experts: int,
     mask: torch.Tensor | None = None,  # [num_tokens] bool: rows that are tokens; None: all rows
+    *,
+    distinct_for: str | None = None,  # name of the strategy that takes an expert only once in a row; None: any number
 ) -> None:
-    """Raise InvalidInputError unless the shapes fit, the ids lie in [0, num_experts), and the ids of a row are distinct.
+    """Raise InvalidInputError unless the shapes fit, and the ids lie in [0, num_experts).
 
-    Ids are checked on a CPU only. On an accelerator the check would cost a host sync in each layer.
+    An expert may stand several times in a row, as in vLLM's own experts: its weights in the row add up. With distinct_for it
+    is an InvalidInputError too. Ids are checked on a CPU only. On an accelerator the check would cost a host sync a layer.
     """
     if hidden_states.dim() != 2:
         raise InvalidInputError(
@@ -43,12 +46,15 @@ def check_topk(
             f"topk_ids lie in [{int(topk_ids.min())}, {int(topk_ids.max())}]; with {num_experts} experts they must lie in "
             f"[0, {num_experts - 1}]"
         )
+    if distinct_for is None:
+        return
     ordered = topk_ids.sort(dim=1).values
     repeated = (ordered[:, 1:] == ordered[:, :-1]).any(dim=1)
     if bool(repeated.any()):
         row = int(repeated.nonzero()[0])
         raise InvalidInputError(
-            f"topk_ids row {row} is {topk_ids[row].tolist()}: an expert may stand only once in a row"
+            f"topk_ids row {row} is {topk_ids[row].tolist()}: {distinct_for} takes an expert only once in a row, as "
+            "Ascend's op does; use all2all or allgather, which add the weights up"
         )
 
 

@@ -10,7 +10,7 @@ from weakref import WeakValueDictionary
 
 import torch
 
-from vllm_npu.core.limits import BalanceMode, DeviceLimits, MC2Limits, MoELayer
+from vllm_npu.core.limits import UNPERMUTE_MAX_TOP_K, BalanceMode, DeviceLimits, MC2Limits, MoELayer
 from vllm_npu.device import portable_ops
 from vllm_npu.device.portable_ops import DistributeDispatchOutput, InitRoutingOutput
 from vllm_npu.errors import InvalidInputError, UnsupportedConfigError
@@ -35,7 +35,6 @@ DISTRIBUTE_OPS = {  # by version, newest first
 # more, since nobody can combine then.
 _UNCOMBINED: "WeakValueDictionary[str, torch.Tensor]" = WeakValueDictionary()
 COUNTS = 1  # group_list_type and expert_token_nums_type: a count of rows for each expert, not prefix sums
-TOKEN_MAJOR_WITH_DROPPED_ROWS = 3  # drop_pad_mode with rows [E, C, H]; the only mode whose indices may be -1
 
 
 @cache
@@ -90,16 +89,19 @@ def init_routing(
 def finalize_routing(
     rows: torch.Tensor, row_of_pair: torch.Tensor, weights: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """portable_ops.finalize_routing by npu_moe_finalize_routing. The op needs weights of the rows' dtype, so they are rounded.
-    LOCAL. Host sync: no. Graph capture: yes."""
-    if not device_limits().routing_ops:
+    """portable_ops.finalize_routing by npu_moe_token_unpermute, which adds up in float32 and takes float32 weights.
+
+    limits.DeviceLimits.routing_ops says why it is not npu_moe_finalize_routing. LOCAL. Host sync: no, but for more columns than
+    UNPERMUTE_MAX_TOP_K yes. Graph capture: yes where there is no host sync.
+    """
+    if not device_limits().routing_ops or row_of_pair.shape[1] > UNPERMUTE_MAX_TOP_K:
         return portable_ops.finalize_routing(rows, row_of_pair, weights)
     if row_of_pair.numel() == 0 or rows.shape[0] == 0:
         return rows.new_zeros((row_of_pair.shape[0], rows.shape[1]))
-    scales = rows.new_ones(row_of_pair.shape) if weights is None else weights.to(rows.dtype)
-    summed: torch.Tensor = torch_npu.npu_moe_finalize_routing(
-        rows.unsqueeze(1), None, None, None, scales, row_of_pair.int().flatten(), None, TOKEN_MAJOR_WITH_DROPPED_ROWS
-    )
+    # The kernels of all chips leave out an index past the last row. -1 they read, or not, or refuse: see limits.
+    index = torch.where(row_of_pair < 0, rows.shape[0], row_of_pair).int()
+    probs = rows.new_ones(index.shape, dtype=torch.float32) if weights is None else weights
+    summed: torch.Tensor = torch_npu.npu_moe_token_unpermute(rows, index.flatten(), probs)
     return summed
 
 

@@ -2,7 +2,10 @@
 // expert-major.
 //
 // Contracts: op-plugin's documents of npu_moe_token_permute, npu_moe_token_unpermute, npu_moe_finalize_routing and
-// npu_moe_re_routing. The types of npu_moe_finalize_routing are in CANN 8.5's document of aclnnMoeFinalizeRoutingV2.
+// npu_moe_re_routing. The types of npu_moe_finalize_routing are in CANN 8.5's document of aclnnMoeFinalizeRoutingV2. The
+// documents do not say in which type rows are added up, and what happens with an index of no row. For this the source is
+// the kernels of moe_token_unpermute and moe_finalize_routing_v2 in CANN's ops-transformer. On Ascend950 both ops run one
+// kernel.
 #include "op.h"
 #include "undefined.h"
 
@@ -20,18 +23,22 @@ at::Tensor inverse_permutation(const at::Tensor& order) {
   return inverse;
 }
 
-// Returns the rows of `source` at `index` in float32, and zeros for index -1. An index must be in [least, rows of
-// source).
-at::Tensor rows_at(const at::Tensor& source, const at::Tensor& index, int64_t least, const char* name) {
-  const int64_t num_rows = source.size(0);
-  const at::Tensor bad = (index < least).logical_or(index >= num_rows);
+bool is_a5() { return current_soc().family == Family::kA5; }
+
+// Raises a refusal where an index is in neither [least, most) nor `ignored`.
+void require_rows(const at::Tensor& index, int64_t least, int64_t most, const at::Tensor& ignored, const char* name) {
+  const at::Tensor bad = (index < least).logical_or(index >= most).logical_and(ignored.logical_not());
   if (bad.any().item<bool>()) {
     refuse(Code::kUnusable, name, " has the value ", index.masked_select(bad)[0].item<int64_t>(), "; it must be in ",
-           least, "..", num_rows - 1);
+           least, "..", most - 1);
   }
-  if (num_rows == 0) return at::zeros({index.size(0), source.size(1)}, at::kFloat);
-  const at::Tensor rows = source.index_select(0, index.clamp_min(0)).to(at::kFloat);
-  return at::where(index.unsqueeze(-1) >= 0, rows, 0.0F);
+}
+
+// Returns the rows of `source` at `index` in `type`, and zeros where `skipped`.
+at::Tensor rows_at(const at::Tensor& source, const at::Tensor& index, const at::Tensor& skipped, at::ScalarType type) {
+  if (source.size(0) == 0) return at::zeros({index.size(0), source.size(1)}, type);
+  const at::Tensor rows = source.index_select(0, at::where(skipped, 0, index)).to(type);
+  return at::where(skipped.unsqueeze(-1), at::zeros({}, type), rows);
 }
 
 Plan permute(at::Tensor tokens, at::Tensor indices, int64_t num_out_tokens, bool padded_mode, at::Tensor permuted,
@@ -52,33 +59,46 @@ Plan permute(at::Tensor tokens, at::Tensor indices, int64_t num_out_tokens, bool
   };
 }
 
-// Adds in float32 with k ascending, and rounds after the multiply and after the add.
+// Adds in float32 with k ascending, and rounds after the multiply and after the add. An index past the last row is left
+// out. A2 and A3 leave out pairs of weight 0 too, and read memory in front of the rows for a negative index of another
+// pair. Ascend950 leaves out index -1.
 Plan unpermute(at::Tensor permuted, at::Tensor sorted_indices, OptionalTensor probs, bool padded_mode,
                std::vector<int64_t> /*restore_shape: only for padded_mode*/, at::Tensor unpermuted) {
   require(!padded_mode, "padded_mode=true is not emulated");
   require_dimensions(permuted, "permuted_tokens", 2);
   require_dimensions(sorted_indices, "sorted_indices", 1);
+  require_dtype(permuted, "permuted_tokens", {at::kHalf, at::kBFloat16, at::kFloat});
   require_dtype(sorted_indices, "sorted_indices", {at::kInt});
   if (probs) {
     require_dimensions(*probs, "probs", 2);
+    require_dtype(*probs, "probs", {at::kHalf, at::kBFloat16, at::kFloat});
     require(probs->numel() == sorted_indices.numel(), "probs has the shape ", probs->sizes(),
             " and sorted_indices has ", sorted_indices.numel(), " entries");
   }
   const int64_t top_k = probs ? probs->size(1) : 1;
   require(top_k <= kMaxTopK, "probs has ", top_k, " experts a token; at most ", kMaxTopK);
   return [=] {
-    const at::Tensor index = sorted_indices.to(at::kLong).view({-1, top_k});
+    const at::Tensor indices = sorted_indices.to(at::kLong).view({-1, top_k});
     at::Tensor total = at::zeros(unpermuted.sizes(), at::kFloat);
     for (int64_t k = 0; k < top_k; ++k) {
-      at::Tensor rows = rows_at(permuted, index.select(1, k), /*least=*/0, "sorted_indices");
-      if (probs) rows = rows * probs->select(1, k).unsqueeze(-1).to(at::kFloat);
-      total = total + rows;
+      const at::Tensor index = indices.select(1, k);
+      at::Tensor skipped = index >= permuted.size(0);
+      if (is_a5()) {
+        skipped = skipped.logical_or(index == -1);
+      } else if (probs) {
+        skipped = skipped.logical_or(probs->select(1, k) == 0);
+      }
+      require_rows(index, 0, permuted.size(0), skipped, "sorted_indices");
+      const at::Tensor rows = rows_at(permuted, index, skipped, at::kFloat);
+      const at::Tensor addend = probs ? rows * probs->select(1, k).unsqueeze(-1).to(at::kFloat) : rows;
+      total = total + at::where(skipped.unsqueeze(-1), 0.0F, addend);
     }
     unpermuted.copy_(total);
   };
 }
 
-// All tensors must have the rows' type. Only with bfloat16 rows, the scales may be float32.
+// All tensors must have the rows' type. Only with bfloat16 rows, the scales may be float32. On Ascend950 the scales may
+// have any of the three types.
 void check_finalize_types(const at::Tensor& rows, const OptionalTensor& skip1, const OptionalTensor& skip2,
                           const OptionalTensor& bias, const OptionalTensor& scales) {
   const at::ScalarType type = rows.scalar_type();
@@ -86,10 +106,17 @@ void check_finalize_types(const at::Tensor& rows, const OptionalTensor& skip1, c
   if (skip1) require_dtype(*skip1, "skip1", {type});
   if (skip2) require_dtype(*skip2, "skip2", {type});
   if (bias) require_dtype(*bias, "bias", {type});
+  if (scales && is_a5()) {
+    require_dtype(*scales, "scales", {at::kHalf, at::kBFloat16, at::kFloat});
+    return;
+  }
   const bool is_mixed = type == at::kBFloat16 && scales && scales->scalar_type() == at::kFloat;
   if (scales && !is_mixed) require_dtype(*scales, "scales", {type});
 }
 
+// Adds with k ascending, and rounds after each multiply and add: float16 rows in float16 on A2 and A3, all others in
+// float32. -1 is an index of no row. On A2 and A3 it needs a drop_pad_mode with a capacity: without, the kernel multiplies
+// whatever row is in its buffer.
 Plan finalize_routing(at::Tensor rows, at::Tensor source_to_row, OptionalTensor skip1, OptionalTensor skip2,
                       OptionalTensor bias, OptionalTensor scales, OptionalTensor expert_of_source,
                       int64_t drop_pad_mode, at::Tensor out) {
@@ -115,17 +142,23 @@ Plan finalize_routing(at::Tensor rows, at::Tensor source_to_row, OptionalTensor 
     const at::Tensor flat_rows = rows.flatten(0, rows.dim() - 2);
     const at::Tensor index = source_to_row.to(at::kLong).view(token_major ? at::IntArrayRef({num_tokens, top_k})
                                                                           : at::IntArrayRef({top_k, num_tokens}));
-    at::Tensor total = at::zeros(out.sizes(), at::kFloat);
-    if (skip1) total = total + skip1->to(at::kFloat);
-    if (skip2) total = total + skip2->to(at::kFloat);
+    const at::ScalarType type = is_a5() || rows.scalar_type() != at::kHalf ? at::kFloat : at::kHalf;
+    const int64_t least = has_capacity || is_a5() ? -1 : 0;
+    at::Tensor total = at::zeros(out.sizes(), type);
+    if (skip1) total = total + skip1->to(type);
+    if (skip2) total = total + skip2->to(type);
     for (int64_t k = 0; k < top_k; ++k) {
-      at::Tensor addend =
-          rows_at(flat_rows, index.select(token_major ? 1 : 0, k), /*least=*/-1, "expanded_src_to_dst_row");
+      const at::Tensor row = index.select(token_major ? 1 : 0, k);
+      const at::Tensor skipped = row == -1;
+      require_rows(row, least, flat_rows.size(0), at::zeros_like(skipped), "expanded_src_to_dst_row");
+      at::Tensor addend = rows_at(flat_rows, row, skipped, type);
       if (bias) {
         const at::Tensor experts = expert_of_source->select(1, k).to(at::kLong);
-        addend = addend + rows_at(*bias, experts, /*least=*/0, "export_for_source_row");
+        const at::Tensor none = at::zeros_like(skipped);
+        require_rows(experts, 0, bias->size(0), none, "export_for_source_row");
+        addend = addend + rows_at(*bias, experts, none, type);
       }
-      if (scales) addend = addend * scales->select(1, k).unsqueeze(-1).to(at::kFloat);
+      if (scales) addend = addend * scales->select(1, k).unsqueeze(-1).to(type);
       total = total + addend;
     }
     out.copy_(total);

@@ -180,7 +180,12 @@ class CpuMoERunner(MoERunner):
             elif routed_is_complete:
                 shared = tp.all_reduce(shared)
             else:
-                # Flattened, because shared and routed outputs of a latent MoE differ in width.
-                sums = tp.all_reduce(torch.cat([shared.flatten(), routed.flatten()]))
-                shared, routed = sums[: shared.numel()].view_as(shared), sums[shared.numel() :].view_as(routed)
+                # Flattened, because shared and routed outputs of a latent MoE differ in width. Cloned, because the outputs of
+                # vLLM's op must not be views of one storage.
+                sums = tp.all_reduce(torch.cat([shared.flatten(), routed.flatten()])).split(
+                    [shared.numel(), routed.numel()]
+                )
+                shared, routed = (
+                    part.view_as(whole).clone() for part, whole in zip(sums, (shared, routed), strict=True)
+                )
         return routed if shared is None else (shared, routed)

@@ -31,7 +31,7 @@ class RoutedTokens:
 
     hidden_states: torch.Tensor  # [num_tokens, hidden_size]; int8 where there are dynamic_scales
     topk_weights: torch.Tensor  # [num_tokens, top_k] float32
-    topk_ids: torch.Tensor  # [num_tokens, top_k] int32 or int64, global expert ids, distinct in a row
+    topk_ids: torch.Tensor  # [num_tokens, top_k] int32 or int64, global expert ids; weights of one id in a row add up
     dynamic_scales: torch.Tensor | None = None  # [num_tokens, 1] float32, of rows that prepare gathered as int8
     mask: torch.Tensor | None = None  # [num_tokens] bool, True for real tokens, which come first; None: all are real
     max_rows: int | None = None  # the most num_tokens of any rank, where ranks differ; None: all ranks have the same
@@ -49,9 +49,11 @@ class RoutedTokens:
             max_rows=prepared.max_rows,
         )
 
-    def check(self, num_experts: int, *, takes_mask: bool = False) -> None:
+    def check(self, num_experts: int, *, takes_mask: bool = False, distinct_for: str | None = None) -> None:
         """Raise InvalidInputError where check_topk does, for a mask unless takes_mask, and for a mask beside max_rows."""
-        check_topk(self.hidden_states, self.topk_weights, self.topk_ids, num_experts, self.mask)
+        check_topk(
+            self.hidden_states, self.topk_weights, self.topk_ids, num_experts, self.mask, distinct_for=distinct_for
+        )
         if self.mask is not None and not takes_mask:
             raise InvalidInputError("a mask is for strategies of fixed shapes; bring the rows that are tokens only")
         if self.mask is not None and self.max_rows is not None:

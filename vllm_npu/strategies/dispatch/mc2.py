@@ -30,12 +30,13 @@ class MC2Dispatcher(Dispatcher):
     """Either all ranks bring the same number of rows, or tokens.max_rows is set and no row is masked.
 
     MC2PrepareAndFinalize brings such rows. The op itself makes int8 rows. On NPUs the two ops must alternate on a group: a
-    second dispatch before the combine of the first raises InvalidInputError.
+    second dispatch before the combine of the first raises InvalidInputError. The ids of a row must be distinct (op-plugin's
+    document of npu_moe_distribute_dispatch_v2). On a CPU this is checked; on NPUs the result is undefined.
     """
 
     def dispatch(self, tokens: RoutedTokens) -> Dispatched:
         """Run distribute_dispatch. COLLECTIVE over ep: one. Host sync: no. Graph capture: yes."""
-        tokens.check(self.placement.num_experts, takes_mask=True)
+        tokens.check(self.placement.num_experts, takes_mask=True, distinct_for="mc2")
         global_bs = (tokens.max_rows or 0) * self.placement.ep_size
         output = ops_of(tokens.hidden_states).distribute_dispatch(
             tokens.hidden_states,

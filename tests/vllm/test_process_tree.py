@@ -4,10 +4,12 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
 from tests.time_limits import PATIENCE_SECONDS
+from vllm_npu.tools.engines import start_watch
 from vllm_npu.tools.engines.process_tree import SHARED_MEMORY_FOLDER, ProcessTree, mapped_shared_memory
 
 # The program makes a semaphore and a segment in /dev/shm. It maps the semaphore under a name that no longer exists, and the
@@ -42,3 +44,26 @@ def test_a_tree_that_ends_leaves_neither_processes_nor_shared_memory(asked_first
     assert tree.members() == []
     assert not any(path.exists() for path in made)
     tree.stop(grace_seconds=0)  # again: nothing to do
+
+
+def test_a_worker_that_ends_is_named_although_its_server_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes with vLLM's names. A worker that lives, and processes of other names that end, are no failure."""
+    monkeypatch.setattr(start_watch, "OWN_END_SECONDS", 1.0)
+    workers = "(exec -a VLLM::Worker_DP0_EP0 sleep 600) & (exec -a VLLM::Worker_DP1_EP1 sleep 600) &"
+    script = f"{workers} sleep 0.1; echo ready; wait; :"
+    tree = ProcessTree(["bash", "-c", script], environment=os.environ, stdout=subprocess.PIPE)
+    try:
+        assert tree.process.stdout is not None
+        assert tree.process.stdout.readline() == b"ready\n"
+        watch = start_watch.StartWatch(tree)
+        give_up = time.monotonic() + PATIENCE_SECONDS
+        while len(found := watch.workers()) < 2 and time.monotonic() < give_up:
+            time.sleep(0.05)
+        assert watch.failure() is None
+        os.kill(found["VLLM::Worker_DP1_EP1"], signal.SIGKILL)
+        while (failure := watch.failure()) is None and time.monotonic() < give_up:
+            time.sleep(0.05)
+        assert failure == "VLLM::Worker_DP1_EP1 ended while the server started, and the server did not end"
+        assert tree.process.poll() is None
+    finally:
+        tree.stop(grace_seconds=0)

@@ -33,7 +33,7 @@ from vllm_npu.tools.engines.http_engine import ask_server, wait_for_health
 from vllm_npu.tools.engines.process_tree import ProcessTree
 from vllm_npu.tools.engines.tiny_models import DEMO_MAX_TOKENS, QWEN3_MOE, demo_prompts, write_tiny_model
 
-START_SECONDS = 1800.0  # the machine may be busy with other programs
+START_SECONDS = ANSWER_SECONDS = 1800.0  # the machine may be busy with other programs
 SAMPLE_SECONDS, SAMPLES_A_LINE = 10.0, 30
 CLIENTS = 8
 WARM_UP_SHARE = 0.2
@@ -109,7 +109,9 @@ class Load:
     def _ask(self, prompt: list[int], max_tokens: int) -> list[int]:
         body = {"model": "tiny", "prompt": prompt, "max_tokens": max_tokens, "temperature": 0}
         body |= {"ignore_eos": True, "return_token_ids": True}
-        token_ids = json.loads(ask_server(self._port, "/v1/completions", body, 120.0))["choices"][0]["token_ids"]
+        token_ids = json.loads(ask_server(self._port, "/v1/completions", body, ANSWER_SECONDS))["choices"][0][
+            "token_ids"
+        ]
         if len(token_ids) != max_tokens:
             raise ValueError(f"{len(token_ids)} tokens for {max_tokens}")
         return [int(token) for token in token_ids]

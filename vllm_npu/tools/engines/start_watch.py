@@ -19,19 +19,19 @@ class StartWatch:
 
     def __init__(self, tree: ProcessTree) -> None:
         self._tree = tree
-        self._seen: dict[str, int] = {}
+        self._seen: dict[int, str] = {}
         self._first_end: float | None = None
 
-    def workers(self) -> dict[str, int]:
-        """The id of each engine core and worker that lives, by the name that vLLM gave it. About 10 ms."""
-        found = {_title(pid): pid for pid in self._tree.members()}
-        return {title: pid for title, pid in found.items() if any(part in title for part in TITLES)}
+    def workers(self) -> dict[int, str]:
+        """The name of each engine core and worker that lives, by its id: a process changes its name. About 10 ms."""
+        found = {pid: _title(pid) for pid in self._tree.members()}
+        return {pid: title for pid, title in found.items() if any(part in title for part in TITLES)}
 
     def failure(self) -> str | None:
         """A sentence about processes that had ended OWN_END_SECONDS ago; None while there is no such process."""
         alive = self.workers()
         self._seen |= alive
-        ended = sorted(self._seen.keys() - alive.keys())
+        ended = sorted(title for pid, title in self._seen.items() if pid not in alive)
         if not ended:
             return None
         self._first_end = self._first_end or time.monotonic()

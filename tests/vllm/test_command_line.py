@@ -1,9 +1,14 @@
 """`vllm-npu` where it starts no engine."""
 
+import os
+import re
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import vllm
 
 from tests.command_line import vllm_npu
 from vllm_npu.cli.app import COMMANDS
@@ -62,7 +67,7 @@ def test_serving_nothing_says_where_the_model_goes(arguments: list[str]) -> None
     ],
 )
 def test_a_stop_looks_at_the_port_that_vllm_will_listen_on(arguments: list[str], port: int | None) -> None:
-    assert http_port(["--model", "some-model", *arguments]) == port
+    assert http_port(["some-model", *arguments]) == port
 
 
 def test_options_and_help_of_vllm_are_reached() -> None:
@@ -75,8 +80,28 @@ def test_options_and_help_of_vllm_are_reached() -> None:
     assert "--no-such-option-of-vllm" in refused.stderr
 
 
+def test_every_option_of_vllms_serve_command_is_taken(tmp_path: Path) -> None:
+    """Both helps are equal. vLLM's own command line needs a distribution named vllm; the build for CPUs has another name."""
+    stub = tmp_path / "vllm-0.dist-info"
+    stub.mkdir()
+    (stub / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {vllm.__version__}\n")
+    code = "from vllm.entrypoints.cli.main import main; main()"
+    own = [sys.executable, "-c", code, "serve", "some-model", "--help=all"]
+    width = {"COLUMNS": "200"}
+    with ThreadPoolExecutor(2) as pool:
+        started = pool.submit(vllm_npu, "serve", "some-model", "--help=all", **width)
+        paths = {"PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])}
+        environment = os.environ | width | paths
+        expected = subprocess.run(own, env=environment, capture_output=True, text=True, check=True)
+        shown = started.result()
+    assert shown.stdout == expected.stdout
+    assert "--data-parallel-multi-port-external-lb" in shown.stdout
+    hidden = set(re.findall(r"--[\w-]+", expected.stdout)) & {"--moe-comm", "--json"}
+    assert not hidden, "vllm-npu takes these for itself"
+
+
 def test_ranks_without_a_server_are_vllms_serve_command(tmp_path: Path) -> None:
-    """vLLM's serve command refuses a host without ranks. The module of its API server does not know --headless."""
+    """vLLM's serve command refuses a host without ranks."""
     model = write_tiny_model(QWEN3_MOE, tmp_path / "model")
     refused = vllm_npu(
         "serve", str(model), "--headless", "--data-parallel-size", "2", "--data-parallel-size-local", "0"

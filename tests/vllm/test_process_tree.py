@@ -4,10 +4,12 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
 from tests.time_limits import PATIENCE_SECONDS
+from vllm_npu.tools.engines import start_watch
 from vllm_npu.tools.engines.process_tree import SHARED_MEMORY_FOLDER, ProcessTree, mapped_shared_memory
 
 # The program makes a semaphore and a segment in /dev/shm. It maps the semaphore under a name that no longer exists, and the
@@ -42,3 +44,44 @@ def test_a_tree_that_ends_leaves_neither_processes_nor_shared_memory(asked_first
     assert tree.members() == []
     assert not any(path.exists() for path in made)
     tree.stop(grace_seconds=0)  # again: nothing to do
+
+
+RENAMED = """
+import time
+from setproctitle import setproctitle
+setproctitle("VLLM::Worker")
+time.sleep(2)
+setproctitle("{name}")
+time.sleep(600)
+"""
+SERVER = """
+import subprocess, sys
+children = [subprocess.Popen([sys.executable, "-c", program]) for program in sys.argv[1:]]
+for child in children:
+    child.wait()
+"""
+
+
+def test_a_worker_that_ends_is_named_although_its_server_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes with vLLM's names. A worker that changes its name, as vLLM's workers do, is no failure."""
+    pytest.importorskip("setproctitle", reason="needs what vLLM names its processes with")
+    monkeypatch.setattr(start_watch, "OWN_END_SECONDS", 1.0)
+    workers = [RENAMED.format(name=f"VLLM::Worker_DP{rank}_EP{rank}") for rank in range(2)]
+    tree = ProcessTree([sys.executable, "-c", SERVER, *workers], environment=os.environ)
+    try:
+        watch = start_watch.StartWatch(tree)
+        give_up = time.monotonic() + PATIENCE_SECONDS
+        victim = None
+        while victim is None and time.monotonic() < give_up:
+            assert watch.failure() is None
+            victim = next((pid for pid, title in watch.workers().items() if title == "VLLM::Worker_DP1_EP1"), None)
+        assert victim is not None
+        time.sleep(start_watch.OWN_END_SECONDS + 1)
+        assert watch.failure() is None
+        os.kill(victim, signal.SIGKILL)
+        while (failure := watch.failure()) is None and time.monotonic() < give_up:
+            time.sleep(0.05)
+        assert failure == "VLLM::Worker_DP1_EP1 ended while the server started, and the server did not end"
+        assert tree.process.poll() is None
+    finally:
+        tree.stop(grace_seconds=0)

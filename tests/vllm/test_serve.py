@@ -2,7 +2,10 @@
 
 import json
 import os
+import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -10,7 +13,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,8 @@ from tests.time_limits import PATIENCE_SECONDS, on_this_machine
 from tests.vllm.processes import kill_processes_of, processes_of
 from tests.vllm.text_prompts import TEXT_MAX_TOKENS, TEXTS
 from vllm_npu.child_processes import free_port
+from vllm_npu.tools.engines.http_engine import ask_server, wait_for_health
+from vllm_npu.tools.engines.start_watch import OWN_END_SECONDS
 from vllm_npu.tools.engines.tiny_models import DEMO_MAX_TOKENS, QWEN3_MOE, TinyModel
 
 pytestmark = pytest.mark.slow
@@ -81,6 +86,78 @@ def test_concurrent_streams_get_vanilla_tokens(
     assert sockets_and_folders_of_ours(short_folder) == []
 
 
+def test_each_rank_gets_a_server_as_from_vllms_own_command(
+    checkpoint: Callable[[TinyModel], Path], caches: Path, short_folder: Path, shared_memory_unchanged: None
+) -> None:
+    """`vllm serve` starts one API server for each data-parallel rank, on one port. Both must answer."""
+    port = free_port()
+    with starting_server(checkpoint(QWEN3_MOE), caches, short_folder, "--port", str(port)) as server:
+        wait_until_healthy(port, server)
+        give_up = time.monotonic() + PATIENCE_SECONDS
+        while len(answering := servers_that_answered(server.log(), "/v1/models")) < 2 and time.monotonic() < give_up:
+            assert ask(port, "/v1/models")["data"][0]["id"] == "tiny"
+        assert answering == {"0", "1"}, server.log()
+        assert len(complete(port)) == 8
+        assert server.stop(signal.SIGTERM) == 0, server.log()
+    assert processes_of(short_folder) == []
+    assert sockets_and_folders_of_ours(short_folder) == []
+
+
+def test_an_external_load_balancer_gets_a_port_of_each_rank(
+    checkpoint: Callable[[TinyModel], Path], caches: Path, short_folder: Path, shared_memory_unchanged: None
+) -> None:
+    """vLLM's supervisor starts a server for each rank, on ports one after another, and answers /health for all of them."""
+    port, supervisor = free_ports(2), free_port()
+    options = ["--data-parallel-multi-port-external-lb", "--data-parallel-size-local", "2", "--port", str(port)]
+    options += ["--data-parallel-supervisor-port", str(supervisor), "--data-parallel-rpc-port", str(free_port())]
+    with starting_server(checkpoint(QWEN3_MOE), caches, short_folder, *options) as server:
+        wait_until_healthy(supervisor, server)
+        assert complete(port) == complete(port + 1)
+        server.stop(signal.SIGTERM)
+    assert processes_of(short_folder) == []
+    assert sockets_and_folders_of_ours(short_folder) == []
+
+
+def free_ports(count: int) -> int:
+    """The first of `count` TCP ports one after another that no process uses now."""
+    while True:
+        first = free_port()
+        with ExitStack() as stack:
+            try:
+                for port in range(first + 1, first + count):
+                    stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        return first
+
+
+def ask(port: int, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The answer to one request on a connection of its own."""
+    answer: dict[str, Any] = json.loads(ask_server(port, path, body, timeout=60))
+    return answer
+
+
+def complete(port: int) -> list[int]:
+    """The ids of 8 tokens that the server generates greedily."""
+    body = {"model": "tiny", "prompt": TEXTS[0], "max_tokens": 8, "temperature": 0}
+    choice = ask(port, "/v1/completions", body | {"ignore_eos": True, "return_token_ids": True})["choices"][0]
+    return [int(token) for token in choice["token_ids"]]
+
+
+def servers_that_answered(log: str, path: str) -> set[str]:
+    """The numbers of the API servers that have logged an answer to a request for `path`."""
+    return set(re.findall(rf"\(ApiServer_(\d+) pid=\d+\).*{path} HTTP/1.1\" 200", log))
+
+
+def wait_until_healthy(port: int, server: "Server") -> None:
+    """Wait until the port answers /health. Fail with the server's log if the server ends before."""
+
+    def check_process() -> None:
+        assert server.process.poll() is None, server.log()
+
+    wait_for_health(port, PATIENCE_SECONDS, check_process)
+
+
 def test_ctrl_c_while_the_engines_start_ends_the_server(
     checkpoint: Callable[[TinyModel], Path], caches: Path, short_folder: Path, shared_memory_unchanged: None
 ) -> None:
@@ -91,6 +168,63 @@ def test_ctrl_c_while_the_engines_start_ends_the_server(
         assert ended_by == signal.SIGINT, server.log()
     assert processes_of(short_folder) == []
     assert sockets_and_folders_of_ours(short_folder) == []
+
+
+def test_a_worker_that_cannot_start_ends_the_command(
+    checkpoint: Callable[[TinyModel], Path],
+    caches: Path,
+    tmp_path: Path,
+    short_folder: Path,
+    shared_memory_unchanged: None,
+) -> None:
+    """Half of the file of weights is missing: only workers read it. The command must end soon after, and show why."""
+    model = shutil.copytree(checkpoint(QWEN3_MOE), tmp_path / "model")
+    weights = next(model.glob("*.safetensors"))
+    os.truncate(weights, weights.stat().st_size // 2)
+    with starting_server(model, caches, short_folder, "--port", str(free_port())) as server:
+        server.wait_for("WorkerProc failed to start")
+        assert ends_with_an_error(server), server.log()
+        assert "SafetensorError" in server.log(), server.log()
+    assert processes_of(short_folder) == []
+    assert sockets_and_folders_of_ours(short_folder) == []
+
+
+@pytest.mark.parametrize("kind", ["Worker_DP1", "EngineCore_DP1"])
+def test_a_process_that_is_killed_while_it_starts_ends_the_command(
+    kind: str,
+    checkpoint: Callable[[TinyModel], Path],
+    caches: Path,
+    short_folder: Path,
+    shared_memory_unchanged: None,
+) -> None:
+    """As the kernel does when memory runs out. The other rank waits for the killed one, and nobody may wait for both."""
+    with starting_server(checkpoint(QWEN3_MOE), caches, short_folder, "--port", str(free_port())) as server:
+        os.kill(wait_for_process(f"::{kind}", short_folder, server), signal.SIGKILL)
+        assert ends_with_an_error(server), server.log()
+    assert processes_of(short_folder) == []
+    assert sockets_and_folders_of_ours(short_folder) == []
+
+
+def ends_with_an_error(server: "Server") -> bool:
+    """Wait for the end, and say whether it came in time and with the exit status of an error."""
+    began = time.monotonic()
+    status = server.process.wait(PATIENCE_SECONDS)
+    return status == 1 and time.monotonic() - began < on_this_machine(OWN_END_SECONDS + STOP_SECONDS)
+
+
+def wait_for_process(title: str, folder: Path, server: "Server") -> int:
+    """The id of the process of the test whose name holds `title`, as soon as it has that name."""
+    give_up = time.monotonic() + PATIENCE_SECONDS
+    while time.monotonic() < give_up:
+        assert server.process.poll() is None, server.log()
+        for pid in processes_of(folder):
+            try:
+                if title in Path(f"/proc/{pid}/cmdline").read_text(errors="replace"):
+                    return pid
+            except OSError:
+                continue  # gone meanwhile
+        time.sleep(0.05)
+    raise AssertionError(f"no process {title} within {PATIENCE_SECONDS} s:\n{server.log()}")
 
 
 def sockets_and_folders_of_ours(folder: Path) -> list[str]:

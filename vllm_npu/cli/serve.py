@@ -19,6 +19,7 @@ from vllm_npu.errors import UnsupportedConfigError
 from vllm_npu.plugin.entry_points import PLUGIN_NAME
 from vllm_npu.tools.engines.engine_processes import folder_for_sockets, require_vllm
 from vllm_npu.tools.engines.process_tree import ProcessTree
+from vllm_npu.tools.engines.start_watch import StartWatch
 from vllm_npu.tools.engines.stop_signals import SignalScope
 
 FORWARDED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
@@ -26,6 +27,7 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 HEADLESS = "--headless"
 DEFAULT_PORT: Final = 8000  # vLLM's
 POLL_SECONDS: Final = 0.25  # between two looks at a stop signal that has come
+START_LOOK_SECONDS: Final = 2.0  # between two looks at the processes of a server that is not up
 LEFTOVER_SECONDS: Final = 5.0  # for vLLM's other processes to end after the server
 # vLLM 0.32 loses stop signals that come while its engines start: zmq_socket_ctx (utils/network_utils.py) swallows the exception
 # that the signal raises, and an engine core under construction only logs the signal. The server then waits ten minutes for its
@@ -35,10 +37,10 @@ OWN_END_SECONDS: Final = 4.0  # between the signal and SIGTERM to every process
 TERMINATED_END_SECONDS: Final = 3.0  # between SIGTERM to every process and SIGKILL
 
 HELP = """\
-Usage: vllm-npu serve MODEL [--moe-comm NAME] [--json PATH] [any option of vLLM's server]
+Usage: vllm-npu serve MODEL [--moe-comm NAME] [--json PATH] [any option of `vllm serve`]
 
-  vLLM's OpenAI-compatible server with this plugin on. Options that are not listed here go to vLLM unchanged, and so
-  does --help after a MODEL.
+  vLLM's serve command with this plugin on. Options that are not listed here go to vLLM unchanged, and so does --help
+  after a MODEL.
 
   --moe-comm NAME  Strategy: auto, or a name that `vllm-npu serve MODEL --moe-comm ?` lists.
                    A strategy in --additional-config comes first.
@@ -47,7 +49,8 @@ Usage: vllm-npu serve MODEL [--moe-comm NAME] [--json PATH] [any option of vLLM'
   --headless is vLLM's too: it starts the ranks of a further host, without a server (docs/multi_node.md).
 
   Signals go on to the server. A server that is not up yet ends within 15 s of Ctrl-C or SIGTERM.
-  The exit status is the server's, or 128 + N if signal N ended it or came before it was up.
+  The exit status is the server's, or 128 + N if signal N ended it or came before it was up. It is 1 if an engine or a
+  worker ended before the server was up.
 """
 
 
@@ -64,14 +67,12 @@ def serve(arguments: Sequence[str]) -> None:
     report_path = in_a_folder(Path(report_name) if report_name is not None else None)
     if moe_comm is not None:
         _check_moe_comm(moe_comm)
-    named = _name_model(rest)
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *named]
-    if HEADLESS in rest:  # the module of vLLM's API server does not know this option; vLLM's serve command does
-        command = [sys.executable, "-m", "vllm_npu.plugin.serve_command", *rest]
+    _require_model(rest)
+    command = [sys.executable, "-m", "vllm_npu.plugin.serve_command", *rest]
     require_vllm()
 
     started = time.monotonic()
-    with _Signals(http_port(named)) as signals, _folders() as folders:
+    with _Signals(http_port(rest)) as signals, _folders() as folders:
         status = _run(command, _server_environment(moe_comm) | folders, signals, headless=HEADLESS in rest)
     if report_path is not None:
         report = {
@@ -109,7 +110,7 @@ class _Signals(SignalScope):
 
     def __init__(self, port: int | None) -> None:
         super().__init__()
-        self._port = port  # of the API server; see http_port
+        self._port = port  # of the first API server; see http_port
         self.stopped_by: int | None = None  # SIGINT or SIGTERM, if one came before the server was up
         self._tree: ProcessTree | None = None
 
@@ -120,22 +121,33 @@ class _Signals(SignalScope):
             tree.process.send_signal(self.stopped_by)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
-        if signum in STOP_SIGNALS and self.stopped_by is None and not self._is_up():
+        if signum in STOP_SIGNALS and self.stopped_by is None and not self.is_up():
             self.stopped_by = signum
         if self._tree is not None and self._tree.process.poll() is None:
             self._tree.process.send_signal(signum)
 
-    def _is_up(self) -> bool:
-        return self._tree is not None and _listens(self._tree.process.pid, self._port)
+    def is_up(self) -> bool:
+        """Whether the server takes requests, as far as the system shows it."""
+        return self._tree is not None and _listens(self._tree, self._port)
 
 
 def _run(command: list[str], environment: dict[str, str], signals: _Signals, *, headless: bool) -> int:
     """Run the server in a session of its own, so that a Ctrl-C reaches it once, through us. Returns its exit status."""
     tree = ProcessTree(command, environment=environment)
     signals.send_to(tree)
-    while (status := _status_within(POLL_SECONDS, tree)) is None and signals.stopped_by is None:
-        pass
-    if signals.stopped_by is not None and headless:
+    watch = None if headless else StartWatch(tree)  # ranks without a server are never up
+    failure, next_look = None, 0.0
+    while (status := _status_within(POLL_SECONDS, tree)) is None and signals.stopped_by is None and failure is None:
+        if watch is not None and (now := time.monotonic()) >= next_look:
+            next_look = now + START_LOOK_SECONDS
+            failure = watch.failure()
+            if signals.is_up():
+                watch = failure = None
+    if failure is not None:
+        print(f"vllm-npu serve: {failure}; their last lines above say why", file=sys.stderr)
+        _end_all(tree)
+        status = 1
+    elif signals.stopped_by is not None and headless:
         status = _repeat_sigterm(tree)
     elif signals.stopped_by is not None:
         _end_before_it_is_up(tree)
@@ -149,9 +161,14 @@ def _end_before_it_is_up(tree: ProcessTree) -> None:
     """End a server that a stop signal has reached and that takes no requests yet."""
     tree.note_shared_memory()
     if _status_within(OWN_END_SECONDS, tree) is None:
-        tree.terminate_all()
-        if _status_within(TERMINATED_END_SECONDS, tree) is None:
-            tree.stop(grace_seconds=0)
+        _end_all(tree)
+
+
+def _end_all(tree: ProcessTree) -> None:
+    """SIGTERM to every process, and later SIGKILL."""
+    tree.terminate_all()
+    if _status_within(TERMINATED_END_SECONDS, tree) is None:
+        tree.stop(grace_seconds=0)
 
 
 def _repeat_sigterm(tree: ProcessTree) -> int:
@@ -173,10 +190,11 @@ def _status_within(seconds: float, tree: ProcessTree) -> int | None:
         return None
 
 
-def _listens(pid: int, port: int | None) -> bool:
-    """Whether the process takes TCP connections on `port`, or on any port if that is None.
+def _listens(tree: ProcessTree, port: int | None) -> bool:
+    """Whether a process of the tree takes TCP connections on `port`, or on any port if `port` is None.
 
-    The port matters: while engines start, the server listens for their messages on other ports.
+    Several API servers are processes of their own. The port matters: while engines start, processes listen for each other on
+    other ports.
     """
     import psutil
 
@@ -184,8 +202,9 @@ def _listens(pid: int, port: int | None) -> bool:
         connections = psutil.net_connections("tcp")
     except psutil.Error:
         return True  # the system hides its connections: the server may be up, so only its own signals reach it
+    members = set(tree.members())
     return any(
-        each.pid == pid and each.status == psutil.CONN_LISTEN and port in (None, each.laddr.port)
+        each.pid in members and each.status == psutil.CONN_LISTEN and port in (None, each.laddr.port)
         for each in connections
     )
 
@@ -220,13 +239,12 @@ def _take_option(arguments: Sequence[str], name: str) -> tuple[list[str], str | 
     return rest, value
 
 
-def _name_model(arguments: list[str]) -> list[str]:
-    """Turn a leading MODEL into `--model MODEL`. Raises UnsupportedConfigError where no argument names a model."""
+def _require_model(arguments: Sequence[str]) -> None:
+    """Raise UnsupportedConfigError where no argument names a model."""
     if arguments and not arguments[0].startswith("-"):
-        return ["--model", *arguments]
-    if any(argument.partition("=")[0] in ("--model", "--config", "--help", "-h") for argument in arguments):
-        return arguments
-    raise UnsupportedConfigError("no model: put it first, as in vllm-npu serve MODEL --port 8000")
+        return
+    if not any(argument.partition("=")[0] in ("--model", "--config", "--help", "-h") for argument in arguments):
+        raise UnsupportedConfigError("no model: put it first, as in vllm-npu serve MODEL --port 8000")
 
 
 def _check_moe_comm(name: str) -> None:

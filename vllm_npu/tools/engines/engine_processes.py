@@ -4,6 +4,7 @@ engine_set.py drives engines through pipes, http_engine.py drives a server throu
 """
 
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -21,7 +22,7 @@ from vllm_npu.errors import UnsupportedConfigError, VllmNpuError
 from vllm_npu.plugin.entry_points import PLUGIN_NAME
 from vllm_npu.tools.engines.stop_signals import StopSignals
 
-LOG_TAIL_LINES = 40
+LOG_TAIL_LINES, LOG_ERROR_LINES = 40, 5
 
 
 class EngineFailedError(VllmNpuError, RuntimeError):
@@ -107,9 +108,15 @@ def require_vllm() -> None:
 
 
 def end_of(log: Path) -> str:
-    """The last LOG_TAIL_LINES lines of a log, after a line with its name."""
-    lines = log.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]
-    return "\n".join([f"--- end of {log.name} ---", *lines])
+    """The first LOG_ERROR_LINES lines that name an error, and the last LOG_TAIL_LINES lines of a log, each after a title.
+
+    The first error is often the cause of all others, and stands long before the end where several processes write.
+    """
+    lines = log.read_text(errors="replace").splitlines()
+    last = lines[-LOG_TAIL_LINES:]
+    errors = [line for line in lines[:-LOG_TAIL_LINES] if re.search(r"\w(Error|Exception): ", line)][:LOG_ERROR_LINES]
+    first = [f"--- first errors in {log.name} ---", *errors] if errors else []
+    return "\n".join([*first, f"--- end of {log.name} ---", *last])
 
 
 def folder_for_sockets() -> str:

@@ -20,6 +20,7 @@ from vllm_npu.tools.engines.engine_processes import (
     engine_environment,
 )
 from vllm_npu.tools.engines.process_tree import ProcessTree
+from vllm_npu.tools.engines.start_watch import StartWatch
 from vllm_npu.tools.engines.stop_signals import StopSignals
 
 START_SECONDS = 600.0
@@ -92,10 +93,13 @@ class HttpEngine(EngineProcesses):
         """Wait until the server answers /health. Raises EngineFailedError if the server ends first or takes too long."""
         assert self._tree is not None
         tree = self._tree
+        watch = StartWatch(tree)
 
         def check_process() -> None:
             if tree.process.poll() is not None:
                 raise self._failure(f"ended with exit status {tree.process.returncode} while starting")
+            if (failure := watch.failure()) is not None:
+                raise self._failure(f"did not start: {failure}")
 
         try:
             wait_for_health(self._port, START_SECONDS, check_process)

@@ -1,0 +1,48 @@
+"""Notice that an engine or a worker has ended while a server of vLLM starts.
+
+vLLM's server looks at its engine cores alone, and an engine core looks at the pipes of its workers. An end that such a look
+does not see leaves the server waiting for its engines.
+"""
+
+import time
+from pathlib import Path
+from typing import Final
+
+from vllm_npu.tools.engines.process_tree import ProcessTree
+
+TITLES: Final = ("::EngineCore", "::Worker")  # vLLM names these processes VLLM::EngineCore_DP0 and VLLM::Worker_DP0_EP0
+OWN_END_SECONDS: Final = 20.0  # for vLLM to log the reason and to end by itself; it gives its processes 5 s
+
+
+class StartWatch:
+    """The engine cores and workers of a tree. Use it only until the server is up: later, vLLM may end some in good order."""
+
+    def __init__(self, tree: ProcessTree) -> None:
+        self._tree = tree
+        self._seen: dict[int, str] = {}
+        self._first_end: float | None = None
+
+    def workers(self) -> dict[int, str]:
+        """The name of each engine core and worker that lives, by its id: a process changes its name. About 10 ms."""
+        found = {pid: _title(pid) for pid in self._tree.members()}
+        return {pid: title for pid, title in found.items() if any(part in title for part in TITLES)}
+
+    def failure(self) -> str | None:
+        """A sentence about processes that had ended OWN_END_SECONDS ago; None while there is no such process."""
+        alive = self.workers()
+        self._seen |= alive
+        ended = sorted(title for pid, title in self._seen.items() if pid not in alive)
+        if not ended:
+            return None
+        self._first_end = self._first_end or time.monotonic()
+        if time.monotonic() - self._first_end < OWN_END_SECONDS:
+            return None
+        return f"{' and '.join(ended)} ended while the server started, and the server did not end"
+
+
+def _title(pid: int) -> str:
+    """The name that a process shows; empty if it has ended."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().partition(b"\0")[0].decode(errors="replace").strip()
+    except OSError:
+        return ""

@@ -9,6 +9,7 @@ from vllm.logger import init_logger
 from vllm_npu.core.expert_limits import ExpertsWanted
 from vllm_npu.core.limits import DeviceLimits, MoELayer
 from vllm_npu.core.model_facts import QUANTISATION, ModelFacts
+from vllm_npu.core.topology import ExpertPlacement
 from vllm_npu.envs import HCCL_BUFFSIZE
 from vllm_npu.errors import UnsupportedConfigError
 from vllm_npu.plugin.options import Mode, Options, topology_of
@@ -34,6 +35,7 @@ def check_engine(vllm_config: "VllmConfig", options: Options, device: DeviceLimi
     check_experts(ExpertsWanted(model=facts, lora=_adapters_on_experts(vllm_config)), topology, device)
     layer = configured_layer(vllm_config, facts)
     if layer is None:
+        ExpertPlacement(int(model_config.get_num_experts()) + _redundant_experts(vllm_config), topology.ep_size)
         logger.info(
             "The config.json of %s does not describe its MoE layers. They are checked when they are built.",
             model_config.model,
@@ -71,12 +73,14 @@ def configured_layer(vllm_config: "VllmConfig", facts: ModelFacts) -> MoELayer |
     """An MoE layer of the model, redundant experts included. None if config.json does not describe it."""
     if facts.num_experts is None or facts.top_k is None or facts.hidden_size is None:
         return None
-    parallel_config = vllm_config.parallel_config
-    redundant = int(parallel_config.eplb_config.num_redundant_experts) if parallel_config.enable_eplb else 0
     dtype: torch.dtype = vllm_config.model_config.dtype
-    return MoELayer(
-        num_experts=facts.num_experts + redundant, top_k=facts.top_k, hidden_size=facts.hidden_size, dtype=dtype
-    )
+    num_experts = facts.num_experts + _redundant_experts(vllm_config)
+    return MoELayer(num_experts=num_experts, top_k=facts.top_k, hidden_size=facts.hidden_size, dtype=dtype)
+
+
+def _redundant_experts(vllm_config: "VllmConfig") -> int:
+    parallel_config = vllm_config.parallel_config
+    return int(parallel_config.eplb_config.num_redundant_experts) if parallel_config.enable_eplb else 0
 
 
 def _adapters_on_experts(vllm_config: "VllmConfig") -> bool:

@@ -7,18 +7,24 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from vllm import EngineArgs
+import psutil
+from pydantic import ValidationError
+from vllm import LLM, EngineArgs
 from vllm.config import CacheConfig, ParallelConfig, VllmConfig
 from vllm.plugins import load_general_plugins
 
-from vllm_npu.core.limits import DEVICES
+from vllm_npu.cli import doctor as doctor_command
+from vllm_npu.cli import plan as plan_command
+from vllm_npu.core.limits import DEVICES, PORTABLE
 from vllm_npu.envs import CPU_OMP_THREADS_BIND
 from vllm_npu.errors import HcclBufferError, UnsupportedConfigError, UnsupportedDeviceError
 from vllm_npu.plugin import compat, engine_check, options
+from vllm_npu.plugin.cpu.experts import GATED_ACTIVATIONS
 from vllm_npu.plugin.gpu.config_check import WORKER, required_backend, set_worker
 from vllm_npu.plugin.options import Options
 from vllm_npu.strategies.start_checks import PlannedShape
 from vllm_npu.strategies.table import STRATEGIES
+from vllm_npu.tools.doctor.examination import examine
 from vllm_npu.tools.engines.tiny_models import DEEPSEEK_V2, QWEN3_MOE, write_tiny_model
 
 EP2 = {"tensor_parallel_size": 2, "enable_expert_parallel": True}
@@ -199,7 +205,8 @@ def test_a_model_that_the_planner_forbids_is_refused_before_a_process_starts(tmp
     file.write_text(json.dumps(json.loads(file.read_text()) | config))
     arguments = {"tensor_parallel_size": ranks // 2, "data_parallel_size": 2, "enable_expert_parallel": True}
     if message is None:
-        layer = engine_check.configured_layer(engine_config(str(folder), **arguments))
+        engine = engine_config(str(folder), **arguments)
+        layer = engine_check.configured_layer(engine, engine_check.model_facts(engine))
         assert (layer.num_experts, layer.top_k, layer.hidden_size) == (64, 2, 256)
         return
     with pytest.raises(ValueError) as error:
@@ -249,6 +256,76 @@ def test_workers_understand_our_calls_unless_the_user_has_an_extension(model):
     ours = "vllm_npu.plugin.worker_extension.MoECommWorkerExtension"
     assert engine_config(model).parallel_config.worker_extension_cls == ours
     assert engine_config(model, worker_extension_cls="a.B").parallel_config.worker_extension_cls == "a.B"
+
+
+# ------------------------------------------------------------------------------------ what the experts cannot compute
+
+FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3"}
+# The change of config.json, vLLM's arguments, doctor's options, and the refusal.
+REFUSED_EXPERTS = {
+    "quantised": ({"quantization_config": FP8}, {}, [], "experts quantised by fp8 are not supported"),
+    "activation": ({"hidden_act": "relu2"}, {}, [], "the experts' activation 'relu2' is not supported"),
+    "limit": ({"swiglu_limit": 7.0}, {}, [], "the experts' activation 'silu' with limit 7 is not supported"),
+    "adapters": ({}, {"enable_lora": True}, ["--enable-lora"], "LoRA adapters on experts are not supported"),
+    "experts": ({"num_experts": 7}, {}, [], "7 experts do not divide over ep_size=2"),
+}
+
+
+@pytest.mark.parametrize("fault", REFUSED_EXPERTS)
+def test_engine_doctor_and_plan_refuse_experts_in_the_same_words(tmp_path, fault):
+    """No process is started: the error comes from vLLM's configuration, which LLM() builds first."""
+    changes, arguments, options, message = REFUSED_EXPERTS[fault]
+    folder = write_tiny_model(QWEN3_MOE, tmp_path / "model")
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+    before = children()
+    with pytest.raises(ValidationError) as refused:
+        LLM(model=str(folder), **EP2, **arguments)
+    assert children() == before
+    text = str(refused.value.errors()[0]["ctx"]["error"])
+    assert text.startswith(message)
+
+    given = doctor_command.parse(["--model", str(folder), "--ep", "2", "--tp", "2", *options])
+    [found] = examine(doctor_command.planned_engine(given), checks={})
+    assert (found.status, f"UnsupportedConfigError: {text}") == ("problem", f"{found.what}; {found.remedy}")
+
+    if fault != "adapters":  # plan knows no options of an engine
+        with pytest.raises(UnsupportedConfigError) as planned:
+            plan_command.plan(ep=2, tp=2, model=folder)
+        assert str(planned.value) == text
+
+
+def test_experts_run_as_vllm_runs_them_where_no_token_travels(tmp_path):
+    folder = write_tiny_model(QWEN3_MOE, tmp_path / "model")
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": FP8}))
+    for arguments in ({}, {"tensor_parallel_size": 2}):
+        assert engine_config(str(folder), **arguments).model_config.quantization == "fp8"
+    with pytest.raises(ValueError, match="experts quantised by fp8"):
+        engine_config(str(folder), data_parallel_size=2)
+
+
+def test_a_method_that_the_user_names_counts_like_that_of_the_file(model):
+    with pytest.raises(ValueError, match="experts quantised by fp8 are not supported"):
+        engine_config(model, quantization="fp8", **EP2)
+
+
+def test_adapters_of_other_layers_than_experts_are_left_to_vllm(model):
+    config = engine_config(model, enable_lora=True, lora_target_modules=["q_proj"], **EP2)
+    assert config.lora_config.target_modules == ["q_proj"]
+    with pytest.raises(ValueError, match="LoRA adapters on experts"):
+        engine_config(model, enable_lora=True, lora_target_modules=["q_proj", "experts"], **EP2)
+
+
+def test_the_table_of_activations_is_that_of_the_experts():
+    assert PORTABLE.experts is not None
+    assert set(PORTABLE.experts.activations) == {each.value for each in GATED_ACTIVATIONS}
+
+
+def children() -> set[int]:
+    """The ids of this process's children."""
+    return {process.pid for process in psutil.Process().children(recursive=True)}
 
 
 # ------------------------------------------------------------------------------------------------ thread binding

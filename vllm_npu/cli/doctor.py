@@ -30,12 +30,12 @@ Exit status 1 if there is a problem.
 
 def doctor(arguments: Sequence[str]) -> None:
     """Run every check, or compare traces, and print the findings. Exit with status 1 if there is a problem."""
-    given = _parse(arguments)
+    given = parse(arguments)
     if given.trace is not None:
         sys.exit(_compare_traces(given.trace, given.json))
     quiet = given.json == STANDARD_OUTPUT
     findings = []
-    for finding in examine(_planned_engine(given)):
+    for finding in examine(planned_engine(given)):
         findings.append(finding)
         if not quiet:
             _show(finding)
@@ -46,7 +46,8 @@ def doctor(arguments: Sequence[str]) -> None:
     sys.exit(1 if count[PROBLEM] else 0)
 
 
-def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The options, checked. Exits with status 2 and a message if they make no sense."""
     parser = argparse.ArgumentParser(prog="vllm-npu doctor", description=DESCRIPTION)
     parser.add_argument(
         "--json",
@@ -69,17 +70,23 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     engine.add_argument("--tp", type=int, default=1, help="Tensor-parallel ranks (1).")
     engine.add_argument("--max-num-seqs", type=int, default=256, help="vLLM's option of this name (256).")
     engine.add_argument("--moe-comm", default="auto", help="The plugin's option of this name (auto).")
+    engine.add_argument("--enable-lora", action="store_true", help="vLLM's option of this name.")
+    engine.add_argument("--experts", type=int, help="Routed experts of a layer, in place of config.json's.")
+    engine.add_argument("--topk", type=int, help="Experts for each token, in place of config.json's.")
+    engine.add_argument("--hidden", type=int, help="hidden_size of the model, in place of config.json's.")
     given = parser.parse_args(arguments)
     if (given.model is None) != (given.ep is None) or (given.model is None and given.soc is not None):
         parser.error("an engine is named by --model and --ep together")
-    if given.ep is not None and min(given.ep, given.tp, given.max_num_seqs) < 1:
-        parser.error("--ep, --tp and --max-num-seqs are 1 or more")
+    sizes = (given.ep, given.tp, given.max_num_seqs, given.experts, given.topk, given.hidden)
+    if any(size is not None and size < 1 for size in sizes):
+        parser.error("--ep, --tp, --max-num-seqs, --experts, --topk and --hidden are 1 or more")
     if given.json not in (None, STANDARD_OUTPUT) and not Path(given.json).parent.is_dir():
         parser.error(f"there is no folder {Path(given.json).parent}; create it")
     return given
 
 
-def _planned_engine(given: argparse.Namespace) -> PlannedEngine | None:
+def planned_engine(given: argparse.Namespace) -> PlannedEngine | None:
+    """The engine that --model and the options beside it describe. None without --model."""
     if given.model is None:
         return None
     return PlannedEngine(
@@ -89,6 +96,10 @@ def _planned_engine(given: argparse.Namespace) -> PlannedEngine | None:
         tp=given.tp,
         max_num_seqs=given.max_num_seqs,
         moe_comm=given.moe_comm,
+        lora=given.enable_lora,
+        experts=given.experts,
+        topk=given.topk,
+        hidden=given.hidden,
     )
 
 

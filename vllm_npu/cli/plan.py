@@ -10,17 +10,22 @@ from rich.console import Console
 from rich.table import Table
 
 from vllm_npu.cli.outputs import JsonPath
-from vllm_npu.core.limits import DEVICES
+from vllm_npu.core.expert_limits import ExpertsWanted
+from vllm_npu.core.limits import DEVICES, PORTABLE
+from vllm_npu.core.model_facts import ModelFacts, read_config
 from vllm_npu.core.topology import ExpertPlacement, ParallelTopology
 from vllm_npu.envs import HCCL_BUFFSIZE
 from vllm_npu.errors import UnsupportedConfigError
 from vllm_npu.strategies.planning import LayerPlan, plan_layer
+from vllm_npu.strategies.start_checks import check_experts
 from vllm_npu.tools.layers import DTYPES, layer_of_model
 
 
 def plan(
-    soc: Annotated[str, typer.Option(help=f"Family of chips: {', '.join(DEVICES)}.")],
     ep: Annotated[int, typer.Option(min=1, help="Ranks that hold the experts: TP times DP.")],
+    soc: Annotated[
+        str | None, typer.Option(help=f"Family of NPUs: {', '.join(DEVICES)}. Without this option: no NPU.")
+    ] = None,
     tokens: Annotated[
         int, typer.Option(min=1, help="Largest number of tokens of a step on one data-parallel rank.")
     ] = 512,
@@ -38,23 +43,28 @@ def plan(
     of auto for each token count, the bytes that a rank sends for a layer, and the HCCL_BUFFSIZE that mc2 needs.
 
     Nothing runs, and no device is needed. Bytes are computed for uniform routing, without headers. Exit status 1 if no layer
-    can have these numbers.
+    can have these numbers, and if an engine would refuse the model.
     """
-    if soc not in DEVICES:
+    if soc is not None and soc not in DEVICES:
         raise UnsupportedConfigError(f"unknown --soc {soc!r}; there are: {', '.join(DEVICES)}")
     if ep % tp:
         raise UnsupportedConfigError(
             f"--ep {ep} is not a multiple of --tp {tp}; the experts lie on all ranks of the grid"
         )
-    layer = layer_of_model(model, experts=experts, topk=topk, hidden=hidden, dtype=dtype)
-    ExpertPlacement(layer.num_experts, ep)
+    device = PORTABLE if soc is None else DEVICES[soc]
     topology = ParallelTopology.of_rank(0, tp_size=tp, dp_size=ep // tp)
-    planned = plan_layer(layer, topology, DEVICES[soc], tokens)
+    facts = ModelFacts() if model is None else read_config(model)
+    check_experts(ExpertsWanted(model=facts), topology, device)
+    layer = layer_of_model(facts, experts=experts, topk=topk, hidden=hidden, dtype=dtype)
+    ExpertPlacement(layer.num_experts, ep)
+    planned = plan_layer(layer, topology, device, tokens)
     todo = advice(planned, HCCL_BUFFSIZE.read_whole_number())
     if json_path is not None:
         json_path.write_text(json.dumps({**asdict(planned), "advice": todo}, indent=2) + "\n")
     _print(
-        planned, todo, f"{soc}, {topology}, {layer.num_experts} experts top {layer.top_k}, {tokens} tokens a DP rank"
+        planned,
+        todo,
+        f"{device.family}, {topology}, {layer.num_experts} experts top {layer.top_k}, {tokens} tokens a DP rank",
     )
 
 

@@ -6,6 +6,7 @@ from enum import IntEnum
 
 import torch
 
+from vllm_npu.core.expert_limits import ExpertLimits
 from vllm_npu.core.token_layout import ceil_div
 
 MIB = 1 << 20
@@ -293,6 +294,7 @@ class DeviceLimits:
     """
     update_expert: bool = False  # has npu_moe_update_expert
     captures: tuple[str, ...] = ()  # strategies without host syncs, which a graph can capture
+    experts: ExpertLimits | None = None  # None: the experts are not this package's
 
     def of_version(self, version: int) -> "DeviceLimits":
         """These limits for a torch_npu whose newest MC2 ops have this version. 0: it has no MC2 ops."""
@@ -322,7 +324,11 @@ class DeviceLimits:
 UNPERMUTE_MAX_TOP_K = 512
 """Most rows that npu_moe_token_unpermute adds up for a token. Source: CANN's document of aclnnMoeTokenUnpermute."""
 
-PORTABLE = DeviceLimits(family="no NPU", mc2=PORTABLE_MC2)
+PORTABLE = DeviceLimits(
+    family="no NPU",
+    mc2=PORTABLE_MC2,
+    experts=ExpertLimits(place="a CPU", activations=("silu", "gelu", "gelu_tanh")),  # plugin/cpu/experts computes them
+)
 NVLINK = DeviceLimits(family="GPUs of one host", mc2=PORTABLE_MC2, symmetric=SYMMETRIC, captures=("symmetric",))
 # The routing ops return the same number of rows for any routing. all2all always reads its split sizes on the host.
 _NPU_CAPTURES = ("mc2", "allgather", "naive")

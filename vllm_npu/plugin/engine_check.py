@@ -1,15 +1,19 @@
 """Checks an engine before it starts: whether the device's limits allow its model, topology and steps."""
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 from vllm.logger import init_logger
 
+from vllm_npu.core.expert_limits import ExpertsWanted
 from vllm_npu.core.limits import DeviceLimits, MoELayer
+from vllm_npu.core.model_facts import QUANTISATION, ModelFacts
+from vllm_npu.core.topology import ExpertPlacement
 from vllm_npu.envs import HCCL_BUFFSIZE
+from vllm_npu.errors import UnsupportedConfigError
 from vllm_npu.plugin.options import Mode, Options, topology_of
-from vllm_npu.strategies.planning import facts_of_config
-from vllm_npu.strategies.start_checks import PlannedShape, check_start
+from vllm_npu.strategies.start_checks import PlannedShape, check_experts, check_start
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -18,17 +22,20 @@ logger = init_logger("vllm.npu.plugin.engine_check")
 
 
 def check_engine(vllm_config: "VllmConfig", options: Options, device: DeviceLimits) -> None:
-    """Raise the errors of start_checks.check_start for an engine that the limits forbid. Runs before any process starts.
+    """Raise UnsupportedConfigError, and the errors of start_checks.check_start, for an engine that cannot work. Runs before any
+    process starts.
 
-    The facts come from the model's config.json, as in `vllm-npu plan` and `doctor --model`. The same check runs again on the
-    built layers, because config.json may lack some facts.
+    `vllm-npu plan` and `doctor --model` call the same checks. What config.json leaves open is checked on the built layers.
     """
     topology = topology_of(vllm_config.parallel_config)
     model_config = vllm_config.model_config
     if options.mode is Mode.OFF or model_config is None or not model_config.is_moe or topology.world_size == 1:
         return
-    layer = configured_layer(vllm_config)
+    facts = model_facts(vllm_config)
+    check_experts(ExpertsWanted(model=facts, lora=_adapters_on_experts(vllm_config)), topology, device)
+    layer = configured_layer(vllm_config, facts)
     if layer is None:
+        ExpertPlacement(int(model_config.get_num_experts()) + _redundant_experts(vllm_config), topology.ep_size)
         logger.info(
             "The config.json of %s does not describe its MoE layers. They are checked when they are built.",
             model_config.model,
@@ -44,20 +51,43 @@ def check_engine(vllm_config: "VllmConfig", options: Options, device: DeviceLimi
     )
 
 
-def configured_layer(vllm_config: "VllmConfig") -> MoELayer | None:
+def model_facts(vllm_config: "VllmConfig") -> ModelFacts:
+    """The facts of vLLM's own reading of config.json, with the method that --quantization names.
+
+    --quantization-config may leave experts out, so its method is no fact.
+    """
+    model_config = vllm_config.model_config
+    detailed = getattr(model_config, "quantization_config", None) is not None  # vLLM 0.23 does not have it
+    whole = model_config.hf_config.to_dict()
+    config = model_config.hf_text_config.to_dict()
+    config |= {key: whole[key] for key in QUANTISATION if whole.get(key) is not None}
+    try:
+        facts = ModelFacts.of_config(config, {} if detailed else {"quant_method": model_config.quantization})
+    except UnsupportedConfigError as error:
+        logger.info("The config.json of %s is not understood: %s", model_config.model, error)
+        return ModelFacts(num_experts=int(model_config.get_num_experts()))
+    return replace(facts, num_experts=int(model_config.get_num_experts()))
+
+
+def configured_layer(vllm_config: "VllmConfig", facts: ModelFacts) -> MoELayer | None:
     """An MoE layer of the model, redundant experts included. None if config.json does not describe it."""
-    model_config, parallel_config = vllm_config.model_config, vllm_config.parallel_config
-    facts = facts_of_config(model_config.hf_text_config.to_dict())
-    if facts["topk"] is None or facts["hidden"] is None:
+    if facts.num_experts is None or facts.top_k is None or facts.hidden_size is None:
         return None
-    redundant = int(parallel_config.eplb_config.num_redundant_experts) if parallel_config.enable_eplb else 0
-    dtype: torch.dtype = model_config.dtype
-    return MoELayer(
-        num_experts=int(model_config.get_num_experts()) + redundant,
-        top_k=int(facts["topk"]),
-        hidden_size=int(facts["hidden"]),
-        dtype=dtype,
-    )
+    dtype: torch.dtype = vllm_config.model_config.dtype
+    num_experts = facts.num_experts + _redundant_experts(vllm_config)
+    return MoELayer(num_experts=num_experts, top_k=facts.top_k, hidden_size=facts.hidden_size, dtype=dtype)
+
+
+def _redundant_experts(vllm_config: "VllmConfig") -> int:
+    parallel_config = vllm_config.parallel_config
+    return int(parallel_config.eplb_config.num_redundant_experts) if parallel_config.enable_eplb else 0
+
+
+def _adapters_on_experts(vllm_config: "VllmConfig") -> bool:
+    """Whether vLLM makes room for LoRA adapters in the experts. --lora-target-modules may keep them to other layers."""
+    lora_config = vllm_config.lora_config
+    targets = None if lora_config is None else lora_config.target_modules
+    return lora_config is not None and (targets is None or any("experts" in target for target in targets))
 
 
 def planned_shape(vllm_config: "VllmConfig") -> PlannedShape:

@@ -1,8 +1,6 @@
 """Forecast of a layer's exchange before anything runs: legal strategies, auto's choice, bytes, and HCCL's buffer."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from vllm_npu.core.limits import DeviceLimits, MC2Limits, MoELayer, QuantMode
 from vllm_npu.core.step_plan import StepPlan, TokenSharding
@@ -15,24 +13,6 @@ ROUTING_BYTES = 8  # a float32 weight and an int32 id, for each expert of a toke
 ID_BYTES = 4  # an int32 id
 SCALE_BYTES = 4  # the float32 scale of an int8 row
 COUNT_BYTES = 8  # the int64 count of rows that all2all sends to each rank
-
-# The keys of config.json, which differ between model families. The first key that is there counts.
-CONFIG_KEYS = {
-    "experts": ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts"),
-    "topk": ("num_experts_per_tok", "moe_topk", "moe_top_k", "num_experts_per_token"),
-    "hidden": ("moe_latent_size", "hidden_size"),  # the experts of a latent MoE take narrower rows
-    "dtype": ("torch_dtype", "dtype"),
-}
-
-
-def facts_of_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Read experts, topk, hidden and dtype from a model's config.json. A fact is None where the file does not have it."""
-    # A multimodal model keeps the facts of its language model in text_config.
-    config = {**config, **(config.get("text_config") or {})}
-    return {
-        name: next((config[key] for key in keys if config.get(key) is not None), None)
-        for name, keys in CONFIG_KEYS.items()
-    }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

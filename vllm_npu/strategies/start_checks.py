@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from vllm_npu.core.expert_limits import ExpertsWanted
 from vllm_npu.core.limits import DeviceLimits, MC2Limits, MoELayer
 from vllm_npu.core.step_plan import StepPlan, TokenSharding
 from vllm_npu.core.token_layout import ceil_div
 from vllm_npu.core.topology import ExpertPlacement, ParallelTopology
-from vllm_npu.errors import DeviceLimitError, HcclBufferError, UnsupportedDeviceError
+from vllm_npu.errors import DeviceLimitError, HcclBufferError, UnsupportedConfigError, UnsupportedDeviceError
 from vllm_npu.strategies.select import check_strategy, select, why_not
 from vllm_npu.strategies.table import AUTO
 
@@ -18,6 +19,18 @@ class PlannedShape:
 
     decode_tokens: int  # size of the step in which all sequences decode at once; mc2 is for such steps
     graph_tokens: tuple[int, ...] = ()  # sizes of the steps that run as captured graphs; empty: all steps run eagerly
+
+
+def check_experts(wanted: ExpertsWanted, topology: ParallelTopology, device: DeviceLimits) -> None:
+    """Raise UnsupportedConfigError for experts that the device cannot compute where tokens travel. LOCAL.
+
+    An engine, `vllm-npu doctor --model` and `vllm-npu plan --model` call it. A fact that config.json does not give passes.
+    """
+    if device.experts is None or (topology.ep_size == 1 and topology.dp_size == 1):
+        return
+    reason = device.experts.why_not(wanted)
+    if reason is not None:
+        raise UnsupportedConfigError(reason)
 
 
 def check_start(

@@ -1,14 +1,10 @@
 """A mixture-of-experts layer from options of the command line, for bench, plan, simulate and doctor."""
 
-import json
-from pathlib import Path
-from typing import Any
-
 import torch
 
 from vllm_npu.core.limits import MoELayer
+from vllm_npu.core.model_facts import ModelFacts
 from vllm_npu.errors import UnsupportedConfigError
-from vllm_npu.strategies.planning import facts_of_config
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -23,28 +19,20 @@ def moe_layer(experts: int, topk: int, hidden: int, dtype: str) -> MoELayer:
 
 
 def layer_of_model(
-    model: Path | None,
+    model: ModelFacts,
     *,
     experts: int | None = None,
     topk: int | None = None,
     hidden: int | None = None,
     dtype: str | None = None,
 ) -> MoELayer:
-    """The layer of a config.json or of the folder that holds it. A number that is given replaces the one in the file."""
-    given: dict[str, Any] = {"experts": experts, "topk": topk, "hidden": hidden, "dtype": dtype}
-    if model is not None:
-        path = model / "config.json" if model.is_dir() else model
-        try:
-            config = json.loads(path.read_text())
-        except (OSError, json.JSONDecodeError) as error:
-            raise UnsupportedConfigError(f"--model {path} cannot be read as a config.json: {error}") from error
-        if not isinstance(config, dict):
-            raise UnsupportedConfigError(f"--model {path} is not a config.json: it holds no object")
-        given = {
-            name: given[name] if given[name] is not None else found for name, found in facts_of_config(config).items()
-        }
-    given["dtype"] = given["dtype"] or "bfloat16"
-    missing = [f"--{name}" for name, value in given.items() if value is None]
-    if missing:
+    """The layer of a model. A number that is given replaces the one of the model.
+
+    Raises UnsupportedConfigError, which names the options to give, for numbers that neither has.
+    """
+    experts, topk, hidden = experts or model.num_experts, topk or model.top_k, hidden or model.hidden_size
+    if experts is None or topk is None or hidden is None:
+        given = {"--experts": experts, "--topk": topk, "--hidden": hidden}
+        missing = [name for name, value in given.items() if value is None]
         raise UnsupportedConfigError(f"{', '.join(missing)} not given, nor in --model's config.json; give them")
-    return moe_layer(**given)
+    return moe_layer(experts, topk, hidden, dtype or model.dtype or "bfloat16")

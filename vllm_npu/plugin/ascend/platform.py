@@ -7,8 +7,9 @@ from vllm_ascend.utils import get_ascend_device_type
 
 from vllm_npu.core.limits import DEVICES
 from vllm_npu.errors import UnsupportedConfigError
+from vllm_npu.plugin.ascend.config_check import check_settings
 from vllm_npu.plugin.engine_check import check_engine
-from vllm_npu.plugin.options import Mode, check_config
+from vllm_npu.plugin.options import Mode, check_config, topology_of
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -35,6 +36,9 @@ class AscendMoEPlatform(NPUPlatform):
             return
         if vllm_config.model_config is None or not vllm_config.model_config.is_moe:
             return
+        topology = topology_of(parallel_config)
+        if topology.ep_size > 1 or topology.dp_size > 1:
+            check_settings(vllm_config)
         if parallel_config.worker_cls != THEIR_WORKER:
             raise UnsupportedConfigError(
                 f"vllm_npu replaces only {THEIR_WORKER}, and this engine has worker_cls={parallel_config.worker_cls}; keep "

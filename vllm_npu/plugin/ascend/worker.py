@@ -32,13 +32,13 @@ def take_over(vllm_config: "VllmConfig") -> OutputComparison | None:
     """Make the built MoE layers communicate by our strategies. Call it once in a process. LOCAL.
 
     With moe_comm=compare, make them communicate both ways, and return the comparison. Raises the errors of
-    start_checks.check_start, UnknownGroupError, and UnsupportedConfigError for layers that check_supported refuses.
+    start_checks.check_start, UnknownGroupError, and UnsupportedConfigError for layers that check_layers refuses.
     """
     planner = planner_of(vllm_config)
     if planner is None:
         return None
     release = compat.current()
-    release.check_supported(vllm_config)
+    release.check_layers(vllm_config)
     if planner.may_take("mc2"):
         _ = model_groups(expert_parallel=True).ep.name_for_ops  # raises UnknownGroupError here, not in the first step
     logger.info_once("vllm_npu moves the tokens around vllm-ascend's experts: %s", planner.describe())

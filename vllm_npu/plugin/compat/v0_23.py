@@ -18,20 +18,19 @@ from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.fused_moe.layer import FusedMoE
 from vllm.v1.worker.ubatching import dbo_current_ubatch_id
 from vllm_ascend import ascend_forward_context
-from vllm_ascend.ascend_config import get_ascend_config
 from vllm_ascend.ascend_forward_context import MoECommType
 from vllm_ascend.distributed.parallel_state import get_mc2_group
 from vllm_ascend.ops.fused_moe import moe_comm_method
 from vllm_ascend.ops.fused_moe.fused_moe import AscendFusedMoE
 from vllm_ascend.quantization.quant_type import QuantType
-from vllm_ascend.utils import enable_sp, enable_sp_by_pass, should_skip_allreduce_across_dp_group
+from vllm_ascend.utils import enable_sp, should_skip_allreduce_across_dp_group
 
 from vllm_npu.core.limits import DeviceLimits, QuantMode
 from vllm_npu.core.step_plan import TokenSharding
 from vllm_npu.core.topology import ParallelTopology
 from vllm_npu.device.npu_ops import device_limits as limits_of_this_npu
 from vllm_npu.envs import HCCL_BUFFSIZE
-from vllm_npu.errors import UnsupportedConfigError
+from vllm_npu.plugin.ascend.config_check import refuse
 from vllm_npu.plugin.engine_check import planned_shape
 from vllm_npu.plugin.layer_facts import LayerFacts, exchanges_tokens
 from vllm_npu.strategies.start_checks import check_start
@@ -126,21 +125,13 @@ def device_limits(
 # --- functions that replace vllm-ascend's communication, or compare with it ---
 
 
-def check_supported(vllm_config: VllmConfig) -> None:
-    """Raise UnsupportedConfigError for features of vllm-ascend's MoE layer that were never run with our strategies."""
-    ascend_config = get_ascend_config()
+def check_layers(vllm_config: VllmConfig) -> None:
+    """Raise UnsupportedConfigError for built MoE layers that were never run with our strategies.
+
+    These facts are known from the layers only. ascend/config_check refuses settings before a process starts.
+    """
     layers = [layer for layer in _static_layers(vllm_config) if isinstance(layer, AscendFusedMoE)]
     refused = {
-        "additional_config enable_fused_mc2": bool(ascend_config.enable_fused_mc2),
-        "additional_config enable_mc2_hierarchy_comm": bool(ascend_config.enable_mc2_hierarchy_comm),
-        "additional_config multistream_overlap_gate": bool(ascend_config.multistream_overlap_gate),
-        "additional_config mix_placement": bool(getattr(ascend_config, "mix_placement", False)),
-        "the compiler pass for sequence parallelism": bool(enable_sp_by_pass()),
-        "shared experts under data parallelism without flashcomm1 (enable_shared_expert_dp)": bool(
-            ascend_config.enable_shared_expert_dp
-        )
-        and not enable_sp(vllm_config),
-        "LoRA adapters": vllm_config.lora_config is not None,
         "a KV consumer whose DP ranks do not agree on token counts": bool(
             vllm_config.parallel_config.data_parallel_size > 1 and should_skip_allreduce_across_dp_group(vllm_config)
         ),
@@ -149,12 +140,7 @@ def check_supported(vllm_config: VllmConfig) -> None:
         > 1,
     }
     refused |= {f"quantisation {layer.quant_type}": True for layer in layers if layer.quant_type not in QUANT_MODES}
-    reasons = [reason for reason, applies in refused.items() if applies]
-    if reasons:
-        raise UnsupportedConfigError(
-            f"vllm_npu cannot replace vllm-ascend's MoE communication with: {'; '.join(reasons)}. Change that, or keep "
-            'vllm-ascend\'s own communication: --additional-config \'{"vllm_npu": {"moe_comm": "off"}}\''
-        )
+    refuse([reason for reason, applies in refused.items() if applies])
 
 
 def replace_comm_methods(make: Callable[[Any], Any]) -> None:

@@ -10,11 +10,13 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+from vllm_npu.core.expert_limits import ExpertsWanted
 from vllm_npu.core.limits import DEVICES, PORTABLE
+from vllm_npu.core.model_facts import read_config
 from vllm_npu.core.topology import ParallelTopology
 from vllm_npu.envs import HCCL_BUFFSIZE
 from vllm_npu.errors import UnsupportedConfigError, VllmNpuError
-from vllm_npu.strategies.start_checks import PlannedShape, check_start, describe_capacity
+from vllm_npu.strategies.start_checks import PlannedShape, check_experts, check_start, describe_capacity
 from vllm_npu.tools.doctor.examination import PlannedEngine
 from vllm_npu.tools.doctor.findings import OK, Finding
 from vllm_npu.tools.layers import layer_of_model
@@ -29,13 +31,16 @@ def findings_of(engine: PlannedEngine) -> list[Finding]:
             raise UnsupportedConfigError(f"there is no --soc {engine.soc}; name one of {', '.join(DEVICES)}")
         if engine.ep % engine.tp:
             raise UnsupportedConfigError(f"--ep {engine.ep} is no multiple of --tp {engine.tp}; choose ep = tp * dp")
-        layer = layer_of_model(Path(engine.model))
+        model = read_config(Path(engine.model))
+        device = PORTABLE if engine.soc is None else DEVICES[engine.soc]
         topology = ParallelTopology.of_rank(0, tp_size=engine.tp, dp_size=engine.ep // engine.tp)
+        check_experts(ExpertsWanted(model=model, lora=engine.lora), topology, device)
+        layer = layer_of_model(model, experts=engine.experts, topk=engine.topk, hidden=engine.hidden)
         limits = check_start(
             engine.moe_comm,
             topology,
             layer,
-            PORTABLE if engine.soc is None else DEVICES[engine.soc],
+            device,
             shape=PlannedShape(decode_tokens=engine.max_num_seqs),
             hccl_buffer_mb=HCCL_BUFFSIZE.read_whole_number(),
         )

@@ -54,6 +54,10 @@ class PlannedEngine:
     tp: int
     max_num_seqs: int  # sequences that a data-parallel rank decodes at once
     moe_comm: str
+    lora: bool = False  # whether LoRA adapters may change the experts
+    experts: int | None = None  # this and the next two: numbers that replace those of config.json
+    topk: int | None = None
+    hidden: int | None = None
 
 
 def examine(engine: PlannedEngine | None = None, checks: dict[str, Check] | None = None) -> Iterator[Finding]:

@@ -1,0 +1,58 @@
+"""Settings of vllm-ascend that our strategies cannot serve are refused while vLLM builds its configuration."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.ascend.layer_program import write_config
+from vllm_npu.plugin import entry_points
+
+BUILD = """
+import json, sys
+from vllm.engine.arg_utils import EngineArgs
+from vllm.plugins import load_general_plugins
+load_general_plugins()
+EngineArgs(
+    tensor_parallel_size=2, enable_expert_parallel=True, skip_tokenizer_init=True, enforce_eager=True, dtype="bfloat16",
+    **json.loads(sys.argv[1]),
+).create_engine_config()
+print("BUILT")
+"""
+OFF = {"vllm_npu": {"moe_comm": "off"}}
+
+
+def build(folder, **arguments) -> subprocess.CompletedProcess[str]:
+    """Build a configuration in a process of its own, as an engine does before it starts workers."""
+    write_config(folder, hidden=1024, experts=8, top_k=2)
+    plugins = entry_points.without("ascend").partition("=")[2]
+    variables = os.environ | {"VLLM_NPU_EMULATOR": "1", "VLLM_PLUGINS": plugins, "HCCL_BUFFSIZE": "1000"}
+    command = [sys.executable, "-c", BUILD, json.dumps({"model": str(folder)} | arguments)]
+    return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"enable_lora": True}, "LoRA adapters"),
+        ({"additional_config": {"multistream_overlap_gate": True}}, "additional_config multistream_overlap_gate"),
+        (
+            {"additional_config": {"enable_shared_expert_dp": True, "enable_flashcomm1": False}},
+            "(enable_shared_expert_dp)",
+        ),
+    ],
+    ids=str,
+)
+def test_a_setting_that_was_never_run_is_refused_before_a_process_starts(tmp_path, arguments, reason):
+    done = build(tmp_path, **arguments)
+    assert "BUILT" not in done.stdout
+    assert "vllm_npu cannot replace vllm-ascend's MoE communication with: " in done.stderr, done.stderr[-2000:]
+    assert reason in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [{}, {"enable_lora": True, "additional_config": OFF}], ids=["none", "off"])
+def test_an_engine_without_such_settings_is_built_and_vllm_ascends_own_with_them(tmp_path, arguments):
+    done = build(tmp_path, **arguments)
+    assert "BUILT" in done.stdout, done.stderr[-2000:]

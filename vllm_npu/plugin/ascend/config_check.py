@@ -1,0 +1,37 @@
+"""Settings of vllm-ascend that were never run with our strategies. All are known before any process starts."""
+
+from typing import TYPE_CHECKING
+
+from vllm_ascend.ascend_config import get_ascend_config
+from vllm_ascend.utils import enable_sp, enable_sp_by_pass
+
+from vllm_npu.errors import UnsupportedConfigError
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+OPTIONS = ("enable_fused_mc2", "enable_mc2_hierarchy_comm", "multistream_overlap_gate", "mix_placement")
+
+
+def check_settings(vllm_config: "VllmConfig") -> None:
+    """Raise UnsupportedConfigError that names every refused setting. vllm-ascend must have read its options."""
+    ascend_config = get_ascend_config()
+    refused = {f"additional_config {option}": bool(getattr(ascend_config, option, False)) for option in OPTIONS}
+    refused |= {
+        "the compiler pass for sequence parallelism": bool(enable_sp_by_pass()),
+        "shared experts under data parallelism without flashcomm1 (enable_shared_expert_dp)": bool(
+            ascend_config.enable_shared_expert_dp
+        )
+        and not enable_sp(vllm_config),
+        "LoRA adapters": vllm_config.lora_config is not None,
+    }
+    refuse([reason for reason, applies in refused.items() if applies])
+
+
+def refuse(reasons: list[str]) -> None:
+    """Raise UnsupportedConfigError that names the reasons, if there are any."""
+    if reasons:
+        raise UnsupportedConfigError(
+            f"vllm_npu cannot replace vllm-ascend's MoE communication with: {'; '.join(reasons)}. Change that, or keep "
+            'vllm-ascend\'s own communication: --additional-config \'{"vllm_npu": {"moe_comm": "off"}}\''
+        )

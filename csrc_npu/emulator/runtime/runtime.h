@@ -45,6 +45,14 @@ EMULATOR_API int synchronize_current_device();
 // Whether streams run on threads of their own (VLLM_NPU_EMULATOR_ASYNC is set).
 EMULATOR_API bool streams_are_asynchronous();
 
+// Whether work of the stream is recorded into a graph and does not run now (graph.h). Work that is recorded must own
+// all that it uses, or use device memory by its address, because it runs at each replay.
+EMULATOR_API bool records_work(aclrtStream stream);
+
+// Returns an error that says why `what` can't be recorded, and invalidates the capture. ACL_SUCCESS if the stream
+// doesn't record.
+EMULATOR_API int refuse_to_record(aclrtStream stream, const char* what);
+
 // --- Memory ---
 
 struct MemoryBlock {

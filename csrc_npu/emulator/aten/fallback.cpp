@@ -198,8 +198,11 @@ class Call {
 
   void enqueue_recording(Recording recording) {
     OpAliases aliases(name_, device_);
+    Addresses memory;
     const auto on_device = [&](const at::Tensor& tensor) {
-      return tensor.defined() && tensor.is_cpu() ? tensor.clone() : aliases.to_cpu(tensor);
+      if (tensor.defined() && tensor.is_cpu()) return tensor.clone();
+      if (tensor.defined() && tensor.numel() > 0) memory.push_back(tensor.const_data_ptr());
+      return aliases.to_cpu(tensor);
     };
     for (size_t i = 0; i < recording.arguments.size(); ++i) {
       IValue& value = recording.arguments[i];
@@ -207,7 +210,7 @@ class Call {
     }
     const char* name = lasting(name_.c_str());
     const auto replay = [name, recording = std::move(recording)] { return run_recording(name, recording); };
-    check(enqueue(current_stream(device_), name, replay), name);
+    check(enqueue(current_stream(device_), name, replay, std::move(memory)), name);
   }
 
   static int run_recording(const char* name, const Recording& recording) {

@@ -61,10 +61,14 @@ void wait_for_current_stream(c10::Device device) {
 
 void enqueue_element_copy(c10::Device device, const char* name, at::Tensor target, at::Tensor source) {
   name = lasting(name);
+  Addresses memory;
+  for (const auto& tensor : {target, source}) {
+    if (tensor.numel() > 0) memory.push_back(tensor.const_data_ptr());
+  }
   auto work = [name, target = std::move(target), source = std::move(source)] {
     return copy_elements(name, target, source);
   };
-  check(enqueue(current_stream(device), name, std::move(work)), name);
+  check(enqueue(current_stream(device), name, std::move(work), std::move(memory)), name);
 }
 
 void enqueue_span_copy(c10::Device device, const char* name, at::Tensor target, at::Tensor source) {

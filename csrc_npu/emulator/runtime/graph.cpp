@@ -50,6 +50,21 @@ void merge(LaneCounts& into, const LaneCounts& from) {
   for (const auto& [lane, count] : from) into[lane] = std::max(into[lane], count);
 }
 
+void keep_device_memory(Addresses& memory) {
+  std::erase_if(memory, [](const void* address) { return !find_device_memory(address); });
+}
+
+int check_memory(const Recorded& task) {
+  for (const void* address : task.memory) {
+    if (find_device_memory(address)) continue;
+    return fail(ACL_ERROR_RT_PARAM_INVALID,
+                "%s: the memory at %p has been freed since the capture; keep all tensors of a graph alive, or make them "
+                "inside the capture",
+                task.name, address);
+  }
+  return ACL_SUCCESS;
+}
+
 }  // namespace
 
 Graph::Graph(std::shared_ptr<Stream> origin, aclmdlRICaptureMode mode)
@@ -68,14 +83,16 @@ std::size_t Graph::lane_of(const std::shared_ptr<Stream>& stream) {
   return lanes_.size() - 1;
 }
 
-int Graph::add(const std::shared_ptr<Stream>& stream, const char* name, Work work, Place place) {
+int Graph::add(const std::shared_ptr<Stream>& stream, Recorded task, Place place) {
+  keep_device_memory(task.memory);
   const std::lock_guard<std::mutex> lock(mutex_);
   const std::size_t index = lane_of(stream);
   Lane& lane = lanes_[index];
   if (lane.in_group) lane.group.push_back(nodes_.size());
   lane.seen[index] = ++lane.nodes;
   if (place == Place::kStreamThread) needs_thread_ = true;
-  nodes_.push_back({Kind::kWork, index, name, std::make_shared<const Work>(std::move(work)), 0, {}});
+  const char* name = task.name;
+  nodes_.push_back({Kind::kWork, index, name, std::make_shared<const Recorded>(std::move(task)), 0, {}});
   return ACL_SUCCESS;
 }
 
@@ -164,9 +181,9 @@ int Graph::end_group(const std::shared_ptr<Stream>& stream, TaskGroup*& group) {
   return ACL_SUCCESS;
 }
 
-std::shared_ptr<const Work> Graph::work_of(std::size_t node) {
+std::shared_ptr<const Recorded> Graph::task_of(std::size_t node) {
   const std::lock_guard<std::mutex> lock(mutex_);
-  return nodes_[node].work;
+  return nodes_[node].task;
 }
 
 std::vector<std::string> Graph::names_of(const std::vector<std::size_t>& nodes) {
@@ -179,16 +196,18 @@ std::vector<std::string> Graph::names_of(const std::vector<std::size_t>& nodes) 
 int Graph::replace(const std::vector<std::size_t>& nodes, const std::vector<Recorded>& tasks) {
   const std::lock_guard<std::mutex> lock(mutex_);
   for (std::size_t i = 0; i < nodes.size(); ++i) {
-    nodes_[nodes[i]].work = std::make_shared<const Work>(tasks[i].work);
+    auto task = std::make_shared<Recorded>(tasks[i]);
+    keep_device_memory(task->memory);
+    nodes_[nodes[i]].task = std::move(task);
   }
   return ACL_SUCCESS;
 }
 
 int Graph::run_node(std::size_t node) {
-  const std::shared_ptr<const Work> work = work_of(node);
-  int code = ACL_SUCCESS;
+  const std::shared_ptr<const Recorded> task = task_of(node);
+  int code = check_memory(*task);
   try {
-    code = lanes_[nodes_[node].lane].stream->run_in_graph(*work);
+    if (code == ACL_SUCCESS) code = lanes_[nodes_[node].lane].stream->run_in_graph(task->work);
   } catch (const std::exception& error) {
     code = fail(ACL_ERROR_INTERNAL_ERROR, "%s failed: %s", nodes_[node].name, error.what());
   }

@@ -33,6 +33,13 @@ struct CapturedRecord {
   std::size_t node = 0;
 };
 
+// Work that was recorded and did not run.
+struct Recorded {
+  const char* name;
+  Work work;
+  Addresses memory;  // device memory that the work uses
+};
+
 class Graph : public std::enable_shared_from_this<Graph> {
  public:
   Graph(std::shared_ptr<Stream> origin, aclmdlRICaptureMode mode);
@@ -44,8 +51,8 @@ class Graph : public std::enable_shared_from_this<Graph> {
 
   // --- Capture ---
 
-  // Adds work of a captured stream, or of a stream that updates a group of tasks.
-  int add(const std::shared_ptr<Stream>& stream, const char* name, Work work, Place place);
+  // Adds work of a captured stream.
+  int add(const std::shared_ptr<Stream>& stream, Recorded task, Place place);
 
   // Adds a record of an event, and a wait for such a record. The waiting stream joins the capture if it is not in it.
   std::size_t add_record(const std::shared_ptr<Stream>& stream);
@@ -68,7 +75,7 @@ class Graph : public std::enable_shared_from_this<Graph> {
   int execute(const std::shared_ptr<Stream>& stream);
 
   // Replaces the work of a group's tasks.
-  int replace(const std::vector<std::size_t>& nodes, const std::vector<struct Recorded>& tasks);
+  int replace(const std::vector<std::size_t>& nodes, const std::vector<Recorded>& tasks);
 
   std::vector<std::string> names_of(const std::vector<std::size_t>& nodes);
 
@@ -82,7 +89,7 @@ class Graph : public std::enable_shared_from_this<Graph> {
     Kind kind;
     std::size_t lane;
     const char* name;
-    std::shared_ptr<const Work> work;  // kWork
+    std::shared_ptr<const Recorded> task;  // kWork
     std::size_t record = 0;            // kWait: the node of the record
     LaneCounts before;                 // kRecord: all that the record waits for
   };
@@ -96,7 +103,7 @@ class Graph : public std::enable_shared_from_this<Graph> {
   };
 
   std::size_t lane_of(const std::shared_ptr<Stream>& stream);
-  std::shared_ptr<const Work> work_of(std::size_t node);
+  std::shared_ptr<const Recorded> task_of(std::size_t node);
   int run_in_capture_order();
   int run_lanes();
   int run_node(std::size_t node);
@@ -115,12 +122,6 @@ class Graph : public std::enable_shared_from_this<Graph> {
   bool needs_thread_ = false;  // work of the graph waits for another process or for the host
 
   std::mutex executing_;  // a graph runs once at a time
-};
-
-// Work that was recorded and has not run.
-struct Recorded {
-  const char* name;
-  Work work;
 };
 
 // A group of tasks of a graph, whose work can be replaced.

@@ -8,6 +8,7 @@
 #include <functional>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "acl/acl.h"
 
@@ -31,7 +32,11 @@ using Work = std::function<int()>;
 //
 // While `work` runs, the current device is the stream's. If `work` enqueues more work on its own stream, that work runs
 // at once, as a part of `work`. `name` is the name of the work in traces and error texts, such as "aclnnAdd".
-EMULATOR_API int enqueue(aclrtStream stream, const char* name, Work work);
+//
+// `memory` are addresses of device memory that the work uses. A graph checks before each replay that the memory has not
+// been freed.
+using Addresses = std::vector<const void*>;
+EMULATOR_API int enqueue(aclrtStream stream, const char* name, Work work, Addresses memory = {});
 
 // Enqueues work that waits for another process, such as a receive, without blocking the caller. The work always runs on
 // the stream's thread. Until it is done, all other work of the stream runs there too.

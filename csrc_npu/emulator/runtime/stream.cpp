@@ -142,16 +142,16 @@ int Stream::run_now(const Work& work) {
   return work();
 }
 
-int Stream::enqueue(const char* name, Work work, Pace pace, Place place) {
+int Stream::enqueue(const char* name, Work work, Pace pace, Place place, Addresses memory) {
   if (stream_in_progress == this) return work();
   std::unique_lock<std::mutex> lock(mutex_);
   if (capture_ != nullptr) {
     const auto graph = capture_;
     lock.unlock();
-    return graph->add(shared_from_this(), name, std::move(work), place);
+    return graph->add(shared_from_this(), {name, std::move(work), std::move(memory)}, place);
   }
   if (update_ != nullptr) {
-    update_->tasks.push_back({name, std::move(work)});
+    update_->tasks.push_back({name, std::move(work), std::move(memory)});
     return ACL_SUCCESS;
   }
   if (closing_) return fail(ACL_ERROR_RT_STREAM_CONTEXT, "%s: stream %d has been destroyed", name, id_);
@@ -331,10 +331,11 @@ bool streams_are_asynchronous() {
   return asynchronous;
 }
 
-int enqueue(aclrtStream handle, const char* name, Work work) {
+int enqueue(aclrtStream handle, const char* name, Work work, Addresses memory) {
   int code = ACL_SUCCESS;
   const auto stream = find_stream(handle, code);
-  return stream == nullptr ? code : stream->enqueue(name, std::move(work));
+  if (stream == nullptr) return code;
+  return stream->enqueue(name, std::move(work), Pace::kRandom, Place::kCaller, std::move(memory));
 }
 
 int enqueue_in_background(aclrtStream handle, const char* name, Work work) {

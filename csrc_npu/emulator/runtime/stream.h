@@ -38,7 +38,8 @@ class Stream : public std::enable_shared_from_this<Stream> {
   int id() const { return id_; }
 
   // See enqueue() in runtime.h. While the stream is captured, the work goes into the graph and does not run.
-  int enqueue(const char* name, Work work, Pace pace = Pace::kRandom, Place place = Place::kCaller);
+  int enqueue(const char* name, Work work, Pace pace = Pace::kRandom, Place place = Place::kCaller,
+              Addresses memory = {});
 
   // Waits for the work that was enqueued so far, then returns and clears the device's kept error. Fails after
   // `timeout`.

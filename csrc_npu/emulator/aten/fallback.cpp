@@ -177,8 +177,10 @@ class Call {
     const bool selects = op_.operator_name().name == "aten::index";
     bool needs_values = !selects && (op_.hasTag(at::Tag::dynamic_output_shape) ||
                                      op_.hasTag(at::Tag::data_dependent_output));
-    if (std::find(kOpsWithCpuIndices.begin(), kOpsWithCpuIndices.end(), op_.operator_name().name) !=
-        kOpsWithCpuIndices.end()) {
+    const bool is_indexed = std::find(kOpsWithCpuIndices.begin(), kOpsWithCpuIndices.end(), op_.operator_name().name) !=
+                            kOpsWithCpuIndices.end();
+    const bool fills = is_indexed && !selects && argument(2).toTensor().numel() == 1;  // as masked_fill
+    if (is_indexed && !fills) {
       for_each_tensor(argument(1), [&](const at::Tensor& index) {
         if (!index.defined()) return;
         const bool is_mask = index.scalar_type() == at::kBool || index.scalar_type() == at::kByte;
@@ -200,7 +202,7 @@ class Call {
     OpAliases aliases(name_, device_);
     Addresses memory;
     const auto on_device = [&](const at::Tensor& tensor) {
-      if (tensor.defined() && tensor.is_cpu()) return tensor.clone();
+      if (tensor.defined() && tensor.is_cpu()) return frozen(tensor);
       if (tensor.defined() && tensor.numel() > 0) memory.push_back(tensor.const_data_ptr());
       return aliases.to_cpu(tensor);
     };
@@ -211,6 +213,12 @@ class Call {
     const char* name = lasting(name_.c_str());
     const auto replay = [name, recording = std::move(recording)] { return run_recording(name, recording); };
     check(enqueue(current_stream(device_), name, replay, std::move(memory)), name);
+  }
+
+  static at::Tensor frozen(const at::Tensor& on_host) {
+    auto copy = on_host.clone();
+    copy.unsafeGetTensorImpl()->set_wrapped_number(on_host.unsafeGetTensorImpl()->is_wrapped_number());
+    return copy;
   }
 
   static int run_recording(const char* name, const Recording& recording) {

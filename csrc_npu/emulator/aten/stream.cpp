@@ -42,7 +42,7 @@ const char* lasting(const char* name) {
 }
 
 void copy_result(const at::Tensor& target, const at::Tensor& result) {
-  if (target.sizes() == result.sizes() && target.strides() == result.strides()) {
+  if (target.dtype() == result.dtype() && target.sizes() == result.sizes() && target.strides() == result.strides()) {
     copy_span(target, result);
   } else {
     target.copy_(result);

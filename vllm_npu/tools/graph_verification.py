@@ -16,6 +16,7 @@ from vllm_npu.core.limits import DeviceLimits
 from vllm_npu.core.step_plan import StepPlan, TokenSharding
 from vllm_npu.core.token_layout import TokenSlice, ceil_div
 from vllm_npu.core.topology import ParallelTopology
+from vllm_npu.eplb.replicas import to_physical
 from vllm_npu.errors import UnsupportedConfigError
 from vllm_npu.strategies.pipeline import MoEPipeline
 from vllm_npu.strategies.select import build
@@ -48,7 +49,10 @@ def graph_cases(
 class GraphInputs:
     """The tensors of one replay on one rank. All have the rows of the graph."""
 
-    own: list[torch.Tensor]  # hidden_states, topk_weights, topk_ids of this rank; rows past its tokens are NaN, with id 0
+    own: list[torch.Tensor]
+    """hidden_states, topk_weights, topk_ids of this rank. Rows past its tokens are NaN, with the first experts' ids: a router
+    chooses different experts for such a row too."""
+
     expected: torch.Tensor  # rows of this rank, on the CPU; NaN past its tokens
 
     @classmethod
@@ -58,8 +62,10 @@ class GraphInputs:
         """Pad the tensors of every DP rank to `rows` rows, and take this rank's part."""
 
         def pad(tensor: torch.Tensor) -> torch.Tensor:
-            fill = float("nan") if tensor.is_floating_point() else 0
-            return F.pad(tensor, (0, 0, 0, rows - tensor.shape[0]), value=fill)
+            more = rows - tensor.shape[0]
+            if tensor.is_floating_point():
+                return F.pad(tensor, (0, 0, 0, more), value=float("nan"))
+            return torch.cat([tensor, torch.arange(tensor.shape[1], dtype=tensor.dtype).repeat(more, 1)])
 
         padded = replace(
             tensors,
@@ -78,13 +84,18 @@ class CapturedStep:
     """One layer's graph on one rank, of a fixed number of rows, with the tensors that it reads and writes."""
 
     def __init__(
-        self, pipeline: MoEPipeline, experts: Callable[..., torch.Tensor], step: StepPlan, inputs: GraphInputs
+        self,
+        pipeline: MoEPipeline,
+        as_physical: Callable[[torch.Tensor], torch.Tensor],
+        experts: Callable[..., torch.Tensor],
+        step: StepPlan,
+        inputs: GraphInputs,
     ) -> None:
         self._inputs = [tensor.clone() for tensor in inputs.own]
 
         def layer() -> torch.Tensor:
             hidden_states, weights, ids = self._inputs
-            return pipeline.run(hidden_states, weights, ids, experts, step).hidden_states
+            return pipeline.run(hidden_states, weights, as_physical(ids), experts, step).hidden_states
 
         layer()  # opens groups and windows, which no graph can do
         self._replay, self._output = captured(layer, self._inputs[0].device)
@@ -118,21 +129,25 @@ def run_in_graphs(rank: Rank, case: Case) -> str | None:
     """Capture the case's layer in two graphs and replay them. Return the fault, or None. COLLECTIVE over all ranks."""
     groups = rank.groups(tp_size=case.tp_size, dp_size=case.dp_size, expert_parallel=case.expert_parallel)
     topology = groups.topology
-    pipeline = build(case.strategy, groups, case.num_experts, case.quant_mode, case.shared_expert_ranks)
+    pipeline = build(case.strategy, groups, case.num_physical_experts, case.quant_mode, case.shared_expert_ranks)
     first = CaseTensors.of(case)
+    table = None if first.replicas is None else first.replicas.eplb_table(rank.device)
     experts = poisoned(first.experts_of(topology, rank.device))
     most = max(case.num_tokens_across_dp)
     sizes = (most, most + case.tp_size)
 
+    def as_physical(ids: torch.Tensor) -> torch.Tensor:
+        return ids if table is None else to_physical(ids, table, topology, case.sharding, case.balance_mode)
+
     def inputs(size: int, number: int) -> GraphInputs:
         counts = tuple(max(count - number, 0) for count in case.num_tokens_across_dp)
         other = CaseTensors.of(replace(case, num_tokens_across_dp=counts, seed=case.seed + number))
-        return GraphInputs.of(replace(other, experts=first.experts), size, topology, case.sharding, rank.device)
+        return GraphInputs.of(replace(other, experts=first.experts, replicas=first.replicas), size, topology, case.sharding, rank.device)
 
     graphs: dict[int, CapturedStep] = {}
     for size in sizes:
         step = StepPlan(num_tokens_across_dp=(size,) * case.dp_size, sharding=case.sharding, captured=True)
-        graphs[size] = CapturedStep(pipeline, experts, step, inputs(size, 0))
+        graphs[size] = CapturedStep(pipeline, as_physical, experts, step, inputs(size, 0))
     for number in range(REPLAYS):
         in_flight: list[tuple[int, Any, torch.Tensor]] = []
         for size, graph in graphs.items():

@@ -3,6 +3,7 @@
 import json
 import time
 from collections import Counter
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -15,6 +16,7 @@ from vllm_npu.cli.transport_choice import chosen_transport
 from vllm_npu.core.limits import DeviceLimits
 from vllm_npu.errors import UnsupportedConfigError, VllmNpuError
 from vllm_npu.strategies.table import ALL_STRATEGIES, STRATEGIES
+from vllm_npu.tools.graph_verification import graph_cases, run_in_graphs
 from vllm_npu.tools.launch import RankPool
 from vllm_npu.tools.rank_pools import TRANSPORT_CHOICES, open_rank_pool
 from vllm_npu.tools.verification import Case, RandomRun, cases, limits_of_device, random_runs, run_case, run_random
@@ -32,6 +34,9 @@ def verify(
     random_count: Annotated[
         int | None, typer.Option("--random", min=1, help="Run this many random cases instead of the fixed ones.")
     ] = None,
+    graph: Annotated[
+        bool, typer.Option("--graph", help="Capture each layer in graphs, and replay them over other tokens.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Seed of hidden states, routing and experts.")] = 0,
     json_path: JsonPath = None,
 ) -> None:
@@ -43,6 +48,8 @@ def verify(
     """
     if strategy is not None and strategy not in ALL_STRATEGIES:
         raise UnsupportedConfigError(f"unknown strategy {strategy!r}; there are: {', '.join(ALL_STRATEGIES)}")
+    if graph and random_count is not None:
+        raise UnsupportedConfigError("--graph runs the fixed cases only; leave --random out")
     transport, strategy = chosen_transport(transport, strategy)
     chosen = tuple(ALL_STRATEGIES) if strategy is None else (strategy,)
     started = time.monotonic()
@@ -50,7 +57,9 @@ def verify(
     with open_rank_pool(transport, ranks) as (pool, device):
         limits = pool.run(limits_of_device)[0]
         to_run: list[Case | RandomRun]
-        if random_count is None:
+        if graph:
+            to_run = list(graph_cases(ranks, strategies=chosen, quick=quick, seed=seed, device=limits))
+        elif random_count is None:
             to_run = list(cases(ranks, strategies=chosen, quick=quick, seed=seed, device=limits))
         else:
             to_run = list(random_runs(ranks, random_count, seed, _drawn_strategies(chosen, limits)))
@@ -59,7 +68,7 @@ def verify(
                 f"{', '.join(chosen)} cannot run on {ranks} ranks on {device}: no case is left"
             )
         for case in track(to_run, f"{transport}, {ranks} ranks on {device}", console=Console(stderr=True)):
-            fault = _run(pool, case)
+            fault = _run(pool, case, graph)
             if fault is not None:
                 failures[case] = fault
                 if len(failures) <= SHOWN_FAILURES:
@@ -71,6 +80,7 @@ def verify(
             "transport": transport,
             "device": device,
             "ranks": ranks,
+            "graph": graph,
             "seed": seed,
             "cases": len(to_run),
             "strategies": Counter((case.case if isinstance(case, RandomRun) else case).strategy for case in to_run),
@@ -95,9 +105,11 @@ def _drawn_strategies(chosen: tuple[str, ...], limits: DeviceLimits) -> list[str
     return drawn
 
 
-def _run(pool: RankPool, case: Case | RandomRun) -> str | None:
+def _run(pool: RankPool, case: Case | RandomRun, graph: bool) -> str | None:
     """The fault of the first rank that has one, or None."""
-    run = run_random if isinstance(case, RandomRun) else run_case
+    run: Callable[..., str | None] = run_in_graphs if graph else run_case
+    if isinstance(case, RandomRun):
+        run = run_random
     try:
         return next((fault for fault in pool.run(run, case) if fault), None)
     except VllmNpuError as error:

@@ -7,10 +7,13 @@
 
 struct aclOpExecutor {
   vllm_npu::emulator::aclnn::Plan plan;
+  vllm_npu::emulator::Addresses memory;  // of the op's tensors
 };
 
 namespace vllm_npu::emulator::aclnn {
 namespace {
+
+thread_local Addresses noted_memory;
 
 // Converts an exception of `act` to the op's return code, because no exception may leave the C interface.
 int guarded(const char* name, const std::function<void()>& act) {
@@ -29,11 +32,17 @@ int guarded(const char* name, const std::function<void()>& act) {
 
 }  // namespace
 
+void note_memory(const at::Tensor& tensor) {
+  if (tensor.numel() > 0) noted_memory.push_back(tensor.const_data_ptr());
+}
+
 int prepare(const char* name, const std::function<Plan()>& make_plan, uint64_t* workspace_size,
             aclOpExecutor** executor) {
   return guarded(name, [&] {
     *workspace_size = 0;
-    *executor = new aclOpExecutor{make_plan()};
+    noted_memory.clear();
+    auto plan = make_plan();
+    *executor = new aclOpExecutor{std::move(plan), std::move(noted_memory)};
   });
 }
 
@@ -41,7 +50,7 @@ int run(const char* name, aclOpExecutor* executor, aclrtStream stream) {
   trace(name);
   // Shared, because std::function needs work that can be copied.
   std::shared_ptr<aclOpExecutor> owned(executor);
-  return enqueue(stream, name, [name, owned] { return guarded(name, owned->plan); });
+  return enqueue(stream, name, [name, owned] { return guarded(name, owned->plan); }, std::move(owned->memory));
 }
 
 }  // namespace vllm_npu::emulator::aclnn

@@ -39,6 +39,9 @@ inline void refuse_on_310p(const char* op) {
   require(current_soc().family != Family::k310P, current_soc().name, " has no ", op);
 }
 
+// Notes that the op in preparation uses the tensor's memory.
+void note_memory(const at::Tensor& tensor);
+
 // How one parameter crosses the C interface. `Handle` is the C type, and `take` converts it to the parameter.
 template <class Parameter>
 struct Argument {  // numbers are not converted
@@ -52,6 +55,7 @@ struct Argument<OptionalTensor> {
   static OptionalTensor take(Handle handle) {
     if (handle == nullptr) return std::nullopt;
     if (!handle->fault.empty()) refuse(Code::kInvalid, "an argument ", handle->fault);
+    note_memory(handle->tensor);
     return handle->tensor;
   }
 };

@@ -6,6 +6,9 @@
 #include <ATen/ops/empty_strided.h>
 #include <c10/core/CPUAllocator.h>
 
+#include <algorithm>
+#include <cstdlib>
+
 #include "stream.h"
 
 namespace vllm_npu::emulator {
@@ -16,6 +19,15 @@ namespace {
 c10::Storage alias_storage(const c10::Storage& storage) {
   auto* impl = storage.unsafeGetStorageImpl();
   return {c10::Storage::use_byte_size_t(), impl->nbytes(), c10::DataPtr(impl->mutable_data(), c10::Device(c10::kCPU)),
+          c10::GetCPUAllocator(), /*resizable=*/true};
+}
+
+// A CPU storage of zeros with the size of `storage`. The operating system provides its pages when they are touched.
+c10::Storage zeros_like_storage(const c10::Storage& storage) {
+  const size_t bytes = storage.nbytes();
+  void* zeros = std::calloc(std::max<size_t>(bytes, 1), 1);
+  TORCH_CHECK(zeros != nullptr, "the host has no ", bytes, " bytes for the capture of a graph");
+  return {c10::Storage::use_byte_size_t(), bytes, c10::DataPtr(zeros, zeros, std::free, c10::Device(c10::kCPU)),
           c10::GetCPUAllocator(), /*resizable=*/true};
 }
 
@@ -55,7 +67,8 @@ at::Tensor OpAliases::to_cpu(const at::Tensor& tensor) {
   const auto* storage = tensor.storage().unsafeGetStorageImpl();
   auto found = storage_alias_of_.find(storage);
   if (found == storage_alias_of_.end()) {
-    found = storage_alias_of_.emplace(storage, alias_storage(tensor.storage())).first;
+    const auto alias = memory_ == Memory::kZeros ? zeros_like_storage(tensor.storage()) : alias_storage(tensor.storage());
+    found = storage_alias_of_.emplace(storage, alias).first;
     argument_on_.emplace(found->second.unsafeGetStorageImpl(), tensor);
   }
   auto alias = alias_on(tensor, found->second);
@@ -67,12 +80,13 @@ at::Tensor OpAliases::to_cpu(const at::Tensor& tensor) {
 void OpAliases::will_write(const at::Tensor& tensor) {
   if (!tensor.defined() || !tensor.is_privateuseone()) return;
   auto alias = to_cpu(tensor);
-  written_.push_back({tensor, alias, streams_are_asynchronous() ? alias.clone() : at::Tensor()});
+  const bool late = streams_are_asynchronous() && memory_ == Memory::kDevice;
+  written_.push_back({tensor, alias, alias.storage().data(), late ? alias.clone() : at::Tensor()});
 }
 
 void OpAliases::write_back() {
   for (const auto& written : written_) {
-    const bool moved = written.alias.storage().data() != written.tensor.storage().data();
+    const bool moved = written.alias.storage().data() != written.memory_before;
     if (moved || !same_layout(written.alias, written.tensor)) {
       write_back_resized(written);
     } else if (written.values_before.defined()) {
@@ -83,11 +97,11 @@ void OpAliases::write_back() {
 
 void OpAliases::write_back_resized(const Written& written) const {
   const auto& alias = written.alias;
-  const bool moved = alias.storage().data() != written.tensor.storage().data();
+  const bool moved = alias.storage().data() != written.memory_before;
   // Resize to all bytes that the strides span. A resize_() to the sizes alone would leave out gaps between elements.
   if (moved) written.tensor.resize_({static_cast<int64_t>(spanned_bytes(alias) / alias.element_size())});
   written.tensor.unsafeGetTensorImpl()->set_sizes_and_strides(alias.sizes(), alias.strides(), alias.storage_offset());
-  if (moved) {
+  if (moved && memory_ == Memory::kDevice) {
     enqueue_span_copy(device_, op_name_.c_str(), cpu_alias(written.tensor), alias);
   } else if (written.values_before.defined()) {
     write_back_late(written);
@@ -100,6 +114,11 @@ void OpAliases::write_back_late(const Written& written) const {
   auto values = written.alias.clone();
   written.alias.copy_(written.values_before);
   enqueue_element_copy(device_, op_name_.c_str(), cpu_alias(written.tensor), std::move(values));
+}
+
+bool OpAliases::is_new(const at::Tensor& result) const {
+  return result.defined() && result.is_cpu() && argument_of_.count(result.unsafeGetTensorImpl()) == 0 &&
+         argument_on_.count(result.storage().unsafeGetStorageImpl()) == 0;
 }
 
 at::Tensor OpAliases::to_npu(const at::Tensor& result) {
@@ -129,7 +148,7 @@ at::Tensor OpAliases::view_of(const at::Tensor& argument, const at::Tensor& resu
 
 at::Tensor OpAliases::copy_of(const at::Tensor& result) const {
   auto copy = at::empty_strided(result.sizes(), result.strides(), result.options().device(device_));
-  enqueue_span_copy(device_, op_name_.c_str(), cpu_alias(copy), result);
+  if (memory_ == Memory::kDevice) enqueue_span_copy(device_, op_name_.c_str(), cpu_alias(copy), result);
   copy._set_conj(result.is_conj());
   copy._set_neg(result.is_neg());
   return copy;

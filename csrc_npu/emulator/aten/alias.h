@@ -17,7 +17,12 @@ at::Tensor cpu_alias(const at::Tensor& tensor);
 // The CPU aliases of one op's arguments, and the conversion of its results to npu tensors.
 class OpAliases {
  public:
-  OpAliases(std::string op_name, c10::Device device) : op_name_(std::move(op_name)), device_(device) {}
+  // On what the aliases lie. kZeros is fresh memory of zeros: an op that runs on it finds the sizes of its results, and
+  // neither reads nor writes a value of the device. Graph capture needs this.
+  enum class Memory { kDevice, kZeros };
+
+  OpAliases(std::string op_name, c10::Device device, Memory memory = Memory::kDevice)
+      : op_name_(std::move(op_name)), device_(device), memory_(memory) {}
 
   // Returns the alias of a device tensor. Returns any other tensor, and an undefined one, unchanged. Two tensors with
   // one storage get aliases with one storage, and one tensor always gets the same alias.
@@ -27,17 +32,23 @@ class OpAliases {
   void will_write(const at::Tensor& tensor);
 
   // Call it after the op. Gives each written tensor the sizes that the CPU kernel gave to its alias. In asynchronous
-  // mode, the stream writes the values later.
+  // mode, the stream writes the values later. With kZeros, no values are written.
   void write_back();
 
   // Returns the npu tensor for a result. For the alias of an argument this is the argument, for a view of an alias a
   // view of the argument, and otherwise a new tensor.
   at::Tensor to_npu(const at::Tensor& result);
 
+  // Whether to_npu makes a new tensor for the result.
+  bool is_new(const at::Tensor& result) const;
+
+  bool writes() const { return !written_.empty(); }
+
  private:
   struct Written {
     at::Tensor tensor;
     at::Tensor alias;
+    const void* memory_before;
     at::Tensor values_before;  // asynchronous mode only
   };
 
@@ -48,6 +59,7 @@ class OpAliases {
 
   std::string op_name_;
   c10::Device device_;
+  Memory memory_;
   std::unordered_map<const c10::TensorImpl*, at::Tensor> alias_of_;             // npu tensor -> alias
   std::unordered_map<const c10::TensorImpl*, at::Tensor> argument_of_;          // alias -> npu tensor
   std::unordered_map<const c10::StorageImpl*, c10::Storage> storage_alias_of_;  // npu storage -> alias storage

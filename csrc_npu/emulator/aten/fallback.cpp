@@ -1,5 +1,6 @@
 #include "fallback.h"
 
+#include <ATen/CPUGeneratorImpl.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/stack.h>
 #include <c10/core/DeviceGuard.h>
@@ -8,8 +9,11 @@
 
 #include <algorithm>
 #include <array>
+#include <functional>
 #include <optional>
 #include <string_view>
+#include <utility>
+#include <vector>
 
 #include "alias.h"
 #include "random.h"
@@ -70,6 +74,7 @@ class Call {
     // The npu's autocast has already cast the arguments. The CPU's autocast must not cast them again.
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     check_devices();
+    if (records_work(current_stream(device_))) return record();
     wait_for_current_stream(device_);
 
     OpAliases aliases(name_, device_);
@@ -134,6 +139,109 @@ class Call {
       for_each_tensor(value, [&](const at::Tensor& tensor) { aliases.will_write(tensor); });
     }
     return with_tensors(value, [&](const at::Tensor& tensor) { return aliases.to_cpu(tensor); });
+  }
+
+  // The op belongs to a graph. Runs the kernel on zeros, which gives the sizes of the results, and records work that
+  // runs the kernel on the device's memory at each replay.
+  void record() {
+    refuse_what_needs_values();
+    OpAliases zeros(name_, device_, OpAliases::Memory::kZeros);
+    const Stack arguments = c10::Stack(stack_.end() - num_arguments(), stack_.end());
+    std::function<at::Generator()> generator;
+    for (size_t i = 0; i < num_arguments(); ++i) {
+      if (schema_.arguments()[i].name() == "generator") {
+        generator = captured_cpu_generator(argument(i).toOptional<at::Generator>(), device_);
+        argument(i) = at::detail::createCPUGenerator();
+      } else {
+        argument(i) = cpu_argument(i, zeros);
+      }
+    }
+    run_cpu_kernel();
+    zeros.write_back();
+    Recording recording{op_, arguments, generator, {}};
+    for (size_t i = 0; i < num_results(); ++i) {
+      result(i) = with_tensors(result(i), [&](const at::Tensor& tensor) {
+        const bool is_new = zeros.is_new(tensor);
+        auto made = zeros.to_npu(tensor);
+        recording.targets.push_back(is_new ? cpu_alias(made) : at::Tensor());
+        return made;
+      });
+    }
+    const bool has_new = std::any_of(recording.targets.begin(), recording.targets.end(),
+                                     [](const at::Tensor& target) { return target.defined(); });
+    if (has_new || zeros.writes()) enqueue_recording(std::move(recording));
+  }
+
+  // Ops whose results have sizes that depend on values. On a device, they wait for the stream.
+  void refuse_what_needs_values() {
+    const bool selects = op_.operator_name().name == "aten::index";
+    bool needs_values = !selects && (op_.hasTag(at::Tag::dynamic_output_shape) ||
+                                     op_.hasTag(at::Tag::data_dependent_output));
+    const bool is_indexed = std::find(kOpsWithCpuIndices.begin(), kOpsWithCpuIndices.end(), op_.operator_name().name) !=
+                            kOpsWithCpuIndices.end();
+    const bool fills = is_indexed && !selects && argument(2).toTensor().numel() == 1;  // as masked_fill
+    if (is_indexed && !fills) {
+      for_each_tensor(argument(1), [&](const at::Tensor& index) {
+        if (!index.defined()) return;
+        const bool is_mask = index.scalar_type() == at::kBool || index.scalar_type() == at::kByte;
+        needs_values = needs_values || is_mask || index.is_cpu();
+      });
+    }
+    if (needs_values) check(refuse_to_record(current_stream(device_), name_.c_str()), name_.c_str());
+  }
+
+  // The op with aliases of device memory for its arguments, and with copies of its arguments on the host.
+  struct Recording {
+    const c10::OperatorHandle op;
+    Stack arguments;
+    std::function<at::Generator()> generator;
+    std::vector<at::Tensor> targets;  // for each tensor of the results: where a new one lies; undefined for the others
+  };
+
+  void enqueue_recording(Recording recording) {
+    OpAliases aliases(name_, device_);
+    Addresses memory;
+    const auto on_device = [&](const at::Tensor& tensor) {
+      if (tensor.defined() && tensor.is_cpu()) return frozen(tensor);
+      if (tensor.defined() && tensor.numel() > 0) memory.push_back(tensor.const_data_ptr());
+      return aliases.to_cpu(tensor);
+    };
+    for (size_t i = 0; i < recording.arguments.size(); ++i) {
+      IValue& value = recording.arguments[i];
+      value = is_npu_device(value) ? IValue(c10::Device(c10::kCPU)) : with_tensors(value, on_device);
+    }
+    const char* name = lasting(name_.c_str());
+    const auto replay = [name, recording = std::move(recording)] { return run_recording(name, recording); };
+    check(enqueue(current_stream(device_), name, replay, std::move(memory)), name);
+  }
+
+  static at::Tensor frozen(const at::Tensor& on_host) {
+    auto copy = on_host.clone();
+    copy.unsafeGetTensorImpl()->set_wrapped_number(on_host.unsafeGetTensorImpl()->is_wrapped_number());
+    return copy;
+  }
+
+  static int run_recording(const char* name, const Recording& recording) {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+    Stack stack = recording.arguments;
+    const auto& arguments = recording.op.schema().arguments();
+    for (size_t i = 0; i < arguments.size(); ++i) {
+      if (arguments[i].name() == "generator") stack[i] = recording.generator();
+    }
+    try {
+      recording.op.redispatchBoxed(c10::DispatchKeySet(c10::DispatchKey::CPU), &stack);
+      size_t next = 0;
+      for (const IValue& value : stack) {
+        for_each_tensor(value, [&](const at::Tensor& tensor) {
+          const at::Tensor& target = recording.targets[next++];
+          if (target.defined()) copy_result(target, tensor);
+        });
+      }
+      return ACL_SUCCESS;
+    } catch (const c10::Error& error) {
+      return fail(ACL_ERROR_INTERNAL_ERROR, "%s: %s", name, error.what_without_backtrace());
+    }
   }
 
   void run_cpu_kernel() {

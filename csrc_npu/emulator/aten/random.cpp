@@ -22,18 +22,40 @@ uint64_t mixed(uint64_t value) {
   return value ^ (value >> 31);
 }
 
-}  // namespace
-
-at::Generator next_cpu_generator(const std::optional<at::Generator>& generator, c10::Device device) {
+at::Generator npu_generator(const std::optional<at::Generator>& generator, c10::Device device) {
   // Use torch_npu's own function, because torch_npu 2.10 does not support the one of at::globalContext().
   at::Generator source =
       generator && generator->defined() ? *generator : at_npu::detail::getDefaultNPUGenerator(device.index());
   TORCH_CHECK(source.device().type() == device.type(), "Expected a '", device.type(), "' generator, but found a '",
               source.device().type(), "' one: create it with torch.Generator('npu')");
+  return source;
+}
+
+// Takes the seed and the offset of one op. In a capture, takes where they will be in device memory.
+at_npu::PhiloxNpuState take_state(at::Generator source) {
   const std::lock_guard<std::mutex> lock(source.mutex());
-  const uint64_t offset = source.get_offset();
-  source.set_offset(offset + kOffsetPerOp);
-  return at::detail::createCPUGenerator(mixed(mixed(source.current_seed()) + offset));
+  return at::check_generator<at_npu::NPUGeneratorImpl>(source)->philox_npu_state(kOffsetPerOp);
+}
+
+at::Generator cpu_generator(uint64_t seed, uint64_t offset) {
+  return at::detail::createCPUGenerator(mixed(mixed(seed) + offset));
+}
+
+}  // namespace
+
+at::Generator next_cpu_generator(const std::optional<at::Generator>& generator, c10::Device device) {
+  const auto state = take_state(npu_generator(generator, device));
+  return cpu_generator(state.seed_.val, state.offset_.val);
+}
+
+std::function<at::Generator()> captured_cpu_generator(const std::optional<at::Generator>& generator,
+                                                      c10::Device device) {
+  const auto state = take_state(npu_generator(generator, device));
+  const auto* seed = static_cast<const int64_t*>(state.seed_.ptr->const_data_ptr());
+  const auto* offset = static_cast<const int64_t*>(state.offset_.ptr->const_data_ptr());
+  return [seed, offset, inside = state.offset_intragraph_] {
+    return cpu_generator(static_cast<uint64_t>(*seed), static_cast<uint64_t>(*offset) + inside);
+  };
 }
 
 // PyTorch's CPU kernel takes no generator. This function computes the same from the device's generator.

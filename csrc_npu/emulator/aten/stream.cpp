@@ -32,7 +32,8 @@ int copy_span(const at::Tensor& target, const at::Tensor& source) {
   return ACL_SUCCESS;
 }
 
-// Returns a copy of the text that is never freed. Pending work keeps the pointer to its name.
+}  // namespace
+
 const char* lasting(const char* name) {
   static auto* mutex = new std::mutex;
   static auto* names = new std::unordered_set<std::string>;
@@ -40,7 +41,13 @@ const char* lasting(const char* name) {
   return names->emplace(name).first->c_str();
 }
 
-}  // namespace
+void copy_result(const at::Tensor& target, const at::Tensor& result) {
+  if (target.dtype() == result.dtype() && target.sizes() == result.sizes() && target.strides() == result.strides()) {
+    copy_span(target, result);
+  } else {
+    target.copy_(result);
+  }
+}
 
 aclrtStream current_stream(c10::Device device) { return c10_npu::getCurrentNPUStream(device.index()).stream(); }
 
@@ -54,10 +61,14 @@ void wait_for_current_stream(c10::Device device) {
 
 void enqueue_element_copy(c10::Device device, const char* name, at::Tensor target, at::Tensor source) {
   name = lasting(name);
+  Addresses memory;
+  for (const auto& tensor : {target, source}) {
+    if (tensor.numel() > 0) memory.push_back(tensor.const_data_ptr());
+  }
   auto work = [name, target = std::move(target), source = std::move(source)] {
     return copy_elements(name, target, source);
   };
-  check(enqueue(current_stream(device), name, std::move(work)), name);
+  check(enqueue(current_stream(device), name, std::move(work), std::move(memory)), name);
 }
 
 void enqueue_span_copy(c10::Device device, const char* name, at::Tensor target, at::Tensor source) {

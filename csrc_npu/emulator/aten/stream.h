@@ -28,4 +28,11 @@ void check(int code, const char* what);
 void enqueue_element_copy(c10::Device device, const char* name, at::Tensor target, at::Tensor source);
 void enqueue_span_copy(c10::Device device, const char* name, at::Tensor target, at::Tensor source);
 
+// Copies a CPU kernel's result to the CPU alias of a result on the device. Equal strides are copied as bytes, because
+// elements may share memory.
+void copy_result(const at::Tensor& target, const at::Tensor& result);
+
+// Returns a copy of the text that is never freed. Pending work keeps the pointer to its name.
+const char* lasting(const char* name);
+
 }  // namespace vllm_npu::emulator

@@ -57,9 +57,11 @@ class Collective {
   HcclResult run(std::vector<Part> data, ChunkReader reader) {
     if (code_ != HCCL_SUCCESS) return HcclResult(code_);
     trace(function_, "group=%s %s", communicator_->name().c_str(), call_.agreed.c_str());
+    Addresses memory;
+    for (const Part& part : data) memory.push_back(part.data);
     const auto exchange = [communicator = communicator_, call = call_, data = std::move(data),
                            reader = std::move(reader)] { return communicator->exchange(call, data, reader); };
-    return HcclResult(enqueue(stream_, function_, exchange));
+    return HcclResult(enqueue(stream_, function_, exchange, std::move(memory)));
   }
 
   HcclResult run(const void* data, std::uint64_t bytes, ChunkReader reader) {

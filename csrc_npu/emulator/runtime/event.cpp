@@ -7,6 +7,7 @@
 #include <unordered_map>
 
 #include "device.h"
+#include "graph.h"
 #include "runtime.h"
 #include "stream.h"
 
@@ -19,7 +20,19 @@ class Event {
  public:
   std::uint64_t start_record() {
     const std::lock_guard<std::mutex> lock(mutex_);
+    captured_.reset();
     return ++records_;
+  }
+
+  // The event was last recorded into a graph. It marks a place of the graph, and nobody outside can wait for it.
+  void set_captured(CapturedRecord record) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    captured_ = std::move(record);
+  }
+
+  std::optional<CapturedRecord> captured() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return captured_;
   }
 
   void finish_record(std::uint64_t record) {
@@ -79,6 +92,7 @@ class Event {
   std::uint64_t records_ = 0;
   std::uint64_t finished_ = 0;
   int pending_waits_ = 0;
+  std::optional<CapturedRecord> captured_;
   std::chrono::steady_clock::time_point time_;
 };
 
@@ -95,6 +109,30 @@ std::shared_ptr<Event> find_event(const char* function, aclrtEvent handle, int& 
   if (found != events().end()) return found->second;
   code = fail(ACL_ERROR_RT_INVALID_HANDLE, "%s: %p is no event, or one that has been destroyed", function, handle);
   return nullptr;
+}
+
+// Returns an error if the event was last recorded into a graph.
+int refuse_captured(const char* function, const std::shared_ptr<Event>& event) {
+  if (!event->captured()) return ACL_SUCCESS;
+  return fail(ACL_ERROR_RT_EVENT_CAPTURED,
+              "%s: the event was last recorded in a capture, so only streams of this capture can wait for it; record "
+              "another event outside",
+              function);
+}
+
+// A stream waits for an event that was recorded into a graph. If the stream is not captured, it joins the capture.
+int wait_in_capture(const char* function, const std::shared_ptr<Stream>& stream, const std::shared_ptr<Event>& event) {
+  const CapturedRecord record = *event->captured();
+  const auto graph = record.graph.lock();
+  const auto capture = stream->capture();
+  if (graph == nullptr || !graph->is_capturing()) return refuse_captured(function, event);
+  if (capture != nullptr && capture != graph) {
+    capture->invalidate("a stream waited for an event of another capture");
+    return fail(ACL_ERROR_STREAM_CAPTURE_CONFLICT, "%s: stream %d and the event belong to different captures", function,
+                stream->id());
+  }
+  graph->add_wait(stream, record.node);
+  return ACL_SUCCESS;
 }
 
 int create_event(const char* function, aclrtEvent* handle) {
@@ -124,6 +162,10 @@ aclError aclrtRecordEvent(aclrtEvent handle, aclrtStream stream_handle) {
   const auto stream = event == nullptr ? nullptr : find_stream(stream_handle, code);
   if (stream == nullptr) return code;
   trace(__func__, "event=%p stream=%d", handle, stream->id());
+  if (const auto graph = stream->capture()) {
+    event->set_captured({graph, graph->add_record(stream)});
+    return ACL_SUCCESS;
+  }
   const std::uint64_t record = event->start_record();
   const auto finish = [event, record] {
     event->finish_record(record);
@@ -150,7 +192,16 @@ aclError aclrtStreamWaitEvent(aclrtStream stream_handle, aclrtEvent handle) {
   const auto stream = event == nullptr ? nullptr : find_stream(stream_handle, code);
   if (stream == nullptr) return code;
   trace(__func__, "event=%p stream=%d", handle, stream->id());
+  if (event->captured()) return wait_in_capture(__func__, stream, event);
   const std::uint64_t record = event->last_record();
+  if (record == 0) return ACL_SUCCESS;  // as with CANN, an event that was never recorded is finished
+  if (const auto graph = stream->capture()) {
+    graph->invalidate("a captured stream waited for an event that was recorded outside of the capture");
+    return fail(ACL_ERROR_RT_CAPTURE_DEPENDENCY,
+                "%s: stream %d is being captured and the event was recorded outside of the capture; wait for it before "
+                "the capture begins",
+                __func__, stream->id());
+  }
   event->start_wait();
   const auto wait = [event, record] {
     event->wait_for(record);
@@ -165,6 +216,7 @@ aclError aclrtSynchronizeEvent(aclrtEvent handle) {
   int code = ACL_SUCCESS;
   const auto event = find_event(__func__, handle, code);
   if (event == nullptr) return code;
+  if (const int captured = refuse_captured(__func__, event)) return captured;
   event->wait_for(event->last_record());
   return current_device() == kNoDevice ? ACL_SUCCESS : take_kept_error(current_device());
 }
@@ -173,6 +225,7 @@ aclError aclrtQueryEventStatus(aclrtEvent handle, aclrtEventRecordedStatus* stat
   int code = ACL_SUCCESS;
   const auto event = find_event(__func__, handle, code);
   if (event == nullptr) return code;
+  if (const int captured = refuse_captured(__func__, event)) return captured;
   *status = event->is_finished() ? ACL_EVENT_RECORDED_STATUS_COMPLETE : ACL_EVENT_RECORDED_STATUS_NOT_READY;
   return ACL_SUCCESS;
 }

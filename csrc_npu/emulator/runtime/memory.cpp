@@ -11,6 +11,7 @@
 #include <unordered_set>
 
 #include "device.h"
+#include "graph.h"
 #include "runtime.h"
 #include "stream.h"
 
@@ -186,6 +187,10 @@ int copy_on_stream(void* destination, const void* source, std::size_t bytes, acl
   const bool host_waits =
       (to_host && !is_pinned_host_memory(destination)) || (from_host && !is_pinned_host_memory(source));
   if (host_waits) {
+    if (const int refused = stream->refuse_while_captured("a copy with host memory that is not page-locked",
+                                                          ACL_ERROR_RT_CAPTURE_MODE_BLOCK_ASYNC)) {
+      return refused;
+    }
     code = stream->enqueue(name, copy, Pace::kRandom);
     return code == ACL_SUCCESS ? stream->synchronize() : code;
   }
@@ -275,6 +280,7 @@ aclError aclrtPointerGetAttributes(const void* pointer, aclrtPtrAttributes* attr
 aclError aclrtMemcpy(void* destination, size_t destination_bytes, const void* source, size_t bytes,
                      aclrtMemcpyKind kind) {
   trace(__func__, "bytes=%zu kind=%d", bytes, kind);
+  if (const int code = refuse_in_capture(__func__)) return code;
   if (const int code = check_copy(__func__, destination, destination_bytes, source, bytes, kind)) return code;
   std::memmove(destination, source, bytes);
   return ACL_SUCCESS;
@@ -296,6 +302,7 @@ aclError aclrtMemcpyAsyncWithCondition(void* destination, size_t destination_byt
 
 aclError aclrtMemset(void* pointer, size_t capacity_bytes, int32_t value, size_t bytes) {
   trace(__func__, "bytes=%zu", bytes);
+  if (const int code = refuse_in_capture(__func__)) return code;
   if (const int code = check_fill(__func__, pointer, capacity_bytes, bytes)) return code;
   std::memset(pointer, value, bytes);
   return ACL_SUCCESS;

@@ -8,6 +8,7 @@
 #include <functional>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "acl/acl.h"
 
@@ -31,7 +32,11 @@ using Work = std::function<int()>;
 //
 // While `work` runs, the current device is the stream's. If `work` enqueues more work on its own stream, that work runs
 // at once, as a part of `work`. `name` is the name of the work in traces and error texts, such as "aclnnAdd".
-EMULATOR_API int enqueue(aclrtStream stream, const char* name, Work work);
+//
+// `memory` are addresses of device memory that the work uses. A graph checks before each replay that the memory has not
+// been freed.
+using Addresses = std::vector<const void*>;
+EMULATOR_API int enqueue(aclrtStream stream, const char* name, Work work, Addresses memory = {});
 
 // Enqueues work that waits for another process, such as a receive, without blocking the caller. The work always runs on
 // the stream's thread. Until it is done, all other work of the stream runs there too.
@@ -44,6 +49,14 @@ EMULATOR_API int synchronize_current_device();
 
 // Whether streams run on threads of their own (VLLM_NPU_EMULATOR_ASYNC is set).
 EMULATOR_API bool streams_are_asynchronous();
+
+// Whether work of the stream is recorded into a graph and does not run now (graph.h). Work that is recorded must own
+// all that it uses, or use device memory by its address, because it runs at each replay.
+EMULATOR_API bool records_work(aclrtStream stream);
+
+// Returns an error that says why `what` can't be recorded, and invalidates the capture. ACL_SUCCESS if the stream
+// doesn't record.
+EMULATOR_API int refuse_to_record(aclrtStream stream, const char* what);
 
 // --- Memory ---
 

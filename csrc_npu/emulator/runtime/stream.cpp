@@ -6,6 +6,7 @@
 #include <unordered_map>
 
 #include "device.h"
+#include "graph.h"
 #include "settings.h"
 
 namespace vllm_npu::emulator {
@@ -133,15 +134,26 @@ Stream::Stream(int device, int id)
       id_(id),
       random_(asynchronous_seed().value_or(0) + kSeedStep * (static_cast<std::uint64_t>(id) + 1)) {}
 
+Stream::~Stream() = default;
+
 int Stream::run_now(const Work& work) {
   const std::lock_guard<std::recursive_mutex> lock(running_);
   const InProgress mark(this);
   return work();
 }
 
-int Stream::enqueue(const char* name, Work work, Pace pace, Place place) {
+int Stream::enqueue(const char* name, Work work, Pace pace, Place place, Addresses memory) {
   if (stream_in_progress == this) return work();
   std::unique_lock<std::mutex> lock(mutex_);
+  if (capture_ != nullptr) {
+    const auto graph = capture_;
+    lock.unlock();
+    return graph->add(shared_from_this(), {name, std::move(work), std::move(memory)}, place);
+  }
+  if (update_ != nullptr) {
+    update_->tasks.push_back({name, std::move(work), std::move(memory)});
+    return ACL_SUCCESS;
+  }
   if (closing_) return fail(ACL_ERROR_RT_STREAM_CONTEXT, "%s: stream %d has been destroyed", name, id_);
   if (place == Place::kCaller && !streams_are_asynchronous() && finished_ == enqueued_) {
     lock.unlock();
@@ -186,15 +198,20 @@ void Stream::run_and_keep_error(const Task& task) {
 
 void Stream::pause_before(const Task& task) {
   if (task.pace == Pace::kAtOnce) return;
-  if (task.pace == Pace::kLate) {
-    std::this_thread::sleep_for(kLateCopyDelay);
-  } else if (random_() % kDelayOneIn == 0) {
-    std::this_thread::sleep_for(microseconds(random_() % kLongestDelay.count()));
-  }
+  std::this_thread::sleep_for(task.pace == Pace::kLate ? kLateCopyDelay : random_delay());
 }
+
+microseconds Stream::random_delay() {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (random_() % kDelayOneIn != 0) return microseconds(0);
+  return microseconds(random_() % kLongestDelay.count());
+}
+
+void Stream::pause() { std::this_thread::sleep_for(random_delay()); }
 
 int Stream::synchronize(std::optional<std::chrono::milliseconds> timeout) {
   if (stream_in_progress == this) return ACL_SUCCESS;  // earlier work is already done
+  if (const int code = refuse_while_captured("a wait for the stream")) return code;
   std::unique_lock<std::mutex> lock(mutex_);
   const std::uint64_t awaited = enqueued_;
   const auto done = [&] { return finished_ >= awaited; };
@@ -228,6 +245,45 @@ void Stream::close() {
   changed_.notify_all();
 }
 
+std::shared_ptr<Graph> Stream::capture() {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return capture_;
+}
+
+void Stream::set_capture(std::shared_ptr<Graph> graph) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  capture_ = std::move(graph);
+}
+
+bool Stream::records_work() {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return stream_in_progress != this && (capture_ != nullptr || update_ != nullptr);
+}
+
+int Stream::refuse_while_captured(const char* what, int code) {
+  if (!records_work()) return ACL_SUCCESS;
+  if (const auto graph = capture()) {
+    graph->invalidate(std::string(what) + " is not possible while a stream is captured");
+    return fail(code, "%s: stream %d is being captured into a graph; do this before or after the capture", what, id_);
+  }
+  return fail(ACL_ERROR_STREAM_TASK_GROUP_INTR, "%s: stream %d updates a group of tasks; do this before or after", what,
+              id_);
+}
+
+int Stream::begin_update(const TaskGroup& group) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (update_ != nullptr) {
+    return fail(ACL_ERROR_STREAM_TASK_GROUP_STATUS, "stream %d updates a group of tasks already", id_);
+  }
+  update_ = std::make_unique<TaskUpdate>(TaskUpdate{group, {}});
+  return ACL_SUCCESS;
+}
+
+std::unique_ptr<TaskUpdate> Stream::end_update() {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return std::move(update_);
+}
+
 std::shared_ptr<Stream> find_stream(aclrtStream handle, int& code) {
   code = ACL_SUCCESS;
   if (handle == nullptr) {
@@ -254,6 +310,7 @@ std::vector<std::shared_ptr<Stream>> streams_of_device(int device) {
 
 int synchronize_device(int device, std::optional<std::chrono::milliseconds> timeout) {
   for (const auto& stream : streams_of_device(device)) {
+    if (stream->records_work()) continue;
     if (const int code = stream->synchronize(timeout)) return code;
   }
   return take_kept_error(device);
@@ -262,7 +319,9 @@ int synchronize_device(int device, std::optional<std::chrono::milliseconds> time
 int take_kept_error(int device) { return KeptErrors::instance().take(device); }
 
 void synchronize_everything() {
-  for (const auto& stream : StreamTable::instance().all()) stream->synchronize();
+  for (const auto& stream : StreamTable::instance().all()) {
+    if (!stream->records_work()) stream->synchronize();
+  }
 }
 
 // --- runtime.h ---
@@ -272,10 +331,11 @@ bool streams_are_asynchronous() {
   return asynchronous;
 }
 
-int enqueue(aclrtStream handle, const char* name, Work work) {
+int enqueue(aclrtStream handle, const char* name, Work work, Addresses memory) {
   int code = ACL_SUCCESS;
   const auto stream = find_stream(handle, code);
-  return stream == nullptr ? code : stream->enqueue(name, std::move(work));
+  if (stream == nullptr) return code;
+  return stream->enqueue(name, std::move(work), Pace::kRandom, Place::kCaller, std::move(memory));
 }
 
 int enqueue_in_background(aclrtStream handle, const char* name, Work work) {

@@ -82,7 +82,9 @@ def case_differs(name: str) -> str | None:
             return f"{len(got)} results in place of {len(expected)}"
         for want, have in zip(expected, got, strict=True):
             if (have.dtype, have.shape, have.stride()) != (want.dtype, want.shape, want.stride()):
-                return f"{have.dtype} {have.shape} {have.stride()} in place of {want.dtype} {want.shape} {want.stride()}"
+                return (
+                    f"{have.dtype} {have.shape} {have.stride()} in place of {want.dtype} {want.shape} {want.stride()}"
+                )
             if not torch.equal(have.cpu().nan_to_num(), want.nan_to_num()):
                 return f"{have.cpu()} in place of {want}"
     return None
@@ -481,7 +483,9 @@ def test_ranks_that_replay_different_graphs(run_in_ranks) -> None:
 
 def test_the_library_has_what_torch_npu_looks_up() -> None:
     library = build.library_folder() / "libascendcl.so"
-    names = subprocess.run(["nm", "-D", "--defined-only", str(library)], capture_output=True, text=True, check=True).stdout
+    names = subprocess.run(
+        ["nm", "-D", "--defined-only", str(library)], capture_output=True, text=True, check=True
+    ).stdout
     assert torch_npu.__version__
     for name in ("CaptureBegin", "CaptureEnd", "CaptureGetInfo", "ExecuteAsync", "Destroy", "CaptureTaskGrpBegin"):
         assert f" aclmdlRI{name}\n" in names

@@ -23,6 +23,7 @@ from vllm_npu.strategies.select import build
 from vllm_npu.tools.launch import Rank
 from vllm_npu.tools.verification import Case, CaseTensors, cases, difference_of, poisoned
 
+GRAPH_CLASSES = {"cuda": "CUDAGraph", "npu": "NPUGraph"}
 REPLAYS = 2  # rounds in which each graph is replayed over other tokens
 
 
@@ -76,7 +77,9 @@ class GraphInputs:
         expected = pad(tensors.expected_on(topology, TokenSharding.REPLICATED))
         if sharding is TokenSharding.SLICED_OVER_TP:
             own = TokenSlice.chunk(rows, rank=topology.tp_rank, size=topology.tp_size)
-            expected = F.pad(own.take(expected), (0, 0, 0, ceil_div(rows, topology.tp_size) - own.length), value=float("nan"))
+            expected = F.pad(
+                own.take(expected), (0, 0, 0, ceil_div(rows, topology.tp_size) - own.length), value=float("nan")
+            )
         return cls(padded.input_of(topology, sharding, device), expected)
 
 
@@ -113,13 +116,11 @@ def captured(function: Callable[[], torch.Tensor], device: torch.device) -> tupl
 
     Raises UnsupportedConfigError on a device without graphs.
     """
-    if device.type == "cuda":
-        graph, scope = torch.cuda.CUDAGraph(), torch.cuda.graph
-    elif device.type == "npu":
-        graph, scope = torch.npu.NPUGraph(), torch.npu.graph
-    else:
+    if device.type not in GRAPH_CLASSES:
         raise UnsupportedConfigError(f"graphs are captured on GPUs and NPUs, not on {device.type}; leave --graph out")
-    with scope(graph):
+    module = torch.get_device_module(device)
+    graph = getattr(module, GRAPH_CLASSES[device.type])()
+    with module.graph(graph):
         output = function()
     replay: Callable[[], None] = graph.replay
     return replay, output
@@ -142,7 +143,9 @@ def run_in_graphs(rank: Rank, case: Case) -> str | None:
     def inputs(size: int, number: int) -> GraphInputs:
         counts = tuple(max(count - number, 0) for count in case.num_tokens_across_dp)
         other = CaseTensors.of(replace(case, num_tokens_across_dp=counts, seed=case.seed + number))
-        return GraphInputs.of(replace(other, experts=first.experts, replicas=first.replicas), size, topology, case.sharding, rank.device)
+        return GraphInputs.of(
+            replace(other, experts=first.experts, replicas=first.replicas), size, topology, case.sharding, rank.device
+        )
 
     graphs: dict[int, CapturedStep] = {}
     for size in sizes:

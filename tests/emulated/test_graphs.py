@@ -348,10 +348,13 @@ def test_a_replay_that_fails_names_the_task_and_the_graph() -> None:
     assert y.tolist() == [3]
 
 
-def test_memory_that_is_freed_after_the_capture_is_named() -> None:
+def graph_of_freed_memory() -> Any:
     x = torch.ones(1 << 22, device=DEVICE)
-    graph, _ = captured(lambda: x + 1)
-    del x
+    return captured(lambda: x + 1)[0]
+
+
+def test_memory_that_is_freed_after_the_capture_is_named() -> None:
+    graph = graph_of_freed_memory()
     torch.npu.empty_cache()
     with pytest.raises(RuntimeError, match=FREED):
         replayed(graph)

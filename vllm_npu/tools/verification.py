@@ -356,18 +356,20 @@ class CaseTensors:
         return sliced
 
     def experts_of(self, topology: ParallelTopology, device: torch.device) -> ExpertsFunction:
+        """The experts of one rank as a function on its device."""
+        return grouped_experts(self.linear_experts_of(topology).to(device), self.dtype)
+
+    def linear_experts_of(self, topology: ParallelTopology) -> LinearExperts:
         """The experts of one rank: whole experts, or its part of every expert."""
         if self.replicas is not None:
-            own = self.experts.at(self.replicas.slots[topology.ep_rank])
-        elif topology.expert_parallel:
+            return self.experts.at(self.replicas.slots[topology.ep_rank])
+        if topology.expert_parallel:
             num_experts = self.experts.weights.shape[0] - 1
             placement = ExpertPlacement(num_experts, topology.ep_size, self.shared_expert_ranks)
             shared = placement.holds_shared_expert(topology.ep_rank)
             first = num_experts if shared else placement.first_expert(topology.ep_rank)
-            own = self.experts.on_rank(first, placement.num_local_experts(topology.ep_rank))
-        else:
-            own = self.experts.shard(topology.rank, topology.world_size).on_rank(0, self.experts.weights.shape[0] - 1)
-        return grouped_experts(own.to(device), self.dtype)
+            return self.experts.on_rank(first, placement.num_local_experts(topology.ep_rank))
+        return self.experts.shard(topology.rank, topology.world_size).on_rank(0, self.experts.weights.shape[0] - 1)
 
     def expected_on(self, topology: ParallelTopology, sharding: TokenSharding) -> torch.Tensor:
         """The rows of the output that this rank must get, without padding."""

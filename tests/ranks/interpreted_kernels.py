@@ -23,7 +23,7 @@ from tests.time_limits import PATIENCE_SECONDS
 from vllm_npu.strategies.dispatch import symmetric_launch
 from vllm_npu.strategies.dispatch.symmetric_layout import SlotLayout
 from vllm_npu.transport.kernels import signals
-from vllm_npu.transport.symmetric_memory import NUM_WINDOWS, STAGES, SymmetricWindows, WindowSize, align
+from vllm_npu.transport.symmetric_memory import NUM_WINDOWS, STAGES, SymmetricWindows, WindowSize, align, first_epochs
 
 HIDDEN, TOP_K, EXPERTS_PER_RANK, TOKENS = 8, 2, 2, 3
 TIMEOUT = 2.0  # seconds, of the exchanges that must fail
@@ -45,11 +45,13 @@ class HostWindows(SymmetricWindows):
         self.combine_flags_offset = self.dispatch_flags_offset + align(4 * SIZE.rank_flags * self.num_ranks)
         self.report_address = ctypes.addressof(report)
         self.words = report
+        all_epochs, own_epochs = first_epochs(self.device)
         clock, failed = torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int32)
         self.kernel_tensors = [
             (
                 torch.tensor([memory + window * window_bytes for memory in memories]),
-                torch.tensor([1, 0], dtype=torch.int32),
+                own_epochs[window],
+                all_epochs,
                 clock,
                 failed,
             )

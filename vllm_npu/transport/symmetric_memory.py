@@ -28,11 +28,18 @@ from vllm_npu.transport.host import host_identity
 from vllm_npu.transport.torch_dist import TorchDistTransport
 
 NUM_WINDOWS = 2
+EPOCH_WORDS = 4  # int32 words between the epochs of two windows: 16 bytes, which a prepared launch needs
 ALIGNMENT = 256  # bytes; offsets in a window are multiples of it
 MAX_PLACE_BYTES = 128  # of a host's identity and a device's UUID
 MAX_TEXT_BYTES = 256
 REGISTER_MAPPED = 3  # flags of cudaHostRegister: the memory is mapped, and pinned for all contexts
 STAGES = {1: "dispatch", 2: "combine"}  # numbers that the kernels write into the report
+
+
+def first_epochs(device: torch.device) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The epochs of all windows before the first exchange, and each window's [2]: of its next dispatch and combine."""
+    epochs = torch.tensor([1, 0, 0, 0] * NUM_WINDOWS, dtype=torch.int32, device=device)
+    return epochs, [own[:2] for own in epochs.split(EPOCH_WORDS)]
 
 
 def align(num_bytes: int) -> int:
@@ -159,9 +166,10 @@ class SymmetricWindows:
         self._buffer: torch.Tensor | None = buffer.zero_()
         clock = torch.zeros(1, dtype=torch.int64, device=self.device)
         failed = torch.zeros(1, dtype=torch.int32, device=self.device)
+        all_epochs, own_epochs = first_epochs(self.device)
         # Kernel arguments for each window: addresses of the window on all ranks, epochs of its next dispatch and combine,
-        # clock, failed. A dispatch kernel advances the epoch of combine, and a combine kernel that of dispatch, so that no
-        # kernel writes an epoch that it reads.
+        # epochs of all windows, clock, failed. A dispatch kernel advances the epoch of combine, and a combine kernel that of
+        # dispatch, so that no kernel that succeeds writes an epoch that it reads.
         self.kernel_tensors = [
             (
                 torch.tensor(
@@ -169,7 +177,8 @@ class SymmetricWindows:
                     dtype=torch.int64,
                     device=self.device,
                 ),
-                torch.tensor([1, 0], dtype=torch.int32, device=self.device),
+                own_epochs[window],
+                all_epochs,
                 clock,
                 failed,
             )
@@ -218,7 +227,7 @@ class SymmetricWindows:
         if len(self._free) == NUM_WINDOWS:  # from here on the order does not depend on the failure
             self._free = deque(range(NUM_WINDOWS))
         self.enter()
-        _, epochs, _, _ = self.kernel_tensors[window]
+        _, epochs, *_ = self.kernel_tensors[window]
         epochs[0] += 1  # as combine does: the flags of the abandoned dispatch must not satisfy the next one
 
     def enter(self) -> int:

@@ -48,13 +48,10 @@ def _scales_of(scales, token, s, SCALE_WORDS: tl.constexpr):
 
 
 @triton.jit
-def _signal_others(addresses, told, rank, flags_offset, rank_flags, program, epoch, DEPENDENT_LAUNCH: tl.constexpr):
-    """Tell the other ranks that this program's rows are in their windows, and let the next kernel of this rank start.
-
-    told: mask of the other ranks. Empty after an earlier kernel of this rank has given up, since its rows were undefined.
-    """
+def _signal_others(addresses, others, rank, flags_offset, rank_flags, program, epoch, DEPENDENT_LAUNCH: tl.constexpr):
+    """Tell the other ranks that this program's rows are in their windows, and let the next kernel of this rank start."""
     flags = (addresses + flags_offset + rank * rank_flags * 4).to(tl.pointer_type(tl.int32)) + program
-    signal(flags, told, epoch)
+    signal(flags, others, epoch)
     if DEPENDENT_LAUNCH:
         gdc_launch_dependents()
 
@@ -68,6 +65,7 @@ def dispatch_kernel(
     mask,  # [num_tokens] bool; unused unless HAS_MASK
     windows,  # [EP_SIZE] int64: address of the window on each rank
     epochs,  # [2] int32: of the next dispatch and of the next combine in this window
+    all_epochs,  # [NUM_EPOCHS] int32: those of all windows
     clock,  # [1] int64
     failed,  # [1] int32
     report,  # int64: address of [1 + EP_SIZE] int32 in host memory that all ranks write
@@ -101,7 +99,6 @@ def dispatch_kernel(
     ranks = tl.arange(0, EP_SIZE_PADDED)
     addresses = tl.load(windows + ranks, mask=ranks < EP_SIZE, other=0)
     epoch = tl.load(epochs)
-    healthy = tl.load(failed) == 0  # loaded here, so that it delays no signal
     others = (ranks < EP_SIZE) & (ranks != rank)
     token = program // PARTS
     part = program % PARTS
@@ -134,11 +131,11 @@ def dispatch_kernel(
             if SCALE_WORDS > 0:
                 received_scales = _in_window(addresses, ranks, destination, scales_offset, tl.float32)
                 tl.store(received_scales + slot * SCALE_WORDS + s, row_scales, mask=(s < SCALE_WORDS) & addressed)
-    _signal_others(addresses, others & healthy, rank, flags_offset, rank_flags, program, epoch, DEPENDENT_LAUNCH)
+    _signal_others(addresses, others, rank, flags_offset, rank_flags, program, epoch, DEPENDENT_LAUNCH)
     if program == 0:
         tl.store(epochs + 1, epoch)
     own_flags = _in_window(addresses, ranks, rank, flags_offset, tl.int32) + ranks * rank_flags + program
-    wait(own_flags, others, ranks, epoch, clock, failed, report, STAGE, timeout_ns)
+    wait(own_flags, others, ranks, epoch, all_epochs, clock, failed, report, STAGE, timeout_ns)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "rank", "experts_per_rank", "timeout_ns"])
@@ -149,6 +146,7 @@ def combine_kernel(
     mask,  # [num_tokens] bool, as dispatched; unused unless HAS_MASK
     windows,  # [EP_SIZE] int64
     epochs,  # [2] int32
+    all_epochs,  # [NUM_EPOCHS] int32
     clock,  # [1] int64
     failed,  # [1] int32
     report,  # int64
@@ -184,7 +182,6 @@ def combine_kernel(
     ranks = tl.arange(0, EP_SIZE_PADDED)
     addresses = tl.load(windows + ranks, mask=ranks < EP_SIZE, other=0)
     epoch = tl.load(epochs + 1)
-    healthy = tl.load(failed) == 0  # loaded here, so that it delays no signal
     others = (ranks < EP_SIZE) & (ranks != rank)
     element_type: tl.constexpr = output.dtype.element_ty
     columns = part * TILE + tl.arange(0, TILE)
@@ -200,7 +197,7 @@ def combine_kernel(
         if tl.max(ids, 0) >= 0:
             returned = _in_window(addresses, ranks, source, returned_offset, element_type)
             tl.store(returned + own_slot * WIDTH + columns, row, mask=inside)
-    _signal_others(addresses, others & healthy, rank, flags_offset, rank_flags, program, epoch, DEPENDENT_LAUNCH)
+    _signal_others(addresses, others, rank, flags_offset, rank_flags, program, epoch, DEPENDENT_LAUNCH)
     if program == 0:
         tl.store(epochs, epoch + 1)
     is_token = True
@@ -210,7 +207,7 @@ def combine_kernel(
     addressed = tl.max((owners == rank).to(tl.int32), 0) > 0
     own_row = tl.load(slot_output + own_slot * WIDTH + columns, mask=inside & addressed, other=0.0)
     own_flags = _in_window(addresses, ranks, rank, flags_offset, tl.int32) + ranks * rank_flags + program
-    wait(own_flags, others, ranks, epoch, clock, failed, report, STAGE, timeout_ns)
+    wait(own_flags, others, ranks, epoch, all_epochs, clock, failed, report, STAGE, timeout_ns)
     returned = _in_window(addresses, ranks, rank, returned_offset, element_type)
     total = tl.zeros((TILE,), tl.float32)
     for source in tl.static_range(EP_SIZE):

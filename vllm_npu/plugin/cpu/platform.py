@@ -31,15 +31,8 @@ class CpuMoEPlatform(CpuPlatform):
 
         options = check_config(vllm_config)
         release = compat.current()
-        if release.sequence_parallel_breaks(vllm_config):
-            release.disable_sequence_parallel(vllm_config)
-            logger.warning(
-                "Sequence parallelism is off for %s: vLLM's layer computes steps of one token wrongly with it. The strategies "
-                "slice over TP themselves.",
-                ", ".join(vllm_config.model_config.architectures),
-            )
         check_eplb(vllm_config)
-        release.set_eplb_worker(vllm_config)
+        release.set_worker(vllm_config)
         super().check_and_update_config(vllm_config)
         check_engine(vllm_config, options, PORTABLE)
         parallel_config = vllm_config.parallel_config

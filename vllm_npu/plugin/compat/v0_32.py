@@ -1,5 +1,6 @@
 """vLLM 0.32, which vllm_npu supports on CPUs."""
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.custom_op import op_registry_oot
 from vllm.model_executor.layers.fused_moe.runner.moe_runner_interface import MoERunnerInterface
 from vllm.model_executor.models.interfaces import get_mixture_of_experts_model
-from vllm.utils.cpu_resource_utils import get_visible_memory_node
+from vllm.utils import cpu_resource_utils
 from vllm.v1.worker.ubatching import dbo_current_ubatch_id
 
 from vllm_npu.core.limits import PORTABLE, DeviceLimits
@@ -45,8 +46,8 @@ def moe_layers(vllm_config: VllmConfig) -> tuple[list[LayerFacts], list[str]]:
         method = layer._quant_method
         if isinstance(method, CpuUnquantizedFusedMoEMethod) and exchanges_tokens(method.moe):
             raise UnsupportedConfigError(
-                f"{layer.layer_name}: this model brings its own MoE layer, {type(layer).__module__}.{type(layer).__qualname__}, "
-                "which vllm_npu cannot replace; run the model without expert and data parallelism"
+                f"{layer.layer_name}: this model brings its own MoE layer, {type(layer).__qualname__} of "
+                f"{type(layer).__module__}, which vllm_npu cannot replace; run it without expert and data parallelism"
             )
     return ours, [type(layer).__name__ for layer in foreign]
 
@@ -65,9 +66,27 @@ def device_limits(
     return PORTABLE
 
 
-def numa_nodes() -> int:
-    """Number of NUMA nodes that vLLM's automatic thread binding can use."""
-    return len(get_visible_memory_node())
+def cpus_of_nodes() -> dict[int, list[int]]:
+    """The CPUs of each NUMA node that this process may use, as vLLM's automatic thread binding finds them."""
+    nodes: dict[int, list[int]] = {node: [] for node in cpu_resource_utils.get_visible_memory_node()}
+    allowed = cpu_resource_utils.get_allowed_cpu_list()
+    for cpu in allowed:
+        if cpu.numa_node in nodes:
+            nodes[cpu.numa_node].append(cpu.id)
+    nodes = {node: cpus for node, cpus in nodes.items() if cpus}
+    if nodes:
+        return nodes
+    # The kernel names no node for these CPUs. vLLM's worker then takes the first node that it sees.
+    first = min(cpu_resource_utils.get_visible_memory_node(), default=0)
+    return {first: [cpu.id for cpu in allowed] or sorted(os.sched_getaffinity(0))}
+
+
+def one_memory_limit(nodes: set[int]) -> bool:
+    """Whether a limit of the container lies below the memory of these nodes together. vLLM compares it with each node alone."""
+    limit = cpu_resource_utils.get_cgroup_memory_limit()
+    if limit is None:
+        return False
+    return limit < sum(cpu_resource_utils.get_memory_node_info(node).total_memory for node in nodes)
 
 
 def micro_batch() -> int:
@@ -114,7 +133,9 @@ def keep_rows_whole(model_runner: Any) -> None:  # CPUModelRunner, its model loa
 
     The MoE block inside such a layer still slices its tokens over TP, as vLLM itself does it with pipeline parallelism.
     """
-    from vllm.model_executor.models.deepseek_v2 import DeepseekV2DecoderLayer  # not at the top: slow, and for workers only
+    from vllm.model_executor.models.deepseek_v2 import (
+        DeepseekV2DecoderLayer,  # not at the top: slow, and for workers only
+    )
 
     drafter = getattr(model_runner, "drafter", None) or getattr(model_runner, "speculator", None)
     changed = 0
@@ -125,7 +146,9 @@ def keep_rows_whole(model_runner: Any) -> None:  # CPUModelRunner, its model loa
                 layer.self_attn.o_proj.reduce_results = True
                 changed += 1
     if changed:
-        logger.info("%d decoder layers keep whole rows between them, because they would guess how rows are sliced", changed)
+        logger.info(
+            "%d decoder layers keep whole rows between them, because they would guess how rows are sliced", changed
+        )
 
 
 def register_out_of_tree(base: Any, replacement: type) -> None:

@@ -4,6 +4,7 @@ from functools import cached_property, partial
 from typing import Any
 
 import torch
+from vllm.model_executor.layers.fused_moe.router.fused_moe_router import FusedMoERouter
 from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 from vllm.model_executor.layers.fused_moe.runner.shared_experts import SharedExpertsOrder
 from vllm.model_executor.models.transformers.moe import TransformersMoERunner
@@ -31,7 +32,8 @@ class CpuMoERunner(MoERunner):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.router = router_for_cpu(self.router)
+        vllms_router: FusedMoERouter = self.router  # type: ignore[has-type]
+        self.router = router_for_cpu(vllms_router)
         if self.exchanges_tokens:
             self._check_supported()
 
@@ -124,7 +126,9 @@ class CpuMoERunner(MoERunner):
         # (weight_packed_linear), and SIGFPE ends the process. CAN REMOVE when that op takes an input without rows.
         has_rows = hidden_states.shape[0] > 0
         if self.gate is not None:
-            router_logits = self.gate(hidden_states)[0] if has_rows else hidden_states.new_empty((0, self._router_columns))
+            router_logits = (
+                self.gate(hidden_states)[0] if has_rows else hidden_states.new_empty((0, self._router_columns))
+            )
         check_router_logits(hidden_states, router_logits, self._router_columns)
         topk_weights, topk_ids = self.router.select_experts(
             hidden_states=hidden_states,

@@ -24,6 +24,7 @@ SCORES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 """Scores of experts from the router's logits [rows, num_experts] in float32. Its names are SCORE_NAMES."""
 
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoutingScheme:
     """How a layer chooses experts. Equal on every rank."""

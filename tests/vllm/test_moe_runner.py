@@ -443,7 +443,7 @@ def test_tensor_parallel_experts_alone_are_left_to_vllm(ranks: VllmRanks, shared
 
 def run_refusals(grid: Grid) -> list[str]:
     messages = []
-    for options in ({"num_experts": 6}, {"activation": "swigluoai"}):
+    for options in ({"num_experts": 6}, {"activation": "swigluoai"}, {"apply_router_weight_on_input": True}):
         with pytest.raises(UnsupportedConfigError) as error:
             build_layer(grid, make_config(grid), **options)
         messages.append(str(error.value))
@@ -451,10 +451,32 @@ def run_refusals(grid: Grid) -> list[str]:
 
 
 def test_what_a_layer_cannot_do_is_refused_when_it_is_built(ranks: VllmRanks):  # noqa: F811
-    for experts, activation in ranks.run(run_refusals, TP4):
+    for experts, activation, weight in ranks.run(run_refusals, TP4):
         assert "6 experts do not divide over ep_size=4; choose --tensor-parallel-size" in experts
         assert "'swigluoai'" in activation
         assert "supported: silu" in activation
+        assert "model.layers.0.mlp.experts: the router's weight goes on the experts' input" in weight
+
+
+def run_foreign_runner(grid: Grid) -> str:
+    from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
+
+    from vllm_npu.plugin.step_planner import planner_of
+
+    class ModelsOwnRunner(MoERunner):
+        pass
+
+    config = make_config(grid)
+    build_layer(grid, config, runner_cls=ModelsOwnRunner)
+    with pytest.raises(UnsupportedConfigError) as error:
+        planner_of(config)
+    return str(error.value)
+
+
+def test_our_experts_in_a_models_own_runner_are_refused_by_name(ranks: VllmRanks):  # noqa: F811
+    for message in ranks.run(run_foreign_runner, DP2):
+        assert "model.layers.0.mlp.experts: this model brings its own MoE layer" in message
+        assert "ModelsOwnRunner" in message
 
 
 # ----------------------------------------------------------------------------------------------------- planning

@@ -194,6 +194,38 @@ def test_the_router_weight_may_go_on_the_input(ranks: VllmRanks, layout):  # noq
     ranks.run(run_weight_on_input, layout.grid, layout)
 
 
+def run_routed_outside(grid: Grid, layout: Layout) -> None:
+    """As vLLM's transformers backend builds and calls the layer if the model's own router has chosen the experts."""
+    from vllm.model_executor.models.transformers.moe import TransformersMoERunner, TransformersMoEState
+
+    from vllm_npu.plugin.cpu.moe_runner import CpuTransformersMoERunner
+    from vllm_npu.plugin.step_planner import planner_of
+
+    config, state = make_config(grid), TransformersMoEState()
+    layer = build_layer(
+        grid,
+        config,
+        runner_cls=TransformersMoERunner,
+        runner_args={"moe_state": state},
+        custom_routing_function=lambda gating_output, **_: (gating_output, state.topk_ids),
+    )
+    assert type(layer) is CpuTransformersMoERunner
+    for strategy in layout.strategies:
+        planner_of(config).propose(strategy)
+        for counts in counts_of(grid):
+            tokens = Tokens.random(layout, grid, counts, torch.float32)
+            scores, ids = tokens.router_logits.softmax(-1).topk(TOP_K, dim=-1)
+            with vllm_step(grid, config, counts):
+                output = layer(tokens.hidden_states, ids, scores / scores.sum(-1, keepdim=True))
+            expected = dense_moe(tokens, Weights.random(torch.float32), shared=False)
+            check_output(output, tokens, expected, (strategy, counts))
+
+
+@pytest.mark.parametrize("layout", [Layout(TP2), Layout(DP2), Layout(TP2_DP2)], ids=str)
+def test_a_model_may_choose_the_experts_itself(ranks: VllmRanks, layout):  # noqa: F811
+    ranks.run(run_routed_outside, layout.grid, layout)
+
+
 def run_bias(grid: Grid, layout: Layout) -> None:
     config = make_config(grid)
     layer = build_layer(grid, config, has_bias=True)

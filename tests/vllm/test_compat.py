@@ -98,7 +98,7 @@ def test_every_line_has_the_functions_that_the_plugin_calls_there():
     shared = called(*(plugin / name for name in SHARED))
     assert {"moe_layers", "transports", "device_limits", "micro_batch", "eplb_report"} <= shared
     on_cpu = called(*plugin.glob("*.py"), *plugin.glob("cpu/*.py"))
-    assert {"register_out_of_tree", "set_eplb_worker", "start_eplb"} <= on_cpu
+    assert {"register_out_of_tree", "set_worker", "start_eplb"} <= on_cpu
     on_ascend = called(*plugin.glob("ascend/*.py"))
     assert "replace_choice" in on_ascend
     tables = {line: signatures(line) for line in release_lines.SUPPORTED}

@@ -11,14 +11,16 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tests.time_limits import PATIENCE_SECONDS, on_this_machine
 from tests.vllm.forked_engine import FORKED
+from tests.vllm.transformers_reference import write_minimax_m2
 from vllm_npu.strategies.table import STRATEGIES
-from vllm_npu.tools.demo.vanilla_demo import DP2_EP, TP2_DP2_EP, TP2_EP, compare
+from vllm_npu.tools.demo.vanilla_demo import DP2_EP, SAFE_MARGIN, TP2_DP2_EP, TP2_EP, compare
 from vllm_npu.tools.engines.engine_processes import EngineFailedError, Parallelism
 from vllm_npu.tools.engines.engine_set import EngineSet, Generation
 from vllm_npu.tools.engines.process_tree import ProcessTree
@@ -48,7 +50,7 @@ def assert_same_tokens(generation: Generation, vanilla: list[list[int]], model: 
 @pytest.mark.parametrize(
     "parallelism",
     [
-        # Without vLLM's sequence parallelism, which is wrong for this family: the platform turns it off.
+        # With vLLM's sequence parallelism inside the MoE blocks only: whole rows travel between the decoder layers.
         pytest.param(TP2_DP2_EP, id="tp2-dp2-ep"),
         pytest.param(TP2_EP, id="tp2-ep"),
     ],
@@ -66,6 +68,37 @@ def test_a_model_with_shared_experts(
         engines.wait_until_ready()
         for _ in EVERY_STRATEGY_AND_BACK:
             assert_same_tokens(engines.generate(), expected, DEEPSEEK_V2)
+
+
+def test_a_layer_that_guesses_its_rows_computes_right_under_every_outer_name(
+    checkpoint: Checkpoint, vanilla_tokens: VanillaTokens, caches: Path, tmp_path: Path, shared_memory_unchanged: None
+) -> None:
+    """Mistral Large 3 is another outer class around DeepSeek-V2's decoder layer. The demo has steps of one token."""
+    outer = replace(
+        DEEPSEEK_V2,
+        family="mistral-large-3",
+        config={**DEEPSEEK_V2.config, "architectures": ["MistralLarge3ForCausalLM"]},
+    )
+    expected = vanilla_tokens(DEEPSEEK_V2)
+    strategies = ["allgather", "all2all"]
+    with engines_for(TP2_DP2_EP, strategies, checkpoint(outer), caches, tmp_path) as engines:
+        engines.wait_until_ready()
+        for _ in strategies:
+            assert_same_tokens(engines.generate(), expected, outer)
+
+
+def test_tokens_are_those_of_transformers(caches: Path, tmp_path: Path, shared_memory_unchanged: None) -> None:
+    """MiniMax-M2, which vanilla vLLM cannot route on a CPU."""
+    model = tmp_path / "model"
+    expected = write_minimax_m2(model)
+    assert expected.smallest_margin > SAFE_MARGIN, "a near tie: identical tokens would prove nothing"
+    strategies = list(STRATEGIES)
+    with engines_for(DP2_EP, strategies, model, caches, tmp_path) as engines:
+        engines.wait_until_ready()
+        for strategy in strategies:
+            generation = engines.generate()
+            assert generation.tokens == expected.tokens, strategy
+            assert all(sum(worker["calls"].values()) > 0 for worker in generation.counters), strategy
 
 
 def test_sequence_parallel_ranks_and_ctrl_c(

@@ -194,6 +194,38 @@ def test_the_router_weight_may_go_on_the_input(ranks: VllmRanks, layout):  # noq
     ranks.run(run_weight_on_input, layout.grid, layout)
 
 
+def run_routed_outside(grid: Grid, layout: Layout) -> None:
+    """As vLLM's transformers backend builds and calls the layer if the model's own router has chosen the experts."""
+    from vllm.model_executor.models.transformers.moe import TransformersMoERunner, TransformersMoEState
+
+    from vllm_npu.plugin.cpu.moe_runner import CpuTransformersMoERunner
+    from vllm_npu.plugin.step_planner import planner_of
+
+    config, state = make_config(grid), TransformersMoEState()
+    layer = build_layer(
+        grid,
+        config,
+        runner_cls=TransformersMoERunner,
+        runner_args={"moe_state": state},
+        custom_routing_function=lambda gating_output, **_: (gating_output, state.topk_ids),
+    )
+    assert type(layer) is CpuTransformersMoERunner
+    for strategy in layout.strategies:
+        planner_of(config).propose(strategy)
+        for counts in counts_of(grid):
+            tokens = Tokens.random(layout, grid, counts, torch.float32)
+            scores, ids = tokens.router_logits.softmax(-1).topk(TOP_K, dim=-1)
+            with vllm_step(grid, config, counts):
+                output = layer(tokens.hidden_states, ids, scores / scores.sum(-1, keepdim=True))
+            expected = dense_moe(tokens, Weights.random(torch.float32), shared=False)
+            check_output(output, tokens, expected, (strategy, counts))
+
+
+@pytest.mark.parametrize("layout", [Layout(TP2), Layout(DP2), Layout(TP2_DP2)], ids=str)
+def test_a_model_may_choose_the_experts_itself(ranks: VllmRanks, layout):  # noqa: F811
+    ranks.run(run_routed_outside, layout.grid, layout)
+
+
 def run_bias(grid: Grid, layout: Layout) -> None:
     config = make_config(grid)
     layer = build_layer(grid, config, has_bias=True)
@@ -471,7 +503,7 @@ def test_tensor_parallel_experts_alone_are_left_to_vllm(ranks: VllmRanks, shared
 
 def run_refusals(grid: Grid) -> list[str]:
     messages = []
-    for options in ({"num_experts": 6}, {"activation": "swigluoai"}):
+    for options in ({"num_experts": 6}, {"activation": "swigluoai"}, {"apply_router_weight_on_input": True}):
         with pytest.raises(UnsupportedConfigError) as error:
             build_layer(grid, make_config(grid), **options)
         messages.append(str(error.value))
@@ -479,10 +511,32 @@ def run_refusals(grid: Grid) -> list[str]:
 
 
 def test_what_a_layer_cannot_do_is_refused_when_it_is_built(ranks: VllmRanks):  # noqa: F811
-    for experts, activation in ranks.run(run_refusals, TP4):
+    for experts, activation, weight in ranks.run(run_refusals, TP4):
         assert "6 experts do not divide over ep_size=4; choose --tensor-parallel-size" in experts
         assert "'swigluoai'" in activation
         assert "supported: silu" in activation
+        assert "model.layers.0.mlp.experts: the router's weight goes on the experts' input" in weight
+
+
+def run_foreign_runner(grid: Grid) -> str:
+    from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
+
+    from vllm_npu.plugin.step_planner import planner_of
+
+    class ModelsOwnRunner(MoERunner):
+        pass
+
+    config = make_config(grid)
+    build_layer(grid, config, runner_cls=ModelsOwnRunner)
+    with pytest.raises(UnsupportedConfigError) as error:
+        planner_of(config)
+    return str(error.value)
+
+
+def test_our_experts_in_a_models_own_runner_are_refused_by_name(ranks: VllmRanks):  # noqa: F811
+    for message in ranks.run(run_foreign_runner, DP2):
+        assert "model.layers.0.mlp.experts: this model brings its own MoE layer" in message
+        assert "ModelsOwnRunner" in message
 
 
 # ----------------------------------------------------------------------------------------------------- planning

@@ -59,13 +59,15 @@ def register_layers() -> None:
         return
     from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
     from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+    from vllm.model_executor.models.transformers.moe import TransformersMoERunner
 
     from vllm_npu.plugin import compat, custom_ops
     from vllm_npu.plugin.cpu.experts import CpuUnquantizedFusedMoEMethod
-    from vllm_npu.plugin.cpu.moe_runner import CpuMoERunner
+    from vllm_npu.plugin.cpu.moe_runner import CpuMoERunner, CpuTransformersMoERunner
 
     custom_ops.register()
     release = compat.current()
     release.register_out_of_tree(UnquantizedFusedMoEMethod, CpuUnquantizedFusedMoEMethod)
     release.register_out_of_tree(MoERunner, CpuMoERunner)
+    release.register_out_of_tree(TransformersMoERunner, CpuTransformersMoERunner)
     release.open_eplb()

@@ -1,5 +1,6 @@
 """vLLM 0.32, which vllm_npu supports on CPUs."""
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,10 +10,11 @@ import torch
 from vllm.config import VllmConfig, parallel
 from vllm.distributed.eplb import eplb_state
 from vllm.distributed.parallel_state import GroupCoordinator
+from vllm.logger import init_logger
 from vllm.model_executor.custom_op import op_registry_oot
 from vllm.model_executor.layers.fused_moe.runner.moe_runner_interface import MoERunnerInterface
 from vllm.model_executor.models.interfaces import get_mixture_of_experts_model
-from vllm.utils.cpu_resource_utils import get_visible_memory_node
+from vllm.utils import cpu_resource_utils
 from vllm.v1.worker.ubatching import dbo_current_ubatch_id
 
 from vllm_npu.core.limits import PORTABLE, DeviceLimits
@@ -20,22 +22,34 @@ from vllm_npu.core.topology import ParallelTopology
 from vllm_npu.errors import UnsupportedConfigError
 from vllm_npu.plugin.cpu.tensor_parallel import TensorParallelTransport
 from vllm_npu.plugin.eplb_communicators import create_eplb_communicator
-from vllm_npu.plugin.layer_facts import LayerFacts
+from vllm_npu.plugin.layer_facts import LayerFacts, exchanges_tokens
 from vllm_npu.transport.base import Transport
 from vllm_npu.transport.gloo import GlooTransport
+
+logger = init_logger("vllm.npu.plugin.compat.v0_32")
 
 
 def moe_layers(vllm_config: VllmConfig) -> tuple[list[LayerFacts], list[str]]:
     """The MoE layers that this process has built, in order of construction.
 
     Returns the facts of the layers whose tokens vllm_npu moves, and the class names of the layers that are not vllm_npu's.
+    Raises UnsupportedConfigError for a layer of another class that holds our experts: only our runner can use them.
     """
+    from vllm_npu.plugin.cpu.experts import CpuUnquantizedFusedMoEMethod
     from vllm_npu.plugin.cpu.moe_runner import CpuMoERunner
 
     static = vllm_config.compilation_config.static_forward_context
     layers = [layer for layer in static.values() if isinstance(layer, MoERunnerInterface)]
     ours = [layer.facts for layer in layers if isinstance(layer, CpuMoERunner) and layer.exchanges_tokens]
-    return ours, [type(layer).__name__ for layer in layers if not isinstance(layer, CpuMoERunner)]
+    foreign = [layer for layer in layers if not isinstance(layer, CpuMoERunner)]
+    for layer in foreign:
+        method = layer._quant_method
+        if isinstance(method, CpuUnquantizedFusedMoEMethod) and exchanges_tokens(method.moe):
+            raise UnsupportedConfigError(
+                f"{layer.layer_name}: this model brings its own MoE layer, {type(layer).__qualname__} of "
+                f"{type(layer).__module__}, which vllm_npu cannot replace; run it without expert and data parallelism"
+            )
+    return ours, [type(layer).__name__ for layer in foreign]
 
 
 def transports(
@@ -52,9 +66,27 @@ def device_limits(
     return PORTABLE
 
 
-def numa_nodes() -> int:
-    """Number of NUMA nodes that vLLM's automatic thread binding can use."""
-    return len(get_visible_memory_node())
+def cpus_of_nodes() -> dict[int, list[int]]:
+    """The CPUs of each NUMA node that this process may use, as vLLM's automatic thread binding finds them."""
+    nodes: dict[int, list[int]] = {node: [] for node in cpu_resource_utils.get_visible_memory_node()}
+    allowed = cpu_resource_utils.get_allowed_cpu_list()
+    for cpu in allowed:
+        if cpu.numa_node in nodes:
+            nodes[cpu.numa_node].append(cpu.id)
+    nodes = {node: cpus for node, cpus in nodes.items() if cpus}
+    if nodes:
+        return nodes
+    # The kernel names no node for these CPUs. vLLM's worker then takes the first node that it sees.
+    first = min(cpu_resource_utils.get_visible_memory_node(), default=0)
+    return {first: [cpu.id for cpu in allowed] or sorted(os.sched_getaffinity(0))}
+
+
+def one_memory_limit(nodes: set[int]) -> bool:
+    """Whether a limit of the container lies below the memory of these nodes together. vLLM compares it with each node alone."""
+    limit = cpu_resource_utils.get_cgroup_memory_limit()
+    if limit is None:
+        return False
+    return limit < sum(cpu_resource_utils.get_memory_node_info(node).total_memory for node in nodes)
 
 
 def micro_batch() -> int:
@@ -63,26 +95,60 @@ def micro_batch() -> int:
     return index
 
 
+WORKER = "vllm_npu.plugin.cpu.worker.CpuMoEWorker"
+DEFAULT_WORKERS = ("auto", "vllm.v1.worker.cpu_worker.CPUWorker", WORKER)
+
+
+def set_worker(vllm_config: VllmConfig) -> None:
+    """Choose the worker class that starts EPLB and calls keep_rows_whole, if the engine needs one of them.
+
+    Raises UnsupportedConfigError if EPLB is on and the user chose another class. Without EPLB, the user's class stays, and
+    sequence parallelism is off.
+    """
+    parallel_config = vllm_config.parallel_config
+    if not parallel_config.enable_eplb and not parallel_config.use_sequence_parallel_moe:
+        return
+    if parallel_config.worker_cls in DEFAULT_WORKERS:
+        parallel_config.worker_cls = WORKER
+        return
+    if parallel_config.enable_eplb:
+        raise UnsupportedConfigError(
+            f"EPLB on a CPU is started by {WORKER}, and --worker-cls names {parallel_config.worker_cls}; leave it out"
+        )
+    logger.warning(
+        "Sequence parallelism is off: %s makes it right for every model, and --worker-cls names %s.",
+        WORKER,
+        parallel_config.worker_cls,
+    )
+    # vLLM derives sequence parallelism from the name of its all2all backend. The backend itself runs nothing here. vLLM's CPU
+    # communicator knows the name "naive", and that name does not turn sequence parallelism on.
+    parallel_config.all2all_backend = "naive"
+
+
 # COMPAT(vllm 0.32): DeepseekV2DecoderLayer compares row counts to find out whether its input is a TP rank's slice or the whole
 # step. In a step of one token both have one row, so the ranks after the first continue with their padding row. CAN REMOVE when
 # the layer knows its layout.
-_ARCHITECTURES_THAT_INFER_SLICES = frozenset({"DeepseekForCausalLM", "DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM"})
+def keep_rows_whole(model_runner: Any) -> None:  # CPUModelRunner, its model loaded
+    """Make layers that guess the layout of their input always get and return the whole step. LOCAL.
 
-
-def sequence_parallel_breaks(vllm_config: VllmConfig) -> bool:
-    """Whether vLLM would run this model with sequence parallelism and compute steps of one token wrongly."""
-    if vllm_config.model_config is None or not vllm_config.parallel_config.use_sequence_parallel_moe:
-        return False
-    return not _ARCHITECTURES_THAT_INFER_SLICES.isdisjoint(vllm_config.model_config.architectures)
-
-
-def disable_sequence_parallel(vllm_config: VllmConfig) -> None:
-    """Make the model keep its tokens replicated over TP.
-
-    vLLM derives sequence parallelism from the name of its all2all backend. The backend itself runs nothing here. vLLM's CPU
-    communicator knows the name "naive", and that name does not turn sequence parallelism on.
+    The MoE block inside such a layer still slices its tokens over TP, as vLLM itself does it with pipeline parallelism.
     """
-    vllm_config.parallel_config.all2all_backend = "naive"
+    from vllm.model_executor.models.deepseek_v2 import (
+        DeepseekV2DecoderLayer,  # not at the top: slow, and for workers only
+    )
+
+    drafter = getattr(model_runner, "drafter", None) or getattr(model_runner, "speculator", None)
+    changed = 0
+    for model in (model_runner.model, getattr(drafter, "model", None)):
+        for layer in model.modules() if isinstance(model, torch.nn.Module) else ():
+            if isinstance(layer, DeepseekV2DecoderLayer) and layer.use_sequence_parallel_moe:
+                layer.use_sequence_parallel_moe = False
+                layer.self_attn.o_proj.reduce_results = True
+                changed += 1
+    if changed:
+        logger.info(
+            "%d decoder layers keep whole rows between them, because they would guess how rows are sliced", changed
+        )
 
 
 def register_out_of_tree(base: Any, replacement: type) -> None:
@@ -126,22 +192,6 @@ class _BalancesExperts:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._platform, name)
-
-
-EPLB_WORKER = "vllm_npu.plugin.cpu.worker.CpuMoEWorker"
-DEFAULT_WORKERS = ("auto", "vllm.v1.worker.cpu_worker.CPUWorker", EPLB_WORKER)
-
-
-def set_eplb_worker(vllm_config: VllmConfig) -> None:
-    """Choose the worker class that starts EPLB, if EPLB is on. Raises UnsupportedConfigError if the user chose a class."""
-    parallel_config = vllm_config.parallel_config
-    if not parallel_config.enable_eplb:
-        return
-    if parallel_config.worker_cls not in DEFAULT_WORKERS:
-        raise UnsupportedConfigError(
-            f"EPLB on a CPU is started by {EPLB_WORKER}, and --worker-cls names {parallel_config.worker_cls}; leave it out"
-        )
-    parallel_config.worker_cls = EPLB_WORKER
 
 
 @contextmanager

@@ -1,11 +1,13 @@
-"""vLLM's MoE layer on a CPU: routes tokens with vLLM's router, then runs the strategy's pipeline and vLLM's shared experts."""
+"""vLLM's MoE layer on a CPU: routes tokens, then runs the strategy's pipeline and vLLM's shared experts."""
 
 from functools import cached_property, partial
 from typing import Any
 
 import torch
+from vllm.model_executor.layers.fused_moe.router.fused_moe_router import FusedMoERouter
 from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 from vllm.model_executor.layers.fused_moe.runner.shared_experts import SharedExpertsOrder
+from vllm.model_executor.models.transformers.moe import TransformersMoERunner
 
 from vllm_npu.core.routing import check_router_logits
 from vllm_npu.core.step_plan import TokenSharding
@@ -13,6 +15,7 @@ from vllm_npu.eplb.replicas import to_physical
 from vllm_npu.errors import UnsupportedConfigError
 from vllm_npu.plugin.cpu import eplb
 from vllm_npu.plugin.cpu.experts import CpuUnquantizedFusedMoEMethod
+from vllm_npu.plugin.cpu.routing import router_for_cpu, why_not_used
 from vllm_npu.plugin.forward_context import current_step
 from vllm_npu.plugin.groups import model_groups, model_pipelines, trace_ring
 from vllm_npu.plugin.layer_facts import LayerFacts, exchanges_tokens
@@ -21,7 +24,7 @@ from vllm_npu.transport.base import Groups
 
 
 class CpuMoERunner(MoERunner):
-    """Layers that exchange tokens run a pipeline of this package. All other layers run as in vLLM.
+    """Layers that exchange tokens run a pipeline of this package. All other layers run as in vLLM, with our router.
 
     The pipeline runs inside vLLM's opaque custom op, and its output is always complete. So torch.compile sees nothing that
     depends on the strategy, and a step may use another strategy than the traced step.
@@ -29,6 +32,8 @@ class CpuMoERunner(MoERunner):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        vllms_router: FusedMoERouter = self.router  # type: ignore[has-type]
+        self.router = router_for_cpu(vllms_router)
         if self.exchanges_tokens:
             self._check_supported()
 
@@ -44,6 +49,11 @@ class CpuMoERunner(MoERunner):
         return LayerFacts.of(self.moe_config, sharding=sharding, experts=self._quant_method)
 
     @property
+    def _router_columns(self) -> int:
+        """Columns of the router's input to the layer."""
+        return int(self.moe_config.num_logical_experts)
+
+    @property
     def _groups(self) -> Groups:
         return model_groups(expert_parallel=self.facts.use_ep)
 
@@ -57,6 +67,13 @@ class CpuMoERunner(MoERunner):
                 f"{self.layer_name}: {type(self._quant_method).__name__} exchanges tokens itself, and would do so a second "
                 "time inside vllm_npu's strategy; serve an unquantised checkpoint, or run without expert and data parallelism"
             )
+        why_not = why_not_used(
+            self.router,
+            weight_on_input=self.routed_experts.apply_router_weight_on_input,
+            top_k=int(self.moe_config.experts_per_token),
+        )
+        if why_not is not None:
+            raise UnsupportedConfigError(f"{self.layer_name}: {why_not}")
         if self._fse_fuse_gate:
             raise UnsupportedConfigError(
                 f"{self.layer_name}: shared experts fused into the routed ones are not supported with expert or data "
@@ -105,13 +122,14 @@ class CpuMoERunner(MoERunner):
                 hidden_states, router_logits, shared_experts_input, input_ids
             )
             return output
-        num_experts = int(self.moe_config.num_logical_experts)
         # COMPAT(vllm 0.32): on a CPU with AMX, vLLM's linear layer of 16-bit weights divides by zero if its input has no rows
         # (weight_packed_linear), and SIGFPE ends the process. CAN REMOVE when that op takes an input without rows.
         has_rows = hidden_states.shape[0] > 0
         if self.gate is not None:
-            router_logits = self.gate(hidden_states)[0] if has_rows else hidden_states.new_empty((0, num_experts))
-        check_router_logits(hidden_states, router_logits, num_experts)
+            router_logits = (
+                self.gate(hidden_states)[0] if has_rows else hidden_states.new_empty((0, self._router_columns))
+            )
+        check_router_logits(hidden_states, router_logits, self._router_columns)
         topk_weights, topk_ids = self.router.select_experts(
             hidden_states=hidden_states,
             router_logits=router_logits,
@@ -119,7 +137,7 @@ class CpuMoERunner(MoERunner):
             input_ids=input_ids,
         )
         if self.routed_experts.apply_router_weight_on_input:
-            hidden_states = hidden_states * topk_weights.to(hidden_states.dtype)  # vLLM allows it for top_k == 1 only
+            hidden_states = hidden_states * topk_weights.to(hidden_states.dtype)
             topk_weights = torch.ones_like(topk_weights)
 
         step = current_step()
@@ -189,3 +207,14 @@ class CpuMoERunner(MoERunner):
                     part.view_as(whole).clone() for part, whole in zip(sums, (shared, routed), strict=True)
                 )
         return routed if shared is None else (shared, routed)
+
+
+class CpuTransformersMoERunner(TransformersMoERunner, CpuMoERunner):
+    """The layer of models on vLLM's transformers backend that choose experts themselves, outside of the layer.
+
+    vLLM hands over the chosen ids in the layer's state, and the weights in place of the logits.
+    """
+
+    @property
+    def _router_columns(self) -> int:
+        return int(self.moe_config.experts_per_token)

@@ -1,24 +1,31 @@
 """vLLM's platform on a machine without NPU and GPU: a CPU, with expert and data parallelism for MoE models."""
 
 import os
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
+import torch
 from vllm.logger import init_logger
 from vllm.platforms.cpu import CpuPlatform
 
 from vllm_npu import envs
 from vllm_npu.core.limits import PORTABLE
-from vllm_npu.core.token_layout import ceil_div
+from vllm_npu.errors import UnsupportedConfigError
 from vllm_npu.plugin import compat
+from vllm_npu.plugin.cpu.configured_routing import why_not_routed
+from vllm_npu.plugin.cpu.placement import LocalRanks, RankPlace, bind_this_process, nodes_in_use, place_ranks
 from vllm_npu.plugin.engine_check import check_engine
-from vllm_npu.plugin.options import check_config
+from vllm_npu.plugin.options import check_config, topology_of
 
 if TYPE_CHECKING:
     from vllm.config import ParallelConfig, VllmConfig
 
 logger = init_logger("vllm.npu.plugin.cpu.platform")
 
+SIMULATED_NODES = "VLLM_CPU_SIM_MULTI_NUMA"  # of vLLM, which then shares the CPUs among all ranks itself
+
 _own_binding: str | None = None  # the last value that this process gave to VLLM_CPU_OMP_THREADS_BIND
+_own_affinity: tuple[set[int], set[int]] | None = None  # this process's CPUs before it bound itself, and after
 
 
 class CpuMoEPlatform(CpuPlatform):
@@ -31,22 +38,21 @@ class CpuMoEPlatform(CpuPlatform):
 
         options = check_config(vllm_config)
         release = compat.current()
-        if release.sequence_parallel_breaks(vllm_config):
-            release.disable_sequence_parallel(vllm_config)
-            logger.warning(
-                "Sequence parallelism is off for %s: vLLM's layer computes steps of one token wrongly with it. The strategies "
-                "slice over TP themselves.",
-                ", ".join(vllm_config.model_config.architectures),
-            )
+        _check_routing(vllm_config)
         check_eplb(vllm_config)
-        release.set_eplb_worker(vllm_config)
+        release.set_worker(vllm_config)
+        _forget_own_binding()
+        ranks = LocalRanks.of(vllm_config.parallel_config, os.environ)  # before vLLM, which changes LOCAL_WORLD_SIZE
+        cpus_of_nodes = release.cpus_of_nodes()
+        places = place_ranks(cpus_of_nodes, ranks.total)
+        nodes = nodes_in_use(os.environ.get(envs.CPU_OMP_THREADS_BIND, "auto"), ranks, places, cpus_of_nodes)
         super().check_and_update_config(vllm_config)
         check_engine(vllm_config, options, PORTABLE)
         parallel_config = vllm_config.parallel_config
         if not parallel_config.worker_extension_cls:
             parallel_config.worker_extension_cls = "vllm_npu.plugin.worker_extension.MoECommWorkerExtension"
-        _bind_threads(parallel_config)
-        _share_memory(vllm_config)
+        _bind_threads(parallel_config, ranks, places)
+        _share_memory(vllm_config, ranks, nodes)
 
     @classmethod
     def get_device_communicator_cls(cls) -> str:
@@ -61,48 +67,66 @@ class CpuMoEPlatform(CpuPlatform):
         return {**super().set_additional_forward_context(*args, **kwargs), **plan_step(**kwargs)}
 
 
-def _ranks_here(parallel_config: "ParallelConfig") -> int:
-    """Number of ranks on this host.
+def _check_routing(vllm_config: "VllmConfig") -> None:
+    """Raise UnsupportedConfigError if layers would exchange tokens, and config.json tells that they cannot be routed here."""
+    topology, model_config = topology_of(vllm_config.parallel_config), vllm_config.model_config
+    if model_config is None or not model_config.is_moe or max(topology.ep_size, topology.dp_size) == 1:
+        return
+    reason = why_not_routed(model_config.hf_text_config.to_dict())
+    if reason is not None:
+        raise UnsupportedConfigError(f"{model_config.model}: {reason}")
 
-    vLLM does not know it if the user launches each data-parallel rank by hand (VLLM_DP_RANK_LOCAL). Then all ranks count.
-    """
-    dp_size = max(parallel_config.data_parallel_size_local, 1)
-    if parallel_config.data_parallel_rank_local is not None:
-        dp_size = parallel_config.data_parallel_size
-    return parallel_config.world_size * dp_size
 
+def _bind_threads(parallel_config: "ParallelConfig", ranks: LocalRanks, places: list[RankPlace]) -> None:
+    """Give each rank the CPUs of its place, unless vLLM's own binding does so, or the user bound the threads.
 
-def _bind_threads(parallel_config: "ParallelConfig") -> None:
-    """Share this process's CPUs among the ranks, if there are fewer NUMA nodes than ranks.
-
-    vLLM's own binding refuses more tensor-parallel ranks than NUMA nodes. It also gives the same CPUs to all data-parallel
-    ranks of a node. On 2 cores both ranks then get the first core, and decode steps take twice as long.
+    vLLM's own binding refuses more tensor-parallel ranks than NUMA nodes. It also gives all data-parallel ranks of a host the
+    CPUs of the first nodes. On 2 cores both ranks then get the first core, and decode steps take twice as long. Workers that
+    torchrun starts are not bound at all.
 
     A binding that the user set stays. A binding that this process made for an earlier engine is replaced.
     """
-    global _own_binding
-    if _own_binding is not None and os.environ.get(envs.CPU_OMP_THREADS_BIND) == _own_binding:
-        del os.environ[envs.CPU_OMP_THREADS_BIND]
-    _own_binding = None
-    ranks = _ranks_here(parallel_config)
-    if os.environ.get(envs.CPU_OMP_THREADS_BIND, "auto") != "auto" or ranks <= compat.current().numa_nodes():
+    global _own_binding, _own_affinity
+    if os.environ.get(envs.CPU_OMP_THREADS_BIND, "auto") != "auto" or os.environ.get(SIMULATED_NODES, "0") != "0":
         return
-    cpus = sorted(os.sched_getaffinity(0))
-    shares = [
-        cpus[rank * len(cpus) // ranks : max((rank + 1) * len(cpus) // ranks, rank * len(cpus) // ranks + 1)]
-        for rank in range(ranks)
-    ]
-    _own_binding = os.environ[envs.CPU_OMP_THREADS_BIND] = "|".join(",".join(map(str, share)) for share in shares)
+    if ranks.others_unknown:
+        logger.warning(
+            "This rank takes CPUs and memory as if no other data-parallel rank ran on this host. If one does, set "
+            "CPU_VISIBLE_MEMORY_NODES to another NUMA node for each, or %s and --gpu-memory-utilization",
+            envs.CPU_OMP_THREADS_BIND,
+        )
+    if ranks.in_this_process:
+        cpus = places[ranks.own.start].cpus
+        _own_affinity = os.sched_getaffinity(0), set(cpus)
+        bind_this_process(cpus)
+        torch.set_num_threads(len(cpus))
+        logger.info("rank %d of the %d ranks here runs on the CPUs %s", ranks.own.start, ranks.total, list(cpus))
+        return
+    nodes = {place.node for place in places}
+    if len(nodes) == ranks.total == parallel_config.world_size and ranks.own.start == 0:
+        return
+    _own_binding = "|".join(",".join(map(str, places[rank].cpus)) for rank in ranks.listed)
+    os.environ[envs.CPU_OMP_THREADS_BIND] = _own_binding
     logger.info(
-        "%s=%s: %d ranks share %d CPUs, because there are fewer NUMA nodes than ranks",
+        "%s=%s: the %d ranks here are spread over %d NUMA nodes",
         envs.CPU_OMP_THREADS_BIND,
-        os.environ[envs.CPU_OMP_THREADS_BIND],
-        ranks,
-        len(cpus),
+        _own_binding,
+        ranks.total,
+        len(nodes),
     )
 
 
-def _share_memory(vllm_config: "VllmConfig") -> None:
+def _forget_own_binding() -> None:
+    """Take back what this process did to its environment and its CPUs for an earlier engine."""
+    global _own_binding, _own_affinity
+    if _own_binding is not None and os.environ.get(envs.CPU_OMP_THREADS_BIND) == _own_binding:
+        del os.environ[envs.CPU_OMP_THREADS_BIND]
+    if _own_affinity is not None and os.sched_getaffinity(0) == _own_affinity[1]:
+        bind_this_process(_own_affinity[0])
+    _own_binding = _own_affinity = None
+
+
+def _share_memory(vllm_config: "VllmConfig", ranks: LocalRanks, nodes: list[int]) -> None:
     """Give each rank a share of its NUMA node's memory, unless the user set the size of the cache.
 
     By default vLLM gives each rank nearly all memory of the node. Then a second rank on the node does not start, or both fill
@@ -111,13 +135,18 @@ def _share_memory(vllm_config: "VllmConfig") -> None:
     from vllm.config import CacheConfig  # not at the top: vllm.config itself imports the platform
 
     cache_config, default = vllm_config.cache_config, CacheConfig.gpu_memory_utilization
-    ranks_of_a_node = ceil_div(_ranks_here(vllm_config.parallel_config), compat.current().numa_nodes())
     is_set = cache_config.kv_cache_memory_bytes is not None or cache_config.gpu_memory_utilization != default
-    if ranks_of_a_node < 2 or is_set:
+    if is_set:
         return
-    cache_config.gpu_memory_utilization = default / (ranks_of_a_node + 1)
+    ranks_of_node = Counter(nodes)
+    sharers = max(ranks_of_node[nodes[rank]] for rank in ranks.own)
+    if compat.current().one_memory_limit(set(ranks_of_node)):
+        sharers = ranks.total
+    if sharers < 2:
+        return
+    cache_config.gpu_memory_utilization = default / (sharers + 1)
     logger.info(
-        "gpu_memory_utilization=%.2f for each rank: %d share the memory of a NUMA node",
+        "gpu_memory_utilization=%.2f for each rank: %d share the memory of a NUMA node, or of this container",
         cache_config.gpu_memory_utilization,
-        ranks_of_a_node,
+        sharers,
     )

@@ -1,4 +1,4 @@
-"""vLLM's CPU worker with expert load balancing (EPLB)."""
+"""vLLM's CPU worker with what has to happen between the loading of a model and its first step."""
 
 from vllm.v1.worker.cpu_worker import CPUWorker
 
@@ -6,11 +6,16 @@ from vllm_npu.plugin import compat
 
 
 class CpuMoEWorker(CPUWorker):
-    """vLLM starts this worker if EPLB is on, and its own worker otherwise."""
+    """vLLM starts this worker with EPLB and with sequence parallelism, and its own worker otherwise."""
 
     def load_model(self, *, load_dummy_weights: bool = False) -> None:
-        """Load the model and start EPLB. Raises UnsupportedConfigError if the model's experts cannot be balanced."""
+        """Load the model, keep rows whole where a layer would guess, and start EPLB if it is on.
+
+        Raises UnsupportedConfigError if EPLB is on and the model's experts cannot be balanced.
+        """
         release = compat.current()
         with release.unmovable_experts_explained():
             super().load_model(load_dummy_weights=load_dummy_weights)
-        release.start_eplb(self.model_runner)
+        release.keep_rows_whole(self.model_runner)
+        if self.parallel_config.enable_eplb:
+            release.start_eplb(self.model_runner)

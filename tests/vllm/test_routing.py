@@ -13,8 +13,8 @@ pytest.importorskip("vllm")
 
 from vllm.model_executor.layers.fused_moe.router.router_factory import create_fused_moe_router
 
+from vllm_npu.core.configured_routing import SCORE_NAMES, why_not_routed
 from vllm_npu.errors import UnsupportedConfigError
-from vllm_npu.plugin.cpu.configured_routing import SCORE_NAMES, why_not_routed
 from vllm_npu.plugin.cpu.routing import SCORES, CpuMoERouter, RoutingScheme, router_for_cpu, why_not_used
 
 EXPERTS, TOP_K, VOCABULARY, ROWS = 16, 4, 32, 64

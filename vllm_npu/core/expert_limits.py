@@ -59,8 +59,14 @@ def no_adapters(limits: ExpertLimits, wanted: ExpertsWanted) -> str | None:
     )
 
 
+def no_other_routing(limits: ExpertLimits, wanted: ExpertsWanted) -> str | None:
+    """The CPU's router has a table of scores. The reason says what to do."""
+    return wanted.model.unroutable
+
+
 EXPERT_CHECKS: tuple[Callable[[ExpertLimits, ExpertsWanted], str | None], ...] = (
     no_quantised_experts,
     no_other_activation,
     no_adapters,
+    no_other_routing,
 )

@@ -13,6 +13,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Self
 
+from vllm_npu.core.configured_routing import why_not_routed
 from vllm_npu.errors import UnsupportedConfigError
 
 # Objects of config.json that hold the language model, also one inside the other (Qwen3-Omni: thinker_config.text_config).
@@ -63,6 +64,7 @@ class ModelFacts:
     dtype: str | None = None
     activation: str | None = None  # vLLM's name of it
     swiglu_limit: float | None = None  # the largest, if layers differ; None: no layer clamps
+    unroutable: str | None = None  # the reason why the model's routing cannot run on a CPU
     quantised_experts: str | None = (
         None  # the method; None also if config.json leaves open whether it holds for experts
     )
@@ -82,6 +84,7 @@ class ModelFacts:
             dtype=_text(surrounding, DTYPE),
             activation=_activation(language_model),
             swiglu_limit=_limit(language_model),
+            unroutable=why_not_routed(language_model),
             quantised_experts=method_of_experts(quantisation or {} if found is None else found),
         )
 

@@ -10,12 +10,10 @@ from vllm.platforms.cpu import CpuPlatform
 
 from vllm_npu import envs
 from vllm_npu.core.limits import PORTABLE
-from vllm_npu.errors import UnsupportedConfigError
 from vllm_npu.plugin import compat
-from vllm_npu.plugin.cpu.configured_routing import why_not_routed
 from vllm_npu.plugin.cpu.placement import LocalRanks, RankPlace, bind_this_process, nodes_in_use, place_ranks
 from vllm_npu.plugin.engine_check import check_engine
-from vllm_npu.plugin.options import check_config, topology_of
+from vllm_npu.plugin.options import check_config
 
 if TYPE_CHECKING:
     from vllm.config import ParallelConfig, VllmConfig
@@ -38,7 +36,6 @@ class CpuMoEPlatform(CpuPlatform):
 
         options = check_config(vllm_config)
         release = compat.current()
-        _check_routing(vllm_config)
         check_eplb(vllm_config)
         release.set_worker(vllm_config)
         _forget_own_binding()
@@ -65,16 +62,6 @@ class CpuMoEPlatform(CpuPlatform):
         from vllm_npu.plugin.step_planner import plan_step
 
         return {**super().set_additional_forward_context(*args, **kwargs), **plan_step(**kwargs)}
-
-
-def _check_routing(vllm_config: "VllmConfig") -> None:
-    """Raise UnsupportedConfigError if layers would exchange tokens, and config.json tells that they cannot be routed here."""
-    topology, model_config = topology_of(vllm_config.parallel_config), vllm_config.model_config
-    if model_config is None or not model_config.is_moe or max(topology.ep_size, topology.dp_size) == 1:
-        return
-    reason = why_not_routed(model_config.hf_text_config.to_dict())
-    if reason is not None:
-        raise UnsupportedConfigError(f"{model_config.model}: {reason}")
 
 
 def _bind_threads(parallel_config: "ParallelConfig", ranks: LocalRanks, places: list[RankPlace]) -> None:

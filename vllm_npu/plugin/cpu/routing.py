@@ -14,8 +14,8 @@ from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
 from vllm.model_executor.layers.fused_moe.router.fused_moe_router import FusedMoERouter
 from vllm.model_executor.layers.fused_moe.router.zero_expert_router import ZeroExpertRouter
 
+from vllm_npu.core.configured_routing import UNKNOWN_SCORES, WEIGHT_ON_INPUT, ZERO_EXPERTS
 from vllm_npu.errors import UnsupportedConfigError
-from vllm_npu.plugin.cpu.configured_routing import UNKNOWN_SCORES, WEIGHT_ON_INPUT, ZERO_EXPERTS
 
 SCORES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "softmax": lambda logits: logits.softmax(dim=-1),

@@ -61,6 +61,9 @@ IValue with_tensors(const IValue& value, const Convert& convert) {
 
 bool is_npu_device(const IValue& value) { return value.isDevice() && value.toDevice().is_privateuseone(); }
 
+// Ops that need positive numbers, also where only the sizes of the results are wanted.
+constexpr std::array<std::string_view, 1> kOpsOfPositiveNumbers = {"aten::multinomial"};
+
 // One call of an op. Its arguments are the last values on the stack, and its results replace them.
 class Call {
  public:
@@ -148,12 +151,15 @@ class Call {
     OpAliases zeros(name_, device_, OpAliases::Memory::kZeros);
     const Stack arguments = c10::Stack(stack_.end() - num_arguments(), stack_.end());
     std::function<at::Generator()> generator;
+    const bool needs_positive = std::find(kOpsOfPositiveNumbers.begin(), kOpsOfPositiveNumbers.end(),
+                                          op_.operator_name().name) != kOpsOfPositiveNumbers.end();
     for (size_t i = 0; i < num_arguments(); ++i) {
       if (schema_.arguments()[i].name() == "generator") {
         generator = captured_cpu_generator(argument(i).toOptional<at::Generator>(), device_);
         argument(i) = at::detail::createCPUGenerator();
       } else {
         argument(i) = cpu_argument(i, zeros);
+        if (needs_positive) for_each_tensor(argument(i), [](const at::Tensor& tensor) { tensor.fill_(1); });
       }
     }
     run_cpu_kernel();

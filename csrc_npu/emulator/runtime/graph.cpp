@@ -293,7 +293,6 @@ int refuse_in_capture(const char* function) {
     return graph.mode() == ACL_MODEL_RI_CAPTURE_MODE_GLOBAL && thread_mode == ACL_MODEL_RI_CAPTURE_MODE_GLOBAL;
   });
   if (capture == nullptr) return ACL_SUCCESS;
-  capture->invalidate(std::string(function) + " was called, which does not belong to a stream");
   return fail(ACL_ERROR_RT_CAPTURE_MODE_NOT_SUPPORT,
               "%s: a graph is being captured, and this function does not belong to a stream; call it before or after "
               "the capture, or capture in relaxed mode",

@@ -137,8 +137,7 @@ struct TaskUpdate {
 };
 
 // Returns an error if a capture forbids `function`, which acts on the whole device at once: a thread captures, or
-// another one does in global mode, and this thread has not exchanged its mode for a relaxed one. The error invalidates
-// the capture.
+// another one does in global mode, and this thread has not exchanged its mode for a relaxed one. The capture goes on.
 int refuse_in_capture(const char* function);
 
 }  // namespace vllm_npu::emulator

@@ -54,8 +54,7 @@ EMULATOR_API bool streams_are_asynchronous();
 // all that it uses, or use device memory by its address, because it runs at each replay.
 EMULATOR_API bool records_work(aclrtStream stream);
 
-// Returns an error that says why `what` can't be recorded, and invalidates the capture. ACL_SUCCESS if the stream
-// doesn't record.
+// Returns an error if the stream records work and `what` can't be recorded.
 EMULATOR_API int refuse_to_record(aclrtStream stream, const char* what);
 
 // --- Memory ---

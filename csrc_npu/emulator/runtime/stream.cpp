@@ -262,8 +262,7 @@ bool Stream::records_work() {
 
 int Stream::refuse_while_captured(const char* what, int code) {
   if (!records_work()) return ACL_SUCCESS;
-  if (const auto graph = capture()) {
-    graph->invalidate(std::string(what) + " is not possible while a stream is captured");
+  if (capture() != nullptr) {
     return fail(code, "%s: stream %d is being captured into a graph; do this before or after the capture", what, id_);
   }
   return fail(ACL_ERROR_STREAM_TASK_GROUP_INTR, "%s: stream %d updates a group of tasks; do this before or after", what,

@@ -62,7 +62,8 @@ class Stream : public std::enable_shared_from_this<Stream> {
   // Whether work is recorded and not run: by a capture, or by an update of a group of tasks.
   bool records_work();
 
-  // Returns ACL_SUCCESS, or an error if the stream records work. The error invalidates the capture.
+  // Returns ACL_SUCCESS, or an error if the stream records work. The capture goes on, as on an NPU (torch_npu's
+  // test_aclgraph_rng_state.py).
   int refuse_while_captured(const char* what, int code = ACL_ERROR_RT_STREAM_CAPTURED);
 
   // Between these calls, work is recorded as the new tasks of the group. end_update returns null without a begin.

@@ -262,10 +262,14 @@ def test_a_stream_that_is_not_joined_back_is_refused() -> None:
     assert x.tolist() == [2, 3]
 
 
-def test_an_event_from_outside_is_refused() -> None:
+def event_from_outside(rank: int, num_ranks: int) -> None:
     event = torch.npu.Event()
     event.record()
     refused("was recorded outside of the capture", lambda: torch.npu.current_stream().wait_event(event))
+
+
+def test_an_event_from_outside_is_refused(run_in_ranks) -> None:
+    run_in_ranks(event_from_outside, 1, env={"TASK_QUEUE_ENABLE": "0"})  # the queue would drop all work after the error
 
 
 def event_of_a_capture(rank: int, num_ranks: int) -> None:

@@ -255,7 +255,3 @@ def test_a_graph_operator_is_refused_by_its_name():
     assert acl().aclopCompileAndExecute(b"FancyOp", 0, None, None, 0, None, None, None, 0, 0, None, None) != 0
     assert "operator FancyOp has no aclnn kernel in the emulator" in error_text()
 
-
-def test_graph_capture_is_refused():
-    with pytest.raises(RuntimeError, match="Failed to find function acl"), torch.npu.graph(torch.npu.NPUGraph()):
-        pass

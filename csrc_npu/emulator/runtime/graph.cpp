@@ -60,7 +60,7 @@ int check_memory(const Recorded& task) {
     return fail(ACL_ERROR_RT_PARAM_INVALID,
                 "%s: the memory at %p has been freed since the capture; keep all tensors of a graph alive, or make them "
                 "inside the capture",
-                task.name, address);
+                task.name.c_str(), address);
   }
   return ACL_SUCCESS;
 }
@@ -91,7 +91,7 @@ int Graph::add(const std::shared_ptr<Stream>& stream, Recorded task, Place place
   if (lane.in_group) lane.group.push_back(nodes_.size());
   lane.seen[index] = ++lane.nodes;
   if (place == Place::kStreamThread) needs_thread_ = true;
-  const char* name = task.name;
+  const std::string name = task.name;
   nodes_.push_back({Kind::kWork, index, name, std::make_shared<const Recorded>(std::move(task)), 0, {}});
   return ACL_SUCCESS;
 }
@@ -209,7 +209,7 @@ int Graph::run_node(std::size_t node) {
   try {
     if (code == ACL_SUCCESS) code = lanes_[nodes_[node].lane].stream->run_in_graph(task->work);
   } catch (const std::exception& error) {
-    code = fail(ACL_ERROR_INTERNAL_ERROR, "%s failed: %s", nodes_[node].name, error.what());
+    code = fail(ACL_ERROR_INTERNAL_ERROR, "%s failed: %s", nodes_[node].name.c_str(), error.what());
   }
   if (code == ACL_SUCCESS) return code;
   const std::string text = last_error_text();

@@ -35,7 +35,7 @@ struct CapturedRecord {
 
 // Work that was recorded and did not run.
 struct Recorded {
-  const char* name;
+  std::string name;  // a copy: the caller's text may not outlive the graph
   Work work;
   Addresses memory;  // device memory that the work uses
 };
@@ -88,7 +88,7 @@ class Graph : public std::enable_shared_from_this<Graph> {
   struct Node {
     Kind kind;
     std::size_t lane;
-    const char* name;
+    std::string name;
     std::shared_ptr<const Recorded> task;  // kWork
     std::size_t record = 0;            // kWait: the node of the record
     LaneCounts before;                 // kRecord: all that the record waits for

@@ -38,10 +38,6 @@ def build(folder, **arguments) -> subprocess.CompletedProcess[str]:
     [
         ({"enable_lora": True}, "LoRA adapters"),
         ({"additional_config": {"multistream_overlap_gate": True}}, "additional_config multistream_overlap_gate"),
-        (
-            {"additional_config": {"enable_shared_expert_dp": True, "enable_flashcomm1": False}},
-            "(enable_shared_expert_dp)",
-        ),
     ],
     ids=str,
 )

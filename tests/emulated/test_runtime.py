@@ -254,4 +254,3 @@ def test_stubs_fail_by_their_name():
 def test_a_graph_operator_is_refused_by_its_name():
     assert acl().aclopCompileAndExecute(b"FancyOp", 0, None, None, 0, None, None, None, 0, 0, None, None) != 0
     assert "operator FancyOp has no aclnn kernel in the emulator" in error_text()
-

@@ -70,9 +70,11 @@ def test_a_stop_looks_at_the_port_that_vllm_will_listen_on(arguments: list[str],
 
 
 def test_options_and_help_of_vllm_are_reached() -> None:
-    """vLLM answers --help after a model, and its own parser refuses an option that it does not have. Both run at once."""
+    """vLLM answers --help=all after a model, and its own parser refuses an option that it does not have. Both run at once."""
     with ThreadPoolExecutor(2) as pool:
-        shown, refused = pool.map(vllm_npu, ["serve"] * 2, ["some-model"] * 2, ["--help", "--no-such-option-of-vllm"])
+        shown, refused = pool.map(
+            vllm_npu, ["serve"] * 2, ["some-model"] * 2, ["--help=all", "--no-such-option-of-vllm"]
+        )
     assert shown.returncode == 0
     assert "--tensor-parallel-size" in shown.stdout
     assert refused.returncode == 2

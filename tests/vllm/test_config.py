@@ -626,12 +626,12 @@ def test_on_gpus_vllms_backend_follows_what_is_asked_for(model, section, backend
     [
         ({"moe_comm": "symmetric"}, "auto", GPU_WORKER),
         ({"moe_comm": "auto"}, "auto", GPU_WORKER),
-        ({"moe_comm": "allgather"}, "auto", "auto"),
+        ({"moe_comm": "allgather"}, "auto", GPU_WORKER),
         ({}, "auto", "auto"),
         ({"moe_comm": "symmetric"}, "their.Worker", "their.Worker"),
     ],
 )
-def test_on_gpus_a_worker_checks_exchanges_whose_kernels_wait(model, section, named, worker):
+def test_on_gpus_our_worker_runs_with_every_exchange_of_ours(model, section, named, worker):
     config = engine_config(model, **EP2)
     config.additional_config, config.parallel_config.worker_cls = {"vllm_npu": section}, named
     set_worker(config)

@@ -86,6 +86,7 @@ def test_concurrent_streams_get_vanilla_tokens(
     assert sockets_and_folders_of_ours(short_folder) == []
 
 
+@pytest.mark.nightly  # its start of two servers takes minutes on 2 cores
 def test_each_rank_gets_a_server_as_from_vllms_own_command(
     checkpoint: Callable[[TinyModel], Path], caches: Path, short_folder: Path, shared_memory_unchanged: None
 ) -> None:
@@ -103,6 +104,7 @@ def test_each_rank_gets_a_server_as_from_vllms_own_command(
     assert sockets_and_folders_of_ours(short_folder) == []
 
 
+@pytest.mark.nightly  # its start of two servers takes minutes on 2 cores
 def test_an_external_load_balancer_gets_a_port_of_each_rank(
     checkpoint: Callable[[TinyModel], Path], caches: Path, short_folder: Path, shared_memory_unchanged: None
 ) -> None:
@@ -170,6 +172,7 @@ def test_ctrl_c_while_the_engines_start_ends_the_server(
     assert sockets_and_folders_of_ours(short_folder) == []
 
 
+@pytest.mark.nightly  # its start of two servers takes minutes on 2 cores
 def test_a_worker_that_cannot_start_ends_the_command(
     checkpoint: Callable[[TinyModel], Path],
     caches: Path,
@@ -189,6 +192,7 @@ def test_a_worker_that_cannot_start_ends_the_command(
     assert sockets_and_folders_of_ours(short_folder) == []
 
 
+@pytest.mark.nightly  # its start of two servers takes minutes on 2 cores
 @pytest.mark.parametrize("kind", ["Worker_DP1", "EngineCore_DP1"])
 def test_a_process_that_is_killed_while_it_starts_ends_the_command(
     kind: str,

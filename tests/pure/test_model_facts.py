@@ -159,6 +159,9 @@ def test_a_file_that_is_no_text_is_named(tmp_path):
 
 SILU = ModelFacts(num_experts=8, top_k=2, hidden_size=64, activation="silu")
 REFUSED = {
+    "zero experts return a token as it is": ExpertsWanted(
+        model=ModelFacts.of_config({"zero_expert_num": 2, "zero_expert_type": "identity"})
+    ),
     "experts quantised by fp8": ExpertsWanted(model=replace(SILU, quantised_experts="fp8")),
     "activation 'relu2' is not supported": ExpertsWanted(model=replace(SILU, activation="relu2")),
     "activation 'silu' with limit 7 is not": ExpertsWanted(model=replace(SILU, swiglu_limit=7.0)),

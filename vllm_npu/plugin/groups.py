@@ -99,12 +99,22 @@ def watch_groups() -> None:
     opened = _open_groups()
     if opened.watchdog is not None:
         return
-    vote = opened.vote
-    opened.watchdog = Watchdog.open(
+    opened.watchdog = open_watchdog(opened.pipelines[True].groups, opened.vote, opened.settings.deadline)
+
+
+def open_watchdog(
+    groups: Groups,
+    vote: Transport,  # a CPU group of all ranks of the groups
+    deadline: float,  # seconds
+) -> Watchdog:
+    """Make errors in these groups and in the vote's group name the ranks that ended or are late. COLLECTIVE over the vote's
+    group."""
+    watchdog = Watchdog.open(
         vote.rank,
         lambda text: gather_texts(vote, text, MAX_ADDRESS_BYTES),
         address=get_ip(),
-        deadline=opened.settings.deadline,
+        deadline=deadline,
     )
-    opened.pipelines[True].groups.watch(opened.watchdog)
-    vote.watch(opened.watchdog)
+    groups.watch(watchdog)
+    vote.watch(watchdog)
+    return watchdog

@@ -9,7 +9,6 @@ from vllm.distributed.device_communicators.base_device_communicator import All2A
 from vllm.distributed.device_communicators.cuda_communicator import CudaCommunicator
 from vllm.distributed.parallel_state import get_world_group
 from vllm.logger import init_logger
-from vllm.utils.network_utils import get_ip
 
 from vllm_npu import __version__
 from vllm_npu.all2all import All2AllManager, manager_class
@@ -19,18 +18,17 @@ from vllm_npu.all2all.strategy import StrategyAll2AllManager
 from vllm_npu.errors import UnsupportedConfigError
 from vllm_npu.plugin.eplb_communicators import DEVICE_TRANSPORTS
 from vllm_npu.plugin.gpu.vllm_manager import VllmAll2AllManager, VllmStep, rows_of_ranks
-from vllm_npu.plugin.groups import MAX_ADDRESS_BYTES
+from vllm_npu.plugin.groups import open_watchdog
 from vllm_npu.plugin.metrics import StepMetrics
 from vllm_npu.plugin.options import Options, topology_of
 from vllm_npu.strategies.table import AUTO
-from vllm_npu.transport.base import Groups, Transport, gather_texts
+from vllm_npu.transport.base import Groups, Transport
 from vllm_npu.transport.gloo import GlooTransport
 from vllm_npu.transport.table import transport_class
 from vllm_npu.trust.agreement import agree
 from vllm_npu.trust.recording import record
 from vllm_npu.trust.self_test import OFF, run_self_test
 from vllm_npu.trust.settings import Settings, agree_on_settings, prepare_together
-from vllm_npu.trust.watchdog import Watchdog
 
 logger = init_logger("vllm.npu.plugin.gpu.communicator")
 
@@ -93,7 +91,7 @@ class CudaMoECommunicator(CudaCommunicator):
         if options.exchange is None and found is None:
             return None  # vLLM's own
         groups = self._groups(vllm_config, settings)
-        _watch(groups, vote, settings.deadline)
+        open_watchdog(groups, vote, settings.deadline)
         self._test_collectives(groups, vote, options.self_test)
         if settings.counter is not None:
             settings.counter.reset()  # the counts leave the self-test out
@@ -140,15 +138,3 @@ class CudaMoECommunicator(CudaCommunicator):
             return
         seconds = run_self_test(groups, vote, self.device, mode)
         logger.info_once("Self-test (%s) of collectives on %s: passed in %.0f ms", mode, groups.topology, seconds * 1e3)
-
-
-def _watch(groups: Groups, vote: Transport, deadline: float) -> None:
-    """Make errors in these groups and in the vote's group name the ranks that ended or are late. COLLECTIVE over the grid."""
-    watchdog = Watchdog.open(
-        vote.rank,
-        lambda text: gather_texts(vote, text, MAX_ADDRESS_BYTES),
-        address=get_ip(),
-        deadline=deadline,
-    )
-    groups.watch(watchdog)
-    vote.watch(watchdog)

@@ -7,7 +7,6 @@ token counts.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -91,7 +90,7 @@ class CapturedStep:
         self,
         pipeline: MoEPipeline,
         as_physical: Callable[[torch.Tensor], torch.Tensor],
-        experts: Callable[..., torch.Tensor],
+        experts: ExpertsFunction,
         step: StepPlan,
         inputs: GraphInputs,
     ) -> None:
@@ -175,7 +174,7 @@ def run_in_graphs(rank: Rank, case: Case) -> str | None:
         step = StepPlan(num_tokens_across_dp=(size,) * case.dp_size, sharding=case.sharding, captured=True)
         graphs[size] = CapturedStep(pipeline, as_physical, experts, step, inputs(size, 0))
     for number in range(REPLAYS):
-        in_flight: list[tuple[int, Any, torch.Tensor]] = []
+        in_flight: list[tuple[int, torch.Tensor, torch.Tensor]] = []
         for size, graph in graphs.items():
             wanted = inputs(size, number)
             in_flight.append((size, wanted.expected, graph.replay(wanted)))

@@ -95,6 +95,11 @@ class Call {
   IValue& argument(size_t index) { return torch::jit::peek(stack_, index, num_arguments()); }
   IValue& result(size_t index) { return torch::jit::peek(stack_, index, num_results()); }
 
+  template <size_t count>
+  bool is_in(const std::array<std::string_view, count>& names) const {
+    return std::find(names.begin(), names.end(), op_.operator_name().name) != names.end();
+  }
+
   bool writes_to(size_t index) const {
     const auto* alias_info = schema_.arguments()[index].alias_info();
     return alias_info != nullptr && alias_info->isWrite();
@@ -116,9 +121,7 @@ class Call {
   }
 
   void check_devices() {
-    const auto& op_name = op_.operator_name().name;
-    const bool cpu_indices =
-        std::find(kOpsWithCpuIndices.begin(), kOpsWithCpuIndices.end(), op_name) != kOpsWithCpuIndices.end();
+    const bool cpu_indices = is_in(kOpsWithCpuIndices);
     for (size_t i = 0; i < num_arguments(); ++i) {
       const auto& argument_name = schema_.arguments()[i].name();
       const bool may_be_on_cpu = cpu_indices && argument_name == "indices";
@@ -151,8 +154,7 @@ class Call {
     OpAliases zeros(name_, device_, OpAliases::Memory::kZeros);
     const Stack arguments = c10::Stack(stack_.end() - num_arguments(), stack_.end());
     std::function<at::Generator()> generator;
-    const bool needs_positive = std::find(kOpsOfPositiveNumbers.begin(), kOpsOfPositiveNumbers.end(),
-                                          op_.operator_name().name) != kOpsOfPositiveNumbers.end();
+    const bool needs_positive = is_in(kOpsOfPositiveNumbers);
     for (size_t i = 0; i < num_arguments(); ++i) {
       if (schema_.arguments()[i].name() == "generator") {
         generator = captured_cpu_generator(argument(i).toOptional<at::Generator>(), device_);
@@ -183,8 +185,7 @@ class Call {
     const bool selects = op_.operator_name().name == "aten::index";
     bool needs_values = !selects && (op_.hasTag(at::Tag::dynamic_output_shape) ||
                                      op_.hasTag(at::Tag::data_dependent_output));
-    const bool is_indexed = std::find(kOpsWithCpuIndices.begin(), kOpsWithCpuIndices.end(), op_.operator_name().name) !=
-                            kOpsWithCpuIndices.end();
+    const bool is_indexed = is_in(kOpsWithCpuIndices);
     const bool fills = is_indexed && !selects && argument(2).toTensor().numel() == 1;  // as masked_fill
     if (is_indexed && !fills) {
       for_each_tensor(argument(1), [&](const at::Tensor& index) {

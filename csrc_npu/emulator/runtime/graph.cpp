@@ -54,6 +54,10 @@ void keep_device_memory(Addresses& memory) {
   std::erase_if(memory, [](const void* address) { return !find_device_memory(address); });
 }
 
+std::shared_ptr<const Recorded> named(const char* name) {
+  return std::make_shared<const Recorded>(Recorded{name, nullptr, {}});
+}
+
 int check_memory(const Recorded& task) {
   for (const void* address : task.memory) {
     if (find_device_memory(address)) continue;
@@ -91,15 +95,14 @@ int Graph::add(const std::shared_ptr<Stream>& stream, Recorded task, Place place
   if (lane.in_group) lane.group.push_back(nodes_.size());
   lane.seen[index] = ++lane.nodes;
   if (place == Place::kStreamThread) needs_thread_ = true;
-  const std::string name = task.name;
-  nodes_.push_back({Kind::kWork, index, name, std::make_shared<const Recorded>(std::move(task)), 0, {}});
+  nodes_.push_back({Kind::kWork, index, std::make_shared<const Recorded>(std::move(task)), 0, {}});
   return ACL_SUCCESS;
 }
 
 std::size_t Graph::add_record(const std::shared_ptr<Stream>& stream) {
   const std::lock_guard<std::mutex> lock(mutex_);
   const std::size_t lane = lane_of(stream);
-  nodes_.push_back({Kind::kRecord, lane, "aclrtRecordEvent", nullptr, 0, lanes_[lane].seen});
+  nodes_.push_back({Kind::kRecord, lane, named("aclrtRecordEvent"), 0, lanes_[lane].seen});
   return nodes_.size() - 1;
 }
 
@@ -107,7 +110,7 @@ void Graph::add_wait(const std::shared_ptr<Stream>& stream, std::size_t record) 
   const std::lock_guard<std::mutex> lock(mutex_);
   const std::size_t lane = lane_of(stream);
   merge(lanes_[lane].seen, nodes_[record].before);
-  nodes_.push_back({Kind::kWait, lane, "aclrtStreamWaitEvent", nullptr, record, {}});
+  nodes_.push_back({Kind::kWait, lane, named("aclrtStreamWaitEvent"), record, {}});
 }
 
 void Graph::invalidate(const std::string& reason) {
@@ -189,7 +192,7 @@ std::shared_ptr<const Recorded> Graph::task_of(std::size_t node) {
 std::vector<std::string> Graph::names_of(const std::vector<std::size_t>& nodes) {
   const std::lock_guard<std::mutex> lock(mutex_);
   std::vector<std::string> names;
-  for (const std::size_t node : nodes) names.emplace_back(nodes_[node].name);
+  for (const std::size_t node : nodes) names.push_back(nodes_[node].task->name);
   return names;
 }
 
@@ -209,7 +212,7 @@ int Graph::run_node(std::size_t node) {
   try {
     if (code == ACL_SUCCESS) code = lanes_[nodes_[node].lane].stream->run_in_graph(task->work);
   } catch (const std::exception& error) {
-    code = fail(ACL_ERROR_INTERNAL_ERROR, "%s failed: %s", nodes_[node].name.c_str(), error.what());
+    code = fail(ACL_ERROR_INTERNAL_ERROR, "%s failed: %s", task->name.c_str(), error.what());
   }
   if (code == ACL_SUCCESS) return code;
   const std::string text = last_error_text();
@@ -280,7 +283,7 @@ std::string Graph::as_json() {
   for (std::size_t node = 0; node < nodes_.size(); ++node) {
     text += node == 0 ? "\n" : ",\n";
     text += " {\"task\": " + std::to_string(node) + ", \"lane\": " + std::to_string(nodes_[node].lane) +
-            ", \"name\": \"" + nodes_[node].name + "\"}";
+            ", \"name\": \"" + nodes_[node].task->name + "\"}";
   }
   return text + "\n]}\n";
 }

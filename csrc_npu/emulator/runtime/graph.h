@@ -88,8 +88,7 @@ class Graph : public std::enable_shared_from_this<Graph> {
   struct Node {
     Kind kind;
     std::size_t lane;
-    std::string name;
-    std::shared_ptr<const Recorded> task;  // kWork
+    std::shared_ptr<const Recorded> task;  // kRecord and kWait: the name alone
     std::size_t record = 0;            // kWait: the node of the record
     LaneCounts before;                 // kRecord: all that the record waits for
   };

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from tests.strategy_manager_ranks import ExpertsFailed
-from tests.vllm.vllm_ranks import DP4, NUM_RANKS, TP2_DP2, Grid, VllmRanks, make_config, ranks  # noqa: F401 - fixture
+from tests.vllm.vllm_ranks import DP4, NUM_RANKS, TP2_DP2, Grid, VllmRanks, counted_steps, make_config, ranks  # noqa: F401
 from vllm_npu.core.step_plan import TokenSharding
 from vllm_npu.core.topology import ParallelTopology
 from vllm_npu.errors import LyingCollectiveError, PlanDisagreementError, RankFailureError, TransportError
@@ -254,20 +254,18 @@ class Scheduled:
 
 def counts_steps(grid: Grid, model: str, folder: str) -> tuple[dict[Any, float], str]:
     """Run steps as CudaMoEWorker begins them. Returns the series of /metrics, and the error after a fault on the device."""
-    os.environ |= {"VLLM_NPU_METRICS": "1", "PROMETHEUS_MULTIPROC_DIR": folder}
-    from prometheus_client import REGISTRY
     from vllm.distributed import get_ep_group
     from vllm.v1.worker.gpu_worker import Worker
 
     from vllm_npu.plugin.gpu.worker import CudaMoEWorker
 
     before = get_ep_group().device_communicator
+    config = config_of(grid, model, moe_comm="mc2")
     try:
-        config = config_of(grid, model, moe_comm="mc2")
-        communicator = communicator_of(config)
-        case = case_of(grid, (5, 1, 3, 2))
-        worker = object.__new__(CudaMoEWorker)
-        with pytest.MonkeyPatch.context() as patched:
+        with counted_steps(folder) as series, pytest.MonkeyPatch.context() as patched:
+            communicator = communicator_of(config)
+            case = case_of(grid, (5, 1, 3, 2))
+            worker = object.__new__(CudaMoEWorker)
             patched.setattr(Worker, "execute_model", lambda self, scheduled: run_layer(grid, config, case))
             patched.setattr(Worker, "execute_dummy_batch", lambda self: run_layer(grid, config, case))
             for _ in range(3):
@@ -276,12 +274,7 @@ def counts_steps(grid: Grid, model: str, folder: str) -> tuple[dict[Any, float],
             patched.setattr(Worker, "execute_model", lambda self, scheduled: "nothing ran")
             assert worker.execute_model(Scheduled(0)) == "nothing ran"
             worker.execute_model(Scheduled(7))  # counts the step before it
-            series = {
-                (sample.name.removeprefix("vllm_npu:moe_"), *map(sample.labels.get, sorted(sample.labels))): sample.value
-                for family in REGISTRY.collect()
-                for sample in family.samples
-                if sample.name.startswith("vllm_npu:") and sample.name.endswith("_total")
-            }  # fmt: skip
+            counted = series()
             manager = communicator.all2all_manager
 
             def failed() -> None:
@@ -293,8 +286,7 @@ def counts_steps(grid: Grid, model: str, folder: str) -> tuple[dict[Any, float],
         communicator.destroy()
     finally:
         get_ep_group().device_communicator = before
-        del os.environ["VLLM_NPU_METRICS"], os.environ["PROMETHEUS_MULTIPROC_DIR"]
-    return series, str(error.value)
+    return counted, str(error.value)
 
 
 def test_the_worker_counts_steps_and_raises_faults_of_the_device(ranks: VllmRanks, checkpoint, tmp_path: Path):  # noqa: F811

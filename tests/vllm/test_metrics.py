@@ -1,6 +1,5 @@
 """The counts that a rank keeps of its steps. test_serve.py shows that they reach /metrics."""
 
-import os
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ from tests.vllm.vllm_ranks import (
     Grid,
     VllmRanks,
     build_layer,
+    counted_steps,
     integers,
     make_config,
     ranks,  # noqa: F401
@@ -29,13 +29,10 @@ TOO_MANY = (600 * TP2_DP2.tp, 1)  # for mc2, which takes 512 a rank
 
 def run_steps(grid: Grid, folder: str) -> tuple[dict[tuple[str, ...], float], list[int]]:
     """Take one failed vote, two steps of mc2, two of all2all and one that mc2 cannot take. Returns the series and the bytes."""
-    from prometheus_client import REGISTRY
-
     from vllm_npu.plugin.groups import collective_counter
     from vllm_npu.plugin.step_planner import planner_of
 
-    os.environ |= {"VLLM_NPU_METRICS": "1", "PROMETHEUS_MULTIPROC_DIR": folder}
-    try:
+    with counted_steps(folder) as series:
         # Without the self-test: it resets the counter, and the differences below need one count.
         config = make_config(grid, moe_comm="mc2" if grid.rank else "naive", self_test="off")
         layer = build_layer(grid, config)
@@ -58,16 +55,8 @@ def run_steps(grid: Grid, folder: str) -> tuple[dict[tuple[str, ...], float], li
         planner.propose("all2all")
         step(COUNTS, run=True)
         step(COUNTS, run=False)  # counts the bytes of the one before
-        series = {
-            (sample.name.removeprefix("vllm_npu:moe_"), *(sample.labels[key] for key in sorted(sample.labels))): sample.value
-            for family in REGISTRY.collect()
-            for sample in family.samples
-            if sample.name.startswith("vllm_npu:") and sample.name.endswith("_total")
-        }  # fmt: skip
         total = collective_counter().bytes_sent.total() - before
-    finally:
-        del os.environ["VLLM_NPU_METRICS"], os.environ["PROMETHEUS_MULTIPROC_DIR"]
-    return series, [sent_by_mc2, total - sent_by_mc2]
+        return series(), [sent_by_mc2, total - sent_by_mc2]
 
 
 def test_steps_tokens_bytes_fallbacks_and_failed_votes(ranks: VllmRanks, tmp_path: Path):  # noqa: F811

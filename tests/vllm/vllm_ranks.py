@@ -285,6 +285,30 @@ def vllm_step(grid: Grid, config: "VllmConfig", counts: Sequence[int]) -> Iterat
 
 
 @contextmanager
+def counted_steps(folder: str) -> Iterator[Callable[[], dict[tuple[str, ...], float]]]:
+    """Have the steps inside counted, as VLLM_NPU_METRICS=1 does. Yields a function that tells what each series gained.
+
+    The series belong to the process, so steps of earlier tests are in them.
+    """
+    from prometheus_client import REGISTRY
+
+    def totals() -> dict[tuple[str, ...], float]:
+        return {
+            (sample.name.removeprefix("vllm_npu:moe_"), *(sample.labels[key] for key in sorted(sample.labels))): sample.value
+            for family in REGISTRY.collect()
+            for sample in family.samples
+            if sample.name.startswith("vllm_npu:") and sample.name.endswith("_total")
+        }  # fmt: skip
+
+    before = totals()
+    os.environ |= {"VLLM_NPU_METRICS": "1", "PROMETHEUS_MULTIPROC_DIR": folder}
+    try:
+        yield lambda: {name: gained for name, total in totals().items() if (gained := total - before.get(name, 0))}
+    finally:
+        del os.environ["VLLM_NPU_METRICS"], os.environ["PROMETHEUS_MULTIPROC_DIR"]
+
+
+@contextmanager
 def planned_step(
     config: "VllmConfig", counts: Sequence[int], sharding: TokenSharding, strategy: str = "allgather"
 ) -> Iterator[None]:

@@ -67,8 +67,8 @@ auto block_of(Blocks& blocks, std::uintptr_t address) {
   return next == blocks.begin() ? blocks.end() : std::prev(next);
 }
 
-// Returns the number of bytes of device memory from the address on, at most `wanted`. Blocks that were mapped side by
-// side count as one. The caller holds the mutex.
+// Returns the number of bytes of device memory from the address on, at most `wanted`. Physical memory that was mapped
+// side by side counts as one block; two allocations are never side by side. The caller holds the mutex.
 std::size_t device_bytes_from(std::uintptr_t address, std::size_t wanted) {
   std::size_t covered = 0;
   while (covered < wanted) {
@@ -81,6 +81,8 @@ std::size_t device_bytes_from(std::uintptr_t address, std::size_t wanted) {
   return covered;
 }
 
+// A page without access follows each allocation. The kernel often places two mappings side by side, and a kernel that
+// leaves its allocation must not read or write the next one.
 int allocate(const char* function, void** pointer, std::size_t bytes) {
   if (const int code = require_device(function)) return code;
   if (bytes == 0) return fail(ACL_ERROR_RT_PARAM_INVALID, "%s: the size is 0", function);
@@ -89,8 +91,8 @@ int allocate(const char* function, void** pointer, std::size_t bytes) {
   const std::lock_guard<std::mutex> lock(memory().mutex);
   if (const int code = take_capacity(function, device, size)) return code;
   void* mapped =
-      mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, /*offset=*/0);
-  if (mapped == MAP_FAILED) {
+      mmap(nullptr, size + kPage, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, /*offset=*/0);
+  if (mapped == MAP_FAILED || mprotect(mapped, size, PROT_READ | PROT_WRITE) != 0) {
     memory().used_of_device[device] -= size;
     return fail(ACL_ERROR_RT_MEMORY_ALLOCATION, "%s: the host has no %zu bytes for emulated device %d: %s", function,
                 size, device, std::strerror(errno));
@@ -217,7 +219,7 @@ aclError aclrtFree(void* pointer) {
   const int code = synchronize_device(block->device);  // no stream may still use the memory
   trace(__func__, "%p", pointer);
   const std::lock_guard<std::mutex> lock(memory().mutex);
-  munmap(pointer, block->size);
+  munmap(pointer, block->size + kPage);
   memory().used_of_device[block->device] -= block->size;
   memory().device_blocks.erase(block->start);
   return code;

@@ -272,6 +272,25 @@ def test_dynamic_quant_refuses_by_name() -> None:
         npu.npu_dynamic_quant_asymmetric(x)
 
 
+@pytest.mark.parametrize("axis", [-1, -2])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_quantize_with_given_scales(dtype: torch.dtype, axis: int) -> None:
+    x = random_rows(5, INNER, dtype=dtype) * 40
+    scales, offsets = (random_rows(x.shape[axis], seed=seed, dtype=dtype) * 9 for seed in (2, 3))
+    values = npu.npu_quantize(x.npu(), scales.npu(), offsets.npu(), torch.qint8, axis, False)
+    factors, shifts = ((each.float() if axis == -1 else each.float()[:, None]) for each in (scales, offsets))
+    assert torch.equal(values.cpu(), (x.float() * factors + shifts).round().clamp(-128, 127).to(torch.int8))
+    assert (values.cpu() == 127).any()
+
+
+def test_quantize_refuses_by_name() -> None:
+    x = random_rows(4, INNER, dtype=torch.float16).npu()
+    with pytest.raises(RuntimeError, match=r"(?s)161002.*scale is Float"):
+        npu.npu_quantize(x, x[0].float(), None, torch.qint8, -1, False)
+    with pytest.raises(RuntimeError, match=r"(?s)561002.*scale has the shape"):
+        npu.npu_quantize(x, x[0, :3], None, torch.qint8, -1, False)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_swiglu(dtype: torch.dtype) -> None:
     x = random_rows(5, 2 * INNER, dtype=dtype)

@@ -90,6 +90,30 @@ def test_int8_swiglu_of_experts(ops):
         )
 
 
+@pytest.mark.parametrize("beta", [None, torch.zeros(8, dtype=torch.float16)])
+def test_shapes_for_torch_compile_are_those_of_the_device(ops, beta):
+    """torch.compile asks for shapes and dtypes on the meta device."""
+    rows, logits, ids = torch.zeros(4, 8).half(), torch.zeros(4, EXPERTS).half(), torch.zeros(4, TOP_K).int()
+    sums, scale, counts = torch.zeros(6, 8).int(), torch.ones(EXPERTS, 8), torch.tensor([6] + [0] * (EXPERTS - 1))
+    routing = {"expert_num": EXPERTS, "active_num": 12, "expert_tokens_num_type": 1, "expert_tokens_num_flag": True}
+    quantised = {"group_index": counts, "weight_scale": scale, "activation_scale": torch.ones(6), "quant_mode": 1}
+    for call, arguments, options in (
+        (ops.npu_add_rms_norm_bias, (rows, rows, rows[0], beta), {}),
+        (ops.moe_gating_top_k, (logits, TOP_K, 1, 1, 1, 1, 0, False, 1.0, 1e-20), {}),
+        (ops.npu_moe_init_routing_custom, (rows, ids), {**routing, "quant_mode": -1}),
+        (ops.npu_dequant_swiglu_quant, (sums,), quantised),
+    ):
+        on_device, on_meta = (
+            call(*to(arguments, device), **dict(zip(options, to(options.values(), device), strict=True)))
+            for device in ("npu", "meta")
+        )
+        assert [(each.shape, each.dtype) for each in on_device] == [(each.shape, each.dtype) for each in on_meta]
+
+
+def to(arguments, device: str) -> list:
+    return [each.to(device) if isinstance(each, torch.Tensor) else each for each in arguments]
+
+
 def test_an_operator_that_is_not_there_is_named(ops):
     with pytest.raises(AttributeError, match="dispatch_ffn_combine"):
         print(ops.dispatch_ffn_combine)

@@ -1,7 +1,8 @@
-// Dynamic quantisation: the scales are computed from the rows.
+// Quantisation: dynamic, where the scales are computed from the rows, and static, where they are given.
 //
-// Contract: op-plugin's document of npu_dynamic_quant. Values are rounded half to even. The device's may differ by one
-// unit.
+// Contracts: op-plugin's document of npu_dynamic_quant; CANN's documents of aclnnAscendQuant and aclnnAscendQuantV3. Values
+// are rounded half to even. The device's may differ by one unit. CANN's documents do not say in which precision static
+// quantisation computes; here it is float32.
 #include "numerics.h"
 #include "op.h"
 
@@ -67,8 +68,56 @@ Plan dynamic_quant(at::Tensor x, OptionalTensor smooth, at::Tensor y, at::Tensor
   return dynamic_quant_v2(x, smooth, std::nullopt, ACL_INT8, y, scale, std::nullopt);
 }
 
+at::Tensor rounded(const at::Tensor& values, const std::string& mode) {
+  if (mode == "round") return values.round();
+  if (mode == "floor") return values.floor();
+  if (mode == "ceil") return values.ceil();
+  if (mode == "trunc") return values.trunc();
+  refuse(Code::kInvalid, "roundMode=", mode, " is none of round, floor, ceil, trunc");
+}
+
+// Returns `factors` in a shape that broadcasts over x: one for all of x, one for each index of `axis`, or a tensor of x's
+// dimensions with 1 everywhere else.
+at::Tensor along_axis(const at::Tensor& factors, const char* name, const at::Tensor& x, int64_t axis) {
+  std::vector<int64_t> sizes(static_cast<std::size_t>(x.dim()), 1);
+  sizes[static_cast<std::size_t>(axis)] = factors.numel() == 1 ? 1 : x.size(axis);
+  if (factors.dim() == 1) require_shape(factors, name, {sizes[static_cast<std::size_t>(axis)]});
+  else require_shape(factors, name, sizes);
+  return factors.to(at::kFloat).view(sizes);
+}
+
+Plan ascend_quant_v3(at::Tensor x, at::Tensor scale, OptionalTensor offset, bool sqrt_mode, std::string round_mode,
+                     int32_t /*dst_type: y's dtype*/, int32_t axis, at::Tensor y) {
+  require_dtype(x, "x", {at::kFloat, at::kHalf, at::kBFloat16});
+  require_dtype(y, "dstType", {at::kChar});
+  for (const auto& [factors, name] : {std::pair{OptionalTensor(scale), "scale"}, std::pair{offset, "offset"}}) {
+    if (!factors) continue;
+    if (x.scalar_type() == at::kFloat) require_dtype(*factors, name, {at::kFloat, at::kHalf, at::kBFloat16});
+    else require_dtype(*factors, name, {x.scalar_type()});
+  }
+  const int64_t dim = axis < 0 ? axis + x.dim() : axis;
+  require(dim >= 0 && dim < x.dim() && dim >= x.dim() - 2, "axis=", axis, " is not one of the last two of ", x.dim());
+  rounded(at::empty({0}), round_mode);
+  along_axis(scale, "scale", x, dim);
+  if (offset) along_axis(*offset, "offset", x, dim);
+  return [=] {
+    at::Tensor factors = along_axis(scale, "scale", x, dim);
+    if (sqrt_mode) factors = factors * factors;
+    at::Tensor values = x.to(at::kFloat) * factors;
+    if (offset) values = values + along_axis(*offset, "offset", x, dim);
+    y.copy_(rounded(values, round_mode).clamp(-128, 127).to(at::kChar));
+  };
+}
+
+Plan ascend_quant(at::Tensor x, at::Tensor scale, OptionalTensor offset, bool sqrt_mode, std::string round_mode,
+                  int32_t dst_type, at::Tensor y) {
+  return ascend_quant_v3(x, scale, offset, sqrt_mode, round_mode, dst_type, -1, y);
+}
+
 }  // namespace
 
+ACLNN_OP(aclnnAscendQuant, ascend_quant);
+ACLNN_OP(aclnnAscendQuantV3, ascend_quant_v3);
 ACLNN_OP(aclnnDynamicQuant, dynamic_quant);
 ACLNN_OP(aclnnDynamicQuantV2, dynamic_quant_v2);
 

@@ -97,23 +97,21 @@ def _swiglu_quantised(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale int32 sums [n, 2I], apply swiglu in float32, and quantise to int8 [n, I] with one scale for each row [n].
 
-    `counts` gives the rows of each expert. Rows after the last expert's get the emulated device's undefined values. Host sync.
+    `counts` gives the rows of each expert. Rows after the last expert's get the emulated device's undefined values.
     """
-    counts = counts.cpu()
-    used = int(counts.sum())
     zeros = envs.EMULATOR_UNDEFINED.read() == "zero"
-    shape = (len(sums), sums.shape[1] // 2)
-    values = torch.full(shape, 0 if zeros else -128, dtype=torch.int8, device=sums.device)
-    scales = torch.full(shape[:1], 0.0 if zeros else torch.nan, device=sums.device)
-    groups = torch.repeat_interleave(torch.arange(len(counts)), counts).to(sums.device)
-    scaled = sums[:used].float() * weight_scale.float()[groups] * row_scale[:used].float().unsqueeze(-1)
+    ends = counts.cumsum(0)
+    places = torch.arange(len(sums), device=sums.device)
+    experts = torch.searchsorted(ends, places, right=True).clamp(max=len(counts) - 1)
+    scaled = sums.float() * weight_scale.float()[experts] * row_scale.float().unsqueeze(-1)
     gate, up = scaled.chunk(2, -1)
     rows = torch.nn.functional.silu(gate) * up
-    largest = rows.abs().amax(-1) / 127
-    divisor = largest.unsqueeze(-1)
-    values[:used] = torch.where(divisor > 0, rows / divisor, 0.0).round().to(torch.int8)
-    scales[:used] = largest
-    return values, scales
+    scales = rows.abs().amax(-1) / 127
+    divisor = scales.unsqueeze(-1)
+    values = torch.where(divisor > 0, rows / divisor, 0.0).round()
+    is_used = places < ends[-1]
+    values = torch.where(is_used.unsqueeze(-1), values, 0.0 if zeros else -128.0).to(torch.int8)
+    return values, torch.where(is_used, scales, 0.0 if zeros else torch.nan)
 
 
 def grouped_matmul_swiglu_quant_weight_nz(
@@ -232,11 +230,12 @@ def keep_formats_plain() -> torch.library.Library:
 
 @cache
 def register() -> torch.library.Library:
-    """Define the operators once in a process. They have kernels for the device only, so torch.compile cannot use them."""
+    """Define the operators once in a process, for the device and for the shapes that torch.compile asks for."""
     library = torch.library.Library(NAMESPACE, "FRAGMENT")
     for schema in DECLARED:
         library.define(schema)
     for schema, function in OPERATORS.items():
         library.define(schema)
-        library.impl(schema.partition("(")[0], function, "PrivateUse1")
+        for key in ("PrivateUse1", "Meta"):
+            library.impl(schema.partition("(")[0], function, key)
     return library

@@ -23,7 +23,7 @@ BEFORE_TORCH = (
     "libacl_op_compiler.so",
     "libacl_tdt_channel.so",
 )
-AFTER_TORCH = ("libopapi.so", "libatb.so")  # they need torch's own libraries
+AFTER_TORCH = ("libopapi.so", "libatb.so", "libnnopbase.so")  # they need torch's own libraries
 OPERATORS = "libvllm_npu_emulator_aten.so"  # registers operators for torch_npu's device, so torch_npu comes first
 AUTOLOAD_VARIABLE = "TORCH_DEVICE_BACKEND_AUTOLOAD"
 

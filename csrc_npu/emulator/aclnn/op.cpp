@@ -55,8 +55,13 @@ int run(const char* name, aclOpExecutor* executor, aclrtStream stream) {
 
 }  // namespace vllm_npu::emulator::aclnn
 
-// CANN's workspace pool of the calling thread. The emulated ops need no workspace.
 extern "C" {
+EMULATOR_API int aclDestroyAclOpExecutor(aclOpExecutor* executor) {
+  delete executor;
+  return ACL_SUCCESS;
+}
+
+// CANN's workspace pool of the calling thread. The emulated ops need no workspace.
 EMULATOR_API int InitHugeMemThreadLocal(void*, bool) { return 0; }
 EMULATOR_API void UnInitHugeMemThreadLocal(void*, bool) {}
 EMULATOR_API void ReleaseHugeMem(void*, bool) {}

@@ -188,4 +188,15 @@ CFunction as_c_function(Function* function) {
   }                                                                                                      \
   static_assert(true, "a semicolon follows")
 
+// A third C function of an op, beside ACLNN_OP: the workspace for the longest sequences, which a captured graph keeps for
+// its updates. It takes the same arguments. Its caller destroys the executor and runs nothing.
+#define ACLNN_MAX_WORKSPACE(name, plan)                                                                        \
+  extern "C" {                                                                                                 \
+  static CFunction resolve_##name##GetMaxWorkspaceSize() {                                                     \
+    return as_c_function(&Entry<name##Name, &plan>::get_workspace_size);                                       \
+  }                                                                                                            \
+  EMULATOR_API int name##GetMaxWorkspaceSize() __attribute__((ifunc("resolve_" #name "GetMaxWorkspaceSize"))); \
+  }                                                                                                            \
+  static_assert(true, "a semicolon follows")
+
 }  // namespace vllm_npu::emulator::aclnn

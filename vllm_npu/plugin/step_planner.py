@@ -1,7 +1,7 @@
 """Plans each step on every rank: counts its tokens, votes on the plan with the other ranks, and chooses the strategy."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, ref
 
@@ -16,6 +16,7 @@ from vllm_npu.core.handles import Pending
 from vllm_npu.core.step_plan import StepPlan
 from vllm_npu.errors import PlanDisagreementError
 from vllm_npu.plugin import compat
+from vllm_npu.plugin.captured_steps import CapturedSteps, Held
 from vllm_npu.plugin.forward_context import PlannedStep, as_additional_context
 from vllm_npu.plugin.groups import collective_counter, model_groups, trace_ring, vote_transport, watch_groups
 from vllm_npu.plugin.layer_facts import LayerFacts
@@ -31,7 +32,7 @@ from vllm_npu.trust.settings import prepare_together
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.distributed.parallel_state import GroupCoordinator
-    from vllm.forward_context import DPMetadata
+    from vllm.forward_context import BatchDescriptor, DPMetadata
 
 logger = init_logger("vllm.npu.plugin.step_planner")  # vLLM shows the messages of loggers below "vllm"
 
@@ -69,6 +70,7 @@ class StepPlanner:
         self._topology = self._groups.topology
         self._device = compat.current().device_limits(vllm_config, layers, self._topology, options.moe_comm)
         check_strategy(options.moe_comm, self._topology, self._layer, self._device)
+        self._captured_steps = CapturedSteps(collective_counter())
         self._metrics = StepMetrics.if_wanted(self._topology, collective_counter())
         self._fixed_fields = {  # the part of each vote that no step changes
             "vllm_npu": __version__,
@@ -79,8 +81,13 @@ class StepPlanner:
         }
 
     def propose(self, name: str) -> None:
-        """Ask for another strategy from the next step on. LOCAL. Raises UnsupportedConfigError if it cannot run here."""
+        """Ask for another strategy from the next step on. LOCAL.
+
+        Raises UnsupportedConfigError if it cannot run here, or if captured graphs hold the strategies of the present one.
+        """
         check_strategy(name, self._topology, self._layer, self._device)
+        if name != self.proposed:
+            self._captured_steps.check_change(name)
         self.proposed = name
 
     def may_take(self, strategy: str) -> bool:
@@ -96,14 +103,17 @@ class StepPlanner:
             f"{describe_capacity(self._device, self._topology, [self._layer])}"
         )
 
-    def plan(self, num_tokens_across_dp: list[int], *, captured: bool = False) -> PlannedStep:
+    def plan(self, num_tokens_across_dp: list[int], *, graph: Hashable | None = None) -> PlannedStep:
         """Plan a step, and start the vote on it. COLLECTIVE over the grid: as agree_start, on CPU.
 
-        Raises PlanDisagreementError if the ranks' plans differ: those of this step if it must wait for the vote, or those of
-        the last step if no MoE layer ran in it.
+        `graph` names the graph that holds the step; None: the step runs eagerly. Raises PlanDisagreementError if the ranks'
+        plans differ: those of this step if it must wait for the vote, or those of the last step if no MoE layer ran in it.
+        Raises UnsupportedConfigError if the graph was captured for another plan.
         """
         self.confirm()
-        plan = StepPlan(num_tokens_across_dp=tuple(num_tokens_across_dp), sharding=self._sharding, captured=captured)
+        plan = StepPlan(
+            num_tokens_across_dp=tuple(num_tokens_across_dp), sharding=self._sharding, captured=graph is not None
+        )
         if (ring := trace_ring()) is not None:
             ring.enter_step(self._planned, "vote")
         if self._topology.world_size > 1:
@@ -119,6 +129,7 @@ class StepPlanner:
             logger.info("MoE communication: %s on %s (%s)", selection.strategy, self._topology, selection.reason)
         if ring is not None:
             ring.enter_step(self._planned, selection.strategy)
+        self._captured_steps.begin(graph, Held(plan.num_tokens_across_dp, selection.strategy))
         num_tokens = num_tokens_across_dp[self._topology.dp_rank]
         if self._metrics is not None:
             is_fallback = requested not in (AUTO, selection.strategy)
@@ -210,6 +221,7 @@ def plan_step(
     dp_metadata: "DPMetadata | None" = None,
     num_tokens: int | None = None,
     cudagraph_runtime_mode: CUDAGraphMode = CUDAGraphMode.NONE,
+    batch_descriptor: "BatchDescriptor | None" = None,
     **_: Any,
 ) -> dict[str, Any]:
     """Plan a step of vLLM, and return what its forward context must hold. COLLECTIVE as StepPlanner.plan.
@@ -220,7 +232,9 @@ def plan_step(
     if planner is None:
         return {}
     counts: list[int] = [num_tokens or 0] if dp_metadata is None else dp_metadata.num_tokens_across_dp_cpu.tolist()
-    return as_additional_context(planner.plan(counts, captured=cudagraph_runtime_mode is not CUDAGraphMode.NONE))
+    # vLLM keeps a graph for each mode and batch descriptor.
+    graph = None if cudagraph_runtime_mode is CUDAGraphMode.NONE else (cudagraph_runtime_mode.name, batch_descriptor)
+    return as_additional_context(planner.plan(counts, graph=graph))
 
 
 def _our_layers(vllm_config: "VllmConfig") -> list[LayerFacts]:

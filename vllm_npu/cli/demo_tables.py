@@ -42,24 +42,24 @@ def vanilla_table(references: dict[str, Reference], rows: Sequence[StrategyRow])
 
 
 def ascend_table(rows: Sequence[ServedRow]) -> Table:
-    """One line for each strategy, grouped by chip, model and topology."""
+    """One line for each strategy, grouped by chip, model, topology and graphs."""
     table = Table(
         title="Greedy tokens over HTTP against vllm-ascend's own path, on emulated NPUs", title_justify="left"
     )
-    for header in ("chip", "model", "topology", "strategy"):
-        table.add_column(header, no_wrap=True)
+    for header in ("chip", "model", "topology", "graphs", "strategy"):
+        table.add_column(header, no_wrap=header != "graphs")
     for header in ("tokens\nidentical", "collectives\nper MoE layer", "bytes sent\nper MoE layer", "seconds"):
         table.add_column(header, justify="right")
     previous = None
     for row in rows:
-        group = row.chip, row.model, row.topology
+        group = row.chip, row.model, row.topology, row.graph_mode or "eager"
         if previous not in (None, group):
             table.add_section()
         previous = group
         if row.not_legal is not None:
             table.add_row(*group, row.strategy, f"not legal: {row.not_legal}", "–", "–", "–")
             continue
-        identical = "reference" if row.strategy == OFF else f"{row.tokens_identical}/{row.tokens_total}"
+        identical = "reference" if row.is_reference else f"{row.tokens_identical}/{row.tokens_total}"
         counted = row.collectives_per_moe_layer is not None and row.bytes_per_moe_layer is not None
         table.add_row(
             *group,

@@ -60,6 +60,7 @@ class PlannedServers:
     model: TinyModel
     parallelism: Parallelism
     int8: bool = False  # W8A8 with a scale for each token: vllm-ascend's quantization="ascend"
+    graph_mode: str | None = None  # vLLM's cudagraph_mode, with a server for each strategy; None: eager
     max_tokens: Sequence[int] = MAX_TOKENS  # one for each prompt
 
     @property
@@ -68,10 +69,15 @@ class PlannedServers:
         return "bfloat16" if self.int8 else "float16"
 
     def __str__(self) -> str:
-        return f"{self.chip} {self.model.family} {self.parallelism}"
+        graphs = f" {self.graph_mode}" if self.graph_mode is not None else ""
+        return f"{self.chip} {self.model.family} {self.parallelism}{graphs}"
 
 
-QUICK_PLAN = tuple(PlannedServers(chip="A3", model=MODELS[0], parallelism=each) for each in (TP2_EP, DP2_EP))
+DECODE_GRAPHS, ALL_GRAPHS = "FULL_DECODE_ONLY", "FULL_AND_PIECEWISE"
+QUICK_PLAN = (
+    *(PlannedServers(chip="A3", model=MODELS[0], parallelism=each) for each in (TP2_EP, DP2_EP)),
+    PlannedServers(chip="A3", model=MODELS[0], parallelism=DP2_EP, graph_mode=DECODE_GRAPHS),
+)
 FULL_PLAN = (
     *(
         PlannedServers(chip=chip, model=model, parallelism=parallelism)
@@ -84,6 +90,15 @@ FULL_PLAN = (
         for chip, parallelism in (("A3", TP2_EP), ("A3", DP2_EP), ("A2", DP2_EP))
     ),
     PlannedServers(chip="A2", model=MANY_EXPERTS, parallelism=DP2_EP, max_tokens=FEWER_TOKENS),
+    *(
+        PlannedServers(chip=chip, model=model, parallelism=parallelism, graph_mode=mode)
+        for chip, model, parallelism, mode in (
+            ("A3", MODELS[0], DP2_EP, DECODE_GRAPHS),
+            ("A3", MODELS[0], TP2_EP, ALL_GRAPHS),
+            ("A3", MODELS[1], DP2_EP, DECODE_GRAPHS),
+            ("A2", MODELS[0], TP2_EP, DECODE_GRAPHS),
+        )
+    ),
 )
 
 
@@ -94,6 +109,7 @@ class ServedRow:
     chip: str
     model: str
     topology: str
+    graph_mode: str | None  # vLLM's cudagraph_mode; None: eager
     strategy: str  # the requested one; "off": vllm-ascend alone, the reference
     not_legal: str | None = None  # why the strategy cannot run here; then nothing ran
     ran: list[str]  # strategies of the last step, which the workers report
@@ -106,17 +122,23 @@ class ServedRow:
 
     @property
     def passed(self) -> bool:
-        """Whether all tokens are identical. The reference and a strategy that is not legal pass."""
-        return self.strategy == OFF or self.not_legal is not None or self.tokens_identical == self.tokens_total > 0
+        """Whether all tokens are those of the eager reference. A strategy that is not legal passes."""
+        return self.not_legal is not None or self.tokens_identical == self.tokens_total > 0
+
+    @property
+    def is_reference(self) -> bool:
+        """Whether this row's tokens are the ones that the others are compared with."""
+        return self.strategy == OFF and self.graph_mode is None
 
     @property
     def problems(self) -> list[str]:
         """One sentence for each fault of this row."""
-        where = f"{self.chip} {self.model} {self.topology} {self.strategy}"
+        graphs = f" {self.graph_mode}" if self.graph_mode is not None else ""
+        where = f"{self.chip} {self.model} {self.topology}{graphs} {self.strategy}"
         found = []
         if not self.passed:
             found.append(f"{where}: {self.tokens_total - self.tokens_identical} of {self.tokens_total} tokens differ")
-        if self.strategy == OFF and (self.smallest_margin is None or self.smallest_margin < SAFE_MARGIN):
+        if self.is_reference and (self.smallest_margin is None or self.smallest_margin < SAFE_MARGIN):
             found.append(
                 f"{where}: the reference came within {self.smallest_margin} of a tie, so its tokens prove little"
             )
@@ -147,13 +169,17 @@ class AscendDemo:
             model_folder = self._session.folder / planned.model.family
             if not model_folder.exists():
                 write_tiny_model(planned.model, model_folder, int8=planned.int8)
-            with self._server(planned, OFF) as server:
-                with self._session.show(f"{planned}: starting vllm-ascend alone"):
+            eager = replace(planned, graph_mode=None)
+            with self._server(eager, OFF) as server:
+                with self._session.show(f"{eager}: starting vllm-ascend alone"):
                     server.wait_until_ready()
-                with self._session.show(f"{planned}: generating with moe_comm=off"):
+                with self._session.show(f"{eager}: generating with moe_comm=off"):
                     reference = server.generate(demo_prompts(), planned.max_tokens, measure_margin=True)
-            self.rows.append(_row(planned, OFF, reference, reference, []))
-            self._run_strategies(planned, reference)
+            self.rows.append(_row(eager, OFF, reference, reference, []))
+            if planned.graph_mode is None:
+                self._run_strategies(planned, reference)
+            else:
+                self._run_graphs(planned, reference)
 
     @property
     def problems(self) -> list[str]:
@@ -187,6 +213,23 @@ class AscendDemo:
                     served = server.generate(demo_prompts(), planned.max_tokens)
                     self.rows.append(_row(planned, strategy, served, reference, server.take_counters()))
 
+    def _run_graphs(self, planned: PlannedServers, reference: Served) -> None:
+        """A server for each strategy that a graph can hold: graphs keep the strategy that they were captured with."""
+        from vllm_npu.core.limits import DEVICES
+
+        for strategy in (OFF, *DEVICES[planned.chip].captures, AUTO):
+            if _why_not(strategy, planned) is not None:
+                continue
+            with self._server(planned, strategy) as server:
+                with self._session.show(f"{planned}: capturing with moe_comm={strategy}"):
+                    server.wait_until_ready()
+                with self._session.show(f"{planned}: generating with moe_comm={strategy}"):
+                    if strategy != OFF:
+                        server.take_counters()
+                    served = server.generate(demo_prompts(), planned.max_tokens)
+                    counters = server.take_counters() if strategy != OFF else []
+            self.rows.append(_row(planned, strategy, served, reference, counters))
+
     @contextmanager
     def _server(self, planned: PlannedServers, moe_comm: str) -> Iterator[HttpEngine]:
         """A server on emulated devices of the planned chip."""
@@ -201,10 +244,13 @@ class AscendDemo:
                 dtype=planned.dtype,
                 folder=self._session.folder / name,
                 caches=self._session.caches,
+                graph_mode=planned.graph_mode,
                 stop_signals=self._session.stop_signals,
                 environment={
                     "OMP_NUM_THREADS": "1",
                     envs.EMULATOR_MEMORY_GB.name: "4",
+                    # torch 2.13 keeps compiled graphs of its own compiler only; vllm-ascend 0.23 was made for torch 2.10.
+                    "TORCHINDUCTOR_AUTOGRAD_CACHE": "0",
                     # vllm-ascend's all-gather multiplies rows of other ranks' experts by 0, and NaN would stay NaN.
                     envs.EMULATOR_UNDEFINED.name: "zero",
                 },
@@ -244,7 +290,7 @@ def _why_not(strategy: str, planned: PlannedServers) -> str | None:
     topology = ParallelTopology.of_rank(
         0, tp_size=planned.parallelism.tensor_parallel_size, dp_size=planned.parallelism.data_parallel_size
     )
-    return None if strategy == AUTO else why_not(strategy, topology, layer, DEVICES[planned.chip])
+    return None if strategy in (OFF, AUTO) else why_not(strategy, topology, layer, DEVICES[planned.chip])
 
 
 def _row(
@@ -261,6 +307,7 @@ def _row(
         chip=planned.chip,
         model=planned.model.family,
         topology=str(planned.parallelism),
+        graph_mode=planned.graph_mode,
         strategy=strategy,
         not_legal=not_legal,
         ran=sorted({str(worker["strategy"]) for worker in counters}),

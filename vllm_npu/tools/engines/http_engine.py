@@ -23,6 +23,7 @@ from vllm_npu.tools.engines.process_tree import ProcessTree
 from vllm_npu.tools.engines.start_watch import StartWatch
 from vllm_npu.tools.engines.stop_signals import StopSignals
 
+CAPTURE_SIZES = (1, 2, 4, 8)  # tokens; the largest holds a decode step of all sequences
 START_SECONDS = 600.0
 ANSWER_SECONDS = 300.0
 STOP_SECONDS = 20.0
@@ -52,6 +53,7 @@ class HttpEngine(EngineProcesses):
         dtype: str,
         folder: Path,  # of the log
         caches: Path,  # of vLLM; servers may share it
+        graph_mode: str | None = None,  # vLLM's cudagraph_mode; None: eager
         stop_signals: StopSignals,
         environment: Mapping[str, str],  # added to os.environ
     ) -> None:
@@ -60,12 +62,13 @@ class HttpEngine(EngineProcesses):
             "VLLM_SERVER_DEV_MODE": "1",  # offers /collective_rpc
             "VLLM_HOST_IP": "127.0.0.1",
             "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
-            "TORCHDYNAMO_DISABLE": "1",
+            **({"TORCHDYNAMO_DISABLE": "1"} if graph_mode is None else {}),
         }
         super().__init__(folder, {**engine_environment(caches, vanilla=False), **environment, **own}, stop_signals)
         self._name = f"{model.name} {parallelism} moe_comm={moe_comm}"
         self.log = folder / "server.log"
         self._port = free_port()
+        graphs = {"cudagraph_mode": graph_mode, "cudagraph_capture_sizes": CAPTURE_SIZES}
         self._command = [
             *(sys.executable, "-W", "ignore", "-m", "vllm.entrypoints.openai.api_server"),
             *("--model", str(model), "--served-model-name", "tiny", "--dtype", dtype),
@@ -73,7 +76,8 @@ class HttpEngine(EngineProcesses):
             *("--data-parallel-size", str(parallelism.data_parallel_size)),
             *(["--enable-expert-parallel"] if parallelism.expert_parallel else []),
             *("--max-model-len", "256", "--max-num-seqs", "8", "--max-num-batched-tokens", "256"),
-            *("--gpu-memory-utilization", "0.3", "--enforce-eager", "--no-enable-prefix-caching", "--seed", "0"),
+            *("--gpu-memory-utilization", "0.3", "--no-enable-prefix-caching", "--seed", "0"),
+            *(["--enforce-eager"] if graph_mode is None else ["--compilation-config", json.dumps(graphs)]),
             *("--host", "127.0.0.1", "--port", str(self._port)),
             *("--additional-config", json.dumps({"vllm_npu": {"moe_comm": moe_comm}})),
             *options,

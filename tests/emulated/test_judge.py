@@ -2,12 +2,17 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.emulated.test_launcher import is_running
+from tests.time_limits import PATIENCE_SECONDS
 from vllm_npu import envs
 from vllm_npu.emulator import judge
 from vllm_npu.emulator.build import library_folder
@@ -99,10 +104,24 @@ def write_suite(folder: Path) -> Path:
     return folder
 
 
+JUDGE = [sys.executable, "-m", "vllm_npu.emulator", "judge"]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, envs.EMULATOR_LIBRARIES.name: str(library_folder())}
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
 def run_judge(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "vllm_npu.emulator", "judge", *map(str, arguments)],
-        env={**os.environ, envs.EMULATOR_LIBRARIES.name: str(library_folder())},
+        [*JUDGE, *map(str, arguments)],
+        env=environment(),
         capture_output=True,
         text=True,
         timeout=500,
@@ -148,6 +167,26 @@ def test_a_suite_with_every_fault_has_every_outcome(tmp_path):
     assert "[1/1] test_kills.py: 1 passed, 1 failed" in third.stderr
     assert "1 new failures\n  test_kills.py::test_before: assert False" in third.stdout
     assert "1 mended\n  test_kills.py::test_segfault" in third.stdout
+
+
+def test_a_stopped_run_ends_what_it_started_and_keeps_what_is_done(tmp_path):
+    (tmp_path / "test_a.py").write_text("def test_a(): pass\n")
+    pid = tmp_path / "pid"
+    start_child = "subprocess.Popen([sys.executable, '-S', '-c', 'import time; time.sleep(3600)'])"
+    (tmp_path / "test_b.py").write_text(
+        "import os, pathlib, subprocess, sys\n"
+        f"def test_b():\n    child = {start_child}\n"
+        f"    pathlib.Path({str(pid)!r} + '.new').write_text(str(child.pid))\n"
+        f"    os.rename({str(pid)!r} + '.new', {str(pid)!r})\n    child.wait()\n"
+    )
+    result = tmp_path / "result.json"
+    command = [*JUDGE, "--suite", str(tmp_path), "--json", str(result)]
+    process = subprocess.Popen(command, env=environment())
+    wait_until(pid.exists)
+    process.terminate()
+    assert process.wait(60) == 128 + signal.SIGTERM
+    wait_until(lambda: not is_running(int(pid.read_text())))
+    assert list(json.loads(result.read_text())["files"]) == ["test_a.py"]
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,7 +22,8 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from vllm_npu.emulator import judge_recorder, launcher, shared_memory, soc
+from vllm_npu import envs
+from vllm_npu.emulator import build, judge_recorder, launcher, shared_memory, soc
 from vllm_npu.errors import UnsupportedConfigError
 
 OUTCOMES = ("passed", "skipped", "failed", "error", "killed")  # from the best to the worst: the worst counts
@@ -216,8 +218,17 @@ def how_it_ended(code: int) -> str:
     return f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
 
 
-def wait_or_end(process: subprocess.Popen[bytes], record: Path, job: Job, deadline: float) -> str:
-    """Waits for the end of a file's process, and ends a process that is late. Returns how it ended."""
+class Stopped(Exception):
+    """The run was stopped from outside."""
+
+
+def wait_or_end(
+    process: subprocess.Popen[bytes], record: Path, job: Job, deadline: float, stopping: threading.Event
+) -> str:
+    """Waits for the end of a file's process, and ends a process that is late. Returns how it ended.
+
+    Raises Stopped after `stopping` is set. In every case the process and those that it started have ended.
+    """
     size, changed = 0, time.monotonic()
     try:
         while (code := process.poll()) is None:
@@ -229,18 +240,22 @@ def wait_or_end(process: subprocess.Popen[bytes], record: Path, job: Job, deadli
                 return f"time limit of {job.file_seconds:g} s for a file"
             if now - changed > job.test_seconds:
                 return f"time limit of {job.test_seconds:g} s for a test"
-            time.sleep(POLL_SECONDS)
+            if stopping.wait(POLL_SECONDS):
+                raise Stopped
         return how_it_ended(code)
     finally:
         launcher.end_all([process])
 
 
-def run_file(job: Job, file: Path, cwd: Path) -> TestFile:
-    """Runs a file's tests, in a new process after each that is killed."""
+def run_file(job: Job, libraries: Path, file: Path, cwd: Path, stopping: threading.Event) -> TestFile:
+    """Runs a file's tests, in a new process after each that is killed. Raises Stopped after `stopping` is set."""
     start = time.monotonic()
     deadline = start + job.file_seconds
     run_name = launcher.new_run_name()
-    changes = {"TASK_QUEUE_ENABLE": os.environ.get("TASK_QUEUE_ENABLE", "1")}  # torch_npu's own default
+    changes = {
+        "TASK_QUEUE_ENABLE": os.environ.get("TASK_QUEUE_ENABLE", "1"),  # torch_npu's own default
+        envs.EMULATOR_LIBRARIES.name: str(libraries),  # those of the run's start
+    }
     environment = launcher.device_environment(job.soc_name, job.jobs, run_name, changes)
     killed: dict[str, Test] = {}
     with tempfile.TemporaryDirectory(prefix="vllm_npu_judge.") as name:
@@ -259,8 +274,10 @@ def run_file(job: Job, file: Path, cwd: Path) -> TestFile:
                     start_new_session=True,
                     preexec_fn=launcher.end_with_parent,
                 )
-                ended = wait_or_end(process, record, job, deadline)
-            shared_memory.clean_run(run_name)
+                try:
+                    ended = wait_or_end(process, record, job, deadline, stopping)
+                finally:
+                    shared_memory.clean_run(run_name)
             lines = judge_recorder.read(record)
             printed = output.read_text(errors="replace")[-OUTPUT_CHARACTERS:]
             running = running_test(lines)
@@ -287,8 +304,13 @@ def run_all(job: Job, result: Result, tests: Path, run_from: Path | None, files:
     wanted = [file for file in files if job.again or file not in result.files]
     if len(wanted) < len(files):
         print(f"{len(files) - len(wanted)} files are in {job.json}; --again runs them again", file=sys.stderr)
-    with ThreadPoolExecutor(job.jobs) as pool:
-        pending = {pool.submit(run_file, job, tests / file, run_from or (tests / file).parent): file for file in wanted}
+    libraries = build.build()
+    stopping = threading.Event()
+    with launcher.stop_on_signals(), ThreadPoolExecutor(job.jobs) as pool:
+        pending = {}
+        for file in wanted:
+            path = tests / file
+            pending[pool.submit(run_file, job, libraries, path, run_from or path.parent, stopping)] = file
         try:
             for number, future in enumerate(as_completed(pending), 1):
                 file, made = pending[future], future.result()
@@ -296,9 +318,9 @@ def run_all(job: Job, result: Result, tests: Path, run_from: Path | None, files:
                 save(result, job.json)
                 counts = ", ".join(f"{made.count(outcome)} {outcome}" for outcome in OUTCOMES if made.count(outcome))
                 print(f"[{number}/{len(wanted)}] {file}: {counts or 'no test'} ({made.seconds} s)", file=sys.stderr)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+        finally:
+            stopping.set()
+            pool.shutdown(cancel_futures=True)
 
 
 # --- the result ---

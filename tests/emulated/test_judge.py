@@ -195,6 +195,11 @@ def test_a_stopped_run_ends_what_it_started_and_keeps_what_is_done(tmp_path):
         ({}, ["--suite", "nowhere"], "neither a folder nor one of torch-npu, vllm-ascend"),
         ({"readme.txt": ""}, ["--suite", "{folder}"], "no test file in {folder} is named **/test_*.py"),
         ({"test_a.py": ""}, ["--suite", "{folder}", "--only", "b*"], "no test file in {folder} is named b*"),
+        (
+            {"test_a.py": ""},
+            ["--suite", "{folder}", "--skip", "test_a*"],
+            "no test file in {folder} is named **/test_*.py",
+        ),
         ({"test_a.py": ""}, ["--suite", "{folder}", "--folder", "{folder}"], "--folder is the folder of a named suite"),
         ({}, ["--suite", "torch-npu"], "needs --folder, a copy of its sources; get it by: git clone"),
         ({"test_a.py": ""}, ["--suite", "torch-npu", "--folder", "{folder}"], "{folder} has no test/, so it is no"),

@@ -33,6 +33,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     tests.add_argument(
         "--only", action="append", default=[], metavar="GLOB", help="files in the tests' folder (may be repeated)"
     )
+    tests.add_argument("--skip", action="append", default=[], metavar="GLOB", help="files not to run (may be repeated)")
     tests.add_argument("--jobs", type=int, default=1, metavar="N", help="files at a time (default: 1)")
     tests.add_argument(
         "--json", type=Path, required=True, metavar="PATH", help="the result; its files are not run again"
@@ -63,6 +64,7 @@ def execute(options: argparse.Namespace) -> int:
                 options.suite,
                 options.folder,
                 tuple(options.only),
+                tuple(options.skip),
                 options.jobs,
                 options.json,
                 options.compare,

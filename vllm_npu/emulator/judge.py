@@ -82,6 +82,7 @@ class Job:
     suite: str  # a name in SUITES, or a folder
     folder: Path | None  # of a named suite
     only: tuple[str, ...]
+    skip: tuple[str, ...]
     jobs: int
     json: Path
     compare: Path | None
@@ -177,7 +178,9 @@ def find_tests(job: Job) -> tuple[Path, Path | None, list[str]]:
         tests = (job.folder / suite.tests).resolve()
         run_from = None if suite.run_from is None else (job.folder / suite.run_from).resolve()
         only = job.only or suite.only
-    files = sorted({str(path.relative_to(tests)) for pattern in only for path in tests.glob(pattern) if path.is_file()})
+    skipped = {path for pattern in job.skip for path in tests.glob(pattern)}
+    found = {path for pattern in only for path in tests.glob(pattern) if path.is_file()} - skipped
+    files = sorted(str(path.relative_to(tests)) for path in found)
     if not files:
         raise UnsupportedConfigError(f"judge: no test file in {tests} is named {' or '.join(only)}; --only names files")
     return tests, run_from, files

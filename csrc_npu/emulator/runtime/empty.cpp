@@ -1,1 +1,1 @@
-// The source of libraries that contain nothing and link to libascendcl.so.
+// The source of libraries that contain nothing and link to another of the emulator's libraries.

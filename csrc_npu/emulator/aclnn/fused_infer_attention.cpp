@@ -396,6 +396,9 @@ Plan attention_update(Tensors lse, Tensors outs, int64_t update_type, at::Tensor
 ACLNN_OP(aclnnFusedInferAttentionScoreV2, fused_infer_attention_v2);
 ACLNN_OP(aclnnFusedInferAttentionScoreV3, fused_infer_attention_v3);
 ACLNN_OP(aclnnFusedInferAttentionScoreV4, fused_infer_attention_v4);
+ACLNN_MAX_WORKSPACE(aclnnFusedInferAttentionScoreV2, fused_infer_attention_v2);
+ACLNN_MAX_WORKSPACE(aclnnFusedInferAttentionScoreV3, fused_infer_attention_v3);
+ACLNN_MAX_WORKSPACE(aclnnFusedInferAttentionScoreV4, fused_infer_attention_v4);
 ACLNN_OP(aclnnAttentionUpdate, attention_update);
 
 }  // namespace vllm_npu::emulator::aclnn

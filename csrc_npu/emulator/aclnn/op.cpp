@@ -46,6 +46,16 @@ int prepare(const char* name, const std::function<Plan()>& make_plan, uint64_t* 
   });
 }
 
+int check_only(const char* name, const std::function<Plan()>& make_plan, uint64_t* workspace_size,
+               aclOpExecutor** executor) {
+  return guarded(name, [&] {
+    *workspace_size = 0;
+    *executor = nullptr;
+    make_plan();
+    noted_memory.clear();
+  });
+}
+
 int run(const char* name, aclOpExecutor* executor, aclrtStream stream) {
   trace(name);
   // Shared, because std::function needs work that can be copied.
@@ -54,6 +64,12 @@ int run(const char* name, aclOpExecutor* executor, aclrtStream stream) {
 }
 
 }  // namespace vllm_npu::emulator::aclnn
+
+// Destroys an executor that is not run. GetMaxWorkspaceSize returns null.
+extern "C" EMULATOR_API int aclDestroyAclOpExecutor(const aclOpExecutor* executor) {
+  delete executor;
+  return ACL_SUCCESS;
+}
 
 // CANN's workspace pool of the calling thread. The emulated ops need no workspace.
 extern "C" {

@@ -107,6 +107,10 @@ int prepare(const char* name, const std::function<Plan()>& make_plan, uint64_t* 
             aclOpExecutor** executor);
 int run(const char* name, aclOpExecutor* executor, aclrtStream stream);
 
+// As prepare(), for an op that is not run: the arguments are checked, and there is no executor.
+int check_only(const char* name, const std::function<Plan()>& make_plan, uint64_t* workspace_size,
+               aclOpExecutor** executor);
+
 // The C parameters of one parameter of a plan.
 template <class Parameter, class = void>
 struct Parts {
@@ -154,6 +158,14 @@ struct EntryOf<Name, plan, std::tuple<CParameters...>> {
         executor);
   }
 
+  static int get_max_workspace_size(typename Argument<CParameters>::Handle... handles, uint64_t* workspace_size,
+                                    aclOpExecutor** executor) {
+    const std::tuple<typename Argument<CParameters>::Handle...> all(handles...);
+    return check_only(
+        Name::text, [&] { return make_plan(plan, all, std::index_sequence_for<Parameters...>()); }, workspace_size,
+        executor);
+  }
+
   static int execute(void* /*workspace*/, uint64_t /*workspace_size*/, aclOpExecutor* executor, aclrtStream stream) {
     return run(Name::text, executor, stream);
   }
@@ -186,6 +198,16 @@ CFunction as_c_function(Function* function) {
   EMULATOR_API int name##GetWorkspaceSize() __attribute__((ifunc("resolve_" #name "GetWorkspaceSize"))); \
   EMULATOR_API int name() __attribute__((ifunc("resolve_" #name)));                                      \
   }                                                                                                      \
+  static_assert(true, "a semicolon follows")
+
+// A third C function of an op: the workspace for the longest sequences, which a captured graph keeps for its updates.
+#define ACLNN_MAX_WORKSPACE(name, plan)                                                                        \
+  extern "C" {                                                                                                 \
+  static CFunction resolve_##name##GetMaxWorkspaceSize() {                                                     \
+    return as_c_function(&Entry<name##Name, &plan>::get_max_workspace_size);                                   \
+  }                                                                                                            \
+  EMULATOR_API int name##GetMaxWorkspaceSize() __attribute__((ifunc("resolve_" #name "GetMaxWorkspaceSize"))); \
+  }                                                                                                            \
   static_assert(true, "a semicolon follows")
 
 }  // namespace vllm_npu::emulator::aclnn

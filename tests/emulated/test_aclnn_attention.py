@@ -187,9 +187,9 @@ def test_attention_in_a_workspace_for_the_longest_sequence(version: str) -> None
     out = torch.empty_like(expected)
     function.out(query, key, value, workspace=workspace, **arguments, out=[out, torch.empty_like(lse)])
     assert torch.equal(out.cpu(), expected.cpu())
-    with pytest.raises(RuntimeError, match="input_layout=XYZ is not emulated"):
+    with pytest.raises(RuntimeError, match="sparse_mode"):
         getattr(torch_npu, f"_npu_fused_infer_attention_score{version}_get_max_workspace")(
-            query, key, value, **{**arguments, "input_layout": "XYZ"}
+            query, key, value, **{**arguments, "sparse_mode": 1}
         )
 
 

@@ -415,6 +415,7 @@ def updated_groups(rank: int, num_ranks: int) -> None:
         with torch.npu.stream(updates):
             torch.npu.graph_task_update_begin(updates, group)
             torch.mul(y, factor, out=out)
+            updates.synchronize()  # as torch_npu does with ASCEND_LAUNCH_BLOCKING=1
             torch.npu.graph_task_update_end(updates)
             event.record(updates)
         torch.npu.synchronize()

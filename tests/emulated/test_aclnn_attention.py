@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch_npu
 from torch_npu.op_plugin.atb import _atb_ops  # noqa: F401  # defines torch_npu._npu_*
 
 from tests.emulated.references import is_undefined, random_rows
@@ -162,6 +163,34 @@ def attention(**changes: Any) -> Any:
 def test_attention_refuses_by_name(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(RuntimeError, match=message):
         attention(**changes)
+
+
+@pytest.mark.parametrize("version", ["", "_v2"])
+def test_attention_in_a_workspace_for_the_longest_sequence(version: str) -> None:
+    query = random_rows(2, HEADS, 1, WIDTH, dtype=torch.float16, seed=1).npu()
+    key, value = (random_rows(2, KV_HEADS, 9, WIDTH, dtype=torch.float16, seed=seed).npu() for seed in (2, 3))
+    names = (
+        ("num_query_heads", "softmax_scale", "actual_seq_kvlen")
+        if version
+        else ("num_heads", "scale", "actual_seq_lengths_kv")
+    )
+    arguments = {
+        "input_layout": "BNSD",
+        "num_key_value_heads": KV_HEADS,
+        **dict(zip(names, (HEADS, SCALE, [4, 9]), strict=True)),
+    }
+    function = getattr(torch_npu, f"npu_fused_infer_attention_score{version}")
+    expected, lse = function(query, key, value, **arguments)
+    workspace = getattr(torch_npu, f"_npu_fused_infer_attention_score{version}_get_max_workspace")(
+        query, key, value, **arguments
+    )
+    out = torch.empty_like(expected)
+    function.out(query, key, value, workspace=workspace, **arguments, out=[out, torch.empty_like(lse)])
+    assert torch.equal(out.cpu(), expected.cpu())
+    with pytest.raises(RuntimeError, match="sparse_mode"):
+        getattr(torch_npu, f"_npu_fused_infer_attention_score{version}_get_max_workspace")(
+            query, key, value, **{**arguments, "sparse_mode": 1}
+        )
 
 
 def test_merging_partial_attention_gives_the_whole() -> None:

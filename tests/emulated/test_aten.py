@@ -297,6 +297,39 @@ def test_a_stream_that_does_not_wait_sees_old_values(run_in_ranks: Callable[...,
 # --- aliasing ---
 
 
+def test_other_memory_formats_are_refused_as_by_torch_npu() -> None:
+    x = torch.ones(1, 2, 3, 4, device=DEVICE, requires_grad=True)
+    with pytest.raises(RuntimeError, match=r"only supported contiguous memory format\.\nERR01007"):
+        x.contiguous(memory_format=torch.channels_last)
+    x.transpose(1, 2).contiguous().sum().backward()
+    assert torch.equal(x.grad.cpu(), torch.ones(1, 2, 3, 4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_loss_in_one_kernel_rounds_once(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(1)
+    x, target, weight, positive = (torch.rand(64, 5, generator=generator).to(dtype) for _ in range(4))
+    arguments = {"weight": weight, "pos_weight": positive, "reduction": "none"}
+    wide = {name: value.float() if isinstance(value, torch.Tensor) else value for name, value in arguments.items()}
+    expected = F.binary_cross_entropy_with_logits(x.float(), target.float(), **wide).to(dtype)
+    on_npu = {name: value.npu() if isinstance(value, torch.Tensor) else value for name, value in arguments.items()}
+    y = x.npu().requires_grad_()
+    loss = F.binary_cross_entropy_with_logits(y, target.npu(), **on_npu)
+    assert loss.dtype == dtype
+    assert torch.equal(loss.detach().cpu(), expected)
+    loss.sum().backward()
+    assert y.grad.dtype == dtype
+
+
+def test_a_tensor_may_be_larger_than_its_storage_in_its_allocation() -> None:
+    x = torch.arange(16.0, device=DEVICE)
+    x.untyped_storage().resize_(16)
+    assert x.clone()[:4].tolist() == [0, 1, 2, 3]
+    x.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="does not fit into its storage of 0 bytes"):
+        x.clone()
+
+
 def test_views_share_memory() -> None:
     x = torch.zeros(4, 6, device=DEVICE)
     views = [x[1], x.t(), x.view(-1), x.unsqueeze(0), x.split(2)[1], x.expand(2, 4, 6), x.diagonal(), x.detach()]

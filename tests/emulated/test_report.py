@@ -47,11 +47,10 @@ def needed(read: dict) -> dict[str, str]:
 NEEDED = {
     "aclrtMalloc": "emulated",
     "aclrtMemcpyAsync": "emulated",
-    "aclopSetAttrInt": "no effect",
+    "aclopSetAttrString": "no effect",
     "MsprofReportApi": "refused",  # a generated stub that returns an error
     "rtGetC2cCtrlAddr": "refused",
     "aclmdlSetDump": "refused",
-    "aclopCompileAndExecute": "refused",  # by hand in runtime/aclop.cpp, not a generated stub
     "_ZN3atb13CreateContextEPPNS_7ContextE": "emulated",
 }
 LOOKED_UP = {

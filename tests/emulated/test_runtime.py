@@ -84,6 +84,37 @@ def test_a_thread_has_no_device_until_it_sets_one():
     assert codes == [CONTEXT_NULL, INVALID_DEVICE, 0, 0, 3]
 
 
+DEFAULT_DEVICE = """
+import pathlib, tempfile
+configuration = tempfile.NamedTemporaryFile("w", suffix=".json")
+configuration.write('{"dump": {}, "defaultDevice": {"default_device" : "1"}}')
+configuration.flush()
+free, total, active = ctypes.c_size_t(), ctypes.c_size_t(), ctypes.c_int32()
+before = acl.aclrtGetMemInfo(0, ctypes.byref(free), ctypes.byref(total))
+print(acl.aclInit(configuration.name.encode()), before)
+for device in (0, 1):
+    acl.aclrtGetPrimaryCtxState(device, None, ctypes.byref(active))
+    print(device, active.value)
+print(acl.aclrtGetMemInfo(0, ctypes.byref(free), ctypes.byref(total)), total.value > 0)
+for device in (0, 1):
+    acl.aclrtGetPrimaryCtxState(device, None, ctypes.byref(active))
+    print(device, active.value)
+acl.aclrtResetDevice(1)
+acl.aclrtGetPrimaryCtxState(1, None, ctypes.byref(active))
+print(active.value)
+"""
+
+
+def test_a_thread_that_sets_no_device_uses_the_configured_default():
+    done = run_python(DEFAULT_DEVICE)
+    assert done.stdout.splitlines() == [f"0 {CONTEXT_NULL}", "0 0", "1 0", "0 True", "0 0", "1 1", "0"], done.stderr
+
+
+def test_the_first_call_of_a_process_may_be_about_the_device():
+    done = run_python("import torch, torch_npu; print(torch.npu.get_device_properties(0).name)")
+    assert done.stdout.split()[-1] == os.environ["VLLM_NPU_EMULATOR_SOC"], done.stderr
+
+
 @pytest.mark.parametrize(
     ("env", "count"),
     [

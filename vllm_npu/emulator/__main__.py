@@ -1,11 +1,11 @@
-"""`python -m vllm_npu.emulator`: run a script on emulated devices, build them, report what they emulate, clean up."""
+"""`python -m vllm_npu.emulator`: run a script, or another project's tests, on emulated devices; build, report, clean up."""
 
 import argparse
 import sys
 from pathlib import Path
 
 from vllm_npu import envs
-from vllm_npu.emulator import build, launcher, report, shared_memory, soc, startup
+from vllm_npu.emulator import build, judge, launcher, report, shared_memory, soc, startup
 from vllm_npu.errors import VllmNpuError
 
 
@@ -27,6 +27,24 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "report", help="list which functions and operators of the installed torch_npu are emulated"
     )
     compare.add_argument("--json", type=Path, metavar="PATH", help="write every name and its state to this file")
+    tests = commands.add_parser("judge", help="run another project's tests on the emulated device")
+    tests.add_argument("--suite", required=True, help=f"a folder of tests, or one of {', '.join(judge.SUITES)}")
+    tests.add_argument("--folder", type=Path, help="the sources of a named suite, with its tests")
+    tests.add_argument(
+        "--only", action="append", default=[], metavar="GLOB", help="files in the tests' folder (may be repeated)"
+    )
+    tests.add_argument("--skip", action="append", default=[], metavar="GLOB", help="files not to run (may be repeated)")
+    tests.add_argument("--jobs", type=int, default=1, metavar="N", help="files at a time (default: 1)")
+    tests.add_argument(
+        "--json", type=Path, required=True, metavar="PATH", help="the result; its files are not run again"
+    )
+    tests.add_argument("--again", action="store_true", help="run files again that the result has already")
+    tests.add_argument(
+        "--compare", type=Path, metavar="PATH", help="an earlier result: show new failures and mended ones"
+    )
+    tests.add_argument("--soc", default=envs.EMULATOR_SOC.read(), help="as of `run`")
+    tests.add_argument("--test-seconds", type=float, default=300, metavar="S", help="limit of a test (default: 300)")
+    tests.add_argument("--file-seconds", type=float, default=1800, metavar="S", help="limit of a file (default: 1800)")
     commands.add_parser("clean", help="remove shared memory that killed processes left behind")
     commands.add_parser("hook", help="print the line of a .pth file that makes VLLM_NPU_EMULATOR=1 work everywhere")
     return parser.parse_args(arguments)
@@ -38,6 +56,24 @@ def execute(options: argparse.Namespace) -> int:
             raise SystemExit("run: --nproc is the number of ranks, 1 or more")
         command = [*(["-m"] if options.module else []), options.script, *options.arguments]
         return launcher.run(launcher.Launch(command, options.nproc, options.soc, options.trace))
+    if options.command == "judge":
+        if options.jobs < 1:
+            raise SystemExit("judge: --jobs is the number of files that run at a time, 1 or more")
+        return judge.judge(
+            judge.Job(
+                options.suite,
+                options.folder,
+                tuple(options.only),
+                tuple(options.skip),
+                options.jobs,
+                options.json,
+                options.compare,
+                options.soc,
+                options.test_seconds,
+                options.file_seconds,
+                options.again,
+            )
+        )
     if options.command == "build":
         print(build.build())
     elif options.command == "report":

@@ -169,6 +169,21 @@ def wait_for_ranks(
     return code if code > 0 else 128 - code
 
 
+@contextlib.contextmanager
+def stop_on_signals() -> Iterator[None]:
+    """Inside, SIGTERM, SIGINT and SIGHUP raise SystemExit in the main thread, so that what was started is ended."""
+
+    def stop(signal_number: int, _frame: object) -> None:
+        raise SystemExit(128 + signal_number)
+
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
 def run(launch: Launch) -> int:
     """Runs the ranks to their end. Returns 0, or the exit code of the first that failed; then the others are ended.
 
@@ -177,27 +192,21 @@ def run(launch: Launch) -> int:
     shared_memory.clean_leftovers()
     run_name = new_run_name()
     processes: list[subprocess.Popen[bytes]] = []
-
-    def stop(signal_number: int, _frame: object) -> None:
-        raise SystemExit(128 + signal_number)
-
-    previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
-    try:
-        common = device_environment(launch.soc_name, launch.num_ranks, run_name)
-        if launch.trace:
-            common[envs.EMULATOR_TRACE.name] = "1"
-        for environment in rank_environments(common, launch.num_ranks):
-            processes.append(
-                subprocess.Popen(
-                    [sys.executable, *launch.command],
-                    env=environment,
-                    start_new_session=True,
-                    preexec_fn=end_with_parent,
+    with stop_on_signals():
+        try:
+            common = device_environment(launch.soc_name, launch.num_ranks, run_name)
+            if launch.trace:
+                common[envs.EMULATOR_TRACE.name] = "1"
+            for environment in rank_environments(common, launch.num_ranks):
+                processes.append(
+                    subprocess.Popen(
+                        [sys.executable, *launch.command],
+                        env=environment,
+                        start_new_session=True,
+                        preexec_fn=end_with_parent,
+                    )
                 )
-            )
-        return wait_for_ranks(processes)
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-        end_all(processes)
-        shared_memory.clean_run(run_name)
+            return wait_for_ranks(processes)
+        finally:
+            end_all(processes)
+            shared_memory.clean_run(run_name)

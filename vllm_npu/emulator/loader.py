@@ -4,6 +4,7 @@ import ctypes
 import importlib.abc
 import importlib.machinery
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +27,9 @@ BEFORE_TORCH = (
 AFTER_TORCH = ("libopapi.so", "libatb.so", "libnnopbase.so")  # they need torch's own libraries
 OPERATORS = "libvllm_npu_emulator_aten.so"  # registers operators for torch_npu's device, so torch_npu comes first
 AUTOLOAD_VARIABLE = "TORCH_DEVICE_BACKEND_AUTOLOAD"
+# torch_npu passes this file to aclInit from CANN 8.3 on. It names the device of threads that set none.
+CONFIGURATION, CONFIGURATION_VARIABLE = "acl_default.json", "TORCH_ACL_INIT_CONFIG_PATH"
+CONFIGURATION_SINCE = (8, 3)
 
 
 def load_library(folder: Path, name: str) -> None:
@@ -37,6 +41,17 @@ def load_library(folder: Path, name: str) -> None:
             f"cannot load {path} of the emulated device: {error}; delete its folder and run "
             "`python -m vllm_npu.emulator build`"
         ) from error
+
+
+def name_configuration(torch: ModuleType, torch_npu: ModuleType) -> None:
+    """Name torch_npu's configuration where torch_npu would not find it, because it looks beside torch only."""
+    assert torch.__file__ is not None
+    assert torch_npu.__file__ is not None
+    own = Path(torch_npu.__file__).with_name(CONFIGURATION)
+    version = tuple(int(part) for part in re.findall(r"\d+", envs.EMULATOR_CANN.read())[:2])
+    beside_torch = Path(torch.__file__).parent.parent / "torch_npu" / CONFIGURATION
+    if version >= CONFIGURATION_SINCE and own.is_file() and not beside_torch.is_file():
+        os.environ.setdefault(CONFIGURATION_VARIABLE, str(own))
 
 
 class TorchNpuFinder(importlib.abc.MetaPathFinder):
@@ -52,9 +67,10 @@ class TorchNpuFinder(importlib.abc.MetaPathFinder):
             return None
         return find_amended(fullname, path, before=self._load_after_torch, after=self._load_operators)
 
-    def _load_after_torch(self, _torch_npu: ModuleType) -> None:
-        import torch  # noqa: F401 - the libraries need those of torch
+    def _load_after_torch(self, torch_npu: ModuleType) -> None:
+        import torch  # the libraries need those of torch
 
+        name_configuration(torch, torch_npu)
         for name in AFTER_TORCH:
             if (self._folder / name).is_file():
                 load_library(self._folder, name)

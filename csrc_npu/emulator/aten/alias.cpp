@@ -37,10 +37,19 @@ size_t spanned_bytes(const at::Tensor& tensor) {
                                           tensor.storage_offset());
 }
 
+// Whether the tensor's elements are in memory that may be read. A storage can be made smaller than its tensors. The
+// device knows allocations, not storages, and torch_npu's allocator rounds sizes up.
+bool is_in_memory(const at::Tensor& tensor, const c10::Storage& storage) {
+  if (tensor.numel() == 0 || spanned_bytes(tensor) <= storage.nbytes()) return true;
+  const auto block = find_device_memory(storage.data());
+  const auto start = reinterpret_cast<std::uintptr_t>(storage.data());
+  return block && start + spanned_bytes(tensor) <= block->start + block->size;
+}
+
 at::Tensor alias_on(const at::Tensor& tensor, c10::Storage storage) {
-  TORCH_CHECK(tensor.numel() == 0 || spanned_bytes(tensor) <= storage.nbytes(), "an npu tensor with sizes ",
-              tensor.sizes(), " and strides ", tensor.strides(), " at offset ", tensor.storage_offset(),
-              " does not fit into its storage of ", storage.nbytes(), " bytes");
+  TORCH_CHECK(is_in_memory(tensor, storage), "an npu tensor with sizes ", tensor.sizes(), " and strides ",
+              tensor.strides(), " at offset ", tensor.storage_offset(), " does not fit into its storage of ",
+              storage.nbytes(), " bytes, or into the device's allocation");
   auto alias = at::detail::make_tensor<c10::TensorImpl>(std::move(storage), c10::DispatchKeySet(c10::DispatchKey::CPU),
                                                         tensor.dtype());
   auto* impl = alias.unsafeGetTensorImpl();

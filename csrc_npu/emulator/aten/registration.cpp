@@ -13,6 +13,8 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/enum_tag.h>
+#include <ATen/ops/binary_cross_entropy_with_logits_compositeexplicitautograd_dispatch.h>
+#include <ATen/ops/contiguous_compositeimplicitautograd_dispatch.h>
 #include <ATen/ops/histc.h>
 #include <c10/util/Exception.h>
 #include <torch/library.h>
@@ -83,6 +85,29 @@ at::Tensor histc(const at::Tensor& self, int64_t bins, const at::Scalar& low, co
   return counts.to(self.scalar_type()).to(self.device());
 }
 
+// One kernel of the npu computes the whole loss in float32. PyTorch composes it of ops, each of which would round.
+at::Tensor binary_cross_entropy_with_logits(const at::Tensor& self, const at::Tensor& target,
+                                            const std::optional<at::Tensor>& weight,
+                                            const std::optional<at::Tensor>& pos_weight, int64_t reduction) {
+  const auto widened = [](const at::Tensor& tensor) {
+    return at::isReducedFloatingType(tensor.scalar_type()) ? tensor.to(at::kFloat) : tensor;
+  };
+  const auto optional = [&](const std::optional<at::Tensor>& tensor) {
+    return tensor && tensor->defined() ? std::optional<at::Tensor>(widened(*tensor)) : std::nullopt;
+  };
+  return at::compositeexplicitautograd::binary_cross_entropy_with_logits(widened(self), widened(target),
+                                                                         optional(weight), optional(pos_weight),
+                                                                         reduction)
+      .to(self.scalar_type());
+}
+
+// As torch_npu's, which has no other memory format.
+at::Tensor contiguous(const at::Tensor& self, at::MemoryFormat format) {
+  TORCH_CHECK(format == at::MemoryFormat::Contiguous || self.is_contiguous(format),
+              "NPU contiguous operator only supported contiguous memory format.\nERR01007 OPS feature not supported");
+  return at::compositeimplicitautograd::contiguous(self, format);
+}
+
 // Returns 0, which selects attention by its mathematical definition. Its ops have CPU kernels.
 int64_t fused_sdp_choice(const at::Tensor&, const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&,
                          double, bool, std::optional<double>, bool) {
@@ -92,6 +117,9 @@ int64_t fused_sdp_choice(const at::Tensor&, const at::Tensor&, const at::Tensor&
 const std::unordered_map<std::string, torch::CppFunction (*)()> kOwnOps = {
     {"aten::_fused_sdp_choice", [] { return torch::CppFunction(TORCH_FN(fused_sdp_choice)); }},
     {"aten::_local_scalar_dense", [] { return torch::CppFunction(TORCH_FN(local_scalar_dense)); }},
+    {"aten::binary_cross_entropy_with_logits",
+     [] { return torch::CppFunction(TORCH_FN(binary_cross_entropy_with_logits)); }},
+    {"aten::contiguous", [] { return torch::CppFunction(TORCH_FN(contiguous)); }},
     {"aten::copy_", [] { return torch::CppFunction(TORCH_FN(copy_)); }},
     {"aten::histc", [] { return torch::CppFunction(TORCH_FN(histc)); }},
     {"aten::native_dropout", [] { return torch::CppFunction(TORCH_FN(native_dropout)); }},
@@ -156,6 +184,7 @@ std::optional<torch::CppFunction> device_kernel(const OperatorHandle& op) {
 // PyTorch's autograd kernel, which replaces torch_npu's. Empty if torch_npu has none.
 std::optional<torch::CppFunction> autograd_kernel(const OperatorHandle& op) {
   using torch::CppFunction;
+  if (full_name(op.operator_name()) == "aten::contiguous") return CppFunction(TORCH_FN(contiguous));  // it composes
   if (!op.hasKernelForDispatchKey(DispatchKey::AutogradPrivateUse1)) return {};
   if (op.hasKernelForDispatchKey(DispatchKey::CompositeImplicitAutograd)) {
     return CppFunction::makeFromBoxedFunction<run_pytorch_kernel<DispatchKey::CompositeImplicitAutograd>>();

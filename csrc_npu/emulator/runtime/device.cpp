@@ -6,8 +6,13 @@
 #include <array>
 #include <atomic>
 #include <cstdio>
+#include <fstream>
+#include <iterator>
 #include <map>
 #include <mutex>
+#include <regex>
+#include <set>
+#include <string>
 #include <vector>
 
 #include "runtime.h"
@@ -20,6 +25,7 @@ namespace {
 
 thread_local int device_of_thread = kNoDevice;
 std::atomic<bool> initialized{false};
+std::atomic<int> default_device{kNoDevice};  // of threads that set none; the configuration of aclInit names it
 
 // Every context is the primary context of its device. There are no other contexts.
 struct Context {
@@ -32,6 +38,13 @@ std::vector<Context>& contexts() {
     for (int device = 0; device < visible_device_count(); ++device) made->push_back({device});
     return made;
   }();
+  return *all;
+}
+
+// Devices whose primary context a thread has used since the last reset.
+std::mutex active_mutex;
+std::set<int>& active_devices() {
+  static auto* all = new std::set<int>;
   return *all;
 }
 
@@ -61,12 +74,29 @@ int set_parameter(aclSysParamOpt option, std::int64_t value) {
   return ACL_SUCCESS;
 }
 
+// The default device in aclInit's configuration: {"defaultDevice": {"default_device": "0"}}. CANN's document of aclInit
+// names it; torch_npu's acl_default.json has it.
+int configured_default_device(const char* path) {
+  std::ifstream file(path == nullptr ? "" : path);
+  const std::string text(std::istreambuf_iterator<char>(file), {});
+  std::smatch found;
+  const std::regex pattern(R"re("default_device"\s*:\s*"([0-9]{1,4})")re");
+  return std::regex_search(text, found, pattern) ? std::stoi(found[1]) : kNoDevice;
+}
+
 }  // namespace
 
 int current_device() { return device_of_thread; }
-void set_current_device(int device) { device_of_thread = device; }
+
+void set_current_device(int device) {
+  device_of_thread = device;
+  if (device == kNoDevice) return;
+  const std::lock_guard<std::mutex> lock(active_mutex);
+  active_devices().insert(device);
+}
 
 int require_device(const char* function) {
+  if (device_of_thread == kNoDevice) set_current_device(default_device);
   if (device_of_thread != kNoDevice) return ACL_SUCCESS;
   return fail(ACL_ERROR_RT_CONTEXT_NULL, "%s: the thread has no current device; call aclrtSetDevice first", function);
 }
@@ -77,14 +107,20 @@ using namespace vllm_npu::emulator;
 
 // --- Start and end ---
 
-aclError aclInit(const char*) {
+aclError aclInit(const char* configuration) {
   trace(__func__, "soc=%s", current_soc().name.c_str());
   for (const std::string& fault : {soc_fault(), settings_fault()}) {
     if (fault.empty()) continue;
     std::fprintf(stderr, "vllm_npu emulator: %s\n", fault.c_str());  // torch_npu does not show the text of this call
     return fail(ACL_ERROR_INVALID_PARAM, "aclInit: %s", fault.c_str());
   }
-  return initialized.exchange(true) ? ACL_ERROR_REPEAT_INITIALIZE : ACL_SUCCESS;
+  if (initialized.exchange(true)) return ACL_ERROR_REPEAT_INITIALIZE;
+  const int device = configured_default_device(configuration);
+  if (device != kNoDevice) {
+    if (const int code = check_device(__func__, device)) return code;
+  }
+  default_device = device;
+  return ACL_SUCCESS;
 }
 
 aclError aclFinalize() {
@@ -120,6 +156,8 @@ aclError aclrtResetDevice(int32_t device) {
   if (const int code = check_device(__func__, device)) return code;
   const int code = synchronize_device(device);
   if (current_device() == device) set_current_device(kNoDevice);
+  const std::lock_guard<std::mutex> lock(active_mutex);
+  active_devices().erase(device);
   return code;
 }
 
@@ -141,7 +179,8 @@ aclError aclrtSetCurrentContext(aclrtContext context) {
 aclError aclrtGetPrimaryCtxState(int32_t device, uint32_t* flags, int32_t* active) {
   if (const int code = check_device(__func__, device)) return code;
   if (flags != nullptr) *flags = 0;
-  if (active != nullptr) *active = 1;
+  const std::lock_guard<std::mutex> lock(active_mutex);
+  if (active != nullptr) *active = static_cast<int32_t>(active_devices().count(device));
   return ACL_SUCCESS;
 }
 

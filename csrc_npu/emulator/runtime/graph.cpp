@@ -277,15 +277,17 @@ int Graph::execute(const std::shared_ptr<Stream>& stream) {
                          needs_thread_ ? Place::kStreamThread : Place::kCaller);
 }
 
+// Events of Chrome's tracing format, as torch_npu's debug_dump reads them. A task's time is its place in the graph.
 std::string Graph::as_json() {
   const std::lock_guard<std::mutex> lock(mutex_);
-  std::string text = "{\"graph\": " + std::to_string(id_) + ", \"tasks\": [";
+  std::string text = "[";
   for (std::size_t node = 0; node < nodes_.size(); ++node) {
     text += node == 0 ? "\n" : ",\n";
-    text += " {\"task\": " + std::to_string(node) + ", \"lane\": " + std::to_string(nodes_[node].lane) +
-            ", \"name\": \"" + nodes_[node].task->name + "\"}";
+    text += std::string(" {\"name\": \"") + nodes_[node].task->name + "\", \"ph\": \"X\", \"pid\": " +
+            std::to_string(id_) + ", \"tid\": \"stream" + std::to_string(nodes_[node].lane) +
+            "\", \"ts\": " + std::to_string(node) + ", \"dur\": 1, \"args\": {}}";
   }
-  return text + "\n]}\n";
+  return text + "\n]\n";
 }
 
 int refuse_in_capture(const char* function) {

@@ -211,7 +211,8 @@ void Stream::pause() { std::this_thread::sleep_for(random_delay()); }
 
 int Stream::synchronize(std::optional<std::chrono::milliseconds> timeout) {
   if (stream_in_progress == this) return ACL_SUCCESS;  // earlier work is already done
-  if (const int code = refuse_while_captured("a wait for the stream")) return code;
+  // While a group of tasks is updated, a wait is legal: with ASCEND_LAUNCH_BLOCKING=1, torch_npu waits after each op.
+  if (capture() != nullptr) return refuse_while_captured("a wait for the stream");
   std::unique_lock<std::mutex> lock(mutex_);
   const std::uint64_t awaited = enqueued_;
   const auto done = [&] { return finished_ >= awaited; };

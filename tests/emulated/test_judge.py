@@ -1,0 +1,231 @@
+"""`python -m vllm_npu.emulator judge`: other projects' tests on the emulated device. The suite here has every fault."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.emulated.test_launcher import is_running
+from tests.time_limits import PATIENCE_SECONDS
+from vllm_npu import envs
+from vllm_npu.emulator import judge
+from vllm_npu.emulator.build import library_folder
+
+pytestmark = pytest.mark.emulated
+
+FILES = {
+    "test_outcomes.py": """
+        import unittest, torch, torch_npu
+        class TestAll(unittest.TestCase):
+            def test_passes(self):
+                self.assertEqual((torch.ones(2, device="npu") + 1).tolist(), [2, 2])
+            def test_fails(self):
+                self.assertEqual(1, 2)
+            def test_fails_too(self):
+                self.assertEqual(3, 4)
+            @unittest.skip("needs two hands")
+            def test_skips(self):
+                pass
+            @unittest.expectedFailure
+            def test_fails_as_expected(self):
+                raise RuntimeError
+            def test_part_fails(self):
+                for i in range(2):
+                    with self.subTest(i=i):
+                        self.assertEqual(i, 0)
+        class TestSetUp(unittest.TestCase):
+            @classmethod
+            def setUpClass(cls):
+                raise RuntimeError("no set-up today")
+            def test_never(self):
+                pass
+        """,
+    "test_kills.py": """
+        import os, signal
+        def test_before(): pass
+        def test_segfault(): os.kill(os.getpid(), signal.SIGSEGV)
+        def test_between(): pass
+        def test_exit(): os._exit(0)
+        def test_after(): pass
+        """,
+    "test_hangs.py": """
+        import time
+        def test_hang(): time.sleep(3600)
+        def test_after(): pass
+        """,
+    "test_asks.py": """
+        import subprocess, sys
+        def test_asks(): input("your name? ")
+        def test_child_asks(): subprocess.run([sys.executable, "-S", "-c", "input()"], check=True)
+        """,
+    "below/test_import.py": "import no_such_package\n",
+    "below/test_exits.py": "import os\nos._exit(3)\n",
+    "below/test_dies_at_exit.py": """
+        import atexit, os, signal
+        def test_it(): atexit.register(os.kill, os.getpid(), signal.SIGABRT)
+        """,
+}
+FAILS_IN = {
+    "test_outcomes.py": {
+        "TestAll::test_passes": "passed",
+        "TestAll::test_fails": "failed",
+        "TestAll::test_fails_too": "failed",
+        "TestAll::test_skips": "skipped",
+        "TestAll::test_fails_as_expected": "passed",
+        "TestAll::test_part_fails": "failed",
+        "TestSetUp::test_never": "error",
+    },
+    "test_kills.py": {
+        "test_before": "passed",
+        "test_segfault": "killed",
+        "test_between": "passed",
+        "test_exit": "killed",
+        "test_after": "passed",
+    },
+    "test_hangs.py": {"test_hang": "killed", "test_after": "passed"},
+    "test_asks.py": {"test_asks": "failed", "test_child_asks": "failed"},
+    "below/test_import.py": {"": "error"},
+    "below/test_exits.py": {judge.PROCESS: "killed"},
+    "below/test_dies_at_exit.py": {"test_it": "passed", judge.PROCESS: "killed"},
+}
+
+
+def write_suite(folder: Path) -> Path:
+    for name, text in FILES.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n".join(line.removeprefix("        ") for line in text.splitlines()))
+    return folder
+
+
+JUDGE = [sys.executable, "-m", "vllm_npu.emulator", "judge"]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, envs.EMULATOR_LIBRARIES.name: str(library_folder())}
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def run_judge(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*JUDGE, *map(str, arguments)],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
+
+
+def test_a_suite_with_every_fault_has_every_outcome(tmp_path):
+    suite, result = write_suite(tmp_path / "suite"), tmp_path / "result.json"
+    arguments = ("--suite", suite, "--json", result, "--jobs", 2, "--test-seconds", 20)
+    first = run_judge(*arguments)
+    assert first.returncode == 1, first.stderr
+    read = json.loads(result.read_text())
+    outcomes = {
+        file: {name: test["outcome"] for name, test in made["tests"].items()} for file, made in read["files"].items()
+    }
+    assert outcomes == FAILS_IN
+    reasons = {
+        f"{file}::{name}": test["reason"]
+        for file, made in read["files"].items()
+        for name, test in made["tests"].items()
+    }
+    assert reasons["test_kills.py::test_segfault"] == "ended by SIGSEGV"
+    assert reasons["test_kills.py::test_exit"] == "ended with exit code 0"
+    assert reasons["test_hangs.py::test_hang"] == "time limit of 20 s for a test"
+    assert reasons["below/test_dies_at_exit.py::(the process itself)"] == "ended by SIGABRT"
+    assert "no_such_package" in reasons["below/test_import.py::"]
+    assert "[7/7]" in first.stderr
+    assert "   3 × AssertionError: N != N" in first.stdout  # equal causes with other numbers are one reason
+    assert (
+        "7 files                                                             8        1        6        2        5"
+        in (first.stdout)
+    )
+
+    # What the result has is not run again. A mended file that is asked for is, and the comparison names both changes.
+    older = tmp_path / "older.json"
+    older.write_text(result.read_text())
+    (suite / "test_kills.py").write_text("def test_before(): assert False\ndef test_segfault(): pass\n")
+    second = run_judge(*arguments)
+    assert "7 files are in" in second.stderr
+    assert "[1/" not in second.stderr
+    third = run_judge(*arguments, "--only", "test_kills.py", "--again", "--compare", older)
+    assert "[1/1] test_kills.py: 1 passed, 1 failed" in third.stderr
+    assert "1 new failures\n  test_kills.py::test_before: assert False" in third.stdout
+    assert "1 mended\n  test_kills.py::test_segfault" in third.stdout
+
+
+def test_a_stopped_run_ends_what_it_started_and_keeps_what_is_done(tmp_path):
+    (tmp_path / "test_a.py").write_text("def test_a(): pass\n")
+    pid = tmp_path / "pid"
+    start_child = "subprocess.Popen([sys.executable, '-S', '-c', 'import time; time.sleep(3600)'])"
+    (tmp_path / "test_b.py").write_text(
+        "import os, pathlib, subprocess, sys\n"
+        f"def test_b():\n    child = {start_child}\n"
+        f"    pathlib.Path({str(pid)!r} + '.new').write_text(str(child.pid))\n"
+        f"    os.rename({str(pid)!r} + '.new', {str(pid)!r})\n    child.wait()\n"
+    )
+    result = tmp_path / "result.json"
+    command = [*JUDGE, "--suite", str(tmp_path), "--json", str(result)]
+    process = subprocess.Popen(command, env=environment())
+    wait_until(pid.exists)
+    process.terminate()
+    assert process.wait(60) == 128 + signal.SIGTERM
+    wait_until(lambda: not is_running(int(pid.read_text())))
+    assert list(json.loads(result.read_text())["files"]) == ["test_a.py"]
+
+
+@pytest.mark.parametrize(
+    ("made", "arguments", "message"),
+    [
+        ({}, ["--suite", "nowhere"], "neither a folder nor one of torch-npu, vllm-ascend"),
+        ({"readme.txt": ""}, ["--suite", "{folder}"], "no test file in {folder} is named **/test_*.py"),
+        ({"test_a.py": ""}, ["--suite", "{folder}", "--only", "b*"], "no test file in {folder} is named b*"),
+        (
+            {"test_a.py": ""},
+            ["--suite", "{folder}", "--skip", "test_a*"],
+            "no test file in {folder} is named **/test_*.py",
+        ),
+        ({"test_a.py": ""}, ["--suite", "{folder}", "--folder", "{folder}"], "--folder is the folder of a named suite"),
+        ({}, ["--suite", "torch-npu"], "needs --folder, a copy of its sources; get it by: git clone"),
+        ({"test_a.py": ""}, ["--suite", "torch-npu", "--folder", "{folder}"], "{folder} has no test/, so it is no"),
+        (
+            {"test/npu/test_a.py": "", "version.txt": "# versions\n2.15.0\n2.14.0\n"},
+            ["--suite", "torch-npu", "--folder", "{folder}"],
+            "are for torch_npu 2.15.0 or 2.14.0, and 2.13.0 is installed; get the right ones by: git clone --depth 1 "
+            "--branch v26.2.0-beta.1-pytorch2.13.0",
+        ),
+        ({"test_a.py": ""}, ["--suite", "{folder}", "--json", "{folder}/test_a.py"], "is no result of an earlier"),
+        ({"test_a.py": ""}, ["--suite", "{folder}", "--json", "{folder}/none/a.json"], "its folder does not exist"),
+        ({"test_a.py": ""}, ["--suite", "{folder}", "--compare", "{folder}/none"], "{folder}/none is no result of an"),
+        ({"test_a.py": ""}, ["--suite", "{folder}", "--soc", "A9"], "soc 'A9' is not emulated"),
+        (
+            {"test_a.py": "", "r.json": '{"about": {"soc": "Ascend910_9391"}, "files": {}}'},
+            ["--suite", "{folder}", "--json", "{folder}/r.json"],
+            "r.json is about {{'soc': 'Ascend910_9391'}}, and this run about",
+        ),
+    ],
+)
+def test_a_run_that_cannot_be_is_refused_by_name(tmp_path, made, arguments, message):
+    for name, text in made.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    arguments = [argument.format(folder=tmp_path) for argument in arguments]
+    refused = run_judge("--json", tmp_path / "result.json", *arguments)
+    assert refused.returncode == 2
+    assert message.format(folder=tmp_path) in refused.stderr
+    assert not (tmp_path / "result.json").exists()

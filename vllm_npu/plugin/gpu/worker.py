@@ -5,6 +5,7 @@ every step passes on its way in and out.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from vllm.distributed import get_ep_group
@@ -25,17 +26,22 @@ class CudaMoEWorker(Worker):
         check_exchanges()
         if scheduler_output.total_num_scheduled_tokens > 0:
             count_step(scheduler_output.total_num_scheduled_tokens)
-        return checked(super().execute_model(scheduler_output), check_exchanges)
+        with waiting():
+            output = super().execute_model(scheduler_output)
+        return checked(output, check_exchanges)
 
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
         """Sample the tokens of the step. Raises TransportError in place of tokens of a step that failed."""
-        return checked(super().sample_tokens(*args, **kwargs), check_exchanges)
+        with waiting():
+            output = super().sample_tokens(*args, **kwargs)
+        return checked(output, check_exchanges)
 
     def execute_dummy_batch(self, *args: Any, **kwargs: Any) -> None:
         """Take part in a step without requests. Raises TransportError if an earlier step failed."""
         check_exchanges()
         count_step(0)
-        super().execute_dummy_batch(*args, **kwargs)
+        with waiting():
+            super().execute_dummy_batch(*args, **kwargs)
 
 
 class CheckedOutput(AsyncModelRunnerOutput):
@@ -47,7 +53,8 @@ class CheckedOutput(AsyncModelRunnerOutput):
 
     def get_output(self) -> ModelRunnerOutput:
         """Wait for the step, and return its output. Raises TransportError if the step failed."""
-        output = self._output.get_output()
+        with waiting():
+            output = self._output.get_output()
         self._check()
         return output
 
@@ -64,15 +71,21 @@ def checked(output: Any, check: Callable[[], None]) -> Any:
 
 
 def check_exchanges() -> None:
-    """Raise TransportError if an exchange of this process gave up waiting for another rank. LOCAL. Host sync: no."""
+    """Raise TransportError if a step of this process failed because of another rank. LOCAL. Host sync: no."""
     if (manager := _our_manager()) is not None:
-        manager.inner.check_failed()
+        manager.check_failed()
 
 
 def count_step(num_tokens: int) -> None:
     """Tell the manager that a step with so many scheduled tokens begins. LOCAL."""
     if (manager := _our_manager()) is not None:
         manager.begin_step(num_tokens)
+
+
+def waiting() -> AbstractContextManager[None]:
+    """Let the lookout know that this thread waits inside for the GPU, and so for other ranks. LOCAL."""
+    manager = _our_manager()
+    return nullcontext() if manager is None else manager.lookout.waiting()
 
 
 def _our_manager() -> VllmAll2AllManager | None:

@@ -17,6 +17,9 @@ from vllm_npu.plugin.gpu.vllm_manager import VllmAll2AllManager
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
 
+Wait = Callable[[], AbstractContextManager[None]]
+"""Returns the scope in which a thread waits for the GPU."""
+
 
 class CudaMoEWorker(Worker):
     """vLLM starts this worker if an option names an exchange of this package, and its own worker otherwise."""
@@ -28,13 +31,13 @@ class CudaMoEWorker(Worker):
             count_step(scheduler_output.total_num_scheduled_tokens)
         with waiting():
             output = super().execute_model(scheduler_output)
-        return checked(output, check_exchanges)
+        return checked(output, check_exchanges, waiting)
 
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
         """Sample the tokens of the step. Raises TransportError in place of tokens of a step that failed."""
         with waiting():
             output = super().sample_tokens(*args, **kwargs)
-        return checked(output, check_exchanges)
+        return checked(output, check_exchanges, waiting)
 
     def execute_dummy_batch(self, *args: Any, **kwargs: Any) -> None:
         """Take part in a step without requests. Raises TransportError if an earlier step failed."""
@@ -47,25 +50,26 @@ class CudaMoEWorker(Worker):
 class CheckedOutput(AsyncModelRunnerOutput):
     """The output of a step that is still running. The check comes after the wait for it."""
 
-    def __init__(self, output: AsyncModelRunnerOutput, check: Callable[[], None]) -> None:
+    def __init__(self, output: AsyncModelRunnerOutput, check: Callable[[], None], wait: Wait) -> None:
         self._output = output
         self._check = check
+        self._wait = wait
 
     def get_output(self) -> ModelRunnerOutput:
         """Wait for the step, and return its output. Raises TransportError if the step failed."""
-        with waiting():
+        with self._wait():
             output = self._output.get_output()
         self._check()
         return output
 
 
-def checked(output: Any, check: Callable[[], None]) -> Any:
+def checked(output: Any, check: Callable[[], None], wait: Wait = nullcontext) -> Any:
     """Return the output of vLLM's worker after `check`, or a CheckedOutput in place of an output that vLLM waits for later.
 
     Any other output that holds tokens has been waited for already, since its tokens lie in host memory.
     """
     if isinstance(output, AsyncModelRunnerOutput):
-        return CheckedOutput(output, check)
+        return CheckedOutput(output, check, wait)
     check()
     return output
 

@@ -1,9 +1,17 @@
-"""The nccl transport on CUDA tensors keeps the contract of all transports."""
+"""The nccl transport on CUDA tensors keeps the contract of all transports, and a rank that ends is named."""
+
+import os
+import threading
+import time
 
 import pytest
+import torch
 
 from tests.cuda.conftest import NUM_RANKS
 from tests.ranks.test_transport_contract import CONTRACT, REFUSED, is_refused, ordered_sums, with_tensors_on_its_device
+from vllm_npu.errors import RankFailureError
+from vllm_npu.tools.launch import ProcessRankPool, Rank
+from vllm_npu.trust.step_lookout import StepLookout
 
 pytestmark = pytest.mark.cuda
 
@@ -21,3 +29,38 @@ def test_contract(gpus, grid, promise):
 @pytest.mark.parametrize("name", REFUSED)
 def test_arguments_that_do_not_fit_are_refused_before_rows_move(gpus, name):
     gpus.run(with_tensors_on_its_device, is_refused, (NUM_RANKS, 1), name)
+
+
+def waits_for_a_rank_that_has_ended(rank: Rank) -> RankFailureError | None:
+    """The last rank ends without its part of a collective. The others wait for the GPU, in a thread that never returns."""
+    ep = rank.groups(tp_size=1, dp_size=rank.num_ranks).ep
+    x = ep.all_reduce(torch.ones(4, device="cuda"))
+    torch.cuda.synchronize()
+    if rank.rank == rank.num_ranks - 1:
+        os._exit(1)
+    assert rank.watchdog is not None
+    lookout = StepLookout(rank.watchdog, look_seconds=1.0)
+
+    def step() -> None:
+        with lookout.waiting():
+            ep.all_reduce(x)
+            torch.cuda.synchronize()
+
+    threading.Thread(target=step, daemon=True).start()
+    give_up = time.monotonic() + 30  # NCCL itself ends the process after the pool's 60 s
+    while time.monotonic() < give_up:
+        try:
+            lookout.check()
+        except RankFailureError as error:
+            return error
+        time.sleep(0.1)
+    return None
+
+
+def test_a_rank_that_ended_is_named_while_the_others_wait_for_their_gpus():
+    with ProcessRankPool(NUM_RANKS, timeout=60, transport="nccl") as pool:
+        *waiting, _ = pool.outcomes(waits_for_a_rank_that_has_ended)
+    for error in waiting:
+        assert isinstance(error, RankFailureError), error
+        assert error.ranks == (NUM_RANKS - 1,)
+        assert (error.operation, error.group) == ("all_reduce", "ep")

@@ -12,10 +12,12 @@ import torch
 import torch.distributed as dist
 
 from tests.serving_ranks import DEADLINE, NUM_RANKS, kill_and_restart
+from tests.time_limits import PATIENCE_SECONDS
 from vllm_npu.errors import RankFailureError
 from vllm_npu.tools.launch import ProcessRankPool, Rank
 from vllm_npu.transport import host
 from vllm_npu.transport.host import host_identity
+from vllm_npu.trust.step_lookout import StepLookout
 from vllm_npu.trust.watchdog import LOOPBACK, REPORT_CHARACTERS, Mailbox, Watchdog
 
 KILLS = int(os.environ.get("KILLS", "2"))  # 50 in the long form
@@ -51,6 +53,41 @@ def test_a_late_rank_is_named_at_the_deadline_also_to_itself():
         assert deadline <= seconds < deadline + 9
     error, _ = outcomes[1]
     assert "rank 0 reports: send_recv on group 'ep'" in str(error)
+
+
+def wait_as_for_a_device(rank: Rank, ends: bool) -> RankFailureError | None:
+    """A step waits 4 s for a device, as after a collective of NCCL. Rank 1 ends meanwhile, or works on."""
+    ep = rank.groups(tp_size=1, dp_size=rank.num_ranks).ep
+    ep.all_reduce(torch.zeros(3))
+    if rank.rank == 1 and ends:
+        os._exit(1)
+    assert rank.watchdog is not None
+    lookout = StepLookout(rank.watchdog, look_seconds=0.5)
+    try:
+        with lookout.waiting():
+            time.sleep(4)
+        if not ends:
+            ep.barrier()  # a rank that ended its look first would be gone for the others
+        lookout.check()
+    except RankFailureError as error:
+        return error
+    finally:
+        lookout.close()
+    return None
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_a_step_that_waits_for_a_device_names_the_ended_rank_and_the_collective(ends):
+    with ProcessRankPool(3, timeout=PATIENCE_SECONDS, start_method="forkserver") as pool:
+        outcomes = pool.outcomes(wait_as_for_a_device, ends)
+    if not ends:
+        assert outcomes == [None] * 3, "a long step of ranks that are all there is no failure"
+        return
+    for error in (outcomes[0], outcomes[2]):
+        assert error.ranks == (1,)
+        assert (error.group, error.operation) == ("ep", "all_reduce")
+        assert "rank 1 has ended" in str(error)
+        assert "has waited" in str(error)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs all of 127.0.0.0/8 on the loopback interface: Linux")

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -13,6 +14,7 @@ import pytest
 pytest.importorskip("vllm")
 
 import psutil
+import torch
 import vllm
 from pydantic import ValidationError
 from vllm import LLM, EngineArgs
@@ -22,6 +24,7 @@ from vllm.utils import cpu_resource_utils
 from vllm.utils.ompmultiprocessing import OMPProcessManager
 
 from tests.time_limits import PATIENCE_SECONDS
+from vllm_npu.all2all import FLASHINFER, PPLX
 from vllm_npu.cli import doctor as doctor_command
 from vllm_npu.cli import plan as plan_command
 from vllm_npu.core.limits import DEVICES, PORTABLE
@@ -678,6 +681,70 @@ def test_on_gpus_our_worker_counts_and_checks_steps_of_our_exchanges(model):
         config.parallel_config.worker_cls = "auto"
         set_worker(config)
         assert config.parallel_config.worker_cls == worker
+
+
+DP2 = {"tensor_parallel_size": 1, "data_parallel_size": 2, "enable_expert_parallel": True}
+
+
+@pytest.mark.parametrize(
+    ("section", "changes", "message"),
+    [
+        ({"all2all": "pplx"}, {"enable_dbo": True}, "leave out --enable-dbo"),
+        ({"moe_comm": "symmetric"}, {"nnodes": 2}, "the ranks are on 2 hosts; choose allgather"),
+        ({"moe_comm": "allgather"}, {"data_parallel_size": 3}, "8 experts do not divide over ep_size=3"),
+        ({"all2all": "pplx"}, {"data_parallel_size": 3}, "8 experts do not divide over ep_size=3"),
+        (
+            {"flashinfer_all_reduce": True},
+            {"tensor_parallel_size": 3},
+            "takes 2, 4, 8 tensor-parallel ranks, not 3",
+        ),
+    ],
+)
+def test_on_gpus_what_ranks_would_refuse_is_refused_before_they_start(model, libraries, section, changes, message):
+    config = gpu_config(model, section, changes)
+    with pytest.raises(UnsupportedConfigError, match=message):
+        required_backend(config)
+
+
+@pytest.mark.parametrize(
+    ("section", "changes"),
+    [
+        ({"all2all": "agrs"}, {"enable_dbo": True}),
+        ({"all2all": "agrs"}, {"data_parallel_size": 3}),  # vLLM's own experts take an uneven share
+        ({"moe_comm": "auto"}, {"nnodes": 2}),
+        ({"moe_comm": "allgather"}, {"data_parallel_size": 1, "tensor_parallel_size": 3}),  # no token moves
+        ({"flashinfer_all_reduce": True}, {"tensor_parallel_size": 4}),
+    ],
+)
+def test_on_gpus_the_checks_leave_alone_what_works(model, libraries, section, changes):
+    required_backend(gpu_config(model, section, changes))
+
+
+def test_on_gpus_pplx_refuses_rows_that_its_kernels_cannot_copy(model, libraries, tmp_path):
+    narrow = shutil.copytree(model, tmp_path / "narrow") / "config.json"
+    narrow.write_text(json.dumps(json.loads(narrow.read_text()) | {"hidden_size": 36}))
+    config = gpu_config(str(narrow.parent), {"all2all": "pplx"}, {})
+    config.model_config.dtype = torch.bfloat16
+    with pytest.raises(UnsupportedConfigError, match="rows of a multiple of 16 bytes, not 72"):
+        required_backend(config)
+
+
+def gpu_config(model: str, section: dict, changes: dict) -> VllmConfig:
+    """A configuration with these changes of its ParallelConfig, made after the CPU's own checks."""
+    config = engine_config(model, **DP2)
+    config.additional_config = {"vllm_npu": section}
+    for name, value in changes.items():
+        setattr(config.parallel_config, name, value)
+    return config
+
+
+@pytest.fixture
+def libraries(monkeypatch, tmp_path) -> None:
+    """Empty modules with the names of the libraries: these checks look only whether they are installed."""
+    for library in (PPLX, FLASHINFER):
+        (tmp_path / "libraries" / library.module).mkdir(parents=True)
+        (tmp_path / "libraries" / library.module / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path / "libraries")
 
 
 @pytest.mark.parametrize("section", [{"all2all": "naive"}, {"flashinfer_all_reduce": True}])

@@ -6,7 +6,6 @@ both GPU model runners, and their check for faults.
 
 import ast
 import inspect
-import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -220,8 +219,8 @@ def test_a_lying_collective_ends_the_start(ranks: VllmRanks, checkpoint):  # noq
 
 def names_the_rank_that_is_late(grid: Grid, model: str) -> str:
     """The last rank does not come to an exchange."""
-    os.environ["VLLM_NPU_COLLECTIVE_DEADLINE"] = "2"
-    try:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("VLLM_NPU_COLLECTIVE_DEADLINE", "2")
         config = config_of(grid, model, moe_comm="all2all", self_test="off")
         communicator_of(config)
         if grid.rank == grid.size - 1:
@@ -230,8 +229,6 @@ def names_the_rank_that_is_late(grid: Grid, model: str) -> str:
         with pytest.raises(RankFailureError) as error:
             run_layer(grid, config, case_of(grid, (4, 4, 4, 4)))
         return str(error.value)
-    finally:
-        del os.environ["VLLM_NPU_COLLECTIVE_DEADLINE"]
 
 
 def test_a_rank_that_stays_away_is_named(checkpoint):
@@ -280,6 +277,7 @@ def counts_steps(grid: Grid, model: str, folder: str) -> tuple[dict[Any, float],
             def failed() -> None:
                 raise TransportError("exchange", "ep", grid.rank, "rank 3 did not reach combine within 600 s")
 
+            assert not any(manager.lookout._waits), "a wait of a step that has ended"
             patched.setattr(manager.inner, "check_failed", failed)
             with pytest.raises(TransportError) as error:
                 worker.execute_model(Scheduled(7))

@@ -1,6 +1,8 @@
 """vLLM's GPU worker with the check of exchanges: where vLLM starts it, and that no output leaves before the check."""
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 
@@ -33,10 +35,19 @@ def test_the_output_of_a_failed_step_does_not_leave():
 
     assert checked(None, check) is None
     assert checked(EMPTY_MODEL_RUNNER_OUTPUT, check) is EMPTY_MODEL_RUNNER_OUTPUT
-    running = checked(RunningStep(failed), check)  # no error yet: the step runs
+    scopes: list[str] = []
+
+    @contextmanager
+    def wait() -> Iterator[None]:
+        scopes.append("opened")
+        yield
+        scopes.append("closed")
+
+    running = checked(RunningStep(failed), check, wait)  # no error yet: the step runs
     assert isinstance(running, AsyncModelRunnerOutput)
     with pytest.raises(TransportError, match="rank 1 did not reach combine"):
         running.get_output()
+    assert scopes == ["opened", "closed"], "the lookout must know of the wait for the output"
     with pytest.raises(TransportError, match="rank 1 did not reach combine"):
         checked(EMPTY_MODEL_RUNNER_OUTPUT, check)
 

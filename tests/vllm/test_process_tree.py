@@ -54,6 +54,15 @@ time.sleep(2)
 setproctitle("{name}")
 time.sleep(600)
 """
+FORKING = """
+import os, time
+from setproctitle import setproctitle
+setproctitle("VLLM::EngineCore_DP0")
+if os.fork() == 0:
+    time.sleep(3)
+    os.execvp("sleep", ["sleep", "3"])
+time.sleep(600)
+"""
 SERVER = """
 import subprocess, sys
 children = [subprocess.Popen([sys.executable, "-c", program]) for program in sys.argv[1:]]
@@ -83,5 +92,22 @@ def test_a_worker_that_ends_is_named_although_its_server_waits(monkeypatch: pyte
             time.sleep(0.05)
         assert failure == "VLLM::Worker_DP1_EP1 ended while the server started, and the server did not end"
         assert tree.process.poll() is None
+    finally:
+        tree.stop(grace_seconds=0)
+
+
+def test_a_copy_of_an_engine_core_that_becomes_another_program_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between fork and exec a child has its parent's name, for seconds on a busy machine. So start vLLM's workers."""
+    pytest.importorskip("setproctitle", reason="needs what vLLM names its processes with")
+    monkeypatch.setattr(start_watch, "OWN_END_SECONDS", 0.0)
+    tree = ProcessTree([sys.executable, "-c", SERVER, FORKING], environment=os.environ)
+    try:
+        watch, give_up = start_watch.StartWatch(tree), time.monotonic() + PATIENCE_SECONDS
+        copied = False
+        while not (copied and len(tree.members()) == 2) and time.monotonic() < give_up:
+            assert watch.failure() is None
+            copied |= len(tree.members()) == 3
+        assert copied
+        assert watch.failure() is None
     finally:
         tree.stop(grace_seconds=0)

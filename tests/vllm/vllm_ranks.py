@@ -20,6 +20,7 @@ import pytest
 import torch
 
 from tests.time_limits import PATIENCE_SECONDS
+from vllm_npu import envs
 from vllm_npu.core.step_plan import StepPlan, TokenSharding
 from vllm_npu.core.token_layout import TokenSlice
 from vllm_npu.envs import SOCKET_FOLDER
@@ -138,10 +139,19 @@ def _take_environment(rank: Rank, environment: dict[str, str]) -> None:
 def _run_in_grid(rank: Rank, function: Callable[..., Any], grid: Grid, args: tuple[Any, ...]) -> Any:
     try:
         _open(grid, rank.rank)
-        return function(grid.on(rank.rank), *args)
+        before = _own_variables()
+        result = function(grid.on(rank.rank), *args)
+        assert _own_variables() == before, f"{function.__name__} leaves variables to the tests after it"
+        return result
     except Exception as error:
         error.add_note(f"in process {rank.rank} of {grid}:\n{traceback.format_exc()}")
         raise
+
+
+def _own_variables() -> dict[str, str]:
+    """The environment variables that this package reads, but for those that vLLM's configuration sets for this process."""
+    names = {variable.name for variable in envs.VARIABLES} | {envs.PROMETHEUS_FOLDER, SOCKET_FOLDER}
+    return {name: value for name, value in os.environ.items() if name in names}
 
 
 def _open(grid: Grid, process: int) -> None:
@@ -301,11 +311,10 @@ def counted_steps(folder: str) -> Iterator[Callable[[], dict[tuple[str, ...], fl
         }  # fmt: skip
 
     before = totals()
-    os.environ |= {"VLLM_NPU_METRICS": "1", "PROMETHEUS_MULTIPROC_DIR": folder}
-    try:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("VLLM_NPU_METRICS", "1")
+        patched.setenv("PROMETHEUS_MULTIPROC_DIR", folder)
         yield lambda: {name: gained for name, total in totals().items() if (gained := total - before.get(name, 0))}
-    finally:
-        del os.environ["VLLM_NPU_METRICS"], os.environ["PROMETHEUS_MULTIPROC_DIR"]
 
 
 @contextmanager

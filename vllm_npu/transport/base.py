@@ -41,6 +41,10 @@ class RankWatch(Protocol):
 
     deadline: float  # seconds that a collective may take
 
+    def begin(self, operation: str, group: str) -> None:
+        """Note that a collective of this rank begins. LOCAL."""
+        ...
+
     def failure(self, operation: str, group: str, rank: int, detail: str) -> RankFailureError:
         """The error for a failed collective. It names the ranks that ended or are late. LOCAL."""
         ...

@@ -58,6 +58,8 @@ class TorchDistTransport(Transport):
     @contextmanager
     def _collective(self, operation: str) -> Iterator[None]:
         """Turn errors inside into TransportErrors of `operation`, also errors of the operations that it calls."""
+        if self._watchdog is not None:
+            self._watchdog.begin(operation, self.group)
         try:
             yield
         except RankFailureError as error:

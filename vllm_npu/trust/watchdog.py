@@ -73,6 +73,7 @@ class Watchdog:
     def __init__(self, rank: int, mailboxes: list[Mailbox], own: dist.Store, deadline: float) -> None:
         self.rank = rank
         self.deadline = deadline  # seconds that a collective may take
+        self.last_begun: tuple[str, str] | None = None  # operation and group; a replayed graph begins none
         self._mailboxes = mailboxes
         self._own = own
 
@@ -86,6 +87,17 @@ class Watchdog:
         mailbox = Mailbox(address, own.port, socket.gethostname(), host_identity(), os.getpid())
         mailboxes = [Mailbox(**json.loads(text)) for text in exchange(json.dumps(asdict(mailbox)))]
         return cls(rank, mailboxes, own, deadline)
+
+    def begin(self, operation: str, group: str) -> None:
+        """Note that a collective of this rank begins. LOCAL. Host sync: no."""
+        self.last_begun = (operation, group)
+
+    def ended(self) -> list[int]:
+        """The ranks whose mailboxes cannot be reached. LOCAL. Takes KNOCK_SECONDS where a host does not answer."""
+        others = [other for other in range(len(self._mailboxes)) if other != self.rank]
+        with ThreadPoolExecutor(MOST_AT_ONCE) as pool:
+            there = pool.map(lambda other: self._mailboxes[other].is_there(), others)
+            return [other for other, is_there in zip(others, there, strict=True) if not is_there]
 
     def failure(self, operation: str, group: str, rank: int, detail: str) -> RankFailureError:
         """Tell all ranks that a collective failed, find the ranks that have ended or are late, and return the error that

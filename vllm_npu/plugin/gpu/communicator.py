@@ -29,6 +29,7 @@ from vllm_npu.trust.agreement import agree
 from vllm_npu.trust.recording import record
 from vllm_npu.trust.self_test import OFF, run_self_test
 from vllm_npu.trust.settings import Settings, agree_on_settings, prepare_together
+from vllm_npu.trust.step_lookout import StepLookout
 
 logger = init_logger("vllm.npu.plugin.gpu.communicator")
 
@@ -91,13 +92,13 @@ class CudaMoECommunicator(CudaCommunicator):
         if options.exchange is None and found is None:
             return None  # vLLM's own
         groups = self._groups(vllm_config, settings)
-        open_watchdog(groups, vote, settings.deadline)
+        watchdog = open_watchdog(groups, vote, settings.deadline)
         self._test_collectives(groups, vote, options.self_test)
         if settings.counter is not None:
             settings.counter.reset()  # the counts leave the self-test out
         inner = self._build(vllm_config, options.exchange, found, groups)
         metrics = StepMetrics.if_wanted(groups.topology, settings.counter)
-        return VllmAll2AllManager(inner, metrics)
+        return VllmAll2AllManager(inner, StepLookout(watchdog), metrics)
 
     def _build(
         self, vllm_config: VllmConfig, exchange: str | None, named: type[All2AllManager] | None, groups: Groups

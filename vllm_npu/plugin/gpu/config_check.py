@@ -6,7 +6,10 @@ from vllm.logger import init_logger
 
 from vllm_npu import envs
 from vllm_npu.all2all import FLASHINFER, GATHERING, manager_row
+from vllm_npu.all2all.flashinfer import ALL_REDUCE_MAX_BYTES
+from vllm_npu.all2all.pplx import PPLXSizes
 from vllm_npu.core.limits import NVLINK
+from vllm_npu.core.topology import ExpertPlacement, ParallelTopology
 from vllm_npu.errors import UnsupportedConfigError
 from vllm_npu.plugin.options import Options, check_expert_placement, topology_of
 from vllm_npu.strategies.select import check_strategy
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
 logger = init_logger("vllm.npu.plugin.gpu.config_check")
 
 WORKER = "vllm_npu.plugin.gpu.worker.CudaMoEWorker"
+ALL_REDUCE_RANKS = sorted({ranks for by_ranks in ALL_REDUCE_MAX_BYTES.values() for ranks in by_ranks})
 
 
 def required_backend(vllm_config: "VllmConfig") -> str | None:
@@ -27,9 +31,14 @@ def required_backend(vllm_config: "VllmConfig") -> str | None:
     """
     envs.check_variables()
     parallel_config, model_config = vllm_config.parallel_config, vllm_config.model_config
-    options = Options.of(vllm_config)
+    options, topology = Options.of(vllm_config), topology_of(parallel_config)
     if options.flashinfer_all_reduce:
         FLASHINFER.require("flashinfer_all_reduce")
+        if topology.tp_size > 1 and topology.tp_size not in ALL_REDUCE_RANKS:
+            raise UnsupportedConfigError(
+                f"flashinfer_all_reduce takes {', '.join(map(str, ALL_REDUCE_RANKS))} tensor-parallel ranks, not "
+                f"{topology.tp_size}; leave it out"
+            )
     if options.all2all is None and options.exchange is None:
         return None
     if options.all2all is not None and options.exchange is not None:
@@ -46,15 +55,43 @@ def required_backend(vllm_config: "VllmConfig") -> str | None:
         raise UnsupportedConfigError(
             "these exchanges are between data- and tensor-parallel ranks only; set --prefill-context-parallel-size 1"
         )
+    moves_tokens = model_config is not None and model_config.is_moe and topology.dp_size > 1 and topology.ep_size > 1
     if options.all2all is not None:
-        return manager_row(options.all2all).backend
-    check_strategy(options.exchange or AUTO, topology_of(parallel_config), device=NVLINK)
+        row = manager_row(options.all2all)
+        if options.all2all == "pplx" and moves_tokens:
+            check_pplx(vllm_config, topology)
+        return row.backend
+    check_strategy(options.exchange or AUTO, topology, device=NVLINK)
+    if moves_tokens:
+        ExpertPlacement(int(model_config.get_num_experts()), topology.ep_size)
+    if options.exchange == "symmetric" and parallel_config.nnodes > 1:
+        raise UnsupportedConfigError(
+            f"moe_comm symmetric cannot run here: the ranks are on {parallel_config.nnodes} hosts; choose allgather"
+        )
     if options.exchange == "all2all" and model_config is not None and not model_config.enforce_eager:
         raise UnsupportedConfigError(
             "moe_comm all2all reads sizes on the host, so no CUDA graph can hold it; set --enforce-eager, or choose symmetric "
             "or allgather"
         )
     return GATHERING
+
+
+def check_pplx(vllm_config: "VllmConfig", topology: ParallelTopology) -> None:
+    """Raise UnsupportedConfigError where PPLX's kernels cannot carry the model's tokens, quantised ones aside."""
+    model_config = vllm_config.model_config
+    num_experts = int(model_config.get_num_experts())
+    ExpertPlacement(num_experts, topology.ep_size)
+    if vllm_config.parallel_config.enable_dbo:
+        raise UnsupportedConfigError(
+            "all2all pplx has buffers for one exchange at a time, and dual batch overlap needs two; leave out --enable-dbo"
+        )
+    PPLXSizes.of(
+        max_num_tokens=int(vllm_config.scheduler_config.max_num_batched_tokens),
+        num_experts=num_experts,
+        top_k=1,  # the size of a row does not depend on it
+        hidden_size=model_config.get_hidden_size(),
+        element_size=model_config.dtype.itemsize,
+    )
 
 
 def set_worker(vllm_config: "VllmConfig") -> None:

@@ -12,6 +12,7 @@ from vllm_npu.all2all import All2AllManager
 from vllm_npu.errors import InvalidInputError
 from vllm_npu.plugin.metrics import StepMetrics
 from vllm_npu.strategies.table import AUTO
+from vllm_npu.trust.step_lookout import StepLookout
 
 
 class VllmAll2AllManager(All2AllManagerBase):
@@ -21,9 +22,10 @@ class VllmAll2AllManager(All2AllManagerBase):
     vLLM asks for no faults, since CudaMoEWorker looks for them.
     """
 
-    def __init__(self, inner: All2AllManager, metrics: StepMetrics | None = None) -> None:
+    def __init__(self, inner: All2AllManager, lookout: StepLookout, metrics: StepMetrics | None = None) -> None:
         super().__init__(inner.cpu_group)
         self.inner = inner
+        self.lookout = lookout  # for ended ranks, while a step waits for the GPU
         self._metrics = metrics
         self._tokens_of_step: int | None = None  # of the step that runs
 
@@ -35,6 +37,11 @@ class VllmAll2AllManager(All2AllManagerBase):
             is_fallback = requested not in (AUTO, strategy)
             self._metrics.end_step(requested, strategy, self._tokens_of_step, is_fallback=is_fallback)
         self._tokens_of_step = num_tokens
+
+    def check_failed(self) -> None:
+        """Raise TransportError if a step of this process failed because of another rank. LOCAL. Host sync: no."""
+        self.lookout.check()
+        self.inner.check_failed()
 
     def get_handle(self, kwargs: dict[str, Any]) -> Any:
         """Return the inner manager's handle for these sizes."""
@@ -74,7 +81,8 @@ class VllmAll2AllManager(All2AllManagerBase):
         return self.inner.max_sms_used()
 
     def destroy(self) -> None:
-        """Release what the inner manager opened."""
+        """Release what the inner manager opened, and end the lookout's thread."""
+        self.lookout.close()
         self.inner.destroy()
 
 

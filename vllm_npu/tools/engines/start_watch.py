@@ -23,14 +23,19 @@ class StartWatch:
         self._first_end: float | None = None
 
     def workers(self) -> dict[int, str]:
-        """The name of each engine core and worker that lives, by its id: a process changes its name. About 10 ms."""
+        """The name of each engine core and worker that lives, by its id: a process changes its name. About 10 ms.
+
+        A child has its parent's name until it runs a program of its own. Neither an engine core nor a worker has a child of its
+        kind, so a process whose parent is of its kind is such a copy.
+        """
         found = {pid: _title(pid) for pid in self._tree.members()}
-        return {pid: title for pid, title in found.items() if any(part in title for part in TITLES)}
+        kinds = {pid: kind for pid, title in found.items() if (kind := _kind(title)) is not None}
+        return {pid: found[pid] for pid, kind in kinds.items() if kinds.get(_parent(pid)) != kind}
 
     def failure(self) -> str | None:
         """A sentence about processes that had ended OWN_END_SECONDS ago; None while there is no such process."""
-        alive = self.workers()
-        self._seen |= alive
+        self._seen |= self.workers()
+        alive = set(self._tree.members())
         ended = sorted(title for pid, title in self._seen.items() if pid not in alive)
         if not ended:
             return None
@@ -38,6 +43,19 @@ class StartWatch:
         if time.monotonic() - self._first_end < OWN_END_SECONDS:
             return None
         return f"{' and '.join(ended)} ended while the server started, and the server did not end"
+
+
+def _kind(title: str) -> str | None:
+    """The one of TITLES that the name of a process holds."""
+    return next((kind for kind in TITLES if kind in title), None)
+
+
+def _parent(pid: int) -> int:
+    """The id of a process's parent; 0 if the process has ended."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[1])
+    except OSError:
+        return 0
 
 
 def _title(pid: int) -> str:

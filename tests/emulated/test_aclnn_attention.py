@@ -225,6 +225,44 @@ def test_rotations() -> None:
     )
 
 
+@pytest.mark.parametrize("neighbours", [False, True])
+@pytest.mark.parametrize("rotary", [32, 64])
+def test_rotations_by_a_table_turn_the_first_elements_of_each_head(neighbours, rotary):
+    tokens, head_size = 6, 64
+    positions = torch.tensor([5, 0, 3, 3, 8, 1])
+    query, key = (random_rows(tokens, heads * head_size, seed=heads) for heads in (4, 2))
+    angles = random_rows(9, rotary // 2, seed=5)
+    table = torch.cat([angles.cos(), angles.sin()], -1)
+    got = npu.npu_mrope(
+        positions.npu(), query.npu(), key.npu(), table.npu(), head_size,
+        mrope_section=[0, 0, 0], rotary_mode="interleaved" if neighbours else "half",
+    )  # fmt: skip
+    for given, out in zip((query, key), got, strict=True):
+        heads = given.view(tokens, -1, head_size).clone()
+        heads[..., :rotary] = rotated(
+            heads[..., :rotary], angles.cos()[positions, None], angles.sin()[positions, None], neighbours=neighbours
+        )
+        torch.testing.assert_close(out.cpu(), heads.view(tokens, -1))
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"positions": torch.tensor([[0], [0], [0]])}, "mrope mode"),
+        ({"positions": torch.tensor([9])}, "positions must lie in 0 … 8"),
+        ({"table": torch.ones(9, 24)}, "multiples of 16"),
+        ({"query": torch.ones(1, 65)}, "rows of whole heads of 64"),
+        ({"key": torch.ones(1, 64, dtype=torch.float16)}, "keyIn is Half"),
+    ],
+)
+def test_rotations_by_a_table_refuse(changed, reason):
+    given = {"positions": torch.tensor([1]), "query": torch.ones(1, 64), "key": torch.ones(1, 64)}
+    given |= {"table": torch.ones(9, 32)} | changed
+    tensors = [given[name].npu() for name in ("positions", "query", "key", "table")]
+    with pytest.raises(RuntimeError, match=reason):
+        npu.npu_mrope(*tensors, 64)[0].cpu()
+
+
 def test_latents_are_normed_rotated_and_cached() -> None:
     tokens, latent, rope = 5, 12, 8
     kv = random_rows(tokens, 1, 1, latent + rope)

@@ -111,6 +111,7 @@ class _ExpertsCall:
         stream = torch.get_device_module(expert_input.device).current_stream()
         self.after_dispatch = stream.record_event()
         if expert_input.shape[0] == 0:  # the ops refuse empty tensors
+            self.before_gmm2 = self.before_combine = self.after_dispatch  # the stream of shared experts waits for them
             return self._given.hidden_states.new_empty(expert_input.shape)
         dispatched = {
             "hidden_states": expert_input,

@@ -206,7 +206,8 @@ def main(given: dict[str, Any]) -> None:
     else:
         module.w13_weight.data.copy_(w13[own_experts])
         module.w2_weight.data.copy_(w2[own_experts])
-    module.quant_method.process_weights_after_loading(module)
+    with set_current_vllm_config(config):
+        module.quant_method.process_weights_after_loading(module)
 
     def run(counts: list[int], seed: int) -> tuple[torch.Tensor, torch.Tensor, list[Any], str]:
         tokens = counts[rank // tp]

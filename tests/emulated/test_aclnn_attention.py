@@ -263,6 +263,41 @@ def test_rotations_by_a_table_refuse(changed, reason):
         npu.npu_mrope(*tensors, 64)[0].cpu()
 
 
+@pytest.mark.parametrize("slot_dtype", [torch.int32, torch.int64])
+def test_keys_and_values_are_written_to_their_slots(slot_dtype):
+    key, value = (random_rows(4, KV_HEADS, WIDTH, seed=seed) for seed in (1, 2))
+    caches = [torch.full((BLOCKS, BLOCK, KV_HEADS, WIDTH), torch.nan, device="npu") for _ in range(2)]
+    slots = torch.tensor([9, -1, 0, BLOCKS * BLOCK - 1], dtype=slot_dtype)
+    npu.npu_scatter_pa_kv_cache(key.npu(), value.npu(), *caches, slots.npu(), cache_mode="Norm")
+    for rows, cache in zip((key, value), caches, strict=True):
+        flat = cache.cpu().flatten(0, 1)
+        used = [token for token, slot in enumerate(slots.tolist()) if slot >= 0]
+        assert torch.equal(flat[slots[used].long()], rows[used])
+        assert int(flat.isnan().sum()) == flat.numel() - rows[used].numel()
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"cache_mode": "PA_NZ"}, "cache_mode 'PA_NZ' is not emulated"),
+        ({"slots": torch.tensor([BLOCKS * BLOCK])}, "slotMapping must lie below 64"),
+        ({"key": torch.ones(1, KV_HEADS, WIDTH + 1)}, "key has the shape"),
+    ],
+)
+def test_a_write_to_slots_refuses(changed, reason):
+    rows = torch.ones(1, KV_HEADS, WIDTH)
+    given = {"key": rows, "slots": torch.tensor([0]), "cache_mode": "Norm"} | changed
+    cache = torch.zeros(BLOCKS, BLOCK, KV_HEADS, WIDTH, device="npu")
+    tensors = given["key"].npu(), rows.npu(), cache, cache.clone(), given["slots"].npu()
+
+    def write() -> None:
+        npu.npu_scatter_pa_kv_cache(*tensors, cache_mode=given["cache_mode"])
+        torch.npu.synchronize()
+
+    with pytest.raises(RuntimeError, match=reason):
+        write()
+
+
 def test_latents_are_normed_rotated_and_cached() -> None:
     tokens, latent, rope = 5, 12, 8
     kv = random_rows(tokens, 1, 1, latent + rope)

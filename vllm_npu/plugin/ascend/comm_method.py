@@ -13,7 +13,7 @@ RELEASE = compat.current()
 COUNTS = 1  # group_list_type of grouped matmul: the list holds one count for each expert, not prefix sums
 
 
-class PipelineCommMethod(RELEASE.MoECommMethod):  # type: ignore[misc, name-defined]
+class PipelineCommMethod(RELEASE.MoECommMethod):  # type: ignore[name-defined]
     """Replaces a communication method of vllm-ascend. One object serves all layers, and keeps no state of a call.
 
     vllm-ascend's layer calls prepare, then its router, then fused_experts, then finalize. All tokens move in fused_experts,

@@ -33,13 +33,13 @@ at::Tensor rotated(const at::Tensor& rows, const at::Tensor& cos, const at::Tens
   return at::cat({turning * cos + turned * sin, heads.narrow(-1, rotary, head_size - rotary)}, -1).flatten(1);
 }
 
+// One position a token is the rope mode, in which mrope_section has no meaning: op-plugin passes undefined numbers then.
 Plan rope_with_cache(at::Tensor positions, at::Tensor query, at::Tensor key, at::Tensor table,
-                     std::vector<int64_t> mrope_section, int64_t head_size, bool halves, at::Tensor query_out,
+                     std::vector<int64_t> /*mrope_section*/, int64_t head_size, bool halves, at::Tensor query_out,
                      at::Tensor key_out) {
   refuse_on_310p("npu_mrope");
   require(positions.dim() == 1, "positions has the shape ", positions.sizes(),
           ": the mrope mode, with three positions a token, is not emulated");
-  for (const int64_t section : mrope_section) require_one_of(section, "mrope_section", {0});
   require_dtype(positions, "positions", {at::kInt, at::kLong});
   require_dtype(table, "cosSinCache", {at::kHalf, at::kBFloat16, at::kFloat});
   require_dimensions(table, "cosSinCache", 2);
@@ -51,7 +51,7 @@ Plan rope_with_cache(at::Tensor positions, at::Tensor query, at::Tensor key, at:
   return [=] {
     const at::Tensor rows = positions.to(at::kLong);
     require(rows.numel() == 0 || (rows.min().item<int64_t>() >= 0 && rows.max().item<int64_t>() < table.size(0)),
-            "positions must lie in 0 … ", table.size(0) - 1, ", the rows of cosSinCache");
+            "positions must lie in 0 to ", table.size(0) - 1, ", the rows of cosSinCache");
     const std::vector<at::Tensor> parts = table.index_select(0, rows).to(at::kFloat).unsqueeze(1).chunk(2, -1);
     const auto twice = [halves](const at::Tensor& x) {
       return halves ? at::cat({x, x}, -1) : x.repeat_interleave(2, -1);

@@ -296,7 +296,7 @@ def use_rows_that_are_not_there(rank: int, size: int) -> list[str]:
     head, table, beyond = torch.ones(1, 64).npu(), torch.ones(8, 32).npu(), torch.tensor([8]).npu()
     errors = []
     for call in (
-        lambda: npu.npu_mrope(beyond, head, head, table, 64, mrope_section=[0, 0, 0]),
+        lambda: npu.npu_mrope(beyond, head, head, table, 64),
         lambda: npu.npu_scatter_pa_kv_cache(rows, rows, cache, cache.clone(), beyond, cache_mode="Norm"),
     ):
         with pytest.raises(RuntimeError) as error:
@@ -308,7 +308,7 @@ def use_rows_that_are_not_there(rank: int, size: int) -> list[str]:
 def test_positions_and_slots_beyond_the_last_are_refused(run_in_ranks):
     # Without torch_npu's queue, which drops all work after an error.
     [errors] = run_in_ranks(use_rows_that_are_not_there, 1, env={"TASK_QUEUE_ENABLE": "0"}).returned
-    assert "the rows of cosSinCache" in errors[0]
+    assert "positions must lie in 0 to 7" in errors[0]
     assert "slotMapping must lie below 8" in errors[1]
 
 

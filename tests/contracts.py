@@ -20,7 +20,7 @@ from typing import Any
 from tests.time_limits import PATIENCE_SECONDS
 
 ROOT = Path(__file__).resolve().parents[1]
-BOTH, CPU, ASCEND = ("0.23", "0.32"), ("0.32",), ("0.23",)
+BOTH, CPU, ASCEND = ("0.23", "0.32"), ("0.32",), ("0.23", "0.30")
 GPU_FOLDER, CPU_FOLDER, ASCEND_FOLDER = (f"vllm_npu.plugin.{name}" for name in ("gpu", "cpu", "ascend"))
 COMMUNICATORS = "vllm.distributed.device_communicators"
 LAYERS = "vllm.model_executor.layers.fused_moe"

@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,10 @@ def rms(values: torch.Tensor) -> float:
 
 def int8_config(experts: int) -> Any:
     """Return vllm-ascend's quantisation config for a checkpoint whose experts are W8A8_DYNAMIC."""
-    from vllm_ascend.quantization.modelslim_config import AscendModelSlimConfig
+    try:
+        from vllm_ascend.quantization.configs.modelslim_config import AscendModelSlimConfig  # 0.30
+    except ModuleNotFoundError:
+        from vllm_ascend.quantization.modelslim_config import AscendModelSlimConfig
 
     names = [f"{PREFIX}.{expert}.{name}_proj" for expert in range(experts) for name in ("gate", "up", "down")]
     parts = ("weight", "weight_scale", "weight_offset")
@@ -113,7 +117,7 @@ def make_layer(given: dict[str, Any]) -> tuple[Any, Any]:
     from vllm.config import set_current_vllm_config
     from vllm.distributed import parallel_state
     from vllm.engine.arg_utils import EngineArgs
-    from vllm.model_executor.layers.fused_moe import FusedMoE
+    from vllm.model_executor.layers import fused_moe
     from vllm.utils.torch_utils import set_default_torch_dtype
     from vllm_ascend.ascend_config import init_ascend_config
     from vllm_ascend.ascend_forward_context import set_mc2_mask, set_mc2_tokens_capacity
@@ -154,7 +158,12 @@ def make_layer(given: dict[str, Any]) -> tuple[Any, Any]:
         set_mc2_tokens_capacity(config, 16, 1)
         set_mc2_mask(config, device)
         with set_default_torch_dtype(dtype), device:
-            layer = FusedMoE(
+            # vLLM 0.23 has a class, whose input vllm-ascend slices by itself. vLLM 0.30 has a function.
+            sliced = config.parallel_config.use_sequence_parallel_moe
+            make = getattr(fused_moe, "FusedMoE", None) or partial(
+                fused_moe.FusedMoEFactory, is_sequence_parallel=sliced
+            )
+            layer = make(
                 num_experts=experts,
                 top_k=top_k,
                 hidden_size=hidden_size,
@@ -174,6 +183,9 @@ def main(given: dict[str, Any]) -> None:
     dtype = getattr(torch, given["dtype"])
     os.environ["VLLM_NPU_COUNT_COLLECTIVES"] = "1"
     config, layer = make_layer(given)
+    module = getattr(
+        layer, "routed_experts", layer
+    )  # the module that has the weights: on vLLM 0.30, a part of the layer
     device = torch.device("npu", rank)
 
     from vllm.config import set_current_vllm_config
@@ -190,11 +202,12 @@ def main(given: dict[str, Any]) -> None:
     local = experts // (tp * dp)
     own_experts = slice(rank * local, (rank + 1) * local)
     if given.get("int8"):
-        w13, w2 = load_int8(layer, "w13", w13, own_experts), load_int8(layer, "w2", w2, own_experts)
+        w13, w2 = load_int8(module, "w13", w13, own_experts), load_int8(module, "w2", w2, own_experts)
     else:
-        layer.w13_weight.data.copy_(w13[own_experts])
-        layer.w2_weight.data.copy_(w2[own_experts])
-    layer.quant_method.process_weights_after_loading(layer)
+        module.w13_weight.data.copy_(w13[own_experts])
+        module.w2_weight.data.copy_(w2[own_experts])
+    with set_current_vllm_config(config):
+        module.quant_method.process_weights_after_loading(module)
 
     def run(counts: list[int], seed: int) -> tuple[torch.Tensor, torch.Tensor, list[Any], str]:
         tokens = counts[rank // tp]
@@ -224,7 +237,7 @@ def main(given: dict[str, Any]) -> None:
         return output, expected, calls, ran
 
     log = CollectiveLog(get_ep_group().rank_in_group, tp * dp, experts)
-    layer.forward_impl = log.inside(layer.forward_impl)
+    module.forward_impl = log.inside(module.forward_impl)
     log.see_everything()
     rows: list[dict[str, Any]] = []
     own_outputs: dict[int, torch.Tensor] = {}

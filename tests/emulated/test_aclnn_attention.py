@@ -254,6 +254,93 @@ def test_rotations() -> None:
     )
 
 
+@pytest.mark.parametrize("neighbours", [False, True])
+@pytest.mark.parametrize("rotary", [32, 64])
+def test_rotations_by_a_table_turn_the_first_elements_of_each_head(neighbours, rotary):
+    tokens, head_size = 6, 64
+    positions = torch.tensor([5, 0, 3, 3, 8, 1])
+    query, key = (random_rows(tokens, heads * head_size, seed=heads) for heads in (4, 2))
+    angles = random_rows(9, rotary // 2, seed=5)
+    table = torch.cat([angles.cos(), angles.sin()], -1)
+    got = npu.npu_mrope(
+        positions.npu(), query.npu(), key.npu(), table.npu(), head_size,
+        mrope_section=[0, 0, 0], rotary_mode="interleave" if neighbours else "half",
+    )  # fmt: skip
+    for given, out in zip((query, key), got, strict=True):
+        heads = given.view(tokens, -1, head_size).clone()
+        heads[..., :rotary] = rotated(
+            heads[..., :rotary], angles.cos()[positions, None], angles.sin()[positions, None], neighbours=neighbours
+        )
+        torch.testing.assert_close(out.cpu(), heads.view(tokens, -1))
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"positions": torch.tensor([[0], [0], [0]])}, "mrope mode"),
+        ({"table": torch.ones(9, 24)}, "multiples of 16"),
+        ({"query": torch.ones(1, 65)}, "rows of whole heads of 64"),
+        ({"key": torch.ones(1, 64, dtype=torch.float16)}, "keyIn is Half"),
+    ],
+)
+def test_rotations_by_a_table_refuse(changed, reason):
+    given = {"positions": torch.tensor([1]), "query": torch.ones(1, 64), "key": torch.ones(1, 64)}
+    given |= {"table": torch.ones(9, 32)} | changed
+    tensors = [given[name].npu() for name in ("positions", "query", "key", "table")]
+    with pytest.raises(RuntimeError, match=reason):
+        npu.npu_mrope(*tensors, 64)[0].cpu()
+
+
+@pytest.mark.parametrize("slot_dtype", [torch.int32, torch.int64])
+def test_keys_and_values_are_written_to_their_slots(slot_dtype):
+    key, value = (random_rows(4, KV_HEADS, WIDTH, seed=seed) for seed in (1, 2))
+    caches = [torch.full((BLOCKS, BLOCK, KV_HEADS, WIDTH), torch.nan, device="npu") for _ in range(2)]
+    slots = torch.tensor([9, -1, 0, BLOCKS * BLOCK - 1], dtype=slot_dtype)
+    npu.npu_scatter_pa_kv_cache(key.npu(), value.npu(), *caches, slots.npu(), cache_mode="Norm")
+    for rows, cache in zip((key, value), caches, strict=True):
+        flat = cache.cpu().flatten(0, 1)
+        used = [token for token, slot in enumerate(slots.tolist()) if slot >= 0]
+        assert torch.equal(flat[slots[used].long()], rows[used])
+        assert int(flat.isnan().sum()) == flat.numel() - rows[used].numel()
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"cache_mode": "PA_NZ"}, "cache_mode 'PA_NZ' is not emulated"),
+        ({"key": torch.ones(1, KV_HEADS, WIDTH + 1)}, "key has the shape"),
+    ],
+)
+def test_a_write_to_slots_refuses(changed, reason):
+    rows = torch.ones(1, KV_HEADS, WIDTH)
+    given = {"key": rows, "slots": torch.tensor([0]), "cache_mode": "Norm"} | changed
+    cache = torch.zeros(BLOCKS, BLOCK, KV_HEADS, WIDTH, device="npu")
+    tensors = given["key"].npu(), rows.npu(), cache, cache.clone(), given["slots"].npu()
+    with pytest.raises(RuntimeError, match=reason):
+        npu.npu_scatter_pa_kv_cache(*tensors, cache_mode=given["cache_mode"])
+
+
+def use_rows_that_are_not_there(rank: int, size: int) -> list[str]:
+    rows, cache = torch.ones(1, 1, 8).npu(), torch.zeros(2, 4, 1, 8).npu()
+    head, table, beyond = torch.ones(1, 64).npu(), torch.ones(8, 32).npu(), torch.tensor([8]).npu()
+    errors = []
+    for call in (
+        lambda: npu.npu_mrope(beyond, head, head, table, 64),
+        lambda: npu.npu_scatter_pa_kv_cache(rows, rows, cache, cache.clone(), beyond, cache_mode="Norm"),
+    ):
+        with pytest.raises(RuntimeError) as error:
+            call()
+        errors.append(str(error.value))
+    return errors
+
+
+def test_positions_and_slots_beyond_the_last_are_refused(run_in_ranks):
+    # Without torch_npu's queue, which drops all work after an error.
+    [errors] = run_in_ranks(use_rows_that_are_not_there, 1, env={"TASK_QUEUE_ENABLE": "0"}).returned
+    assert "positions must lie in 0 to 7" in errors[0]
+    assert "slotMapping must lie below 8" in errors[1]
+
+
 def test_latents_are_normed_rotated_and_cached() -> None:
     tokens, latent, rope = 5, 12, 8
     kv = random_rows(tokens, 1, 1, latent + rope)

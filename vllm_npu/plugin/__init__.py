@@ -49,9 +49,9 @@ def register_layers() -> None:
             release_lines.check_version(vllm.__version__, on_gpus=True)
         return
     release_lines.check_version(vllm.__version__)
-    on_ascend = entry_points.vllm_ascend_is_installed()
-    release_lines.check_base(vllm.__version__, vllm_ascend_is_installed=on_ascend)
-    if on_ascend:
+    vllm_ascend = entry_points.vllm_ascend_version()
+    release_lines.check_base(vllm.__version__, vllm_ascend=vllm_ascend)
+    if vllm_ascend is not None:
         return
     from vllm_npu.plugin.cpu.platform import CpuMoEPlatform
 

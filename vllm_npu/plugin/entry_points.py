@@ -4,7 +4,7 @@ This file imports the standard library only, because vLLM calls it before it kno
 """
 
 import os
-from importlib.metadata import entry_points
+from importlib.metadata import entry_points, version
 from importlib.util import find_spec
 
 PLUGIN_NAME = "vllm_npu"  # the name of both entry points of this package
@@ -17,6 +17,11 @@ VARIABLE = "VLLM_PLUGINS"
 def vllm_ascend_is_installed() -> bool:
     """Whether vllm-ascend's platform and torch_npu are both installed."""
     return bool(entry_points(group=PLATFORMS, name=ASCEND_PLATFORM)) and find_spec("torch_npu") is not None
+
+
+def vllm_ascend_version() -> str | None:
+    """The version of vllm-ascend. None if it or torch_npu is not installed."""
+    return version("vllm-ascend") if vllm_ascend_is_installed() else None
 
 
 def is_loaded(name: str) -> bool:

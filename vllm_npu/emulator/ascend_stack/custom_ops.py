@@ -185,8 +185,10 @@ OPERATORS: dict[str, Callable[..., Tensors]] = {
     "-> (Tensor y, Tensor scale)": npu_dequant_swiglu_quant,
 }
 
-# vllm-ascend registers FakeTensor functions for these operators. They have no kernel here, so a call raises an error.
+# vllm-ascend registers FakeTensor functions or effects for these operators. They have no kernel here, so a call raises.
 DECLARED = (
+    "device_print(str msg) -> ()",
+    "device_print_tensor(Tensor tensor) -> ()",
     "get_masked_input_and_mask(Tensor input, int org_vocab_start_index, int org_vocab_end_index, int num_org_vocab_padding, "
     "int added_vocab_start_index, int added_vocab_end_index) -> (Tensor masked_input, Tensor mask)",
     "bgmv_expand(Tensor! x, Tensor! weight, Tensor! indices, Tensor! y, int slice_offset, int slice_size) -> Tensor",

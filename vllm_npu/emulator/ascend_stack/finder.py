@@ -5,8 +5,9 @@ import importlib.abc
 import importlib.machinery
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
+from typing import Any
 
 from vllm_npu import envs
 from vllm_npu.emulator import soc
@@ -18,8 +19,30 @@ STACK = "vllm_ascend"  # without this package, the finder is not installed
 DEVICE_TYPES = {"A2": "A2", "A3": "A3", "310P": "_310P", "A5": "A5"}
 
 
-def fill_acl(module: ModuleType) -> None:
+# The operators of fla_npu that vllm-ascend 0.30 imports by name when it starts. Models with linear attention call them.
+LINEAR_ATTENTION = (
+    "causal_conv1d_fn",
+    "causal_conv1d_update",
+    "chunk_kda_fwd",
+    "recurrent_gated_delta_rule",
+    "recurrent_kda",
+)
+
+
+def fill_package(module: ModuleType) -> None:
     module.__path__ = []  # makes the module a package
+
+
+def fill_linear_attention(module: ModuleType) -> None:
+    for name in LINEAR_ATTENTION:
+        module.__dict__[name] = _refusing(f"{module.__name__}.{name}")
+
+
+def _refusing(name: str) -> Callable[..., None]:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise NotImplementedError(f"{name} is not emulated: the emulated device runs no model with linear attention")
+
+    return refuse
 
 
 def fill_acl_rt(module: ModuleType) -> None:
@@ -44,7 +67,7 @@ def fill_custom_ops(_module: ModuleType) -> None:
     custom_ops.register()
 
 
-def amend_block_table(module: ModuleType) -> None:
+def amend_slot_mapping(module: ModuleType) -> None:
     from vllm_npu.emulator.ascend_stack.slot_mapping import SlotMappingKernel
 
     module.__dict__["_compute_slot_mapping_kernel"] = SlotMappingKernel()
@@ -57,14 +80,18 @@ def amend_formats(_module: ModuleType) -> None:
 
 
 MADE: dict[str, Step] = {
-    "acl": fill_acl,
+    "acl": fill_package,
     "acl.rt": fill_acl_rt,
+    "fla_npu": fill_package,
+    "fla_npu.ops": fill_package,
+    "fla_npu.ops.ascendc": fill_linear_attention,
     "torchvision._meta_registrations": do_nothing,
     "vllm_ascend._build_info": fill_build_info,
     "vllm_ascend.vllm_ascend_C": fill_custom_ops,
 }
 AMENDED: dict[str, Step] = {
-    "vllm.v1.worker.block_table": amend_block_table,
+    "vllm.v1.worker.block_table": amend_slot_mapping,
+    "vllm_ascend.ops.triton.compute_slot_mapping": amend_slot_mapping,
     "vllm_ascend.utils": amend_formats,
 }
 

@@ -1,4 +1,4 @@
-"""vLLM's kernel that computes the slot of each token in the paged cache, without Triton."""
+"""The kernel of vLLM 0.23 and vllm-ascend 0.30 that computes the slot of each token in the paged cache, without Triton."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import torch
 
 
 class SlotMappingKernel:
-    """A function with the call syntax of Triton, `kernel[grid](arguments)`, for vLLM 0.23's _compute_slot_mapping_kernel."""
+    """A function with the call syntax of Triton, `kernel[grid](arguments)`, for the kernel _compute_slot_mapping_kernel."""
 
     def __getitem__(self, grid: tuple[int]) -> "SlotMappingKernel":
         return self
@@ -24,12 +24,15 @@ class SlotMappingKernel:
         *,
         TOTAL_CP_WORLD_SIZE: int,
         PAD_ID: int,
+        IS_CIRCULAR: bool = False,
         **other_constants: Any,
     ) -> None:
         """Write block * block_size + offset of each token to `slot_mapping`, and PAD_ID after the last token. LOCAL; host sync.
 
-        Raises NotImplementedError for context parallelism, which spreads the blocks over ranks.
+        Raises NotImplementedError for context parallelism, which spreads the blocks over ranks, and for a circular cache.
         """
+        if IS_CIRCULAR:
+            raise NotImplementedError("a circular cache: the emulated device's slot mapping is for paged caches")
         if TOTAL_CP_WORLD_SIZE != 1:
             raise NotImplementedError(
                 f"context parallelism over {TOTAL_CP_WORLD_SIZE} ranks: the emulated device's slot mapping is for one"

@@ -3,23 +3,16 @@
 from typing import Any
 
 import torch
-from vllm_ascend.ops.fused_moe.moe_comm_method import FusedExpertsResult, MoECommMethod
-from vllm_ascend.ops.fused_moe.moe_runtime_args import (
-    MoEFusedExpertsInput,
-    MoEPrepareOutput,
-    MoETokenDispatchOutput,
-    build_mlp_compute_input,
-)
-from vllm_ascend.quantization.quant_type import QuantType
 
 from vllm_npu.plugin import compat
 from vllm_npu.plugin.forward_context import current_step
 from vllm_npu.plugin.groups import model_pipelines, trace_ring
 
+RELEASE = compat.current()
 COUNTS = 1  # group_list_type of grouped matmul: the list holds one count for each expert, not prefix sums
 
 
-class PipelineCommMethod(MoECommMethod):
+class PipelineCommMethod(RELEASE.MoECommMethod):  # type: ignore[name-defined]
     """Replaces a communication method of vllm-ascend. One object serves all layers, and keeps no state of a call.
 
     vllm-ascend's layer calls prepare, then its router, then fused_experts, then finalize. All tokens move in fused_experts,
@@ -27,25 +20,25 @@ class PipelineCommMethod(MoECommMethod):
     prepare and finalize return their input.
     """
 
-    def __init__(self, theirs: MoECommMethod) -> None:
-        # The base's constructor is not called: it builds new dispatchers. Code of vllm-ascend that reads the attributes below
-        # gets the objects of the method that this one replaces.
-        self.moe_config = theirs.moe_config
-        self.token_dispatcher = theirs.token_dispatcher
-        self.prepare_finalize = theirs.prepare_finalize
-        self.use_fusion_ops = theirs.use_fusion_ops
+    moe_config: Any
+    token_dispatcher: Any
+    prepare_finalize: Any
+
+    def __init__(self, theirs: Any) -> None:
+        # The base's constructor is not called: it builds new dispatchers. Code of vllm-ascend that reads the attributes gets
+        # the objects of the method that this one replaces.
+        RELEASE.take_attributes(self, theirs)
         self._num_experts = int(self.moe_config.num_experts)
 
     def prepare(
         self,
         hidden_states: torch.Tensor,  # [num_tokens, hidden_size], this TP rank's slice under flashcomm1
         router_logits: torch.Tensor,  # [num_tokens, num_experts]
-        enable_shared_expert_dp: bool = False,
-        replace_allreduce: bool = False,
-        quant_type: QuantType = QuantType.NONE,
-    ) -> MoEPrepareOutput:
-        """Return the inputs as they are. LOCAL."""
-        return MoEPrepareOutput(hidden_states, router_logits, mc2_mask=None, padded_hidden_states_shape=None)
+        *layout: Any,
+        **more_layout: Any,
+    ) -> Any:
+        """Return the inputs as they are. LOCAL. The two lines of vllm-ascend pass other flags of the layout."""
+        return RELEASE.MoEPrepareOutput(hidden_states, router_logits, mc2_mask=None, padded_hidden_states_shape=None)
 
     def finalize(
         self,
@@ -56,9 +49,12 @@ class PipelineCommMethod(MoECommMethod):
         """Return the input as it is. LOCAL."""
         return hidden_states
 
-    def fused_experts(self, fused_experts_input: MoEFusedExpertsInput) -> FusedExpertsResult:
-        """Run the pipeline of the step's strategy around vllm-ascend's experts. COLLECTIVE over the strategy's groups."""
-        call = _ExpertsCall(self, fused_experts_input)
+    def fused_experts(self, fused_experts_input: Any, quant_method: Any = None) -> Any:
+        """Run the pipeline of the step's strategy around vllm-ascend's experts. COLLECTIVE over the strategy's groups.
+
+        `quant_method` computes the experts on vllm-ascend 0.30, and 0.23 passes none.
+        """
+        call = _ExpertsCall(self, fused_experts_input, quant_method)
         hidden_states, topk_weights = fused_experts_input.hidden_states, fused_experts_input.topk_weights
         topk_ids = fused_experts_input.topk_ids
         if fused_experts_input.routing.log2phy is not None:
@@ -70,19 +66,20 @@ class PipelineCommMethod(MoECommMethod):
         if (ring := trace_ring()) is not None:
             ring.enter_layer()
         before_dispatch = torch.get_device_module(hidden_states.device).current_stream().record_event()
-        quant_mode = compat.current().QUANT_MODES[fused_experts_input.quant.quant_type]
+        quant_mode = RELEASE.QUANT_MODES[fused_experts_input.quant.quant_type]
         pipelines = model_pipelines(expert_parallel=bool(self.moe_config.use_ep))
         finalized = pipelines.get(step.strategy, self._num_experts, quant_mode).run(
             hidden_states, topk_weights.float(), topk_ids, call.compute, step.plan, reduce_results=False
         )
-        return FusedExpertsResult(
+        return RELEASE.experts_result(
+            fused_experts_input,
+            after_dispatch=call.after_dispatch,
             routed_out=finalized.hidden_states,
             before_dispatch_evt=before_dispatch,
             before_gmm2_evt=call.before_gmm2,
             before_combine_evt=call.before_combine,
             group_list_type=COUNTS,
             expert_tokens=call.tokens_per_expert,
-            swiglu_limit=fused_experts_input.swiglu_limit,
         )
 
     def _get_token_dispatcher(self) -> Any:
@@ -95,9 +92,11 @@ class PipelineCommMethod(MoECommMethod):
 class _ExpertsCall:
     """vllm-ascend's experts in one call of fused_experts. Keeps the events and counts that FusedExpertsResult returns."""
 
-    def __init__(self, method: PipelineCommMethod, given: MoEFusedExpertsInput) -> None:
+    def __init__(self, method: PipelineCommMethod, given: Any, quant_method: Any) -> None:
         self._method = method
         self._given = given
+        self._quant_method = quant_method
+        self.after_dispatch: Any = None
         self.tokens_per_expert: torch.Tensor | None = None
         self.before_gmm2: Any = None
         self.before_combine: Any = None
@@ -107,21 +106,19 @@ class _ExpertsCall:
     ) -> torch.Tensor:
         """Run grouped matmul, activation, grouped matmul. The rows are int8 if dynamic_scales is given. LOCAL."""
         self.tokens_per_expert = tokens_per_expert
+        stream = torch.get_device_module(expert_input.device).current_stream()
+        self.after_dispatch = stream.record_event()
         if expert_input.shape[0] == 0:  # the ops refuse empty tensors
+            self.before_gmm2 = self.before_combine = self.after_dispatch  # the stream of shared experts waits for them
             return self._given.hidden_states.new_empty(expert_input.shape)
-        dispatched = MoETokenDispatchOutput(
-            hidden_states=expert_input,
-            group_list=tokens_per_expert,
-            group_list_type=COUNTS,
-            combine_metadata=None,
-            dynamic_scale=dynamic_scales,
-        )
-        output, self.before_gmm2 = self._method._apply_mlp(
-            build_mlp_compute_input(
-                fused_experts_input=self._given,
-                token_dispatch_output=dispatched,
-                use_fusion_ops=self._method.use_fusion_ops,
-            )
-        )
-        self.before_combine = torch.get_device_module(expert_input.device).current_stream().record_event()
+        dispatched = {
+            "hidden_states": expert_input,
+            "group_list": tokens_per_expert,
+            "group_list_type": COUNTS,
+            "combine_metadata": None,
+            "dynamic_scale": dynamic_scales,
+        }
+        output: torch.Tensor
+        output, self.before_gmm2 = RELEASE.compute_experts(self._method, self._given, dispatched, self._quant_method)
+        self.before_combine = stream.record_event()
         return output

@@ -2,15 +2,24 @@
 
 from typing import TYPE_CHECKING
 
+from vllm import envs
 from vllm_ascend.ascend_config import get_ascend_config
-from vllm_ascend.utils import enable_sp, enable_sp_by_pass
+from vllm_ascend.utils import enable_sp
 
 from vllm_npu.errors import UnsupportedConfigError
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-OPTIONS = ("enable_fused_mc2", "enable_mc2_hierarchy_comm", "multistream_overlap_gate", "mix_placement")
+# Some of them exist in one release line only.
+OPTIONS = (
+    "enable_fused_mc2",
+    "enable_mc2_hierarchy_comm",
+    "mc2_comm_alg",
+    "combine_quant_mode",
+    "multistream_overlap_gate",
+    "mix_placement",
+)
 
 
 def check_settings(vllm_config: "VllmConfig") -> None:
@@ -18,7 +27,9 @@ def check_settings(vllm_config: "VllmConfig") -> None:
     ascend_config = get_ascend_config()
     refused = {f"additional_config {option}": bool(getattr(ascend_config, option, False)) for option in OPTIONS}
     refused |= {
-        "the compiler pass for sequence parallelism": bool(enable_sp_by_pass()),
+        "the compiler pass for sequence parallelism": bool(ascend_config.enable_sp_by_pass),
+        # It asks for the communication method of a step before the step is planned.
+        "model runner V2 (VLLM_USE_V2_MODEL_RUNNER)": bool(envs.VLLM_USE_V2_MODEL_RUNNER),
         "shared experts under data parallelism without flashcomm1 (enable_shared_expert_dp)": bool(
             ascend_config.enable_shared_expert_dp
         )

@@ -28,11 +28,9 @@ class OutputComparison:
 
     def attach(self, vllm_config: Any) -> None:
         """Make every MoE layer run both paths. The layer's output stays vllm-ascend's. LOCAL."""
-        methods = {
-            comm_type: PipelineCommMethod(theirs) for comm_type, theirs in compat.current().comm_methods().items()
-        }
+        methods = {key: PipelineCommMethod(theirs) for key, theirs in compat.current().comm_methods().items()}
         for name, layer in compat.current().layers_to_compare(vllm_config):
-            layer.forward_impl = self._both(name, layer.forward_impl, methods)
+            layer.forward_impl = self._both(name, layer, methods)
 
     def take(self) -> dict[str, float]:
         """Return the counts since the last call. LOCAL."""
@@ -41,19 +39,19 @@ class OutputComparison:
         self.largest = 0.0
         return counts
 
-    def _both(
-        self, name: str, forward: Callable[..., Any], methods: dict[Any, PipelineCommMethod]
-    ) -> Callable[..., Any]:
-        def forward_impl(hidden_states: torch.Tensor, router_logits: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def _both(self, name: str, layer: Any, methods: dict[Any, PipelineCommMethod]) -> Callable[..., Any]:
+        forward = layer.forward_impl
+
+        def forward_impl(hidden_states: torch.Tensor, router_logits: torch.Tensor, **others: Any) -> Any:
             release = compat.current()
             if release.in_profile_run():  # the routing is random, and differs between two calls
-                return forward(hidden_states, router_logits, *args, **kwargs)
-            our_input = hidden_states.clone(), router_logits.clone()
-            theirs = forward(hidden_states, router_logits, *args, **kwargs)
-            expected = _complete(_routed(theirs), release.is_complete(release.current_comm_type()))
+                return forward(hidden_states=hidden_states, router_logits=router_logits, **others)
+            our_input = {"hidden_states": hidden_states.clone(), "router_logits": router_logits.clone()}
+            theirs = forward(hidden_states=hidden_states, router_logits=router_logits, **others)
+            expected = _complete(_routed(theirs), release.is_complete(release.current_comm_type(), layer))
             comm_type = release.COMM_TYPES[current_step().strategy]
-            with release.using(comm_type, methods[comm_type]):
-                got = _complete(_routed(forward(*our_input, *args, **kwargs)), release.is_complete(comm_type))
+            with release.using(comm_type, methods, layer):
+                got = _complete(_routed(forward(**our_input, **others)), release.is_complete(comm_type, layer))
             self._compare(name, got, expected)
             return theirs
 
@@ -87,8 +85,8 @@ class OutputComparison:
 
 
 def _routed(result: Any) -> torch.Tensor:
-    """The routed experts' output of a layer, which may return it alone or inside a FusedMoEResult."""
-    routed: torch.Tensor = getattr(result, "routed_out", result)
+    """The routed experts' output of a layer, which may return it alone, inside a FusedMoEResult, or before its events."""
+    routed: torch.Tensor = result[0] if isinstance(result, tuple) else getattr(result, "routed_out", result)
     return routed
 
 

@@ -8,6 +8,7 @@ from vllm_ascend.utils import get_ascend_device_type
 from vllm_npu.core.limits import DEVICES
 from vllm_npu.errors import UnsupportedConfigError
 from vllm_npu.plugin.ascend.config_check import check_settings
+from vllm_npu.plugin.compat.ascend_options import hide_our_section
 from vllm_npu.plugin.engine_check import check_engine
 from vllm_npu.plugin.options import Mode, check_config, topology_of
 
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 
 THEIR_WORKER = "vllm_ascend.worker.worker.NPUWorker"
 OUR_WORKER = "vllm_npu.plugin.ascend.worker.AscendMoEWorker"
+
+hide_our_section()  # every process of vLLM imports this file before vllm-ascend reads its options
 
 
 class AscendMoEPlatform(NPUPlatform):

@@ -4,7 +4,7 @@ import importlib.metadata
 import os
 from collections.abc import Iterator
 
-from vllm_npu.plugin import entry_points
+from vllm_npu.plugin import entry_points, release_lines
 from vllm_npu.tools.doctor.findings import OK, PROBLEM, WARNING, Finding
 from vllm_npu.tools.doctor.installed import installed
 
@@ -46,7 +46,8 @@ def check_beside_vllm_ascend() -> Iterator[Finding]:
             f"export {entry_points.without(entry_points.ASCEND_PLATFORM)}",
         )  # fmt: skip
     else:
-        yield Finding("plugins", OK, f"vllm_npu on vllm-ascend {installed('vllm-ascend')}")
+        supported = release_lines.ascend_pairs()
+        yield Finding("plugins", OK, f"vllm_npu on vllm-ascend {installed('vllm-ascend')}; supported: {supported}")
 
 
 def check_target_device() -> Iterator[Finding]:

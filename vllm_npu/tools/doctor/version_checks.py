@@ -79,7 +79,7 @@ def check_pairs(vllm_versions: list[str]) -> Iterator[Finding]:
         try:
             release_lines.check_version(version, on_gpus=on_gpus)
             if not on_gpus:
-                release_lines.check_base(version, vllm_ascend_is_installed=entry_points.vllm_ascend_is_installed())
+                release_lines.check_base(version, vllm_ascend=entry_points.vllm_ascend_version())
         except UnsupportedConfigError as error:
             yield Finding.refusal("vllm", str(error))
 

@@ -1,0 +1,109 @@
+"""What the two lines of vllm-ascend, v0_23.py and v0_30.py, have in common.
+
+COMPAT(vllm-ascend): names in vllm_ascend are not a public interface. This file uses these: `MoECommType`,
+`ascend_forward_context.select_moe_comm_method` (called once a step), `QuantType`, `get_mc2_group`.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.distributed.parallel_state import GroupCoordinator
+from vllm.v1.worker.ubatching import dbo_current_ubatch_id
+from vllm_ascend import ascend_forward_context
+from vllm_ascend.ascend_forward_context import MoECommType
+from vllm_ascend.distributed.parallel_state import get_mc2_group
+from vllm_ascend.quantization.quant_type import QuantType
+
+from vllm_npu.core.limits import DeviceLimits, QuantMode
+from vllm_npu.core.topology import ParallelTopology
+from vllm_npu.device.npu_ops import device_limits as limits_of_this_npu
+from vllm_npu.envs import HCCL_BUFFSIZE
+from vllm_npu.plugin.engine_check import planned_shape
+from vllm_npu.plugin.layer_facts import LayerFacts
+from vllm_npu.strategies.start_checks import check_start
+from vllm_npu.transport.base import Transport
+from vllm_npu.transport.hccl import HcclTransport
+
+# vllm-ascend's layer completes the sums over tp by the type of the communication method. After MC2 and ALLTOALL the routed
+# output is complete, and the layer sums the shared experts' output alone. After ALLGATHER it sums both outputs in one step.
+COMM_TYPES = {
+    "mc2": MoECommType.MC2,
+    "all2all": MoECommType.ALLTOALL,
+    "allgather": MoECommType.ALLGATHER,
+    "naive": MoECommType.ALLGATHER,
+}
+COMPLETE = frozenset({MoECommType.MC2, MoECommType.ALLTOALL, MoECommType.FUSED_MC2})
+QUANT_MODES = {
+    QuantType.NONE: QuantMode.NONE,
+    QuantType.W8A8: QuantMode.INT8_PER_TOKEN,
+}  # layer: what its tokens travel in
+
+
+def micro_batch() -> int:
+    """Index of the micro-batch that the calling thread works on."""
+    index: int = dbo_current_ubatch_id()
+    return index
+
+
+def eplb_report(model_runner: Any) -> dict[str, int] | None:
+    """None: vllm-ascend balances the experts itself, and vllm_npu does not count it."""
+    return None
+
+
+class ExpertParallelTransport(HcclTransport):
+    """The expert-parallel group. MC2's ops use vllm-ascend's own group of the same ranks, whose buffers serve only MC2."""
+
+    @property
+    def name_for_ops(self) -> str:
+        """The name that HCCL gave to vllm-ascend's MC2 group."""
+        return HcclTransport(get_mc2_group().device_group, "mc2").name_for_ops
+
+
+def transports(
+    tp: GroupCoordinator, dp: GroupCoordinator, ep: GroupCoordinator
+) -> tuple[Transport, Transport, Transport]:
+    """vLLM's three groups as transports over HCCL."""
+    return (
+        HcclTransport(tp.device_group, "tp"),
+        HcclTransport(dp.device_group, "dp"),
+        ExpertParallelTransport(ep.device_group, "ep"),
+    )
+
+
+def device_limits(
+    vllm_config: VllmConfig, layers: list[LayerFacts], topology: ParallelTopology, moe_comm: str
+) -> DeviceLimits:
+    """The limits of this NPU for these layers. Raises the errors of start_checks.check_start."""
+    limits = limits_of_this_npu()
+    for layer in layers:
+        limits = check_start(
+            moe_comm,
+            topology,
+            layer.moe_layer,
+            limits,
+            shape=planned_shape(vllm_config),
+            hccl_buffer_mb=HCCL_BUFFSIZE.read_whole_number(),
+        )
+    return limits
+
+
+def replace_choice(strategy_of_step: Callable[[], str | None]) -> None:
+    """Make vllm-ascend use the method of our strategy in each step. If `strategy_of_step` returns None, vllm-ascend chooses.
+
+    A second call in a process does nothing.
+    """
+    theirs = ascend_forward_context.select_moe_comm_method
+    if theirs.__module__ == __name__:
+        return
+
+    def select_moe_comm_method(*args: Any, **kwargs: Any) -> Any:
+        strategy = strategy_of_step()
+        return theirs(*args, **kwargs) if strategy is None else COMM_TYPES[strategy]
+
+    ascend_forward_context.select_moe_comm_method = select_moe_comm_method
+
+
+def static_layers(vllm_config: VllmConfig) -> list[Any]:
+    """The modules that this process has built and that vLLM finds by name: attention and MoE layers."""
+    return list(vllm_config.compilation_config.static_forward_context.values())

@@ -1,0 +1,197 @@
+"""vLLM 0.30 with vllm-ascend 0.30: everything in vllm_ascend that vllm_npu replaces or reads.
+
+COMPAT(vllm-ascend 0.30): names in vllm_ascend are not a public interface. This file, ascend_lines.py and ascend_options.py use
+these: `_MoECommMethods` (table of MoE communication methods), `_moe_config_key` (its key: a MoECommType and the layer's numbers
+of experts), `MoECommMethod` (prepare, fused_experts, finalize), `select_moe_comm_method` (called once a step),
+`build_mlp_compute_input`, `apply_moe_mlp`, `FusedExpertsResult`, `MoEPrepareOutput`, `MoETokenDispatchOutput`, `_EXTRA_CTX`
+(the step's `moe_comm_type` and `in_profile_run`), `AscendMoERunner`, `get_mc2_group`, `AscendConfig`, and
+`AscendRoutedExperts.forward_impl`, which takes the method from the table. CAN REMOVE when MIN_SUPPORTED > 0.30.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.fused_moe.runner.moe_runner_interface import MoERunnerInterface
+from vllm_ascend.ascend_forward_context import _EXTRA_CTX
+from vllm_ascend.ops.fused_moe import moe_comm_method
+from vllm_ascend.ops.fused_moe.dataclass.moe_mlp import build_mlp_compute_input
+from vllm_ascend.ops.fused_moe.dataclass.prepare_finalize import MoEPrepareOutput
+from vllm_ascend.ops.fused_moe.dataclass.token_dispatcher import MoETokenDispatchOutput
+from vllm_ascend.ops.fused_moe.fused_moe import AscendMoERunner
+from vllm_ascend.ops.fused_moe.moe_comm_method import FusedExpertsResult, MoECommMethod
+from vllm_ascend.ops.fused_moe.moe_mlp import apply_moe_mlp
+from vllm_ascend.utils import should_skip_allreduce_across_dp_group
+
+from vllm_npu.core.limits import QuantMode
+from vllm_npu.core.step_plan import TokenSharding
+from vllm_npu.plugin.ascend.config_check import refuse
+from vllm_npu.plugin.compat.ascend_lines import (
+    COMM_TYPES,
+    COMPLETE,
+    QUANT_MODES,
+    device_limits,
+    eplb_report,
+    micro_batch,
+    replace_choice,
+    static_layers,
+    transports,
+)
+from vllm_npu.plugin.layer_facts import LayerFacts, exchanges_tokens
+
+__all__ = [
+    "COMM_TYPES",
+    "QUANT_MODES",
+    "FusedExpertsResult",
+    "MoECommMethod",
+    "MoEPrepareOutput",
+    "check_layers",
+    "comm_methods",
+    "compute_experts",
+    "current_comm_type",
+    "device_limits",
+    "eplb_report",
+    "experts_result",
+    "in_profile_run",
+    "is_complete",
+    "layers_to_compare",
+    "micro_batch",
+    "moe_layers",
+    "replace_choice",
+    "replace_comm_methods",
+    "take_attributes",
+    "transports",
+    "using",
+]
+
+# --- functions that all release lines have ---
+
+
+def moe_layers(vllm_config: VllmConfig) -> tuple[list[LayerFacts], list[str]]:
+    """The MoE layers that this process has built, in order of construction.
+
+    Returns the facts of the layers whose tokens vllm_npu moves, and the class names of the layers that are not vllm-ascend's.
+    """
+    layers = [layer for layer in static_layers(vllm_config) if isinstance(layer, MoERunnerInterface)]
+    ours = [
+        LayerFacts.of(
+            layer.moe_config,
+            sharding=TokenSharding.SLICED_OVER_TP
+            if layer.moe_config.is_sequence_parallel
+            else TokenSharding.REPLICATED,
+            experts=layer.routed_experts.quant_method,
+            quant_mode=QUANT_MODES.get(layer.quant_type, QuantMode.NONE),
+        )
+        for layer in layers
+        if isinstance(layer, AscendMoERunner) and exchanges_tokens(layer.moe_config)
+    ]
+    return ours, [type(layer).__name__ for layer in layers if not isinstance(layer, AscendMoERunner)]
+
+
+# --- functions that replace vllm-ascend's communication, or compare with it: both lines of vllm-ascend have them ---
+
+
+def check_layers(vllm_config: VllmConfig) -> None:
+    """Raise UnsupportedConfigError for built MoE layers that were never run with our strategies.
+
+    These facts are known from the layers only. ascend/config_check refuses settings before a process starts.
+    """
+    layers = [layer for layer in static_layers(vllm_config) if isinstance(layer, AscendMoERunner)]
+    refused = {
+        "a KV consumer whose DP ranks do not agree on token counts": bool(
+            vllm_config.parallel_config.data_parallel_size > 1 and should_skip_allreduce_across_dp_group(vllm_config)
+        ),
+        "routing by a hash of token ids": any(layer.routed_experts.tid2eid is not None for layer in layers),
+        "MoE layers with a transform around the routed experts (latent experts)": any(
+            layer.routed_input_transform is not None or layer.routed_output_transform is not None for layer in layers
+        ),
+        "MoE layers with different numbers of experts": len({int(layer.moe_config.num_experts) for layer in layers})
+        > 1,
+    }
+    refused |= {f"quantisation {layer.quant_type}": True for layer in layers if layer.quant_type not in QUANT_MODES}
+    refuse([reason for reason, applies in refused.items() if applies])
+
+
+def take_attributes(ours: Any, theirs: MoECommMethod) -> None:
+    """Give our method what code of vllm-ascend reads from the method that it replaces."""
+    ours.moe_config = theirs.moe_config
+    ours.token_dispatcher = theirs.token_dispatcher
+    ours.prepare_finalize = theirs.prepare_finalize
+    ours.lora_context = theirs.lora_context
+
+
+def compute_experts(
+    method: Any,  # our communication method
+    given: Any,  # MoEFusedExpertsInput
+    dispatched: dict[str, Any],  # fields of MoETokenDispatchOutput
+    quant_method: Any,  # the layer's, which computes the experts
+) -> tuple[torch.Tensor, Any]:
+    """Run vllm-ascend's experts on dispatched rows. Returns their output, and the event before the second product. LOCAL."""
+    output: tuple[torch.Tensor, Any] = apply_moe_mlp(
+        build_mlp_compute_input(
+            fused_experts_input=given,
+            token_dispatch_output=MoETokenDispatchOutput(**dispatched),
+            moe_config=method.moe_config,
+        ),
+        quant_method,
+    )
+    return output
+
+
+def experts_result(given: Any, *, after_dispatch: Any, **fields: Any) -> FusedExpertsResult:
+    """What fused_experts returns. `fields` are those that both lines have. After the event `after_dispatch`, the layer may
+    compute the activation of its shared experts."""
+    return FusedExpertsResult(**fields, shared_activation_overlap_start_evt=after_dispatch)
+
+
+def replace_comm_methods(make: Callable[[Any], Any]) -> None:
+    """Replace each communication method of vllm-ascend by `make(method)`. FUSED_MC2's methods stay."""
+    table = moe_comm_method._MoECommMethods
+    for key, method in list(table.items()):
+        if key[0] in COMM_TYPES.values():
+            table[key] = make(method)
+
+
+def comm_methods() -> dict[Any, Any]:
+    """vllm-ascend's communication methods by their keys in its table: MoECommType and the layer's numbers of experts."""
+    return dict(moe_comm_method._MoECommMethods)
+
+
+def layers_to_compare(vllm_config: VllmConfig) -> list[tuple[str, Any]]:
+    """Name and module of every MoE layer whose tokens travel to other ranks. The module's forward_impl runs the layer."""
+    static = vllm_config.compilation_config.static_forward_context
+    return [
+        (name, layer.routed_experts)
+        for name, layer in static.items()
+        if isinstance(layer, AscendMoERunner) and exchanges_tokens(layer.moe_config)
+    ]
+
+
+@contextmanager
+def using(comm_type: Any, methods: dict[Any, Any], layer: Any) -> Iterator[None]:
+    """Inside the `with` block, the layer communicates by the method of this type in `methods`, which has the keys of
+    comm_methods."""
+    table, key = moe_comm_method._MoECommMethods, moe_comm_method._moe_config_key(comm_type, layer.moe_config)
+    before = _EXTRA_CTX.moe_comm_type, _EXTRA_CTX.moe_comm_method, table[key]
+    _EXTRA_CTX.moe_comm_type, table[key] = comm_type, methods[key]
+    try:
+        yield
+    finally:
+        _EXTRA_CTX.moe_comm_type, _EXTRA_CTX.moe_comm_method, table[key] = before
+
+
+def current_comm_type() -> Any:
+    """The MoECommType of the method that the layers of the running step use."""
+    return _EXTRA_CTX.moe_comm_type
+
+
+def in_profile_run() -> bool:
+    """Whether the running step only measures memory: its routing is random."""
+    return bool(_EXTRA_CTX.in_profile_run)
+
+
+def is_complete(comm_type: Any, layer: Any) -> bool:
+    """Whether the routed output of a layer is complete. If not, a sum over tp is still missing."""
+    return bool(layer.moe_config.is_sequence_parallel) or comm_type in COMPLETE

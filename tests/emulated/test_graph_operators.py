@@ -34,7 +34,7 @@ def test_extremes_with_their_indices(dim: int, keepdim: bool) -> None:
 def call_one_that_is_not_emulated(rank: int, num_ranks: int) -> None:
     x = X.npu()
     outputs = x, x.clone(), x.clone()
-    with pytest.raises(RuntimeError, match="operator ApplyAdamV2 has no aclnn kernel in the emulator"):
+    with pytest.raises(RuntimeError, match="operator ApplyAdamV2 has no aclnn kernel in the emulator"):  # noqa: PT012
         torch_npu.npu_bert_apply_adam(0.1, 0.9, 0.99, 1e-8, x, 1.0, 0.0, 0.0, out=outputs)
         torch.npu.synchronize()  # the queue's thread meets the error, before or after the call returns
 

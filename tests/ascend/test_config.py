@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 
@@ -16,12 +17,18 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.plugins import load_general_plugins
 load_general_plugins()
 EngineArgs(
-    tensor_parallel_size=2, enable_expert_parallel=True, skip_tokenizer_init=True, enforce_eager=True, dtype="bfloat16",
-    **json.loads(sys.argv[1]),
+    tensor_parallel_size=2, enable_expert_parallel=True, skip_tokenizer_init=True, dtype="bfloat16",
+    **{"enforce_eager": True, **json.loads(sys.argv[1])},
 ).create_engine_config()
 print("BUILT")
 """
 OFF = {"vllm_npu": {"moe_comm": "off"}}
+LINE = tuple(map(int, version("vllm-ascend").split(".")[:2]))
+GRAPHS = {"enforce_eager": False, "compilation_config": {"cudagraph_mode": "FULL_DECODE_ONLY"}}
+
+
+def asks_for(moe_comm: str) -> dict:
+    return {"additional_config": {"vllm_npu": {"moe_comm": moe_comm}}}
 
 
 def build(folder, **arguments) -> subprocess.CompletedProcess[str]:
@@ -37,7 +44,14 @@ def build(folder, **arguments) -> subprocess.CompletedProcess[str]:
     ("arguments", "reason"),
     [
         ({"enable_lora": True}, "LoRA adapters"),
-        ({"additional_config": {"multistream_overlap_gate": True}}, "additional_config multistream_overlap_gate"),
+        pytest.param(
+            {"additional_config": {"multistream_overlap_gate": True}},
+            "additional_config multistream_overlap_gate",
+            marks=pytest.mark.skipif(
+                LINE != (0, 23), reason="vllm-ascend 0.30 itself refuses multistream_overlap_gate"
+            ),
+        ),
+        ({**GRAPHS, **asks_for("compare")}, "moe_comm=compare in graphs"),
     ],
     ids=str,
 )
@@ -48,7 +62,18 @@ def test_a_setting_that_was_never_run_is_refused_before_a_process_starts(tmp_pat
     assert reason in done.stderr
 
 
-@pytest.mark.parametrize("arguments", [{}, {"enable_lora": True, "additional_config": OFF}], ids=["none", "off"])
+def test_a_strategy_that_no_graph_can_hold_is_refused_with_the_way_out(tmp_path):
+    done = build(tmp_path, **GRAPHS, **asks_for("all2all"))
+    assert "BUILT" not in done.stdout
+    assert "reads sizes on the host, so no graph can hold it" in done.stderr, done.stderr[-2000:]
+    assert "start vLLM with --enforce-eager" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{}, {"enable_lora": True, "additional_config": OFF}, {**GRAPHS, **asks_for("auto")}],
+    ids=["none", "off", "graphs"],
+)
 def test_an_engine_without_such_settings_is_built_and_vllm_ascends_own_with_them(tmp_path, arguments):
     done = build(tmp_path, **arguments)
     assert "BUILT" in done.stdout, done.stderr[-2000:]

@@ -7,6 +7,8 @@ from vllm_ascend.ascend_config import get_ascend_config
 from vllm_ascend.utils import enable_sp
 
 from vllm_npu.errors import UnsupportedConfigError
+from vllm_npu.plugin.engine_check import planned_shape
+from vllm_npu.plugin.options import Mode, Options
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -22,7 +24,7 @@ OPTIONS = (
 )
 
 
-def check_settings(vllm_config: "VllmConfig") -> None:
+def check_settings(vllm_config: "VllmConfig", options: Options) -> None:
     """Raise UnsupportedConfigError that names every refused setting. vllm-ascend must have read its options."""
     ascend_config = get_ascend_config()
     refused = {f"additional_config {option}": bool(getattr(ascend_config, option, False)) for option in OPTIONS}
@@ -35,6 +37,9 @@ def check_settings(vllm_config: "VllmConfig") -> None:
         )
         and not enable_sp(vllm_config),
         "LoRA adapters": vllm_config.lora_config is not None,
+        "moe_comm=compare in graphs, which cannot hold its reads on the host; it needs --enforce-eager": bool(
+            options.mode is Mode.COMPARE and planned_shape(vllm_config).graph_tokens
+        ),
     }
     refuse([reason for reason, applies in refused.items() if applies])
 

@@ -41,7 +41,7 @@ class AscendMoEPlatform(NPUPlatform):
             return
         topology = topology_of(parallel_config)
         if topology.ep_size > 1 or topology.dp_size > 1:
-            check_settings(vllm_config)
+            check_settings(vllm_config, options)
         if parallel_config.worker_cls != THEIR_WORKER:
             raise UnsupportedConfigError(
                 f"vllm_npu replaces only {THEIR_WORKER}, and this engine has worker_cls={parallel_config.worker_cls}; keep "

@@ -47,7 +47,7 @@ def ascend_table(rows: Sequence[ServedRow]) -> Table:
         title="Greedy tokens over HTTP against vllm-ascend's own path, on emulated NPUs", title_justify="left"
     )
     for header in ("chip", "model", "topology", "graphs", "strategy"):
-        table.add_column(header, no_wrap=header != "graphs")
+        table.add_column(header, no_wrap=header != "graphs", overflow="fold")
     for header in ("tokens\nidentical", "collectives\nper MoE layer", "bytes sent\nper MoE layer", "seconds"):
         table.add_column(header, justify="right")
     previous = None

@@ -23,8 +23,9 @@ class AscendMoEWorker(NPUWorker):
     """Calls take_over between the loading of the model and its first run."""
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
-        """Load the model, then call take_over. Raises the errors of take_over."""
+        """Load the model, make the DP ranks pad alike, then call take_over. Raises the errors of take_over."""
         super().load_model(*args, **kwargs)
+        compat.current().agree_on_padding(self.model_runner)
         take_over(self.vllm_config)
 
 

@@ -4,7 +4,7 @@ COMPAT(vllm-ascend 0.23): names in vllm_ascend are not a public interface. This 
 `_MoECommMethods` (table of MoE communication methods by MoECommType), `MoECommMethod` (prepare, fused_experts, finalize),
 `select_moe_comm_method` (called once a step), `build_mlp_compute_input`, `FusedExpertsResult`, `MoEPrepareOutput`,
 `MoETokenDispatchOutput`, the forward context's `moe_comm_type` and `moe_comm_method`, `AscendFusedMoE.forward_impl`,
-`get_mc2_group`. CAN REMOVE when MIN_SUPPORTED >= 0.30.
+`get_mc2_group`, the runner's `_sync_metadata_across_dp`. CAN REMOVE when MIN_SUPPORTED >= 0.30.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from vllm.config import VllmConfig
+from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.fused_moe.layer import FusedMoE
 from vllm_ascend.ops.fused_moe import moe_comm_method
@@ -23,7 +23,12 @@ from vllm_ascend.ops.fused_moe.moe_runtime_args import (
     MoETokenDispatchOutput,
     build_mlp_compute_input,
 )
-from vllm_ascend.utils import enable_sp, should_skip_allreduce_across_dp_group
+from vllm_ascend.utils import (
+    embedding_tp_enable,
+    enable_sp,
+    oproj_tp_enable,
+    should_skip_allreduce_across_dp_group,
+)
 
 from vllm_npu.core.limits import QuantMode
 from vllm_npu.core.step_plan import TokenSharding
@@ -47,6 +52,7 @@ __all__ = [
     "FusedExpertsResult",
     "MoECommMethod",
     "MoEPrepareOutput",
+    "agree_on_padding",
     "check_layers",
     "comm_methods",
     "compute_experts",
@@ -138,6 +144,29 @@ def compute_experts(
 def experts_result(given: Any, *, after_dispatch: Any, **fields: Any) -> FusedExpertsResult:
     """What fused_experts returns. `fields` are those that both lines have. This line has no use for `after_dispatch`."""
     return FusedExpertsResult(**fields, swiglu_limit=given.swiglu_limit)
+
+
+def agree_on_padding(model_runner: Any) -> None:
+    """Make all DP ranks pad a step to equal token counts, or none. LOCAL; the runner's step stays as COLLECTIVE as it was.
+
+    vllm-ascend lets a rank pad if this rank alone could replay a graph. Where another rank has a prefill, all run eagerly, and
+    the ranks then have different counts for the same step. The mode that all ranks agreed on decides here.
+    """
+    theirs = model_runner._sync_metadata_across_dp
+    pads_always = enable_sp(model_runner.vllm_config) or oproj_tp_enable() or embedding_tp_enable()
+
+    def sync_metadata_across_dp(
+        num_tokens: int,
+        is_draft_model: bool = False,
+        cudagraph_mode: CUDAGraphMode = CUDAGraphMode.NONE,
+        allow_dp_padding: bool = False,  # decided by this rank's own mode
+    ) -> tuple[int, torch.Tensor | None, CUDAGraphMode]:
+        most, counts, agreed = theirs(num_tokens, is_draft_model, cudagraph_mode, allow_dp_padding=pads_always)
+        if counts is not None and agreed is not CUDAGraphMode.NONE:
+            counts = torch.full_like(counts, most)
+        return most, counts, agreed
+
+    model_runner._sync_metadata_across_dp = sync_metadata_across_dp
 
 
 def replace_comm_methods(make: Callable[[Any], Any]) -> None:

@@ -47,6 +47,7 @@ __all__ = [
     "FusedExpertsResult",
     "MoECommMethod",
     "MoEPrepareOutput",
+    "agree_on_padding",
     "check_layers",
     "comm_methods",
     "compute_experts",
@@ -144,6 +145,10 @@ def experts_result(given: Any, *, after_dispatch: Any, **fields: Any) -> FusedEx
     """What fused_experts returns. `fields` are those that both lines have. After the event `after_dispatch`, the layer may
     compute the activation of its shared experts."""
     return FusedExpertsResult(**fields, shared_activation_overlap_start_evt=after_dispatch)
+
+
+def agree_on_padding(model_runner: Any) -> None:
+    """Leave the runner as it is: vllm-ascend 0.30 has no padding that one rank decides."""
 
 
 def replace_comm_methods(make: Callable[[Any], Any]) -> None:

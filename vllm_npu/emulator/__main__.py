@@ -61,17 +61,17 @@ def execute(options: argparse.Namespace) -> int:
             raise SystemExit("judge: --jobs is the number of files that run at a time, 1 or more")
         return judge.judge(
             judge.Job(
-                options.suite,
-                options.folder,
-                tuple(options.only),
-                tuple(options.skip),
-                options.jobs,
-                options.json,
-                options.compare,
-                options.soc,
-                options.test_seconds,
-                options.file_seconds,
-                options.again,
+                suite=options.suite,
+                folder=options.folder,
+                only=tuple(options.only),
+                skip=tuple(options.skip),
+                jobs=options.jobs,
+                json=options.json,
+                compare=options.compare,
+                soc_name=options.soc,
+                test_seconds=options.test_seconds,
+                file_seconds=options.file_seconds,
+                again=options.again,
             )
         )
     if options.command == "build":

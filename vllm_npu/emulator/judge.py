@@ -75,7 +75,7 @@ SUITES = {
 }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
     """What to run, and where."""
 

@@ -224,7 +224,8 @@ def npu_format_cast(
 
 @cache
 def keep_formats_plain() -> torch.library.Library:
-    """Replace torch_npu's npu_format_cast, which needs an operator of CANN's graph engine, by the one above."""
+    """Replace torch_npu's npu_format_cast by the one above: op-plugin refuses grouped matmuls of NZ weights, because the
+    functions for them are not emulated."""
     library = torch.library.Library("npu", "IMPL")
     library.impl("npu_format_cast", npu_format_cast, "PrivateUse1", allow_override=True)
     return library

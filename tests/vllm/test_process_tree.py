@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -109,5 +110,23 @@ def test_a_copy_of_an_engine_core_that_becomes_another_program_is_no_failure(mon
             copied |= len(tree.members()) == 3
         assert copied
         assert watch.failure() is None
+    finally:
+        tree.stop(grace_seconds=0)
+
+
+@pytest.mark.parametrize("line", start_watch.FAILURES)
+def test_a_failure_that_only_the_log_tells_is_seen(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine core of vLLM 0.23 that cannot start may wait for its workers, and no process ends."""
+    monkeypatch.setattr(start_watch, "OWN_END_SECONDS", 0.0)
+    program = f"import time; print('ERROR [core.py:1195] {line}', flush=True); time.sleep(3600)"
+    log = tmp_path / "server.log"
+    with log.open("wb") as file:
+        tree = ProcessTree([sys.executable, "-c", program], environment=os.environ, stdout=file)
+    try:
+        watch, give_up = start_watch.StartWatch(tree, log), time.monotonic() + PATIENCE_SECONDS
+        while (failure := watch.failure()) is None and time.monotonic() < give_up:
+            time.sleep(0.05)
+        assert failure == f"its log says {line!r}, and the server did not end"
+        assert tree.process.poll() is None
     finally:
         tree.stop(grace_seconds=0)

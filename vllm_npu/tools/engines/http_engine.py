@@ -97,7 +97,7 @@ class HttpEngine(EngineProcesses):
         """Wait until the server answers /health. Raises EngineFailedError if the server ends first or takes too long."""
         assert self._tree is not None
         tree = self._tree
-        watch = StartWatch(tree)
+        watch = StartWatch(tree, self.log)
 
         def check_process() -> None:
             if tree.process.poll() is not None:

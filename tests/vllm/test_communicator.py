@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from tests.vllm.vllm_ranks import (
     TP4,
@@ -10,10 +11,12 @@ from tests.vllm.vllm_ranks import (
     integers,
     ranks,  # noqa: F401 - fixture
 )
+from vllm_npu.tools.engines.process_tree import SHARED_MEMORY_FOLDER
 
 pytest.importorskip("vllm")
 
 SIZES = [3, 0, 1, 4]
+SAME_NAME = "tp:77"
 
 
 def rows_of(rank: int, rows: int) -> torch.Tensor:
@@ -54,6 +57,42 @@ def refuse_other_dimensions(grid: Grid) -> list[str]:
     with pytest.raises(InvalidInputError) as scattering:
         communicator.reduce_scatterv(torch.zeros(8, 4), dim=1, sizes=SIZES)
     return [str(gathering.value), str(scattering.value)]
+
+
+def sum_in_two_jobs(grid: Grid) -> list[float]:
+    """Sums over the group by two communicators of one name, as two jobs of an external launcher have them."""
+    import os
+
+    from vllm.distributed import get_tp_group
+
+    from vllm_npu.plugin.cpu.communicator import NAME_OF_JOB, NO_NAME, CpuMoECommunicator
+
+    group = get_tp_group()
+    name = os.environ[NAME_OF_JOB]
+    os.environ[NAME_OF_JOB] = NO_NAME
+    try:
+        jobs = [
+            CpuMoECommunicator(group.cpu_group, group.device, group.device_group, unique_name=SAME_NAME) for _ in range(2)
+        ]
+        assert os.environ[NAME_OF_JOB] == NO_NAME
+        assert all(job.supports_tensor_dict for job in jobs)  # vLLM's sign that the group has shared memory
+        sums = []
+        for scale, job in enumerate(jobs, 1):
+            values = torch.full((4,), float(scale * (grid.rank + 1)))
+            job.dist_module.all_reduce(values, group=group.device_group)
+            sums.append(values[0].item())
+        dist.barrier(group.cpu_group)
+        return sums
+    finally:
+        os.environ[NAME_OF_JOB] = name
+
+
+def test_two_jobs_of_an_external_launcher_share_no_memory(ranks: VllmRanks) -> None:  # noqa: F811 - fixture
+    try:
+        assert ranks.run(sum_in_two_jobs, TP4) == [[10.0, 20.0]] * 4
+    finally:
+        for file in SHARED_MEMORY_FOLDER.glob(f"*-{SAME_NAME}-*"):
+            file.unlink()
 
 
 def test_rows_of_any_sizes_are_gathered_and_scattered(ranks: VllmRanks) -> None:  # noqa: F811 - fixture

@@ -1,17 +1,30 @@
 """vLLM's device communicator on CPUs, with three methods that vLLM's all2all managers call and vLLM's own class lacks."""
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
+from typing import Any
+from uuid import uuid4
 
 import torch
+import torch.distributed as dist
 from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
 
 from vllm_npu.errors import InvalidInputError
 from vllm_npu.transport.gloo import GlooTransport
 
+NAME_OF_JOB = "VLLM_DIST_IDENT"  # vLLM's worker sets it to what follows the last colon of the init method
+NO_NAME = "//"  # from "env://", the init method of vLLM's external launcher
+
 
 class CpuMoECommunicator(CpuCommunicator):
     """Adds all_gatherv, reduce_scatter and reduce_scatterv. COLLECTIVE over the group: one collective for each tensor."""
+
+    def __init__(self, cpu_group: dist.ProcessGroup, *args: Any, **kwargs: Any) -> None:
+        """As vLLM's. COLLECTIVE over the group."""
+        with _name_of_its_own(cpu_group):
+            super().__init__(cpu_group, *args, **kwargs)
 
     def all_gatherv(
         self,
@@ -38,6 +51,25 @@ class CpuMoECommunicator(CpuCommunicator):
     @cached_property
     def _transport(self) -> GlooTransport:
         return GlooTransport(self.device_group, self.unique_name)
+
+
+@contextmanager
+def _name_of_its_own(cpu_group: dist.ProcessGroup) -> Iterator[None]:
+    """Give the group's shared memory a name that no other job has. COLLECTIVE if the job was started by an external launcher.
+
+    vLLM 0.32 puts NAME_OF_JOB into the file's name. Two jobs of external launchers would have the same file, and a job that was
+    killed would leave a file that stops each later job: "create shm in SHMManager failed. errno: 17".
+    """
+    if os.environ.get(NAME_OF_JOB) != NO_NAME:
+        yield
+        return
+    name = [uuid4().hex]
+    dist.broadcast_object_list(name, group=cpu_group, group_src=0)
+    os.environ[NAME_OF_JOB] = name[0]
+    try:
+        yield
+    finally:
+        os.environ[NAME_OF_JOB] = NO_NAME
 
 
 def _check_dim(dim: int, operation: str) -> None:

@@ -1,9 +1,13 @@
-"""Find the processes of a program under test by its temporary folder, also those that have lost their parent."""
+"""Find the processes of a program under test by its temporary folder, also those without a parent; and free ports."""
 
 import os
 import signal
+import socket
 import time
+from contextlib import ExitStack
 from pathlib import Path
+
+from vllm_npu.child_processes import free_port
 
 
 def processes_of(folder: Path) -> list[int]:
@@ -40,3 +44,16 @@ def kill_processes_of(folder: Path) -> None:
             except OSError:
                 continue  # gone meanwhile
         time.sleep(0.1)
+
+
+def free_ports(count: int) -> int:
+    """The first of `count` TCP ports one after another that no process uses now."""
+    while True:
+        first = free_port()
+        with ExitStack() as stack:
+            try:
+                for port in range(first + 1, first + count):
+                    stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        return first

@@ -4,9 +4,11 @@ Each test starts its engines once and switches the living engines from strategy 
 engines: by the death of a process, or by Ctrl-C.
 """
 
+import json
 import os
 import re
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,10 +20,11 @@ import pytest
 
 from tests.time_limits import PATIENCE_SECONDS, on_this_machine
 from tests.vllm.forked_engine import FORKED
+from tests.vllm.processes import free_ports
 from tests.vllm.transformers_reference import write_minimax_m2
 from vllm_npu.strategies.table import STRATEGIES
 from vllm_npu.tools.demo.vanilla_demo import DP2_EP, SAFE_MARGIN, TP2_DP2_EP, TP2_EP, compare
-from vllm_npu.tools.engines.engine_processes import EngineFailedError, Parallelism
+from vllm_npu.tools.engines.engine_processes import EngineFailedError, Parallelism, engine_environment
 from vllm_npu.tools.engines.engine_set import EngineSet, Generation
 from vllm_npu.tools.engines.process_tree import ProcessTree
 from vllm_npu.tools.engines.stop_signals import Interrupted, StopSignals
@@ -31,6 +34,7 @@ pytestmark = pytest.mark.slow
 
 REPORT_SECONDS = 30  # from a rank's death to the report of another rank, on a quiet machine
 # The first strategy once more in the end: coming back must work as well.
+TOPOLOGIES = ["2x1", "1x2", "2x1"]  # tensor-parallel size x data-parallel size
 EVERY_STRATEGY_AND_BACK = [*STRATEGIES, next(iter(STRATEGIES))]
 
 Checkpoint = Callable[[TinyModel], Path]
@@ -126,6 +130,39 @@ def test_sequence_parallel_ranks_and_ctrl_c(
         exit_status = interruption.exit_status
     assert exit_status == 128 + signal.SIGINT
     assert [tree.members() for tree in trees] == [[], []]
+
+
+@pytest.mark.nightly  # three engines start one after another
+def test_one_engine_after_another_in_one_process(
+    checkpoint: Checkpoint, vanilla_tokens: VanillaTokens, caches: Path, tmp_path: Path, shared_memory_unchanged: None
+) -> None:
+    """Two ranks, started as by torchrun. Groups, planners and windows of an engine must not reach the next one."""
+    expected = vanilla_tokens(QWEN3_MOE)[: len(DEMO_MAX_TOKENS)]
+    prompts = tmp_path / "prompts.json"
+    prompts.write_text(json.dumps(list(zip(demo_prompts(), DEMO_MAX_TOKENS, strict=True))))
+    program = Path(__file__).with_name("one_engine_after_another.py")
+    command = [sys.executable, "-W", "ignore", str(program), str(checkpoint(QWEN3_MOE)), str(prompts), *TOPOLOGIES]
+    environment = engine_environment(caches, vanilla=False) | {
+        "TORCHDYNAMO_DISABLE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_ports(len(TOPOLOGIES))),
+    }
+    outputs = [tmp_path / f"rank{rank}.log" for rank in range(2)]
+    trees = []
+    try:
+        for rank, output in enumerate(outputs):
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            with output.open("wb") as log:
+                trees.append(ProcessTree(command, environment=environment | own, stdout=log, stderr=log))
+        for tree, output in zip(trees, outputs, strict=True):
+            assert tree.process.wait(len(TOPOLOGIES) * PATIENCE_SECONDS) == 0, output.read_text(errors="replace")
+    finally:
+        for tree in trees:
+            tree.stop(grace_seconds=0)
+    for output in outputs:
+        assert json.loads(output.read_text().splitlines()[-1]) == [expected] * len(TOPOLOGIES)
 
 
 def test_compiled_engines_and_the_death_of_a_rank(

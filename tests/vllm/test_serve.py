@@ -5,7 +5,6 @@ import math
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -13,7 +12,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import closing, contextmanager
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ import psutil
 import pytest
 
 from tests.time_limits import PATIENCE_SECONDS, on_this_machine
-from tests.vllm.processes import kill_processes_of, processes_of
+from tests.vllm.processes import free_ports, kill_processes_of, processes_of
 from tests.vllm.text_prompts import TEXT_MAX_TOKENS, TEXTS
 from vllm_npu.child_processes import free_port
 from vllm_npu.tools.engines.http_engine import ask_server, wait_for_health
@@ -120,19 +119,6 @@ def test_an_external_load_balancer_gets_a_port_of_each_rank(
         server.stop(signal.SIGTERM)
     assert processes_of(short_folder) == []
     assert sockets_and_folders_of_ours(short_folder) == []
-
-
-def free_ports(count: int) -> int:
-    """The first of `count` TCP ports one after another that no process uses now."""
-    while True:
-        first = free_port()
-        with ExitStack() as stack:
-            try:
-                for port in range(first + 1, first + count):
-                    stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
-            except OSError:
-                continue
-        return first
 
 
 def ask(port: int, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:

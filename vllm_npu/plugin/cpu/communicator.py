@@ -1,11 +1,11 @@
 """vLLM's device communicator on CPUs, with three methods that vLLM's all2all managers call and vLLM's own class lacks."""
 
 import os
+import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
-from uuid import uuid4
 
 import torch
 import torch.distributed as dist
@@ -63,9 +63,9 @@ def _name_of_its_own(cpu_group: dist.ProcessGroup) -> Iterator[None]:
     if os.environ.get(NAME_OF_JOB) != NO_NAME:
         yield
         return
-    name = [uuid4().hex]
-    dist.broadcast_object_list(name, group=cpu_group, group_src=0)
-    os.environ[NAME_OF_JOB] = name[0]
+    number = torch.tensor([secrets.randbits(63)])
+    dist.broadcast(number, group=cpu_group, group_src=0)
+    os.environ[NAME_OF_JOB] = f"{number.item():x}"
     try:
         yield
     finally:

@@ -62,17 +62,15 @@ def test_a_setting_that_was_never_run_is_refused_before_a_process_starts(tmp_pat
     assert reason in done.stderr
 
 
-def test_a_strategy_that_no_graph_can_hold_is_refused_with_the_way_out(tmp_path):
-    done = build(tmp_path, **GRAPHS, **asks_for("all2all"))
-    assert "BUILT" not in done.stdout
-    assert "reads sizes on the host, so no graph can hold it" in done.stderr, done.stderr[-2000:]
-    assert "start vLLM with --enforce-eager" in done.stderr
-
-
 @pytest.mark.parametrize(
     "arguments",
-    [{}, {"enable_lora": True, "additional_config": OFF}, {**GRAPHS, **asks_for("auto")}],
-    ids=["none", "off", "graphs"],
+    [
+        {},
+        {"enable_lora": True, "additional_config": OFF},
+        {**GRAPHS, **asks_for("auto")},
+        {**GRAPHS, **asks_for("all2all")},
+    ],
+    ids=["none", "off", "graphs", "all2all in graphs"],
 )
 def test_an_engine_without_such_settings_is_built_and_vllm_ascends_own_with_them(tmp_path, arguments):
     done = build(tmp_path, **arguments)

@@ -72,7 +72,8 @@ def sum_in_two_jobs(grid: Grid) -> list[float]:
     os.environ[NAME_OF_JOB] = NO_NAME
     try:
         jobs = [
-            CpuMoECommunicator(group.cpu_group, group.device, group.device_group, unique_name=SAME_NAME) for _ in range(2)
+            CpuMoECommunicator(group.cpu_group, group.device, group.device_group, unique_name=SAME_NAME)
+            for _ in range(2)
         ]
         assert os.environ[NAME_OF_JOB] == NO_NAME
         assert all(job.supports_tensor_dict for job in jobs)  # vLLM's sign that the group has shared memory

@@ -656,7 +656,6 @@ def test_the_environment_asks_for_a_strategy_on_gpus_too(model, environment):
         ({"all2all": "flashinfer_one_sided"}, {}, "pip install flashinfer-python"),
         ({"flashinfer_all_reduce": True}, {}, "flashinfer_all_reduce needs the Python module flashinfer"),
         ({"all2all": "naive", "moe_comm": "symmetric"}, {}, "give one of them"),
-        ({"moe_comm": "all2all"}, {"enforce_eager": False}, "set --enforce-eager"),
         ({"moe_comm": "fast"}, {}, "unknown moe_comm 'fast'"),
     ],
 )

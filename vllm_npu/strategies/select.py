@@ -92,9 +92,10 @@ def select(
 ) -> Selection:
     """Choose the strategy of a step. LOCAL, and equal on all ranks: no argument may be a fact of one rank alone.
 
-    A requested strategy is taken as it is. There is one exception: mc2 and symmetric become all2all for a step above their
-    capacity, or allgather where the step is captured. Raises UnsupportedConfigError where check_strategy does, and for a
-    captured step whose strategy no graph of this device can hold.
+    A requested strategy is taken as it is, with two exceptions. mc2 and symmetric become all2all for a step above their
+    capacity, or allgather where the step is captured. all2all becomes allgather where the step is captured: a graph freezes
+    sizes, so all2all would send room for every token to every rank, and these are allgather's bytes or more. Raises
+    UnsupportedConfigError where check_strategy does, and for a captured step whose strategy no graph of this device can hold.
     """
     check_strategy(requested, topology, layer, device)
     selection = _select(requested, topology, step, layer, device)
@@ -122,6 +123,8 @@ def _select(
             instead,
             f"mc2 takes no mask here, and in {step} a rank has no token, or TP ranks have different numbers of tokens",
         )
+    if requested == "all2all" and step.captured and "allgather" in device.captures:
+        return Selection("allgather", "in a graph, all2all needs room for every token on every rank, as allgather does")
     if requested != AUTO:
         return Selection(requested, "requested")
     if topology.ep_size == 1:

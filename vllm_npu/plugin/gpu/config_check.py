@@ -68,11 +68,6 @@ def required_backend(vllm_config: "VllmConfig") -> str | None:
         raise UnsupportedConfigError(
             f"moe_comm symmetric cannot run here: the ranks are on {parallel_config.nnodes} hosts; choose allgather"
         )
-    if options.exchange == "all2all" and model_config is not None and not model_config.enforce_eager:
-        raise UnsupportedConfigError(
-            "moe_comm all2all reads sizes on the host, so no CUDA graph can hold it; set --enforce-eager, or choose symmetric "
-            "or allgather"
-        )
     return GATHERING
 
 

@@ -5,14 +5,16 @@ import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
 
 from vllm_npu.errors import InvalidInputError
 from vllm_npu.transport.gloo import GlooTransport
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
 
 NAME_OF_JOB = "VLLM_DIST_IDENT"  # vLLM's worker sets it to what follows the last colon of the init method
 NO_NAME = "//"  # from "env://", the init method of vLLM's external launcher
@@ -21,7 +23,7 @@ NO_NAME = "//"  # from "env://", the init method of vLLM's external launcher
 class CpuMoECommunicator(CpuCommunicator):
     """Adds all_gatherv, reduce_scatter and reduce_scatterv. COLLECTIVE over the group: one collective for each tensor."""
 
-    def __init__(self, cpu_group: dist.ProcessGroup, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, cpu_group: "dist.ProcessGroup", *args: Any, **kwargs: Any) -> None:
         """As vLLM's. COLLECTIVE over the group."""
         with _name_of_its_own(cpu_group):
             super().__init__(cpu_group, *args, **kwargs)
@@ -54,7 +56,7 @@ class CpuMoECommunicator(CpuCommunicator):
 
 
 @contextmanager
-def _name_of_its_own(cpu_group: dist.ProcessGroup) -> Iterator[None]:
+def _name_of_its_own(cpu_group: "dist.ProcessGroup") -> Iterator[None]:
     """Give the group's shared memory a name that no other job has. COLLECTIVE if the job was started by an external launcher.
 
     vLLM 0.32 puts NAME_OF_JOB into the file's name. Two jobs of external launchers would have the same file, and a job that was
@@ -63,8 +65,7 @@ def _name_of_its_own(cpu_group: dist.ProcessGroup) -> Iterator[None]:
     if os.environ.get(NAME_OF_JOB) != NO_NAME:
         yield
         return
-    number = torch.tensor([secrets.randbits(63)])
-    dist.broadcast(number, group=cpu_group, group_src=0)
+    number = GlooTransport(cpu_group, "names").broadcast(torch.tensor([secrets.randbits(63)]), 0)
     os.environ[NAME_OF_JOB] = f"{number.item():x}"
     try:
         yield

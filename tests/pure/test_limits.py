@@ -44,13 +44,6 @@ def test_a_usual_layer_is_taken(limits):
         (A2_HIERARCHY, {}, 128, "takes ep_size 16, 32, 64, not 128"),
         (A3_FULL_MESH, {}, 1, "takes ep_size 2 to 768, not 1"),
         (A3_FULL_MESH, {"hidden_size": 1023}, 16, "takes hidden_size 1024 to 8192, not 1023"),
-        (
-            A3_FULL_MESH,
-            {"shared_expert_ranks": 9, "num_experts": 897},
-            16,
-            "takes at most 2048 experts a rank times ep_size, not 2064",
-        ),
-        (A2_FULL_MESH, {"shared_expert_ranks": 1}, 16, "has no ranks for shared experts alone"),
         (A3_HIERARCHY, {}, 24, "takes ep_size 16 to 256 in steps of 16, not 24"),
         (A2_VERSION_1, {}, 128, "takes ep_size 16, 32, 64, not 128"),
         (A3_VERSION_1, {}, 24, "takes ep_size 8, 16, 32, 64, 128, 144, 256, 288, not 24"),
@@ -89,17 +82,16 @@ def test_the_experts_of_a_rank_that_the_full_mesh_of_a2_takes():
 
 # 33 tokens of a rank, 6 experts a token, 256 experts on 16 ranks, rows of 14336 bytes; by hand from the documents.
 @pytest.mark.parametrize(
-    ("limits", "shared_expert_ranks", "num_bytes"),
+    ("limits", "num_bytes"),
     [
-        (A2_FULL_MESH, 0, 2 * (33 * 16 * 6 * 14336 + 2 * 2**20)),
-        (A2_HIERARCHY, 0, (256 + 4) * 933 * 512 + 8 * 2**20),  # 933 * 512 holds 33 * (14336 + 16 * 8)
-        (A3_FULL_MESH, 0, 2 * 33 * (16 * 16 * 14848 + 6 * 14336)),  # 14848 = 29 * 512 holds 14336 + 64
-        (A3_FULL_MESH, 8, 2 * 33 * (32 * 16 * 14848 + 7 * 14336)),
-        (A3_HIERARCHY, 0, 256 * 33 * (14336 + 16 * 8) + 404 * 2**20),
+        (A2_FULL_MESH, 2 * (33 * 16 * 6 * 14336 + 2 * 2**20)),
+        (A2_HIERARCHY, (256 + 4) * 933 * 512 + 8 * 2**20),  # 933 * 512 holds 33 * (14336 + 16 * 8)
+        (A3_FULL_MESH, 2 * 33 * (16 * 16 * 14848 + 6 * 14336)),  # 14848 = 29 * 512 holds 14336 + 64
+        (A3_HIERARCHY, 256 * 33 * (14336 + 16 * 8) + 404 * 2**20),
     ],
 )
-def test_buffers_to_the_byte(limits, shared_expert_ranks, num_bytes):
-    layer = replace(LAYER, top_k=6, shared_expert_ranks=shared_expert_ranks)
+def test_buffers_to_the_byte(limits, num_bytes):
+    layer = replace(LAYER, top_k=6)
     assert limits.buffer_bytes(layer, 16, 33) == num_bytes
 
 

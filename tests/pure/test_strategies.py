@@ -214,19 +214,6 @@ def test_mc2_takes_the_hierarchy_for_a_layer_that_only_it_takes_and_then_no_mask
     assert "takes no mask" in chosen("mc2", topology, idle, device=device, layer=layer).reason
 
 
-def test_shared_experts_on_ranks_of_their_own_need_an_mc2_that_has_them():
-    topology, step = topologies(1, 16)[0], plan(*[4] * 16)
-    layer = replace(LAYER, num_experts=4 * 14, shared_expert_ranks=2, hidden_size=1024)
-    assert chosen("mc2", topology, step, device=DEVICES["A3"], layer=layer).strategy == "mc2"
-    with pytest.raises(UnsupportedConfigError, match="A2, full mesh has no ranks for shared experts alone"):
-        chosen("mc2", topology, step, device=DEVICES["A2"], layer=layer)
-    for name in ("all2all", "allgather", "naive"):
-        with pytest.raises(UnsupportedConfigError, match=f"{name} cannot send tokens to shared experts"):
-            chosen(name, topology, step, device=DEVICES["A3"], layer=layer)
-        with pytest.raises(UnsupportedConfigError, match=f"{name} cannot send tokens to shared experts"):
-            build(name, lone_groups(topology), 56, shared_expert_ranks=2)
-
-
 def test_a_captured_step_takes_only_what_a_graph_can_hold():
     topology, device = topologies(1, 4)[0], DEVICES["A3"]
     small, large = (replace(plan(*[tokens] * 4), captured=True) for tokens in (16, 513))
@@ -308,12 +295,12 @@ def test_every_row_of_the_table_can_be_built_and_has_a_summary():
 
 def test_layers_of_one_process_share_a_pipeline_where_all_facts_are_equal():
     pipelines = Pipelines(lone_groups(topologies(2, 2)[3]))
-    first = pipelines.get("mc2", 9, QuantMode.INT8_PER_TOKEN, 1)
-    assert pipelines.get("mc2", 9, quant_mode=QuantMode.INT8_PER_TOKEN, shared_expert_ranks=1) is first
+    first = pipelines.get("mc2", 8, QuantMode.INT8_PER_TOKEN)
+    assert pipelines.get("mc2", 8, quant_mode=QuantMode.INT8_PER_TOKEN) is first
     assert (first.dispatcher.groups, first.dispatcher.quant_mode) == (pipelines.groups, QuantMode.INT8_PER_TOKEN)
-    assert (first.dispatcher.placement.num_experts, first.dispatcher.placement.shared_expert_ranks) == (9, 1)
+    assert first.dispatcher.placement.num_experts == 8
     others = [
-        pipelines.get("mc2", 9, QuantMode.NONE, 1),
+        pipelines.get("mc2", 8, QuantMode.NONE),
         pipelines.get("mc2", 12, QuantMode.INT8_PER_TOKEN),
         pipelines.get("mc2", 12),
         pipelines.get("all2all", 12),

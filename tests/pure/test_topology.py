@@ -1,7 +1,6 @@
 """topology: the groups partition every grid, every expert has one owner."""
 
 import dataclasses
-import re
 
 import pytest
 
@@ -57,26 +56,6 @@ def test_experts_that_do_not_divide_over_the_ranks_are_refused_with_the_numbers_
         f"{num_experts} experts do not divide over ep_size={ep_size}; choose tp_size * dp_size = {sizes}, or add {redundant} "
         "redundant experts"
     )
-
-
-def test_ranks_with_the_shared_expert_come_before_those_with_the_others():
-    placement = ExpertPlacement(8, 6, shared_expert_ranks=2)
-    assert [placement.holds_shared_expert(rank) for rank in range(6)] == [True] * 2 + [False] * 4
-    assert [placement.num_local_experts(rank) for rank in range(6)] == [1] * 2 + [2] * 4
-    assert [placement.first_expert(rank) for rank in range(2, 6)] == [0, 2, 4, 6]
-
-
-@pytest.mark.parametrize(
-    ("shared_expert_ranks", "message"),
-    [
-        (4, "4 ranks with the shared expert leave none of the 4 ranks for the other experts; take fewer"),
-        (-1, "-1 ranks with the shared expert"),
-        (1, "over ep_size=4 less 1 ranks; choose tp_size * dp_size = 3 or 5, or add 1 redundant experts"),
-    ],
-)
-def test_the_ranks_that_the_shared_expert_leaves_must_share_the_others_evenly(shared_expert_ranks, message):
-    with pytest.raises(UnsupportedConfigError, match=re.escape(message)):
-        ExpertPlacement(8, 4, shared_expert_ranks)
 
 
 @pytest.mark.parametrize("num_experts", [0, -8])

@@ -41,7 +41,6 @@ class MoELayer:
     hidden_size: int
     dtype: torch.dtype  # of hidden_states
     quant_mode: QuantMode = QuantMode.NONE
-    shared_expert_ranks: int = 0  # number of first ranks of ep that hold the shared expert and no other expert
 
 
 BufferBytes = Callable[[MoELayer, int, int], int]
@@ -62,9 +61,7 @@ class MC2Limits:
     hidden_sizes: range | None = None
     max_experts: int | None = None
     max_experts_per_rank: int | None = None
-    max_experts_per_rank_times_ep_size: int | None = None
     max_top_k: int | None = None
-    shared_expert_ranks: bool = True  # whether a rank may hold a shared expert and no other expert
     version: int = 2  # version of the ops
     comm_alg: str = ""  # argument of the ops; empty: full mesh
     takes_mask: bool = True  # whether the ops take x_active_mask
@@ -80,13 +77,10 @@ class MC2Limits:
             return f"{self.name} takes ep_size {_spans(self.ep_sizes)}, not {ep_size}"
         if self.hidden_sizes is not None and layer.hidden_size not in self.hidden_sizes:
             return f"{self.name} takes hidden_size {_spans([self.hidden_sizes])}, not {layer.hidden_size}"
-        if layer.shared_expert_ranks and not self.shared_expert_ranks:
-            return f"{self.name} has no ranks for shared experts alone"
-        experts_per_rank = ceil_div(layer.num_experts, ep_size - layer.shared_expert_ranks)
+        experts_per_rank = ceil_div(layer.num_experts, ep_size)
         for what, value, most in (
             ("experts", layer.num_experts, self.max_experts),
             ("experts a rank", experts_per_rank, self.max_experts_per_rank),
-            ("experts a rank times ep_size", experts_per_rank * ep_size, self.max_experts_per_rank_times_ep_size),
             ("experts a token", layer.top_k, self.max_top_k),
         ):
             if most is not None and value > most:
@@ -138,8 +132,7 @@ def _a2_hierarchy_bytes(layer: MoELayer, ep_size: int, tokens: int) -> int:
 def _a3_full_mesh_bytes(layer: MoELayer, ep_size: int, tokens: int) -> int:
     sent = _aligned(_aligned(2 * layer.hidden_size, 32) + 64, 512)  # a row and the values sent with it
     returned = _aligned(2 * layer.hidden_size, 512)
-    shared_experts = 1 if layer.shared_expert_ranks else 0
-    return 2 * tokens * (_a3_slots(layer, ep_size) * sent + (layer.top_k + shared_experts) * returned)
+    return 2 * tokens * (_a3_slots(layer, ep_size) * sent + layer.top_k * returned)
 
 
 def _a3_version_1_bytes(layer: MoELayer, ep_size: int, tokens: int) -> int:
@@ -148,7 +141,7 @@ def _a3_version_1_bytes(layer: MoELayer, ep_size: int, tokens: int) -> int:
 
 
 def _a3_slots(layer: MoELayer, ep_size: int) -> int:
-    return layer.num_experts // (ep_size - layer.shared_expert_ranks) * ep_size
+    return layer.num_experts // ep_size * ep_size
 
 
 def _a3_hierarchy_bytes(layer: MoELayer, ep_size: int, tokens: int) -> int:
@@ -179,7 +172,6 @@ A2_FULL_MESH = MC2Limits(
     max_experts=512,
     max_experts_per_rank=24,
     max_top_k=16,
-    shared_expert_ranks=False,
     dtypes=SIXTEEN_BIT,
     buffer_bytes=_a2_full_mesh_bytes,
 )
@@ -192,7 +184,6 @@ A2_HIERARCHY = MC2Limits(
     hidden_sizes=range(32, 10240 + 1, 32),
     max_experts=512,
     max_top_k=16,
-    shared_expert_ranks=False,
     comm_alg="hierarchy",
     takes_mask=False,
     takes_weights=True,
@@ -207,7 +198,6 @@ A3_FULL_MESH = MC2Limits(
     ep_sizes=(range(2, 768 + 1),),
     hidden_sizes=range(1024, 8192 + 1),
     max_experts=1024,
-    max_experts_per_rank_times_ep_size=2048,
     max_top_k=16,
     dtypes=SIXTEEN_BIT,
     buffer_bytes=_a3_full_mesh_bytes,
@@ -221,7 +211,6 @@ A3_HIERARCHY = MC2Limits(
     hidden_sizes=range(1024, 8192 + 1),
     max_experts=512,
     max_top_k=16,
-    shared_expert_ranks=False,
     comm_alg="hierarchy",
     takes_weights=True,
     dtypes=SIXTEEN_BIT,
@@ -244,7 +233,6 @@ A3_VERSION_1 = replace(
     ep_sizes=_one(8, 16, 32, 64, 128, 144, 256, 288),
     hidden_sizes=range(7168, 7168 + 1),
     max_experts=512,
-    max_experts_per_rank_times_ep_size=None,
     max_top_k=8,
     version=1,
     takes_mask=False,

@@ -73,50 +73,35 @@ class ParallelTopology:
 class ExpertPlacement:
     """Linear placement: expert e lives on EP rank e // experts_per_rank (vLLM's default expert_placement_strategy).
 
-    Each of the first shared_expert_ranks ranks holds a copy of the layer's shared expert, and no other expert. Tokens of
-    rank r go to copy r % shared_expert_ranks. Raises UnsupportedConfigError if the experts do not divide evenly over the
-    other ranks.
+    Raises UnsupportedConfigError if the experts do not divide evenly over the ranks.
     """
 
     num_experts: int
     ep_size: int
-    shared_expert_ranks: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.shared_expert_ranks < self.ep_size:
-            raise UnsupportedConfigError(
-                f"{self.shared_expert_ranks} ranks with the shared expert leave none of the {self.ep_size} ranks for the other "
-                "experts; take fewer"
-            )
         if self.num_experts < 1:
             raise UnsupportedConfigError(f"num_experts={self.num_experts}: a layer has 1 or more")
-        ranks = self.ep_size - self.shared_expert_ranks
-        if self.num_experts % ranks:
+        if self.num_experts % self.ep_size:
             raise UnsupportedConfigError(
-                f"{self.num_experts} experts do not divide over ep_size={self.ep_size}"
-                f"{f' less {self.shared_expert_ranks} ranks' if self.shared_expert_ranks else ''}; choose tp_size * dp_size = "
-                f"{self._sizes_that_divide(ranks)}, or add {-self.num_experts % ranks} redundant experts"
+                f"{self.num_experts} experts do not divide over ep_size={self.ep_size}; choose tp_size * dp_size = "
+                f"{self._sizes_that_divide()}, or add {-self.num_experts % self.ep_size} redundant experts"
             )
 
-    def _sizes_that_divide(self, ranks: int) -> str:
+    def _sizes_that_divide(self) -> str:
         """Text with the next smaller and the next larger ep_size over which the experts divide."""
         divisors = [size for size in range(1, self.num_experts + 1) if self.num_experts % size == 0]
-        nearest = [*[size for size in divisors if size < ranks][-1:], *[size for size in divisors if size > ranks][:1]]
-        return " or ".join(str(size + self.shared_expert_ranks) for size in nearest)
+        smaller, larger = (
+            [size for size in divisors if size < self.ep_size],
+            [size for size in divisors if size > self.ep_size],
+        )
+        return " or ".join(map(str, [*smaller[-1:], *larger[:1]]))
 
     @property
     def experts_per_rank(self) -> int:
-        """Number of experts on each EP rank that has routed experts."""
-        return self.num_experts // (self.ep_size - self.shared_expert_ranks)
+        """Number of experts on each EP rank."""
+        return self.num_experts // self.ep_size
 
     def first_expert(self, ep_rank: int) -> int:
-        """Global id of the first expert on `ep_rank`. Negative for a rank with the shared expert."""
-        return (ep_rank - self.shared_expert_ranks) * self.experts_per_rank
-
-    def holds_shared_expert(self, ep_rank: int) -> bool:
-        """Whether `ep_rank` holds the shared expert, and no other expert."""
-        return ep_rank < self.shared_expert_ranks
-
-    def num_local_experts(self, ep_rank: int) -> int:
-        """Number of experts on `ep_rank`, the shared expert included."""
-        return 1 if self.holds_shared_expert(ep_rank) else self.experts_per_rank
+        """Global id of the first expert on `ep_rank`."""
+        return ep_rank * self.experts_per_rank

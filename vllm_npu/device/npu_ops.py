@@ -173,7 +173,6 @@ def distribute_dispatch(
     moe_expert_num: int,
     expert_scales: torch.Tensor | None = None,
     x_active_mask: torch.Tensor | None = None,
-    shared_expert_rank_num: int = 0,
     quant_mode: int = 0,
     global_bs: int = 0,
 ) -> DistributeDispatchOutput:
@@ -184,7 +183,7 @@ def distribute_dispatch(
     where the op takes none. Raises InvalidInputError where the last dispatch of the group still waits for its combine: the
     kernels of a group share one window and switch its halves at each call, so op-plugin's documents call the two ops in pairs.
     """
-    mc2 = _mc2_of(moe_expert_num, expert_ids.shape[1], x.shape[1], x.dtype, shared_expert_rank_num, group_ep.size)
+    mc2 = _mc2_of(moe_expert_num, expert_ids.shape[1], x.shape[1], x.dtype, group_ep.size)
     if x_active_mask is not None and not mc2.takes_mask:
         raise UnsupportedConfigError(
             f"{mc2.name} takes no mask, and a step needs one where a rank has no token or TP ranks have different numbers of "
@@ -206,7 +205,6 @@ def distribute_dispatch(
         moe_expert_num=moe_expert_num,
         expert_scales=expert_scales if mc2.takes_weights else None,
         x_active_mask=x_active_mask,
-        shared_expert_rank_num=shared_expert_rank_num,
         quant_mode=quant_mode,
         global_bs=global_bs,
         expert_token_nums_type=COUNTS,
@@ -235,7 +233,6 @@ def distribute_combine(
     x_active_mask: torch.Tensor | None = None,
     expand_scales: torch.Tensor | None = None,
     comm_alg: str = "",
-    shared_expert_rank_num: int = 0,
     global_bs: int = 0,
 ) -> torch.Tensor:
     """portable_ops.distribute_combine by the same version of the op as the dispatch. COLLECTIVE over group_ep, in one kernel.
@@ -254,7 +251,6 @@ def distribute_combine(
         moe_expert_num=moe_expert_num,
         x_active_mask=x_active_mask,
         expand_scales=expand_scales,
-        shared_expert_rank_num=shared_expert_rank_num,
         global_bs=global_bs,
     )
     return combined
@@ -273,17 +269,9 @@ def _arguments_of_group(group_ep: Transport, group: str, version: int, comm_alg:
 
 
 @cache
-def _mc2_of(
-    num_experts: int, top_k: int, hidden_size: int, dtype: torch.dtype, shared_expert_ranks: int, ep_size: int
-) -> MC2Limits:
+def _mc2_of(num_experts: int, top_k: int, hidden_size: int, dtype: torch.dtype, ep_size: int) -> MC2Limits:
     """Limits of the MC2 algorithm that takes a layer of these sizes. Raises UnsupportedConfigError where there is no MC2."""
-    layer = MoELayer(
-        num_experts=num_experts,
-        top_k=top_k,
-        hidden_size=hidden_size,
-        dtype=dtype,
-        shared_expert_ranks=shared_expert_ranks,
-    )
+    layer = MoELayer(num_experts=num_experts, top_k=top_k, hidden_size=hidden_size, dtype=dtype)
     limits = device_limits()
     mc2 = limits.for_layer(layer, ep_size).mc2
     if mc2 is None:

@@ -11,7 +11,7 @@ import torch
 
 from vllm_npu.core.limits import PORTABLE, BalanceMode, DeviceLimits, QuantMode
 from vllm_npu.core.routing import ExpertPermutation, expert_ranges, local_expert_ids, sum_rows
-from vllm_npu.core.token_layout import ceil_div, pack, pad_rows
+from vllm_npu.core.token_layout import pack, pad_rows
 from vllm_npu.core.topology import ExpertPlacement
 from vllm_npu.errors import InvalidInputError
 from vllm_npu.transport.base import Transport, sum_in_rank_order
@@ -186,14 +186,12 @@ def distribute_dispatch(
     expert_scales: torch.Tensor
     | None = None,  # [B, K] float32: the top-k weights; only the hierarchy's kernels read them
     x_active_mask: torch.Tensor | None = None,  # [B] bool, True for active tokens, which come first
-    shared_expert_rank_num: int = 0,  # number of ranks, the first ones, that hold a copy of the shared expert and no other
     quant_mode: int = 0,  # QuantMode
     global_bs: int = 0,  # the most rows of any rank, times W; 0: every rank brings B rows
 ) -> DistributeDispatchOutput:
-    """Send each active token to the ranks of its experts, and to one rank of the shared expert, in slots of fixed size.
+    """Send each active token to the ranks of its experts, in slots of fixed size.
 
-    W is the number of ranks. A = G * min(num_local_experts, K) with G = global_bs or B * W. On a rank with the shared expert, A
-    is the number of rows of all ranks that use its copy. The shared expert is column K of combine_index.
+    W is the number of ranks. A = G * min(num_local_experts, K) with G = global_bs or B * W.
 
     global_bs, K, H, the dtype and quant_mode must be equal on all ranks; without global_bs, B must be equal too. This is not
     checked here, but by the vote on the step plan. COLLECTIVE over group_ep: one all-to-all of G / W slots for each pair of
@@ -207,18 +205,14 @@ def distribute_dispatch(
         )
     top_k = expert_ids.shape[1]
     num_tokens = _slots_of_a_rank(expert_ids.shape[0], group_ep.size, global_bs, x_active_mask)
-    placement = ExpertPlacement(moe_expert_num, group_ep.size, shared_expert_rank_num)
+    placement = ExpertPlacement(moe_expert_num, group_ep.size)
     active = pad_rows(_active_tokens(x_active_mask, expert_ids.shape[0], x.device)[:, None], num_tokens, 0)
     ids = pad_rows(expert_ids, num_tokens)
     x = pad_rows(x, num_tokens)
     ranks = torch.arange(group_ep.size, device=x.device)[:, None, None]
-    first_experts = ((ranks - shared_expert_rank_num) * placement.experts_per_rank).to(ids.dtype)
+    first_experts = (ranks * placement.experts_per_rank).to(ids.dtype)
     slots = local_expert_ids(ids - first_experts, 0, placement.experts_per_rank).int()  # [W, B, K]
-    if shared_expert_rank_num:
-        serves = ranks == group_ep.rank % shared_expert_rank_num
-        slots = torch.cat([slots, torch.where(serves, 0, -1).int().expand(-1, num_tokens, 1)], dim=-1)
     slots = torch.where(active, slots, -1)
-    columns = slots.shape[2]
     goes = (slots >= 0).any(-1, keepdim=True)  # [W, B, 1]
 
     payload = (x,) if quant_mode == 0 else quantize_per_token(x)
@@ -230,22 +224,17 @@ def distribute_dispatch(
     *received, received_ids = unpack(group_ep.all_to_all(message, sizes, sizes))
 
     # Pairs are numbered (source rank, token, k). A stable sort by local expert gives the order of the op.
-    num_local = placement.num_local_experts(group_ep.rank)
+    num_local = placement.experts_per_rank
     pair_experts = torch.where(received_ids >= 0, received_ids, num_local).flatten().long()
-    if placement.holds_shared_expert(group_ep.rank):
-        rows = num_tokens * ceil_div(group_ep.size, shared_expert_rank_num)
-    else:
-        rows = num_tokens * group_ep.size * min(num_local, top_k)
+    rows = num_tokens * group_ep.size * min(num_local, top_k)
     order = pair_experts.argsort(stable=True)[:rows]
     valid = pair_experts[order] < num_local
     expand_x, *scales = (
-        torch.where(valid[:, None], part[order // columns], -128 if part.dtype == torch.int8 else float("nan"))
+        torch.where(valid[:, None], part[order // top_k], -128 if part.dtype == torch.int8 else float("nan"))
         for part in received
     )
 
-    triples = torch.stack(
-        [order // (num_tokens * columns), order // columns % num_tokens, order % columns], dim=1
-    ).int()
+    triples = torch.stack([order // (num_tokens * top_k), order // top_k % num_tokens, order % top_k], dim=1).int()
     assist_info = torch.full((rows * ASSIST_CELLS,), UNDEFINED, dtype=torch.int32, device=x.device)
     assist_info[: 3 * rows] = torch.where(valid[:, None], triples, UNDEFINED).flatten()
 
@@ -275,41 +264,37 @@ def distribute_combine(
     x_active_mask: torch.Tensor | None = None,  # as given to dispatch
     expand_scales: torch.Tensor | None = None,  # as dispatch returned it; only A2's kernel reads it
     comm_alg: str = "",  # as dispatch returned it; only Ascend's kernels read it
-    shared_expert_rank_num: int = 0,  # as given to dispatch
     global_bs: int = 0,  # as given to dispatch
 ) -> torch.Tensor:  # [B, H], dtype of expand_x; rows of inactive tokens are NaN
     """Send each row back to the rank of its token, and return each token's weighted sum in float32, k ascending.
 
-    The product and the sum of each step are rounded separately. The shared expert's row comes last, without a weight.
+    The product and the sum of each step are rounded separately.
     COLLECTIVE over group_ep: one all-to-all of G / W * K rows for each pair of ranks. Host sync: no. Graph capture: yes.
     """
     num_tokens, top_k = expert_ids.shape
     width = expand_x.shape[1]
-    placement = ExpertPlacement(moe_expert_num, group_ep.size, shared_expert_rank_num)
-    columns = top_k + (1 if shared_expert_rank_num else 0)
+    placement = ExpertPlacement(moe_expert_num, group_ep.size)
     rows_of_a_rank = _slots_of_a_rank(num_tokens, group_ep.size, global_bs, x_active_mask)
-    slots_per_rank = rows_of_a_rank * columns
+    slots_per_rank = rows_of_a_rank * top_k
 
     rows = torch.arange(expand_x.shape[0], device=expand_x.device)
     valid = rows < ep_send_counts[-1]
     source, token, k = combine_index[: 3 * expand_x.shape[0]].view(-1, 3).long().unbind(1)
-    slot = torch.where(valid, source * slots_per_rank + token * columns + k, group_ep.size * slots_per_rank)
+    slot = torch.where(valid, source * slots_per_rank + token * top_k + k, group_ep.size * slots_per_rank)
     window = expand_x.new_zeros(
         group_ep.size * slots_per_rank + 1, width
     )  # the last slot takes the rows that go nowhere
     window[slot] = torch.where(valid[:, None], expand_x, 0)
     sizes = [slots_per_rank] * group_ep.size
-    returned = group_ep.all_to_all(window[:-1], sizes, sizes).view(group_ep.size, rows_of_a_rank, columns, width)
+    returned = group_ep.all_to_all(window[:-1], sizes, sizes).view(group_ep.size, rows_of_a_rank, top_k, width)
 
     active = _active_tokens(x_active_mask, num_tokens, expand_x.device)
-    owner = (expert_ids.long() // placement.experts_per_rank + shared_expert_rank_num).clamp(0, group_ep.size - 1)
+    owner = (expert_ids.long() // placement.experts_per_rank).clamp(0, group_ep.size - 1)
     tokens = torch.arange(num_tokens, device=expand_x.device)
     total = torch.zeros(num_tokens, width, device=expand_x.device)
     for k_index in range(top_k):
         row = returned[owner[:, k_index], tokens, k_index].float()
         total = total + row * expert_scales[:, k_index, None]
-    if shared_expert_rank_num:
-        total = total + returned[group_ep.rank % shared_expert_rank_num, :num_tokens, top_k].float()
     return torch.where(active[:, None], total, float("nan")).to(expand_x.dtype)
 
 

@@ -11,23 +11,20 @@ class Pipelines:
 
     def __init__(self, groups: Groups) -> None:
         self.groups = groups
-        self._pipelines: dict[tuple[str, int, QuantMode, int], MoEPipeline] = {}
+        self._pipelines: dict[tuple[str, int, QuantMode], MoEPipeline] = {}
 
     def get(
         self,
         strategy: str,
         num_experts: int,  # over all ranks, redundant ones included
         quant_mode: QuantMode = QuantMode.NONE,
-        shared_expert_ranks: int = 0,
     ) -> MoEPipeline:
         """Return the pipeline, and build it at the first call. LOCAL. Raises UnsupportedConfigError as build does."""
-        key = strategy, num_experts, quant_mode, shared_expert_ranks
+        key = strategy, num_experts, quant_mode
         found = self._pipelines.get(key)
         if found is None:
             # Micro-batches may ask from several threads: setdefault returns the same pipeline to all of them.
-            found = self._pipelines.setdefault(
-                key, build(strategy, self.groups, num_experts, quant_mode, shared_expert_ranks)
-            )
+            found = self._pipelines.setdefault(key, build(strategy, self.groups, num_experts, quant_mode))
         return found
 
     def check_failed(self) -> None:

@@ -17,10 +17,6 @@ from vllm_npu.transport.base import Groups
 # outweigh the exchange of counts. Chosen from the byte model, not yet from measurements on a cluster.
 ALL2ALL_MAX_SHARE_OF_RANKS = 0.75
 
-SHARED_EXPERTS_NEED_MC2 = (
-    "cannot send tokens to shared experts on ranks of their own; use mc2, or put them on every rank"
-)
-
 
 @dataclass(frozen=True, slots=True)
 class Selection:
@@ -43,8 +39,6 @@ def why_not(
             f"{name} needs ep_size > 1 (got 1 on {topology}); use allgather, or start vLLM with --enable-expert-parallel on "
             "more than one rank"
         )
-    if layer is not None and layer.shared_expert_ranks and name != "mc2":
-        return f"{name} {SHARED_EXPERTS_NEED_MC2}"
     instead = "all2all" if device.all2all else "allgather"
     if name == "mc2":
         if device.mc2 is None:
@@ -150,7 +144,6 @@ def build(
     groups: Groups,
     num_experts: int,
     quant_mode: QuantMode = QuantMode.NONE,
-    shared_expert_ranks: int = 0,
 ) -> MoEPipeline:
     """Build the pipeline of a strategy on these groups. LOCAL.
 
@@ -158,12 +151,10 @@ def build(
     """
     # NVLINK refuses nothing that PORTABLE takes. Whether GPUs share memory, SymmetricDispatcher finds out when it opens it.
     check_strategy(name, groups.topology, device=NVLINK)
-    if shared_expert_ranks and name != "mc2":
-        raise UnsupportedConfigError(f"{name} {SHARED_EXPERTS_NEED_MC2}")
     row = ALL_STRATEGIES[name]
     return MoEPipeline(
         prepare_finalize=_class(row.prepare_finalize)(groups),
-        dispatcher=_class(row.dispatcher)(groups, num_experts, quant_mode, shared_expert_ranks),
+        dispatcher=_class(row.dispatcher)(groups, num_experts, quant_mode),
     )
 
 

@@ -49,7 +49,7 @@ def check_start(
     and HcclBufferError where even the decode steps do not fit the buffer. Raises UnsupportedConfigError where the experts do
     not divide over the ranks, and for a strategy that reads counts on the host inside of a captured graph.
     """
-    ExpertPlacement(layer.num_experts, topology.ep_size, layer.shared_expert_ranks)
+    ExpertPlacement(layer.num_experts, topology.ep_size)
     device = device.for_layer(layer, topology.ep_size)
     check_strategy(AUTO if requested == "mc2" else requested, topology, layer, device)
     reason = why_not("mc2", topology, layer, device)

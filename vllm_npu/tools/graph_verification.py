@@ -149,7 +149,7 @@ def run_in_graphs(rank: Rank, case: Case) -> str | None:
     """Capture the case's layer in two graphs and replay them. Return the fault, or None. COLLECTIVE over all ranks."""
     groups = rank.groups(tp_size=case.tp_size, dp_size=case.dp_size, expert_parallel=case.expert_parallel)
     topology = groups.topology
-    pipeline = build(case.strategy, groups, case.num_physical_experts, case.quant_mode, case.shared_expert_ranks)
+    pipeline = build(case.strategy, groups, case.num_physical_experts, case.quant_mode)
     first = CaseTensors.of(case)
     table = None if first.replicas is None else first.replicas.eplb_table(rank.device)
     own_experts = first.experts_of(topology, rank.device)

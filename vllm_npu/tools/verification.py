@@ -11,7 +11,6 @@ from functools import lru_cache
 from itertools import product
 
 import torch
-import torch.nn.functional as F
 
 from vllm_npu.core.limits import NVLINK, PORTABLE, BalanceMode, DeviceLimits, MoELayer, QuantMode
 from vllm_npu.core.step_plan import StepPlan, TokenSharding
@@ -53,7 +52,6 @@ class Case:
     experts_per_rank: int = 2
     top_k: int = 3
     quant_mode: QuantMode = QuantMode.NONE
-    shared_expert_ranks: int = 0
     redundant_per_rank: int = 0  # slots of each rank that hold replicas; the seed gives the placement
     balance_mode: BalanceMode = BalanceMode.BY_RANK  # how tokens choose a replica
     seed: int = 0
@@ -61,7 +59,7 @@ class Case:
     @property
     def num_experts(self) -> int:
         """Routed experts of all ranks, without replicas."""
-        return self.experts_per_rank * (self.tp_size * self.dp_size - self.shared_expert_ranks)
+        return self.experts_per_rank * self.tp_size * self.dp_size
 
     @property
     def num_physical_experts(self) -> int:
@@ -77,7 +75,6 @@ class Case:
             hidden_size=self.hidden_size,
             dtype=self.dtype,
             quant_mode=self.quant_mode,
-            shared_expert_ranks=self.shared_expert_ranks,
         )
 
     def __str__(self) -> str:
@@ -85,7 +82,6 @@ class Case:
         parts += [self.sharding.value, str(list(self.num_tokens_across_dp)), str(self.dtype).removeprefix("torch.")]
         parts += [word for word, on in (("integer", self.integer), ("skewed", self.skewed)) if on]
         parts += [] if self.quant_mode is QuantMode.NONE else [self.quant_mode.name.lower()]
-        parts += [f"{self.shared_expert_ranks} shared-expert ranks"] if self.shared_expert_ranks else []
         if self.redundant_per_rank:
             parts += [f"{self.redundant_per_rank} redundant experts a rank {self.balance_mode.name.lower()}"]
         return " ".join([*parts, f"hidden{self.hidden_size}", f"width{self.width}", f"seed{self.seed}"])
@@ -221,7 +217,7 @@ def _all_cases(num_ranks: int, strategies: tuple[str, ...], quick: bool, seed: i
         for tp_size, dp_size in grids(num_ranks):
             for case in _layouts(strategy, tp_size, dp_size):
                 patterns = count_patterns(tp_size, dp_size)
-                if case.expert_parallel and not case.shared_expert_ranks and tp_size * dp_size > 1:
+                if case.expert_parallel and tp_size * dp_size > 1:
                     replicas = replace(case, num_tokens_across_dp=patterns[-1], redundant_per_rank=1, seed=seed)
                     yield from (replace(replicas, balance_mode=mode) for mode in BalanceMode)
                 for counts in patterns:
@@ -241,9 +237,6 @@ def _layouts(strategy: str, tp_size: int, dp_size: int) -> Iterator[Case]:
     base = Case(strategy=strategy, tp_size=tp_size, dp_size=dp_size, num_tokens_across_dp=(0,) * dp_size)
     if tp_size * dp_size > 1 or not ALL_STRATEGIES[strategy].needs_expert_parallel:
         yield base
-        if strategy == "mc2":
-            for shared_expert_ranks in sorted({1, tp_size * dp_size // 2}):
-                yield replace(base, shared_expert_ranks=shared_expert_ranks, top_k=2)
         if tp_size > 1:
             yield replace(base, sharding=TokenSharding.SLICED_OVER_TP)
     if not ALL_STRATEGIES[strategy].needs_expert_parallel:
@@ -253,7 +246,7 @@ def _layouts(strategy: str, tp_size: int, dp_size: int) -> Iterator[Case]:
 @lru_cache(maxsize=8)
 def _experts(layer: MoELayer, width: int, integer: bool, seed: int) -> LinearExperts:
     draw = LinearExperts.integer if integer else LinearExperts.random
-    experts = draw(layer.num_experts + 1, layer.hidden_size, width, seed=seed, dtype=layer.dtype)
+    experts = draw(layer.num_experts, layer.hidden_size, width, seed=seed, dtype=layer.dtype)
     if layer.quant_mode is QuantMode.NONE:
         return experts
     if integer:
@@ -300,12 +293,11 @@ class CaseTensors:
     """The tensors of all ranks for one case. They are the same on every rank."""
 
     dtype: torch.dtype
-    shared_expert_ranks: int
     replicas: ReplicaPlacement | None  # slots of the experts; None: in the order of their ids
     hidden_states: list[torch.Tensor]  # for each DP rank [num_tokens, hidden_size]
     topk_weights: list[torch.Tensor]
     topk_ids: list[torch.Tensor]
-    experts: LinearExperts  # the routed ones, and then the shared one
+    experts: LinearExperts
 
     @classmethod
     def of(cls, case: Case) -> "CaseTensors":
@@ -329,7 +321,6 @@ class CaseTensors:
             ids.append(topk_ids)
         return cls(
             case.dtype,
-            case.shared_expert_ranks,
             _replica_placement(case) if case.redundant_per_rank else None,
             hidden_states,
             weights,
@@ -364,12 +355,9 @@ class CaseTensors:
         if self.replicas is not None:
             return self.experts.at(self.replicas.slots[topology.ep_rank])
         if topology.expert_parallel:
-            num_experts = self.experts.weights.shape[0] - 1
-            placement = ExpertPlacement(num_experts, topology.ep_size, self.shared_expert_ranks)
-            shared = placement.holds_shared_expert(topology.ep_rank)
-            first = num_experts if shared else placement.first_expert(topology.ep_rank)
-            return self.experts.on_rank(first, placement.num_local_experts(topology.ep_rank))
-        return self.experts.shard(topology.rank, topology.world_size).on_rank(0, self.experts.weights.shape[0] - 1)
+            placement = ExpertPlacement(self.experts.weights.shape[0], topology.ep_size)
+            return self.experts.on_rank(placement.first_expert(topology.ep_rank), placement.experts_per_rank)
+        return self.experts.shard(topology.rank, topology.world_size)
 
     def expected_on(self, topology: ParallelTopology, sharding: TokenSharding) -> torch.Tensor:
         """The rows of the output that this rank must get, without padding."""
@@ -379,9 +367,6 @@ class CaseTensors:
             values, scales = npu_dynamic_quant(hidden_states)
             hidden_states, experts = values * scales, experts.dequantized()
         weights, ids = self.topk_weights[dp_rank], self.topk_ids[dp_rank]
-        if self.shared_expert_ranks:
-            weights = F.pad(weights, (0, 1), value=1.0)
-            ids = F.pad(ids, (0, 1), value=experts.weights.shape[0] - 1)
         whole = reference_moe(hidden_states, weights, ids, experts)
         whole = whole.to(self.dtype)
         if sharding is TokenSharding.REPLICATED:
@@ -446,7 +431,7 @@ def run_case(rank: Rank, case: Case, between: Callable[[], None] | None = None) 
     before = [tensor.clone() for tensor in (hidden_states, weights, ids)]
     step = StepPlan(num_tokens_across_dp=case.num_tokens_across_dp, sharding=case.sharding)
 
-    pipeline = build(case.strategy, groups, case.num_physical_experts, case.quant_mode, case.shared_expert_ranks)
+    pipeline = build(case.strategy, groups, case.num_physical_experts, case.quant_mode)
     experts = poisoned(tensors.experts_of(groups.topology, rank.device), between)
     physical_ids = ids
     if tensors.replicas is not None:

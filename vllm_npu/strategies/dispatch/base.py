@@ -93,10 +93,9 @@ class Dispatcher(ABC):
         groups: Groups,
         num_experts: int,  # over all ranks, redundant ones included
         quant_mode: QuantMode = QuantMode.NONE,
-        shared_expert_ranks: int = 0,  # not 0 for MC2 only: the first ranks of ep, which hold the shared expert alone
     ) -> None:
         self.groups = groups
-        self.placement = ExpertPlacement(num_experts, groups.topology.ep_size, shared_expert_ranks)
+        self.placement = ExpertPlacement(num_experts, groups.topology.ep_size)
         self.quant_mode = quant_mode
 
     @abstractmethod

@@ -45,7 +45,6 @@ class MC2Dispatcher(Dispatcher):
             moe_expert_num=self.placement.num_experts,
             expert_scales=tokens.topk_weights,
             x_active_mask=tokens.mask,
-            shared_expert_rank_num=self.placement.shared_expert_ranks,
             quant_mode=self.quant_mode,
             global_bs=global_bs,
         )
@@ -84,7 +83,6 @@ class MC2Dispatcher(Dispatcher):
             x_active_mask=handle.mask,
             expand_scales=handle.expand_scales,
             comm_alg=handle.comm_alg,
-            shared_expert_rank_num=self.placement.shared_expert_ranks,
             global_bs=handle.global_bs,
         )
         return combined

@@ -107,11 +107,10 @@ class SymmetricDispatcher(Dispatcher):
         groups: Groups,
         num_experts: int,
         quant_mode: QuantMode = QuantMode.NONE,
-        shared_expert_ranks: int = 0,  # must be 0: MC2 alone has such ranks
         limits: SymmetricLimits = SYMMETRIC,
         timeout: float | None = None,  # seconds, for windows that this object opens; None: as open_windows says
     ) -> None:
-        super().__init__(groups, num_experts, quant_mode, shared_expert_ranks)
+        super().__init__(groups, num_experts, quant_mode)
         if not 2 <= groups.topology.ep_size <= limits.max_ep_size:
             raise UnsupportedConfigError(
                 f"symmetric needs 2 <= ep_size <= {limits.max_ep_size} (got {groups.topology.ep_size}); use all2all or "

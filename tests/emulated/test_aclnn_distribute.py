@@ -506,9 +506,113 @@ def refused_arguments(rank: int, num_ranks: int) -> None:
         ({"copy_expert_num": 1}, r"161001.*ori_x is missing"),
         ({"shared_expert_x": case.x[rank][:2].npu()}, r"561002.*shared_expert_x has the shape"),
         ({"comm_alg": "ring"}, r"561002.*comm_alg=ring"),
+        ({"comm_alg": "fullmesh"}, r"561002.*comm_alg=fullmesh is refused: Ascend910_9391"),
     ):
         refused(text, lambda changes=changes: combine(case, rank, sent.expand_x, sent, **changes))
     combine(case, rank, sent.expand_x, sent)  # the dispatch still waits for it
+
+    weights = case.weights[rank].npu()
+    for changes, text in (
+        (
+            {"comm_alg": "hierarchy", "expert_scales": weights, "zero_expert_num": 1},
+            r"561002.*takes no special experts",
+        ),
+        (
+            {
+                "comm_alg": "hierarchy",
+                "expert_scales": weights,
+                "x_active_mask": torch.ones(5, TOP_K, dtype=torch.bool).npu(),
+            },
+            r"561002.*x_active_mask has 2 dimensions; comm_alg=hierarchy takes 1",
+        ),
+    ):
+        refused(text, lambda changes=changes: dispatch(case, rank, **changes))
+    many = torch.arange(13, dtype=torch.int32).repeat(5, 1)
+    case_of_16 = replace(case, experts_per_rank=16)
+    refused(
+        r"561002.*K=13 is refused: .* takes at most 12",
+        lambda: npu.npu_moe_distribute_dispatch_v2(
+            case.x[rank].npu(), many.npu(), **members(case_of_16, rank), comm_alg="fullmesh_v2"
+        ),
+    )
+
+
+def refused_shared_experts(rank: int, num_ranks: int) -> None:
+    layer = Layer(num_ranks, [5] * num_ranks, shared_experts=1, shared_ranks=1)
+    sent = dispatch(layer, rank)
+    shared = layer.x[rank].npu()
+    refused(
+        r"561002.*shared_expert_x is given, but shared_expert_rank_num=1",
+        lambda: combine(layer, rank, sent.expand_x, sent, shared_expert_x=shared),
+    )
+    combine(layer, rank, sent.expand_x, sent)
+    five = {"shared_expert_num": 5, "shared_expert_rank_num": 5, "ep_world_size": 6}
+    refused(r"561002.*shared_expert_num=5 is not in 1..4", lambda: dispatch(layer, rank, **five))
+
+
+def refused_on_a2(rank: int, num_ranks: int) -> None:
+    """What A2's checks (op_tiling) and documents refuse and A3's take."""
+    layer = Layer(num_ranks, [5] * num_ranks)
+    weights = layer.weights[rank].npu()
+    hierarchy = {"comm_alg": "hierarchy", "expert_scales": weights}
+    smooth = torch.ones(layer.experts, WIDTH).npu()
+    for changes, text in (
+        ({"comm_alg": "fullmesh_v2"}, r"561002.*comm_alg=fullmesh_v2 is refused: Ascend910B1"),
+        ({"const_expert_num": 1}, r"561002.*const_expert_num=1: Ascend910B1 takes 0"),
+        ({**hierarchy, "copy_expert_num": 1}, r"561002.*takes no special experts"),
+        ({**hierarchy, "quant_mode": 2, "scales": smooth}, r"561002.*scales is given, but comm_alg=hierarchy"),
+    ):
+        refused(text, lambda changes=changes: dispatch(layer, rank, **changes))
+    sent = dispatch(layer, rank, comm_alg="fullmesh")
+    shared = layer.x[rank].npu()
+    for changes, text in (
+        ({"comm_quant_mode": 2}, r"561002.*comm_quant_mode=2: Ascend910B1 takes it with comm_alg=hierarchy only"),
+        ({"shared_expert_x": shared}, r"561002.*shared_expert_x is given, but Ascend910B1"),
+        ({"const_expert_num": 1}, r"561002.*const_expert_num=1"),
+    ):
+        refused(text, lambda changes=changes: combine(layer, rank, sent.expand_x, sent, **changes))
+    combine(layer, rank, sent.expand_x, sent)
+
+
+def quantised_sums(sums: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The hierarchy's comm_quant_mode 2: int8 by groups of 16 float16 or 8 float32 numbers."""
+    if dtype is torch.float16:
+        groups = sums.half().unflatten(-1, (-1, 16))
+        scales = groups.abs().amax(-1, keepdim=True) * torch.tensor(1 / 127)  # float16, as the groups
+        values = torch.where(scales > 0, groups / scales, 0.0).round()
+        return (values * scales).flatten(-2)
+    groups = sums.unflatten(-1, (-1, 8))
+    scales = groups.abs().amax(-1, keepdim=True) * torch.tensor(1 / 127)
+    values = torch.where(scales > 0, groups / scales, 0.0).half().round().float()
+    return (values * scales.bfloat16().float()).flatten(-2)
+
+
+def hierarchies(rank: int, num_ranks: int) -> None:
+    """The order of A2's hierarchy, to the bit: a server's 8 ranks by ascending expert id, then the servers."""
+    for dtype in (torch.bfloat16, torch.float16):
+        for comm_quant_mode in (0, 2):
+            layer = Layer(num_ranks, [3] * num_ranks, dtype=dtype, experts_per_rank=2, top_k=12, width=32)
+            weights = layer.weights[rank]
+            sent = dispatch(layer, rank, comm_alg="hierarchy", expert_scales=weights.npu())
+            out = combine(
+                layer,
+                rank,
+                sent.expand_x,
+                sent,
+                comm_alg="hierarchy",
+                expand_scales=sent.expand_scales,
+                comm_quant_mode=comm_quant_mode,
+            ).cpu()
+            for token in range(3):
+                pairs = sorted(zip(layer.ids[rank][token].tolist(), weights[token], strict=True))
+                total = torch.zeros(32, dtype=dtype if comm_quant_mode and dtype is torch.float16 else torch.float32)
+                for server in range(-(-num_ranks // 8)):
+                    partial = torch.zeros(32)
+                    for expert, weight in pairs:
+                        if expert // (8 * layer.experts_per_rank) == server:
+                            partial = partial + layer.x[rank][token].float() * weight
+                    total = total + (quantised_sums(partial, dtype) if comm_quant_mode else partial.to(dtype).float())
+                assert torch.equal(out[token], total.to(dtype)), (dtype, comm_quant_mode, token)
 
 
 def dispatch_of(case: Layer, rank: int, x: torch.Tensor | None = None, ids: torch.Tensor | None = None) -> Any:
@@ -624,6 +728,19 @@ def layers(rank: int, num_ranks: int) -> None:
 @pytest.mark.parametrize("num_ranks", [2, 4, pytest.param(8, marks=pytest.mark.nightly)])
 def test_layers_of(num_ranks: int, run_in_ranks) -> None:
     run_in_ranks(layers, num_ranks)
+
+
+def test_the_hierarchy_adds_by_server(run_in_ranks) -> None:
+    """10 ranks are two servers, of which one is small: more ranks show nothing else."""
+    run_in_ranks(hierarchies, 10, soc="A2", env={"VLLM_NPU_EMULATOR_LIMITS": "none"})
+
+
+def test_refuses_arguments_of_other_chips(run_in_ranks) -> None:
+    run_in_ranks(refused_on_a2, 2, soc="A2")
+
+
+def test_refuses_shared_experts_by_name(run_in_ranks) -> None:
+    run_in_ranks(refused_shared_experts, 2)
 
 
 def test_dense_layer_on_a2(run_in_ranks) -> None:

@@ -92,6 +92,11 @@ def test_gating_top_k_takes_the_lowest_of_equal_experts() -> None:
         (EXPERTS, {"k": 2, "group_count": 3}, "group_count=3 does not divide 16"),
         (EXPERTS, {"k": 2, "group_count": 8}, "group_count=8 leaves groups of 2"),
         (EXPERTS, {"k": 2, "k_group": 5, "group_count": 4}, "k_group=5 is not in"),
+        (
+            520,
+            {"k": 2, "group_count": 104},
+            "group_count=104 groups of 5 experts, each padded to a multiple of 32, are 3328",
+        ),
         (EXPERTS, {"k": 2, "renorm": 1}, "renorm=1 is not emulated"),
         (EXPERTS, {"k": 2, "norm_type": 2}, "norm_type=2"),
         (EXPERTS, {"k": 2, "group_select_mode": 2}, "group_select_mode=2"),

@@ -123,13 +123,16 @@ def test_init_routing_quantises_a_row_of_zeros_to_zeros() -> None:
     assert not scales.any()
 
 
-def test_init_routing_static_quantisation() -> None:
-    x, ids = random_rows(TOKENS, WIDTH, dtype=torch.float16), random_ids(7)
-    scale, offset = torch.tensor([40.0]), torch.tensor([3.0])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_init_routing_static_quantisation(dtype: torch.dtype) -> None:
+    """All steps are float32. 40.1 and 3.3 have no float16, so steps in float16 give other numbers."""
+    tokens = 300
+    x, ids = random_rows(tokens, WIDTH, dtype=dtype), random_ids(7, tokens)
+    scale, offset = torch.tensor([40.1]), torch.tensor([3.3])
     values = init_routing(x, ids, quant_mode=0, scale=scale, offset=offset)[0]
-    scaled = x.numpy() * np.float16(40) + np.float16(3)
-    wanted = np.clip(np.rint(scaled), -128, 127).astype(np.int8)
-    assert torch.equal(values, torch.from_numpy(wanted)[[pair // TOP_K for pair in sorted_pairs(ids, 0, EXPERTS)]])
+    scaled = x.float().numpy() * np.float32(40.1) + np.float32(3.3)
+    wanted = torch.from_numpy(np.clip(np.rint(scaled), -128, 127).astype(np.int8))
+    assert torch.equal(values, wanted[[pair // TOP_K for pair in sorted_pairs(ids, 0, EXPERTS)]])
 
 
 @pytest.mark.parametrize("quant_mode", [-1, 1])
@@ -384,6 +387,8 @@ def test_finalize_routing_refuses_by_name() -> None:
         npu.npu_moe_finalize_routing(rows, None, None, None, None, index, None, 4)
     with pytest.raises(RuntimeError, match=r"(?s)161001.*bias needs export_for_source_row"):
         npu.npu_moe_finalize_routing(rows, None, None, rows, None, index, None, 2)
+    with pytest.raises(RuntimeError, match=r"(?s)561002.*skip2 is given without skip1"):
+        npu.npu_moe_finalize_routing(rows, None, rows, None, None, index, None, 2)
     with pytest.raises(RuntimeError, match=r"(?s)561002.*skip1 has the shape"):
         npu.npu_moe_finalize_routing(rows, rows[:2], None, None, None, index, None, 2)
     half, one = rows.half(), torch.ones(TOKENS, 1).npu()
@@ -392,6 +397,33 @@ def test_finalize_routing_refuses_by_name() -> None:
         arguments[place] = one if name == "scales" else rows
         with pytest.raises(RuntimeError, match=rf"(?s)161002.*{name} is Float"):
             npu.npu_moe_finalize_routing(*arguments)
+
+
+def finalize_on_310p(rank: int, num_ranks: int) -> None:
+    del rank, num_ranks
+    rows, index = random_rows(TOKENS, WIDTH), torch.randperm(TOKENS).int().npu()
+    finalize = npu.npu_moe_finalize_routing
+    out = finalize(rows.npu(), None, None, None, None, index, None, 2)
+    assert torch.equal(out.cpu(), rows[index.cpu().long()])
+    given = rows.npu()
+    refused(
+        "561002.*drop_pad_mode=0: Ascend310P takes 2", lambda: finalize(given, None, None, None, None, index, None, 0)
+    )
+    refused("161002.*skip1 is given", lambda: finalize(given, given, None, None, None, index, None, 2))
+    refused(
+        "161002.*export_for_source_row is given",
+        lambda: finalize(given, None, None, None, None, index, index.view(TOKENS, 1), 2),
+    )
+    refused(
+        "161002.*rows on Ascend310P is BFloat16",
+        lambda: finalize(given.bfloat16(), None, None, None, None, index, None, 2),
+    )
+    narrow = given[:, :8].contiguous()
+    refused("561002.*multiples of 32", lambda: finalize(narrow, None, None, None, None, index, None, 2))
+
+
+def test_finalize_routing_on_310p(run_in_ranks) -> None:
+    run_in_ranks(finalize_on_310p, 1, soc="310P")
 
 
 def test_finalize_routing_of_bfloat16_takes_float32_scales() -> None:

@@ -591,3 +591,22 @@ def test_bad_arguments_raise_what_they_raise_on_the_cpu() -> None:
 def test_sparse_results_are_refused() -> None:
     with pytest.raises(NotImplementedError, match="dense tensors only"):
         torch.ones(2, 2, device=DEVICE).to_sparse()
+
+
+def unsafe_data(rank: int, num_ranks: int) -> None:
+    """A rank of its own: the mark and the check stay on in a process."""
+    del rank, num_ranks
+    from torch_npu.npu import _recovery
+
+    a, b = torch.ones(3).npu(), torch.ones(3).npu()
+    _recovery.set_npu_tensor_unsafe_check_flag(True)
+    _recovery.mark_all_npu_tensor_unsafe(0)
+    for read in (lambda: a + 1, lambda: a.cpu(), lambda: b.copy_(a)):
+        with pytest.raises(RuntimeError, match="There is unsafe data in the input tensor"):
+            read()
+    b.copy_(torch.full((3,), 2.0))
+    assert (b + 1).tolist() == [3.0] * 3
+
+
+def test_data_marked_unsafe_is_not_read_until_it_is_written(run_in_ranks):
+    run_in_ranks(unsafe_data, 1)

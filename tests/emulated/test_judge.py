@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -167,6 +168,29 @@ def test_a_suite_with_every_fault_has_every_outcome(tmp_path):
     assert "[1/1] test_kills.py: 1 passed, 1 failed" in third.stderr
     assert "1 new failures\n  test_kills.py::test_before: assert False" in third.stdout
     assert "1 mended\n  test_kills.py::test_segfault" in third.stdout
+
+
+@pytest.mark.parametrize(("processes_per_core", "outcome"), [(0, "killed"), (1000, "passed")])
+def test_time_limits_follow_the_load(tmp_path, monkeypatch, processes_per_core, outcome):
+    """A load average is told to `judge`, because a true one takes minutes to rise and others would pay for it."""
+    load = processes_per_core * len(os.sched_getaffinity(0))
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, load, load))
+    (tmp_path / "test_a.py").write_text("import time\ndef test_waits(): time.sleep(5)\n")
+    job = judge.Job(
+        suite=str(tmp_path),
+        folder=None,
+        only=(),
+        skip=(),
+        jobs=1,
+        json=tmp_path / "result.json",
+        compare=None,
+        soc_name="A2",
+        test_seconds=0.5,
+        file_seconds=1,
+        again=False,
+    )
+    made = judge.run_file(job, library_folder(), tmp_path / "test_a.py", tmp_path, threading.Event())
+    assert made.count(outcome) == 1, made
 
 
 def test_a_stopped_run_ends_what_it_started_and_keeps_what_is_done(tmp_path):

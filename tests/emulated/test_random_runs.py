@@ -301,7 +301,7 @@ def draw_layer(draw: random.Random, size: int) -> dict[str, Any]:
         "smooth": draw.random() < 0.5,
         "comm_quant_mode": draw.choice((0, 0, 0, 2)),
         "token_nums_type": draw.choice((0, 1)),
-        "shared_expert_x": draw.random() < 0.3,
+        "shared_expert_x": draw.random() < 0.3 and shared_ranks == 0,
         "data": draw.randrange(1 << 20),
     }
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch_npu
 
 from vllm_npu.emulator import build, soc
 
@@ -269,6 +270,15 @@ acl.aclrtMemcpyAsync(host, size(4096), device, size(4096), 2, other)
 acl.aclrtSynchronizeStream(other)
 print(early, pending, late, first_byte(), acl.aclrtDestroyStream(stream), acl.aclrtSynchronizeStream(stream) != 0)
 """
+
+
+def test_registering_no_host_memory_fails():
+    runtime, host = torch_npu.npu.npurt(), torch.empty(4096, dtype=torch.uint8)
+    pinned = 0x10000000
+    assert int(runtime.npuHostRegister(host.data_ptr(), 0, pinned)) != 0
+    assert int(runtime.npuHostRegister(0, 4096, pinned)) != 0
+    assert int(runtime.npuHostRegister(host.data_ptr(), 4096, pinned)) == 0
+    assert int(runtime.npuHostUnregister(host.data_ptr())) == 0
 
 
 def test_synchronous_streams_are_done_at_once():

@@ -43,8 +43,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--compare", type=Path, metavar="PATH", help="an earlier result: show new failures and mended ones"
     )
     tests.add_argument("--soc", default=envs.EMULATOR_SOC.read(), help="as of `run`")
-    tests.add_argument("--test-seconds", type=float, default=300, metavar="S", help="limit of a test (default: 300)")
-    tests.add_argument("--file-seconds", type=float, default=1800, metavar="S", help="limit of a file (default: 1800)")
+    quiet = "on a machine without other load; a load makes it longer"
+    tests.add_argument("--test-seconds", type=float, default=300, metavar="S", help=f"limit of a test (300), {quiet}")
+    tests.add_argument("--file-seconds", type=float, default=1800, metavar="S", help=f"limit of a file (1800), {quiet}")
     commands.add_parser("clean", help="remove shared memory that killed processes left behind")
     commands.add_parser("hook", help="print the line of a .pth file that makes VLLM_NPU_EMULATOR=1 work everywhere")
     return parser.parse_args(arguments)

@@ -87,7 +87,7 @@ class Job:
     json: Path
     compare: Path | None
     soc_name: str
-    test_seconds: float
+    test_seconds: float  # on a machine without other load, as the next
     file_seconds: float
     again: bool
 
@@ -225,21 +225,44 @@ class Stopped(Exception):
     """The run was stopped from outside."""
 
 
+def quiet_share() -> float:
+    """Which part of a second's work is done in a second, at the load of the last minute. 1 where nothing else runs.
+
+    A process gets its share of a core, so the share is one by the number of processes for each core. One is added to this
+    number, because the load average lags.
+    """
+    return 1 / (1 + os.getloadavg()[0] / len(os.sched_getaffinity(0)))
+
+
+class QuietClock:
+    """Counts seconds as a machine without other load would need them: time limits mean the same under every load."""
+
+    def __init__(self) -> None:
+        self._seconds, self._read = 0.0, time.monotonic()
+
+    def seconds(self) -> float:
+        """Since the clock was made. Ask often: the load at the time of asking counts for the time since the last."""
+        now = time.monotonic()
+        self._seconds += (now - self._read) * quiet_share()
+        self._read = now
+        return self._seconds
+
+
 def wait_or_end(
-    process: subprocess.Popen[bytes], record: Path, job: Job, deadline: float, stopping: threading.Event
+    process: subprocess.Popen[bytes], record: Path, job: Job, clock: QuietClock, stopping: threading.Event
 ) -> str:
-    """Waits for the end of a file's process, and ends a process that is late. Returns how it ended.
+    """Waits for the end of a file's process, and ends a process that is late by the file's clock. Returns how it ended.
 
     Raises Stopped after `stopping` is set. In every case the process and those that it started have ended.
     """
-    size, changed = 0, time.monotonic()
+    size, changed = 0, clock.seconds()
     try:
         while (code := process.poll()) is None:
-            now = time.monotonic()
+            now = clock.seconds()
             grown = record.stat().st_size if record.exists() else 0
             if grown != size:
                 size, changed = grown, now
-            if now > deadline:
+            if now > job.file_seconds:
                 return f"time limit of {job.file_seconds:g} s for a file"
             if now - changed > job.test_seconds:
                 return f"time limit of {job.test_seconds:g} s for a test"
@@ -252,8 +275,7 @@ def wait_or_end(
 
 def run_file(job: Job, libraries: Path, file: Path, cwd: Path, stopping: threading.Event) -> TestFile:
     """Runs a file's tests, in a new process after each that is killed. Raises Stopped after `stopping` is set."""
-    start = time.monotonic()
-    deadline = start + job.file_seconds
+    start, clock = time.monotonic(), QuietClock()
     run_name = launcher.new_run_name()
     changes = {
         "TASK_QUEUE_ENABLE": os.environ.get("TASK_QUEUE_ENABLE", "1"),  # torch_npu's own default
@@ -278,7 +300,7 @@ def run_file(job: Job, libraries: Path, file: Path, cwd: Path, stopping: threadi
                     preexec_fn=launcher.end_with_parent,
                 )
                 try:
-                    ended = wait_or_end(process, record, job, deadline, stopping)
+                    ended = wait_or_end(process, record, job, clock, stopping)
                 finally:
                     shared_memory.clean_run(run_name)
             lines = judge_recorder.read(record)
@@ -289,7 +311,7 @@ def run_file(job: Job, libraries: Path, file: Path, cwd: Path, stopping: threadi
                     killed[PROCESS] = Test("killed", ended, printed)
                 break
             killed[running] = Test("killed", ended, printed)
-            if time.monotonic() > deadline:
+            if clock.seconds() > job.file_seconds:
                 break
             with open(record, "a") as marked:
                 marked.write(json.dumps({"event": "finish", "test": running}) + "\n")

@@ -10,7 +10,6 @@ namespace {
 
 constexpr int64_t kNoQuant = 0;
 constexpr int64_t kInt8Groups = 2;
-constexpr int64_t kInt8Group = 8;
 
 struct Inputs {
   at::Tensor expand_x;       // [A, H]: the experts' output
@@ -75,7 +74,8 @@ enum Field { kToken, kTopK, kRows };
 
 std::vector<Message> outgoing(const Combine& op, const PendingDispatch& dispatch) {
   at::Tensor rows = op.expand_x.narrow(0, 0, dispatch.sources.size(0));
-  if (op.comm_quant_mode == kInt8Groups) rows = through_int8_groups(rows);
+  // The hierarchy quantises the sums of servers instead.
+  if (op.comm_quant_mode == kInt8Groups && !op.place.is_hierarchical()) rows = through_int8_groups(rows);
   std::vector<Message> messages;
   for (int64_t receiver = 0; receiver < op.place.world_size; ++receiver) {
     const at::Tensor index = (dispatch.sources.select(1, 0) == receiver).nonzero().squeeze(-1);
@@ -106,21 +106,30 @@ at::Tensor constant_rows(const Combine& op, const at::Tensor& x, const at::Tenso
          op.constants.value->to(at::kFloat).index_select(0, index) * coefficient(*op.constants.alpha_2);
 }
 
-// Like sum_of_rows, but adds the rows of each server first. The sums of the servers are rounded to the rows' type. No
-// document states the order inside a server, or the rounding between servers: both are assumed here.
+// Adds the rows of each server in float32, by ascending expert id, and rounds after the multiply and after the add. The sums
+// of the servers are rounded to the rows' type, or go through int8, and are added up: in float32, but int8 sums of float16
+// in float16. Source: the golden script of A2's combine. No document states this for A3.
 at::Tensor sum_by_server(const Combine& op, const at::Tensor& rows, const at::Tensor& active) {
   constexpr int64_t kRanksOfServer = 8;
-  const at::Tensor owners = op.expert_ids.to(at::kLong).floor_divide(op.place.experts_per_rank());
+  const at::ScalarType type = op.expand_x.scalar_type();
+  const bool is_quantised = op.comm_quant_mode == kInt8Groups;
+  const at::Tensor ids = op.expert_ids.to(at::kLong);
+  const at::Tensor order = at::argsort(ids, /*stable=*/true, -1, /*descending=*/false);
+  const at::Tensor owners = ids.gather(1, order).floor_divide(op.place.experts_per_rank());
+  const at::Tensor weights = op.weights.gather(1, order).unsqueeze(-1);
+  const at::Tensor chosen = active.gather(1, order);
+  const at::Tensor ordered = rows.gather(1, order.unsqueeze(-1).expand({-1, -1, op.width()}));
   at::Tensor total = at::zeros({op.num_tokens(), op.width()}, at::kFloat);
   for (int64_t first = 0; first < op.place.world_size; first += kRanksOfServer) {
     at::Tensor partial = at::zeros_like(total);
     for (int64_t k = 0; k < op.top_k(); ++k) {
       const at::Tensor owner = owners.select(1, k);
       const at::Tensor here = (owner >= first).logical_and(owner < first + kRanksOfServer);
-      const at::Tensor addend = rows.select(1, k) * op.weights.select(1, k).unsqueeze(-1);
-      partial = at::where(here.logical_and(active.select(1, k)).unsqueeze(-1), partial + addend, partial);
+      const at::Tensor addend = ordered.select(1, k) * weights.select(1, k);
+      partial = at::where(here.logical_and(chosen.select(1, k)).unsqueeze(-1), partial + addend, partial);
     }
-    total = total + partial.to(op.expand_x.scalar_type()).to(at::kFloat);
+    total = total + (is_quantised ? sums_through_int8(partial, type) : partial.to(type).to(at::kFloat));
+    if (is_quantised && type == at::kHalf) total = total.to(at::kHalf).to(at::kFloat);
   }
   return total;
 }
@@ -159,9 +168,7 @@ void write_active(const at::Tensor& out, const at::Tensor& rows, const at::Tenso
   out.view(rows.sizes()).index_copy_(0, tokens, written);
 }
 
-void check_special(const Combine& op) {
-  require(op.special.zero >= 0 && op.special.copy >= 0 && op.special.constant >= 0,
-          "zero_expert_num, copy_expert_num and const_expert_num must not be negative");
+void check_constants(const Combine& op) {
   const std::vector<int64_t> like_out{op.num_tokens(), op.width()};
   const auto check = [&](const OptionalTensor& tensor, const char* name, bool is_needed, at::IntArrayRef sizes) {
     if (!is_needed) return require_absent(tensor, name, "there are no experts that use it");
@@ -178,6 +185,16 @@ void check_special(const Combine& op) {
   check(op.constants.value, "const_expert_v", constants, {op.special.constant, op.width()});
 }
 
+void check_int8_groups(const Combine& op) {
+  const bool is_a2 = current_soc().family == Family::kA2;
+  require(!is_a2 || op.place.is_hierarchical(), "comm_quant_mode=2: ", current_soc().name,
+          " takes it with comm_alg=hierarchy only");
+  require(is_a2 || !op.place.is_hierarchical(), "comm_quant_mode=2 with comm_alg=hierarchy is not emulated on ",
+          current_soc().name);
+  const int64_t group = op.place.is_hierarchical() ? int8_group_of_sums(op.expand_x.scalar_type()) : kInt8Group;
+  require(op.width() % group == 0, "comm_quant_mode=2 needs H=", op.width(), " to be a multiple of ", group);
+}
+
 void check(const Combine& op) {
   require_dimensions(op.expand_x, "expand_x", 2);
   require_dtype(op.expand_x, "expand_x", {at::kHalf, at::kBFloat16});
@@ -187,23 +204,25 @@ void check(const Combine& op) {
   require_dtype(op.send_counts, "ep_send_counts", {at::kInt});
   require_dtype(op.weights, "expert_scales", {at::kFloat});
   require_shape(op.weights, "expert_scales", op.expert_ids.sizes());
-  check_mask(op.expert_ids, op.mask);
+  check_mask(op.place, op.expert_ids, op.mask);
   require(!op.mask || op.version != "1", "x_active_mask is given, but version 1 of the op takes none");
-  check_special(op);
+  check_special(op.place, op.special);
+  check_constants(op);
   if (op.shared_expert_x) {
+    require(current_soc().family != Family::kA2, "shared_expert_x is given, but ", current_soc().name, " takes none");
+    require(op.place.shared_ranks == 0, "shared_expert_x is given, but shared_expert_rank_num=", op.place.shared_ranks,
+            " is not 0");
     require_dtype(*op.shared_expert_x, "shared_expert_x", {op.expand_x.scalar_type()});
     require(op.shared_expert_x->numel() == op.num_tokens() * op.width(), "shared_expert_x has the shape ",
             op.shared_expert_x->sizes(), "; it must have ", op.num_tokens(), " rows of ", op.width());
   }
   require_one_of(op.comm_quant_mode, "comm_quant_mode", {kNoQuant, kInt8Groups});
-  require(op.comm_quant_mode == kNoQuant || op.width() % kInt8Group == 0, "comm_quant_mode=2 needs H=", op.width(),
-          " to be a multiple of ", kInt8Group);
+  if (op.comm_quant_mode == kInt8Groups) check_int8_groups(op);
   check_limits(op.place, op.version == "1", op.num_tokens(), op.width(), op.top_k());
   if (op.place.is_hierarchical()) {
     if (!op.expand_scales)
       refuse(Code::kMissing, "expand_scales is missing: comm_alg=hierarchy needs that of dispatch");
-    require(op.special.total() == 0 && !op.shared_expert_x && op.comm_quant_mode == kNoQuant,
-            "comm_alg=hierarchy with special experts, shared_expert_x or comm_quant_mode is not emulated");
+    require(!op.shared_expert_x, "shared_expert_x is given, but comm_alg=hierarchy with it is not emulated");
   }
 }
 

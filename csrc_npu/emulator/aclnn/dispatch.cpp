@@ -113,6 +113,9 @@ void check_tokens_of_ranks(const Dispatch& op, const std::vector<Message>& recei
     any_mask = any_mask || message[kTokensAndMask][1].item<bool>();
   }
   const auto [least, most] = std::minmax_element(tokens.begin(), tokens.end());
+  require(*least == *most || !op.place.is_hierarchical() || current_soc().family == Family::kA2,
+          "comm_alg=hierarchy on ", current_soc().name, " needs the same number of tokens on all ranks; the ranks have ",
+          at::IntArrayRef(tokens));
   require(*least == *most || !any_mask, "x_active_mask needs the same number of tokens on all ranks; the ranks have ",
           at::IntArrayRef(tokens));
   require(*most <= op.place.max_tokens(), "global_bs=", op.place.global_bs, " allows ", op.place.max_tokens(),
@@ -179,12 +182,12 @@ void check_shapes(const Dispatch& op) {
   require_dimensions(op.expert_ids, "expert_ids", 2);
   require_dtype(op.expert_ids, "expert_ids", {at::kInt});
   require(op.x.size(0) == op.num_tokens(), "x has ", op.x.size(0), " rows and expert_ids has ", op.num_tokens());
-  check_mask(op.expert_ids, op.mask);
+  check_mask(op.place, op.expert_ids, op.mask);
   require(!op.mask || op.version != "1", "x_active_mask is given, but version 1 of the op takes none");
   if (op.place.is_hierarchical()) {
     if (!op.weights) refuse(Code::kMissing, "expert_scales is missing: comm_alg=hierarchy needs it");
-    require(!op.mask || current_soc().family != Family::kA2, "x_active_mask is given, but comm_alg=hierarchy on ",
-            current_soc().name, " takes none; pass active tokens only");
+    require(!op.smooth_scales || current_soc().family != Family::kA2, "scales is given, but comm_alg=hierarchy on ",
+            current_soc().name, " takes none");
   }
   if (op.weights) {
     require_dtype(*op.weights, "expert_scales", {at::kFloat});
@@ -196,8 +199,7 @@ void check(const Dispatch& op) {
   check_shapes(op);
   require_one_of(op.quant_mode, "quant_mode", {kNoQuant, kDynamicQuant});
   require_one_of(op.token_nums_type, "expert_token_nums_type", {kCumsum, kCount});
-  require(op.special.zero >= 0 && op.special.copy >= 0 && op.special.constant >= 0,
-          "zero_expert_num, copy_expert_num and const_expert_num must not be negative");
+  check_special(op.place, op.special);
   if (op.smooth_scales) {
     require(op.quant_mode == kDynamicQuant, "scales is given, but quant_mode=", op.quant_mode, " uses none");
     const int64_t shared_rows =

@@ -1,7 +1,14 @@
 // Checks that dispatch and combine share.
 #include "distribute.h"
 
+#include <algorithm>
+
 namespace vllm_npu::emulator::aclnn {
+namespace {
+
+constexpr int64_t kMaxSharedExperts = 4;
+
+}  // namespace
 
 Placement make_placement(const Members& members, int64_t global_bs, const std::string& comm_alg,
                          const OptionalTensor& elastic_info, const OptionalTensor& performance_info) {
@@ -16,9 +23,11 @@ Placement make_placement(const Members& members, int64_t global_bs, const std::s
   require_absent(elastic_info, "elastic_info", "it is not emulated");
   require_absent(performance_info, "performance_info", "it is not emulated");
   const bool hierarchy = comm_alg == "hierarchy";
-  require(
-      comm_alg.empty() || comm_alg == "fullmesh" || comm_alg == "fullmesh_v1" || comm_alg == "fullmesh_v2" || hierarchy,
-      "comm_alg=", comm_alg, " is not emulated; use fullmesh, fullmesh_v1, fullmesh_v2 or hierarchy");
+  const std::vector<std::string> algorithms = current_soc().family == Family::kA2
+                                                  ? std::vector<std::string>{"", "fullmesh", "hierarchy"}
+                                                  : std::vector<std::string>{"", "fullmesh_v1", "fullmesh_v2", "hierarchy"};
+  require(std::find(algorithms.begin(), algorithms.end(), comm_alg) != algorithms.end(), "comm_alg=", comm_alg,
+          " is refused: ", current_soc().name, " takes one of ", algorithms);
   require(!hierarchy || shared_ranks == 0, "comm_alg=hierarchy takes shared_expert_rank_num=0 only, not ",
           shared_ranks);
   require(rank >= 0 && rank < world_size, "ep_rank_id=", rank, " is not in 0..", world_size - 1);
@@ -31,7 +40,9 @@ Placement make_placement(const Members& members, int64_t global_bs, const std::s
   } else {
     require(current_soc().family != Family::kA2, "shared_expert_rank_num=", shared_ranks, ": ", current_soc().name,
             " takes 0 only");
-    require(shared_experts > 0 && shared_ranks % shared_experts == 0, "shared_expert_num=", shared_experts,
+    require(shared_experts > 0 && shared_experts <= kMaxSharedExperts, "shared_expert_num=", shared_experts,
+            " is not in 1..", kMaxSharedExperts);
+    require(shared_ranks % shared_experts == 0, "shared_expert_num=", shared_experts,
             " does not divide shared_expert_rank_num=", shared_ranks);
   }
   require(moe_experts > 0 && moe_experts % (world_size - shared_ranks) == 0, "moe_expert_num=", moe_experts,
@@ -49,10 +60,23 @@ std::string agreed_facts(const std::string& version, const Placement& place, con
                   place.is_hierarchical() ? " hierarchy" : "");
 }
 
-void check_mask(const at::Tensor& expert_ids, const OptionalTensor& mask) {
+void check_special(const Placement& place, const SpecialExperts& special) {
+  require(special.zero >= 0 && special.copy >= 0 && special.constant >= 0,
+          "zero_expert_num, copy_expert_num and const_expert_num must not be negative");
+  require(special.constant == 0 || current_soc().family != Family::kA2, "const_expert_num=", special.constant, ": ",
+          current_soc().name, " takes 0 only");
+  require(special.total() == 0 || !place.is_hierarchical(), "comm_alg=hierarchy takes no special experts, and the sum of "
+          "zero_expert_num, copy_expert_num and const_expert_num is ", special.total());
+}
+
+void check_mask(const Placement& place, const at::Tensor& expert_ids, const OptionalTensor& mask) {
   if (!mask) return;
   require_dtype(*mask, "x_active_mask", {at::kBool});
+  require(!place.is_hierarchical() || current_soc().family != Family::kA2,
+          "x_active_mask is given, but comm_alg=hierarchy on ", current_soc().name,
+          " takes none; pass active tokens only");
   if (mask->dim() == 2) {
+    require(!place.is_hierarchical(), "x_active_mask has 2 dimensions; comm_alg=hierarchy takes 1");
     require(current_soc().family != Family::kA2, "x_active_mask has 2 dimensions; ", current_soc().name, " takes 1");
     require_shape(*mask, "x_active_mask", expert_ids.sizes());
   } else {

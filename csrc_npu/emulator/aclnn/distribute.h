@@ -1,8 +1,9 @@
 // Code that dispatch and combine share: the owner of each expert, the facts on which all ranks must agree, and the
 // record that a dispatch leaves for its combine.
 //
-// Contract: op-plugin's documents of npu_moe_distribute_dispatch_v2 and npu_moe_distribute_combine_v2, and the A3
-// kernels in CANN's ops-transformer.
+// Contract: op-plugin's documents of npu_moe_distribute_dispatch_v2 and npu_moe_distribute_combine_v2, the documents of
+// aclnnMoeDistributeDispatchV4 and aclnnMoeDistributeCombineV4, and in CANN's ops-transformer the A3 kernels, the checks
+// of both chips (op_tiling), and A2's golden scripts.
 #pragma once
 
 #include <string>
@@ -75,7 +76,10 @@ std::string agreed_facts(const std::string& version, const Placement& place, con
 // selects the pairs of the first tokens, and a mask [B, K] selects any pairs.
 at::Tensor active_pairs(const at::Tensor& expert_ids, const OptionalTensor& mask);
 
-void check_mask(const at::Tensor& expert_ids, const OptionalTensor& mask);
+void check_mask(const Placement& place, const at::Tensor& expert_ids, const OptionalTensor& mask);
+
+// Refuses negative numbers, and experts that the chip or the algorithm does not have.
+void check_special(const Placement& place, const SpecialExperts& special);
 
 // Refuses ids that are negative or too large, and a row that has an id twice.
 void check_ids(const at::Tensor& expert_ids, const at::Tensor& active, int64_t num_ids);

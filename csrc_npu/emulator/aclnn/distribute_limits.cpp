@@ -31,6 +31,7 @@ constexpr int64_t kUnlimited = INT64_MAX;
 constexpr int64_t kVersion1A3Width = 7168;
 constexpr int64_t kVersion1A3TopK = 8;
 constexpr int64_t kVersion1Experts = 512;
+constexpr int64_t kFullmeshV2TopK = 12;
 
 const Limits kA2{"the document of aclnnMoeDistributeDispatchV2 for Atlas A2, CANN 8.5, full mesh",
                  {{2, 8}, {16, 16}, {32, 32}, {64, 64}, {128, 128}, {256, 256}},
@@ -174,7 +175,8 @@ void check_limits(const Placement& place, bool version_1, int64_t own_tokens, in
   const Soc& soc = current_soc();
   require(soc.family != Family::k310P, soc.name, " has no MoE dispatch and combine; use all-gather instead");
   if (limits_are_off()) return;
-  const Limits limits = limits_of(soc.family, version_1, place.is_hierarchical());
+  Limits limits = limits_of(soc.family, version_1, place.is_hierarchical());
+  if (place.comm_alg == "fullmesh_v2") limits.top_k = kFullmeshV2TopK;
   const auto check = [&](bool fits, const char* name, int64_t value, const std::string& allowed) {
     require(fits, name, "=", value, " is refused: ", soc.name, " takes ", allowed, " (", limits.source,
             "); VLLM_NPU_EMULATOR_LIMITS=none lets the emulator take it");

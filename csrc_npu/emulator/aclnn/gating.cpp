@@ -14,6 +14,7 @@ namespace {
 constexpr int64_t kMaxGatingExperts = 2048;
 constexpr int64_t kMaxSoftmaxTopK = 1024;
 constexpr int64_t kMinExpertsInGroup = 3;
+constexpr int64_t kGroupMultiple = 32;
 constexpr int64_t kSoftmax = 0;
 constexpr int64_t kSigmoid = 1;
 constexpr int64_t kByMaximum = 0;  // score of a group of experts
@@ -76,6 +77,10 @@ void check_choice(const Choice& choice, int64_t num_experts) {
           " experts");
   require(groups == 1 || num_experts / groups >= kMinExpertsInGroup, "group_count=", groups, " leaves groups of ",
           num_experts / groups, " experts; at least ", kMinExpertsInGroup);
+  const int64_t padded = (num_experts / groups + kGroupMultiple - 1) / kGroupMultiple * kGroupMultiple;
+  require(groups * padded <= kMaxGatingExperts, "group_count=", groups, " groups of ", num_experts / groups,
+          " experts, each padded to a multiple of ", kGroupMultiple, ", are ", groups * padded, " experts; at most ",
+          kMaxGatingExperts);
   require(1 <= choice.group_limit && choice.group_limit <= groups, "k_group=", choice.group_limit,
           " is not in 1..group_count=", groups);
   const int64_t eligible = choice.group_limit * (num_experts / groups);

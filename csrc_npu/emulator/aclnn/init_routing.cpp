@@ -90,8 +90,8 @@ Rows take_rows(const InitRouting& op, const at::Tensor& pairs, const at::Tensor&
     if (!op.scale) return {rows, std::nullopt};
     return {rows, op.scale->index_select(0, tokens)};
   }
-  if (op.quant_mode == kStaticQuant) {  // all steps are fp16
-    const at::Tensor scaled = rows.to(at::kHalf) * op.scale->to(at::kHalf) + op.offset->to(at::kHalf);
+  if (op.quant_mode == kStaticQuant) {
+    const at::Tensor scaled = rows.to(at::kFloat) * *op.scale + *op.offset;
     return {scaled.round().clamp(-128, 127).to(at::kChar), std::nullopt};
   }
   at::Tensor values = rows.to(at::kFloat);

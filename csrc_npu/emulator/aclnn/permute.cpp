@@ -6,6 +6,9 @@
 // documents do not say in which type rows are added up, and what happens with an index of no row. For this the source is
 // the kernels of moe_token_unpermute and moe_finalize_routing_v2 in CANN's ops-transformer. On Ascend950 both ops run one
 // kernel.
+#include <utility>
+#include <vector>
+
 #include "op.h"
 #include "undefined.h"
 
@@ -114,6 +117,17 @@ void check_finalize_types(const at::Tensor& rows, const OptionalTensor& skip1, c
   if (scales && !is_mixed) require_dtype(*scales, "scales", {type});
 }
 
+// The document's limits of 310P.
+void check_finalize_on_310p(const at::Tensor& rows, const std::vector<std::pair<const char*, OptionalTensor>>& optional,
+                            int64_t drop_pad_mode) {
+  if (current_soc().family != Family::k310P) return;
+  require_dtype(rows, "expanded_permuted_rows on Ascend310P", {at::kHalf, at::kFloat});
+  require(drop_pad_mode == 2, "drop_pad_mode=", drop_pad_mode, ": Ascend310P takes 2 only");
+  require(rows.size(-1) % 32 == 0, "expanded_permuted_rows has rows of ", rows.size(-1),
+          "; Ascend310P takes multiples of 32");
+  for (const auto& [name, tensor] : optional) require_absent(tensor, name, "Ascend310P takes none");
+}
+
 // Adds with k ascending, and rounds after each multiply and add: float16 rows in float16 on A2 and A3, all others in
 // float32. -1 is an index of no row. On A2 and A3 it needs a drop_pad_mode with a capacity: without, the kernel multiplies
 // whatever row is in its buffer.
@@ -124,6 +138,10 @@ Plan finalize_routing(at::Tensor rows, at::Tensor source_to_row, OptionalTensor 
   const bool has_capacity = drop_pad_mode == 1 || drop_pad_mode == 3;
   const bool token_major = drop_pad_mode >= 2;
   check_finalize_types(rows, skip1, skip2, bias, scales);
+  check_finalize_on_310p(
+      rows, {{"skip1", skip1}, {"skip2", skip2}, {"bias", bias}, {"export_for_source_row", expert_of_source}},
+      drop_pad_mode);
+  require(skip1 || !skip2, "skip2 is given without skip1");
   require_dimensions(rows, "expanded_permuted_rows", has_capacity ? 3 : 2);
   require_dtype(source_to_row, "expanded_src_to_dst_row", {at::kInt});
   const int64_t num_tokens = out.size(0);

@@ -6,6 +6,8 @@
 #include <ATen/ops/_local_scalar_dense.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
+#include <torch_npu/csrc/core/npu/NPUCachingAllocator.h>
+#include <torch_npu/csrc/core/npu/NPURecovery.h>
 
 #include "alias.h"
 #include "stream.h"
@@ -63,12 +65,20 @@ void copy_on_device(const at::Tensor& to, const at::Tensor& from) {
   }
 }
 
+// As torch_npu's own copy: unsafe data is not read, and what is written is safe again.
+void refuse_unsafe_data(const at::Tensor& to, const at::Tensor& from) {
+  if (!c10_npu::get_npu_data_unsafe_flag()) return;
+  c10_npu::check_npu_tensor_is_safe(from);
+  if (to.is_privateuseone()) c10_npu::NPUCachingAllocator::updateBlockToSafe(to.storage().data_ptr());
+}
+
 }  // namespace
 
 at::Tensor& copy_(at::Tensor& self, const at::Tensor& source, bool non_blocking) {
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   const c10::DeviceGuard guard(self.is_privateuseone() ? self.device() : source.device());
   trace(kName);
+  refuse_unsafe_data(self, source);
   const auto expanded = at::expand_inplace(self, source, kName);  // an error is raised here, not on the stream's thread
   if (self.is_privateuseone() && source.is_privateuseone()) {
     copy_on_device(self, *expanded);

@@ -6,6 +6,7 @@
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
+#include <torch_npu/csrc/core/npu/NPURecovery.h>
 
 #include <algorithm>
 #include <array>
@@ -77,6 +78,7 @@ class Call {
     // The npu's autocast has already cast the arguments. The CPU's autocast must not cast them again.
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     check_devices();
+    refuse_unsafe_data();
     if (records_work(current_stream(device_))) return record();
     wait_for_current_stream(device_);
 
@@ -131,6 +133,17 @@ class Call {
         if (tensor.is_cpu() && (may_be_on_cpu || (tensor.dim() == 0 && !writes_to(i)))) return;
         TORCH_CHECK(false, name_, ": Expected all tensors to be on the same device, but '", argument_name, "' is on ",
                     tensor.device(), " and another one on ", device_, "; move it with .to('", device_, "')");
+      });
+    }
+  }
+
+  // As torch_npu's own operators do: after a fault of the device's memory, its contents must not be read.
+  void refuse_unsafe_data() {
+    if (!c10_npu::get_npu_data_unsafe_flag()) return;
+    for (size_t i = 0; i < num_arguments(); ++i) {
+      if (writes_to(i)) continue;
+      for_each_tensor(argument(i), [](const at::Tensor& tensor) {
+        if (tensor.defined()) c10_npu::check_npu_tensor_is_safe(tensor);
       });
     }
   }

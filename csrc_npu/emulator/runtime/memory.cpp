@@ -145,6 +145,13 @@ void add_pinned(void* pointer, std::size_t bytes) {
   memory().pinned_blocks[as_number(pointer)] = bytes;
 }
 
+// Fails where there is no host memory to register.
+int require_bytes(const char* function, const void* pointer, uint64_t bytes) {
+  if (pointer != nullptr && bytes > 0) return ACL_SUCCESS;
+  return fail(ACL_ERROR_RT_PARAM_INVALID, "%s: %llu bytes at %p", function, static_cast<unsigned long long>(bytes),
+              pointer);
+}
+
 bool remove_pinned(const void* pointer) {
   const std::lock_guard<std::mutex> lock(memory().mutex);
   return memory().pinned_blocks.erase(as_number(pointer)) != 0;
@@ -241,12 +248,14 @@ aclError aclrtFreeHost(void* pointer) {
 }
 
 aclError aclrtHostRegister(void* pointer, uint64_t bytes, aclrtHostRegisterType, void** device_pointer) {
+  if (const int code = require_bytes(__func__, pointer, bytes)) return code;
   add_pinned(pointer, bytes);
   if (device_pointer != nullptr) *device_pointer = pointer;
   return ACL_SUCCESS;
 }
 
 aclError aclrtHostRegisterV2(void* pointer, uint64_t bytes, uint32_t) {
+  if (const int code = require_bytes(__func__, pointer, bytes)) return code;
   add_pinned(pointer, bytes);
   return ACL_SUCCESS;
 }

@@ -3,16 +3,19 @@
     python -m vllm_npu.emulator run --nproc 2 --soc A3 tests/ascend/layer_program.py '{"tp": 2, "dp": 1, ...}'
 
 Each rank prints one JSON line. For every step and path it holds the collectives, the bytes, and the largest difference from a
-dense layer in float64 and from vllm-ascend's own path.
+dense layer in float64 and from vllm-ascend's own path. With "graph", each step is captured and replayed with other tokens, and
+the line also holds the device's operations in the graph. "own" names the communication methods that vllm-ascend is held to.
 """
 
 import json
 import os
 import sys
 import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -89,6 +92,39 @@ def load_int8(layer: Any, name: str, weight: torch.Tensor, own: slice) -> torch.
     getattr(layer, f"{name}_weight_scale").data.copy_(scale[own])
     getattr(layer, f"{name}_weight_offset").data.zero_()
     return quantised * scale.float()
+
+
+class Ran(NamedTuple):
+    """One step of this rank."""
+
+    output: torch.Tensor
+    expected: torch.Tensor  # of a dense layer
+    calls: list[Any]  # collectives
+    ran: str  # what vllm-ascend chose
+    operations: Sequence[str] = ()  # names of the device's operations in the graph
+
+
+def operations_of(graph: Any) -> list[str]:
+    """The names of the device's operations in a captured graph, in their order."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "graph.json"
+        graph.debug_dump(str(file))
+        return [event["name"] for event in json.loads(file.read_text())]
+
+
+@contextmanager
+def held_to(method: str | None) -> Iterator[None]:
+    """Let vllm-ascend choose this communication method, a name of its MoECommType. None: its own choice."""
+    from vllm_ascend import ascend_forward_context
+
+    choose = ascend_forward_context.select_moe_comm_method
+    if method is not None:
+        chosen = ascend_forward_context.MoECommType[method]
+        ascend_forward_context.select_moe_comm_method = lambda *_, **__: chosen
+    try:
+        yield
+    finally:
+        ascend_forward_context.select_moe_comm_method = choose
 
 
 def spoil_combine() -> None:
@@ -188,12 +224,14 @@ def main(given: dict[str, Any]) -> None:
     )  # the module that has the weights: on vLLM 0.30, a part of the layer
     device = torch.device("npu", rank)
 
-    from vllm.config import set_current_vllm_config
+    from vllm.config import CUDAGraphMode, set_current_vllm_config
     from vllm.distributed import get_ep_group
+    from vllm.forward_context import BatchDescriptor, get_forward_context
     from vllm_ascend.ascend_forward_context import set_ascend_forward_context
 
     from tests.ascend.collective_log import CollectiveLog
     from vllm_npu.plugin.ascend.worker import take_over
+    from vllm_npu.plugin.captured_steps import CapturedSteps
     from vllm_npu.plugin.step_planner import planner_of
 
     generator = torch.Generator().manual_seed(3)
@@ -209,15 +247,22 @@ def main(given: dict[str, Any]) -> None:
     with set_current_vllm_config(config):
         module.quant_method.process_weights_after_loading(module)
 
-    def run(counts: list[int], seed: int) -> tuple[torch.Tensor, torch.Tensor, list[Any], str]:
+    def draw(counts: list[int], seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Draw this rank's tokens. Returns hidden states, router logits and the output of a dense layer."""
         tokens = counts[rank // tp]
-        draw = torch.Generator().manual_seed(seed * 100 + rank // tp)
-        hidden = torch.randn(tokens, hidden_size, generator=draw).to(dtype)
-        logits = torch.randn(tokens, experts, generator=draw).to(dtype)
+        generator = torch.Generator().manual_seed(seed * 100 + rank // tp)
+        hidden = torch.randn(tokens, hidden_size, generator=generator).to(dtype)
+        logits = torch.randn(tokens, experts, generator=generator).to(dtype)
         expected = dense(hidden, logits, w13, w2, top_k)
         if given.get("flashcomm1"):  # each TP rank has only its slice of the tokens
             own = slice(rank % tp * (tokens // tp), (rank % tp + 1) * (tokens // tp))
-            hidden, logits, expected = hidden[own], logits[own], expected[own]
+            return hidden[own], logits[own], expected[own]
+        return hidden, logits, expected
+
+    @contextmanager
+    def step(counts: list[int], mode: CUDAGraphMode = CUDAGraphMode.NONE) -> Iterator[str]:
+        """One step of vllm-ascend's runner. Yields the communication method that vllm-ascend chose."""
+        tokens = counts[rank // tp]
         with (
             torch.inference_mode(),
             set_current_vllm_config(config),
@@ -227,25 +272,45 @@ def main(given: dict[str, Any]) -> None:
                 num_tokens=tokens,
                 num_tokens_across_dp=torch.tensor(counts, dtype=torch.int32) if dp > 1 else None,
                 num_actual_tokens=tokens,
+                aclgraph_runtime_mode=mode,
+                batch_descriptor=BatchDescriptor(num_tokens=tokens),
             ),
         ):
-            from vllm.forward_context import get_forward_context
+            yield get_forward_context().moe_comm_type.name
 
-            ran = get_forward_context().moe_comm_type.name
+    def run(counts: list[int], seed: int) -> Ran:
+        hidden, logits, expected = draw(counts, seed)
+        with step(counts) as ran:
             output = layer(hidden.to(device), logits.to(device)).cpu().double()
         calls, log.calls = log.calls, []
-        return output, expected, calls, ran
+        return Ran(output, expected, calls, ran)
+
+    def replay(counts: list[int], seed: int) -> Ran:
+        """As run, with a graph that was captured for other tokens."""
+        static = [each.to(device) for each in draw(counts, seed + 50)[:2]]
+        hidden, logits, expected = draw(counts, seed)
+        with step(counts):
+            layer(*static)  # what an operator does at its first call is outside of the graph
+        graph = torch.npu.NPUGraph()
+        with step(counts, CUDAGraphMode.FULL) as ran, torch.npu.graph(graph):
+            output = layer(*static)
+        with step(counts, CUDAGraphMode.FULL):
+            for held, new in zip(static, (hidden, logits), strict=True):
+                held.copy_(new)
+            graph.replay()
+        return Ran(output.cpu().double(), expected, [], ran, operations_of(graph))
 
     log = CollectiveLog(get_ep_group().rank_in_group, tp * dp, experts)
-    module.forward_impl = log.inside(module.forward_impl)
-    log.see_everything()
+    if not given.get("graph"):  # the log reads ids on the host, which a capture refuses
+        module.forward_impl = log.inside(module.forward_impl)
+        log.see_everything()
     rows: list[dict[str, Any]] = []
     own_outputs: dict[int, torch.Tensor] = {}
 
     def record(path: str) -> None:
         for number, counts in enumerate(given["steps"]):
-            output, expected, calls, ran = run(counts, number)
-            if path == OWN:
+            output, expected, calls, ran, operations = (replay if given.get("graph") else run)(counts, number)
+            if path.startswith(OWN):
                 own_outputs[number] = output
             scale = expected.abs().amax().clamp(min=1e-9)
             rows.append(
@@ -258,6 +323,7 @@ def main(given: dict[str, Any]) -> None:
                     "from_dense": float((output - expected).abs().amax() / scale) if output.numel() else 0.0,
                     "rms_from_dense": rms(output - expected) / max(rms(expected), 1e-9) if output.numel() else 0.0,
                     "from_own": float((output - own_outputs[number]).abs().amax() / scale) if output.numel() else 0.0,
+                    "operations": operations,
                 }
             )
 
@@ -269,12 +335,15 @@ def main(given: dict[str, Any]) -> None:
         record(OWN)
         print(json.dumps({"rank": rank, "rows": rows, "comparison": comparison.take()}), flush=True)
         return
-    record(OWN)
+    for method in given.get("own", [None]):
+        with held_to(method):
+            record(OWN if method is None else f"{OWN} {method}")
     take_over(config)
     planner = planner_of(config)
     assert planner is not None
     refused: dict[str, str] = {}
     for strategy in given["strategies"]:
+        planner._captured_steps = CapturedSteps(None)  # the graphs of the last path are gone
         try:
             planner.propose(strategy)
         except ValueError as error:

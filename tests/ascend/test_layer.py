@@ -24,6 +24,7 @@ TOLERANCES = {"float16": 2e-3, "bfloat16": 2e-2}  # relative to the largest elem
 # times half a unit, and this allows one unit.
 ROUNDINGS = {"float16": 2.0**-10, "bfloat16": 2.0**-7}
 INT8_FROM_DENSE = 5e-2  # activations are rounded twice to 1/127 of the largest element of their row
+EVENTS = ("aclrtRecordEvent", "aclrtStreamWaitEvent")
 COMM_TYPES = {"mc2": "MC2", "all2all": "ALLTOALL", "allgather": "ALLGATHER", "naive": "ALLGATHER"}
 
 
@@ -84,6 +85,35 @@ def test_every_strategy_gives_what_vllm_ascend_gives(case):
             if row["counts"] == [5, 5] and row["path"] in ("mc2", "all2all", "allgather"):
                 shown = re.search(rf"\| 5, 5 \| {row['path']} \| (.+) \| ([\d,]+) \|\n", document)
                 assert (len(shown[1].split(", ")), shown[2]) == (len(row["calls"]), f"{row['bytes']:,}")
+
+
+@pytest.mark.skipif(LINE != "0.23", reason="graphs were run on vllm-ascend 0.23 only")
+@pytest.mark.parametrize(("tp", "dp", "fewer"), [(1, 2, "allgather"), (2, 1, "mc2")], ids=["DP2", "TP2"])
+def test_a_captured_layer_is_right_for_other_tokens_and_has_few_tasks(tp, dp, fewer):
+    held = {"mc2": f"{OWN} MC2", "allgather": f"{OWN} ALLGATHER"}
+    outcome, reports = run(
+        "A3",
+        tp,
+        dp,
+        dtype="bfloat16",
+        graph=True,
+        steps=[[8] * dp],
+        own=[method.removeprefix(f"{OWN} ") for method in held.values()],
+        strategies=["mc2", "allgather", "naive"],
+    )
+    assert outcome.code == 0, outcome.output
+    for report in reports:
+        assert report["refused"] == {}
+        rows = {row["path"]: row for row in report["rows"]}
+        assert list(rows) == [*held.values(), "mc2", "allgather", "naive"]
+        for row in rows.values():
+            assert row["from_dense"] < TOLERANCES["bfloat16"], row
+            assert row["rms_from_dense"] < ROUNDINGS["bfloat16"], row
+        assert len(rows[fewer]["operations"]) < len(rows[held[fewer]]["operations"])
+        document = (ROOT / "docs/ascend.md").read_text(encoding="utf-8")
+        for path, row in rows.items():
+            kernels = [name for name in row["operations"] if name not in EVENTS]
+            assert f"| {'TP2' if tp > 1 else 'DP2'} | {path} | {len(row['operations'])} | {len(kernels)} |" in document
 
 
 def test_a_step_past_mc2s_capacity_goes_another_way():

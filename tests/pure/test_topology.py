@@ -31,10 +31,7 @@ def test_groups_partition_the_world(tp_size, dp_size, expert_parallel):
 def test_every_expert_has_one_owner(tp_size, dp_size):
     ranks = topologies(tp_size, dp_size)
     placement = ExpertPlacement(3 * len(ranks), ranks[0].ep_size)
-    owned = [
-        range(placement.first_expert(each.ep_rank), placement.first_expert(each.ep_rank) + placement.experts_per_rank)
-        for each in ranks
-    ]
+    owned = [placement.experts_of(each.ep_rank) for each in ranks]
     assert [expert for part in owned for expert in part] == list(range(3 * len(ranks)))
 
 

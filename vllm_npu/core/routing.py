@@ -166,7 +166,6 @@ class RankDestinations:
     """The EP ranks that each token goes to, at most once each, and the sent rows of each token."""
 
     tokens: torch.Tensor  # [num_sent] int64: token of each sent row; rows are sorted by rank, then by token
-    ranks: torch.Tensor  # [num_sent] int64: destination of each sent row
     rows_per_rank: torch.Tensor  # [ep_size] int64
     row_of_rank: torch.Tensor  # [num_tokens, ep_size] int64: sent row of each token to each rank, -1 for no row
 
@@ -176,14 +175,9 @@ class RankDestinations:
         goes = torch.zeros((topk_ids.shape[0], placement.ep_size), dtype=torch.bool, device=topk_ids.device)
         goes.scatter_(1, topk_ids.long() // placement.experts_per_rank, True)
         rank_major = goes.t()
-        ranks, tokens = rank_major.nonzero(as_tuple=True)
+        _, tokens = rank_major.nonzero(as_tuple=True)
         rows = rank_major.flatten().cumsum(0).view(rank_major.shape).t() - 1
-        return cls(tokens=tokens, ranks=ranks, rows_per_rank=goes.sum(0), row_of_rank=torch.where(goes, rows, -1))
-
-    def local_ids(self, topk_ids: torch.Tensor, placement: ExpertPlacement) -> torch.Tensor:
-        """Local ids of each sent row on its destination: [num_sent, top_k], -1 for experts of other ranks."""
-        first = (self.ranks * placement.experts_per_rank).to(topk_ids.dtype)
-        return local_expert_ids(topk_ids[self.tokens] - first[:, None], 0, placement.experts_per_rank)
+        return cls(tokens=tokens, rows_per_rank=goes.sum(0), row_of_rank=torch.where(goes, rows, -1))
 
 
 def expert_ranges(tokens_per_expert: Sequence[int]) -> list[tuple[int, int, int]]:

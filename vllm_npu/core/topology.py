@@ -105,3 +105,8 @@ class ExpertPlacement:
     def first_expert(self, ep_rank: int) -> int:
         """Global id of the first expert on `ep_rank`."""
         return ep_rank * self.experts_per_rank
+
+    def experts_of(self, ep_rank: int) -> range:
+        """Global ids of the experts on `ep_rank`."""
+        first = self.first_expert(ep_rank)
+        return range(first, first + self.experts_per_rank)

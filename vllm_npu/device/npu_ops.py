@@ -34,6 +34,7 @@ DISTRIBUTE_OPS = {  # by version, newest first
 # combine_index of the last dispatch on each HCCL group, until the combine. An entry also goes when nobody holds the tensor any
 # more, since nobody can combine then.
 _UNCOMBINED: "WeakValueDictionary[str, torch.Tensor]" = WeakValueDictionary()
+INT32_MAX = torch.iinfo(torch.int32).max
 COUNTS = 1  # group_list_type and expert_token_nums_type: a count of rows for each expert, not prefix sums
 
 
@@ -57,28 +58,24 @@ def distribute_version() -> int:
 
 
 def init_routing(
-    x: torch.Tensor, local_ids: torch.Tensor, num_local_experts: int, scale: torch.Tensor | None = None
+    x: torch.Tensor, ids: torch.Tensor, num_experts: int, local_experts: range, scale: torch.Tensor | None = None
 ) -> InitRoutingOutput:
     """portable_ops.init_routing by npu_moe_init_routing_v2, but always with N * K rows. LOCAL. Host sync: no. Graph capture:
     yes."""
     if not device_limits().routing_ops:
-        return portable_ops.init_routing(x, local_ids, num_local_experts, scale)
-    if local_ids.numel() == 0:  # the op takes no empty tensors
-        counts = torch.zeros(num_local_experts, dtype=torch.int64, device=x.device)
-        return InitRoutingOutput(
-            x.new_empty((0, x.shape[1])), local_ids, counts, None if scale is None else scale[:0, 0]
-        )
-    # The op drops ids outside of the active range, but takes no negative ones: the id past the last expert stands for -1.
-    ids = torch.where(local_ids < 0, num_local_experts, local_ids).int()
+        return portable_ops.init_routing(x, ids, num_experts, local_experts, scale)
+    if ids.numel() == 0:  # the op takes no empty tensors
+        counts = torch.zeros(len(local_experts), dtype=torch.int64, device=x.device)
+        return InitRoutingOutput(x.new_empty((0, x.shape[1])), ids, counts, None if scale is None else scale[:0, 0])
     expanded_x, row_idx, counts, expanded_scale = torch_npu.npu_moe_init_routing_v2(
         x.contiguous(),
-        ids,
+        ids.int().contiguous(),
         scale=None if scale is None else scale.flatten(),
         active_num=ids.numel(),
-        expert_num=num_local_experts + 1,
+        expert_num=num_experts,
         expert_tokens_num_type=COUNTS,
         expert_tokens_num_flag=True,
-        active_expert_range=[0, num_local_experts],
+        active_expert_range=[local_experts.start, local_experts.stop],
         row_idx_type=0,  # row_idx holds the row of each pair
     )
     return InitRoutingOutput(
@@ -98,8 +95,9 @@ def finalize_routing(
         return portable_ops.finalize_routing(rows, row_of_pair, weights)
     if row_of_pair.numel() == 0 or rows.shape[0] == 0:
         return rows.new_zeros((row_of_pair.shape[0], rows.shape[1]))
-    # The kernels of all chips leave out an index past the last row. -1 they read, or not, or refuse: see limits.
-    index = torch.where(row_of_pair < 0, rows.shape[0], row_of_pair).int()
+    # The kernels of all chips leave out an index past the last row. -1 they read, or not, or refuse: see limits. Without its
+    # sign bit, -1 is the largest index.
+    index = row_of_pair.int().bitwise_and(INT32_MAX)
     probs = rows.new_ones(index.shape, dtype=torch.float32) if weights is None else weights
     summed: torch.Tensor = torch_npu.npu_moe_token_unpermute(rows, index.flatten(), probs)
     return summed

@@ -58,12 +58,14 @@ class InitRoutingOutput(NamedTuple):
 
 def init_routing(
     x: torch.Tensor,  # [N, H]
-    local_ids: torch.Tensor,  # [N, K] integer, -1 for a pair of no local expert
-    num_local_experts: int,
+    ids: torch.Tensor,  # [N, K] integer, global ids from 0 to num_experts - 1
+    num_experts: int,
+    local_experts: range,  # the ids of this rank's experts
     scale: torch.Tensor | None = None,  # [N, 1] float32: the scale of each row of x
 ) -> InitRoutingOutput:
     """Copy the rows of the local experts, one for each pair. LOCAL. Host sync on accelerators: yes (the number of pairs)."""
-    permutation = ExpertPermutation.build(local_ids, num_local_experts)
+    local_ids = local_expert_ids(ids, local_experts.start, len(local_experts))
+    permutation = ExpertPermutation.build(local_ids, len(local_experts))
     return InitRoutingOutput(
         x[permutation.source_rows],
         permutation.row_of_pair,

@@ -1,6 +1,6 @@
 """Uneven all-to-all: a token travels once to each rank that has one of its experts, and one row comes back from each.
 
-source:       token + weights + local ids of the destination's experts  --all-to-all-->  destination
+source:       token + weights + ids of its experts                      --all-to-all-->  destination
 destination:  sort by expert -> experts -> weighted sum by token        --all-to-all-->  source: sum over ranks
 """
 
@@ -46,7 +46,7 @@ class All2AllVDispatcher(Dispatcher):
         )
 
     def _outgoing(self, tokens: RoutedTokens) -> tuple[RankDestinations, tuple[torch.Tensor, ...]]:
-        """The destinations, and the tensors to send: rows, scales where rows are int8, weights, local ids."""
+        """The destinations, and the tensors to send: rows, scales where rows are int8, weights, ids."""
         tokens.check(self.placement.num_experts)
         payload = (tokens.hidden_states,)
         if self.quant_mode is not QuantMode.NONE:
@@ -55,14 +55,15 @@ class All2AllVDispatcher(Dispatcher):
         outgoing = (
             *(part[destinations.tokens] for part in payload),
             tokens.topk_weights[destinations.tokens].float(),
-            destinations.local_ids(tokens.topk_ids, self.placement).int(),
+            tokens.topk_ids[destinations.tokens].int(),
         )
         return destinations, outgoing
 
     def _arrived(self, destinations: RankDestinations, exchanged: Exchanged) -> Dispatched:
         """Sort the received rows by expert."""
-        (rows, *scales, weights, local_ids), sent_rows, received_rows = exchanged
-        routed = ops_of(rows).init_routing(rows, local_ids, self.placement.experts_per_rank, *scales)
+        (rows, *scales, weights, ids), sent_rows, received_rows = exchanged
+        own = self.placement.experts_of(self.groups.topology.ep_rank)
+        routed = ops_of(rows).init_routing(rows, ids, self.placement.num_experts, own, *scales)
         handle = All2AllVHandle(
             rows=routed.expanded_x.shape[0],
             row_of_rank=destinations.row_of_rank,

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 import torch
 
 from vllm_npu.core.handles import Handle, check_handle
-from vllm_npu.core.routing import local_expert_ids
 from vllm_npu.device import ops_of
 from vllm_npu.strategies.dispatch.base import Dispatched, Dispatcher, DispatchHandle, RoutedTokens
 from vllm_npu.strategies.dispatch.rows_with_ids import RowsWithIds
@@ -31,10 +30,12 @@ class LocalPermuteDispatcher(Dispatcher):
     def dispatch(self, tokens: RoutedTokens) -> Dispatched:
         """Sort the tokens that chose a local expert by expert. Without expert parallelism all experts are local."""
         tokens.check(self.placement.num_experts)
-        first_expert = self.placement.first_expert(self.groups.topology.ep_rank)
-        local_ids = local_expert_ids(tokens.topk_ids, first_expert, self.placement.experts_per_rank)
         routed = ops_of(tokens.hidden_states).init_routing(
-            tokens.hidden_states, local_ids, self.placement.experts_per_rank, tokens.dynamic_scales
+            tokens.hidden_states,
+            tokens.topk_ids,
+            self.placement.num_experts,
+            self.placement.experts_of(self.groups.topology.ep_rank),
+            tokens.dynamic_scales,
         )
         handle = LocalPermuteHandle(
             rows=routed.expanded_x.shape[0],

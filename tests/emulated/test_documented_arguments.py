@@ -288,27 +288,15 @@ FINALIZE = [
     Row("k", "1, the default"),
 ]
 LOGITS = random_rows(TOKENS, 16)
+TABLE_OF_IDS = {"tid2eid": torch.tensor([[0, 1]], dtype=torch.int32)}
+HASHED = {"input_ids": torch.zeros(TOKENS, dtype=torch.int32), **TABLE_OF_IDS}
 GATING = [
     Row("x", "float32, float16, bfloat16"),
     Row("k", "1 to the experts of k_group groups"),
     Row("bias", "[E]", changes={"bias": torch.ones(16)}),
-    Row(
-        "input_ids",
-        "[N] with tid2eid",
-        changes={
-            "input_ids": torch.zeros(TOKENS, dtype=torch.int32),
-            "tid2eid": torch.tensor([[0, 1]], dtype=torch.int32),
-        },
-    ),
-    Row(
-        "tid2eid",
-        "[ids, k] with input_ids",
-        changes={
-            "input_ids": torch.zeros(TOKENS, dtype=torch.int32),
-            "tid2eid": torch.tensor([[0, 1]], dtype=torch.int32),
-        },
-    ),
-    Row("tid2eid", "without input_ids", "", {"tid2eid": torch.tensor([[0, 1]], dtype=torch.int32)}),
+    Row("input_ids", "[N] with tid2eid", changes=HASHED),
+    Row("tid2eid", "[ids, k] with input_ids", changes=HASHED),
+    Row("tid2eid", "without input_ids", "", TABLE_OF_IDS),
     Row("k_group", "2", changes={"k_group": 2, "group_count": 4}),
     Row("group_count", "4", changes={"k_group": 2, "group_count": 4}),
     Row(

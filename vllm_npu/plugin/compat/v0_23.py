@@ -97,13 +97,8 @@ def check_layers(vllm_config: VllmConfig) -> None:
     These facts are known from the layers only. ascend/config_check refuses settings before a process starts.
     """
     layers = [layer for layer in static_layers(vllm_config) if isinstance(layer, AscendFusedMoE)]
-    refuse_layers(
-        vllm_config,
-        layers,
-        {
-            "routing by a hash of token ids": any(layer.tid2eid is not None for layer in layers),
-        },
-    )
+    hashed = any(layer.tid2eid is not None for layer in layers)
+    refuse_layers(vllm_config, layers, {"routing by a hash of token ids": hashed})
 
 
 def take_attributes(ours: Any, theirs: MoECommMethod) -> None:

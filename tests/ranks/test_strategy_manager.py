@@ -164,6 +164,19 @@ def test_captured_steps_follow_the_rules_of_graphs(pools):
         }
 
 
+def selects_over_tp(rank: Rank) -> list[str]:
+    """Return auto's choices on TP2×DP2 between GPUs: with whole tokens on each TP rank, and with slices of them."""
+    case = replace(cases("allgather", RANKS)[0], tp_size=2, dp_size=2, num_tokens_across_dp=(4, 4), strategy="auto")
+    step = GivenStep(case.num_tokens_across_dp)
+    manager = manager_of(rank, case, step)
+    manager.limits = replace(NVLINK, captures=manager.limits.captures)
+    return [manager._select(manager._current_step(sliced).plan, case.layer) for sliced in (False, True)]
+
+
+def test_auto_takes_a_strategy_whose_sum_over_tp_is_vllms(pools):
+    assert pools("gloo", RANKS).run(selects_over_tp) == [["allgather", "symmetric"]] * RANKS
+
+
 def counts_steps(rank: Rank) -> list:
     case = replace(cases("mc2", RANKS)[0], hidden_size=96, width=96)
     step = GivenStep()

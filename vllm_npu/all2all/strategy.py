@@ -22,6 +22,7 @@ from vllm_npu.strategies.pipeline import MoEPipeline
 from vllm_npu.strategies.pipelines import Pipelines
 from vllm_npu.strategies.prepare_finalize.base import PrepareHandle
 from vllm_npu.strategies.select import Selection, check_strategy, select
+from vllm_npu.strategies.table import AUTO
 from vllm_npu.transport.base import Groups
 from vllm_npu.transport.symmetric_memory import gather_facts
 
@@ -160,6 +161,8 @@ class StrategyAll2AllManager(All2AllManager):
 
     def _select(self, plan: StepPlan, layer: MoELayer) -> str:
         selection = select(self.strategy, self.groups.topology, plan, layer=layer, device=self.limits)
+        if self.strategy == AUTO and self._vllm_adds_over_tp(plan):
+            selection = Selection("allgather", "auto: tokens are replicated over TP, and vLLM itself adds up over TP")
         if self.selection is None or self.selection.strategy != selection.strategy:
             if self.rank == 0:
                 logger.info(
@@ -168,10 +171,12 @@ class StrategyAll2AllManager(All2AllManager):
             self.selection = selection
         return selection.strategy
 
+    def _vllm_adds_over_tp(self, plan: StepPlan) -> bool:
+        return plan.sharding is TokenSharding.REPLICATED and self.groups.topology.tp_size > 1
+
     def _check(self, name: str, pipeline: MoEPipeline, plan: StepPlan, num_extra_tensors: int) -> None:
         """Raise UnsupportedConfigError where the strategy cannot carry this layer inside vLLM."""
-        gathers = pipeline.prepare_finalize.gathers_tokens
-        if not gathers and plan.sharding is TokenSharding.REPLICATED and self.groups.topology.tp_size > 1:
+        if not pipeline.prepare_finalize.gathers_tokens and self._vllm_adds_over_tp(plan):
             raise UnsupportedConfigError(
                 f"{name} completes the sum over TP, and vLLM would add it up again for this model, whose tokens are replicated "
                 "over TP; choose allgather or naive, or set --tensor-parallel-size 1"

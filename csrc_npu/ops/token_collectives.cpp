@@ -184,6 +184,11 @@ struct RowFormat {
     }
     row_bytes = aligned(end, widest);
   }
+
+  bool has_no_gaps() const {
+    const auto filled = [](std::int64_t total, const Field& field) { return total + field.bytes; };
+    return std::accumulate(fields.begin(), fields.end(), std::int64_t{0}, filled) == row_bytes;
+  }
 };
 
 // Returns views of the message's fields. A message of one tensor is the tensor itself.
@@ -197,18 +202,25 @@ std::vector<at::Tensor> unpack(const at::Tensor& message, at::TensorList like) {
   return fields;
 }
 
-// Returns the message of these tensors. The bytes between its fields are undefined.
+// Returns the message of these tensors, by one kernel where its fields have no bytes between them. Such bytes are
+// Returns the message of these tensors: one kernel where there are no bytes between its fields. Such bytes are undefined.
 at::Tensor pack(at::TensorList tensors) {
   TORCH_CHECK_VALUE(!tensors.empty(), "there is no tensor to send");
   if (tensors.size() == 1) return tensors[0].contiguous();
   const std::int64_t rows = tensors[0].size(0);
-  const at::Tensor message = at::empty({rows, RowFormat(tensors).row_bytes}, tensors[0].options().dtype(at::kByte));
-  const std::vector<at::Tensor> fields = unpack(message, tensors);
-  for (std::size_t i = 0; i < tensors.size(); ++i) {
-    TORCH_CHECK_VALUE(tensors[i].size(0) == rows, "tensors of ", rows, " and ", tensors[i].size(0),
+  for (const at::Tensor& tensor : tensors) {
+    TORCH_CHECK_VALUE(tensor.size(0) == rows, "tensors of ", rows, " and ", tensor.size(0),
                       " rows cannot travel together");
-    fields[i].copy_(tensors[i]);
   }
+  const RowFormat format(tensors);
+  if (rows > 0 && format.has_no_gaps()) {
+    std::vector<at::Tensor> bytes;
+    for (const at::Tensor& tensor : tensors) bytes.push_back(tensor.contiguous().view(at::kByte));
+    return at::cat(bytes, 1);
+  }
+  const at::Tensor message = at::empty({rows, format.row_bytes}, tensors[0].options().dtype(at::kByte));
+  const std::vector<at::Tensor> fields = unpack(message, tensors);
+  for (std::size_t i = 0; i < tensors.size(); ++i) fields[i].copy_(tensors[i]);
   return message;
 }
 

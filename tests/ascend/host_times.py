@@ -1,4 +1,5 @@
-"""Host time of prepare and finalize: vllm-ascend's own classes and ours take turns on the same steps in one run.
+"""Host time of prepare and finalize: vllm-ascend's own classes and ours take turns on the same steps in one run. Then the host
+time of a whole decode layer, eager and as a replayed graph, by vllm-ascend's communication and by ours.
 
     scripts/setup.sh --ascend   # prints a python
     PYTHON -m tests.ascend.host_times [CHIP [ROUNDS]]
@@ -6,7 +7,8 @@
 The device is emulated, so the times show the host's work for a layer, and nothing about an NPU. Each stream has its own thread,
 so a call returns before its collective has run, as on a device. The processor time of the calling thread is measured.
 
-Routing is not measured: vllm-ascend moves router logits, and ours moves the weights and ids chosen from them.
+In the first table routing is not measured: vllm-ascend moves router logits, ours the weights and ids chosen from them.
+The second table has the whole layer. Its paths run one after another in one process.
 
 Only vllm-ascend's classes pad and concatenate. On the emulated device such an op runs on the calling thread and waits for its
 stream. With one layer between two synchronisations this wait is short. With eight layers it is the time of the collectives.
@@ -34,6 +36,9 @@ WORKLOADS: dict[str, tuple[int, int, list[list[int]]]] = {
     "allgather": (1, 2, [[8, 8], [64, 64], [8, 5]]),
     "all2all": (2, 1, [[8], [64]]),
 }
+GRIDS = {"DP2": (1, 2), "TP2": (2, 1)}  # (TP size, DP size)
+DECODE_TOKENS = 8  # of each data-parallel rank
+OWN_METHODS = ["MC2", "ALLGATHER"]
 LAYER = {"hidden": 2048, "experts": 64, "top_k": 8, "dtype": "bfloat16"}
 
 
@@ -156,8 +161,40 @@ def table(chip: str, rounds: int) -> None:
                       f"| {tenths[0]:,.0f} | {tenths[8]:,.0f} | {median(taken) / base:.2f} |", flush=True)  # fmt: skip
 
 
+def layer_table(chip: str, rounds: int) -> None:
+    """Launch the ranks of each grid, and print a table of a decode layer's host times. The slower rank of each round counts."""
+    from tests.ascend.test_layer import run
+
+    print("\n| emulated | communication | eager, host µs (median) | p10 | p90 | captured | p10 | p90 |")
+    print("|---|---|---|---|---|---|---|---|")
+    for grid, (tp, dp) in GRIDS.items():
+        outcome, reports = run(
+            chip,
+            tp,
+            dp,
+            **LAYER,
+            graph=True,
+            rounds=rounds,
+            steps=[[DECODE_TOKENS] * dp],
+            own=OWN_METHODS,
+            strategies=["mc2", "allgather"],
+            env={"VLLM_NPU_EMULATOR_ASYNC": "1", "VLLM_LOGGING_LEVEL": "ERROR"},
+        )
+        if outcome.code != 0:
+            sys.exit(re.sub(r"\n{2,}", "\n", outcome.output))
+        for row, other in zip(*(report["rows"] for report in reports), strict=True):
+            cells = []
+            for way, own in row["host_us"].items():
+                taken = [max(pair) for pair in zip(own, other["host_us"][way], strict=True)][WARM_UP:]
+                tenths = quantiles(taken, n=10)
+                cells += [f"{value:,.0f}" for value in (median(taken), tenths[0], tenths[8])]
+            print(f"| {grid} | {row['path']} | {' | '.join(cells)} |", flush=True)
+
+
 if __name__ == "__main__":
     if "RANK" in os.environ:
         main(json.loads(sys.argv[1]))
     else:
-        table(*(sys.argv[1:2] or ["A3"]), rounds=int((sys.argv[2:3] or ["60"])[0]))
+        chip, rounds = (sys.argv[1:2] or ["A3"])[0], int((sys.argv[2:3] or ["60"])[0])
+        table(chip, rounds)
+        layer_table(chip, rounds)

@@ -4,14 +4,16 @@
 
 Each rank prints one JSON line. For every step and path it holds the collectives, the bytes, and the largest difference from a
 dense layer in float64 and from vllm-ascend's own path. With "graph", each step is captured and replayed with other tokens, and
-the line also holds the device's operations in the graph. "own" names the communication methods that vllm-ascend is held to.
+the line also holds the device's operations in the graph. "own" names the communication methods of vllm-ascend. With
+"rounds", the line also holds the host's processor time of the layer in so many rounds, eager and replayed.
 """
 
 import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -102,6 +104,9 @@ class Ran(NamedTuple):
     calls: list[Any]  # collectives
     ran: str  # what vllm-ascend chose
     operations: Sequence[str] = ()  # names of the device's operations in the graph
+    host_us: dict[str, list[float]] | None = (
+        None  # of each round: microseconds of the calling thread, eager and captured
+    )
 
 
 def operations_of(graph: Any) -> list[str]:
@@ -298,7 +303,25 @@ def main(given: dict[str, Any]) -> None:
             for held, new in zip(static, (hidden, logits), strict=True):
                 held.copy_(new)
             graph.replay()
-        return Ran(output.cpu().double(), expected, [], ran, operations_of(graph))
+        on_host = output.cpu().double()
+        host_us: dict[str, list[float]] = {"eager": [], "captured": []}
+        for _ in range(given.get("rounds", 0)):
+            with step(counts):
+                host_us["eager"].append(host_time(lambda: layer(*static)))
+            with step(counts, CUDAGraphMode.FULL):
+                host_us["captured"].append(host_time(graph.replay))
+        return Ran(on_host, expected, [], ran, operations_of(graph), host_us)
+
+    def host_time(function: Callable[[], Any]) -> float:
+        """Microseconds of the calling thread's processor time. All ranks begin together."""
+        torch.npu.synchronize()
+        torch.distributed.barrier(get_ep_group().cpu_group)
+        start = time.thread_time()
+        result = function()
+        end = time.thread_time()
+        torch.npu.synchronize()
+        del result
+        return (end - start) * 1e6
 
     log = CollectiveLog(get_ep_group().rank_in_group, tp * dp, experts)
     if not given.get("graph"):  # the log reads ids on the host, which a capture refuses
@@ -309,7 +332,7 @@ def main(given: dict[str, Any]) -> None:
 
     def record(path: str) -> None:
         for number, counts in enumerate(given["steps"]):
-            output, expected, calls, ran, operations = (replay if given.get("graph") else run)(counts, number)
+            output, expected, calls, ran, operations, host_us = (replay if given.get("graph") else run)(counts, number)
             if path.startswith(OWN):
                 own_outputs[number] = output
             scale = expected.abs().amax().clamp(min=1e-9)
@@ -324,6 +347,7 @@ def main(given: dict[str, Any]) -> None:
                     "rms_from_dense": rms(output - expected) / max(rms(expected), 1e-9) if output.numel() else 0.0,
                     "from_own": float((output - own_outputs[number]).abs().amax() / scale) if output.numel() else 0.0,
                     "operations": operations,
+                    "host_us": host_us,
                 }
             )
 

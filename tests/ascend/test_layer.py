@@ -88,8 +88,8 @@ def test_every_strategy_gives_what_vllm_ascend_gives(case):
 
 
 @pytest.mark.skipif(LINE != "0.23", reason="graphs were run on vllm-ascend 0.23 only")
-@pytest.mark.parametrize(("tp", "dp", "fewer"), [(1, 2, "allgather"), (2, 1, "mc2")], ids=["DP2", "TP2"])
-def test_a_captured_layer_is_right_for_other_tokens_and_has_few_tasks(tp, dp, fewer):
+@pytest.mark.parametrize(("tp", "dp"), [(1, 2), (2, 1)], ids=["DP2", "TP2"])
+def test_a_captured_layer_is_right_for_other_tokens_and_has_few_tasks(tp, dp):
     held = {"mc2": f"{OWN} MC2", "allgather": f"{OWN} ALLGATHER"}
     outcome, reports = run(
         "A3",
@@ -109,11 +109,13 @@ def test_a_captured_layer_is_right_for_other_tokens_and_has_few_tasks(tp, dp, fe
         for row in rows.values():
             assert row["from_dense"] < TOLERANCES["bfloat16"], row
             assert row["rms_from_dense"] < ROUNDINGS["bfloat16"], row
-        assert len(rows[fewer]["operations"]) < len(rows[held[fewer]]["operations"])
+        tasks = {path: len(row["operations"]) for path, row in rows.items()}
+        kernels = {path: len([op for op in row["operations"] if op not in EVENTS]) for path, row in rows.items()}
+        for ours, theirs in held.items():
+            assert (tasks[ours] <= tasks[theirs], kernels[ours] <= kernels[theirs]) == (True, True), (ours, tasks)
         document = (ROOT / "docs/ascend.md").read_text(encoding="utf-8")
-        for path, row in rows.items():
-            kernels = [name for name in row["operations"] if name not in EVENTS]
-            assert f"| {'TP2' if tp > 1 else 'DP2'} | {path} | {len(row['operations'])} | {len(kernels)} |" in document
+        for path in rows:
+            assert f"| {'TP2' if tp > 1 else 'DP2'} | {path} | {tasks[path]} | {kernels[path]} |" in document
 
 
 def test_a_step_past_mc2s_capacity_goes_another_way():

@@ -12,7 +12,7 @@ from vllm_npu.errors import InvalidInputError
 
 def check_topk(
     hidden_states: torch.Tensor,  # [num_tokens, hidden_size]
-    topk_weights: torch.Tensor,  # [num_tokens, top_k] float32
+    topk_weights: torch.Tensor,  # [num_tokens, top_k], floating
     topk_ids: torch.Tensor,  # [num_tokens, top_k] int32 or int64, global expert ids
     num_experts: int,
     mask: torch.Tensor | None = None,  # [num_tokens] bool: rows that are tokens; None: all rows

@@ -128,11 +128,22 @@ class RowFormat:
         )
 
     def pack(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Copy the tensors' rows into a fresh [n, row_bytes] uint8 message. Bytes between fields are undefined."""
+        """Copy the tensors' rows into a fresh [n, row_bytes] uint8 message. Bytes between fields are undefined.
+
+        A device runs one operation for it, or one for each tensor where there are bytes between fields.
+        """
+        if self._has_no_gaps:
+            return torch.cat([tensor.contiguous().view(torch.uint8) for tensor in tensors], dim=1)
         message = tensors[0].new_empty((tensors[0].shape[0], self.row_bytes), dtype=torch.uint8)
         for field, tensor in zip(self.unpack(message), tensors, strict=True):
             field.copy_(tensor)
         return message
+
+    @property
+    def _has_no_gaps(self) -> bool:
+        return self.row_bytes == sum(
+            width * dtype.itemsize for width, dtype in zip(self.widths, self.dtypes, strict=True)
+        )
 
     def unpack(self, message: torch.Tensor) -> list[torch.Tensor]:
         """Return the fields of a [n, row_bytes] uint8 message as views, one [n, width] tensor for each."""

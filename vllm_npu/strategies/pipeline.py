@@ -9,7 +9,7 @@ combine    rows of this rank's experts               tokens that this rank works
 finalize   tokens that this rank works on            tokens of this rank                       prepare_finalize/
 
 dispatch returns a handle, and combine undoes the dispatch of that handle. prepare and finalize are the same kind of pair.
-The router runs before prepare, since the choice of an expert takes 8 bytes. Router logits take 4 bytes for every expert.
+The router runs before prepare, since the choice of an expert takes up to 8 bytes. Router logits take 4 bytes for every expert.
 """
 
 from collections.abc import Callable
@@ -41,7 +41,7 @@ class MoEPipeline:
     def run(
         self,
         hidden_states: torch.Tensor,  # [step.input_rows, hidden_size]
-        topk_weights: torch.Tensor,  # [step.input_rows, top_k] float32
+        topk_weights: torch.Tensor,  # [step.input_rows, top_k] float32, or narrower: the same dtype on all ranks
         topk_ids: torch.Tensor,  # [step.input_rows, top_k] int32 or int64, global expert ids
         experts: ExpertsFunction,
         step: StepPlan,

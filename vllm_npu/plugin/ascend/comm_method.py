@@ -16,7 +16,7 @@ class PipelineCommMethod(RELEASE.MoECommMethod):  # type: ignore[name-defined]
     """Replaces a communication method of vllm-ascend. One object serves all layers, and keeps no state of a call.
 
     vllm-ascend's layer calls prepare, then its router, then fused_experts, then finalize. All tokens move in fused_experts,
-    because the routing is known there: weights and ids (8 bytes for each chosen expert) travel instead of router logits.
+    because the routing is known there: weights and ids (up to 8 bytes for each chosen expert) travel instead of router logits.
     prepare and finalize return their input.
     """
 
@@ -69,7 +69,7 @@ class PipelineCommMethod(RELEASE.MoECommMethod):  # type: ignore[name-defined]
         quant_mode = RELEASE.QUANT_MODES[fused_experts_input.quant.quant_type]
         pipelines = model_pipelines(expert_parallel=bool(self.moe_config.use_ep))
         finalized = pipelines.get(step.strategy, self._num_experts, quant_mode).run(
-            hidden_states, topk_weights.float(), topk_ids, call.compute, step.plan, reduce_results=False
+            hidden_states, topk_weights, topk_ids, call.compute, step.plan, reduce_results=False
         )
         return RELEASE.experts_result(
             fused_experts_input,
@@ -107,7 +107,8 @@ class _ExpertsCall:
         """Run grouped matmul, activation, grouped matmul. The rows are int8 if dynamic_scales is given. LOCAL."""
         self.tokens_per_expert = tokens_per_expert
         stream = torch.get_device_module(expert_input.device).current_stream()
-        self.after_dispatch = stream.record_event()
+        if RELEASE.READS_AFTER_DISPATCH or expert_input.shape[0] == 0:
+            self.after_dispatch = stream.record_event()
         if expert_input.shape[0] == 0:  # the ops refuse empty tensors
             self.before_gmm2 = self.before_combine = self.after_dispatch  # the stream of shared experts waits for them
             return self._given.hidden_states.new_empty(expert_input.shape)

@@ -48,6 +48,7 @@ from vllm_npu.plugin.layer_facts import LayerFacts
 __all__ = [
     "COMM_TYPES",
     "QUANT_MODES",
+    "READS_AFTER_DISPATCH",
     "FusedExpertsResult",
     "MoECommMethod",
     "MoEPrepareOutput",
@@ -70,6 +71,8 @@ __all__ = [
     "transports",
     "using",
 ]
+
+READS_AFTER_DISPATCH = False  # whether the layer waits for an event after the dispatch
 
 # --- functions that all release lines have ---
 
@@ -127,7 +130,8 @@ def compute_experts(
 
 
 def experts_result(given: Any, *, after_dispatch: Any, **fields: Any) -> FusedExpertsResult:
-    """What fused_experts returns. `fields` are those that both lines have. This line has no use for `after_dispatch`."""
+    """What fused_experts returns. `fields` are those that both lines have. Nothing waits for `after_dispatch`
+    on this line."""
     return FusedExpertsResult(**fields, swiglu_limit=given.swiglu_limit)
 
 

@@ -43,6 +43,7 @@ from vllm_npu.plugin.layer_facts import LayerFacts
 __all__ = [
     "COMM_TYPES",
     "QUANT_MODES",
+    "READS_AFTER_DISPATCH",
     "FusedExpertsResult",
     "MoECommMethod",
     "MoEPrepareOutput",
@@ -65,6 +66,8 @@ __all__ = [
     "transports",
     "using",
 ]
+
+READS_AFTER_DISPATCH = True  # whether the layer waits for an event after the dispatch
 
 # --- functions that all release lines have ---
 

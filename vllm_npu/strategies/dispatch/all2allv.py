@@ -22,7 +22,7 @@ class All2AllVHandle(DispatchHandle):
 
     row_of_rank: torch.Tensor  # [num_tokens, ep_size]: row of each token among the rows sent to each rank; -1: not sent
     row_of_pair: torch.Tensor  # [num_received, top_k]: row of expert_input; -1: an expert of another rank
-    received_weights: torch.Tensor  # [num_received, top_k] float32
+    received_weights: torch.Tensor  # [num_received, top_k], dtype as given to dispatch
     sent_rows: list[int]  # number of rows sent to each EP rank
     received_rows: list[int]  # number of rows received from each EP rank
 
@@ -54,7 +54,7 @@ class All2AllVDispatcher(Dispatcher):
         destinations = RankDestinations.build(tokens.topk_ids, self.placement)
         outgoing = (
             *(part[destinations.tokens] for part in payload),
-            tokens.topk_weights[destinations.tokens].float(),
+            tokens.topk_weights[destinations.tokens],
             tokens.topk_ids[destinations.tokens].int(),
         )
         return destinations, outgoing

@@ -30,7 +30,7 @@ class RoutedTokens:
     """The tokens that a rank dispatches, and the router's choice for each of them."""
 
     hidden_states: torch.Tensor  # [num_tokens, hidden_size]; int8 where there are dynamic_scales
-    topk_weights: torch.Tensor  # [num_tokens, top_k] float32
+    topk_weights: torch.Tensor  # [num_tokens, top_k] float32, or narrower where the router rounds them
     topk_ids: torch.Tensor  # [num_tokens, top_k] int32 or int64, global expert ids; weights of one id in a row add up
     dynamic_scales: torch.Tensor | None = None  # [num_tokens, 1] float32, of rows that prepare gathered as int8
     mask: torch.Tensor | None = None  # [num_tokens] bool, True for real tokens, which come first; None: all are real

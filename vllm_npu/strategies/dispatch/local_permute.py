@@ -15,7 +15,7 @@ class LocalPermuteHandle(DispatchHandle):
     """Returned by LocalPermuteDispatcher.dispatch, consumed by its combine."""
 
     row_of_pair: torch.Tensor  # [num_tokens, top_k]: row of expert_input; -1: an expert of another rank
-    topk_weights: torch.Tensor  # [num_tokens, top_k] float32
+    topk_weights: torch.Tensor  # [num_tokens, top_k], dtype as given to dispatch
 
 
 class LocalPermuteDispatcher(Dispatcher):

@@ -37,13 +37,14 @@ class MC2Dispatcher(Dispatcher):
     def dispatch(self, tokens: RoutedTokens) -> Dispatched:
         """Run distribute_dispatch. COLLECTIVE over ep: one. Host sync: no. Graph capture: yes."""
         tokens.check(self.placement.num_experts, takes_mask=True, distinct_for="mc2")
+        weights = tokens.topk_weights.float()  # the op takes no other dtype
         global_bs = (tokens.max_rows or 0) * self.placement.ep_size
         output = ops_of(tokens.hidden_states).distribute_dispatch(
             tokens.hidden_states,
             tokens.topk_ids,
             group_ep=self.groups.ep,
             moe_expert_num=self.placement.num_experts,
-            expert_scales=tokens.topk_weights,
+            expert_scales=weights,
             x_active_mask=tokens.mask,
             quant_mode=self.quant_mode,
             global_bs=global_bs,
@@ -51,7 +52,7 @@ class MC2Dispatcher(Dispatcher):
         handle = MC2DispatchHandle(
             rows=output.expand_x.shape[0],
             topk_ids=tokens.topk_ids,
-            topk_weights=tokens.topk_weights,
+            topk_weights=weights,
             mask=tokens.mask,
             combine_index=output.combine_index,
             ep_recv_counts=output.ep_recv_counts,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from vllm_npu.core.step_plan import StepPlan, TokenSharding
-from vllm_npu.core.token_layout import TokenSlice, share_messages
+from vllm_npu.core.token_layout import TokenSlice, pad_rows, share_messages
 from vllm_npu.strategies.prepare_finalize.base import Finalized, PrepareAndFinalize, Prepared, PrepareHandle
 from vllm_npu.strategies.sequence_parallel import reduce_scatter_and_pad
 from vllm_npu.transport.base import Transport
@@ -66,7 +66,10 @@ class AllGatherPrepareAndFinalize(PrepareAndFinalize):
         all-reduce over tp follows. Host sync: no. Graph capture: yes, for the captured sizes.
         """
         handle = self._consume(handle, AllGatherHandle, routed_output)
-        output = reduce_scatter_and_pad(routed_output, handle.real_rows, handle.input_rows, handle.transport)
+        if handle.transport.size == 1:
+            output = pad_rows(routed_output, handle.input_rows)
+        else:
+            output = reduce_scatter_and_pad(routed_output, handle.real_rows, handle.input_rows, handle.transport)
         missing_tp_sum = handle.step.sharding is TokenSharding.REPLICATED and self.groups.topology.tp_size > 1
         if missing_tp_sum and reduce_results:
             output = self.groups.tp.all_reduce(output)
@@ -80,7 +83,12 @@ class AllGatherPrepareAndFinalize(PrepareAndFinalize):
         real_rows: Sequence[int],  # rows of each rank of the group
         transport: Transport,
     ) -> list[torch.Tensor]:  # each [sum(real_rows), width]; may be views of one message
-        """Gather the rows of all ranks, in rank order. COLLECTIVE over the transport's group, with the cost of prepare."""
+        """Gather the rows of all ranks, in rank order. COLLECTIVE over the transport's group, with the cost of prepare.
+
+        In a group of one rank these are the tensors themselves.
+        """
+        if transport.size == 1:
+            return list(tensors)
         gathered: list[torch.Tensor] = []
         for together in share_messages(tensors, max(real_rows)):
             gathered += self._gather(together, real_rows, transport)

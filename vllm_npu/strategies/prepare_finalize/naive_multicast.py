@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from vllm_npu.core.token_layout import offsets, pack
+from vllm_npu.core.token_layout import pack
 from vllm_npu.strategies.prepare_finalize.allgather import AllGatherPrepareAndFinalize
 from vllm_npu.transport.base import Transport
 
@@ -28,11 +28,9 @@ def multicast(
     transport: Transport,
 ) -> torch.Tensor:  # [sum(rows), ...], in rank order
     """Gather the rows of all ranks. COLLECTIVE: one broadcast from each rank that has rows. Host sync: no."""
-    gathered = x.new_empty((sum(rows), *x.shape[1:]))
-    starts = offsets(rows)
-    gathered[starts[transport.rank] : starts[transport.rank + 1]] = x
-    for source, count in enumerate(rows):
-        if count:
-            part = gathered[starts[source] : starts[source + 1]]
-            part.copy_(transport.broadcast(part, source))
-    return gathered
+    parts = [
+        transport.broadcast(x if source == transport.rank else x.new_empty((count, *x.shape[1:])), source)
+        for source, count in enumerate(rows)
+        if count
+    ]
+    return torch.cat(parts) if parts else x

@@ -215,7 +215,10 @@ at::Tensor pack(at::TensorList tensors) {
   const RowFormat format(tensors);
   if (rows > 0 && format.has_no_gaps()) {
     std::vector<at::Tensor> bytes;
-    for (const at::Tensor& tensor : tensors) bytes.push_back(tensor.contiguous().view(at::kByte));
+    for (const at::Tensor& tensor : tensors) {
+      // contiguous() leaves any stride of a column that is the only one, and view() takes 1 alone
+      bytes.push_back(tensor.contiguous().as_strided(tensor.sizes(), {tensor.size(1), 1}).view(at::kByte));
+    }
     return at::cat(bytes, 1);
   }
   const at::Tensor message = at::empty({rows, format.row_bytes}, tensors[0].options().dtype(at::kByte));

@@ -86,6 +86,13 @@ CASES: dict[str, Callable[[Inputs], Any]] = {
     "cpu number": lambda i: i.x * torch.tensor(3.0) + torch.tensor(2),
     "compare": lambda i: [i.x > i.y, i.ties == 2, torch.isnan(i.x / 0)],
     "bits": lambda i: [i.ties & 1, i.ties << 2, ~i.ties, i.ties ^ 3],
+    "integer division": lambda i: [
+        9 // (i.ties.int() + 3),
+        torch.div(i.ties.int(), i.ties.int() + 3, rounding_mode="trunc"),
+        i.ties.int() % (i.ties.int() + 3),
+        torch.fmod(i.ties.int(), i.ties.int() + 3),
+        i.ties.int().floor_divide_(i.ties.int() + 3).remainder_(i.ties.int() + 3),
+    ],
     "where": lambda i: torch.where(i.x > 0, i.x, -i.y),
     "clamp": lambda i: i.x.clamp(-0.5, 0.5),
     "types": lambda i: [i.x.to(t) for t in (torch.float16, torch.bfloat16, torch.int8, torch.int32, torch.bool)],

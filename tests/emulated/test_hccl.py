@@ -62,20 +62,22 @@ def test_arguments_that_do_not_fit_are_refused_before_rows_move(pool, grid):
 
 
 @pytest.mark.parametrize(
-    ("family", "ranks", "strategies"),
+    ("family", "ranks", "options", "strategies"),
     [
-        ("A2", 4, {"mc2", "all2all", "allgather", "naive"}),
-        ("A3", 2, {"mc2", "all2all", "allgather", "naive"}),
-        ("310P", 2, {"allgather", "naive"}),
-        ("A5", 2, {"mc2", "all2all", "allgather", "naive"}),
+        ("A2", 4, [], {"mc2", "all2all", "allgather", "naive"}),
+        ("A3", 2, [], {"mc2", "all2all", "allgather", "naive"}),
+        ("310P", 2, [], {"allgather", "naive"}),
+        ("A5", 2, [], {"mc2", "all2all", "allgather", "naive"}),
+        ("A2", 2, ["--graph"], {"mc2", "allgather", "naive"}),
+        ("A3", 4, ["--graph"], {"mc2", "allgather", "naive"}),
     ],
 )
-def test_verify_runs_the_strategies_of_each_family_of_chips(family, ranks, strategies, tmp_path):
+def test_verify_runs_the_strategies_of_each_family_of_chips(family, ranks, options, strategies, tmp_path):
     report = tmp_path / "report.json"
     command = [sys.executable, "-m", "vllm_npu.cli", "verify", "--transport", "hccl", "--quick", "--json", str(report)]
     env = {**os.environ, "VLLM_NPU_EMULATOR_SOC": family}
     done = subprocess.run(
-        [*command, "--ranks", str(ranks)], env=env, capture_output=True, text=True, timeout=240, check=False
+        [*command, "--ranks", str(ranks), *options], env=env, capture_output=True, text=True, timeout=240, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(report.read_text())

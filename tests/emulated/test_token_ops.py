@@ -210,9 +210,11 @@ def packs_as(rank: Rank) -> list[bool]:
     """Whether a message of one rank is RowFormat's, field by field."""
     t = rank.groups(tp_size=1, dp_size=2).dp
     equal = []
-    for widths in ((5, 3, 2), (8, 4, 4), (1, 1, 1)):
+    for widths in ((5, 3, 2), (8, 4, 4), (1, 1, 1), (4, 1, 1)):
         fields = [any_rows(t.rank, 3, *field).to(rank.device) for field in
                   zip(widths, (torch.int8, torch.float32, torch.int64), strict=True)]  # fmt: skip
+        if widths[1] == 1:  # a single column may have any stride
+            fields[1] = fields[1].as_strided(fields[1].shape, (1, 0))
         assert t._has_ops()
         message = token_ops.ops().gather_message(fields, [3, 3], t._name)
         row_format = RowFormat.of(fields)

@@ -180,6 +180,15 @@ def test_packing_reads_strided_rows_and_writes_none_of_them():
     assert torch.equal(columns, before[0]), "the message is memory of its own"
 
 
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_packing_takes_a_single_column_of_any_stride(num_rows):
+    scales = torch.arange(1, num_rows + 1, dtype=torch.float32)[:, None]
+    for column in (scales.as_strided(scales.shape, (1, 0)), scales.as_strided(scales.shape, (1, 7))):
+        assert column.is_contiguous(), "contiguous() would return the column itself"
+        unpacked, _ = RowFormat.of((column, scales)).unpack(RowFormat.of((column, scales)).pack((column, scales)))
+        assert torch.equal(unpacked, scales)
+
+
 @given(FIELDS, st.integers(0, 7), SEEDS, st.booleans())
 def test_tensors_share_one_message_up_to_the_limit_and_the_first_is_alone_above(fields, num_rows, seed, above):
     tensors = any_bits(num_rows, fields, seed)

@@ -133,7 +133,7 @@ class RowFormat:
         A device runs one operation for it, or one for each tensor where there are bytes between fields.
         """
         if self._has_no_gaps:
-            return torch.cat([tensor.contiguous().view(torch.uint8) for tensor in tensors], dim=1)
+            return torch.cat([_as_bytes(tensor) for tensor in tensors], dim=1)
         message = tensors[0].new_empty((tensors[0].shape[0], self.row_bytes), dtype=torch.uint8)
         for field, tensor in zip(self.unpack(message), tensors, strict=True):
             field.copy_(tensor)
@@ -151,6 +151,12 @@ class RowFormat:
             message[:, start : start + width * dtype.itemsize].view(dtype)
             for dtype, width, start in zip(self.dtypes, self.widths, self.starts, strict=True)
         ]
+
+
+def _as_bytes(x: torch.Tensor) -> torch.Tensor:
+    """The rows of a [n, width] tensor as a contiguous uint8 tensor: a view where `x` is contiguous."""
+    # contiguous() leaves any stride of a column that is the only one, and view() takes 1 alone
+    return x.contiguous().as_strided(x.shape, (x.shape[1], 1)).view(torch.uint8)
 
 
 def pack(

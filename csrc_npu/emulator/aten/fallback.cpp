@@ -62,8 +62,11 @@ IValue with_tensors(const IValue& value, const Convert& convert) {
 
 bool is_npu_device(const IValue& value) { return value.isDevice() && value.toDevice().is_privateuseone(); }
 
-// Ops that need positive numbers, also where only the sizes of the results are wanted.
-constexpr std::array<std::string_view, 1> kOpsOfPositiveNumbers = {"aten::multinomial"};
+// Ops whose CPU kernels refuse zeros, also where only the sizes of the results are wanted. Those that divide refuse
+// integers that are zero.
+constexpr std::array<std::string_view, 9> kOpsOfPositiveNumbers = {
+    "aten::multinomial",  "aten::div",  "aten::div_", "aten::floor_divide", "aten::floor_divide_", "aten::remainder",
+    "aten::remainder_", "aten::fmod", "aten::fmod_"};
 
 // One call of an op. Its arguments are the last values on the stack, and its results replace them.
 class Call {
@@ -174,7 +177,10 @@ class Call {
         argument(i) = at::detail::createCPUGenerator();
       } else {
         argument(i) = cpu_argument(i, zeros);
-        if (needs_positive) for_each_tensor(argument(i), [](const at::Tensor& tensor) { tensor.fill_(1); });
+        if (!needs_positive) continue;
+        for_each_tensor(arguments[i], [&](const at::Tensor& tensor) {
+          if (tensor.defined() && tensor.is_privateuseone()) zeros.to_cpu(tensor).fill_(1);
+        });
       }
     }
     run_cpu_kernel();

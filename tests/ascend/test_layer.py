@@ -116,6 +116,24 @@ def test_a_captured_layer_is_right_for_other_tokens_and_has_few_tasks(tp, dp, fe
             assert f"| {'TP2' if tp > 1 else 'DP2'} | {path} | {len(row['operations'])} | {len(kernels)} |" in document
 
 
+def test_all2all_sends_no_padding_where_tokens_do_not_divide_by_the_tp_size():
+    """vllm-ascend pads to the TP size alone: one token gets a row of zeros, which travels, and five are split as they are."""
+    outcome, reports = run(
+        "A3", 2, 1, dtype="bfloat16", steps=[[4], [5], [1]], own=["ALLTOALL"], strategies=["all2all"]
+    )
+    assert outcome.code == 0, outcome.output
+    sent = {}
+    for rows in zip(*(report["rows"] for report in reports), strict=True):
+        assert all(row["from_dense"] < TOLERANCES["bfloat16"] for row in rows)
+        sent[rows[0]["path"], rows[0]["counts"][0]] = [row["bytes"] for row in rows]
+    document = (ROOT / "docs/ascend.md").read_text(encoding="utf-8")
+    for tokens in (5, 1):  # the first step of a run has the self-test's messages
+        theirs, ours = (sent[path, tokens] for path in (f"{OWN} ALLTOALL", "all2all"))
+        assert sum(ours) < sum(theirs)
+        shown = [" + ".join(f"{each:,}" for each in each_rank) for each_rank in (theirs, ours)]
+        assert re.search(rf"\| {tokens} \|.*\| {re.escape(shown[0])} \| {re.escape(shown[1])} \|\n", document), shown
+
+
 def test_a_step_past_mc2s_capacity_goes_another_way():
     outcome, reports = run("A3", 1, 2, dtype="bfloat16", steps=[[600, 40]], strategies=["mc2"])
     assert outcome.code == 0, outcome.output

@@ -87,7 +87,6 @@ def test_every_strategy_gives_what_vllm_ascend_gives(case):
                 assert (len(shown[1].split(", ")), shown[2]) == (len(row["calls"]), f"{row['bytes']:,}")
 
 
-@pytest.mark.skipif(LINE != "0.23", reason="graphs were run on vllm-ascend 0.23 only")
 @pytest.mark.parametrize(("tp", "dp", "fewer"), [(1, 2, "allgather"), (2, 1, "mc2")], ids=["DP2", "TP2"])
 def test_a_captured_layer_is_right_for_other_tokens_and_has_few_tasks(tp, dp, fewer):
     held = {"mc2": f"{OWN} MC2", "allgather": f"{OWN} ALLGATHER"}
@@ -110,6 +109,8 @@ def test_a_captured_layer_is_right_for_other_tokens_and_has_few_tasks(tp, dp, fe
             assert row["from_dense"] < TOLERANCES["bfloat16"], row
             assert row["rms_from_dense"] < ROUNDINGS["bfloat16"], row
         assert len(rows[fewer]["operations"]) < len(rows[held[fewer]]["operations"])
+        if LINE != "0.23":
+            continue  # the page has the counts of 0.23
         document = (ROOT / "docs/ascend.md").read_text(encoding="utf-8")
         for path, row in rows.items():
             kernels = [name for name in row["operations"] if name not in EVENTS]

@@ -61,7 +61,7 @@ class HttpEngine(EngineProcesses):
             "VLLM_PLUGINS": plugins,
             "VLLM_SERVER_DEV_MODE": "1",  # offers /collective_rpc
             "VLLM_HOST_IP": "127.0.0.1",
-            "VLLM_WORKER_MULTIPROC_METHOD": "fork",  # as by default: a spawned process imports all packages again
+            "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
             **({"TORCHDYNAMO_DISABLE": "1"} if graph_mode is None else {}),
         }
         super().__init__(folder, {**engine_environment(caches, vanilla=False), **environment, **own}, stop_signals)

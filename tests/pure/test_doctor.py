@@ -254,7 +254,7 @@ def test_switches_and_seconds_are_judged_as_they_are_read(text, monkeypatch):
         ("torch", "2.10.0", "ok"),  # the extra ascend
         ("torch", "2.11.0+cu130", "ok"),  # the extra cuda
         ("torch", "2.12.1", "warning"),
-        ("torch", "2.14.0", "warning"),
+        ("torch", "2.15.0", "warning"),
         ("torch", "2.9.1+cpu", "problem"),
         ("vllm-ascend", "0.23.0.post1", "ok"),
         ("vllm-ascend", "0.30.0rc2", "ok"),

@@ -2,9 +2,10 @@
 
     python -m vllm_npu.emulator run --nproc 2 --soc A3 tests/ascend/layer_program.py '{"tp": 2, "dp": 1, ...}'
 
-Each rank prints one JSON line. For every step and path it holds the collectives, the bytes, and the largest difference from a
-dense layer in float64 and from vllm-ascend's own path. With "graph", each step is captured and replayed with other tokens, and
-the line also holds the device's operations in the graph. "own" names the communication methods that vllm-ascend is held to.
+Each rank prints one JSON line. For every layer, step and path it holds the collectives, the bytes, and the largest difference
+from a dense layer in float64 and from vllm-ascend's own path. "more_layers" has the sizes of layers after the first one.
+With "graph", each step is captured and replayed with other tokens, and the line also holds the device's
+operations in the graph. "own" names the communication methods that vllm-ascend is held to.
 """
 
 import json
@@ -14,6 +15,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +24,7 @@ import torch
 
 INTERMEDIATE = 64
 OWN = "vllm-ascend"
-PREFIX = "model.layers.0.mlp.experts"
+PREFIX = "model.layers.{}.mlp.experts"  # with the number of the layer
 
 
 def write_config(folder: Path, *, hidden: int, experts: int, top_k: int) -> None:
@@ -69,14 +71,16 @@ def rms(values: torch.Tensor) -> float:
     return float(values.square().mean().sqrt())
 
 
-def int8_config(experts: int) -> Any:
-    """Return vllm-ascend's quantisation config for a checkpoint whose experts are W8A8_DYNAMIC."""
+def int8_config(number: int, experts: int) -> Any:
+    """Return vllm-ascend's quantisation config for this layer of a checkpoint whose experts are W8A8_DYNAMIC."""
     try:
         from vllm_ascend.quantization.configs.modelslim_config import AscendModelSlimConfig  # 0.30
     except ModuleNotFoundError:
         from vllm_ascend.quantization.modelslim_config import AscendModelSlimConfig
 
-    names = [f"{PREFIX}.{expert}.{name}_proj" for expert in range(experts) for name in ("gate", "up", "down")]
+    names = [
+        f"{PREFIX.format(number)}.{expert}.{name}_proj" for expert in range(experts) for name in ("gate", "up", "down")
+    ]
     parts = ("weight", "weight_scale", "weight_offset")
     return AscendModelSlimConfig({f"{name}.{part}": "W8A8_DYNAMIC" for name in names for part in parts})
 
@@ -141,10 +145,20 @@ def spoil_combine() -> None:
     All2AllVDispatcher.combine = spoiled  # type: ignore[method-assign]
 
 
-def make_layer(given: dict[str, Any]) -> tuple[Any, Any]:
-    """Open vLLM's groups, and build vllm-ascend's layer without weights. Returns (vLLM's configuration, layer)."""
+class Sizes(NamedTuple):
+    """The sizes of a layer."""
+
+    hidden: int
+    experts: int
+    top_k: int
+
+
+def make_layers(given: dict[str, Any], sizes: Sequence[Sizes]) -> tuple[Any, list[Any]]:
+    """Open vLLM's groups, and build vllm-ascend's layers without weights. Returns (vLLM's configuration, layers).
+
+    config.json describes the first layer.
+    """
     rank, tp, dp = int(os.environ["RANK"]), given["tp"], given["dp"]
-    hidden_size, experts, top_k = given["hidden"], given["experts"], given["top_k"]
     dtype = getattr(torch, given["dtype"])
 
     from vllm.plugins import load_general_plugins
@@ -164,7 +178,7 @@ def make_layer(given: dict[str, Any]) -> tuple[Any, Any]:
     device = torch.device("npu", rank)
     torch.distributed.init_process_group("hccl")
     with tempfile.TemporaryDirectory() as folder:
-        write_config(Path(folder), hidden=hidden_size, experts=experts, top_k=top_k)
+        write_config(Path(folder), **sizes[0]._asdict())
         config = EngineArgs(
             model=folder,
             skip_tokenizer_init=True,
@@ -199,29 +213,62 @@ def make_layer(given: dict[str, Any]) -> tuple[Any, Any]:
             make = getattr(fused_moe, "FusedMoE", None) or partial(
                 fused_moe.FusedMoEFactory, is_sequence_parallel=sliced
             )
-            layer = make(
-                num_experts=experts,
-                top_k=top_k,
-                hidden_size=hidden_size,
-                intermediate_size=INTERMEDIATE,
-                params_dtype=dtype,
-                renormalize=True,
-                prefix=PREFIX,
-                quant_config=int8_config(experts) if given.get("int8") else None,
-            )
-    return config, layer
+            layers = [
+                make(
+                    num_experts=each.experts,
+                    top_k=each.top_k,
+                    hidden_size=each.hidden,
+                    intermediate_size=INTERMEDIATE,
+                    params_dtype=dtype,
+                    renormalize=True,
+                    prefix=PREFIX.format(number),
+                    quant_config=int8_config(number, each.experts) if given.get("int8") else None,
+                )
+                for number, each in enumerate(sizes)
+            ]
+    return config, layers
+
+
+class Built(NamedTuple):
+    """A layer with its weights, which are those of all ranks."""
+
+    sizes: Sizes
+    layer: Any
+    w13: torch.Tensor
+    w2: torch.Tensor
+
+
+def part_with_weights(layer: Any) -> Any:
+    """The module that has the weights: on vLLM 0.30, a part of the layer."""
+    return getattr(layer, "routed_experts", layer)
+
+
+def with_weights(given: dict[str, Any], sizes: Sizes, layer: Any, seed: int) -> Built:
+    """Draw the layer's weights, and load this rank's experts."""
+    rank, ranks, dtype = int(os.environ["RANK"]), given["tp"] * given["dp"], getattr(torch, given["dtype"])
+    hidden, experts, module = sizes.hidden, sizes.experts, part_with_weights(layer)
+    generator = torch.Generator().manual_seed(seed)
+    w13 = (torch.randn(experts, 2 * INTERMEDIATE, hidden, generator=generator) * hidden**-0.5).to(dtype)
+    w2 = (torch.randn(experts, hidden, INTERMEDIATE, generator=generator) * INTERMEDIATE**-0.5).to(dtype)
+    local = experts // ranks
+    own = slice(rank * local, (rank + 1) * local)
+    if given.get("int8"):
+        w13, w2 = load_int8(module, "w13", w13, own), load_int8(module, "w2", w2, own)
+    else:
+        module.w13_weight.data.copy_(w13[own])
+        module.w2_weight.data.copy_(w2[own])
+    return Built(sizes, layer, w13, w2)
 
 
 def main(given: dict[str, Any]) -> None:
-    """Build the layer, run every step on every path, and print the rows."""
+    """Build the layers, run every step on every path, and print the rows."""
     rank, tp, dp = int(os.environ["RANK"]), given["tp"], given["dp"]
-    hidden_size, experts, top_k = given["hidden"], given["experts"], given["top_k"]
     dtype = getattr(torch, given["dtype"])
     os.environ["VLLM_NPU_COUNT_COLLECTIVES"] = "1"
-    config, layer = make_layer(given)
-    module = getattr(
-        layer, "routed_experts", layer
-    )  # the module that has the weights: on vLLM 0.30, a part of the layer
+    sizes = [
+        Sizes(**({name: given[name] for name in Sizes._fields} | more)) for more in ({}, *given.get("more_layers", []))
+    ]
+    config, layers = make_layers(given, sizes)
     device = torch.device("npu", rank)
 
     from vllm.config import CUDAGraphMode, set_current_vllm_config
@@ -234,26 +281,18 @@ def main(given: dict[str, Any]) -> None:
     from vllm_npu.plugin.captured_steps import CapturedSteps
     from vllm_npu.plugin.step_planner import planner_of
 
-    generator = torch.Generator().manual_seed(3)
-    w13 = (torch.randn(experts, 2 * INTERMEDIATE, hidden_size, generator=generator) * hidden_size**-0.5).to(dtype)
-    w2 = (torch.randn(experts, hidden_size, INTERMEDIATE, generator=generator) * INTERMEDIATE**-0.5).to(dtype)
-    local = experts // (tp * dp)
-    own_experts = slice(rank * local, (rank + 1) * local)
-    if given.get("int8"):
-        w13, w2 = load_int8(module, "w13", w13, own_experts), load_int8(module, "w2", w2, own_experts)
-    else:
-        module.w13_weight.data.copy_(w13[own_experts])
-        module.w2_weight.data.copy_(w2[own_experts])
+    built = [with_weights(given, *each, seed=3 + number) for number, each in enumerate(zip(sizes, layers, strict=True))]
     with set_current_vllm_config(config):
-        module.quant_method.process_weights_after_loading(module)
+        for module in map(part_with_weights, layers):
+            module.quant_method.process_weights_after_loading(module)
 
-    def draw(counts: list[int], seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def draw(of: Built, counts: list[int], seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Draw this rank's tokens. Returns hidden states, router logits and the output of a dense layer."""
         tokens = counts[rank // tp]
         generator = torch.Generator().manual_seed(seed * 100 + rank // tp)
-        hidden = torch.randn(tokens, hidden_size, generator=generator).to(dtype)
-        logits = torch.randn(tokens, experts, generator=generator).to(dtype)
-        expected = dense(hidden, logits, w13, w2, top_k)
+        hidden = torch.randn(tokens, of.sizes.hidden, generator=generator).to(dtype)
+        logits = torch.randn(tokens, of.sizes.experts, generator=generator).to(dtype)
+        expected = dense(hidden, logits, of.w13, of.w2, of.sizes.top_k)
         if given.get("flashcomm1"):  # each TP rank has only its slice of the tokens
             own = slice(rank % tp * (tokens // tp), (rank % tp + 1) * (tokens // tp))
             return hidden[own], logits[own], expected[own]
@@ -278,40 +317,43 @@ def main(given: dict[str, Any]) -> None:
         ):
             yield get_forward_context().moe_comm_type.name
 
-    def run(counts: list[int], seed: int) -> Ran:
-        hidden, logits, expected = draw(counts, seed)
+    def run(of: Built, counts: list[int], seed: int) -> Ran:
+        hidden, logits, expected = draw(of, counts, seed)
         with step(counts) as ran:
-            output = layer(hidden.to(device), logits.to(device)).cpu().double()
+            output = of.layer(hidden.to(device), logits.to(device)).cpu().double()
         calls, log.calls = log.calls, []
         return Ran(output, expected, calls, ran)
 
-    def replay(counts: list[int], seed: int) -> Ran:
+    def replay(of: Built, counts: list[int], seed: int) -> Ran:
         """As run, with a graph that was captured for other tokens."""
-        static = [each.to(device) for each in draw(counts, seed + 50)[:2]]
-        hidden, logits, expected = draw(counts, seed)
+        static = [each.to(device) for each in draw(of, counts, seed + 50)[:2]]
+        hidden, logits, expected = draw(of, counts, seed)
         with step(counts):
-            layer(*static)  # what an operator does at its first call is outside of the graph
+            of.layer(*static)  # what an operator does at its first call is outside of the graph
         graph = torch.npu.NPUGraph()
         with step(counts, CUDAGraphMode.FULL) as ran, torch.npu.graph(graph):
-            output = layer(*static)
+            output = of.layer(*static)
         with step(counts, CUDAGraphMode.FULL):
             for held, new in zip(static, (hidden, logits), strict=True):
                 held.copy_(new)
             graph.replay()
         return Ran(output.cpu().double(), expected, [], ran, operations_of(graph))
 
-    log = CollectiveLog(get_ep_group().rank_in_group, tp * dp, experts)
+    log = CollectiveLog(get_ep_group().rank_in_group, tp * dp, sizes[0].experts)
     if not given.get("graph"):  # the log reads ids on the host, which a capture refuses
-        module.forward_impl = log.inside(module.forward_impl)
+        for module in map(part_with_weights, layers):
+            module.forward_impl = log.inside(module.forward_impl)
         log.see_everything()
     rows: list[dict[str, Any]] = []
-    own_outputs: dict[int, torch.Tensor] = {}
+    own_outputs: dict[tuple[int, int], torch.Tensor] = {}
 
     def record(path: str) -> None:
-        for number, counts in enumerate(given["steps"]):
-            output, expected, calls, ran, operations = (replay if given.get("graph") else run)(counts, number)
+        for key in product(range(len(built)), range(len(given["steps"]))):
+            of, counts = built[key[0]], given["steps"][key[1]]
+            output, expected, calls, ran, operations = (replay if given.get("graph") else run)(of, counts, key[1])
             if path.startswith(OWN):
-                own_outputs[number] = output
+                own_outputs[key] = output
+            own = own_outputs.get(key, output)
             scale = expected.abs().amax().clamp(min=1e-9)
             rows.append(
                 {
@@ -322,7 +364,7 @@ def main(given: dict[str, Any]) -> None:
                     "bytes": sum(each.sent for each in calls),
                     "from_dense": float((output - expected).abs().amax() / scale) if output.numel() else 0.0,
                     "rms_from_dense": rms(output - expected) / max(rms(expected), 1e-9) if output.numel() else 0.0,
-                    "from_own": float((output - own_outputs[number]).abs().amax() / scale) if output.numel() else 0.0,
+                    "from_own": float((output - own).abs().amax() / scale) if output.numel() else 0.0,
                     "operations": operations,
                 }
             )

@@ -151,3 +151,25 @@ def test_a_buffer_that_is_too_small_for_decode_is_named_before_any_worker_starts
     assert reports == []
     assert "mc2 on A3, full mesh needs HCCL_BUFFSIZE=6 for steps of 16 tokens a rank" in outcome.output
     assert "create_engine_config" in outcome.output, "the error must come while vLLM builds its configuration"
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_each_layer_of_a_model_has_sizes_of_its_own(int8):
+    # vllm-ascend 0.23 keeps one table of methods for all layers, with the sizes of the last one. So it is no reference here.
+    outcome, reports = run(
+        "A3",
+        1,
+        2,
+        dtype="bfloat16",
+        int8=int8,
+        steps=[[5, 5], [3, 7]],
+        own=[],
+        more_layers=[{"experts": 16, "top_k": 4}, {"hidden": 2048, "experts": 4, "top_k": 1}],
+    )
+    assert outcome.code == 0, outcome.output
+    for report in reports:
+        assert report["refused"] == {}
+        assert len(report["rows"]) == len(STRATEGIES) * 3 * 2
+        for row in report["rows"]:
+            assert row["from_dense"] < (INT8_FROM_DENSE if int8 else TOLERANCES["bfloat16"]), row
+            assert row["rms_from_dense"] < (INT8_FROM_DENSE if int8 else ROUNDINGS["bfloat16"]), row

@@ -28,7 +28,6 @@ class PipelineCommMethod(RELEASE.MoECommMethod):  # type: ignore[name-defined]
         # The base's constructor is not called: it builds new dispatchers. Code of vllm-ascend that reads the attributes gets
         # the objects of the method that this one replaces.
         RELEASE.take_attributes(self, theirs)
-        self._num_experts = int(self.moe_config.num_experts)
 
     def prepare(
         self,
@@ -68,7 +67,9 @@ class PipelineCommMethod(RELEASE.MoECommMethod):  # type: ignore[name-defined]
         before_dispatch = torch.get_device_module(hidden_states.device).current_stream().record_event()
         quant_mode = RELEASE.QUANT_MODES[fused_experts_input.quant.quant_type]
         pipelines = model_pipelines(expert_parallel=bool(self.moe_config.use_ep))
-        finalized = pipelines.get(step.strategy, self._num_experts, quant_mode).run(
+        # moe_config is that of one layer, and this call may come from a layer of another size.
+        num_experts = _experts_of(fused_experts_input.weights.w1) * max(int(self.moe_config.ep_size), 1)
+        finalized = pipelines.get(step.strategy, num_experts, quant_mode).run(
             hidden_states, topk_weights.float(), topk_ids, call.compute, step.plan, reduce_results=False
         )
         return RELEASE.experts_result(
@@ -87,6 +88,12 @@ class PipelineCommMethod(RELEASE.MoECommMethod):  # type: ignore[name-defined]
 
     def _get_prepare_finalize(self) -> Any:
         return self.prepare_finalize
+
+
+def _experts_of(weights: torch.Tensor | list[torch.Tensor]) -> int:
+    """The number of experts in a layer's weights on this rank: one tensor of all, a list of such tensors, or one for each."""
+    tensors = [weights] if isinstance(weights, torch.Tensor) else weights
+    return sum(each.shape[0] if each.dim() == 3 else 1 for each in tensors)
 
 
 class _ExpertsCall:

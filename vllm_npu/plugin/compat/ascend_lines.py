@@ -140,8 +140,6 @@ def refuse_layers(vllm_config: VllmConfig, layers: list[Any], refused_on_this_li
         "a KV consumer whose DP ranks do not agree on token counts": bool(
             vllm_config.parallel_config.data_parallel_size > 1 and should_skip_allreduce_across_dp_group(vllm_config)
         ),
-        "MoE layers with different numbers of experts": len({int(layer.moe_config.num_experts) for layer in layers})
-        > 1,
     }
     refused |= refused_on_this_line
     refused |= {f"quantisation {layer.quant_type}": True for layer in layers if layer.quant_type not in QUANT_MODES}

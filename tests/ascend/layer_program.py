@@ -3,9 +3,10 @@
     python -m vllm_npu.emulator run --nproc 2 --soc A3 tests/ascend/layer_program.py '{"tp": 2, "dp": 1, ...}'
 
 Each rank prints one JSON line. For every layer, step and path it holds the collectives, the bytes, and the largest difference
-from a dense layer in float64 and from vllm-ascend's own path. "more_layers" has the sizes of layers after the first one.
-With "graph", each step is captured and replayed with other tokens, and the line also holds the device's
-operations in the graph. "own" names the communication methods that vllm-ascend is held to.
+from a dense layer in float64 and from vllm-ascend's own path. These keys are left out in most runs:
+"more_layers": the sizes of layers after the first one; "mixed": a number of shared experts that are placed as routed ones;
+"own": the communication methods that vllm-ascend is held to; "graph": each step is captured and replayed with other tokens, and
+the line also holds the device's operations in the graph.
 """
 
 import json
@@ -27,7 +28,7 @@ OWN = "vllm-ascend"
 PREFIX = "model.layers.{}.mlp.experts"  # with the number of the layer
 
 
-def write_config(folder: Path, *, hidden: int, experts: int, top_k: int) -> None:
+def write_config(folder: Path, *, hidden: int, experts: int, top_k: int, shared: int = 0) -> None:
     """Write the config.json of a Qwen3-MoE model. It has no weight files: the layer's weights are drawn at random."""
     config = {
         "architectures": ["Qwen3MoeForCausalLM"],
@@ -40,6 +41,7 @@ def write_config(folder: Path, *, hidden: int, experts: int, top_k: int) -> None
         "intermediate_size": 64,
         "moe_intermediate_size": INTERMEDIATE,
         "num_experts": experts,
+        "n_shared_experts": shared,
         "num_experts_per_tok": top_k,
         "norm_topk_prob": True,
         "decoder_sparse_step": 1,
@@ -54,15 +56,19 @@ def write_config(folder: Path, *, hidden: int, experts: int, top_k: int) -> None
 
 
 def dense(hidden: torch.Tensor, logits: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, top_k: int) -> torch.Tensor:
-    """Compute the layer's output in float64 with numpy: softmax, top-k, renormalised weights, gated MLPs."""
+    """Compute the layer's output in float64 with numpy: softmax, top-k, renormalised weights, gated MLPs.
+
+    Experts without a logit are shared ones: every token adds their output with the weight 1.
+    """
     x, scores, first, second = (each.double().numpy() for each in (hidden, logits, w13, w2))
     total = np.zeros_like(x)
     for token, row in enumerate(np.exp(scores - scores.max(-1, keepdims=True))):
         chosen = np.argsort(-row, kind="stable")[:top_k]  # of equal logits the lowest id comes first, as on Ascend
-        for expert in chosen:
+        weights = {expert: row[expert] / row[chosen].sum() for expert in chosen}
+        for expert, weight in (weights | dict.fromkeys(range(len(row), len(first)), 1.0)).items():
             gate, up = np.split(first[expert] @ x[token], 2)
             inner = gate / (1 + np.exp(-gate)) * up
-            total[token] += row[expert] / row[chosen].sum() * (second[expert] @ inner)
+            total[token] += weight * (second[expert] @ inner)
     return torch.from_numpy(total)
 
 
@@ -71,18 +77,23 @@ def rms(values: torch.Tensor) -> float:
     return float(values.square().mean().sqrt())
 
 
+def int8_description(number: int, experts: int) -> dict[str, str]:
+    """ModelSlim's description of this layer in a checkpoint whose experts are W8A8_DYNAMIC."""
+    names = [
+        f"{PREFIX.format(number)}.{expert}.{name}_proj" for expert in range(experts) for name in ("gate", "up", "down")
+    ]
+    parts = ("weight", "weight_scale", "weight_offset")
+    return {f"{name}.{part}": "W8A8_DYNAMIC" for name in names for part in parts}
+
+
 def int8_config(number: int, experts: int) -> Any:
-    """Return vllm-ascend's quantisation config for this layer of a checkpoint whose experts are W8A8_DYNAMIC."""
+    """Return vllm-ascend's quantisation config for this layer."""
     try:
         from vllm_ascend.quantization.configs.modelslim_config import AscendModelSlimConfig  # 0.30
     except ModuleNotFoundError:
         from vllm_ascend.quantization.modelslim_config import AscendModelSlimConfig
 
-    names = [
-        f"{PREFIX.format(number)}.{expert}.{name}_proj" for expert in range(experts) for name in ("gate", "up", "down")
-    ]
-    parts = ("weight", "weight_scale", "weight_offset")
-    return AscendModelSlimConfig({f"{name}.{part}": "W8A8_DYNAMIC" for name in names for part in parts})
+    return AscendModelSlimConfig(int8_description(number, experts))
 
 
 def load_int8(layer: Any, name: str, weight: torch.Tensor, own: slice) -> torch.Tensor:
@@ -159,6 +170,7 @@ def make_layers(given: dict[str, Any], sizes: Sequence[Sizes]) -> tuple[Any, lis
     config.json describes the first layer.
     """
     rank, tp, dp = int(os.environ["RANK"]), given["tp"], given["dp"]
+    shared = given.get("mixed", 0)
     dtype = getattr(torch, given["dtype"])
 
     from vllm.plugins import load_general_plugins
@@ -178,11 +190,15 @@ def make_layers(given: dict[str, Any], sizes: Sequence[Sizes]) -> tuple[Any, lis
     device = torch.device("npu", rank)
     torch.distributed.init_process_group("hccl")
     with tempfile.TemporaryDirectory() as folder:
-        write_config(Path(folder), **sizes[0]._asdict())
+        write_config(Path(folder), **sizes[0]._asdict(), shared=shared)
+        if given.get("int8"):
+            description = json.dumps(int8_description(0, sizes[0].experts + shared))
+            (Path(folder) / "quant_model_description.json").write_text(description)
         config = EngineArgs(
             model=folder,
             skip_tokenizer_init=True,
             dtype=given["dtype"],
+            quantization="ascend" if given.get("int8") else None,
             tensor_parallel_size=tp,
             data_parallel_size=dp,
             data_parallel_rank=rank // tp if dp > 1 else None,
@@ -195,6 +211,7 @@ def make_layers(given: dict[str, Any], sizes: Sequence[Sizes]) -> tuple[Any, lis
             additional_config={
                 "vllm_npu": {"moe_comm": given.get("moe_comm", "auto")},
                 "enable_flashcomm1": bool(given.get("flashcomm1")),
+                **({"mix_placement": True} if shared else {}),
             },
         ).create_engine_config()
     config.parallel_config.data_parallel_rank = rank // tp
@@ -222,7 +239,8 @@ def make_layers(given: dict[str, Any], sizes: Sequence[Sizes]) -> tuple[Any, lis
                     params_dtype=dtype,
                     renormalize=True,
                     prefix=PREFIX.format(number),
-                    quant_config=int8_config(number, each.experts) if given.get("int8") else None,
+                    quant_config=int8_config(number, each.experts + shared) if given.get("int8") else None,
+                    **({"n_shared_experts": shared} if shared else {}),
                 )
                 for number, each in enumerate(sizes)
             ]
@@ -246,7 +264,7 @@ def part_with_weights(layer: Any) -> Any:
 def with_weights(given: dict[str, Any], sizes: Sizes, layer: Any, seed: int) -> Built:
     """Draw the layer's weights, and load this rank's experts."""
     rank, ranks, dtype = int(os.environ["RANK"]), given["tp"] * given["dp"], getattr(torch, given["dtype"])
-    hidden, experts, module = sizes.hidden, sizes.experts, part_with_weights(layer)
+    hidden, experts, module = sizes.hidden, sizes.experts + given.get("mixed", 0), part_with_weights(layer)
     generator = torch.Generator().manual_seed(seed)
     w13 = (torch.randn(experts, 2 * INTERMEDIATE, hidden, generator=generator) * hidden**-0.5).to(dtype)
     w2 = (torch.randn(experts, hidden, INTERMEDIATE, generator=generator) * INTERMEDIATE**-0.5).to(dtype)

@@ -160,7 +160,7 @@ def test_micro_batches_of_mc2_take_turns_on_a_group(pool, grid):
 
 
 def puts_several_messages_into_a_batch(rank: Rank) -> None:
-    """What HCCL's document does not allow and its source does. vllm-ascend moves experts so. HcclTransport.send_recv does not."""
+    """HCCL's document does not allow it, and its source does. vllm-ascend moves experts so."""
     peers = [other for other in range(rank.num_ranks) if other != rank.rank]
     sizes = (2, 300_000, 5)  # the second one is larger than what HCCL moves at once
 

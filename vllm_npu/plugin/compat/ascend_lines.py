@@ -121,12 +121,16 @@ def exchanging_layers(vllm_config: VllmConfig, ours: type[Any]) -> dict[str, Any
     }
 
 
-def layer_facts(layer: Any, *, sliced: bool, experts: Any) -> LayerFacts:
-    """The facts of an MoE layer of vllm-ascend. `sliced`: each TP rank has its slice of the tokens. `experts` computes them."""
+def layer_facts(layer: Any, *, sliced: bool, experts: Any, shared_experts: int = 0) -> LayerFacts:
+    """The facts of an MoE layer of vllm-ascend. `sliced`: each TP rank has its slice of the tokens. `experts` computes them.
+
+    `shared_experts` are among its experts, and every token goes to each of them.
+    """
     return LayerFacts.of(
         layer.moe_config,
         sharding=TokenSharding.SLICED_OVER_TP if sliced else TokenSharding.REPLICATED,
         experts=experts,
+        shared_experts=shared_experts,
         quant_mode=QUANT_MODES.get(layer.quant_type, QuantMode.NONE),
     )
 

@@ -46,7 +46,7 @@ def check_engine(
         return
     facts = model_facts(vllm_config)
     check_experts(ExpertsWanted(model=facts, lora=_adapters_on_experts(vllm_config)), topology, device)
-    added = AddedExperts(redundant=_redundant_experts(vllm_config)) if added is None else added
+    added = AddedExperts(redundant=redundant_experts(vllm_config)) if added is None else added
     layer = configured_layer(vllm_config, facts, added)
     if layer is None:
         ExpertPlacement(int(model_config.get_num_experts()) + added.shared + added.redundant, topology.ep_size)
@@ -96,7 +96,8 @@ def configured_layer(vllm_config: "VllmConfig", facts: ModelFacts, added: AddedE
     )
 
 
-def _redundant_experts(vllm_config: "VllmConfig") -> int:
+def redundant_experts(vllm_config: "VllmConfig") -> int:
+    """The redundant experts of a layer that vLLM's own EPLB adds."""
     parallel_config = vllm_config.parallel_config
     return int(parallel_config.eplb_config.num_redundant_experts) if parallel_config.enable_eplb else 0
 

@@ -12,28 +12,20 @@ from vllm import envs
 from vllm_ascend.ascend_config import get_ascend_config
 from vllm_ascend.utils import enable_sp
 
+from vllm_npu.core.ascend_recipes import REFUSED_OPTIONS
 from vllm_npu.errors import UnsupportedConfigError
-from vllm_npu.plugin.engine_check import AddedExperts, planned_shape
+from vllm_npu.plugin.engine_check import AddedExperts, planned_shape, redundant_experts
 from vllm_npu.plugin.options import Mode, Options, topology_of
 from vllm_npu.plugin.release_lines import release_line
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-# Some of them exist in one release line only.
-OPTIONS = (
-    "enable_fused_mc2",
-    "enable_mc2_hierarchy_comm",
-    "mc2_comm_alg",
-    "combine_quant_mode",
-    "multistream_overlap_gate",
-)
-
 
 def check_settings(vllm_config: "VllmConfig", options: Options) -> None:
     """Raise UnsupportedConfigError that names every refused setting. vllm-ascend must have read its options."""
     ascend_config = get_ascend_config()
-    refused = {f"additional_config {option}": bool(getattr(ascend_config, option, False)) for option in OPTIONS}
+    refused = {f"additional_config {option}": bool(getattr(ascend_config, option, False)) for option in REFUSED_OPTIONS}
     refused |= {
         "the compiler pass for sequence parallelism": bool(ascend_config.enable_sp_by_pass),
         # It asks for the communication method of a step before the step is planned.
@@ -62,8 +54,9 @@ def added_experts(vllm_config: "VllmConfig") -> AddedExperts:
     """
     ascend_config, model_config = get_ascend_config(), vllm_config.model_config
     eplb_config, ep_size = ascend_config.eplb_config, topology_of(vllm_config.parallel_config).ep_size
+    of_vllm = redundant_experts(vllm_config)
     if model_config is None or ep_size == 1:
-        return AddedExperts()
+        return AddedExperts(redundant=of_vllm)
     mixes = bool(getattr(ascend_config, "mix_placement", False))
     shared = int(getattr(model_config.hf_text_config, "n_shared_experts", 0) or 0) if mixes else 0
     if eplb_config.expert_map_path:
@@ -73,7 +66,8 @@ def added_experts(vllm_config: "VllmConfig") -> AddedExperts:
         redundant = int(eplb_config.num_redundant_experts) + (ep_size - 1 if mixes else 0)
     else:
         redundant = 0
-    return AddedExperts(shared=shared, redundant=redundant)
+    # vllm-ascend 0.30 takes the number from vLLM's EPLB, and its own option may say the same.
+    return AddedExperts(shared=shared, redundant=max(redundant, of_vllm))
 
 
 def _places_in(expert_map: Path) -> int:

@@ -393,7 +393,7 @@ def main(given: dict[str, Any]) -> None:
         host_us: dict[str, list[float]] = {"eager": [], "captured": []}
         for _ in range(given.get("rounds", 0)):
             with step(counts):
-                host_us["eager"].append(host_time(lambda: layer(*static)))
+                host_us["eager"].append(host_time(lambda: of.layer(*static)))
             with step(counts, CUDAGraphMode.FULL):
                 host_us["captured"].append(host_time(graph.replay))
         return Ran(on_host, expected, [], ran, operations_of(graph), host_us)

@@ -77,9 +77,7 @@ class PipelineCommMethod(RELEASE.MoECommMethod):  # type: ignore[name-defined]
         if (ring := trace_ring()) is not None:
             ring.enter_layer()
         before_dispatch = torch.get_device_module(hidden_states.device).current_stream().record_event()
-        finalized = pipeline.run(
-            hidden_states, topk_weights, topk_ids, call.compute, step.plan, reduce_results=False
-        )
+        finalized = pipeline.run(hidden_states, topk_weights, topk_ids, call.compute, step.plan, reduce_results=False)
         return RELEASE.experts_result(
             fused_experts_input,
             after_dispatch=call.after_dispatch,

@@ -5,8 +5,7 @@
 Each rank prints one JSON line. For every layer, step and path it holds the collectives, the bytes, and the largest difference
 from a dense layer in float64 and from vllm-ascend's own path. These keys are left out in most runs:
 "more_layers": the sizes of layers after the first one; "mixed": a number of shared experts that are placed as routed ones;
-"redundant": a number of redundant experts of vllm-ascend's EPLB; "shared": the layer has a shared expert, which runs beside the
-routed ones on a stream of its own;
+"redundant": a number of redundant experts of vllm-ascend's EPLB;
 "own": the communication methods that vllm-ascend is held to; "graph": each step is captured and replayed with other tokens, and
 the line also holds the device's operations in the graph; "rounds": with "graph", the line also holds the host's processor time
 of the layer in so many rounds, eager and replayed.
@@ -219,7 +218,6 @@ def make_layers(given: dict[str, Any], sizes: Sequence[Sizes]) -> tuple[Any, lis
                 "vllm_npu": {"moe_comm": given.get("moe_comm", "auto")},
                 "enable_flashcomm1": bool(given.get("flashcomm1")),
                 **({"mix_placement": True} if shared else {}),
-                **({"multistream_overlap_shared_expert": True} if given.get("shared") else {}),
                 **({"eplb_config": {"dynamic_eplb": True, "num_redundant_experts": redundant}} if redundant else {}),
             },
         ).create_engine_config()
@@ -250,21 +248,10 @@ def make_layers(given: dict[str, Any], sizes: Sequence[Sizes]) -> tuple[Any, lis
                     prefix=PREFIX.format(number),
                     quant_config=int8_config(number, each.experts + shared) if given.get("int8") else None,
                     **({"n_shared_experts": shared} if shared else {}),
-                    **make_shared_expert(given, each, number),
                 )
                 for number, each in enumerate(sizes)
             ]
     return config, layers
-
-
-def make_shared_expert(given: dict[str, Any], sizes: Sizes, number: int) -> dict[str, Any]:
-    """The layer's argument for a shared expert, if the run has one. Its weights are not set."""
-    if not given.get("shared"):
-        return {}
-    from vllm.model_executor.models.deepseek_v2 import DeepseekV2MLP
-
-    prefix = f"model.layers.{number}.mlp.shared_experts"
-    return {"shared_experts": DeepseekV2MLP(sizes.hidden, INTERMEDIATE, "silu", reduce_results=False, prefix=prefix)}
 
 
 class Built(NamedTuple):
@@ -294,15 +281,8 @@ def with_weights(given: dict[str, Any], sizes: Sizes, layer: Any, seed: int) -> 
     rank, ranks, dtype = int(os.environ["RANK"]), given["tp"] * given["dp"], getattr(torch, given["dtype"])
     hidden, experts, module = sizes.hidden, sizes.experts + given.get("mixed", 0), part_with_weights(layer)
     generator = torch.Generator().manual_seed(seed)
-    drawn = experts + bool(given.get("shared"))
-    w13 = (torch.randn(drawn, 2 * INTERMEDIATE, hidden, generator=generator) * hidden**-0.5).to(dtype)
-    w2 = (torch.randn(drawn, hidden, INTERMEDIATE, generator=generator) * INTERMEDIATE**-0.5).to(dtype)
-    if given.get("shared"):  # vLLM's MLP has one TP rank's part of the shared expert
-        expert, part = layer._shared_experts, INTERMEDIATE // given["tp"]
-        of_rank = slice(rank % given["tp"] * part, (rank % given["tp"] + 1) * part)
-        gate, up = w13[-1].chunk(2)
-        expert.gate_up_proj.weight.data.copy_(torch.cat([gate[of_rank], up[of_rank]]))
-        expert.down_proj.weight.data.copy_(w2[-1][:, of_rank])
+    w13 = (torch.randn(experts, 2 * INTERMEDIATE, hidden, generator=generator) * hidden**-0.5).to(dtype)
+    w2 = (torch.randn(experts, hidden, INTERMEDIATE, generator=generator) * INTERMEDIATE**-0.5).to(dtype)
     own = own_experts(layer, rank, experts, ranks)
     if given.get("int8"):
         w13, w2 = load_int8(module, "w13", w13, own), load_int8(module, "w2", w2, own)

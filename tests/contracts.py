@@ -1,6 +1,8 @@
 """Compares classes of this package with the classes of vLLM and vllm-ascend that they replace, as installed here.
 
 python -m tests.contracts prints one line of JSON for each row of CONTRACTS that this environment has: {"contract", "faults"}.
+python -m tests.contracts 0.33.0 takes the Python files of that vLLM for GPUs in place of the installed vLLM. pip downloads its
+wheel, about 340 MB.
 """
 
 import ast
@@ -9,6 +11,8 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
+import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
@@ -22,7 +26,7 @@ from vllm_npu.plugin.release_lines import release_line
 from vllm_npu.tools.doctor.installed import installed
 
 ROOT = Path(__file__).resolve().parents[1]
-BOTH, CPU, ASCEND = ("0.23", "0.32"), ("0.32",), ("0.23", "0.30")
+GPU, CPU, ASCEND = ("0.23", "0.32", "0.33"), ("0.32",), ("0.23", "0.30")
 GPU_FOLDER, CPU_FOLDER, ASCEND_FOLDER = (f"vllm_npu.plugin.{name}" for name in ("gpu", "cpu", "ascend"))
 COMMUNICATORS = "vllm.distributed.device_communicators"
 LAYERS = "vllm.model_executor.layers.fused_moe"
@@ -34,7 +38,7 @@ class Contract:
 
     ours: str
     theirs: str
-    lines: tuple[str, ...] = BOTH  # release lines of vLLM in which this package uses `ours`
+    lines: tuple[str, ...] = GPU  # release lines of vLLM in which this package uses `ours`
     only: tuple[
         str, ...
     ] = ()  # the names that their code uses, where that is less than the whole class; empty: all public names
@@ -100,7 +104,7 @@ CONTRACTS = [
         constructed=True,
     ),
     Contract("vllm_npu.plugin.compat.v0_32:HostEplbState", "vllm.distributed.eplb.eplb_state:EplbState", CPU),
-    # EPLB, on CPUs and GPUs of vLLM 0.32
+    # EPLB, on CPUs and GPUs of vLLM 0.32 and later
     Contract(
         "vllm_npu.plugin.eplb_communicators:AdaptedEplbCommunicator",
         "vllm.distributed.eplb.eplb_communicator:EplbCommunicator",
@@ -126,8 +130,8 @@ CONTRACTS = [
 # What vLLM reads from an all2all manager, and only from managers of vLLM that serve other values of all2all_backend.
 OF_OTHER_MANAGERS = frozenset(
     {
-        "initialize", "moe_alltoall", "combine_into", "ensure_alltoall_workspace_initialized", "prepare_workspace_tensor",
-        "workspace_tensor", "max_num_ep_ranks", "commit_staged_state",
+        "initialize", "moe_alltoall", "get_communication", "combine_into", "ensure_alltoall_workspace_initialized",
+        "prepare_workspace_tensor", "workspace_tensor", "max_num_ep_ranks", "commit_staged_state",
     }
 )  # fmt: skip
 
@@ -263,14 +267,26 @@ def installed_line() -> str:
     return release_line(version)
 
 
-def here() -> list[Contract]:
-    """The rows of CONTRACTS that the installed vLLM has."""
+def here(line: str | None = None) -> list[Contract]:
+    """The rows of CONTRACTS that a release line of vLLM has. None: the installed line."""
     with_ascend = find_spec("vllm_ascend") is not None
-    return [
-        each
-        for each in CONTRACTS
-        if installed_line() in each.lines and ("vllm_ascend" not in each.theirs or with_ascend)
-    ]
+    wanted = line or installed_line()
+    return [each for each in CONTRACTS if wanted in each.lines and ("vllm_ascend" not in each.theirs or with_ascend)]
+
+
+def faults_of_imports() -> list[str]:
+    """Return the names that our code for GPUs imports from vLLM and vLLM does not have."""
+    plugin = ROOT / "vllm_npu/plugin"
+    of_cpus = {plugin / "serve_command.py", plugin / "__init__.py"}  # what these import, CPUs use
+    files = {*plugin.glob("*.py"), *plugin.glob("gpu/*.py"), *(ROOT / "vllm_npu/all2all").rglob("*.py")} - of_cpus
+    imports = {
+        (node.module, each.name)
+        for file in files
+        for node in ast.walk(ast.parse(file.read_text("utf-8")))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "vllm"
+        for each in node.names
+    }
+    return [f"{module} has no {name}" for module, name in sorted(imports) if not hasattr(import_module(module), name)]
 
 
 def faults_of_reads() -> Iterator[tuple[str, list[str]]]:
@@ -288,24 +304,35 @@ def faults_of_reads() -> Iterator[tuple[str, list[str]]]:
         )
 
 
-def all_faults() -> Iterator[tuple[str, list[str]]]:
-    """Return each comparison that this environment can make, with its faults."""
+def all_faults(line: str | None = None) -> Iterator[tuple[str, list[str]]]:
+    """Return each comparison that this environment can make, with its faults. `line`: of the vLLM that Python finds first."""
     without_natives()
-    for contract in here():
+    for contract in here(line):
         yield str(contract), contract.faults()
     yield from faults_of_reads()
+    yield "what our code for GPUs imports from vLLM", faults_of_imports()
 
 
-def run(**environment: str) -> dict[str, list[str]]:
+def download(version: str, folder: Path) -> Path:
+    """Put the Python files of this vLLM for GPUs below `folder`, and return the folder to import it from."""
+    pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "-d", str(folder)]
+    subprocess.run([*pip, f"vllm=={version}"], check=True)
+    [wheel] = folder.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder / "vllm", [name for name in archive.namelist() if name.endswith((".py", "METADATA"))])
+    return folder / "vllm"
+
+
+def run(*version: str, seconds: float = PATIENCE_SECONDS, **environment: str) -> dict[str, list[str]]:
     """Run this module in a process of its own, since it imports modules that a test's process must not have. Returns the faults
-    of each comparison."""
+    of each comparison. `version`: of a vLLM to download."""
     process = subprocess.run(
-        [sys.executable, "-m", "tests.contracts"],
+        [sys.executable, "-m", "tests.contracts", *version],
         env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=PATIENCE_SECONDS,
+        timeout=seconds,
         check=False,
     )
     assert process.returncode == 0, process.stderr
@@ -313,6 +340,14 @@ def run(**environment: str) -> dict[str, list[str]]:
     return {report["contract"]: report["faults"] for report in map(json.loads, lines)}
 
 
+def main(*version: str) -> None:
+    """Print the faults of the installed vLLM, or of the version to download."""
+    with tempfile.TemporaryDirectory() as folder:
+        if version:
+            sys.path.insert(0, str(download(version[0], Path(folder))))
+        for name, faults in all_faults(release_line(version[0]) if version else None):
+            print(json.dumps({"contract": name, "faults": faults}))
+
+
 if __name__ == "__main__":
-    for name, faults in all_faults():
-        print(json.dumps({"contract": name, "faults": faults}))
+    main(*sys.argv[1:])

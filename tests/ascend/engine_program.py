@@ -2,8 +2,10 @@
 
     python tests/ascend/engine_program.py '{"model": FOLDER, "tp": 2, "strategies": ["mc2"]}'
 
-Prints one JSON line: the tokens of each prompt by strategy, and the strategies that the workers ran. Without `strategies` the
-engine has no section of this package, and the only entry is "vllm-ascend".
+Prints one JSON line: the tokens of each prompt by strategy, the strategies that the workers ran, the drafts and the accepted
+ones by strategy, and the placements of experts that rank 0 had. Without `strategies` the engine has no section of this package,
+and the only entry is "vllm-ascend". These keys are optional: "options" has more arguments of the engine, "max_tokens" is 4
+without it, and with "rounds" each strategy generates as often.
 """
 
 import json
@@ -13,12 +15,26 @@ from typing import Any
 OWN = "vllm-ascend"
 
 
+def placement(worker: Any) -> list[Any]:
+    """Where the experts are on this rank, as vllm-ascend's EPLB keeps it: the local place of each expert in each layer."""
+    adaptor = worker.model_runner.eplb_updator.adaptor
+    return [places.tolist() for places in adaptor.expert_map_per_layer_cpu.values()]
+
+
+def drafts(engine: Any) -> list[float]:
+    """Tokens that the drafter proposed since the start, and those that were accepted."""
+    values = {metric.name: getattr(metric, "value", 0) for metric in engine.get_metrics()}
+    return [values.get(f"vllm:spec_decode_num_{kind}_tokens", 0) for kind in ("draft", "accepted")]
+
+
 def main(given: dict[str, Any]) -> None:
     from vllm import LLM, SamplingParams
 
     from vllm_npu.tools.engines.tiny_models import demo_prompts
 
     strategies = given.get("strategies", [])
+    options = given.get("options", {})
+    additional = options.pop("additional_config", {}) | ({"vllm_npu": {"moe_comm": "auto"}} if strategies else {})
     engine = LLM(
         given["model"],
         dtype="float16",
@@ -29,18 +45,27 @@ def main(given: dict[str, Any]) -> None:
         max_num_seqs=8,
         max_num_batched_tokens=256,
         enable_prefix_caching=False,
-        **({"additional_config": {"vllm_npu": {"moe_comm": "auto"}}} if strategies else {}),
+        disable_log_stats=False,
+        additional_config=additional,
+        **options,
     )
-    greedy = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
-    tokens, ran = {}, {}
+    greedy = SamplingParams(temperature=0, max_tokens=given.get("max_tokens", 4), ignore_eos=True)
+    tokens: dict[str, list[list[int]]] = {}
+    ran, drafted, placements = {}, {}, []
     for strategy in strategies or [OWN]:
         if strategies:
             engine.collective_rpc("set_moe_comm", args=(strategy,))
-        outputs = engine.generate(demo_prompts(), greedy, use_tqdm=False)
-        tokens[strategy] = [list(each.outputs[0].token_ids) for each in outputs]
+        before, tokens[strategy] = drafts(engine), []
+        for _ in range(given.get("rounds", 1)):
+            outputs = engine.generate(demo_prompts(), greedy, use_tqdm=False)
+            tokens[strategy] += [list(each.outputs[0].token_ids) for each in outputs]
+            if "eplb_config" in additional:
+                placements.append(engine.collective_rpc(placement)[0])
+        drafted[strategy] = [now - then for now, then in zip(drafts(engine), before, strict=True)]
         if strategies:
             ran[strategy] = [counters["strategy"] for counters in engine.collective_rpc("moe_comm_counters")]
-    print(json.dumps({"tokens": tokens, "ran": ran}), flush=True)
+    report = {"tokens": tokens, "ran": ran, "drafted": drafted, "placements": placements}
+    print(json.dumps(report), flush=True)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from tests.ascend.layer_program import make_layer
+from tests.ascend.layer_program import Sizes, make_layers
 
 THEIRS, THROUGH_TORCH, OURS = "vllm-ascend's class", "ours, torch.distributed", "ours, C++ operators"
 WARM_UP = 5
@@ -44,7 +44,7 @@ LAYER = {"hidden": 2048, "experts": 64, "top_k": 8, "dtype": "bfloat16"}
 
 def main(given: dict[str, Any]) -> None:
     """Run one rank. Print the microseconds a layer in each round, for each step, class and number of layers."""
-    config, _ = make_layer(given)
+    config, _ = make_layers(given, [Sizes(*(given[name] for name in Sizes._fields))])
 
     from vllm.config import set_current_vllm_config
     from vllm_ascend.ascend_forward_context import MoECommType, set_ascend_forward_context

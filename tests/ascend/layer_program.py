@@ -2,10 +2,13 @@
 
     python -m vllm_npu.emulator run --nproc 2 --soc A3 tests/ascend/layer_program.py '{"tp": 2, "dp": 1, ...}'
 
-Each rank prints one JSON line. For every step and path it holds the collectives, the bytes, and the largest difference from a
-dense layer in float64 and from vllm-ascend's own path. With "graph", each step is captured and replayed with other tokens, and
-the line also holds the device's operations in the graph. "own" names the communication methods of vllm-ascend. With
-"rounds", the line also holds the host's processor time of the layer in so many rounds, eager and replayed.
+Each rank prints one JSON line. For every layer, step and path it holds the collectives, the bytes, and the largest difference
+from a dense layer in float64 and from vllm-ascend's own path. These keys are left out in most runs:
+"more_layers": the sizes of layers after the first one; "mixed": a number of shared experts that are placed as routed ones;
+"redundant": a number of redundant experts of vllm-ascend's EPLB;
+"own": the communication methods that vllm-ascend is held to; "graph": each step is captured and replayed with other tokens, and
+the line also holds the device's operations in the graph; "rounds": with "graph", the line also holds the host's processor time
+of the layer in so many rounds, eager and replayed.
 """
 
 import json
@@ -16,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,10 +28,10 @@ import torch
 
 INTERMEDIATE = 64
 OWN = "vllm-ascend"
-PREFIX = "model.layers.0.mlp.experts"
+PREFIX = "model.layers.{}.mlp.experts"  # with the number of the layer
 
 
-def write_config(folder: Path, *, hidden: int, experts: int, top_k: int) -> None:
+def write_config(folder: Path, *, hidden: int, experts: int, top_k: int, shared: int = 0) -> None:
     """Write the config.json of a Qwen3-MoE model. It has no weight files: the layer's weights are drawn at random."""
     config = {
         "architectures": ["Qwen3MoeForCausalLM"],
@@ -40,6 +44,7 @@ def write_config(folder: Path, *, hidden: int, experts: int, top_k: int) -> None
         "intermediate_size": 64,
         "moe_intermediate_size": INTERMEDIATE,
         "num_experts": experts,
+        "n_shared_experts": shared,
         "num_experts_per_tok": top_k,
         "norm_topk_prob": True,
         "decoder_sparse_step": 1,
@@ -54,15 +59,19 @@ def write_config(folder: Path, *, hidden: int, experts: int, top_k: int) -> None
 
 
 def dense(hidden: torch.Tensor, logits: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, top_k: int) -> torch.Tensor:
-    """Compute the layer's output in float64 with numpy: softmax, top-k, renormalised weights, gated MLPs."""
+    """Compute the layer's output in float64 with numpy: softmax, top-k, renormalised weights, gated MLPs.
+
+    Experts without a logit are shared ones: every token adds their output with the weight 1.
+    """
     x, scores, first, second = (each.double().numpy() for each in (hidden, logits, w13, w2))
     total = np.zeros_like(x)
     for token, row in enumerate(np.exp(scores - scores.max(-1, keepdims=True))):
         chosen = np.argsort(-row, kind="stable")[:top_k]  # of equal logits the lowest id comes first, as on Ascend
-        for expert in chosen:
+        weights = {expert: row[expert] / row[chosen].sum() for expert in chosen}
+        for expert, weight in (weights | dict.fromkeys(range(len(row), len(first)), 1.0)).items():
             gate, up = np.split(first[expert] @ x[token], 2)
             inner = gate / (1 + np.exp(-gate)) * up
-            total[token] += row[expert] / row[chosen].sum() * (second[expert] @ inner)
+            total[token] += weight * (second[expert] @ inner)
     return torch.from_numpy(total)
 
 
@@ -71,19 +80,26 @@ def rms(values: torch.Tensor) -> float:
     return float(values.square().mean().sqrt())
 
 
-def int8_config(experts: int) -> Any:
-    """Return vllm-ascend's quantisation config for a checkpoint whose experts are W8A8_DYNAMIC."""
+def int8_description(number: int, experts: int) -> dict[str, str]:
+    """ModelSlim's description of this layer in a checkpoint whose experts are W8A8_DYNAMIC."""
+    names = [
+        f"{PREFIX.format(number)}.{expert}.{name}_proj" for expert in range(experts) for name in ("gate", "up", "down")
+    ]
+    parts = ("weight", "weight_scale", "weight_offset")
+    return {f"{name}.{part}": "W8A8_DYNAMIC" for name in names for part in parts}
+
+
+def int8_config(number: int, experts: int) -> Any:
+    """Return vllm-ascend's quantisation config for this layer."""
     try:
         from vllm_ascend.quantization.configs.modelslim_config import AscendModelSlimConfig  # 0.30
     except ModuleNotFoundError:
         from vllm_ascend.quantization.modelslim_config import AscendModelSlimConfig
 
-    names = [f"{PREFIX}.{expert}.{name}_proj" for expert in range(experts) for name in ("gate", "up", "down")]
-    parts = ("weight", "weight_scale", "weight_offset")
-    return AscendModelSlimConfig({f"{name}.{part}": "W8A8_DYNAMIC" for name in names for part in parts})
+    return AscendModelSlimConfig(int8_description(number, experts))
 
 
-def load_int8(layer: Any, name: str, weight: torch.Tensor, own: slice) -> torch.Tensor:
+def load_int8(layer: Any, name: str, weight: torch.Tensor, own: list[int]) -> torch.Tensor:
     """Load the weight [experts, out, in] into the layer as int8, with a scale for each output row.
 
     Returns the weight of all experts after this rounding.
@@ -146,10 +162,21 @@ def spoil_combine() -> None:
     All2AllVDispatcher.combine = spoiled  # type: ignore[method-assign]
 
 
-def make_layer(given: dict[str, Any]) -> tuple[Any, Any]:
-    """Open vLLM's groups, and build vllm-ascend's layer without weights. Returns (vLLM's configuration, layer)."""
+class Sizes(NamedTuple):
+    """The sizes of a layer."""
+
+    hidden: int
+    experts: int
+    top_k: int
+
+
+def make_layers(given: dict[str, Any], sizes: Sequence[Sizes]) -> tuple[Any, list[Any]]:
+    """Open vLLM's groups, and build vllm-ascend's layers without weights. Returns (vLLM's configuration, layers).
+
+    config.json describes the first layer.
+    """
     rank, tp, dp = int(os.environ["RANK"]), given["tp"], given["dp"]
-    hidden_size, experts, top_k = given["hidden"], given["experts"], given["top_k"]
+    shared, redundant = given.get("mixed", 0), given.get("redundant", 0)
     dtype = getattr(torch, given["dtype"])
 
     from vllm.plugins import load_general_plugins
@@ -169,11 +196,15 @@ def make_layer(given: dict[str, Any]) -> tuple[Any, Any]:
     device = torch.device("npu", rank)
     torch.distributed.init_process_group("hccl")
     with tempfile.TemporaryDirectory() as folder:
-        write_config(Path(folder), hidden=hidden_size, experts=experts, top_k=top_k)
+        write_config(Path(folder), **sizes[0]._asdict(), shared=shared)
+        if given.get("int8"):
+            description = json.dumps(int8_description(0, sizes[0].experts + shared))
+            (Path(folder) / "quant_model_description.json").write_text(description)
         config = EngineArgs(
             model=folder,
             skip_tokenizer_init=True,
             dtype=given["dtype"],
+            quantization="ascend" if given.get("int8") else None,
             tensor_parallel_size=tp,
             data_parallel_size=dp,
             data_parallel_rank=rank // tp if dp > 1 else None,
@@ -186,6 +217,8 @@ def make_layer(given: dict[str, Any]) -> tuple[Any, Any]:
             additional_config={
                 "vllm_npu": {"moe_comm": given.get("moe_comm", "auto")},
                 "enable_flashcomm1": bool(given.get("flashcomm1")),
+                **({"mix_placement": True} if shared else {}),
+                **({"eplb_config": {"dynamic_eplb": True, "num_redundant_experts": redundant}} if redundant else {}),
             },
         ).create_engine_config()
     config.parallel_config.data_parallel_rank = rank // tp
@@ -204,29 +237,70 @@ def make_layer(given: dict[str, Any]) -> tuple[Any, Any]:
             make = getattr(fused_moe, "FusedMoE", None) or partial(
                 fused_moe.FusedMoEFactory, is_sequence_parallel=sliced
             )
-            layer = make(
-                num_experts=experts,
-                top_k=top_k,
-                hidden_size=hidden_size,
-                intermediate_size=INTERMEDIATE,
-                params_dtype=dtype,
-                renormalize=True,
-                prefix=PREFIX,
-                quant_config=int8_config(experts) if given.get("int8") else None,
-            )
-    return config, layer
+            layers = [
+                make(
+                    num_experts=each.experts,
+                    top_k=each.top_k,
+                    hidden_size=each.hidden,
+                    intermediate_size=INTERMEDIATE,
+                    params_dtype=dtype,
+                    renormalize=True,
+                    prefix=PREFIX.format(number),
+                    quant_config=int8_config(number, each.experts + shared) if given.get("int8") else None,
+                    **({"n_shared_experts": shared} if shared else {}),
+                )
+                for number, each in enumerate(sizes)
+            ]
+    return config, layers
+
+
+class Built(NamedTuple):
+    """A layer with its weights, which are those of all ranks."""
+
+    sizes: Sizes
+    layer: Any
+    w13: torch.Tensor
+    w2: torch.Tensor
+
+
+def part_with_weights(layer: Any) -> Any:
+    """The module that has the weights: on vLLM 0.30, a part of the layer."""
+    return getattr(layer, "routed_experts", layer)
+
+
+def own_experts(layer: Any, rank: int, experts: int, ranks: int) -> list[int]:
+    """The experts of this rank, in the order of their weights. With redundant experts, vllm-ascend's layer has placed them."""
+    if getattr(layer, "log2phy", None) is None:
+        return list(range(rank * experts // ranks, (rank + 1) * experts // ranks))
+    places = layer._expert_map.tolist()
+    return sorted((expert for expert in range(experts) if places[expert] >= 0), key=places.__getitem__)
+
+
+def with_weights(given: dict[str, Any], sizes: Sizes, layer: Any, seed: int) -> Built:
+    """Draw the layer's weights, and load this rank's experts."""
+    rank, ranks, dtype = int(os.environ["RANK"]), given["tp"] * given["dp"], getattr(torch, given["dtype"])
+    hidden, experts, module = sizes.hidden, sizes.experts + given.get("mixed", 0), part_with_weights(layer)
+    generator = torch.Generator().manual_seed(seed)
+    w13 = (torch.randn(experts, 2 * INTERMEDIATE, hidden, generator=generator) * hidden**-0.5).to(dtype)
+    w2 = (torch.randn(experts, hidden, INTERMEDIATE, generator=generator) * INTERMEDIATE**-0.5).to(dtype)
+    own = own_experts(layer, rank, experts, ranks)
+    if given.get("int8"):
+        w13, w2 = load_int8(module, "w13", w13, own), load_int8(module, "w2", w2, own)
+    else:
+        module.w13_weight.data.copy_(w13[own])
+        module.w2_weight.data.copy_(w2[own])
+    return Built(sizes, layer, w13, w2)
 
 
 def main(given: dict[str, Any]) -> None:
-    """Build the layer, run every step on every path, and print the rows."""
+    """Build the layers, run every step on every path, and print the rows."""
     rank, tp, dp = int(os.environ["RANK"]), given["tp"], given["dp"]
-    hidden_size, experts, top_k = given["hidden"], given["experts"], given["top_k"]
     dtype = getattr(torch, given["dtype"])
     os.environ["VLLM_NPU_COUNT_COLLECTIVES"] = "1"
-    config, layer = make_layer(given)
-    module = getattr(
-        layer, "routed_experts", layer
-    )  # the module that has the weights: on vLLM 0.30, a part of the layer
+    sizes = [
+        Sizes(**({name: given[name] for name in Sizes._fields} | more)) for more in ({}, *given.get("more_layers", []))
+    ]
+    config, layers = make_layers(given, sizes)
     device = torch.device("npu", rank)
 
     from vllm.config import CUDAGraphMode, set_current_vllm_config
@@ -239,26 +313,18 @@ def main(given: dict[str, Any]) -> None:
     from vllm_npu.plugin.captured_steps import CapturedSteps
     from vllm_npu.plugin.step_planner import planner_of
 
-    generator = torch.Generator().manual_seed(3)
-    w13 = (torch.randn(experts, 2 * INTERMEDIATE, hidden_size, generator=generator) * hidden_size**-0.5).to(dtype)
-    w2 = (torch.randn(experts, hidden_size, INTERMEDIATE, generator=generator) * INTERMEDIATE**-0.5).to(dtype)
-    local = experts // (tp * dp)
-    own_experts = slice(rank * local, (rank + 1) * local)
-    if given.get("int8"):
-        w13, w2 = load_int8(module, "w13", w13, own_experts), load_int8(module, "w2", w2, own_experts)
-    else:
-        module.w13_weight.data.copy_(w13[own_experts])
-        module.w2_weight.data.copy_(w2[own_experts])
+    built = [with_weights(given, *each, seed=3 + number) for number, each in enumerate(zip(sizes, layers, strict=True))]
     with set_current_vllm_config(config):
-        module.quant_method.process_weights_after_loading(module)
+        for module in map(part_with_weights, layers):
+            module.quant_method.process_weights_after_loading(module)
 
-    def draw(counts: list[int], seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def draw(of: Built, counts: list[int], seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Draw this rank's tokens. Returns hidden states, router logits and the output of a dense layer."""
         tokens = counts[rank // tp]
         generator = torch.Generator().manual_seed(seed * 100 + rank // tp)
-        hidden = torch.randn(tokens, hidden_size, generator=generator).to(dtype)
-        logits = torch.randn(tokens, experts, generator=generator).to(dtype)
-        expected = dense(hidden, logits, w13, w2, top_k)
+        hidden = torch.randn(tokens, of.sizes.hidden, generator=generator).to(dtype)
+        logits = torch.randn(tokens, of.sizes.experts, generator=generator).to(dtype)
+        expected = dense(hidden, logits, of.w13, of.w2, of.sizes.top_k)
         if given.get("flashcomm1"):  # each TP rank has only its slice of the tokens
             own = slice(rank % tp * (tokens // tp), (rank % tp + 1) * (tokens // tp))
             return hidden[own], logits[own], expected[own]
@@ -283,22 +349,22 @@ def main(given: dict[str, Any]) -> None:
         ):
             yield get_forward_context().moe_comm_type.name
 
-    def run(counts: list[int], seed: int) -> Ran:
-        hidden, logits, expected = draw(counts, seed)
+    def run(of: Built, counts: list[int], seed: int) -> Ran:
+        hidden, logits, expected = draw(of, counts, seed)
         with step(counts) as ran:
-            output = layer(hidden.to(device), logits.to(device)).cpu().double()
+            output = of.layer(hidden.to(device), logits.to(device)).cpu().double()
         calls, log.calls = log.calls, []
         return Ran(output, expected, calls, ran)
 
-    def replay(counts: list[int], seed: int) -> Ran:
+    def replay(of: Built, counts: list[int], seed: int) -> Ran:
         """As run, with a graph that was captured for other tokens."""
-        static = [each.to(device) for each in draw(counts, seed + 50)[:2]]
-        hidden, logits, expected = draw(counts, seed)
+        static = [each.to(device) for each in draw(of, counts, seed + 50)[:2]]
+        hidden, logits, expected = draw(of, counts, seed)
         with step(counts):
-            layer(*static)  # what an operator does at its first call is outside of the graph
+            of.layer(*static)  # what an operator does at its first call is outside of the graph
         graph = torch.npu.NPUGraph()
         with step(counts, CUDAGraphMode.FULL) as ran, torch.npu.graph(graph):
-            output = layer(*static)
+            output = of.layer(*static)
         with step(counts, CUDAGraphMode.FULL):
             for held, new in zip(static, (hidden, logits), strict=True):
                 held.copy_(new)
@@ -307,7 +373,7 @@ def main(given: dict[str, Any]) -> None:
         host_us: dict[str, list[float]] = {"eager": [], "captured": []}
         for _ in range(given.get("rounds", 0)):
             with step(counts):
-                host_us["eager"].append(host_time(lambda: layer(*static)))
+                host_us["eager"].append(host_time(lambda: of.layer(*static)))
             with step(counts, CUDAGraphMode.FULL):
                 host_us["captured"].append(host_time(graph.replay))
         return Ran(on_host, expected, [], ran, operations_of(graph), host_us)
@@ -323,18 +389,22 @@ def main(given: dict[str, Any]) -> None:
         del result
         return (end - start) * 1e6
 
-    log = CollectiveLog(get_ep_group().rank_in_group, tp * dp, experts)
+    log = CollectiveLog(get_ep_group().rank_in_group, tp * dp, sizes[0].experts)
     if not given.get("graph"):  # the log reads ids on the host, which a capture refuses
-        module.forward_impl = log.inside(module.forward_impl)
+        for module in map(part_with_weights, layers):
+            module.forward_impl = log.inside(module.forward_impl)
         log.see_everything()
     rows: list[dict[str, Any]] = []
-    own_outputs: dict[int, torch.Tensor] = {}
+    own_outputs: dict[tuple[int, int], torch.Tensor] = {}
 
     def record(path: str) -> None:
-        for number, counts in enumerate(given["steps"]):
-            output, expected, calls, ran, operations, host_us = (replay if given.get("graph") else run)(counts, number)
+        for key in product(range(len(built)), range(len(given["steps"]))):
+            of, counts = built[key[0]], given["steps"][key[1]]
+            ran_once = (replay if given.get("graph") else run)(of, counts, key[1])
+            output, expected, calls, ran, operations, host_us = ran_once
             if path.startswith(OWN):
-                own_outputs[number] = output
+                own_outputs[key] = output
+            own = own_outputs.get(key, output)
             scale = expected.abs().amax().clamp(min=1e-9)
             rows.append(
                 {
@@ -345,7 +415,7 @@ def main(given: dict[str, Any]) -> None:
                     "bytes": sum(each.sent for each in calls),
                     "from_dense": float((output - expected).abs().amax() / scale) if output.numel() else 0.0,
                     "rms_from_dense": rms(output - expected) / max(rms(expected), 1e-9) if output.numel() else 0.0,
-                    "from_own": float((output - own_outputs[number]).abs().amax() / scale) if output.numel() else 0.0,
+                    "from_own": float((output - own).abs().amax() / scale) if output.numel() else 0.0,
                     "operations": operations,
                     "host_us": host_us,
                 }

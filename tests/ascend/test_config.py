@@ -31,11 +31,12 @@ def asks_for(moe_comm: str) -> dict:
     return {"additional_config": {"vllm_npu": {"moe_comm": moe_comm}}}
 
 
-def build(folder, **arguments) -> subprocess.CompletedProcess[str]:
+def build(folder, environment: dict | None = None, **arguments) -> subprocess.CompletedProcess[str]:
     """Build a configuration in a process of its own, as an engine does before it starts workers."""
     write_config(folder, hidden=1024, experts=8, top_k=2)
     plugins = entry_points.without("ascend").partition("=")[2]
     variables = os.environ | {"VLLM_NPU_EMULATOR": "1", "VLLM_PLUGINS": plugins, "HCCL_BUFFSIZE": "1000"}
+    variables |= environment or {}
     command = [sys.executable, "-c", BUILD, json.dumps({"model": str(folder)} | arguments)]
     return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=300, check=False)
 
@@ -52,6 +53,7 @@ def build(folder, **arguments) -> subprocess.CompletedProcess[str]:
             ),
         ),
         ({**GRAPHS, **asks_for("compare")}, "moe_comm=compare in graphs"),
+        ({"environment": {"VLLM_USE_V2_MODEL_RUNNER": "1"}}, "model runner V2 (VLLM_USE_V2_MODEL_RUNNER)"),
     ],
     ids=str,
 )

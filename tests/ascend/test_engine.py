@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 
 from tests.ascend.engine_program import OWN
-from tests.ascend.test_layer import PLUGINS, ROOT, STRATEGIES
+from tests.ascend.test_layer import LINE, PLUGINS, ROOT, STRATEGIES
 from tests.time_limits import PATIENCE_SECONDS
-from vllm_npu.tools.demo.ascend_demo import MODELS
-from vllm_npu.tools.engines.tiny_models import write_tiny_model
+from vllm_npu.tools.demo.ascend_demo import MODELS, for_ascend
+from vllm_npu.tools.engines.tiny_models import DEEPSEEK_V3, write_tiny_model
 
 PROGRAM = Path(__file__).with_name("engine_program.py")
 
 
-def generate(plugins: str, **given: Any) -> dict[str, Any]:
+def generate(plugins: str, *, env: dict[str, str] | None = None, **given: Any) -> dict[str, Any]:
     """Run engine_program.py in a process of its own, on emulated A3."""
     variables = {
         "PYTHONPATH": str(ROOT),
@@ -36,7 +36,7 @@ def generate(plugins: str, **given: Any) -> dict[str, Any]:
     }
     process = subprocess.run(
         [sys.executable, str(PROGRAM), json.dumps(given)],
-        env=os.environ | variables,
+        env=os.environ | variables | (env or {}),
         capture_output=True,
         text=True,
         timeout=2 * PATIENCE_SECONDS,
@@ -58,3 +58,58 @@ def test_every_strategy_gives_vllm_ascends_tokens_over_two_tp_ranks(tmp_path):
     assert ours["ran"] == {name: [name, name] for name in STRATEGIES}
     assert ours["tokens"] == dict.fromkeys(STRATEGIES, alone)
     assert sum(map(len, alone)) == 4 * len(alone) > 0
+
+
+# One MoE layer, and a drafter that is a copy of it.
+MTP = for_ascend(
+    DEEPSEEK_V3,
+    1089,
+    routed_scaling_factor=1.0,
+    num_hidden_layers=1,
+    first_k_dense_replace=0,
+    num_nextn_predict_layers=1,
+)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(4 * PATIENCE_SECONDS)
+@pytest.mark.skipif(LINE != "0.23", reason="speculative decoding was run on vllm-ascend 0.23 only")
+def test_a_drafter_with_experts_is_accepted_as_often_as_with_vllm_ascend_alone(tmp_path):
+    given = {
+        "model": str(write_tiny_model(MTP, tmp_path / "model")),
+        "tp": 2,
+        "max_tokens": 12,
+        "options": {"speculative_config": {"method": "mtp", "num_speculative_tokens": 1}},
+    }
+    alone = generate(PLUGINS.replace("vllm_npu", "ascend"), **given)
+    ours = generate(PLUGINS, **given, strategies=STRATEGIES)
+    assert ours["ran"] == {name: [name, name] for name in STRATEGIES}
+    assert ours["tokens"] == dict.fromkeys(STRATEGIES, alone["tokens"][OWN])
+    assert ours["drafted"] == dict.fromkeys(STRATEGIES, alone["drafted"][OWN])
+    proposed, accepted = alone["drafted"][OWN]
+    assert 0 < accepted < proposed
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(4 * PATIENCE_SECONDS)
+@pytest.mark.skipif(LINE != "0.23", reason="dynamic EPLB was run on vllm-ascend 0.23 only")
+def test_tokens_stay_the_same_while_vllm_ascend_moves_experts(tmp_path):
+    given = {"model": str(write_tiny_model(MODELS[0], tmp_path / "model")), "tp": 2}
+    alone = generate(PLUGINS.replace("vllm_npu", "ascend"), **given)["tokens"][OWN]
+    eplb = {
+        "dynamic_eplb": True,
+        "num_redundant_experts": 2,
+        "expert_heat_collection_interval": 3,
+        "algorithm_execution_interval": 2,
+    }
+    ours = generate(
+        PLUGINS,
+        **given,
+        env={"DYNAMIC_EPLB": "true", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"},
+        options={"additional_config": {"eplb_config": eplb}},
+        strategies=STRATEGIES,
+        rounds=3,
+    )
+    assert ours["ran"] == {name: [name, name] for name in STRATEGIES}
+    assert ours["tokens"] == dict.fromkeys(STRATEGIES, alone * 3)
+    assert len({str(placement) for placement in ours["placements"]}) > 1, "no expert moved"

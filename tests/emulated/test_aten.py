@@ -337,6 +337,13 @@ def test_a_tensor_may_be_larger_than_its_storage_in_its_allocation() -> None:
         x.clone()
 
 
+@pytest.mark.parametrize("make", [torch.zeros, torch.ones])
+def test_new_tensors_of_a_device_ignore_pin_memory_as_torch_npus_do(make: Callable[..., torch.Tensor]) -> None:
+    made = make(2, 3, dtype=torch.int32, device="npu", pin_memory=True)
+    assert made.device.type == "npu"
+    assert torch.equal(made.cpu(), make(2, 3, dtype=torch.int32))
+
+
 def test_views_share_memory() -> None:
     x = torch.zeros(4, 6, device=DEVICE)
     views = [x[1], x.t(), x.view(-1), x.unsqueeze(0), x.split(2)[1], x.expand(2, 4, 6), x.diagonal(), x.detach()]

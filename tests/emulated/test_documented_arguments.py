@@ -1,9 +1,10 @@
 """Which argument values of the MoE operators the emulated device honours, and which it refuses: docs/emulator_arguments.md.
 
-Each row calls an operator on A2 and on A3 and makes a line of the page. The other tests of this folder compare the results.
+Each row calls an operator on A2 and on A3 and makes a line of the page. A call is honoured where it also gives what golden.py
+computes.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.emulated import golden
 from tests.emulated.references import Layer, distinct_ids, members, random_rows
 
 pytestmark = pytest.mark.emulated
@@ -41,7 +43,16 @@ def made(value: Any) -> Any:
 
 
 def mask(*shape: int) -> torch.Tensor:
-    return torch.ones(shape, dtype=torch.bool)
+    """Without the last token. With two dimensions, without the first choice of the first token too."""
+    on = torch.ones(shape, dtype=torch.bool)
+    on[-1] = False
+    if len(shape) == 2:
+        on[0, 0] = False
+    return on
+
+
+def positive(*shape: int) -> torch.Tensor:
+    return random_rows(*shape, seed=9).abs() + 0.5
 
 
 HIERARCHY = {"comm_alg": "hierarchy", "expert_scales": torch.ones(TOKENS, TOP_K)}
@@ -49,9 +60,9 @@ COPY = {"copy_expert_num": 1, "ori_x": random_rows(TOKENS, WIDTH, dtype=torch.bf
 CONSTANT = {
     "const_expert_num": 1,
     "ori_x": random_rows(TOKENS, WIDTH, dtype=torch.bfloat16),
-    "const_expert_alpha_1": torch.ones(1, dtype=torch.bfloat16),
-    "const_expert_alpha_2": torch.ones(1, dtype=torch.bfloat16),
-    "const_expert_v": torch.ones(1, WIDTH, dtype=torch.bfloat16),
+    "const_expert_alpha_1": torch.tensor([0.75], dtype=torch.bfloat16),
+    "const_expert_alpha_2": torch.tensor([-1.25], dtype=torch.bfloat16),
+    "const_expert_v": random_rows(1, WIDTH, dtype=torch.bfloat16, seed=2),
 }
 OF_COMBINE = (CONSTANT.keys() | COPY.keys()) - {"const_expert_num", "copy_expert_num"}
 GIVEN = torch.zeros(8, dtype=torch.int32)
@@ -117,7 +128,7 @@ def algorithms(weights: Arguments, documented_v1: str) -> list[Row]:
 DISPATCH_1 = [
     Row("x", "bfloat16, float16"),
     Row("expert_ids", "[B, K] int32"),
-    Row("scales", "[E, H] with quant_mode=2", changes={"quant_mode": 2, "scales": torch.ones(EXPERTS, WIDTH)}),
+    Row("scales", "[E, H] with quant_mode=2", changes={"quant_mode": 2, "scales": positive(EXPERTS, WIDTH)}),
     Row("x_active_mask", "given", "", {"x_active_mask": mask(TOKENS)}),
     Row("expert_scales", "[B, K]", changes={"expert_scales": torch.ones(TOKENS, TOP_K)}),
     *placement_rows(False, []),
@@ -130,12 +141,12 @@ DISPATCH_1 = [
 DISPATCH = [
     Row("x", "bfloat16, float16"),
     Row("expert_ids", "[B, K] int32"),
-    Row("scales", "[E, H] with quant_mode=2", changes={"quant_mode": 2, "scales": torch.ones(EXPERTS, WIDTH)}),
+    Row("scales", "[E, H] with quant_mode=2", changes={"quant_mode": 2, "scales": positive(EXPERTS, WIDTH)}),
     Row(
         "scales",
         "[E, H] with comm_alg=hierarchy",
         "A3",
-        {**HIERARCHY, "quant_mode": 2, "scales": torch.ones(EXPERTS, WIDTH)},
+        {**HIERARCHY, "quant_mode": 2, "scales": positive(EXPERTS, WIDTH)},
     ),
     Row("x_active_mask", "[B]", changes={"x_active_mask": mask(TOKENS)}),
     Row("x_active_mask", "[B, K]", "A3", {"x_active_mask": mask(TOKENS, TOP_K)}),
@@ -218,15 +229,16 @@ IDS = distinct_ids(TOKENS, TOP_K, EXPERTS, seed=3)
 X = random_rows(TOKENS, WIDTH)
 ROUTING = {"x": X, "expert_idx": IDS, "expert_num": EXPERTS, "expert_tokens_num_flag": True}
 PADDED = {"drop_pad_mode": 1, "expert_capacity": 2, "expert_tokens_num_type": 1}
+STATIC = {"scale": torch.tensor([40.1]), "offset": torch.tensor([3.3]), "quant_mode": 0}
 INIT_ROUTING = [
     Row("x", "float32"),
     Row("x", "bfloat16, float16", changes={"x": X.bfloat16()}),
     Row("x", "int8, without quantisation", changes={"x": X.to(torch.int8)}),
     Row("expert_idx", "[N, K] int32"),
-    Row("scale", "[N] with quant_mode=-1", changes={"scale": torch.ones(TOKENS)}),
-    Row("scale", "[experts, H] with quant_mode=1", changes={"scale": torch.ones(EXPERTS, WIDTH), "quant_mode": 1}),
-    Row("scale", "[1, H] with quant_mode=1", changes={"scale": torch.ones(1, WIDTH), "quant_mode": 1}),
-    Row("offset", "[1] with quant_mode=0", changes={"scale": torch.ones(1), "offset": torch.ones(1), "quant_mode": 0}),
+    Row("scale", "[N] with quant_mode=-1", changes={"scale": positive(TOKENS)}),
+    Row("scale", "[experts, H] with quant_mode=1", changes={"scale": positive(EXPERTS, WIDTH), "quant_mode": 1}),
+    Row("scale", "[1, H] with quant_mode=1", changes={"scale": positive(1, WIDTH), "quant_mode": 1}),
+    Row("offset", "[1] with quant_mode=0", changes=STATIC),
     Row("offset", "[1] with quant_mode=1", "", {"offset": torch.ones(1), "quant_mode": 1}),
     Row("active_num", "0 or -1: all rows"),
     Row("active_num", "a number of rows", changes={"active_num": 5}),
@@ -239,7 +251,7 @@ INIT_ROUTING = [
     Row("expert_tokens_num_flag", "True"),
     Row("expert_tokens_num_flag", "False", changes={"expert_tokens_num_flag": False}),
     Row("quant_mode", "-1"),
-    Row("quant_mode", "0", changes={"scale": torch.ones(1), "offset": torch.ones(1), "quant_mode": 0}),
+    Row("quant_mode", "0", changes=STATIC),
     Row("quant_mode", "1", changes={"quant_mode": 1}),
     Row("quant_mode", "2, 3: MXFP8", "", {"quant_mode": 2}),
     Row("active_expert_range", "all experts"),
@@ -251,19 +263,20 @@ INIT_ROUTING = [
     Row("x_dtype", "None"),
 ]
 PAIRS = TOKENS * TOP_K
+PERMUTATION = torch.randperm(PAIRS, generator=torch.Generator().manual_seed(1)).int()
 FINALIZE_BASE = {
     "expanded_permuted_rows": random_rows(PAIRS, WIDTH, dtype=torch.bfloat16),
     "skip1": None,
     "skip2": None,
     "bias": None,
-    "scales": torch.ones(TOKENS, TOP_K, dtype=torch.bfloat16),
-    "expanded_src_to_dst_row": torch.arange(PAIRS, dtype=torch.int32),
+    "scales": random_rows(TOKENS, TOP_K, dtype=torch.bfloat16, seed=5),
+    "expanded_src_to_dst_row": PERMUTATION,
     "export_for_source_row": None,
 }
 SKIP = random_rows(TOKENS, WIDTH, dtype=torch.bfloat16)
 BIAS = {"bias": random_rows(EXPERTS, WIDTH, dtype=torch.bfloat16), "export_for_source_row": IDS}
 CAPACITY = {"expanded_permuted_rows": random_rows(EXPERTS, 2, WIDTH, dtype=torch.bfloat16)}
-NO_ROW = torch.tensor([-1, *range(1, PAIRS)], dtype=torch.int32)
+NO_ROW = torch.where(PERMUTATION == 0, -1, PERMUTATION)
 FINALIZE = [
     Row("expanded_permuted_rows", "bfloat16, float16, float32"),
     Row("skip1", "[N, H]", changes={"skip1": SKIP}),
@@ -272,7 +285,7 @@ FINALIZE = [
     Row("bias", "[E, H] with export_for_source_row", changes=BIAS),
     Row("bias", "[E, H] without export_for_source_row", "", {"bias": BIAS["bias"]}),
     Row("scales", "[N, K], type of the rows"),
-    Row("scales", "[N, K] float32 with bfloat16 rows", changes={"scales": torch.ones(TOKENS, TOP_K)}),
+    Row("scales", "[N, K] float32 with bfloat16 rows", changes={"scales": positive(TOKENS, TOP_K)}),
     Row("expanded_src_to_dst_row", "[N * K] int32"),
     Row(
         "expanded_src_to_dst_row",
@@ -288,12 +301,12 @@ FINALIZE = [
     Row("k", "1, the default"),
 ]
 LOGITS = random_rows(TOKENS, 16)
-TABLE_OF_IDS = {"tid2eid": torch.tensor([[0, 1]], dtype=torch.int32)}
-HASHED = {"input_ids": torch.zeros(TOKENS, dtype=torch.int32), **TABLE_OF_IDS}
+TABLE_OF_IDS = {"tid2eid": torch.tensor([[0, 1], [7, 3]], dtype=torch.int32)}
+HASHED = {"input_ids": torch.tensor([0, 1, 1, 0], dtype=torch.int32), **TABLE_OF_IDS}
 GATING = [
     Row("x", "float32, float16, bfloat16"),
     Row("k", "1 to the experts of k_group groups"),
-    Row("bias", "[E]", changes={"bias": torch.ones(16)}),
+    Row("bias", "[E]", changes={"bias": random_rows(16, seed=6)}),
     Row("input_ids", "[N] with tid2eid", changes=HASHED),
     Row("tid2eid", "[ids, k] with input_ids", changes=HASHED),
     Row("tid2eid", "without input_ids", "", TABLE_OF_IDS),
@@ -316,7 +329,7 @@ GATING = [
     Row("routed_scaling_factor", "2.5", changes={"routed_scaling_factor": 2.5}),
     Row("eps", "1e-6", changes={"eps": 1e-6}),
 ]
-FINISHED = torch.zeros(TOKENS, dtype=torch.bool)
+FINISHED = torch.tensor([False, True, False, False])
 GATING_SOFTMAX = [
     Row("x", "float32, float16, bfloat16"),
     Row("finished", "[N] bool", changes={"finished": FINISHED}),
@@ -329,13 +342,13 @@ GATING_SOFTMAX_2 = [
     Row("output_softmax", "True with renorm=0", changes={"output_softmax": True}),
     Row("output_softmax", "True with renorm=1: no effect", changes={"output_softmax": True, "renorm": 1}),
 ]
-COUNTS = torch.ones(2, 2, dtype=torch.int64)
+COUNTS = torch.tensor([[2, 0], [1, 1]])
 RE_ROUTING = [
     Row("tokens", "bfloat16, float16"),
     Row("tokens", "int8", changes={"tokens": X.to(torch.int8)}),
     Row("expert_token_num_per_rank", "[W, E] int64"),
     Row("expert_token_num_per_rank", "[W, E] int32", changes={"expert_token_num_per_rank": COUNTS.int()}),
-    Row("per_token_scales", "[A] float32", changes={"per_token_scales": torch.ones(TOKENS)}),
+    Row("per_token_scales", "[A] float32", changes={"per_token_scales": positive(TOKENS)}),
     Row("expert_token_num_type", "1"),
     Row("expert_token_num_type", "0", "", {"expert_token_num_type": 0}),
     Row("idx_type", "0"),
@@ -377,35 +390,58 @@ OPERATORS = {
 }
 
 
-def call(op: Any, taken: Arguments, changes: Mapping[str, Any] | None) -> Any:
+def as_tuple(returned: Any) -> tuple[torch.Tensor, ...]:
+    return (returned,) if isinstance(returned, torch.Tensor) else tuple(returned)
+
+
+def call(op: Any, taken: Arguments, changes: Mapping[str, Any] | None) -> tuple[torch.Tensor, ...]:
     """Calls with those of the arguments that this version of the operator has, and with all changes."""
     known = {argument.name for argument in op.default._schema.arguments}
     arguments = {name: value for name, value in taken.items() if name in known} | dict(changes or {})
-    return op(**{name: made(value) for name, value in arguments.items()})
+    return as_tuple(op(**{name: made(value) for name, value in arguments.items()}))
 
 
-def call_in_group(name: str, row: Row, rank: int, num_ranks: int) -> None:
-    npu = torch.ops.npu
-    is_combine, version = "combine" in name, "_v2" if name.endswith("_v2") else ""
-    layer = Layer(
+def compare(what: str, outputs: Sequence[torch.Tensor], wanted: list[golden.Array], **tolerance: float) -> None:
+    for place, (output, right) in enumerate(zip(outputs, wanted, strict=False)):
+        different = golden.difference(output, right, **tolerance)
+        assert different is None, f"{what}: output {place} {different}"
+
+
+def layer_with(row: Row, num_ranks: int, arguments: Mapping[str, Any]) -> Layer:
+    """The tokens and experts of a call with these arguments."""
+    given = arguments.get("x_active_mask")
+    special = tuple(arguments.get(f"{kind}_expert_num", 0) for kind in ("zero", "copy", "const"))
+    return Layer(
         num_ranks,
         [TOKENS] * num_ranks,
+        masks=None if given is None else [given] * num_ranks,
+        special=special,
+        global_bs=arguments.get("global_bs", 0),
         top_k=TOP_K,
         experts_per_rank=EXPERTS // num_ranks,
         width=WIDTH,
         **(row.layer or {}),
     )
-    taken = members(layer, rank) | {"x": layer.x[rank], "expert_ids": layer.ids[rank]}
-    dispatch = getattr(npu, f"npu_moe_distribute_dispatch{version}")
-    if not is_combine:
-        changes = {key: value for key, value in (row.changes or {}).items() if key not in OF_COMBINE}
-        call(dispatch, taken, changes)
-        return
-    before = dict(row.before or {})
-    if before.get("comm_alg") == "hierarchy":
+
+
+def call_in_group(name: str, row: Row, rank: int, num_ranks: int) -> None:
+    """Dispatch, and combine after it; compares what the one of this name gives."""
+    npu = torch.ops.npu
+    is_combine, version = "combine" in name, "_v2" if name.endswith("_v2") else ""
+    changes = dict(row.changes or {})
+    before = dict(row.before or {}) if is_combine else {k: v for k, v in changes.items() if k not in OF_COMBINE}
+    layer = layer_with(row, num_ranks, before)
+    if is_combine and before.get("comm_alg") == "hierarchy":
         before["expert_scales"] = layer.weights[rank]
-    expand_x, _, index, _, recv_counts, tp_counts, expand_scales = call(dispatch, taken, before)
-    sent = {
+    taken = members(layer, rank) | {"x": layer.x[rank], "expert_ids": layer.ids[rank]}
+    sent = call(getattr(npu, f"npu_moe_distribute_dispatch{version}"), taken, before)
+    expand_x, scales, index, counts, recv_counts, tp_counts, expand_scales = sent
+    if not is_combine:
+        of_values = {key: before[key] for key in ("quant_mode", "scales", "expert_token_nums_type") if key in before}
+        wanted = golden.dispatch(layer, rank, **of_values)
+        compare(f"{name}, {row}", (expand_x, scales, counts), wanted)
+        return
+    sent_back = {
         "expand_x": expand_x,
         "expand_idx": index,
         "assist_info_for_combine": index,
@@ -414,7 +450,9 @@ def call_in_group(name: str, row: Row, rank: int, num_ranks: int) -> None:
         "expand_scales": expand_scales,
         "expert_scales": layer.weights[rank],
     }
-    call(getattr(npu, name), taken | sent, row.changes)
+    outputs = call(getattr(npu, name), taken | sent_back, changes)
+    tolerance = {"relative": 0.05} if changes.get("comm_quant_mode") else {}  # int8 on the wire
+    compare(f"{name}, {row}", outputs, golden.combine(layer, rank, changes), **tolerance)
 
 
 def outcomes(rank: int, num_ranks: int) -> list[bool]:
@@ -426,7 +464,9 @@ def outcomes(rank: int, num_ranks: int) -> list[bool]:
                 if operator.base is None:
                     call_in_group(name, row, rank, num_ranks)
                 else:
-                    call(getattr(torch.ops.npu, name), dict(operator.base), row.changes)
+                    arguments = dict(operator.base) | dict(row.changes or {})
+                    outputs = call(getattr(torch.ops.npu, name), arguments, None)
+                    compare(f"{name}, {row}", outputs, golden.SINGLE[name](**arguments))
                 torch.npu.synchronize()
             except RuntimeError as error:
                 if (row.named or row.argument) not in str(error):

@@ -194,6 +194,19 @@ def test_time_limits_follow_the_load(tmp_path, monkeypatch, processes_per_core, 
     assert set(made.tests) == {"test_waits"}
 
 
+def test_a_judged_process_finds_npu_smi(tmp_path):
+    """vllm-ascend's tests ask `npu-smi info` whether there is a device, and mock torch_npu where it fails."""
+    (tmp_path / "test_a.py").write_text(
+        "import subprocess\n"
+        "def test_info(): subprocess.run(['npu-smi', 'info'], check=True)\n"
+        "def test_other():\n"
+        "    refused = subprocess.run(['npu-smi', 'info', '-m'], capture_output=True, text=True)\n"
+        "    assert refused.returncode == 1 and 'npu-smi info -m: not emulated' in refused.stderr\n"
+    )
+    judged = run_judge("--suite", tmp_path, "--json", tmp_path / "result.json")
+    assert judged.returncode == 0, judged.stdout
+
+
 def test_a_stopped_run_ends_what_it_started_and_keeps_what_is_done(tmp_path):
     (tmp_path / "test_a.py").write_text("def test_a(): pass\n")
     pid = tmp_path / "pid"
@@ -237,6 +250,11 @@ def test_a_stopped_run_ends_what_it_started_and_keeps_what_is_done(tmp_path):
         ({"test_a.py": ""}, ["--suite", "{folder}", "--json", "{folder}/test_a.py"], "is no result of an earlier"),
         ({"test_a.py": ""}, ["--suite", "{folder}", "--json", "{folder}/none/a.json"], "its folder does not exist"),
         ({"test_a.py": ""}, ["--suite", "{folder}", "--compare", "{folder}/none"], "{folder}/none is no result of an"),
+        (
+            {"test_a.py": ""},
+            ["--suite", "{folder}", "--with-plugin"],
+            "--with-plugin is for --suite vllm-ascend, not for --suite {folder}",
+        ),
         ({"test_a.py": ""}, ["--suite", "{folder}", "--soc", "A9"], "soc 'A9' is not emulated"),
         (
             {"test_a.py": "", "r.json": '{"about": {"soc": "Ascend910_9391"}, "files": {}}'},

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from vllm_npu import envs
+from vllm_npu.cli.doctor import parse
 from vllm_npu.emulator import shared_memory
 from vllm_npu.errors import UnsupportedConfigError
 from vllm_npu.plugin import release_lines
@@ -254,7 +255,7 @@ def test_switches_and_seconds_are_judged_as_they_are_read(text, monkeypatch):
         ("torch", "2.10.0", "ok"),  # the extra ascend
         ("torch", "2.11.0+cu130", "ok"),  # the extra cuda
         ("torch", "2.12.1", "warning"),
-        ("torch", "2.14.0", "warning"),
+        ("torch", "2.15.0", "warning"),
         ("torch", "2.9.1+cpu", "problem"),
         ("vllm-ascend", "0.23.0.post1", "ok"),
         ("vllm-ascend", "0.30.0rc2", "ok"),
@@ -452,6 +453,39 @@ def find_in_engine(model: Path, **given) -> Finding:
     engine = {"soc": "A3", "ep": 16, "tp": 1, "max_num_seqs": 32, "moe_comm": "auto", **given}
     [finding] = engine_findings.findings_of(examination.PlannedEngine(model=str(model), **engine))
     return finding
+
+
+def test_a_recipe_is_read_option_by_option(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(DEEPSEEK_V3))
+    recipe = {
+        "multistream_overlap_shared_expert": True,
+        "enable_fused_mc2": 1,
+        "combine_quant_mode": 0,
+        "weight_prefetch_config": {"enabled": True},
+    }
+    engine = {"soc": "A3", "ep": 16, "tp": 1, "max_num_seqs": 32, "moe_comm": "allgather"}
+
+    def found(additional_config):
+        planned = examination.PlannedEngine(model=str(tmp_path), additional_config=additional_config, **engine)
+        return [(each.check, each.status, each.what) for each in engine_findings.findings_of(planned)]
+
+    *rows, last = found(recipe)
+    assert last[:2] == ("engine", "ok")
+    assert [row[:2] for row in rows] == [("recipe", "ok"), ("recipe", "problem"), ("recipe", "ok")]
+    assert [row[2].partition(":")[0] for row in rows] == [
+        "multistream_overlap_shared_expert",
+        "enable_fused_mc2",
+        "weight_prefetch_config",
+    ]
+    [off, _] = found(recipe | {"vllm_npu": {"moe_comm": "off"}})
+    assert off == ("recipe", "ok", "vllm_npu: moe_comm=off: vllm-ascend alone, with all its options")
+
+
+@pytest.mark.parametrize("options", [["--additional-config", "[]"], ["--additional-config", "{"]])
+def test_a_recipe_that_is_no_json_object_is_refused(options, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        parse(["--model", "config.json", "--ep", "2", *options])
+    assert "--additional-config" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -83,10 +83,29 @@ def test_strategies_without_mc2_need_no_buffer(requested, family):
 
 def test_a_layer_that_only_the_hierarchy_takes_is_checked_against_its_buffer():
     layer = replace(LAYER, num_experts=512)  # 32 a rank
-    assert check(family="A2", layer=layer).mc2 == DEVICES["A2"].mc2_hierarchy
+    assert check(family="A2", layer=layer) == DEVICES["A2"]
     # (512 experts + 16 / 4) * 32 tokens * 14464 bytes + 8 MiB
     with pytest.raises(HcclBufferError, match="mc2 on A2, hierarchy needs HCCL_BUFFSIZE=236"):
         check(family="A2", layer=layer, buffer_mb=200)
+
+
+@pytest.mark.parametrize("experts", [(512, 256), (256, 512)], ids=str)
+def test_layers_of_a_model_keep_their_own_algorithm_and_its_own_capacity(experts):
+    device = DEVICES["A2"]
+    for each in experts:
+        device = check_start(
+            "auto", EP16, replace(LAYER, num_experts=each), device, shape=DECODE_32, hccl_buffer_mb=250
+        )
+    capacities = {
+        each: device.for_layer(replace(LAYER, num_experts=each), 16).capacities["mc2"] for each in sorted(experts)
+    }
+    alone = {each: check(family="A2", layer=replace(LAYER, num_experts=each), buffer_mb=250) for each in experts}
+    assert capacities == {
+        each: alone[each].for_layer(replace(LAYER, num_experts=each), 16).capacities["mc2"] for each in sorted(experts)
+    }
+    assert capacities[256] != capacities[512]
+    layers = [replace(LAYER, num_experts=each) for each in experts]
+    assert f"up to {min(capacities.values())} tokens" in describe_capacity(device, EP16, layers)
 
 
 def test_capacity_is_what_the_buffer_takes_and_never_more_than_the_op_takes():

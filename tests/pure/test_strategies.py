@@ -31,7 +31,7 @@ from vllm_npu.strategies.prepare_finalize.all2all import All2AllPrepareAndFinali
 from vllm_npu.strategies.prepare_finalize.allgather import AllGatherPrepareAndFinalize
 from vllm_npu.strategies.prepare_finalize.mc2 import MC2PrepareAndFinalize
 from vllm_npu.strategies.prepare_finalize.naive_multicast import NaiveMulticastPrepareAndFinalize
-from vllm_npu.strategies.select import Selection, build, check_strategy, select
+from vllm_npu.strategies.select import Selection, build, check_strategy, select, select_for_all
 from vllm_npu.strategies.table import AUTO, STRATEGIES
 from vllm_npu.transport.base import Groups
 from vllm_npu.transport.threaded import ThreadedGroup, ThreadedTransport
@@ -212,6 +212,26 @@ def test_mc2_takes_the_hierarchy_for_a_layer_that_only_it_takes_and_then_no_mask
         assert chosen(requested, topology, uneven, device=device, layer=layer).strategy == "mc2"
         assert chosen(requested, topology, idle, device=device, layer=layer).strategy == "all2all"
     assert "takes no mask" in chosen("mc2", topology, idle, device=device, layer=layer).reason
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_layers_of_different_sizes_take_one_strategy_that_suits_all_of_them(order):
+    topology, device = topologies(1, 16)[0], DEVICES["A3"]
+    small, wide, narrow = LAYER, replace(LAYER, num_experts=128, top_k=8), replace(LAYER, hidden_size=512)
+
+    def taken(requested: str, step: StepPlan, *layers: MoELayer) -> str:
+        return select_for_all(requested, topology, step, layers=layers[::order], device=device).strategy
+
+    decode, prefill = plan(*[4] * 16), plan(*[600] * 16)
+    assert taken(AUTO, decode, small, wide) == "mc2"
+    assert taken(AUTO, decode, small, narrow) == "all2all", "mc2 takes no hidden size of 512"
+    everywhere = replace(LAYER, top_k=40)
+    assert [taken(AUTO, prefill, each) for each in (small, everywhere)] == ["all2all", "allgather"]
+    assert taken(AUTO, prefill, small, everywhere) == "allgather"
+    assert taken("naive", decode, small, narrow) == "naive"
+    assert taken("all2all", replace(decode, captured=True), small, narrow) == "allgather"
+    with pytest.raises(UnsupportedConfigError, match="hidden_size 1024 to 8192"):
+        taken("mc2", decode, small, narrow)
 
 
 def test_a_captured_step_takes_only_what_a_graph_can_hold():

@@ -61,12 +61,13 @@ def test_any_other_version_is_refused_with_those_that_are_not(version):
         release_lines.check_version(version)
     assert f"vLLM {version} is not supported" in str(error.value)
     assert all(line in str(error.value).partition("lines:")[2] for line in release_lines.SUPPORTED)
+    assert ("and 0.33 on GPUs only" in str(error.value)) == (version == "0.33.0")
 
 
 def test_the_cuda_platform_takes_its_own_lines():
     for line in release_lines.CUDA_LINES:
         release_lines.check_version(f"{line}.0+cu130", on_gpus=True)
-    with pytest.raises(UnsupportedConfigError, match=r"on GPUs; supported release lines: 0\.23, 0\.32"):
+    with pytest.raises(UnsupportedConfigError, match=r"on GPUs; supported release lines: 0\.23, 0\.32, 0\.33"):
         release_lines.check_version("0.24.0", on_gpus=True)
 
 

@@ -236,7 +236,7 @@ def test_a_model_that_the_planner_forbids_is_refused_before_a_process_starts(tmp
     arguments = {"tensor_parallel_size": ranks // 2, "data_parallel_size": 2, "enable_expert_parallel": True}
     if message is None:
         engine = engine_config(str(folder), **arguments)
-        layer = engine_check.configured_layer(engine, engine_check.model_facts(engine))
+        layer = engine_check.configured_layer(engine, engine_check.model_facts(engine), engine_check.AddedExperts())
         assert (layer.num_experts, layer.top_k, layer.hidden_size) == (64, 2, 256)
         return
     with pytest.raises(ValueError) as error:

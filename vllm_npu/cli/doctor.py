@@ -70,6 +70,13 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     engine.add_argument("--tp", type=int, default=1, help="Tensor-parallel ranks (1).")
     engine.add_argument("--max-num-seqs", type=int, default=256, help="vLLM's option of this name (256).")
     engine.add_argument("--moe-comm", default="auto", help="The plugin's option of this name (auto).")
+    engine.add_argument(
+        "--additional-config",
+        metavar="JSON",
+        type=json.loads,
+        default={},
+        help="vLLM's option of this name, with vllm-ascend's options: say what happens to each of them.",
+    )
     engine.add_argument("--enable-lora", action="store_true", help="vLLM's option of this name.")
     engine.add_argument("--experts", type=int, help="Routed experts of a layer, in place of config.json's.")
     engine.add_argument("--topk", type=int, help="Experts for each token, in place of config.json's.")
@@ -80,6 +87,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     sizes = (given.ep, given.tp, given.max_num_seqs, given.experts, given.topk, given.hidden)
     if any(size is not None and size < 1 for size in sizes):
         parser.error("--ep, --tp, --max-num-seqs, --experts, --topk and --hidden are 1 or more")
+    if not isinstance(given.additional_config, dict):
+        parser.error("--additional-config is a JSON object, as for vllm serve")
+    if given.additional_config and given.model is None:
+        parser.error("--additional-config describes an engine: give --model and --ep too")
     if given.json not in (None, STANDARD_OUTPUT) and not Path(given.json).parent.is_dir():
         parser.error(f"there is no folder {Path(given.json).parent}; create it")
     return given
@@ -96,6 +107,7 @@ def planned_engine(given: argparse.Namespace) -> PlannedEngine | None:
         tp=given.tp,
         max_num_seqs=given.max_num_seqs,
         moe_comm=given.moe_comm,
+        additional_config=given.additional_config,
         lora=given.enable_lora,
         experts=given.experts,
         topk=given.topk,

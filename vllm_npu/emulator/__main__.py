@@ -42,6 +42,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     tests.add_argument(
         "--compare", type=Path, metavar="PATH", help="an earlier result: show new failures and mended ones"
     )
+    tests.add_argument(
+        "--with-plugin",
+        action="store_true",
+        help="of vllm-ascend's suite: vllm_npu's platform in place of vllm-ascend's",
+    )
     tests.add_argument("--soc", default=envs.EMULATOR_SOC.read(), help="as of `run`")
     quiet = "on a machine without other load; a load makes it longer"
     tests.add_argument("--test-seconds", type=float, default=300, metavar="S", help=f"limit of a test (300), {quiet}")
@@ -73,6 +78,7 @@ def execute(options: argparse.Namespace) -> int:
                 test_seconds=options.test_seconds,
                 file_seconds=options.file_seconds,
                 again=options.again,
+                with_plugin=options.with_plugin,
             )
         )
     if options.command == "build":

@@ -31,6 +31,11 @@ FAILURES = ("failed", "error", "killed")
 PROCESS = "(the process itself)"  # in place of a test's name, where the process died outside of every test
 POLL_SECONDS = 0.1
 OUTPUT_CHARACTERS = 2000  # of a killed process, its last
+OURS = "vllm_npu"  # the name of this package's entry points in vLLM's plugins
+NPU_SMI = """#!/bin/sh
+[ "$*" = info ] || { echo "npu-smi $*: not emulated; the emulated Ascend device answers 'npu-smi info' only" >&2; exit 1; }
+echo "emulated Ascend device $VLLM_NPU_EMULATOR_SOC: no table of devices"
+"""
 SHOWN_TESTS = 40  # of each list in the comparison; --json has all
 
 
@@ -46,6 +51,7 @@ class Suite:
     version_pattern: str
     get: str  # how to get the right one; {version} and {tag} are filled in
     tags: Mapping[str, str] = field(default_factory=dict)  # by version of the distribution
+    vllm_platform: str | None = None  # this distribution's entry point of vLLM's platforms, where it has one
 
     def how_to_get(self, version: str) -> str:
         return self.get.format(version=version, tag=self.tags.get(version, f"v...-pytorch{version}"))
@@ -71,6 +77,7 @@ SUITES = {
         "PKG-INFO",
         r"(?<=^Version: )\S+$",
         "pip download --no-deps --no-build-isolation --no-binary :all: vllm-ascend=={version}, and unpack it",
+        vllm_platform="ascend",
     ),
 }
 
@@ -90,6 +97,7 @@ class Job:
     test_seconds: float  # on a machine without other load, as the next
     file_seconds: float
     again: bool
+    with_plugin: bool = False  # of a suite with a platform of vLLM: with this package's platform in place of that one
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,12 +195,39 @@ def find_tests(job: Job) -> tuple[Path, Path | None, list[str]]:
 
 
 def about(job: Job) -> dict[str, str]:
-    packages = {"torch", "torch_npu"} | {suite.distribution for name, suite in SUITES.items() if name == job.suite}
-    return {
+    """Raises UnsupportedConfigError for --with-plugin of a suite without a platform of vLLM."""
+    suite = SUITES.get(job.suite)
+    packages = {"torch", "torch_npu"} | ({suite.distribution} if suite else set())
+    made = {
         "suite": job.suite,
         "soc": soc.resolve(job.soc_name),
         **{package: installed_version(package) for package in sorted(packages)},
     }
+    if suite is not None and suite.vllm_platform is not None:
+        # The distribution of vLLM's build for CPUs has another name.
+        [vllm] = set(importlib.metadata.packages_distributions().get("vllm", ["vllm"]))
+        made |= {"vllm": installed_version(vllm), "platform": OURS if job.with_plugin else suite.distribution}
+    elif job.with_plugin:
+        suites = " or ".join(name for name, each in SUITES.items() if each.vllm_platform)
+        raise UnsupportedConfigError(f"judge: --with-plugin is for --suite {suites}, not for --suite {job.suite}")
+    return made
+
+
+def vllm_plugins(job: Job) -> dict[str, str]:
+    """The variable that lets vLLM load one of two platforms: the suite's own, or this package's. Empty for other suites."""
+    suite = SUITES.get(job.suite)
+    if suite is None or suite.vllm_platform is None:
+        return {}
+    groups = ("vllm.platform_plugins", "vllm.general_plugins")
+    installed = {point.name for group in groups for point in importlib.metadata.entry_points(group=group)}
+    return {"VLLM_PLUGINS": ",".join(sorted(installed - {suite.vllm_platform if job.with_plugin else OURS}))}
+
+
+def write_npu_smi(folder: Path) -> None:
+    """Writes a program npu-smi. Unless `npu-smi info` succeeds, vllm-ascend's tests replace torch_npu by a mock."""
+    path = folder / "npu-smi"
+    path.write_text(NPU_SMI)
+    path.chmod(0o755)
 
 
 # --- running ---
@@ -280,12 +315,15 @@ def run_file(job: Job, libraries: Path, file: Path, cwd: Path, stopping: threadi
     changes = {
         "TASK_QUEUE_ENABLE": os.environ.get("TASK_QUEUE_ENABLE", "1"),  # torch_npu's own default
         envs.EMULATOR_LIBRARIES.name: str(libraries),  # those of the run's start
+        **vllm_plugins(job),
     }
     environment = launcher.device_environment(job.soc_name, job.jobs, run_name, changes)
     killed: dict[str, Test] = {}
     with tempfile.TemporaryDirectory(prefix="vllm_npu_judge.") as name:
         record, output = Path(name, "record"), Path(name, "output")
         environment[judge_recorder.RECORD_VARIABLE] = str(record)
+        write_npu_smi(Path(name))
+        environment["PATH"] = os.pathsep.join((name, environment["PATH"]))
         plugins = ("-p", judge_recorder.__name__, "-p", "no:cacheprovider")
         while True:
             with open(output, "wb") as written:

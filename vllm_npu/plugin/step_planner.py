@@ -13,8 +13,8 @@ from vllm.platforms import current_platform
 
 from vllm_npu import __version__
 from vllm_npu.core.handles import Pending
-from vllm_npu.core.step_plan import StepPlan
-from vllm_npu.errors import PlanDisagreementError
+from vllm_npu.core.step_plan import StepPlan, TokenSharding
+from vllm_npu.errors import PlanDisagreementError, UnsupportedConfigError
 from vllm_npu.plugin import compat
 from vllm_npu.plugin.captured_steps import CapturedSteps, Held
 from vllm_npu.plugin.forward_context import PlannedStep, as_additional_context
@@ -22,7 +22,7 @@ from vllm_npu.plugin.groups import collective_counter, model_groups, trace_ring,
 from vllm_npu.plugin.layer_facts import LayerFacts
 from vllm_npu.plugin.metrics import StepMetrics
 from vllm_npu.plugin.options import Mode, Options
-from vllm_npu.strategies.select import Selection, check_strategy, select, why_not
+from vllm_npu.strategies.select import Selection, check_strategy, select_for_all, why_not
 from vllm_npu.strategies.start_checks import describe_capacity
 from vllm_npu.strategies.table import AUTO, STRATEGIES
 from vllm_npu.trust.agreement import agree, agree_start
@@ -43,7 +43,9 @@ DIFFERENT_STRATEGIES = (
 
 
 class StepPlanner:
-    """Plans the steps of one model in this process, and counts them.
+    """Plans the steps of one model in this process, and counts them. The layers of a drafter belong to the model.
+
+    All layers of a step take the same strategy, one that is within the limits of each layer.
 
     `proposed` is the strategy that this rank asks for. A new proposal takes effect at the first step at which every rank
     proposes the same. Until then the strategy that all ranks last agreed on stays in force.
@@ -64,19 +66,20 @@ class StepPlanner:
         self._planned = 0  # steps since the start
         self._agreed: str | None = None  # the strategy in force
         self._vote: Pending[int | None] | None = None  # on the last plan, until confirm
-        self._sharding = layers[0].sharding
-        self._layer = layers[0].moe_layer
-        self._groups = model_groups(expert_parallel=layers[0].use_ep)
+        self._layers = tuple(dict.fromkeys(layer.moe_layer for layer in layers))  # one for each size
+        self._sharding: TokenSharding = _same_in_all(layers, "sharding")
+        self._groups = model_groups(expert_parallel=_same_in_all(layers, "use_ep"))
         self._topology = self._groups.topology
         self._device = compat.current().device_limits(vllm_config, layers, self._topology, options.moe_comm)
-        check_strategy(options.moe_comm, self._topology, self._layer, self._device)
+        self._check(options.moe_comm)
         self._captured_steps = CapturedSteps(collective_counter())
         self._metrics = StepMetrics.if_wanted(self._topology, collective_counter())
+        capacities = [self._device.for_layer(layer, self._topology.ep_size).capacities for layer in self._layers]
         self._fixed_fields = {  # the part of each vote that no step changes
             "vllm_npu": __version__,
             "topology": str(self._topology),
             "layers": "; ".join(sorted({str(layer) for layer in layers})),  # sizes, dtype, quantisation
-            "device": f"{self._device.family} {self._device.capacities}",
+            "device": f"{self._device.family} {capacities}",
             "self_test": options.self_test,
         }
 
@@ -85,22 +88,25 @@ class StepPlanner:
 
         Raises UnsupportedConfigError if it cannot run here, or if captured graphs hold the strategies of the present one.
         """
-        check_strategy(name, self._topology, self._layer, self._device)
+        self._check(name)
         if name != self.proposed:
             self._captured_steps.check_change(name)
         self.proposed = name
 
     def may_take(self, strategy: str) -> bool:
         """Whether a step may take this strategy."""
-        return (
-            self.proposed in (AUTO, strategy) and why_not(strategy, self._topology, self._layer, self._device) is None
-        )
+        reasons = [why_not(strategy, self._topology, layer, self._device) for layer in self._layers]
+        return self.proposed in (AUTO, strategy) and not any(reasons)
+
+    def _check(self, strategy: str) -> None:
+        for layer in self._layers:
+            check_strategy(strategy, self._topology, layer, self._device)
 
     def describe(self) -> str:
         """One line for the log: the strategy, the device, the topology and MC2's capacity."""
         return (
             f"moe_comm={self.proposed} on {self._device.family}, {self._topology}; "
-            f"{describe_capacity(self._device, self._topology, [self._layer])}"
+            f"{describe_capacity(self._device, self._topology, self._layers)}"
         )
 
     def plan(self, num_tokens_across_dp: list[int], *, graph: Hashable | None = None) -> PlannedStep:
@@ -124,7 +130,7 @@ class StepPlanner:
                 watch_groups()
                 self._test_collectives()
         requested = self._agreed or self.proposed
-        selection = select(requested, self._topology, plan, layer=self._layer, device=self._device)
+        selection = select_for_all(requested, self._topology, plan, layers=self._layers, device=self._device)
         if self._topology.rank == 0 and (self.selection is None or self.selection.strategy != selection.strategy):
             logger.info("MoE communication: %s on %s (%s)", selection.strategy, self._topology, selection.reason)
         if ring is not None:
@@ -186,6 +192,17 @@ class StepPlanner:
         - A graph runs the layers, and a graph runs no Python.
         """
         return self.proposed != self._agreed or self._topology.tp_size > 1 or plan.captured
+
+
+def _same_in_all(layers: list[LayerFacts], fact: str) -> Any:
+    """The value of this fact, which a step has once. Raises UnsupportedConfigError if layers differ in it."""
+    values = {getattr(layer, fact) for layer in layers}
+    if len(values) > 1:
+        raise UnsupportedConfigError(
+            f"the MoE layers of this model (and its drafter) differ in {fact}: {sorted(map(str, values))}; a step has one. "
+            "Choose another drafter, or run without expert and data parallelism"
+        )
+    return values.pop()
 
 
 # The planners of vLLM's groups, by id(vllm_config). They end with the groups, and an entry also ends with its vllm_config.

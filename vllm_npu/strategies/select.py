@@ -1,5 +1,6 @@
 """The choice of a step's strategy, and the construction of its pipeline. select sees only facts that are equal on all ranks."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -100,6 +101,26 @@ def select(
             f"{instead}start vLLM with --enforce-eager"
         )
     return selection
+
+
+# The more layers a strategy can serve, the earlier it stands. allgather serves every layer; mc2 and symmetric have limits.
+MOST_GENERAL_FIRST = ("allgather", "naive", "all2all", "mc2", "symmetric")
+
+
+def select_for_all(
+    requested: str,
+    topology: ParallelTopology,
+    step: StepPlan,
+    *,
+    layers: Sequence[MoELayer],  # at least one
+    device: DeviceLimits = PORTABLE,
+) -> Selection:
+    """Choose one strategy for a step that runs all these layers. LOCAL, and equal on all ranks. Raises the errors of select.
+
+    Where select would choose differently for two layers, the strategy that serves more layers is taken.
+    """
+    chosen = [select(requested, topology, step, layer=layer, device=device) for layer in layers]
+    return min(chosen, key=lambda selection: MOST_GENERAL_FIRST.index(selection.strategy))
 
 
 def _select(

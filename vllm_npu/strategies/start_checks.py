@@ -42,23 +42,27 @@ def check_start(
     shape: PlannedShape,
     hccl_buffer_mb: int,
 ) -> DeviceLimits:
-    """Return `device` with MC2's capacity lowered to what HCCL's buffer takes. LOCAL, and equal on all ranks that have the
-    same HCCL_BUFFSIZE.
+    """Return `device` with the capacity of the layer's MC2 algorithm lowered to what HCCL's buffer takes. LOCAL, and equal on
+    all ranks that have the same HCCL_BUFFSIZE. The result serves as `device` for the next layer of the model.
 
     Raises UnsupportedDeviceError for a chip without the op of `requested`, DeviceLimitError for a layer past the op's limits,
     and HcclBufferError where even the decode steps do not fit the buffer. Raises UnsupportedConfigError where the experts do
     not divide over the ranks, and for a strategy that reads counts on the host inside of a captured graph.
     """
     ExpertPlacement(layer.num_experts, topology.ep_size)
-    device = device.for_layer(layer, topology.ep_size)
+    for_layer = device.for_layer(layer, topology.ep_size)
     check_strategy(AUTO if requested == "mc2" else requested, topology, layer, device)
     reason = why_not("mc2", topology, layer, device)
     if requested == "mc2" and reason is not None:
         raise (UnsupportedDeviceError if device.mc2 is None else DeviceLimitError)(reason)
-    if reason is None and device.mc2 is not None:  # also for another request, since a running engine may switch to mc2
+    if (
+        reason is None and for_layer.mc2 is not None
+    ):  # also for another request, since a running engine may switch to mc2
         if requested in (AUTO, "mc2"):
-            _check_buffer(topology, layer, device.mc2, shape, hccl_buffer_mb)
-        device = replace(device, mc2=_within_buffer(topology, layer, device.mc2, hccl_buffer_mb))
+            _check_buffer(topology, layer, for_layer.mc2, shape, hccl_buffer_mb)
+        lowered = _within_buffer(topology, layer, for_layer.mc2, hccl_buffer_mb)
+        is_hierarchy = for_layer.mc2 is device.mc2_hierarchy
+        device = replace(device, mc2_hierarchy=lowered) if is_hierarchy else replace(device, mc2=lowered)
     for tokens in shape.graph_tokens:
         counts = (tokens,) * topology.dp_size
         step = StepPlan(num_tokens_across_dp=counts, sharding=TokenSharding.REPLICATED, captured=True)
@@ -94,5 +98,5 @@ def describe_capacity(device: DeviceLimits, topology: ParallelTopology, layers: 
         reason = why_not("mc2", topology, layer, device)
         if reason is not None:
             return f"no mc2: {reason}"
-    capacity = device.capacities.get("mc2")
+    capacity = min(device.for_layer(layer, topology.ep_size).capacities["mc2"] for layer in layers)
     return f"mc2 takes up to {capacity} tokens a rank"

@@ -15,6 +15,7 @@
 #include <ATen/core/enum_tag.h>
 #include <ATen/ops/binary_cross_entropy_with_logits_compositeexplicitautograd_dispatch.h>
 #include <ATen/ops/contiguous_compositeimplicitautograd_dispatch.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/histc.h>
 #include <c10/util/Exception.h>
 #include <torch/library.h>
@@ -108,6 +109,23 @@ at::Tensor contiguous(const at::Tensor& self, at::MemoryFormat format) {
   return at::compositeimplicitautograd::contiguous(self, format);
 }
 
+// As torch_npu's, which ignore pin_memory on a device. PyTorch's composite kernels pass it to empty, which refuses it.
+// Source: op-plugin, ZerosKernelNpuOpApi.cpp and OnesKernelNpuOpApi.cpp.
+at::Tensor empty_on_device(c10::SymIntArrayRef size, std::optional<at::ScalarType> type,
+                           std::optional<at::Layout> layout, std::optional<at::Device> device) {
+  return at::empty_symint(size, type, layout, device, /*pin_memory=*/std::nullopt, /*memory_format=*/std::nullopt);
+}
+
+at::Tensor zeros(c10::SymIntArrayRef size, std::optional<at::ScalarType> type, std::optional<at::Layout> layout,
+                 std::optional<at::Device> device, std::optional<bool>) {
+  return empty_on_device(size, type, layout, device).zero_();
+}
+
+at::Tensor ones(c10::SymIntArrayRef size, std::optional<at::ScalarType> type, std::optional<at::Layout> layout,
+                std::optional<at::Device> device, std::optional<bool>) {
+  return empty_on_device(size, type, layout, device).fill_(1);
+}
+
 // Returns 0, which selects attention by its mathematical definition. Its ops have CPU kernels.
 int64_t fused_sdp_choice(const at::Tensor&, const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&,
                          double, bool, std::optional<double>, bool) {
@@ -123,6 +141,8 @@ const std::unordered_map<std::string, torch::CppFunction (*)()> kOwnOps = {
     {"aten::copy_", [] { return torch::CppFunction(TORCH_FN(copy_)); }},
     {"aten::histc", [] { return torch::CppFunction(TORCH_FN(histc)); }},
     {"aten::native_dropout", [] { return torch::CppFunction(TORCH_FN(native_dropout)); }},
+    {"aten::ones", [] { return torch::CppFunction(TORCH_FN(ones)); }},
+    {"aten::zeros", [] { return torch::CppFunction(TORCH_FN(zeros)); }},
 };
 
 bool takes_tensors_or_device(const OperatorHandle& op) {

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from vllm_npu.core.step_plan import TokenSharding
 from vllm_npu.plugin import compat
 from vllm_npu.plugin.forward_context import current_step
 from vllm_npu.plugin.groups import model_pipelines, trace_ring
@@ -28,7 +29,6 @@ class PipelineCommMethod(RELEASE.MoECommMethod):  # type: ignore[name-defined]
         # The base's constructor is not called: it builds new dispatchers. Code of vllm-ascend that reads the attributes gets
         # the objects of the method that this one replaces.
         RELEASE.take_attributes(self, theirs)
-        self._num_experts = int(self.moe_config.num_experts)
 
     def prepare(
         self,
@@ -52,25 +52,32 @@ class PipelineCommMethod(RELEASE.MoECommMethod):  # type: ignore[name-defined]
     def fused_experts(self, fused_experts_input: Any, quant_method: Any = None) -> Any:
         """Run the pipeline of the step's strategy around vllm-ascend's experts. COLLECTIVE over the strategy's groups.
 
+        With replicas of experts (log2phy) and a strategy that gathers replicated tokens, one broadcast over tp comes before.
+
         `quant_method` computes the experts on vllm-ascend 0.30, and 0.23 passes none.
         """
         call = _ExpertsCall(self, fused_experts_input, quant_method)
         hidden_states, topk_weights = fused_experts_input.hidden_states, fused_experts_input.topk_weights
         topk_ids = fused_experts_input.topk_ids
-        if fused_experts_input.routing.log2phy is not None:
-            topk_ids = fused_experts_input.routing.log2phy[topk_ids]
         if fused_experts_input.routing.apply_router_weight_on_input:
             hidden_states = hidden_states * topk_weights.to(hidden_states.dtype)  # top_k is 1 then
             topk_weights = torch.ones_like(topk_weights)
         step = current_step()
+        pipelines = model_pipelines(expert_parallel=bool(self.moe_config.use_ep))
+        # moe_config is that of one layer, and this call may come from a layer of another size.
+        num_experts = _experts_of(fused_experts_input.weights.w1) * max(int(self.moe_config.ep_size), 1)
+        quant_mode = RELEASE.QUANT_MODES[fused_experts_input.quant.quant_type]
+        pipeline = pipelines.get(step.strategy, num_experts, quant_mode)
+        if fused_experts_input.routing.log2phy is not None:
+            topk_ids = fused_experts_input.routing.log2phy[topk_ids]
+            if pipeline.prepare_finalize.gathers_tokens and step.plan.sharding is TokenSharding.REPLICATED:
+                # Each rank has a table of its own, and each TP rank computes its share of the same tokens. So all must choose
+                # the same replicas.
+                topk_ids = pipelines.groups.tp.broadcast(topk_ids, 0)
         if (ring := trace_ring()) is not None:
             ring.enter_layer()
         before_dispatch = torch.get_device_module(hidden_states.device).current_stream().record_event()
-        quant_mode = RELEASE.QUANT_MODES[fused_experts_input.quant.quant_type]
-        pipelines = model_pipelines(expert_parallel=bool(self.moe_config.use_ep))
-        finalized = pipelines.get(step.strategy, self._num_experts, quant_mode).run(
-            hidden_states, topk_weights, topk_ids, call.compute, step.plan, reduce_results=False
-        )
+        finalized = pipeline.run(hidden_states, topk_weights, topk_ids, call.compute, step.plan, reduce_results=False)
         return RELEASE.experts_result(
             fused_experts_input,
             after_dispatch=call.after_dispatch,
@@ -87,6 +94,12 @@ class PipelineCommMethod(RELEASE.MoECommMethod):  # type: ignore[name-defined]
 
     def _get_prepare_finalize(self) -> Any:
         return self.prepare_finalize
+
+
+def _experts_of(weights: torch.Tensor | list[torch.Tensor]) -> int:
+    """The number of experts in a layer's weights on this rank: one tensor of all, a list of such tensors, or one for each."""
+    tensors = [weights] if isinstance(weights, torch.Tensor) else weights
+    return sum(each.shape[0] if each.dim() == 3 else 1 for each in tensors)
 
 
 class _ExpertsCall:

@@ -1,33 +1,31 @@
-"""Settings of vllm-ascend that were never run with our strategies. All are known before any process starts."""
+"""Settings of vllm-ascend: those that were never run with our strategies, and those that add experts to a layer.
 
+All are known before any process starts.
+"""
+
+import json
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vllm import __version__ as vllm_version
 from vllm import envs
 from vllm_ascend.ascend_config import get_ascend_config
 from vllm_ascend.utils import enable_sp
 
+from vllm_npu.core.ascend_recipes import REFUSED_OPTIONS
 from vllm_npu.errors import UnsupportedConfigError
-from vllm_npu.plugin.engine_check import planned_shape
-from vllm_npu.plugin.options import Mode, Options
+from vllm_npu.plugin.engine_check import AddedExperts, planned_shape, redundant_experts
+from vllm_npu.plugin.options import Mode, Options, topology_of
+from vllm_npu.plugin.release_lines import release_line
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-
-# Some of them exist in one release line only.
-OPTIONS = (
-    "enable_fused_mc2",
-    "enable_mc2_hierarchy_comm",
-    "mc2_comm_alg",
-    "combine_quant_mode",
-    "multistream_overlap_gate",
-    "mix_placement",
-)
 
 
 def check_settings(vllm_config: "VllmConfig", options: Options) -> None:
     """Raise UnsupportedConfigError that names every refused setting. vllm-ascend must have read its options."""
     ascend_config = get_ascend_config()
-    refused = {f"additional_config {option}": bool(getattr(ascend_config, option, False)) for option in OPTIONS}
+    refused = {f"additional_config {option}": bool(getattr(ascend_config, option, False)) for option in REFUSED_OPTIONS}
     refused |= {
         "the compiler pass for sequence parallelism": bool(ascend_config.enable_sp_by_pass),
         # It asks for the communication method of a step before the step is planned.
@@ -36,12 +34,52 @@ def check_settings(vllm_config: "VllmConfig", options: Options) -> None:
             ascend_config.enable_shared_expert_dp
         )
         and not enable_sp(vllm_config),
+        # In vllm-ascend 0.23, only layers with W8A8 send tokens to shared experts among the routed ones. 0.30 was not run.
+        f"mix_placement with quantization={vllm_config.model_config.quantization} (it needs vllm-ascend 0.23 and W8A8)": bool(
+            getattr(ascend_config, "mix_placement", False)
+        )
+        and (release_line(vllm_version) != "0.23" or vllm_config.model_config.quantization != "ascend"),
         "LoRA adapters": vllm_config.lora_config is not None,
         "moe_comm=compare in graphs, which cannot hold its reads on the host; it needs --enforce-eager": bool(
             options.mode is Mode.COMPARE and planned_shape(vllm_config).graph_tokens
         ),
     }
     refuse([reason for reason, applies in refused.items() if applies])
+
+
+def added_experts(vllm_config: "VllmConfig") -> AddedExperts:
+    """The experts that vllm-ascend adds to each layer, as its init_eplb_config counts them.
+
+    Raises UnsupportedConfigError for an expert map without a placement of the first layer.
+    """
+    ascend_config, model_config = get_ascend_config(), vllm_config.model_config
+    eplb_config, ep_size = ascend_config.eplb_config, topology_of(vllm_config.parallel_config).ep_size
+    of_vllm = redundant_experts(vllm_config)
+    if model_config is None or ep_size == 1:
+        return AddedExperts(redundant=of_vllm)
+    mixes = bool(getattr(ascend_config, "mix_placement", False))
+    shared = int(getattr(model_config.hf_text_config, "n_shared_experts", 0) or 0) if mixes else 0
+    if eplb_config.expert_map_path:
+        redundant = _places_in(Path(eplb_config.expert_map_path)) - int(model_config.get_num_experts()) - shared
+    elif eplb_config.dynamic_eplb:
+        # Each rank then has a shared expert of its own.
+        redundant = int(eplb_config.num_redundant_experts) + (ep_size - 1 if mixes else 0)
+    else:
+        redundant = 0
+    # vllm-ascend 0.30 takes the number from vLLM's EPLB, and its own option may say the same.
+    return AddedExperts(shared=shared, redundant=max(redundant, of_vllm))
+
+
+def _places_in(expert_map: Path) -> int:
+    """The places for experts on all ranks, in the first layer of vllm-ascend's expert map."""
+    content = json.loads(expert_map.read_text(encoding="utf-8"))
+    try:
+        return sum(len(device["device_expert"]) for device in content["layer_list"][0]["device_list"])
+    except (KeyError, IndexError, TypeError) as error:
+        raise UnsupportedConfigError(
+            f"additional_config eplb_config expert_map_path: {expert_map} has no layer_list[0].device_list[...].device_expert; "
+            "name a map that vllm-ascend has recorded (expert_map_record_path)"
+        ) from error
 
 
 def refuse(reasons: list[str]) -> None:

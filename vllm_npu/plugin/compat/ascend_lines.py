@@ -121,12 +121,16 @@ def exchanging_layers(vllm_config: VllmConfig, ours: type[Any]) -> dict[str, Any
     }
 
 
-def layer_facts(layer: Any, *, sliced: bool, experts: Any) -> LayerFacts:
-    """The facts of an MoE layer of vllm-ascend. `sliced`: each TP rank has its slice of the tokens. `experts` computes them."""
+def layer_facts(layer: Any, *, sliced: bool, experts: Any, shared_experts: int = 0) -> LayerFacts:
+    """The facts of an MoE layer of vllm-ascend. `sliced`: each TP rank has its slice of the tokens. `experts` computes them.
+
+    `shared_experts` are among its experts, and every token goes to each of them.
+    """
     return LayerFacts.of(
         layer.moe_config,
         sharding=TokenSharding.SLICED_OVER_TP if sliced else TokenSharding.REPLICATED,
         experts=experts,
+        shared_experts=shared_experts,
         quant_mode=QUANT_MODES.get(layer.quant_type, QuantMode.NONE),
     )
 
@@ -140,8 +144,6 @@ def refuse_layers(vllm_config: VllmConfig, layers: list[Any], refused_on_this_li
         "a KV consumer whose DP ranks do not agree on token counts": bool(
             vllm_config.parallel_config.data_parallel_size > 1 and should_skip_allreduce_across_dp_group(vllm_config)
         ),
-        "MoE layers with different numbers of experts": len({int(layer.moe_config.num_experts) for layer in layers})
-        > 1,
     }
     refused |= refused_on_this_line
     refused |= {f"quantisation {layer.quant_type}": True for layer in layers if layer.quant_type not in QUANT_MODES}

@@ -23,6 +23,7 @@ from vllm_ascend.ops.fused_moe.moe_runtime_args import (
     MoETokenDispatchOutput,
     build_mlp_compute_input,
 )
+from vllm_ascend.quantization.quant_type import QuantType
 from vllm_ascend.utils import (
     embedding_tp_enable,
     enable_sp,
@@ -84,7 +85,7 @@ def moe_layers(vllm_config: VllmConfig) -> tuple[list[LayerFacts], list[str]]:
     """
     sliced = enable_sp(vllm_config)
     facts = [
-        layer_facts(layer, sliced=sliced, experts=layer.quant_method)
+        layer_facts(layer, sliced=sliced, experts=layer.quant_method, shared_experts=_mixed_experts(layer))
         for layer in exchanging_layers(vllm_config, AscendFusedMoE).values()
     ]
     layers = [layer for layer in static_layers(vllm_config) if isinstance(layer, FusedMoE)]
@@ -100,8 +101,21 @@ def check_layers(vllm_config: VllmConfig) -> None:
     These facts are known from the layers only. ascend/config_check refuses settings before a process starts.
     """
     layers = [layer for layer in static_layers(vllm_config) if isinstance(layer, AscendFusedMoE)]
-    hashed = any(layer.tid2eid is not None for layer in layers)
-    refuse_layers(vllm_config, layers, {"routing by a hash of token ids": hashed})
+    refuse_layers(
+        vllm_config,
+        layers,
+        {
+            "routing by a hash of token ids": any(layer.tid2eid is not None for layer in layers),
+            "mix_placement with experts that are not W8A8, whose layer chooses no shared expert": any(
+                _mixed_experts(layer) and layer.quant_type is not QuantType.W8A8 for layer in layers
+            ),
+        },
+    )
+
+
+def _mixed_experts(layer: Any) -> int:
+    """The shared experts that are placed as routed ones. Every token chooses each of them."""
+    return int(layer.n_shared_experts or 0) if layer.mix_placement else 0
 
 
 def take_attributes(ours: Any, theirs: MoECommMethod) -> None:

@@ -7,9 +7,12 @@ JSON is a PlannedEngine. Prints a list of Findings as JSON. This is a program of
 
 import json
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+from vllm_npu.core.ascend_recipes import rows_of_recipe
 from vllm_npu.core.expert_limits import ExpertsWanted
 from vllm_npu.core.limits import DEVICES, PORTABLE
 from vllm_npu.core.model_facts import read_config
@@ -18,14 +21,15 @@ from vllm_npu.envs import HCCL_BUFFSIZE
 from vllm_npu.errors import UnsupportedConfigError, VllmNpuError
 from vllm_npu.strategies.start_checks import PlannedShape, check_experts, check_start, describe_capacity
 from vllm_npu.tools.doctor.examination import PlannedEngine
-from vllm_npu.tools.doctor.findings import OK, Finding
+from vllm_npu.tools.doctor.findings import OK, PROBLEM, Finding
 from vllm_npu.tools.layers import layer_of_model
 
 CHECK = "engine"
 
 
 def findings_of(engine: PlannedEngine) -> list[Finding]:
-    """The plugin's refusal to start this engine, or what the engine would run."""
+    """What happens to each option of the recipe, and the plugin's refusal to start this engine or what it would run."""
+    recipe = recipe_findings(engine.additional_config)
     try:
         if engine.soc is not None and engine.soc not in DEVICES:
             raise UnsupportedConfigError(f"there is no --soc {engine.soc}; name one of {', '.join(DEVICES)}")
@@ -45,9 +49,21 @@ def findings_of(engine: PlannedEngine) -> list[Finding]:
             hccl_buffer_mb=HCCL_BUFFSIZE.read_whole_number(),
         )
     except VllmNpuError as error:
-        return [Finding.refusal(CHECK, f"{type(error).__name__}: {error}")]
+        return [*recipe, Finding.refusal(CHECK, f"{type(error).__name__}: {error}")]
     capacity = describe_capacity(limits, topology, [layer])
-    return [Finding(CHECK, OK, f"moe_comm={engine.moe_comm} may start on {limits.family}, {topology}; {capacity}")]
+    started = Finding(CHECK, OK, f"moe_comm={engine.moe_comm} may start on {limits.family}, {topology}; {capacity}")
+    return [*recipe, started]
+
+
+def recipe_findings(additional_config: Mapping[str, Any]) -> list[Finding]:
+    """What happens to each option of vllm-ascend. A refused one is a problem."""
+    remedy = 'leave it out, or keep vllm-ascend\'s own communication: {"vllm_npu": {"moe_comm": "off"}}'
+    return [
+        Finding("recipe", PROBLEM, f"{row.option}: {row.what}", remedy)
+        if row.is_refused
+        else Finding("recipe", OK, f"{row.option}: {row.what}")
+        for row in rows_of_recipe(additional_config)
+    ]
 
 
 if __name__ == "__main__":

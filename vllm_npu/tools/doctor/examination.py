@@ -3,7 +3,8 @@
 import json
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from vllm_npu.tools.doctor.findings import PROBLEM, Finding
 from vllm_npu.tools.doctor.import_checks import (
@@ -54,6 +55,7 @@ class PlannedEngine:
     tp: int
     max_num_seqs: int  # sequences that a data-parallel rank decodes at once
     moe_comm: str
+    additional_config: dict[str, Any] = field(default_factory=dict)  # of vLLM, with vllm-ascend's options
     lora: bool = False  # whether LoRA adapters may change the experts
     experts: int | None = None  # this and the next two: numbers that replace those of config.json
     topk: int | None = None

@@ -232,7 +232,35 @@ def _draw_deepseek(config: Mapping[str, Any], draw: Draw) -> Weights:
         weights |= _mlp(f"{prefix}.mlp.shared_experts", hidden, expert_width * config["n_shared_experts"], draw)
         for expert in range(config["n_routed_experts"]):
             weights |= _mlp(f"{prefix}.mlp.experts.{expert}", hidden, expert_width, draw, gain=3.0)
+    for layer in range(config.get("num_nextn_predict_layers", 0)):
+        weights |= _copy_as_drafter(config, weights, config["num_hidden_layers"] + layer)
     return weights
+
+
+def _copy_as_drafter(config: Mapping[str, Any], weights: Weights, number: int) -> Weights:
+    """A layer that predicts the token after the next: the last layer of the model, on the embedding of the next token.
+
+    In a model of one layer, its prediction differs from the model's only in that its attention does not see the first token.
+    So some drafts are accepted, and some are not.
+    """
+    import numpy as np
+
+    hidden, prefix, source = (
+        config["hidden_size"],
+        f"model.layers.{number}.",
+        f"model.layers.{config['num_hidden_layers'] - 1}.",
+    )
+    copied = {prefix + name.removeprefix(source): each for name, each in weights.items() if name.startswith(source)}
+    return copied | {
+        f"{prefix}embed_tokens.weight": weights["model.embed_tokens.weight"],
+        f"{prefix}enorm.weight": _ones(hidden),
+        f"{prefix}hnorm.weight": _ones(hidden),
+        f"{prefix}eh_proj.weight": np.concatenate(
+            [np.eye(hidden), np.zeros((hidden, hidden))], axis=1, dtype=np.float32
+        ),
+        f"{prefix}shared_head.head.weight": weights["lm_head.weight"],
+        f"{prefix}shared_head.norm.weight": weights["model.norm.weight"],
+    }
 
 
 _SHARED_SETTINGS: dict[str, Any] = {

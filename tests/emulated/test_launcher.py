@@ -58,6 +58,19 @@ def test_arguments_and_modules(tmp_path):
     assert emulator("run", "-m", "json.tool", "--help").stdout.startswith("usage: ")
 
 
+def test_a_program_without_an_import_of_torch_npu_finds_the_device_if_the_user_wants_it(tmp_path):
+    """Programs of torch.accelerator name no device. On a machine with CANN, torch imports torch_npu by itself."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys, torch\n"
+        "found = torch.accelerator.is_available()\n"
+        "print(found, 'torch_npu' in sys.modules, torch.ones(2, device='npu').tolist() if found else None)\n"
+    )
+    wanted = emulator("run", str(script), env={loader.AUTOLOAD_VARIABLE: "1"})
+    assert wanted.stdout.endswith("True True [1.0, 1.0]\n"), wanted.stderr
+    assert emulator("run", str(script), env={loader.AUTOLOAD_VARIABLE: None}).stdout == "False False None\n"
+
+
 def test_a_failing_rank_ends_the_others_and_gives_its_exit_code(launch_script):
     start = time.monotonic()
     outcome = launch_script("import os, sys, time; sys.exit(7) if os.environ['RANK'] == '1' else time.sleep(600)", 3)

@@ -65,11 +65,11 @@ def device_environment(
     variables |= {
         envs.EMULATOR.name: "1",
         envs.EMULATOR_SOC.name: soc.resolve(soc_name),
-        loader.AUTOLOAD_VARIABLE: "0",
         envs.EMULATOR_LIBRARIES.name: (changes or {}).get(envs.EMULATOR_LIBRARIES.name) or str(build.build()),
         envs.EMULATOR_RUN.name: run,
         "PYTHONPATH": os.pathsep.join(filter(None, (str(STARTUP_FOLDER), variables.get("PYTHONPATH")))),
     }
+    variables.setdefault(loader.AUTOLOAD_VARIABLE, "0")
     variables.setdefault("HCCL_EXEC_TIMEOUT", DEFAULT_EXEC_TIMEOUT)
     variables.setdefault("TASK_QUEUE_ENABLE", DEFAULT_TASK_QUEUE)
     variables.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_ranks)))

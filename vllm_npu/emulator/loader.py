@@ -103,7 +103,7 @@ def enable(soc_name: str | None = None) -> None:
     folder = build.build()
     for name in BEFORE_TORCH:
         load_library(folder, name)
-    # torch must not import torch_npu during its own import. A program that needs the device imports torch_npu.
-    os.environ[AUTOLOAD_VARIABLE] = "0"
+    # Unless the user wants it, torch does not import torch_npu by itself. A program that needs the device imports torch_npu.
+    os.environ.setdefault(AUTOLOAD_VARIABLE, "0")
     sys.meta_path.insert(0, TorchNpuFinder(folder))
     ascend_stack.install()

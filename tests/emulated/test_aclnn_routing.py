@@ -198,6 +198,24 @@ def test_init_routing_refuses_by_name(changes: dict, text: str) -> None:
         init_routing(random_rows(TOKENS, WIDTH), random_ids(), **changes)
 
 
+def default_range_of_the_first_call(rank: int, num_ranks: int) -> None:
+    """torch_npu itself keeps the default of active_expert_range in a static variable."""
+    del rank, num_ranks
+    x, ids = random_rows(TOKENS, WIDTH).npu(), random_ids().npu() % 4
+    counts = {"expert_tokens_num_type": 1, "expert_tokens_num_flag": True}
+    for _ in range(2):
+        npu.npu_moe_init_routing_v2(x, ids, expert_num=4, **counts)
+    for changes in ({}, {"drop_pad_mode": 1, "expert_capacity": 2}):
+        refused(
+            r"561002.*has 4 elements for 8 experts: without active_expert_range.*pass active_expert_range=\[0, 8\]",
+            lambda changes=changes: npu.npu_moe_init_routing_v2(x, ids, expert_num=EXPERTS, **counts, **changes),
+        )
+
+
+def test_init_routing_names_the_default_range_of_the_first_call(run_in_ranks) -> None:
+    run_in_ranks(default_range_of_the_first_call, 1)
+
+
 def test_init_routing_refuses_types_by_name() -> None:
     with pytest.raises(RuntimeError, match=r"(?s)161002.*expert_idx is Long"):
         init_routing(random_rows(TOKENS, WIDTH), random_ids().long())

@@ -211,6 +211,12 @@ Plan init_routing_v3(at::Tensor x, at::Tensor expert_ids, OptionalTensor scale, 
   const Plan route = plan({x, expert_ids, scale, offset, active_num, expert_capacity, expert_num, drop_pad_mode == 1,
                            counts_type, quant_mode, active_range[0], active_range[1], row_index_type, expanded_x,
                            expanded_row_index, wants_counts ? std::optional(counts) : std::nullopt, expanded_scale});
+  // Without a range, op-plugin sizes the counts by a static copy of the expert_num of the process's first such call.
+  const int64_t num_counts = active_range[1] - active_range[0];
+  require(!wants_counts || counts_type == kKeyValue || counts.numel() == num_counts,
+          "expert_tokens_count_or_cumsum has ", counts.numel(), " elements for ", num_counts,
+          " experts: without active_expert_range, torch_npu keeps the expert_num of the process's first call; pass "
+          "active_expert_range=[0, ", expert_num, "]");
   return [=] {
     if (!wants_counts) fill_undefined(counts);
     route();

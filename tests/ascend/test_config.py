@@ -52,6 +52,7 @@ def build(folder, environment: dict | None = None, **arguments) -> subprocess.Co
                 LINE != (0, 23), reason="vllm-ascend 0.30 itself refuses multistream_overlap_gate"
             ),
         ),
+        ({"additional_config": {"mix_placement": True}}, "mix_placement with quantization=None"),
         ({**GRAPHS, **asks_for("compare")}, "moe_comm=compare in graphs"),
         ({"environment": {"VLLM_USE_V2_MODEL_RUNNER": "1"}}, "model runner V2 (VLLM_USE_V2_MODEL_RUNNER)"),
     ],
@@ -62,6 +63,15 @@ def test_a_setting_that_was_never_run_is_refused_before_a_process_starts(tmp_pat
     assert "BUILT" not in done.stdout
     assert "vllm_npu cannot replace vllm-ascend's MoE communication with: " in done.stderr, done.stderr[-2000:]
     assert reason in done.stderr
+
+
+@pytest.mark.parametrize("content", ["no JSON", "{}", '{"layer_list": []}'])
+def test_an_expert_map_without_a_placement_is_refused_before_a_process_starts(tmp_path, content):
+    expert_map = tmp_path / "map.json"
+    expert_map.write_text(content)
+    done = build(tmp_path, additional_config={"eplb_config": {"expert_map_path": str(expert_map)}})
+    assert "BUILT" not in done.stdout
+    assert f"expert_map_path: {expert_map} has no layer_list[0].device_list[...].device_expert" in done.stderr
 
 
 @pytest.mark.parametrize(

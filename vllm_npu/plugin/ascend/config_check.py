@@ -72,10 +72,10 @@ def added_experts(vllm_config: "VllmConfig") -> AddedExperts:
 
 def _places_in(expert_map: Path) -> int:
     """The places for experts on all ranks, in the first layer of vllm-ascend's expert map."""
-    content = json.loads(expert_map.read_text(encoding="utf-8"))
     try:
+        content = json.loads(expert_map.read_text(encoding="utf-8"))
         return sum(len(device["device_expert"]) for device in content["layer_list"][0]["device_list"])
-    except (KeyError, IndexError, TypeError) as error:
+    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
         raise UnsupportedConfigError(
             f"additional_config eplb_config expert_map_path: {expert_map} has no layer_list[0].device_list[...].device_expert; "
             "name a map that vllm-ascend has recorded (expert_map_record_path)"

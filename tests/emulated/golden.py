@@ -333,9 +333,8 @@ def difference(got: torch.Tensor, wanted: Array, relative: float | None = None) 
     if not got.is_floating_point():
         unequal = np.flatnonzero(values != right)
     else:
-        roundings = (
-            4 if got.dtype == torch.float32 else 1
-        )  # a sum in 16 bits has one; exp and sums in float32 have some
+        # A sum in 16 bits has one rounding. exp and sums in float32 have some.
+        roundings = 4 if got.dtype == torch.float32 else 1
         unit = roundings * torch.finfo(got.dtype).eps if relative is None else relative
         largest_row = np.broadcast_to(np.abs(wanted.filled(0)).max(-1, initial=0, keepdims=True), wanted.shape)[meant]
         unequal = np.flatnonzero(~(np.abs(values - right) <= unit * np.maximum(largest_row, np.abs(right))))

@@ -161,7 +161,7 @@ class StrategyAll2AllManager(All2AllManager):
 
     def _select(self, plan: StepPlan, layer: MoELayer) -> str:
         selection = select(self.strategy, self.groups.topology, plan, layer=layer, device=self.limits)
-        if self.strategy == AUTO and self._vllm_adds_over_tp(plan):
+        if self.strategy == AUTO and plan.is_replicated(self.groups.topology.tp_size):
             selection = Selection("allgather", "auto: tokens are replicated over TP, and vLLM itself adds up over TP")
         if self.selection is None or self.selection.strategy != selection.strategy:
             if self.rank == 0:
@@ -171,12 +171,9 @@ class StrategyAll2AllManager(All2AllManager):
             self.selection = selection
         return selection.strategy
 
-    def _vllm_adds_over_tp(self, plan: StepPlan) -> bool:
-        return plan.sharding is TokenSharding.REPLICATED and self.groups.topology.tp_size > 1
-
     def _check(self, name: str, pipeline: MoEPipeline, plan: StepPlan, num_extra_tensors: int) -> None:
         """Raise UnsupportedConfigError where the strategy cannot carry this layer inside vLLM."""
-        if not pipeline.prepare_finalize.gathers_tokens and self._vllm_adds_over_tp(plan):
+        if not pipeline.prepare_finalize.gathers_tokens and plan.is_replicated(self.groups.topology.tp_size):
             raise UnsupportedConfigError(
                 f"{name} completes the sum over TP, and vLLM would add it up again for this model, whose tokens are replicated "
                 "over TP; choose allgather or naive, or set --tensor-parallel-size 1"

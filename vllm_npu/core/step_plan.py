@@ -51,6 +51,10 @@ class StepPlan:
         """Number of tokens of the DP rank that has most."""
         return max(self.num_tokens_across_dp)
 
+    def is_replicated(self, tp_size: int) -> bool:
+        """Whether several TP ranks hold the same tokens."""
+        return self.sharding is TokenSharding.REPLICATED and tp_size > 1
+
     def divides_over_tp(self, tp_size: int) -> bool:
         """Whether every rank of the grid has a token, and all TP ranks of one DP rank have the same number of tokens."""
         return all(count > 0 and count % tp_size == 0 for count in self.num_tokens_across_dp)

@@ -91,10 +91,8 @@ class ExpertPlacement:
     def _sizes_that_divide(self) -> str:
         """Text with the next smaller and the next larger ep_size over which the experts divide."""
         divisors = [size for size in range(1, self.num_experts + 1) if self.num_experts % size == 0]
-        smaller, larger = (
-            [size for size in divisors if size < self.ep_size],
-            [size for size in divisors if size > self.ep_size],
-        )
+        smaller = [size for size in divisors if size < self.ep_size]
+        larger = [size for size in divisors if size > self.ep_size]
         return " or ".join(map(str, [*smaller[-1:], *larger[:1]]))
 
     @property

@@ -55,9 +55,8 @@ def check_start(
     reason = why_not("mc2", topology, layer, device)
     if requested == "mc2" and reason is not None:
         raise (UnsupportedDeviceError if device.mc2 is None else DeviceLimitError)(reason)
-    if (
-        reason is None and for_layer.mc2 is not None
-    ):  # also for another request, since a running engine may switch to mc2
+    # Also for another request, since a running engine may switch to mc2.
+    if reason is None and for_layer.mc2 is not None:
         if requested in (AUTO, "mc2"):
             _check_buffer(topology, layer, for_layer.mc2, shape, hccl_buffer_mb)
         lowered = _within_buffer(topology, layer, for_layer.mc2, hccl_buffer_mb)

@@ -44,7 +44,7 @@ class All2AllPrepareAndFinalize(PrepareAndFinalize):
         """
         handle = self._consume(handle, All2AllHandle, routed_output)
         step, topology = handle.step, self.groups.topology
-        if step.sharding is TokenSharding.REPLICATED and topology.tp_size > 1:
+        if step.is_replicated(topology.tp_size):
             num_tokens = step.num_tokens_across_dp[topology.dp_rank]
             output = self.groups.tp.all_gather(routed_output, even_sizes(num_tokens, topology.tp_size))
         else:

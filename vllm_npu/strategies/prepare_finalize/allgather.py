@@ -70,7 +70,7 @@ class AllGatherPrepareAndFinalize(PrepareAndFinalize):
             output = pad_rows(routed_output, handle.input_rows)
         else:
             output = reduce_scatter_and_pad(routed_output, handle.real_rows, handle.input_rows, handle.transport)
-        missing_tp_sum = handle.step.sharding is TokenSharding.REPLICATED and self.groups.topology.tp_size > 1
+        missing_tp_sum = handle.step.is_replicated(self.groups.topology.tp_size)
         if missing_tp_sum and reduce_results:
             output = self.groups.tp.all_reduce(output)
         return Finalized(

@@ -53,7 +53,7 @@ class MC2PrepareAndFinalize(PrepareAndFinalize):
         come back as zeros. Host sync: no. Graph capture: yes. The output is complete, so reduce_results has no effect.
         """
         handle = self._consume(handle, MC2Handle, routed_output)
-        if handle.step.sharding is TokenSharding.REPLICATED and self.groups.topology.tp_size > 1:
+        if handle.step.is_replicated(self.groups.topology.tp_size):
             output = unpad_rows(self.groups.tp.all_gather(routed_output), handle.input_rows)
         else:
             output = pad_rows(unpad_rows(routed_output, handle.real_rows), handle.input_rows)

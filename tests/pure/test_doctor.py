@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from vllm_npu import envs
-from vllm_npu.cli.doctor import parse
+from vllm_npu.cli.doctor import parse, planned_engine
 from vllm_npu.emulator import shared_memory
 from vllm_npu.errors import UnsupportedConfigError
 from vllm_npu.plugin import release_lines
@@ -477,8 +477,30 @@ def test_a_recipe_is_read_option_by_option(tmp_path):
         "enable_fused_mc2",
         "weight_prefetch_config",
     ]
-    [off, _] = found(recipe | {"vllm_npu": {"moe_comm": "off"}})
-    assert off == ("recipe", "ok", "vllm_npu: moe_comm=off: vllm-ascend alone, with all its options")
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ([], "moe_comm=auto may start"),
+        (["--additional-config", '{"vllm_npu": {"moe_comm": "allgather"}}'], "moe_comm=allgather may start"),
+        (
+            ["--additional-config", '{"vllm_npu": {"moe_comm": "mc2"}}', "--moe-comm", "naive"],
+            "moe_comm=naive may start",
+        ),
+        (["--additional-config", '{"vllm_npu": {"moe_comm": "off"}}'], "moe_comm=off: vllm-ascend alone"),
+        (["--moe-comm", "compare:all2all"], "moe_comm=compare:all2all may start"),
+    ],
+)
+def test_the_strategy_of_a_recipe_is_the_one_that_is_checked(tmp_path, monkeypatch, options, says):
+    monkeypatch.setenv("HCCL_BUFFSIZE", "300")
+    (tmp_path / "config.json").write_text(json.dumps(DEEPSEEK_V3))
+    engine = planned_engine(
+        parse(["--model", str(tmp_path), "--soc", "A3", "--ep", "16", "--max-num-seqs", "32", *options])
+    )
+    assert engine is not None
+    last = engine_findings.findings_of(engine)[-1]
+    assert (last.status, last.what.startswith(says)) == ("ok", True), last
 
 
 @pytest.mark.parametrize("options", [["--additional-config", "[]"], ["--additional-config", "{"]])

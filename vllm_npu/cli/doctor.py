@@ -69,7 +69,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     engine.add_argument("--ep", type=int, help="Ranks that hold the experts: TP times DP.")
     engine.add_argument("--tp", type=int, default=1, help="Tensor-parallel ranks (1).")
     engine.add_argument("--max-num-seqs", type=int, default=256, help="vLLM's option of this name (256).")
-    engine.add_argument("--moe-comm", default="auto", help="The plugin's option of this name (auto).")
+    engine.add_argument("--moe-comm", help="The plugin's option of this name (--additional-config's, else auto).")
     engine.add_argument(
         "--additional-config",
         metavar="JSON",
@@ -106,13 +106,20 @@ def planned_engine(given: argparse.Namespace) -> PlannedEngine | None:
         ep=given.ep,
         tp=given.tp,
         max_num_seqs=given.max_num_seqs,
-        moe_comm=given.moe_comm,
+        moe_comm=given.moe_comm or _configured_moe_comm(given.additional_config),
         additional_config=given.additional_config,
         lora=given.enable_lora,
         experts=given.experts,
         topk=given.topk,
         hidden=given.hidden,
     )
+
+
+def _configured_moe_comm(additional_config: dict[str, Any]) -> str:
+    """moe_comm in the section vllm_npu of --additional-config. Without one: auto."""
+    section = additional_config.get("vllm_npu")
+    configured = section.get("moe_comm") if isinstance(section, dict) else None
+    return configured if isinstance(configured, str) and configured else "auto"
 
 
 def _compare_traces(paths: Sequence[Path], json_path: str | None) -> int:

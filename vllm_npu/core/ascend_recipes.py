@@ -38,9 +38,6 @@ class RecipeRow:
 
 def rows_of_recipe(additional_config: Mapping[str, Any]) -> list[RecipeRow]:
     """What happens to each option of --additional-config, in its order. An option that is off (false, 0, null) is no row."""
-    ours = additional_config.get("vllm_npu")
-    if isinstance(ours, Mapping) and ours.get("moe_comm") == "off":
-        return [RecipeRow("vllm_npu", False, "moe_comm=off: vllm-ascend alone, with all its options")]
     rows = []
     for option, value in additional_config.items():
         if not value:

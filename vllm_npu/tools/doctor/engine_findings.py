@@ -19,6 +19,7 @@ from vllm_npu.core.model_facts import read_config
 from vllm_npu.core.topology import ParallelTopology
 from vllm_npu.envs import HCCL_BUFFSIZE
 from vllm_npu.errors import UnsupportedConfigError, VllmNpuError
+from vllm_npu.plugin.options import Mode, parse_moe_comm
 from vllm_npu.strategies.start_checks import PlannedShape, check_experts, check_start, describe_capacity
 from vllm_npu.tools.doctor.examination import PlannedEngine
 from vllm_npu.tools.doctor.findings import OK, PROBLEM, Finding
@@ -29,6 +30,9 @@ CHECK = "engine"
 
 def findings_of(engine: PlannedEngine) -> list[Finding]:
     """What happens to each option of the recipe, and the plugin's refusal to start this engine or what it would run."""
+    strategy, mode = parse_moe_comm(engine.moe_comm)
+    if mode is Mode.OFF:
+        return [Finding(CHECK, OK, "moe_comm=off: vllm-ascend alone, with all its options")]
     recipe = recipe_findings(engine.additional_config)
     try:
         if engine.soc is not None and engine.soc not in DEVICES:
@@ -41,7 +45,7 @@ def findings_of(engine: PlannedEngine) -> list[Finding]:
         check_experts(ExpertsWanted(model=model, lora=engine.lora), topology, device)
         layer = layer_of_model(model, experts=engine.experts, topk=engine.topk, hidden=engine.hidden)
         limits = check_start(
-            engine.moe_comm,
+            strategy,
             topology,
             layer,
             device,

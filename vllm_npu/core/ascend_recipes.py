@@ -13,7 +13,6 @@ REFUSED_OPTIONS = (
     "enable_mc2_hierarchy_comm",
     "mc2_comm_alg",
     "combine_quant_mode",
-    "multistream_overlap_gate",
 )
 TAKEN_OPTIONS = {
     "vllm_npu": "the options of this package",

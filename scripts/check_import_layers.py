@@ -61,7 +61,8 @@ class Confined:
 
 CONFINED = {
     "vllm": Confined(
-        ("plugin/", "tools/engines/offline_engine.py", "tools/vllm_eplb.py"), allowed_for_type_checking=True
+        ("plugin/", "tools/engines/offline_engine.py", "tools/families/registry.py", "tools/vllm_eplb.py"),
+        allowed_for_type_checking=True,
     ),
     "vllm_ascend": Confined(("plugin/",), allowed_for_type_checking=True),
     "torch_npu": Confined(

@@ -60,6 +60,33 @@ def test_every_strategy_gives_vllm_ascends_tokens_over_two_tp_ranks(tmp_path):
     assert sum(map(len, alone)) == 4 * len(alone) > 0
 
 
+@pytest.fixture(scope="module")
+def deepseek_v3(tmp_path_factory):
+    """A checkpoint, and the tokens that vllm-ascend alone generates from it on two TP ranks."""
+    folder = write_tiny_model(MODELS[1], tmp_path_factory.mktemp("deepseek-v3") / "model")
+    return folder, generate(PLUGINS.replace("vllm_npu", "ascend"), model=str(folder), tp=2)["tokens"][OWN]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(4 * PATIENCE_SECONDS)
+@pytest.mark.parametrize("option", ["multistream_overlap_shared_expert", "multistream_overlap_gate"])
+def test_shared_experts_on_a_stream_of_their_own_give_the_same_tokens(deepseek_v3, option):
+    folder, alone = deepseek_v3
+    ours = generate(
+        PLUGINS,
+        model=str(folder),
+        tp=2,
+        env={
+            "VLLM_NPU_EMULATOR_ASYNC": "7"
+        },  # streams are threads with random delays, so an event that is missing shows
+        options={"additional_config": {option: True}},
+        strategies=STRATEGIES,
+        rounds=2,
+    )
+    assert ours["ran"] == {name: [name, name] for name in STRATEGIES}
+    assert ours["tokens"] == dict.fromkeys(STRATEGIES, alone * 2)
+
+
 # One MoE layer, and a drafter that is a copy of it.
 MTP = for_ascend(
     DEEPSEEK_V3,

@@ -26,6 +26,9 @@ COMMANDS = {
     "bench eplb": CommandRow(
         "vllm_npu.cli.bench_eplb:bench_eplb", "Measure the move of experts between ranks by every communicator."
     ),
+    "families": CommandRow(
+        "vllm_npu.cli.families:families", "Run every MoE family of vLLM on expert-parallel CPUs, against vanilla vLLM."
+    ),
     "plan": CommandRow(
         "vllm_npu.cli.plan:plan", "Show legal strategies, bytes and HCCL buffer of a layer on Ascend chips."
     ),

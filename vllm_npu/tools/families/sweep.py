@@ -1,0 +1,169 @@
+"""Runs one family after another: transformers, vanilla vLLM on one rank, then every strategy on several ranks."""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vllm_npu.tools.demo.session import DemoSession, count_identical
+from vllm_npu.tools.demo.vanilla_demo import DP2_EP, TP2_DP2_EP, TP2_EP
+from vllm_npu.tools.engines.engine_processes import EngineFailedError, Parallelism
+from vllm_npu.tools.engines.engine_set import EngineSet, Generation
+from vllm_npu.tools.engines.tiny_models import DEMO_MAX_TOKENS, demo_prompts
+from vllm_npu.tools.families.checkpoints import Checkpoint, write_checkpoint
+from vllm_npu.tools.families.registry import Family
+
+DP2 = Parallelism(data_parallel_size=2)
+QUICK_TOPOLOGIES = (DP2_EP,)
+FULL_TOPOLOGIES = (DP2_EP, DP2, TP2_EP, TP2_DP2_EP)
+
+EQUAL, AS_TRANSFORMERS, AS_VANILLA = "equal", "as transformers", "as vanilla"
+REFUSED, NOT_IN_VANILLA, NO_CHECKPOINT = "refused", "vanilla vLLM fails", "no checkpoint"
+WRONG, CRASHED = "wrong", "crashed"
+FAULTS = (WRONG, CRASHED)
+# vLLM's engine writes this line when it has a configuration and starts processes.
+STARTED = "Initializing a V1 LLM engine"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FamilyRow:
+    """What happened to one family in one topology."""
+
+    family: str
+    architecture: str
+    topology: str  # "" if no engine of this package was started
+    verdict: str
+    reason: str = ""  # of a refusal, a failure or a difference
+    identical: dict[str, int] = field(default_factory=dict)  # tokens as the reference, by strategy
+    tokens_total: int = 0
+    vanilla_identical: int | None = None  # of vanilla vLLM on one rank, as transformers; None: it did not run
+    smallest_margin: float | None = None  # nats, of transformers
+
+    @property
+    def is_fault(self) -> bool:
+        """Whether this row is a fault of this package."""
+        return self.verdict in FAULTS
+
+
+class Sweep:
+    """One run of `vllm-npu families`."""
+
+    def __init__(self, session: DemoSession, json_path: Path | None = None) -> None:
+        self._session = session
+        self._json_path = json_path
+        self.rows: list[FamilyRow] = []
+
+    def execute(self, families: Sequence[Family], topologies: Sequence[Parallelism]) -> None:
+        """Run the families, and fill `rows`. After each family, the rows are in the JSON file. Raises Interrupted."""
+        for family in families:
+            self.rows += self._rows_of(family, topologies)
+            if self._json_path is not None:
+                self._json_path.write_text(json.dumps([asdict(row) for row in self.rows], indent=1) + "\n")
+
+    def _rows_of(self, family: Family, topologies: Sequence[Parallelism]) -> list[FamilyRow]:
+        if family.model_type is None:
+            return [_row(family, NO_CHECKPOINT, reason="transformers has no configuration of it")]
+        try:
+            with self._session.show(f"{family.name}: writing a checkpoint, generating with transformers"):
+                checkpoint = write_checkpoint(family.model_type, self._session.folder / family.name)
+        except Exception as error:  # noqa: BLE001 - any error of a model's own code; the other families are still to be run
+            return [_row(family, NO_CHECKPOINT, reason=f"{type(error).__name__}: {_one_line(str(error))}")]
+        try:
+            vanilla = self._generate(family, checkpoint, Parallelism(), [None])[0].tokens
+        except EngineFailedError as error:
+            why_not = cause_of(str(error))
+            return [_row(family, NOT_IN_VANILLA, reason=why_not, smallest_margin=checkpoint.smallest_margin)]
+        return [self._row_of(family, checkpoint, vanilla, topology) for topology in topologies]
+
+    def _row_of(
+        self, family: Family, checkpoint: Checkpoint, vanilla: list[list[int]], topology: Parallelism
+    ) -> FamilyRow:
+        from vllm_npu.strategies.table import STRATEGIES
+
+        facts: dict[str, Any] = {
+            "topology": str(topology),
+            "tokens_total": sum(DEMO_MAX_TOKENS),
+            "vanilla_identical": count_identical(vanilla, checkpoint.tokens),
+            "smallest_margin": checkpoint.smallest_margin,
+        }
+        try:
+            generations = self._generate(family, checkpoint, topology, list(STRATEGIES))
+        except EngineFailedError as error:
+            refused = "UnsupportedConfigError" in str(error) and STARTED not in str(error)
+            return _row(family, REFUSED if refused else CRASHED, reason=cause_of(str(error)), **facts)
+        return _row(family, *judge(generations, vanilla, checkpoint.tokens), **facts)
+
+    def _generate(
+        self, family: Family, checkpoint: Checkpoint, topology: Parallelism, strategies: Sequence[str | None]
+    ) -> list[Generation]:
+        """The tokens of each strategy. Raises EngineFailedError."""
+        name = f"{family.name}-{topology}".replace("×", "").replace("+", "-").lower()
+        engines = EngineSet(
+            checkpoint.folder,
+            topology,
+            strategies=list(strategies),
+            prompts=demo_prompts(),
+            max_tokens=DEMO_MAX_TOKENS,
+            folder=self._session.folder / name,
+            caches=self._session.caches,
+            stop_signals=self._session.stop_signals,
+        )
+        who = "vanilla vLLM" if None in strategies else f"{topology}, {len(strategies)} strategies"
+        with self._session.show(f"{family.name}: {who}"), self._session.logs_kept(name), engines:
+            engines.wait_until_ready()
+            return [engines.generate() for _ in strategies]
+
+
+def judge(
+    generations: Sequence[Generation], vanilla: list[list[int]], transformers: list[list[int]]
+) -> tuple[str, str, dict[str, int]]:
+    """The verdict, its reason, and the identical tokens by strategy. They are counted against transformers, if any strategy
+    follows it, else against vanilla vLLM."""
+    against = {
+        which: {str(each.strategy): count_identical(each.tokens, expected) for each in generations}
+        for which, expected in (("transformers", transformers), ("vanilla", vanilla))
+    }
+    total = sum(map(len, transformers))
+    whole = {which: set(counts.values()) == {total} for which, counts in against.items()}
+    others = [f"{each.strategy} ran as {ran}" for each in generations if (ran := _ran(each)) != {str(each.strategy)}]
+    if others:
+        return WRONG, "; ".join(others), against["transformers"]
+    if all(whole.values()):
+        return EQUAL, "", against["transformers"]
+    if whole["transformers"]:
+        return AS_TRANSFORMERS, "vanilla vLLM on one rank gives other tokens", against["transformers"]
+    if whole["vanilla"]:
+        return AS_VANILLA, "vanilla vLLM on one rank gives these tokens too, transformers others", against["vanilla"]
+    return WRONG, "other tokens than vanilla vLLM, and than transformers", against["vanilla"]
+
+
+def cause_of(error: str) -> str:
+    """The line of an engine's log that names the error: the first one of this package, else the last one of all."""
+    lines = [_one_line(line) for line in error.splitlines() if re.search(r"\w(Error|Exception)\b.*: ", line)]
+    ours = [line for line in lines if "UnsupportedConfigError" in line]
+    causes = [line for line in lines if not line.startswith(("RuntimeError: Engine core init", "EngineFailedError"))]
+    return (ours or causes[-1:] or lines[-1:] or [_one_line(error.splitlines()[0])])[0]
+
+
+def _one_line(text: str) -> str:
+    """The text without line ends and prefixes of a log, not longer than a table bears."""
+    return re.sub(r"^(\(\w+[^)]*\) )?((ERROR|INFO|WARNING) \S+ \S+ \[[^]]*\] )?", "", " ".join(text.split()))[:300]
+
+
+def _ran(generation: Generation) -> set[str]:
+    return {str(worker["strategy"]) for worker in generation.counters}
+
+
+def _row(
+    family: Family, verdict: str, reason: str = "", identical: dict[str, int] | None = None, **facts: Any
+) -> FamilyRow:
+    return FamilyRow(
+        family=family.name,
+        architecture=family.architecture,
+        verdict=verdict,
+        reason=reason,
+        identical=identical or {},
+        **({"topology": ""} | facts),
+    )

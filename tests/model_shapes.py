@@ -46,7 +46,7 @@ SHAPES = {
         flat(
             "gpt_oss", architectures=["GptOssForCausalLM"], num_local_experts=128, num_experts_per_tok=4,
             experts_per_token=4, hidden_size=2880, hidden_act="silu", swiglu_limit=7.0, quantization_config=MXFP4,
-        ), 128, 4, 2880, limit=7.0, quantised="mxfp4",
+        ), 128, 4, 2880, activation="swigluoai", limit=7.0, quantised="mxfp4",
     ),
     "Mixtral 8x7B": Shape(
         flat("mixtral", num_local_experts=8, num_experts_per_tok=2, hidden_size=4096, hidden_act="silu"), 8, 2, 4096

@@ -503,7 +503,7 @@ def test_tensor_parallel_experts_alone_are_left_to_vllm(ranks: VllmRanks, shared
 
 def run_refusals(grid: Grid) -> list[str]:
     messages = []
-    for options in ({"num_experts": 6}, {"activation": "swigluoai"}, {"apply_router_weight_on_input": True}):
+    for options in ({"num_experts": 6}, {"activation": "swiglustep"}, {"apply_router_weight_on_input": True}):
         with pytest.raises(UnsupportedConfigError) as error:
             build_layer(grid, make_config(grid), **options)
         messages.append(str(error.value))
@@ -513,7 +513,7 @@ def run_refusals(grid: Grid) -> list[str]:
 def test_what_a_layer_cannot_do_is_refused_when_it_is_built(ranks: VllmRanks):  # noqa: F811
     for experts, activation, weight in ranks.run(run_refusals, TP4):
         assert "6 experts do not divide over ep_size=4; choose --tensor-parallel-size" in experts
-        assert "'swigluoai'" in activation
+        assert "'swiglustep'" in activation
         assert "supported: silu" in activation
         assert "model.layers.0.mlp.experts: the router's weight goes on the experts' input" in weight
 

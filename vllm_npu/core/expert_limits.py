@@ -1,6 +1,6 @@
 """What a device's experts can compute where tokens travel between ranks. Checked before any process of an engine starts."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from vllm_npu.core.model_facts import ModelFacts
@@ -21,7 +21,21 @@ class ExpertLimits:
     """What the experts of a device compute."""
 
     place: str  # for messages
-    activations: tuple[str, ...]  # vLLM's names, without a limit
+    activations: Mapping[str, float | None]  # vLLM's names, each with the limit that its kernel clamps to
+
+    def why_not_activation(self, activation: str | None, limit: float | None) -> str | None:
+        """Why the experts cannot compute this activation, and what to do. None: they can, or no activation is known."""
+        # Without a limit in its layer, a kernel that clamps has its own.
+        known = activation is None or activation in self.activations
+        if known and limit in (None, self.activations.get(activation or "")):
+            return None
+        supported = ", ".join(
+            name if clamped is None else f"{name} with limit {clamped:g}" for name, clamped in self.activations.items()
+        )
+        return (
+            f"the experts' activation {activation!r}{'' if limit is None else f' with limit {limit:g}'} is not supported with "
+            f"expert or data parallelism on {self.place} (supported: {supported}); {ELSE}"
+        )
 
     def why_not(self, wanted: ExpertsWanted) -> str | None:
         """The first reason of EXPERT_CHECKS against these experts, and what to do. None: no known fact is against them."""
@@ -39,14 +53,8 @@ def no_quantised_experts(limits: ExpertLimits, wanted: ExpertsWanted) -> str | N
 
 
 def no_other_activation(limits: ExpertLimits, wanted: ExpertsWanted) -> str | None:
-    """The experts have a table of activations. None of them clamps."""
-    activation, limit = wanted.model.activation, wanted.model.swiglu_limit
-    if limit is None and (activation is None or activation in limits.activations):
-        return None
-    return (
-        f"the experts' activation {activation!r}{'' if limit is None else f' with limit {limit:g}'} is not supported with "
-        f"expert or data parallelism on {limits.place} (supported: {', '.join(limits.activations)}, without a limit); {ELSE}"
-    )
+    """The experts have a table of activations."""
+    return limits.why_not_activation(wanted.model.activation, wanted.model.swiglu_limit)
 
 
 def no_adapters(limits: ExpertLimits, wanted: ExpertsWanted) -> str | None:

@@ -315,7 +315,8 @@ UNPERMUTE_MAX_TOP_K = 512
 PORTABLE = DeviceLimits(
     family="no NPU",
     mc2=PORTABLE_MC2,
-    experts=ExpertLimits(place="a CPU", activations=("silu", "gelu", "gelu_tanh")),  # plugin/cpu/experts computes them
+    # What vLLM's fused kernel for CPUs computes (experts/cpu_moe.py). It takes no limit: swigluoai has that of GPT-OSS.
+    experts=ExpertLimits(place="a CPU", activations={"silu": None, "gelu": None, "gelu_tanh": None, "swigluoai": 7.0}),
 )
 NVLINK = DeviceLimits(family="GPUs of one host", mc2=PORTABLE_MC2, symmetric=SYMMETRIC, captures=("symmetric",))
 # The routing ops return the same number of rows for any routing. all2all always reads its split sizes on the host.

@@ -41,6 +41,8 @@ SWIGLU_LIMIT = ("swiglu_limit", "swiglu_limits", "expert_swiglu_limit_list")
 QUANTISATION = ("quantization_config", "compression_config")
 
 ACTIVATION_NAMES = {"gelu_pytorch_tanh": "gelu_tanh", "swish": "silu"}  # config.json's name: vLLM's name
+# Families whose code in vLLM has another activation than the one that config.json names.
+OWN_ACTIVATION = {"gpt_oss": "swigluoai"}
 
 # Methods of vLLM 0.32 that quantise linear layers, and give experts no method.
 LINEAR_LAYERS_ONLY = frozenset({"torchao", "fp_quant", "fbgemm_fp8"})
@@ -220,6 +222,8 @@ def _texts(key: str, value: object) -> list[str]:
 
 
 def _activation(config: Mapping[str, Any]) -> str | None:
+    if (own := OWN_ACTIVATION.get(str(config.get("model_type")))) is not None:
+        return own
     key, value = _first(config, ACTIVATION)
     if isinstance(value, Mapping):  # DBRX: {"name": "silu"}
         value = value.get("name")

@@ -1,44 +1,39 @@
-"""Unquantised experts on a CPU. They compute the rows that dispatch brings, in a loop over the local experts."""
+"""Unquantised experts on a CPU: vLLM's fused kernel, on the rows that dispatch brings."""
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
-from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
+from vllm.model_executor.layers.fused_moe.modular_kernel import FusedMoEKernel
+from vllm.model_executor.layers.fused_moe.prepare_finalize import make_moe_prepare_and_finalize_no_dp_ep
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 
-from vllm_npu.core.routing import expert_ranges
+from vllm_npu.core.limits import PORTABLE
 from vllm_npu.errors import UnsupportedConfigError
 from vllm_npu.plugin.layer_facts import exchanges_tokens
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
-GATED_ACTIVATIONS: dict[MoEActivation, Callable[[torch.Tensor], torch.Tensor]] = {
-    MoEActivation.SILU: F.silu,
-    MoEActivation.GELU: F.gelu,
-    MoEActivation.GELU_TANH: lambda x: F.gelu(x, approximate="tanh"),
-}
-
 
 class CpuUnquantizedFusedMoEMethod(UnquantizedFusedMoEMethod):
-    """vLLM's method for unquantised experts. Layers that exchange tokens keep their weights as loaded, and call compute()."""
+    """vLLM's method for unquantised experts. Layers that exchange tokens call compute() in place of apply()."""
 
     def __init__(self, moe: FusedMoEConfig) -> None:
+        if exchanges_tokens(moe) and PORTABLE.experts is not None:
+            why_not = PORTABLE.experts.why_not_activation(moe.activation.value, moe.swiglu_limit)
+            if why_not is not None:
+                raise UnsupportedConfigError(why_not)
         super().__init__(moe)
-        if exchanges_tokens(moe) and (moe.activation not in GATED_ACTIVATIONS or moe.swiglu_limit is not None):
-            raise UnsupportedConfigError(
-                f"experts' activation {moe.activation.value!r} (swiglu_limit={moe.swiglu_limit}) is not supported with expert "
-                f"or data parallelism on a CPU; supported: {', '.join(each.value for each in GATED_ACTIVATIONS)}, no limit"
-            )
 
-    def process_weights_after_loading(self, layer: "RoutedExperts") -> None:
-        """Leave w13 [experts, 2 * intermediate, hidden] and w2 [experts, hidden, intermediate] as loaded if the layer
-        exchanges tokens. Otherwise vLLM repacks them."""
+    def _init_moe_kernel(self, layer: "RoutedExperts") -> None:
+        """Build vLLM's kernel. In a layer that exchanges tokens it is one for rows of this rank: a strategy moves them."""
         if not exchanges_tokens(self.moe):
-            super().process_weights_after_loading(layer)
+            super()._init_moe_kernel(layer)
+            return
+        self.moe_quant_config = self.get_fused_moe_quant_config(layer)
+        experts = self.experts_cls(moe_config=self.moe, quant_config=self.moe_quant_config)
+        self.moe_kernel = FusedMoEKernel(make_moe_prepare_and_finalize_no_dp_ep(use_monolithic=False), experts)
 
     def compute(
         self,
@@ -46,12 +41,29 @@ class CpuUnquantizedFusedMoEMethod(UnquantizedFusedMoEMethod):
         expert_input: torch.Tensor,  # [rows, hidden_size], expert-major
         tokens_per_expert: torch.Tensor,  # [num_local_experts] int64
     ) -> torch.Tensor:  # [rows, hidden_size]; rows past sum(tokens_per_expert) are undefined
-        """Run each local expert's gated MLP on its rows. LOCAL. Host sync: reads tokens_per_expert."""
-        activation = GATED_ACTIVATIONS[self.moe.activation]
+        """Run each row through its expert. LOCAL, one operator. Host sync: no, the device is the host."""
         output = torch.empty_like(expert_input, memory_format=torch.contiguous_format)
-        for expert, start, stop in expert_ranges(tokens_per_expert.tolist()):
-            w13_bias = layer.w13_bias[expert] if self.moe.has_bias else None
-            w2_bias = layer.w2_bias[expert] if self.moe.has_bias else None
-            gate, up = F.linear(expert_input[start:stop], layer.w13_weight[expert], w13_bias).chunk(2, dim=-1)
-            output[start:stop] = F.linear(activation(gate) * up, layer.w2_weight[expert], w2_bias)
+        experts = torch.arange(tokens_per_expert.shape[0], dtype=torch.int32).repeat_interleave(tokens_per_expert)
+        used = experts.shape[0]
+        if not used:
+            return output
+        assert self.moe_kernel is not None
+        nothing = output.new_empty(0)
+        self.moe_kernel.fused_experts.apply(
+            output[:used],
+            expert_input[:used].contiguous(),
+            layer.w13_weight,
+            layer.w2_weight,
+            topk_weights=torch.ones(used, 1),
+            topk_ids=experts.unsqueeze(1),  # each row has one expert, by its place on this rank
+            activation=layer.activation,
+            global_num_experts=tokens_per_expert.shape[0],
+            expert_map=None,
+            a1q_scale=None,
+            a2_scale=None,
+            workspace13=nothing,
+            workspace2=nothing,
+            expert_tokens_meta=None,
+            apply_router_weight_on_input=False,
+        )
         return output

@@ -67,13 +67,17 @@ SIZES: dict[str, Any] = {
 LATENT_ATTENTION = {"num_key_value_heads": 4}
 OF_FAMILY: dict[str, dict[str, Any]] = {
     **dict.fromkeys(
-        ("axk1", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "longcat_flash"),
+        (
+            *("axk1", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa"),
+            *("kimi_linear", "longcat_flash"),
+        ),
         LATENT_ATTENTION,
     ),
     "deepseek_v2": LATENT_ATTENTION | {"num_experts_per_tok": 2},
-    "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba", "attention"]},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
-    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"], "num_dense_layers": 1},
+    "kimi_linear": LATENT_ATTENTION | {"layer_types": ["linear_attention", "full_attention"] * 2},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1},
 }
 
 

@@ -70,29 +70,36 @@ class Sweep:
                 checkpoint = write_checkpoint(family.model_type, self._session.folder / family.name)
         except Exception as error:  # noqa: BLE001 - any error of a model's own code; the other families are still to be run
             return [_row(family, NO_CHECKPOINT, reason=f"{type(error).__name__}: {_one_line(str(error))}")]
+        vanilla: list[list[int]] | str
         try:
             vanilla = self._generate(family, checkpoint, Parallelism(), [None])[0].tokens
         except EngineFailedError as error:
-            why_not = cause_of(str(error))
-            return [_row(family, NOT_IN_VANILLA, reason=why_not, smallest_margin=checkpoint.smallest_margin)]
+            vanilla = cause_of(str(error))
         return [self._row_of(family, checkpoint, vanilla, topology) for topology in topologies]
 
     def _row_of(
-        self, family: Family, checkpoint: Checkpoint, vanilla: list[list[int]], topology: Parallelism
+        self,
+        family: Family,
+        checkpoint: Checkpoint,
+        vanilla: list[list[int]] | str,  # its tokens, or why it failed
+        topology: Parallelism,
     ) -> FamilyRow:
         from vllm_npu.strategies.table import STRATEGIES
 
         facts: dict[str, Any] = {
             "topology": str(topology),
             "tokens_total": sum(DEMO_MAX_TOKENS),
-            "vanilla_identical": count_identical(vanilla, checkpoint.tokens),
+            "vanilla_identical": None if isinstance(vanilla, str) else count_identical(vanilla, checkpoint.tokens),
             "smallest_margin": checkpoint.smallest_margin,
         }
         try:
             generations = self._generate(family, checkpoint, topology, list(STRATEGIES))
         except EngineFailedError as error:
-            refused = "UnsupportedConfigError" in str(error) and STARTED not in str(error)
-            return _row(family, REFUSED if refused else CRASHED, reason=cause_of(str(error)), **facts)
+            if "UnsupportedConfigError" in str(error) and STARTED not in str(error):
+                return _row(family, REFUSED, reason=cause_of(str(error)), **facts)
+            if isinstance(vanilla, str):
+                return _row(family, NOT_IN_VANILLA, reason=vanilla, **facts)
+            return _row(family, CRASHED, reason=cause_of(str(error)), **facts)
         return _row(family, *judge(generations, vanilla, checkpoint.tokens), **facts)
 
     def _generate(
@@ -117,26 +124,30 @@ class Sweep:
 
 
 def judge(
-    generations: Sequence[Generation], vanilla: list[list[int]], transformers: list[list[int]]
+    generations: Sequence[Generation], vanilla: list[list[int]] | str, transformers: list[list[int]]
 ) -> tuple[str, str, dict[str, int]]:
-    """The verdict, its reason, and the identical tokens by strategy. They are counted against transformers, if any strategy
-    follows it, else against vanilla vLLM."""
-    against = {
-        which: {str(each.strategy): count_identical(each.tokens, expected) for each in generations}
-        for which, expected in (("transformers", transformers), ("vanilla", vanilla))
-    }
+    """The verdict, its reason, and the identical tokens by strategy.
+
+    They are counted against transformers, if all strategies follow it, else against vanilla vLLM. `vanilla` has its tokens, or
+    the reason why it failed.
+    """
+    follows = {str(each.strategy): count_identical(each.tokens, transformers) for each in generations}
     total = sum(map(len, transformers))
-    whole = {which: set(counts.values()) == {total} for which, counts in against.items()}
     others = [f"{each.strategy} ran as {ran}" for each in generations if (ran := _ran(each)) != {str(each.strategy)}]
     if others:
-        return WRONG, "; ".join(others), against["transformers"]
-    if all(whole.values()):
-        return EQUAL, "", against["transformers"]
-    if whole["transformers"]:
-        return AS_TRANSFORMERS, "vanilla vLLM on one rank gives other tokens", against["transformers"]
-    if whole["vanilla"]:
-        return AS_VANILLA, "vanilla vLLM on one rank gives these tokens too, transformers others", against["vanilla"]
-    return WRONG, "other tokens than vanilla vLLM, and than transformers", against["vanilla"]
+        return WRONG, "; ".join(others), follows
+    is_right = set(follows.values()) == {total}
+    if isinstance(vanilla, str):
+        return (AS_TRANSFORMERS if is_right else WRONG), f"vanilla vLLM fails: {vanilla}", follows
+    if is_right:
+        same = vanilla == transformers
+        return (
+            (EQUAL, "", follows) if same else (AS_TRANSFORMERS, "vanilla vLLM on one rank gives other tokens", follows)
+        )
+    as_vanilla = {str(each.strategy): count_identical(each.tokens, vanilla) for each in generations}
+    if set(as_vanilla.values()) == {total}:
+        return AS_VANILLA, "vanilla vLLM on one rank gives these tokens too, transformers others", as_vanilla
+    return WRONG, "other tokens than vanilla vLLM, and than transformers", as_vanilla
 
 
 def cause_of(error: str) -> str:

@@ -5,7 +5,7 @@
 Each rank prints one JSON line. For every layer, step and path it holds the collectives, the bytes, and the largest difference
 from a dense layer in float64 and from vllm-ascend's own path. These keys are left out in most runs:
 "more_layers": the sizes of layers after the first one; "mixed": a number of shared experts that are placed as routed ones;
-"redundant": a number of redundant experts of vllm-ascend's EPLB;
+"redundant": a number of redundant experts of vllm-ascend's EPLB; "expert_map": a file that places the experts on the ranks;
 "own": the communication methods that vllm-ascend is held to; "graph": each step is captured and replayed with other tokens, and
 the line also holds the device's operations in the graph; "rounds": with "graph", the line also holds the host's processor time
 of the layer in so many rounds, eager and replayed.
@@ -219,6 +219,7 @@ def make_layers(given: dict[str, Any], sizes: Sequence[Sizes]) -> tuple[Any, lis
                 "enable_flashcomm1": bool(given.get("flashcomm1")),
                 **({"mix_placement": True} if shared else {}),
                 **({"eplb_config": {"dynamic_eplb": True, "num_redundant_experts": redundant}} if redundant else {}),
+                **({"eplb_config": {"expert_map_path": given["expert_map"]}} if "expert_map" in given else {}),
             },
         ).create_engine_config()
     config.parallel_config.data_parallel_rank = rank // tp
@@ -269,10 +270,11 @@ def part_with_weights(layer: Any) -> Any:
 
 
 def own_experts(layer: Any, rank: int, experts: int, ranks: int) -> list[int]:
-    """The experts of this rank, in the order of their weights. With redundant experts, vllm-ascend's layer has placed them."""
-    if getattr(layer, "log2phy", None) is None:
+    """The experts of this rank, in the order of their weights. With EPLB, vllm-ascend's layer has placed them."""
+    module = part_with_weights(layer)
+    if getattr(module, "log2phy", None) is None:
         return list(range(rank * experts // ranks, (rank + 1) * experts // ranks))
-    places = layer._expert_map.tolist()
+    places = (module._expert_map if layer is module else module.ascend_expert_map).tolist()
     return sorted((expert for expert in range(experts) if places[expert] >= 0), key=places.__getitem__)
 
 

@@ -102,6 +102,23 @@ def test_every_strategy_gives_what_vllm_ascend_gives(case):
                 assert (len(shown[1].split(", ")), shown[2]) == (len(row["calls"]), f"{row['bytes']:,}")
 
 
+def test_experts_stand_where_a_static_map_puts_them(tmp_path):
+    # On 0.23 experts 0 and 7 stand twice. On 0.30 vLLM's own EPLB must count such replicas too, and this program has none.
+    places = [[3, 0, 5, 2, 7], [1, 4, 6, 7, 0]] if LINE == "0.23" else [[3, 0, 5, 2], [1, 4, 6, 7]]
+    devices = [{"device_id": rank, "device_expert": experts} for rank, experts in enumerate(places)]
+    layers = [{"layer_id": 0, "device_count": 2, "device_list": devices}]
+    (tmp_path / "map.json").write_text(json.dumps({"moe_layer_count": 1, "layer_list": layers}))
+    steps = [[5, 5], [3, 7]]
+    outcome, reports = run("A3", 1, 2, dtype="bfloat16", steps=steps, expert_map=str(tmp_path / "map.json"))
+    assert outcome.code == 0, outcome.output
+    for report in reports:
+        assert report["refused"] == {}
+        assert [row["path"] for row in report["rows"]] == [path for path in (OWN, *STRATEGIES) for _ in steps]
+        for row in report["rows"]:
+            assert row["from_dense"] < TOLERANCES["bfloat16"], row
+            assert row["rms_from_dense"] < ROUNDINGS["bfloat16"], row
+
+
 @pytest.mark.parametrize(("tp", "dp"), [(1, 2), (2, 1)], ids=["DP2", "TP2"])
 def test_a_captured_layer_is_right_for_other_tokens_and_has_few_tasks(tp, dp):
     held = {"mc2": f"{OWN} MC2", "allgather": f"{OWN} ALLGATHER"}

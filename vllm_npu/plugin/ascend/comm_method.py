@@ -64,8 +64,7 @@ class PipelineCommMethod(RELEASE.MoECommMethod):  # type: ignore[name-defined]
             topk_weights = torch.ones_like(topk_weights)
         step = current_step()
         pipelines = model_pipelines(expert_parallel=bool(self.moe_config.use_ep))
-        # moe_config is that of one layer, and this call may come from a layer of another size.
-        num_experts = _experts_of(fused_experts_input.weights.w1) * max(int(self.moe_config.ep_size), 1)
+        num_experts = RELEASE.local_experts(self, fused_experts_input) * max(int(self.moe_config.ep_size), 1)
         quant_mode = RELEASE.QUANT_MODES[fused_experts_input.quant.quant_type]
         pipeline = pipelines.get(step.strategy, num_experts, quant_mode)
         if fused_experts_input.routing.log2phy is not None:
@@ -94,12 +93,6 @@ class PipelineCommMethod(RELEASE.MoECommMethod):  # type: ignore[name-defined]
 
     def _get_prepare_finalize(self) -> Any:
         return self.prepare_finalize
-
-
-def _experts_of(weights: torch.Tensor | list[torch.Tensor]) -> int:
-    """The number of experts in a layer's weights on this rank: one tensor of all, a list of such tensors, or one for each."""
-    tensors = [weights] if isinstance(weights, torch.Tensor) else weights
-    return sum(each.shape[0] if each.dim() == 3 else 1 for each in tensors)
 
 
 class _ExpertsCall:

@@ -64,6 +64,7 @@ __all__ = [
     "in_profile_run",
     "is_complete",
     "layers_to_compare",
+    "local_experts",
     "micro_batch",
     "moe_layers",
     "replace_choice",
@@ -124,6 +125,15 @@ def take_attributes(ours: Any, theirs: MoECommMethod) -> None:
     ours.token_dispatcher = theirs.token_dispatcher
     ours.prepare_finalize = theirs.prepare_finalize
     ours.use_fusion_ops = theirs.use_fusion_ops
+
+
+def local_experts(method: Any, given: Any) -> int:
+    """The number of experts on this rank, in the layer of this call. `method` has the sizes of the last layer of the model."""
+    weights: torch.Tensor | list[torch.Tensor] = (
+        given.weights.w1
+    )  # one tensor of all, a list of such tensors, or one for each
+    tensors = [weights] if isinstance(weights, torch.Tensor) else weights
+    return sum(each.shape[0] if each.dim() == 3 else 1 for each in tensors)
 
 
 def compute_experts(

@@ -58,6 +58,7 @@ __all__ = [
     "in_profile_run",
     "is_complete",
     "layers_to_compare",
+    "local_experts",
     "micro_batch",
     "moe_layers",
     "replace_choice",
@@ -115,6 +116,11 @@ def take_attributes(ours: Any, theirs: MoECommMethod) -> None:
     ours.token_dispatcher = theirs.token_dispatcher
     ours.prepare_finalize = theirs.prepare_finalize
     ours.lora_context = theirs.lora_context
+
+
+def local_experts(method: Any, given: Any) -> int:
+    """The number of experts on this rank, in the layer of this call. vllm-ascend has a method for each number."""
+    return int(method.moe_config.num_local_experts)
 
 
 def compute_experts(

@@ -76,6 +76,7 @@ OF_FAMILY: dict[str, dict[str, Any]] = {
     "afmoe": {"score_func": "sigmoid"},  # vLLM reads what transformers takes for granted
     "deepseek_v2": LATENT_ATTENTION | {"num_experts_per_tok": 2},
     "deepseek_v3": LATENT_ATTENTION | {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
+    "glm4_moe": {"head_dim": 64},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "kimi_linear": LATENT_ATTENTION | {"layer_types": ["linear_attention", "full_attention"] * 2},

@@ -66,6 +66,9 @@ step() { # name, limit, command...
   [ $status -eq 0 ] || failed=yes
 }
 
+# vLLM takes one of the two platforms that are installed. Without vLLM, only the step compare needs this variable.
+VLLM_PLUGINS=${VLLM_PLUGINS:-$("$PYTHON" -c 'from vllm_npu.plugin import entry_points as e; print(e.without(e.ASCEND_PLATFORM).partition("=")[2])' 2>/dev/null)}
+export VLLM_PLUGINS
 failed=""
 step machine 60 bash -c 'npu-smi info; uname -a; nproc; free -g; env | grep -E "^(ASCEND|HCCL|CANN|VLLM|TASK_QUEUE)" | sort; '"'$PYTHON'"' -m pip list 2>/dev/null | grep -iE "^(torch|vllm|numpy|transformers)"; true'
 step doctor 300 "$PYTHON" -m vllm_npu doctor --json "$out/doctor.json"
@@ -80,8 +83,7 @@ step verify 1800 "$PYTHON" -m vllm_npu verify --transport hccl --ranks "$ranks" 
 step verify-graph 1800 "$PYTHON" -m vllm_npu verify --transport hccl --ranks "$ranks" --graph $quick --json "$out/verify-graph.json"
 step buffers 1800 "$PYTHON" -m vllm_npu.tools.hardware_checks buffers --ranks "$ranks"
 step sums 300 "$PYTHON" -m vllm_npu.tools.hardware_checks sums
-step compare 900 env $emulate HCCL_BUFFSIZE=300 VLLM_PLUGINS="$("$PYTHON" -c 'from vllm_npu.plugin import entry_points as e; print(e.without(e.ASCEND_PLATFORM).partition("=")[2])')" \
-  "$PYTHON" -m vllm_npu.tools.hardware_checks compare --ranks 2
+step compare 900 env $emulate HCCL_BUFFSIZE=300 "$PYTHON" -m vllm_npu.tools.hardware_checks compare --ranks 2
 step bench 1800 "$PYTHON" -m vllm_npu bench --transport hccl --ranks "$ranks" --tokens "$tokens" --json "$out/bench.json"
 
 rm -rf "$out/tmp"

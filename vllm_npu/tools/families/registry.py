@@ -61,7 +61,8 @@ def moe_families() -> list[Family]:
     for model_type, names in classes.items():
         for name in [names] if isinstance(names, str) else names:
             architecture = by_lower_case.get(name.lower())
-            if architecture is None or architecture in found:
+            # The type of a language model goes before that of a whole model with other parts.
+            if architecture is None or (architecture in found and not model_type.endswith("_text")):
                 continue
             if _counts_experts(model_type):
                 found[architecture] = Family(architecture, model_type)

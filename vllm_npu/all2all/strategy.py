@@ -107,13 +107,41 @@ class StrategyAll2AllManager(All2AllManager):
         allgather and naive without sequence parallelism leave the sum over TP to vLLM. After an error the dispatch is over: the
         next call must be another dispatch.
         """
+        return self._combine(hidden_states, None)
+
+    def combine_into(
+        self, hidden_states: torch.Tensor, output: torch.Tensor, is_sequence_parallel: bool = False
+    ) -> torch.Tensor:
+        """combine into `output`. symmetric writes it without a copy where this rank brought all of its rows without padding."""
+        combined = self._combine(hidden_states, output)
+        return output if combined is output else output.copy_(combined)
+
+    def _combine(self, hidden_states: torch.Tensor, output: torch.Tensor | None) -> torch.Tensor:
         micro_batch = self._running.micro_batch()
         sent = self._in_flight.get(micro_batch)
         if sent is None:
             raise HandleMismatchError("StrategyAll2AllManager.combine without a dispatch in this micro-batch")
-        output = sent.pipeline.dispatcher.combine_with_ids(hidden_states, sent.dispatched)
+        if output is not None and not (
+            output.shape == (sent.prepared.rows, hidden_states.shape[1])
+            and output.dtype is hidden_states.dtype
+            and output.is_contiguous()
+        ):
+            output = None
+        combined = sent.pipeline.dispatcher.combine_with_ids(hidden_states, sent.dispatched, output)
         del self._in_flight[micro_batch]
-        return sent.pipeline.prepare_finalize.finalize(output, sent.prepared, reduce_results=False).hidden_states
+        return sent.pipeline.prepare_finalize.finalize(combined, sent.prepared, reduce_results=False).hidden_states
+
+    def set_num_sms(self, num_sms: int) -> None:
+        """Limit the multiprocessors of symmetric from the next dispatch on. LOCAL. Other strategies obey NCCL's variables.
+
+        vLLM's dual batch overlap calls it with VLLM_DBO_COMM_SMS, and after the step with all of the GPU.
+        """
+        total = torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
+        self._pipelines.limit_sms(num_sms if num_sms < total else None)
+
+    def max_sms_used(self) -> int | None:
+        """The limit of set_num_sms, or None."""
+        return self._pipelines.max_sms
 
     def check_failed(self) -> None:
         """Raise TransportError if the exchange of a step gave up waiting for another rank. LOCAL. Host sync: no."""

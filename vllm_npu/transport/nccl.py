@@ -14,6 +14,17 @@ class NcclTransport(TorchDistTransport):
     backend = "nccl"
     device_type = "cuda"
 
+    def abort(self) -> None:
+        """End the group's kernels that wait on this rank's GPU, with undefined results. LOCAL. The group is of no use after.
+
+        Without it they wait until NCCL's time-out, which ends the process. Safe to call in another thread than the waiting one.
+        """
+        self.process_group.abort()
+
+    def _barrier(self) -> None:
+        with self._collective("barrier"):  # without device_ids, torch guesses the device and warns
+            dist.barrier(group=self.process_group, device_ids=[torch.cuda.current_device()])
+
     def _gather_tokens(self, tensors: Sequence[torch.Tensor], sizes: Sequence[int]) -> list[torch.Tensor]:
         """Gather tensors of equal sizes unpacked, in one launch. Packing would cost two more copies."""
         if len(set(sizes)) > 1:

@@ -111,7 +111,7 @@ class All2AllManager(ABC):
         output: torch.Tensor,  # what combine returns: same shape and dtype
         is_sequence_parallel: bool = False,
     ) -> torch.Tensor:
-        """combine, with its result in `output`, which is returned. COLLECTIVE. A copy more where the exchange cannot write it."""
+        """combine, with its result in `output`, which is returned. COLLECTIVE. A copy more if the exchange cannot write it."""
         return output.copy_(self.combine(hidden_states, is_sequence_parallel))
 
     def get_handle(self, kwargs: dict[str, Any]) -> Any:

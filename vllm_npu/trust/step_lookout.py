@@ -9,7 +9,6 @@ import logging
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Final
 
@@ -85,7 +84,9 @@ class StepLookout:
 
 
 def _abort(groups: Sequence[Transport]) -> None:
-    """Abort all groups at once: kernels of one group may stand on the device behind waiting kernels of another one."""
-    if groups:
-        with ThreadPoolExecutor(len(groups)) as pool:
-            list(pool.map(lambda group: group.abort(), groups))
+    """Abort all groups at once: kernels of one group may stand on the device behind waiting kernels of another one.
+
+    Waits end at once, but NCCL's call returns after the graphs that hold its kernels are gone. No process waits for it.
+    """
+    for group in groups:
+        threading.Thread(target=group.abort, name="vllm_npu_abort", daemon=True).start()

@@ -68,7 +68,7 @@ class LaunchShape:
         parts = ceil_div(units, tile)
         fair = power_of_two(ceil_div(num_tokens * parts, max_sms))  # rows, so that each program has a chunk
         rows = min(fair, CHUNK_BYTES // (tile * unit_bytes))
-        num_warps = min(32, max(4, rows * tile * unit_bytes // 1024))  # a thread moves at least 32 bytes at a time
+        num_warps = min(16, max(4, rows * tile * unit_bytes // 2048))  # of 32 warps, each has too few registers
         chunks = ceil_div(num_tokens, rows) * parts
         return cls(parts=parts, tile=tile, num_warps=num_warps, programs=min(max_sms, chunks), rows=rows)
 

@@ -68,7 +68,7 @@ def _slot_row(
         total = tl.zeros(columns.shape, tl.float32)
         for k in tl.static_range(TOP_K):
             wanted = tl.load(ids + slot * TOP_K + k) >= 0
-            position = tl.load(positions + slot * TOP_K + k, mask=wanted, other=0).to(tl.int64)
+            position = tl.load(positions + slot * TOP_K + k).to(tl.int64)  # undefined unless wanted
             weight = tl.load(weights + slot * TOP_K + k)
             row = tl.load(rows + position * WIDTH + columns, mask=inside & wanted, other=0.0)
             total += tl.where(wanted, weight, 0.0) * row.to(tl.float32)

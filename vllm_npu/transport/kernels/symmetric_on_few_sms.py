@@ -205,20 +205,20 @@ def combine_on_few_sms_kernel(
         behind = chunk - NUM_PROGRAMS
         if behind >= 0:
             tokens, real = _tokens_of(behind, num_tokens, ROWS, PARTS)
-            _, owners = _owners_of(topk_ids, mask, tokens, real, experts_per_rank, TOP_K, TOP_K_PADDED, HAS_MASK)
-            wait(own_flags + behind, others, ranks, epoch, all_epochs, clock, failed, report, STAGE, timeout_ns)
-            columns = behind % PARTS * TILE + tl.arange(0, TILE)
+            columns = (behind % PARTS * TILE + tl.arange(0, TILE))[None, :]
             inside = columns < WIDTH
-            for row in tl.static_range(ROWS):
-                token = behind // PARTS * ROWS + row
-                row_owners = tl.where(tl.arange(0, ROWS)[:, None] == row, owners, -1)
-                total = tl.zeros((TILE,), tl.float32)
-                for source in tl.static_range(EP_SIZE):
-                    slot = (source * num_tokens + token).to(tl.int64)
-                    addressed = tl.max(tl.max((row_owners == source).to(tl.int32), 1), 0) > 0
-                    origin = tl.where(source == rank, slot_output.to(tl.int64), own_returned.to(tl.int64))
-                    origin = tl.multiple_of(origin.to(tl.pointer_type(element_type)), 16)
-                    part = tl.load(origin + slot * WIDTH + columns, mask=inside & addressed, other=0.0)
-                    total += part.to(tl.float32)
-                at = token.to(tl.int64) * WIDTH + columns
-                tl.store(output + at, total.to(element_type), mask=inside & (token < num_tokens))
+            _, owners = _owners_of(topk_ids, mask, tokens, real, experts_per_rank, TOP_K, TOP_K_PADDED, HAS_MASK)
+            addressed = tl.max((owners == rank).to(tl.int32), 1)[:, None] > 0
+            own_slots = (rank * num_tokens + tokens)[:, None].to(tl.int64)
+            own_rows = tl.load(slot_output + own_slots * WIDTH + columns, mask=inside & addressed, other=0.0)
+            wait(own_flags + behind, others, ranks, epoch, all_epochs, clock, failed, report, STAGE, timeout_ns)
+            total = tl.zeros((ROWS, TILE), tl.float32)
+            for source in tl.static_range(EP_SIZE):
+                slots = (source * num_tokens + tokens)[:, None].to(tl.int64)
+                addressed = tl.max((owners == source).to(tl.int32), 1)[:, None] > 0
+                rows = tl.load(
+                    own_returned + slots * WIDTH + columns, mask=inside & addressed & (source != rank), other=0.0
+                )
+                total += tl.where(source == rank, own_rows, rows).to(tl.float32)
+            at = tokens[:, None].to(tl.int64) * WIDTH + columns
+            tl.store(output + at, total.to(element_type), mask=inside & real[:, None])

@@ -22,6 +22,7 @@ from vllm_npu.strategies.pipeline import MoEPipeline
 from vllm_npu.strategies.pipelines import Pipelines
 from vllm_npu.strategies.prepare_finalize.base import PrepareHandle
 from vllm_npu.strategies.select import Selection, check_strategy, select
+from vllm_npu.strategies.start_checks import check_inside_vllm
 from vllm_npu.strategies.table import AUTO
 from vllm_npu.transport.base import Groups
 from vllm_npu.transport.symmetric_memory import gather_facts
@@ -92,7 +93,11 @@ class StrategyAll2AllManager(All2AllManager):
         step = self._current_step(is_sequence_parallel)
         name = self._strategy_of(step, tokens)
         pipeline = self._pipelines.get(name, self.num_experts)
-        self._check(name, pipeline, step.plan, len(tokens.extra_tensors))
+        check_inside_vllm(
+            name,
+            replicated_over_tp=step.plan.is_replicated(self.groups.topology.tp_size),
+            extra_tensors=len(tokens.extra_tensors),
+        )
         per_token = (tokens.topk_weights, tokens.topk_ids, *tokens.extra_tensors)
         prepared = pipeline.prepare_finalize.prepare(tokens.rows, per_token, step.plan)
         extra_tensors = prepared.per_token[2:]
@@ -198,17 +203,3 @@ class StrategyAll2AllManager(All2AllManager):
                 )
             self.selection = selection
         return selection.strategy
-
-    def _check(self, name: str, pipeline: MoEPipeline, plan: StepPlan, num_extra_tensors: int) -> None:
-        """Raise UnsupportedConfigError where the strategy cannot carry this layer inside vLLM."""
-        if not pipeline.prepare_finalize.gathers_tokens and plan.is_replicated(self.groups.topology.tp_size):
-            raise UnsupportedConfigError(
-                f"{name} completes the sum over TP, and vLLM would add it up again for this model, whose tokens are replicated "
-                "over TP; choose allgather or naive, or set --tensor-parallel-size 1"
-            )
-        most = pipeline.dispatcher.max_extra_tensors
-        if most is not None and num_extra_tensors > most:
-            raise UnsupportedConfigError(
-                f"{name} does not send what quantised experts need beside their rows; choose symmetric (one tensor of scales), "
-                "allgather or naive"
-            )

@@ -4,7 +4,7 @@ The thresholds below are measured (docs/benchmarks).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -168,6 +168,8 @@ def _exchange_launches(
     if not num_tokens or not row_bytes:
         return ()
     shape = LaunchShape.of(num_tokens, row_bytes, unit_bytes, max_sms)
+    if sizes.get("EXPERT_MAJOR"):
+        shape = replace(shape, num_warps=max(shape.num_warps, 8 if num_tokens <= SPLIT_MAX_TOKENS else 16))
     num_flags = ceil_div(num_tokens, shape.rows) * shape.parts
     if num_flags > windows.size.rank_flags:
         raise InvalidInputError(
@@ -198,7 +200,7 @@ def _exchange_launches(
         "DEPENDENT_LAUNCH": starts_early,
     }
     if max_sms is not None:
-        constants |= {"NUM_PROGRAMS": shape.programs, "ROWS": shape.rows}
+        constants |= {"ROWS": shape.rows}
     return tuple(
         PreparedLaunch(
             kernel, shape.programs, fixed, numbers, constants, num_warps=shape.num_warps, launch_pdl=starts_early

@@ -2,7 +2,7 @@
 
 They move what the kernels in symmetric.py move, into the same windows, for callers that compute on the other multiprocessors.
 There, a program moves a part of one row and ends. Here, it moves the same part of ROWS rows at a time, a chunk, and goes on to
-other chunks: chunk `program`, chunk `program + NUM_PROGRAMS`, and so on.
+other chunks: chunk `program`, chunk `program + num_programs`, and so on.
 """
 
 import triton
@@ -44,9 +44,29 @@ def _load_chunk(
     return tl.load(source + tokens[:, None].to(tl.int64) * WIDTH + columns, mask=real[:, None] & (columns < WIDTH))
 
 
+@triton.jit
+def _sum_of_row(
+    slot_output, returned, owners, row, token, columns, rank, num_tokens, EP_SIZE: tl.constexpr, ROWS: tl.constexpr,
+    WIDTH: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """[TILE] float32: the sum of token `token + row` over the ranks that have one of its experts, ranks ascending. `owners` has
+    a row for each token of the chunk. This rank's part lies in slot_output, the others' in `returned`."""
+    own_returned = returned.to(tl.int64)
+    row_owners = tl.where(tl.arange(0, ROWS)[:, None] == row, owners, -1)
+    total = tl.zeros((TILE,), tl.float32)
+    for source in tl.static_range(EP_SIZE):
+        slot = (source * num_tokens + token + row).to(tl.int64)
+        addressed = tl.max(tl.max((row_owners == source).to(tl.int32), 1), 0) > 0
+        origin = tl.where(source == rank, slot_output.to(tl.int64), own_returned)
+        origin = tl.multiple_of(origin.to(tl.pointer_type(slot_output.dtype.element_ty)), 16)
+        part = tl.load(origin + slot * WIDTH + columns, mask=(columns < WIDTH) & addressed, other=0.0)
+        total += part.to(tl.float32)
+    return total
+
+
 @triton.jit(do_not_specialize=["num_tokens", "rank", "experts_per_rank", "timeout_ns"])
 def dispatch_on_few_sms_kernel(
-    hidden_states,  # the arguments of symmetric.dispatch_kernel, and NUM_PROGRAMS and ROWS
+    hidden_states,  # the arguments of symmetric.dispatch_kernel, and ROWS
     scales,
     topk_weights,
     topk_ids,
@@ -79,14 +99,13 @@ def dispatch_on_few_sms_kernel(
     TILE: tl.constexpr,  # words of a row in a chunk
     STAGE: tl.constexpr,
     DEPENDENT_LAUNCH: tl.constexpr,
-    NUM_PROGRAMS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     """Send tokens to the ranks of their experts. A program sends its chunks, and then waits for the program of its number on
     other ranks. The rows of the next chunk are loaded before those of a chunk are stored."""
     if DEPENDENT_LAUNCH:
         gdc_wait()
-    program = tl.program_id(0)
+    program, num_programs = tl.program_id(0), tl.num_programs(0)
     ranks = tl.arange(0, EP_SIZE_PADDED)
     addresses = tl.load(windows + ranks, mask=ranks < EP_SIZE, other=0)
     epoch = tl.load(epochs)
@@ -96,12 +115,12 @@ def dispatch_on_few_sms_kernel(
     source = hidden_states.to(tl.pointer_type(tl.int32))
     num_chunks = tl.cdiv(num_tokens, ROWS) * PARTS
     rows = _load_chunk(source, program, num_tokens, ROWS, PARTS, HIDDEN_WORDS, TILE)
-    for chunk in tl.range(program, num_chunks, NUM_PROGRAMS):
+    for chunk in tl.range(program, num_chunks, num_programs):
         tokens, real = _tokens_of(chunk, num_tokens, ROWS, PARTS)
         ids, owners = _owners_of(topk_ids, mask, tokens, real, experts_per_rank, TOP_K, TOP_K_PADDED, HAS_MASK)
         choice = real[:, None] & (k < TOP_K)
         weights = tl.load(topk_weights + tokens[:, None] * TOP_K + k, mask=choice)
-        ahead = _load_chunk(source, chunk + NUM_PROGRAMS, num_tokens, ROWS, PARTS, HIDDEN_WORDS, TILE)
+        ahead = _load_chunk(source, chunk + num_programs, num_tokens, ROWS, PARTS, HIDDEN_WORDS, TILE)
         columns = (chunk % PARTS * TILE + tl.arange(0, TILE))[None, :]
         slots = (rank * num_tokens + tokens)[:, None].to(tl.int64)
         for step in tl.static_range(EP_SIZE):
@@ -132,7 +151,7 @@ def dispatch_on_few_sms_kernel(
 
 @triton.jit(do_not_specialize=["num_tokens", "rank", "experts_per_rank", "timeout_ns"])
 def combine_on_few_sms_kernel(
-    output,  # the arguments of symmetric.combine_kernel without EXPERT_MAJOR, and NUM_PROGRAMS and ROWS
+    output,  # the arguments of symmetric.combine_kernel without EXPERT_MAJOR, and ROWS
     slot_output,
     positions,
     topk_ids,
@@ -164,7 +183,6 @@ def combine_on_few_sms_kernel(
     TILE: tl.constexpr,  # elements of a row in a chunk
     STAGE: tl.constexpr,
     DEPENDENT_LAUNCH: tl.constexpr,
-    NUM_PROGRAMS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     """Send the experts' rows back, and add the rows of each own token: float32, ranks ascending.
@@ -174,7 +192,7 @@ def combine_on_few_sms_kernel(
     tl.static_assert(not EXPERT_MAJOR, "few multiprocessors take a row for each slot")
     if DEPENDENT_LAUNCH:
         gdc_wait()
-    program = tl.program_id(0)
+    program, num_programs = tl.program_id(0), tl.num_programs(0)
     ranks = tl.arange(0, EP_SIZE_PADDED)
     addresses = tl.load(windows + ranks, mask=ranks < EP_SIZE, other=0)
     epoch = tl.load(epochs + 1)
@@ -188,37 +206,42 @@ def combine_on_few_sms_kernel(
     num_chunks = tl.cdiv(num_tokens, ROWS) * PARTS
     if program == 0:
         tl.store(epochs, epoch + 1)  # before any wait, which may set it back
-    for chunk in tl.range(program, num_chunks + NUM_PROGRAMS, NUM_PROGRAMS):
+    first = (rank + 1) % EP_SIZE * num_tokens.to(tl.int64) * WIDTH  # of the rows that are sent first
+    rows = _load_chunk(slot_output + first, program, num_tokens, ROWS, PARTS, WIDTH, TILE)
+    for chunk in tl.range(program, num_chunks + num_programs, num_programs):
         if chunk < num_chunks:
             tokens, real = _tokens_of(chunk, num_tokens, ROWS, PARTS)
             columns = (chunk % PARTS * TILE + tl.arange(0, TILE))[None, :]
             own_slots = (rank * num_tokens + tokens)[:, None].to(tl.int64)
             for step in tl.static_range(EP_SIZE - 1):
                 source = (rank + 1 + step) % EP_SIZE
-                slots = (source * num_tokens + tokens)[:, None].to(tl.int64)
-                ids = tl.load(received_ids + slots * TOP_K + k, mask=real[:, None] & (k < TOP_K), other=-1)
-                rows = tl.load(slot_output + slots * WIDTH + columns, mask=real[:, None] & (columns < WIDTH))
+                slots = source * num_tokens + tokens
+                at = slots[:, None] * TOP_K + k
+                ids = tl.load(received_ids + at, mask=real[:, None] & (k < TOP_K), other=-1)
+                if step > 0:
+                    start = source * num_tokens.to(tl.int64) * WIDTH
+                    rows = _load_chunk(slot_output + start, chunk, num_tokens, ROWS, PARTS, WIDTH, TILE)
                 filled = tl.max(_is_own(ids, rank, experts_per_rank, GLOBAL_IDS).to(tl.int32), 1)[:, None] > 0
                 returned = _in_window(addresses, ranks, source, returned_offset, element_type)
                 tl.store(returned + own_slots * WIDTH + columns, rows, mask=filled & (columns < WIDTH))
             signal(others_flags + chunk, others, epoch)
-        behind = chunk - NUM_PROGRAMS
+        rows = _load_chunk(slot_output + first, chunk + num_programs, num_tokens, ROWS, PARTS, WIDTH, TILE)
+        behind = chunk - num_programs
         if behind >= 0:
             tokens, real = _tokens_of(behind, num_tokens, ROWS, PARTS)
-            columns = (behind % PARTS * TILE + tl.arange(0, TILE))[None, :]
-            inside = columns < WIDTH
             _, owners = _owners_of(topk_ids, mask, tokens, real, experts_per_rank, TOP_K, TOP_K_PADDED, HAS_MASK)
-            addressed = tl.max((owners == rank).to(tl.int32), 1)[:, None] > 0
-            own_slots = (rank * num_tokens + tokens)[:, None].to(tl.int64)
-            own_rows = tl.load(slot_output + own_slots * WIDTH + columns, mask=inside & addressed, other=0.0)
             wait(own_flags + behind, others, ranks, epoch, all_epochs, clock, failed, report, STAGE, timeout_ns)
-            total = tl.zeros((ROWS, TILE), tl.float32)
-            for source in tl.static_range(EP_SIZE):
-                slots = (source * num_tokens + tokens)[:, None].to(tl.int64)
-                addressed = tl.max((owners == source).to(tl.int32), 1)[:, None] > 0
-                rows = tl.load(
-                    own_returned + slots * WIDTH + columns, mask=inside & addressed & (source != rank), other=0.0
-                )
-                total += tl.where(source == rank, own_rows, rows).to(tl.float32)
-            at = tokens[:, None].to(tl.int64) * WIDTH + columns
-            tl.store(output + at, total.to(element_type), mask=inside & real[:, None])
+            columns = behind % PARTS * TILE + tl.arange(0, TILE)
+            token = behind // PARTS * ROWS
+            total = _sum_of_row(
+                slot_output, own_returned, owners, 0, token, columns, rank, num_tokens, EP_SIZE, ROWS, WIDTH, TILE
+            )
+            for row in tl.static_range(ROWS):
+                last = total
+                if row < ROWS - 1:  # the loads of the next row come before the store of this one
+                    total = _sum_of_row(
+                        slot_output, own_returned, owners, row + 1, token, columns, rank, num_tokens, EP_SIZE, ROWS, WIDTH,
+                        TILE,
+                    )  # fmt: skip
+                at = (token + row).to(tl.int64) * WIDTH + columns
+                tl.store(output + at, last.to(element_type), mask=(columns < WIDTH) & (token + row < num_tokens))

@@ -12,7 +12,6 @@ from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEM
 from vllm_npu.core.limits import NVLINK, MoELayer
 from vllm_npu.core.topology import ParallelTopology
 from vllm_npu.errors import UnsupportedConfigError
-from vllm_npu.plugin.layer_facts import exchanges_tokens
 from vllm_npu.plugin.options import Options
 from vllm_npu.strategies.select import check_strategy
 from vllm_npu.strategies.start_checks import check_inside_vllm
@@ -21,9 +20,11 @@ from vllm_npu.strategies.table import AUTO
 
 def check_layers(modules: Iterable[torch.nn.Module], options: Options, topology: ParallelTopology) -> None:
     """Raise UnsupportedConfigError for a layer that the asked exchange cannot carry. LOCAL, and equal on all ranks."""
+    if topology.dp_size == 1:
+        return  # vLLM exchanges no tokens
     for module in modules:
         method = getattr(module, "quant_method", None)
-        if not isinstance(method, FusedMoEMethodBase) or not exchanges_tokens(method.moe):
+        if not isinstance(method, FusedMoEMethodBase) or method.moe.ep_size == 1:
             continue
         quantised = quantised_rows(method)
         extra_tensors = 0 if quantised is None else 1

@@ -12,6 +12,8 @@ from triton.language.extra.cuda import gdc_wait
 from vllm_npu.transport.kernels.signals import signal, wait
 from vllm_npu.transport.kernels.symmetric import _ids_for, _in_window, _is_own, _signal_others
 
+DELAY = tl.constexpr(2)  # chunks between sending and adding up, so that no program waits for a flag on its way
+
 
 @triton.jit
 def _tokens_of(chunk, num_tokens, ROWS: tl.constexpr, PARTS: tl.constexpr):
@@ -45,23 +47,9 @@ def _load_chunk(
 
 
 @triton.jit
-def _sum_of_row(
-    slot_output, returned, owners, row, token, columns, rank, num_tokens, EP_SIZE: tl.constexpr, ROWS: tl.constexpr,
-    WIDTH: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    """[TILE] float32: the sum of token `token + row` over the ranks that have one of its experts, ranks ascending. `owners` has
-    a row for each token of the chunk. This rank's part lies in slot_output, the others' in `returned`."""
-    own_returned = returned.to(tl.int64)
-    row_owners = tl.where(tl.arange(0, ROWS)[:, None] == row, owners, -1)
-    total = tl.zeros((TILE,), tl.float32)
-    for source in tl.static_range(EP_SIZE):
-        slot = (source * num_tokens + token + row).to(tl.int64)
-        addressed = tl.max(tl.max((row_owners == source).to(tl.int32), 1), 0) > 0
-        origin = tl.where(source == rank, slot_output.to(tl.int64), own_returned)
-        origin = tl.multiple_of(origin.to(tl.pointer_type(slot_output.dtype.element_ty)), 16)
-        part = tl.load(origin + slot * WIDTH + columns, mask=(columns < WIDTH) & addressed, other=0.0)
-        total += part.to(tl.float32)
-    return total
+def _row_of(values, row: tl.constexpr, ROWS: tl.constexpr):
+    """The largest value in one row of [ROWS, any] int32."""
+    return tl.max(tl.max(tl.where(tl.arange(0, ROWS)[:, None] == row, values, 0), 1), 0)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "rank", "experts_per_rank", "timeout_ns"])
@@ -187,9 +175,11 @@ def combine_on_few_sms_kernel(
 ):
     """Send the experts' rows back, and add the rows of each own token: float32, ranks ascending.
 
-    A program sends a chunk and sets its flag. It then adds up the chunk before that one, whose rows have arrived meanwhile.
+    A program sends a chunk. It then adds up a chunk that it sent DELAY chunks before, whose rows have come from the other ranks
+    meanwhile, and sets the flag of the chunk that it sent.
     """
     tl.static_assert(not EXPERT_MAJOR, "few multiprocessors take a row for each slot")
+    TOGETHER: tl.constexpr = 2 if ROWS > 1 else 1  # rows whose loads wait together; more take too many registers
     if DEPENDENT_LAUNCH:
         gdc_wait()
     program, num_programs = tl.program_id(0), tl.num_programs(0)
@@ -208,7 +198,7 @@ def combine_on_few_sms_kernel(
         tl.store(epochs, epoch + 1)  # before any wait, which may set it back
     first = (rank + 1) % EP_SIZE * num_tokens.to(tl.int64) * WIDTH  # of the rows that are sent first
     rows = _load_chunk(slot_output + first, program, num_tokens, ROWS, PARTS, WIDTH, TILE)
-    for chunk in tl.range(program, num_chunks + num_programs, num_programs):
+    for chunk in tl.range(program, num_chunks + DELAY * num_programs, num_programs):
         if chunk < num_chunks:
             tokens, real = _tokens_of(chunk, num_tokens, ROWS, PARTS)
             columns = (chunk % PARTS * TILE + tl.arange(0, TILE))[None, :]
@@ -224,24 +214,30 @@ def combine_on_few_sms_kernel(
                 filled = tl.max(_is_own(ids, rank, experts_per_rank, GLOBAL_IDS).to(tl.int32), 1)[:, None] > 0
                 returned = _in_window(addresses, ranks, source, returned_offset, element_type)
                 tl.store(returned + own_slots * WIDTH + columns, rows, mask=filled & (columns < WIDTH))
-            signal(others_flags + chunk, others, epoch)
         rows = _load_chunk(slot_output + first, chunk + num_programs, num_tokens, ROWS, PARTS, WIDTH, TILE)
-        behind = chunk - num_programs
+        behind = chunk - DELAY * num_programs
         if behind >= 0:
             tokens, real = _tokens_of(behind, num_tokens, ROWS, PARTS)
             _, owners = _owners_of(topk_ids, mask, tokens, real, experts_per_rank, TOP_K, TOP_K_PADDED, HAS_MASK)
             wait(own_flags + behind, others, ranks, epoch, all_epochs, clock, failed, report, STAGE, timeout_ns)
-            columns = behind % PARTS * TILE + tl.arange(0, TILE)
-            token = behind // PARTS * ROWS
-            total = _sum_of_row(
-                slot_output, own_returned, owners, 0, token, columns, rank, num_tokens, EP_SIZE, ROWS, WIDTH, TILE
-            )
-            for row in tl.static_range(ROWS):
-                last = total
-                if row < ROWS - 1:  # the loads of the next row come before the store of this one
-                    total = _sum_of_row(
-                        slot_output, own_returned, owners, row + 1, token, columns, rank, num_tokens, EP_SIZE, ROWS, WIDTH,
-                        TILE,
-                    )  # fmt: skip
-                at = (token + row).to(tl.int64) * WIDTH + columns
-                tl.store(output + at, last.to(element_type), mask=(columns < WIDTH) & (token + row < num_tokens))
+            columns = (behind % PARTS * TILE + tl.arange(0, TILE))[None, :]
+            inside = columns < WIDTH
+            for start in tl.static_range(0, ROWS, TOGETHER):
+                pair = tl.arange(0, TOGETHER)[:, None]
+                token = behind // PARTS * ROWS + start + pair
+                total = tl.zeros((TOGETHER, TILE), tl.float32)
+                for source in tl.static_range(EP_SIZE):
+                    sent = (owners == source).to(tl.int32)
+                    addressed = tl.where(
+                        pair == 0, _row_of(sent, start, ROWS), _row_of(sent, start + TOGETHER - 1, ROWS)
+                    )
+                    slots = (source * num_tokens + token).to(tl.int64)
+                    # This rank's part lies in slot_output, those of other ranks in its window.
+                    origin = tl.where(source == rank, slot_output.to(tl.int64), own_returned.to(tl.int64))
+                    origin = tl.multiple_of(origin.to(tl.pointer_type(element_type)), 16)
+                    part = tl.load(origin + slots * WIDTH + columns, mask=inside & (addressed > 0), other=0.0)
+                    total += part.to(tl.float32)
+                at = token.to(tl.int64) * WIDTH + columns
+                tl.store(output + at, total.to(element_type), mask=inside & (token < num_tokens))
+        if chunk < num_chunks:
+            signal(others_flags + chunk, others, epoch)  # the chunk has travelled while the sums were made

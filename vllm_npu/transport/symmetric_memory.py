@@ -364,7 +364,7 @@ def gather_facts(transport: Transport) -> SymmetricFacts:
     return SymmetricFacts(
         num_ranks=group.size,
         num_hosts=len({place.partition(" ")[0] for place in places}),
-        cuda=all(devices) and len(set(devices)) == group.size,
+        cuda=all(devices) and (len(set(devices)) == group.size or envs.SHARE_GPUS.read_flag()),
         peer_access=peer_access,
         triton=triton,
     )

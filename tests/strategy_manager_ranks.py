@@ -56,13 +56,22 @@ def run_cases(rank: Rank, cases: list[Case]) -> list[str]:
     for case in cases:
         step = GivenStep(case.num_tokens_across_dp)
         manager = manager_of(rank, case, step)
-        faults += [f"{case}: {fault}" for fault in exchange(rank, case, manager)]
+        for into in (False, True):
+            step.begin(case.num_tokens_across_dp)
+            faults += [f"{case}, {into=}: {fault}" for fault in exchange(rank, case, manager, into=into)]
         manager.destroy()
     return faults
 
 
-def exchange(rank: Rank, case: Case, manager: Any, after_dispatch: Callable[[], None] | None = None) -> list[str]:
-    """Run the layer of the case through the manager, and return its faults. after_dispatch runs in place of the experts."""
+def exchange(
+    rank: Rank,
+    case: Case,
+    manager: Any,
+    after_dispatch: Callable[[], None] | None = None,  # runs in place of the experts
+    *,
+    into: bool = False,  # whether combine gets a tensor for its result
+) -> list[str]:
+    """Run the layer of the case through the manager, and return its faults."""
     topology = rank.groups(tp_size=case.tp_size, dp_size=case.dp_size).topology
     tensors = CaseTensors.of(case)
     hidden_states, weights, ids = tensors.input_of(topology, case.sharding, rank.device)
@@ -79,7 +88,12 @@ def exchange(rank: Rank, case: Case, manager: Any, after_dispatch: Callable[[], 
     for expert in range(first, first + case.experts_per_rank):
         row, k = (row_ids == expert).nonzero(as_tuple=True)
         output.index_add_(0, row, (rows[row] @ matrices[expert]).float() * row_weights[row, k, None])
-    combined = manager.combine(output.to(case.dtype), sequence_parallel)
+    if into:
+        given = torch.full((hidden_states.shape[0], case.width), float("nan"), device=rank.device, dtype=case.dtype)
+        combined = manager.combine_into(output.to(case.dtype), given, sequence_parallel)
+        faults += [f"rank {rank.rank}: another tensor than the given one"] * (combined is not given)
+    else:
+        combined = manager.combine(output.to(case.dtype), sequence_parallel)
     expected = tensors.expected_on(topology, case.sharding)
     if not torch.equal(combined[: expected.shape[0]].cpu(), expected):
         faults.append(f"rank {rank.rank}: not the reference")

@@ -122,6 +122,13 @@ SHARED_WINDOW = Variable(
     "its group go through sockets.",
     Kind.SWITCH,
 )
+SHARE_GPUS = Variable(
+    "VLLM_NPU_SHARE_GPUS",
+    "0",
+    "1: ranks of `vllm-npu verify`, `vllm-npu bench` and tests/cuda share the GPUs of a machine that has fewer. They take "
+    "turns, so times mean nothing; vLLM's ranks take no notice.",
+    Kind.SWITCH,
+)
 HCCL_OPS = Variable(
     "VLLM_NPU_HCCL_OPS",
     "1",
@@ -182,6 +189,7 @@ RANK_VARIABLES = (
     TRANSPORT_TIMEOUT,
     COLLECTIVE_DEADLINE,
     SHARED_WINDOW,
+    SHARE_GPUS,
     HCCL_OPS,
     HCCL_BUFFSIZE,
     EMULATOR,

@@ -35,6 +35,7 @@ class Shape:
     ids_dtype: torch.dtype = torch.int32
     routing: str = "uniform"
     real_rows: int | None = None  # None means no mask
+    max_sms: int | None = None
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def dispatcher_of(rank: Rank, num_experts: int, **options) -> SymmetricDispatche
 
 
 def opened(rank: Rank, shape: Shape) -> SymmetricDispatcher:
-    dispatcher = dispatcher_of(rank, shape.num_experts)
+    dispatcher = dispatcher_of(rank, shape.num_experts, max_sms=shape.max_sms)
     dispatcher.open(row_bytes=2 * 7168, top_k=8, returned_row_bytes=4 * 7168)
     return dispatcher
 
@@ -137,13 +138,52 @@ def exchanges(rank: Rank, shapes: list[Shape]) -> list[str]:
         rows = torch.cat([batch.hidden_states for batch in batches])
         if not same_bits(slots.hidden_states[filled], rows[filled]):
             faults.append(f"{shape}: rows")
-        output = dispatcher.combine_slots(on_slots(slots, rank.rank, per_rank), slots.handle)
-        if not torch.equal(output, own.expected()):
+        given = torch.full_like(own.hidden_states, float("nan"))
+        output = dispatcher.combine_slots(on_slots(slots, rank.rank, per_rank), slots.handle, given)
+        if output is not given or not torch.equal(output, own.expected()):
             faults.append(f"{shape}: output")
+        faults += _with_global_ids(rank, dispatcher, shape, own, torch.where(local, ids, -1))
+        faults += _sorted_by_expert(
+            rank, dispatcher, shape, own, torch.where(local, ids - rank.rank * per_rank, -1), rows
+        )
         if not all(same_bits(*pair) for pair in zip(before, (own.hidden_states, own.weights, own.ids), strict=True)):
             faults.append(f"{shape}: an input was written to")
     dispatcher.check_failed()
     return faults
+
+
+def _with_global_ids(
+    rank: Rank, dispatcher: SymmetricDispatcher, shape: Shape, own: Batch, expected_ids: torch.Tensor
+) -> list[str]:
+    """An exchange with the ids that vLLM's experts take. expected_ids: global, -1 for experts of other ranks."""
+    per_rank = shape.num_experts // rank.num_ranks
+    slots = dispatcher.dispatch_slots(own.hidden_states, own.weights, own.ids, own.mask, global_ids=True)
+    foreign = slots.topk_ids // per_rank != rank.rank
+    faults = [f"{shape}: global ids"] * (not torch.equal(torch.where(foreign, -1, slots.topk_ids), expected_ids))
+    local_ids = torch.where(foreign, -1, slots.topk_ids - rank.rank * per_rank)
+    output = dispatcher.combine_slots(on_slots(slots._replace(topk_ids=local_ids), rank.rank, per_rank), slots.handle)
+    return faults + [f"{shape}: output of global ids"] * (not torch.equal(output, own.expected()))
+
+
+def _sorted_by_expert(
+    rank: Rank, dispatcher: SymmetricDispatcher, shape: Shape, own: Batch, local_ids: torch.Tensor, rows: torch.Tensor
+) -> list[str]:
+    """An exchange for experts that take expert-major rows. local_ids, rows: of all slots, -1 for experts of other ranks."""
+    per_rank, faults = shape.num_experts // rank.num_ranks, []
+    tokens = RoutedTokens(hidden_states=own.hidden_states, topk_weights=own.weights, topk_ids=own.ids, mask=own.mask)
+    dispatched = dispatcher.dispatch(tokens)
+    expert, order = local_ids.flatten().sort(stable=True)
+    order = order[expert >= 0]
+    counts = torch.bincount(local_ids[local_ids >= 0], minlength=per_rank)
+    if not torch.equal(dispatched.tokens_per_expert, counts):
+        faults.append(f"{shape}: tokens_per_expert")
+    elif not same_bits(dispatched.expert_input[: len(order)], rows[order // local_ids.shape[1]]):
+        faults.append(f"{shape}: expert_input")
+    expert_output = torch.full_like(dispatched.expert_input, float("nan"))
+    factors = factor(expert[expert >= 0] + rank.rank * per_rank)[:, None]
+    expert_output[: len(order)] = (dispatched.expert_input[: len(order)].float() * factors).to(expert_output.dtype)
+    output = dispatcher.combine(expert_output, dispatched.handle)
+    return faults + [f"{shape}: output of sorted rows"] * (not torch.equal(output, own.expected()))
 
 
 def quantised_exchange(rank: Rank, num_tokens: int) -> None:
@@ -202,9 +242,9 @@ def repeats(rank: Rank) -> None:
     assert outputs[0].isfinite().all()
 
 
-def replays(rank: Rank, num_tokens: int) -> None:
+def replays(rank: Rank, num_tokens: int, max_sms: int | None) -> None:
     """Capture a graph of three exchanges, and replay it with new tokens and new routing."""
-    shape = Shape(num_tokens=num_tokens, hidden_size=1024)
+    shape = Shape(num_tokens=num_tokens, hidden_size=1024, max_sms=max_sms)
     dispatcher = opened(rank, shape)
     still = Batch.of(shape, rank.rank, rank.num_ranks, 0)
     exchange(rank, dispatcher, shape, still)  # compiles the kernels outside the graph
@@ -418,7 +458,7 @@ def seconds_of_windows(rank: Rank) -> tuple[float, float]:
 
 
 def random_steps(rank: Rank, steps: int, seed: int) -> int:
-    """Run steps of random sizes and routing without a sync in between. Returns the number of wrong elements."""
+    """Run steps of random sizes, routing and SMs without a sync in between. Returns the number of wrong elements."""
     sizes = torch.Generator().manual_seed(seed)  # the same on every rank
     dispatcher = opened(rank, Shape(num_tokens=1))
     wrong = torch.zeros((), dtype=torch.int64, device="cuda")
@@ -428,6 +468,7 @@ def random_steps(rank: Rank, steps: int, seed: int) -> int:
         num_tokens = (1, 2, 3, 8, 16, 17, 64, 255, 600, 1000)[draw[0] % 10]
         real_rows = (None, None, num_tokens, num_tokens // 2, 0)[draw[1] % 5]
         shape = Shape(num_tokens=num_tokens, routing=ROUTINGS[draw[2] % 5], real_rows=real_rows)
+        dispatcher.max_sms = (None, None, 1, 24)[draw[2] // 5 % 4]
         key = (shape, draw[3] % 4)
         if key not in batches:
             batches[key] = Batch.of(shape, rank.rank, rank.num_ranks, draw[3] % 4)

@@ -12,6 +12,7 @@ from tests.ranks.test_transport_contract import CONTRACT, REFUSED, is_refused, o
 from vllm_npu.errors import RankFailureError
 from vllm_npu.tools.launch import ProcessRankPool, Rank
 from vllm_npu.trust.step_lookout import StepLookout
+from vllm_npu.trust.watchdog import ANSWER_SECONDS, GRACE_SECONDS
 
 pytestmark = pytest.mark.cuda
 
@@ -55,6 +56,58 @@ def waits_for_a_rank_that_has_ended(rank: Rank) -> RankFailureError | None:
             return error
         time.sleep(0.1)
     return None
+
+
+DEADLINE = 8.0
+
+
+def outlives_a_rank_that_has_stopped(rank: Rank, in_a_graph: bool) -> tuple[float, Exception | None]:
+    """The last rank stops before its part of two collectives on two communicators. The others wait for the GPU in their main
+    thread. Returns the seconds of the wait, and the error of the check after it."""
+    groups = rank.groups(tp_size=1, dp_size=rank.num_ranks)
+    x = torch.ones(4, device="cuda")
+
+    def step() -> torch.Tensor:
+        return groups.dp.all_reduce(groups.ep.all_reduce(x))
+
+    step()
+    torch.cuda.synchronize()
+    if in_a_graph:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+        graph.replay()
+        torch.cuda.synchronize()
+    if rank.rank == rank.num_ranks - 1:
+        time.sleep(DEADLINE + GRACE_SECONDS + ANSWER_SECONDS + 5)
+        return 0.0, None
+    assert rank.watchdog is not None
+    rank.watchdog.deadline = DEADLINE
+    lookout = StepLookout(rank.watchdog, look_seconds=1.0, groups=(groups.tp, groups.dp, groups.ep))
+    started = time.monotonic()
+    with lookout.waiting():
+        graph.replay() if in_a_graph else step()
+        torch.cuda.synchronize()
+    seconds = time.monotonic() - started
+    if in_a_graph:
+        graph.reset()  # NCCL keeps a communicator as long as graphs hold its kernels
+    try:
+        lookout.check()
+    except RankFailureError as error:
+        return seconds, error
+    return seconds, None
+
+
+@pytest.mark.parametrize("in_a_graph", [False, True])
+def test_a_wait_for_a_rank_that_stopped_ends_with_its_name_and_the_process_can_end(in_a_graph):
+    with ProcessRankPool(NUM_RANKS, timeout=60, transport="nccl") as pool:
+        *waiting, _ = pool.run(outlives_a_rank_that_has_stopped, in_a_graph)
+        processes = list(pool._processes)
+    for (seconds, error), process in zip(waiting, processes, strict=False):
+        assert isinstance(error, RankFailureError), error
+        assert error.ranks == (NUM_RANKS - 1,)
+        assert seconds < DEADLINE + GRACE_SECONDS + ANSWER_SECONDS + 2, "NCCL itself would end the wait after 60 s"
+        assert process.exitcode == 0, "the process did not end by itself"
 
 
 def test_a_rank_that_ended_is_named_while_the_others_wait_for_their_gpus():

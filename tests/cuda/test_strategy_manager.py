@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.cuda.conftest import NUM_RANKS
+from tests.cuda.conftest import NUM_RANKS, SHARED
 from tests.strategy_manager_ranks import GivenStep, cases, exchange, goes_on_after_errors, manager_of, run_cases
 from vllm_npu.strategies.table import ALL_STRATEGIES
 from vllm_npu.tools.launch import Rank
@@ -11,7 +11,7 @@ from vllm_npu.tools.verification import Case
 
 pytestmark = pytest.mark.cuda
 
-STEPS = 100
+STEPS = 10 if SHARED else 100
 GRAPH_SHAPE = {
     "tp_size": 1,
     "dp_size": NUM_RANKS,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.cuda import symmetric_ranks as ranks
-from tests.cuda.conftest import NUM_RANKS
+from tests.cuda.conftest import NUM_RANKS, SHARED
 from tests.cuda.symmetric_ranks import ROUTINGS, Shape
 from tests.ranks.test_exceptions import LARGE, SMALL
 from vllm_npu.core.limits import NVLINK
@@ -20,6 +20,7 @@ from vllm_npu.trust.watchdog import GRACE_SECONDS
 pytestmark = pytest.mark.cuda
 
 TOKENS = (1, 2, 3, 7, 16, 17, 33, 255, 257, 1000)
+STEPS = 300 if SHARED else 10_000  # two ranks that take turns exchange 200 times in a second
 
 
 def faults(pool, shapes: list[Shape]) -> list[str]:
@@ -44,6 +45,19 @@ def test_dtypes_and_widths(gpus, dtype, hidden_size):
     assert faults(gpus, [base, replace(base, num_tokens=400)]) == []
 
 
+@pytest.mark.parametrize("max_sms", [1, 7, 24, 1000])
+def test_few_multiprocessors_are_exact(gpus, max_sms):
+    base = Shape(num_tokens=0, max_sms=max_sms, hidden_size=1000, ids_dtype=torch.int64)
+    shapes = [
+        replace(base, num_tokens=n, routing=routing) for n in (0, *TOKENS) for routing in ("uniform", "one expert")
+    ]
+    shapes += [replace(base, num_tokens=n, real_rows=n // 2) for n in TOKENS]
+    shapes += [
+        replace(base, num_tokens=n, hidden_size=7168, dtype=torch.float32) for n in (3, 100)
+    ]  # a row in two parts
+    assert faults(gpus, shapes) == []
+
+
 @pytest.mark.parametrize(("top_k", "num_experts"), [(1, 8), (2, 8), (3, 24), (6, 64), (8, 256)])
 def test_choices_and_experts(gpus, top_k, num_experts):
     base = Shape(num_tokens=13, top_k=top_k, num_experts=num_experts)
@@ -59,9 +73,9 @@ def test_repetitions_give_the_same_bits(gpus):
     gpus.run(ranks.repeats)
 
 
-@pytest.mark.parametrize("num_tokens", [3, 300])
-def test_a_captured_graph_takes_any_routing(gpus, num_tokens):
-    gpus.run(ranks.replays, num_tokens)
+@pytest.mark.parametrize(("num_tokens", "max_sms"), [(3, None), (300, None), (3, 24), (300, 24)])
+def test_a_captured_graph_takes_any_routing(gpus, num_tokens, max_sms):
+    gpus.run(ranks.replays, num_tokens, max_sms)
 
 
 @pytest.mark.parametrize("two_streams", [False, True])
@@ -90,8 +104,8 @@ def test_misuse_is_refused_before_anything_moves(gpus):
             assert part in message
 
 
-def test_ten_thousand_random_steps(gpus):
-    assert set(gpus.run(ranks.random_steps, 10_000, 0)) == {0}
+def test_random_steps(gpus):
+    assert set(gpus.run(ranks.random_steps, STEPS, 0)) == {0}
 
 
 @pytest.mark.parametrize("strategy", ALL_STRATEGIES)

@@ -151,6 +151,10 @@ def test_auto_takes_shared_memory_where_the_gpus_have_it_and_the_step_fits():
     assert chosen("symmetric", topology, plan(4097, 0, 0, 1), device=NVLINK) == Selection(
         "all2all", "symmetric takes 4096 tokens a rank, this step brings 4097"
     )
+    odd = replace(LAYER, hidden_size=1023)
+    assert chosen(AUTO, topology, plan(4, 0, 0, 1), device=NVLINK, layer=odd).strategy == "all2all"
+    with pytest.raises(UnsupportedConfigError, match="symmetric moves rows of a multiple of 4 bytes, not 2046"):
+        chosen("symmetric", topology, plan(4, 0, 0, 1), device=NVLINK, layer=odd)
     assert chosen(AUTO, topologies(1, 16)[0], plan(*[4] * 16), device=NVLINK).strategy == "all2all"
     with pytest.raises(UnsupportedConfigError, match="symmetric takes up to 8 ranks, not 16; use all2all"):
         chosen("symmetric", topologies(1, 16)[0], plan(*[4] * 16), device=NVLINK)

@@ -27,7 +27,7 @@ from vllm_npu.transport.symmetric_memory import NUM_WINDOWS, STAGES, SymmetricWi
 
 HIDDEN, TOP_K, EXPERTS_PER_RANK, TOKENS = 8, 2, 2, 3
 TIMEOUT = 2.0  # seconds, of the exchanges that must fail
-SIZE = WindowSize(received_bytes=1 << 16, returned_bytes=1 << 16, rank_flags=16)
+SIZE = WindowSize(received_bytes=1 << 16, returned_bytes=1 << 16, rank_flags=32)
 ROW_BYTES = 4 * HIDDEN  # float32
 
 
@@ -72,32 +72,64 @@ class HostWindows(SymmetricWindows):
 class Exchanger:
     """Dispatch and combine of one rank. Expert e multiplies a row by e + 1; all weights are 1."""
 
-    def __init__(self, windows: HostWindows, timeout: float = PATIENCE_SECONDS) -> None:
+    def __init__(
+        self, windows: HostWindows, timeout: float = PATIENCE_SECONDS, *, num_tokens: int = TOKENS, **options: object
+    ) -> None:
         self.windows = windows
         windows.timeout_ns = int(timeout * 1e9)
-        self.layout = SlotLayout(windows.num_ranks * TOKENS, ROW_BYTES, 0, TOP_K)
-        arguments = (windows, self.layout, TOKENS, EXPERTS_PER_RANK)
-        self.dispatches = symmetric_launch.dispatch_launches(*arguments, has_mask=False)
-        self.combines = symmetric_launch.combine_launches(*arguments, width=HIDDEN, element_size=4, has_mask=False)
+        self.num_tokens = num_tokens
+        self.expert_major, self.global_ids = (bool(options.get(key)) for key in ("expert_major", "global_ids"))
+        self.layout = SlotLayout(windows.num_ranks * num_tokens, ROW_BYTES, 0, TOP_K)
+        arguments = (windows, self.layout, num_tokens, EXPERTS_PER_RANK)
+        sent = {key: value for key, value in options.items() if key != "expert_major"}
+        self.dispatches = symmetric_launch.dispatch_launches(*arguments, has_mask=False, **sent)
+        self.combines = symmetric_launch.combine_launches(
+            *arguments, width=HIDDEN, element_size=4, has_mask=False, **options
+        )
 
     def dispatch(self, seed: int) -> tuple[int, torch.Tensor, torch.Tensor]:
         generator = torch.Generator().manual_seed(100 * seed + self.windows.rank)
         experts = EXPERTS_PER_RANK * self.windows.num_ranks
-        ids = torch.rand(TOKENS, experts, generator=generator).argsort(1)[:, :TOP_K].int()
-        x = torch.randint(-3, 4, (TOKENS, HIDDEN), generator=generator).float()
+        ids = torch.rand(self.num_tokens, experts, generator=generator).argsort(1)[:, :TOP_K].int()
+        x = torch.randint(-3, 4, (self.num_tokens, HIDDEN), generator=generator).float()
         window = self.windows.take()
-        interpret(self.dispatches[window], (x, None, torch.ones(TOKENS, TOP_K), ids, None))
+        interpret(self.dispatches[window], (x, None, torch.ones(self.num_tokens, TOP_K), ids, None))
         return window, x, ids
 
     def combine(self, window: int, ids: torch.Tensor) -> torch.Tensor:
-        rows, _, _, local_ids = self.layout.views(self.windows.memory[window], torch.float32)
-        first = self.windows.rank * EXPERTS_PER_RANK
-        factors = torch.where(local_ids >= 0, local_ids + first + 1, 0).sum(1, keepdim=True)
-        slot_output = torch.where(factors > 0, rows * factors, float("nan"))
-        output = torch.full((TOKENS, HIDDEN), float("nan"))
-        interpret(self.combines[window], (output, slot_output, ids, None))
+        output = torch.full((self.num_tokens, HIDDEN), float("nan"))
+        rows, positions = self.sorted(window) if self.expert_major else (self.slot_output(window), None)
+        interpret(self.combines[window], (output, rows, positions, ids, None))
         self.windows.give_back(window)
         return output
+
+    def slot_output(self, window: int) -> torch.Tensor:
+        rows, _, _, ids = self.layout.views(self.windows.memory[window], torch.float32)
+        first = self.windows.rank * EXPERTS_PER_RANK
+        if self.global_ids:
+            ids = torch.where((ids >= first) & (ids < first + EXPERTS_PER_RANK), ids - first, -1)
+        factors = torch.where(ids >= 0, ids + first + 1, 0).sum(1, keepdim=True)
+        return torch.where(factors > 0, rows * factors, float("nan"))
+
+    def sorted(self, window: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The experts' rows after a sort by expert, and their positions. Raises AssertionError for a wrong order."""
+        views = self.layout.views(self.windows.memory[window], torch.float32)
+        rows, _, _, ids = views
+        launches = symmetric_launch.sort_launches(self.layout, views, EXPERTS_PER_RANK)
+        expert_input = torch.full((ids.numel(), HIDDEN), float("nan"))
+        positions, ranks = torch.full((2, *ids.shape), -7, dtype=torch.int32)
+        counts = torch.full((EXPERTS_PER_RANK,), -7)
+        interpret(launches.rank_pairs, (ranks, counts))
+        interpret(launches.permute, (expert_input, None, positions, ranks, counts))
+        order = torch.where(ids.flatten() < 0, EXPERTS_PER_RANK, ids.flatten()).argsort(stable=True)[
+            : int(counts.sum())
+        ]
+        assert counts.tolist() == [int((ids == e).sum()) for e in range(EXPERTS_PER_RANK)]
+        assert positions.flatten()[order].tolist() == list(range(len(order)))
+        assert torch.equal(expert_input[: len(order)], rows[order // TOP_K])
+        expert = torch.arange(EXPERTS_PER_RANK).repeat_interleave(counts)
+        expert_input[: len(order)] *= (expert + self.windows.rank * EXPERTS_PER_RANK + 1)[:, None]
+        return expert_input, positions
 
     def step(self, seed: int) -> bool:
         """One exchange. Returns whether its output is right."""
@@ -146,6 +178,23 @@ def last_abandons_alone(windows: HostWindows) -> dict[str, object]:
     return {"good": good, "missing": windows.missing}
 
 
+VARIANTS = (
+    {"global_ids": True},
+    {"expert_major": True},
+    {"max_sms": 1},
+    {"max_sms": 2, "global_ids": True},
+    {"max_sms": 2, "num_tokens": 11},
+    {"max_sms": 64, "num_tokens": 7},
+)
+
+
+def variants(windows: HostWindows) -> dict[str, object]:
+    """Every way to exchange in turn on the same windows. Chunks hold halves of two rows, so that programs have several."""
+    symmetric_launch.CHUNK_BYTES, symmetric_launch.WHOLE_BYTES = ROW_BYTES, ROW_BYTES // 2
+    good = [Exchanger(windows, **options).step(seed) for seed in range(2) for options in VARIANTS]
+    return {"good": good, "missing": windows.missing}
+
+
 def last_is_late(windows: HostWindows) -> dict[str, object]:
     """The last rank comes to a dispatch after the others have given up, and runs a whole step then."""
     good = [Exchanger(windows).step(0)]
@@ -165,7 +214,8 @@ def main(num_ranks: int) -> None:
     interpreter.InterpreterBuilder.create_splat = splat
     symmetric_launch._starts_early = lambda device: False
     seen = {
-        scenario.__name__: on_ranks(num_ranks, scenario) for scenario in (recovers, last_abandons_alone, last_is_late)
+        scenario.__name__: on_ranks(num_ranks, scenario)
+        for scenario in (recovers, last_abandons_alone, last_is_late, variants)
     }
     sys.stdout.write(json.dumps(seen))
 

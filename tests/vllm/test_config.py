@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -729,6 +730,16 @@ def test_on_gpus_pplx_refuses_rows_that_its_kernels_cannot_copy(model, libraries
     config.model_config.dtype = torch.bfloat16
     with pytest.raises(UnsupportedConfigError, match="rows of a multiple of 16 bytes, not 72"):
         required_backend(config)
+
+
+def test_on_gpus_symmetric_refuses_rows_that_its_kernels_cannot_move(model, tmp_path):
+    odd = shutil.copytree(model, tmp_path / "odd") / "config.json"
+    odd.write_text(json.dumps(json.loads(odd.read_text()) | {"hidden_size": 35}))
+    for name, message in (("symmetric", "rows of a multiple of 4 bytes, not 70"), ("auto", None)):
+        config = gpu_config(str(odd.parent), {"moe_comm": name}, {})
+        config.model_config.dtype = torch.bfloat16
+        with nullcontext() if message is None else pytest.raises(UnsupportedConfigError, match=message):
+            required_backend(config)
 
 
 def gpu_config(model: str, section: dict, changes: dict) -> VllmConfig:

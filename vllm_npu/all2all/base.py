@@ -105,6 +105,15 @@ class All2AllManager(ABC):
         hidden_states has one row for each row of dispatch, weighted.
         """
 
+    def combine_into(
+        self,
+        hidden_states: torch.Tensor,
+        output: torch.Tensor,  # what combine returns: same shape and dtype
+        is_sequence_parallel: bool = False,
+    ) -> torch.Tensor:
+        """combine, with its result in `output`, which is returned. COLLECTIVE. A copy more if the exchange cannot write it."""
+        return output.copy_(self.combine(hidden_states, is_sequence_parallel))
+
     def get_handle(self, kwargs: dict[str, Any]) -> Any:
         """Return the library's object for these sizes, or the manager itself where there is no library. LOCAL, except for the
         first call with these sizes."""

@@ -22,6 +22,7 @@ from vllm_npu.strategies.pipeline import MoEPipeline
 from vllm_npu.strategies.pipelines import Pipelines
 from vllm_npu.strategies.prepare_finalize.base import PrepareHandle
 from vllm_npu.strategies.select import Selection, check_strategy, select
+from vllm_npu.strategies.start_checks import check_inside_vllm
 from vllm_npu.strategies.table import AUTO
 from vllm_npu.transport.base import Groups
 from vllm_npu.transport.symmetric_memory import gather_facts
@@ -92,7 +93,11 @@ class StrategyAll2AllManager(All2AllManager):
         step = self._current_step(is_sequence_parallel)
         name = self._strategy_of(step, tokens)
         pipeline = self._pipelines.get(name, self.num_experts)
-        self._check(name, pipeline, step.plan, len(tokens.extra_tensors))
+        check_inside_vllm(
+            name,
+            replicated_over_tp=step.plan.is_replicated(self.groups.topology.tp_size),
+            extra_tensors=len(tokens.extra_tensors),
+        )
         per_token = (tokens.topk_weights, tokens.topk_ids, *tokens.extra_tensors)
         prepared = pipeline.prepare_finalize.prepare(tokens.rows, per_token, step.plan)
         extra_tensors = prepared.per_token[2:]
@@ -107,13 +112,41 @@ class StrategyAll2AllManager(All2AllManager):
         allgather and naive without sequence parallelism leave the sum over TP to vLLM. After an error the dispatch is over: the
         next call must be another dispatch.
         """
+        return self._combine(hidden_states, None)
+
+    def combine_into(
+        self, hidden_states: torch.Tensor, output: torch.Tensor, is_sequence_parallel: bool = False
+    ) -> torch.Tensor:
+        """combine into `output`. symmetric writes it without a copy where this rank brought all of its rows without padding."""
+        combined = self._combine(hidden_states, output)
+        return output if combined is output else output.copy_(combined)
+
+    def _combine(self, hidden_states: torch.Tensor, output: torch.Tensor | None) -> torch.Tensor:
         micro_batch = self._running.micro_batch()
         sent = self._in_flight.get(micro_batch)
         if sent is None:
             raise HandleMismatchError("StrategyAll2AllManager.combine without a dispatch in this micro-batch")
-        output = sent.pipeline.dispatcher.combine_with_ids(hidden_states, sent.dispatched)
+        if output is not None and not (
+            output.shape == (sent.prepared.rows, hidden_states.shape[1])
+            and output.dtype is hidden_states.dtype
+            and output.is_contiguous()
+        ):
+            output = None
+        combined = sent.pipeline.dispatcher.combine_with_ids(hidden_states, sent.dispatched, output)
         del self._in_flight[micro_batch]
-        return sent.pipeline.prepare_finalize.finalize(output, sent.prepared, reduce_results=False).hidden_states
+        return sent.pipeline.prepare_finalize.finalize(combined, sent.prepared, reduce_results=False).hidden_states
+
+    def set_num_sms(self, num_sms: int) -> None:
+        """Limit the multiprocessors of symmetric from the next dispatch on. LOCAL. Other strategies obey NCCL's variables.
+
+        vLLM's dual batch overlap calls it with VLLM_DBO_COMM_SMS, and after the step with all of the GPU.
+        """
+        total = torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
+        self._pipelines.limit_sms(num_sms if num_sms < total else None)
+
+    def max_sms_used(self) -> int | None:
+        """The limit of set_num_sms, or None."""
+        return self._pipelines.max_sms
 
     def check_failed(self) -> None:
         """Raise TransportError if the exchange of a step gave up waiting for another rank. LOCAL. Host sync: no."""
@@ -170,17 +203,3 @@ class StrategyAll2AllManager(All2AllManager):
                 )
             self.selection = selection
         return selection.strategy
-
-    def _check(self, name: str, pipeline: MoEPipeline, plan: StepPlan, num_extra_tensors: int) -> None:
-        """Raise UnsupportedConfigError where the strategy cannot carry this layer inside vLLM."""
-        if not pipeline.prepare_finalize.gathers_tokens and plan.is_replicated(self.groups.topology.tp_size):
-            raise UnsupportedConfigError(
-                f"{name} completes the sum over TP, and vLLM would add it up again for this model, whose tokens are replicated "
-                "over TP; choose allgather or naive, or set --tensor-parallel-size 1"
-            )
-        most = pipeline.dispatcher.max_extra_tensors
-        if most is not None and num_extra_tensors > most:
-            raise UnsupportedConfigError(
-                f"{name} does not send what quantised experts need beside their rows; choose symmetric (one tensor of scales), "
-                "allgather or naive"
-            )

@@ -96,6 +96,7 @@ def bench(
                     f"{result.share_of_limit:.0%}",
                 )  # fmt: skip
             table.add_section()
+            table.caption = f"link: {results[0].link}, {results[0].link_gb_per_s:,.1f} GB/s sent by a rank"
     Console(width=None if Console().is_terminal else 140).print(table)
     write_rows(json_path, rows)
     if plot is not None:

@@ -246,6 +246,7 @@ class SymmetricLimits:
 
     max_tokens_per_rank: int
     max_ep_size: int = 8
+    row_alignment: int = 4  # bytes; the kernels move rows in words of this size
     source: str
 
 

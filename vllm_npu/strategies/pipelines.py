@@ -11,6 +11,7 @@ class Pipelines:
 
     def __init__(self, groups: Groups) -> None:
         self.groups = groups
+        self.max_sms: int | None = None
         self._pipelines: dict[tuple[str, int, QuantMode], MoEPipeline] = {}
 
     def get(
@@ -25,7 +26,14 @@ class Pipelines:
         if found is None:
             # Micro-batches may ask from several threads: setdefault returns the same pipeline to all of them.
             found = self._pipelines.setdefault(key, build(strategy, self.groups, num_experts, quant_mode))
+            found.dispatcher.max_sms = self.max_sms
         return found
+
+    def limit_sms(self, max_sms: int | None) -> None:
+        """Set Dispatcher.max_sms of all pipelines, also of those to come. LOCAL. Equal on all ranks."""
+        self.max_sms = max_sms
+        for pipeline in tuple(self._pipelines.values()):
+            pipeline.dispatcher.max_sms = max_sms
 
     def check_failed(self) -> None:
         """Raise the error of Dispatcher.check_failed, if a dispatcher has one. LOCAL. Host sync: no. Call it in each step."""

@@ -10,7 +10,9 @@ from vllm_npu.core.limits import NVLINK, PORTABLE, DeviceLimits, MoELayer, Quant
 from vllm_npu.core.step_plan import StepPlan
 from vllm_npu.core.topology import ParallelTopology
 from vllm_npu.errors import UnsupportedConfigError
+from vllm_npu.strategies.dispatch.base import Dispatcher
 from vllm_npu.strategies.pipeline import MoEPipeline
+from vllm_npu.strategies.prepare_finalize.base import PrepareAndFinalize
 from vllm_npu.strategies.table import ALL_STRATEGIES, AUTO
 from vllm_npu.transport.base import Groups
 
@@ -51,6 +53,12 @@ def why_not(
             return f"symmetric needs GPUs of one host that can write each other's memory; use {instead}"
         if topology.ep_size > device.symmetric.max_ep_size:
             return f"symmetric takes up to {device.symmetric.max_ep_size} ranks, not {topology.ep_size}; use {instead}"
+        row_bytes = 0 if layer is None else layer.hidden_size * layer.dtype.itemsize
+        if row_bytes % device.symmetric.row_alignment:
+            return (
+                f"symmetric moves rows of a multiple of {device.symmetric.row_alignment} bytes, not {row_bytes} (hidden_size="
+                f"{layer and layer.hidden_size}); use {instead}"
+            )
     if name == "all2all" and not device.all2all:
         return f"{device.family} runs allgather and naive only; use allgather"
     return None
@@ -172,11 +180,17 @@ def build(
     """
     # NVLINK refuses nothing that PORTABLE takes. Whether GPUs share memory, SymmetricDispatcher finds out when it opens it.
     check_strategy(name, groups.topology, device=NVLINK)
-    row = ALL_STRATEGIES[name]
+    prepare_finalize, dispatcher = classes_of(name)
     return MoEPipeline(
-        prepare_finalize=_class(row.prepare_finalize)(groups),
-        dispatcher=_class(row.dispatcher)(groups, num_experts, quant_mode),
+        prepare_finalize=prepare_finalize(groups),
+        dispatcher=dispatcher(groups, num_experts, quant_mode),
     )
+
+
+def classes_of(name: str) -> tuple[type[PrepareAndFinalize], type[Dispatcher]]:
+    """The two classes of a strategy in ALL_STRATEGIES."""
+    row = ALL_STRATEGIES[name]
+    return _class(row.prepare_finalize), _class(row.dispatcher)
 
 
 @cache

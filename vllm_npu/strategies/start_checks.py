@@ -9,7 +9,7 @@ from vllm_npu.core.step_plan import StepPlan, TokenSharding
 from vllm_npu.core.token_layout import ceil_div
 from vllm_npu.core.topology import ExpertPlacement, ParallelTopology
 from vllm_npu.errors import DeviceLimitError, HcclBufferError, UnsupportedConfigError, UnsupportedDeviceError
-from vllm_npu.strategies.select import check_strategy, select, why_not
+from vllm_npu.strategies.select import check_strategy, classes_of, select, why_not
 from vllm_npu.strategies.table import AUTO
 
 
@@ -31,6 +31,25 @@ def check_experts(wanted: ExpertsWanted, topology: ParallelTopology, device: Dev
     reason = device.experts.why_not(wanted)
     if reason is not None:
         raise UnsupportedConfigError(reason)
+
+
+def check_inside_vllm(strategy: str, *, replicated_over_tp: bool, extra_tensors: int) -> None:
+    """Raise UnsupportedConfigError where the strategy cannot carry a layer whose experts are vLLM's. LOCAL.
+
+    replicated_over_tp: several TP ranks hold the same tokens. extra_tensors: what the experts want beside each row.
+    """
+    prepare_finalize, dispatcher = classes_of(strategy)
+    if replicated_over_tp and not prepare_finalize.gathers_tokens:
+        raise UnsupportedConfigError(
+            f"{strategy} completes the sum over TP, and vLLM would add it up again for this model, whose tokens are replicated "
+            "over TP; choose allgather or naive, or set --tensor-parallel-size 1"
+        )
+    most = dispatcher.max_extra_tensors
+    if most is not None and extra_tensors > most:
+        raise UnsupportedConfigError(
+            f"{strategy} does not send what quantised experts need beside their rows; choose symmetric (one tensor of scales), "
+            "allgather or naive"
+        )
 
 
 def check_start(

@@ -9,7 +9,9 @@ and this sort is left out: the peers leave it to the expert kernels.
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -17,6 +19,7 @@ from vllm_npu.core.limits import MoELayer
 from vllm_npu.core.step_plan import StepPlan, TokenSharding
 from vllm_npu.errors import UnsupportedConfigError
 from vllm_npu.strategies.dispatch.symmetric import SymmetricDispatcher
+from vllm_npu.strategies.dispatch.symmetric_layout import why_not_symmetric
 from vllm_npu.strategies.select import build, check_strategy, why_not
 from vllm_npu.strategies.table import ALL_STRATEGIES
 from vllm_npu.tools.launch import Rank
@@ -24,12 +27,15 @@ from vllm_npu.tools.peers import Peer, PeerExchanges, Tokens
 from vllm_npu.tools.reference import select_topk
 from vllm_npu.tools.verification import limits_of_device
 from vllm_npu.transport.base import Groups, Transport
+from vllm_npu.transport.symmetric_memory import gather_facts, open_push
 from vllm_npu.trust.recording import CollectiveCounter
 
 HOST_READS_SIZES = ("all2all",)  # the host reads sizes in these exchanges, so no graph can hold them
 WARM_UP_ROUNDS = 5
-CALLS_IN_A_GRAPH = 10  # each call then costs a tenth of the start of a graph
-LINK_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20, "npu": 16 << 20}  # sent by each rank to measure the bandwidth
+WARM_UP_SECONDS = {"cpu": 0.0, "cuda": 1.0, "npu": 0.0}  # an idle GPU takes this long to raise its clocks
+CALLS_IN_A_ROW = 10  # on a GPU; each call then costs a tenth of the start of a graph, or of the ranks' different starts
+LINK_BYTES = {"cpu": 16 << 20, "cuda": 64 << 20, "npu": 16 << 20}  # sent by each rank to measure the bandwidth
+LINK_ROUNDS = 10
 PEER, STRATEGY = "peer", "strategy"
 
 
@@ -56,8 +62,9 @@ class Result:
     us_p90: float
     collectives: int
     bytes_sent_per_rank: float  # mean over ranks
-    # Time of these bytes at the bandwidth of one large all-to-all, divided by us_median.
-    share_of_limit: float
+    share_of_limit: float  # time of these bytes at the link's bandwidth, divided by us_median
+    link: str  # how that bandwidth was measured: "push" or "all-to-all"
+    link_gb_per_s: float
 
 
 def counts_of(tokens: int, ranks: int, skew: float) -> tuple[int, ...]:
@@ -75,11 +82,13 @@ def measure(rank: Rank, workload: Workload) -> list[Result]:
     tokens = _tokens(rank, workload)
     exchanges = _strategies(rank, workload, tokens) | _peers(groups, tokens)
     clock = _clock(rank, groups.ep, workload.graph)
-    times = _times(clock, [peer.run for _, peer in exchanges.values()], workload.rounds)  # [exchanges, rounds]
+    runs = [peer.run for _, peer in exchanges.values()]
+    _warm_up(rank, groups.ep, clock, runs)
+    times = _times(clock, runs, workload.rounds)  # [exchanges, rounds]
     slowest = groups.ep.all_gather(times.to(rank.device)[None]).amax(0)
     bytes_sent = torch.tensor([peer.bytes_sent for _, peer in exchanges.values()], dtype=torch.float64)
     mean_bytes = groups.ep.all_gather(bytes_sent.to(rank.device)[None]).mean(0).tolist()
-    bandwidth = _bandwidth(rank, groups.ep)
+    link, bandwidth = _bandwidth(rank, groups.ep)
     results = []
     for (name, (kind, peer)), us, sent in zip(exchanges.items(), slowest.cpu(), mean_bytes, strict=True):
         median = float(us.median())
@@ -93,6 +102,8 @@ def measure(rank: Rank, workload: Workload) -> list[Result]:
                 collectives=peer.collectives,
                 bytes_sent_per_rank=sent,
                 share_of_limit=sent / bandwidth / median,
+                link=link,
+                link_gb_per_s=bandwidth / 1e3,
             )
         )
     return results
@@ -164,7 +175,10 @@ Clock = Callable[[Callable[[], object]], float]
 
 
 def _clock(rank: Rank, transport: Transport, graph: bool) -> Clock:
-    """A clock of the host. On GPUs: a clock of the device, from the first kernel of a call to the last one."""
+    """A clock of the host. On GPUs: a clock of the device, over calls in a row, as the layers of a model follow one another.
+
+    A single eager call would measure mostly how far apart the ranks start: 105 to 178 us where calls in a row took a fourth.
+    """
 
     def host(run: Callable[[], object]) -> float:
         transport.barrier()
@@ -183,6 +197,13 @@ def _clock(rank: Rank, transport: Transport, graph: bool) -> Clock:
         end.synchronize()
         return start.elapsed_time(end) * 1e3
 
+    def in_a_row(run: Callable[[], object]) -> float:
+        def calls() -> None:
+            for _ in range(CALLS_IN_A_ROW):
+                run()
+
+        return device(calls) / CALLS_IN_A_ROW
+
     captured: dict[Callable[[], object], torch.cuda.CUDAGraph] = {}
 
     def replay(run: Callable[[], object]) -> float:
@@ -191,32 +212,51 @@ def _clock(rank: Rank, transport: Transport, graph: bool) -> Clock:
             torch.cuda.synchronize()
             captured[run] = torch.cuda.CUDAGraph()
             with torch.cuda.graph(captured[run]):
-                for _ in range(CALLS_IN_A_GRAPH):
+                for _ in range(CALLS_IN_A_ROW):
                     run()
-        return device(captured[run].replay) / CALLS_IN_A_GRAPH
+        return device(captured[run].replay) / CALLS_IN_A_ROW
 
     if graph:
         return replay
-    return device if rank.device.type == "cuda" else host
+    return in_a_row if rank.device.type == "cuda" else host
+
+
+def _warm_up(rank: Rank, transport: Transport, clock: Clock, runs: list[Callable[[], torch.Tensor]]) -> None:
+    """Run everything WARM_UP_ROUNDS times, and until WARM_UP_SECONDS are over on all ranks. COLLECTIVE."""
+    started, rounds, waiting = time.monotonic(), 0, True
+    while rounds < WARM_UP_ROUNDS or waiting:
+        for run in runs:
+            clock(run)
+        rounds += 1
+        left = WARM_UP_SECONDS[rank.device.type] - (time.monotonic() - started)
+        waiting = bool(transport.all_gather(torch.tensor([left > 0], dtype=torch.uint8, device=rank.device)).any())
 
 
 def _times(clock: Clock, runs: list[Callable[[], torch.Tensor]], rounds: int) -> torch.Tensor:
     """[runs, rounds] float64 on the CPU. Exchanges take turns, so that a slow moment of the machine slows all of them."""
-    for _ in range(WARM_UP_ROUNDS):
-        for run in runs:
-            clock(run)
     return torch.tensor([[clock(run) for run in runs] for _ in range(rounds)], dtype=torch.float64).t().contiguous()
 
 
-def _bandwidth(rank: Rank, transport: Transport) -> float:
-    """Bytes that a rank sends in one microsecond of a large all-to-all."""
-    part = LINK_BYTES[rank.device.type] // transport.size
-    x = torch.zeros(part * transport.size, dtype=torch.uint8, device=rank.device)
-    sizes = [part] * transport.size
-    clock = _clock(rank, transport, graph=False)
-    fastest = min(clock(lambda: transport.all_to_all(x, sizes, sizes)) for _ in range(5))
+def _bandwidth(rank: Rank, transport: Transport) -> tuple[str, float]:
+    """How the link was measured, and the bytes that a rank sends over it in one microsecond. COLLECTIVE.
+
+    "push": every GPU copies into its neighbour's memory, all at once. "all-to-all": one large all-to-all, where ranks share no
+    memory. An all-to-all of NCCL reaches about 0.7 of what a push reaches, so it is no limit of the link.
+    """
+    num_bytes, clock = LINK_BYTES[rank.device.type], _clock(rank, transport, graph=False)
+    with ExitStack() as until_measured:
+        if rank.device.type == "cuda" and why_not_symmetric(gather_facts(transport), tokens_per_rank=1) is None:
+            name, sent = "push", num_bytes
+            run = until_measured.enter_context(open_push(transport, num_bytes))
+        else:
+            part = num_bytes // transport.size
+            name, sent = "all-to-all", part * (transport.size - 1)
+            x = torch.zeros(part * transport.size, dtype=torch.uint8, device=rank.device)
+            sizes = [part] * transport.size
+            run = partial(transport.all_to_all, x, sizes, sizes)
+        fastest = min(clock(run) for _ in range(LINK_ROUNDS))
     slowest = transport.all_gather(torch.tensor([fastest], dtype=torch.float64, device=rank.device)).max()
-    return part * (transport.size - 1) / float(slowest)
+    return name, sent / float(slowest)
 
 
 def best(results: list[Result]) -> Result:

@@ -237,6 +237,9 @@ class Transport(ABC):
     def note_op(self, operation: str, sent: int) -> None:  # noqa: B027 - only a recorder counts
         """Count a device op that communicates over this group by itself. LOCAL. `sent`: the most bytes that it may send."""
 
+    def abort(self) -> None:  # noqa: B027 - only device transports have waits that no host call ends
+        """End what this rank's device waits for in this group, with undefined results. LOCAL. The group is of no use after."""
+
     def watch(self, watchdog: RankWatch) -> None:  # noqa: B027 - threads name late ranks without it
         """Let `watchdog` name the ended or late ranks in this rank's failures on the group, and set the deadline. LOCAL."""
 

@@ -11,7 +11,8 @@ import ctypes
 import mmap
 import os
 from collections import deque
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary, proxy
@@ -192,7 +193,7 @@ class SymmetricWindows:
         self._free = deque(range(NUM_WINDOWS))
         self._last_stream: int | None = None  # raw handle of the stream of the last exchange
         torch.cuda.synchronize(self.device)
-        dist.barrier(process_group)
+        transport.barrier()
 
     def bytes_of(self, window: int) -> torch.Tensor:
         """View of this rank's `window` as [bytes] uint8."""
@@ -331,6 +332,26 @@ def close_windows(transport: Transport) -> None:
         windows.close()
 
 
+@contextmanager
+def open_push(transport: Transport, num_bytes: int) -> Iterator[Callable[[], object]]:
+    """A function that copies num_bytes into the next rank's GPU memory. COLLECTIVE at both ends; the function is LOCAL.
+
+    Called on all ranks at once it shows what a link carries: a copy needs no reply, and no kernel waits for another rank.
+    """
+    group = _innermost(transport)
+    device = torch.device("cuda", torch.cuda.current_device())
+    try:
+        buffer = symm_mem.empty(num_bytes, dtype=torch.uint8, device=device)
+        shared = symm_mem.rendezvous(buffer, group.process_group)
+    except RuntimeError as error:
+        raise TransportError("open push", group.group, group.rank, f"{num_bytes} bytes: {error}") from error
+    target = shared.get_buffer((group.rank + 1) % group.size, (num_bytes,), torch.uint8)
+    source = torch.randint(0, 256, (num_bytes,), dtype=torch.uint8, device=device)
+    yield lambda: target.copy_(source)
+    torch.cuda.synchronize(device)
+    transport.barrier()  # no rank frees memory that another one still writes
+
+
 def gather_facts(transport: Transport) -> SymmetricFacts:
     """Gather the facts of all ranks of the transport. COLLECTIVE: two small gathers. Host sync: yes."""
     group = _innermost(transport)
@@ -343,7 +364,7 @@ def gather_facts(transport: Transport) -> SymmetricFacts:
     return SymmetricFacts(
         num_ranks=group.size,
         num_hosts=len({place.partition(" ")[0] for place in places}),
-        cuda=all(devices) and len(set(devices)) == group.size,
+        cuda=all(devices) and (len(set(devices)) == group.size or envs.SHARE_GPUS.read_flag()),
         peer_access=peer_access,
         triton=triton,
     )

@@ -2,16 +2,18 @@
 
 The host does not wait for a collective of NCCL, but for the step's tokens. NCCL finds a failed collective in a thread of its
 own, up to ten minutes later, ends the process from there, and names no rank. The lookout says before that which ranks are gone.
+Then it aborts the communicators, so that the wait ends and the caller gets the error.
 """
 
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Final
 
 from vllm_npu.errors import RankFailureError
+from vllm_npu.transport.base import Transport
 from vllm_npu.trust.watchdog import Watchdog
 
 logger = logging.getLogger("vllm.npu.trust.step_lookout")  # vLLM shows the messages of loggers below "vllm"
@@ -23,12 +25,16 @@ EARLY: Final = 0.9  # of the deadline, since NCCL's own time-out may be as long 
 class StepLookout:
     """Looks at the mailboxes of all ranks while this rank waits, and keeps the error that names the ended or late ranks.
 
-    An ended rank is named at the next look. A late rank is named shortly before the watchdog's deadline. The thread cannot end
-    the wait of another thread, so it logs the error, and check() raises it if the wait ever ends.
+    An ended rank is named at the next look. A late rank is named shortly before the watchdog's deadline; the watchdog then
+    takes up to GRACE_SECONDS for its reports. The thread logs the error and aborts `groups`, which ends waits for them. check()
+    then raises the error. A wait for a communicator that is not among `groups` goes on.
     """
 
-    def __init__(self, watchdog: Watchdog, look_seconds: float = LOOK_SECONDS) -> None:
+    def __init__(
+        self, watchdog: Watchdog, look_seconds: float = LOOK_SECONDS, groups: Sequence[Transport] = ()
+    ) -> None:
         self._watchdog = watchdog
+        self._groups = [group.innermost for group in groups if group.size > 1]
         self._look_seconds = look_seconds
         self._waits: dict[object, float] = {}  # when each wait of this process began; vLLM overlaps steps
         self._lock = threading.Lock()
@@ -73,4 +79,14 @@ class StepLookout:
             operation, group = ("step", "ep") if begun is None else begun
             self._failure = self._watchdog.failure(operation, group, self._watchdog.rank, detail)
             logger.error("%s", self._failure)
+            _abort(self._groups)
             return
+
+
+def _abort(groups: Sequence[Transport]) -> None:
+    """Abort all groups at once: kernels of one group may stand on the device behind waiting kernels of another one.
+
+    Waits end at once, but NCCL's call returns after the graphs that hold its kernels are gone. No process waits for it.
+    """
+    for group in groups:
+        threading.Thread(target=group.abort, name="vllm_npu_abort", daemon=True).start()

@@ -98,7 +98,7 @@ class CudaMoECommunicator(CudaCommunicator):
             settings.counter.reset()  # the counts leave the self-test out
         inner = self._build(vllm_config, options.exchange, found, groups)
         metrics = StepMetrics.if_wanted(groups.topology, settings.counter)
-        return VllmAll2AllManager(inner, StepLookout(watchdog), metrics)
+        return VllmAll2AllManager(inner, StepLookout(watchdog, groups=(groups.tp, groups.dp, groups.ep)), metrics)
 
     def _build(
         self, vllm_config: VllmConfig, exchange: str | None, named: type[All2AllManager] | None, groups: Groups

@@ -8,7 +8,7 @@ from vllm_npu import envs
 from vllm_npu.all2all import FLASHINFER, GATHERING, manager_row
 from vllm_npu.all2all.flashinfer import ALL_REDUCE_MAX_BYTES
 from vllm_npu.all2all.pplx import PPLXSizes
-from vllm_npu.core.limits import NVLINK
+from vllm_npu.core.limits import NVLINK, MoELayer
 from vllm_npu.core.topology import ExpertPlacement, ParallelTopology
 from vllm_npu.errors import UnsupportedConfigError
 from vllm_npu.plugin.options import Options, check_expert_placement, topology_of
@@ -61,9 +61,17 @@ def required_backend(vllm_config: "VllmConfig") -> str | None:
         if options.all2all == "pplx" and moves_tokens:
             check_pplx(vllm_config, topology)
         return row.backend
-    check_strategy(options.exchange or AUTO, topology, device=NVLINK)
+    layer = None
     if moves_tokens:
-        ExpertPlacement(int(model_config.get_num_experts()), topology.ep_size)
+        num_experts = int(model_config.get_num_experts())
+        ExpertPlacement(num_experts, topology.ep_size)
+        layer = MoELayer(
+            num_experts=num_experts,
+            top_k=1,  # no strategy on GPUs depends on it
+            hidden_size=model_config.get_hidden_size(),
+            dtype=model_config.dtype,
+        )
+    check_strategy(options.exchange or AUTO, topology, layer, NVLINK)
     if options.exchange == "symmetric" and parallel_config.nnodes > 1:
         raise UnsupportedConfigError(
             f"moe_comm symmetric cannot run here: the ranks are on {parallel_config.nnodes} hosts; choose allgather"

@@ -12,7 +12,9 @@ from vllm.distributed import get_ep_group
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 from vllm.v1.worker.gpu_worker import Worker
 
+from vllm_npu.plugin.gpu.layer_check import check_layers
 from vllm_npu.plugin.gpu.vllm_manager import VllmAll2AllManager
+from vllm_npu.plugin.options import Options, topology_of
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -23,6 +25,12 @@ Wait = Callable[[], AbstractContextManager[None]]
 
 class CudaMoEWorker(Worker):
     """vLLM starts this worker if an option names an exchange of this package, and its own worker otherwise."""
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        """Load the model, and check its MoE layers. Raises UnsupportedConfigError for layers that the exchange cannot carry."""
+        super().load_model(*args, **kwargs)
+        options = Options.of(self.vllm_config)
+        check_layers(self.get_model().modules(), options, topology_of(self.vllm_config.parallel_config))
 
     def execute_model(self, scheduler_output: "SchedulerOutput") -> Any:
         """Run a step. Raises TransportError if an earlier step failed, before anything of this step is queued."""

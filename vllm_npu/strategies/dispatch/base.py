@@ -88,6 +88,10 @@ class Dispatcher(ABC):
     max_extra_tensors: ClassVar[int | None] = 0
     """Most tensors that dispatch_with_ids takes beside the rows. None: any number."""
 
+    max_sms: int | None = None
+    """The most multiprocessors of a GPU that an exchange by this package's kernels takes, from the next dispatch on. None: all.
+    Equal on all ranks. A captured graph keeps the number of its capture."""
+
     def __init__(
         self,
         groups: Groups,
@@ -141,8 +145,10 @@ class Dispatcher(ABC):
         self,
         expert_output: torch.Tensor,  # [rows of dispatch_with_ids, width]: weighted sums of this rank's experts
         handle: Handle,
+        output: torch.Tensor | None = None,  # [num_tokens, width], contiguous, dtype of expert_output
     ) -> torch.Tensor:  # [num_tokens, width]
-        """Undo dispatch_with_ids. Cost: that of combine."""
+        """Undo dispatch_with_ids. Cost: that of combine. A dispatcher that can write into `output` does so and returns it;
+        others return fresh memory."""
         stage = f"{type(self).__name__}.combine_with_ids"
         return self.combine(expert_output, check_handle(handle, DispatchHandle, stage))
 

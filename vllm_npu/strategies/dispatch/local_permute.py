@@ -64,7 +64,9 @@ class LocalPermuteDispatcher(Dispatcher):
         )
         return rows, DispatchHandle(rows=rows.rows.shape[0])
 
-    def combine_with_ids(self, expert_output: torch.Tensor, handle: Handle) -> torch.Tensor:
+    def combine_with_ids(
+        self, expert_output: torch.Tensor, handle: Handle, output: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Return expert_output itself, which has a row for each token."""
         stage = "LocalPermuteDispatcher.combine_with_ids"
         self._consume(check_handle(handle, DispatchHandle, stage), DispatchHandle, expert_output)

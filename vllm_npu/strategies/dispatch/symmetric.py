@@ -6,8 +6,8 @@ source:       row + scales + weights + local ids  --dispatch kernel-->  slot (ra
 destination:  experts, weighted sum for each slot  --combine kernel-->  source: sum over ranks
 
 dispatch_slots and combine_slots do this alone. They are for experts that take slots: rows with expert ids, of which -1
-means no expert. vLLM's fused experts take such rows. dispatch and combine also sort the rows by expert, for experts that take
-expert-major rows.
+means no expert. vLLM's fused experts take such rows. dispatch also sorts the rows by expert, in two kernels more, for experts
+that take expert-major rows. combine then reads these rows itself.
 """
 
 from dataclasses import dataclass, field
@@ -24,10 +24,12 @@ from vllm_npu.errors import InvalidInputError, UnsupportedConfigError
 from vllm_npu.strategies.dispatch.base import Dispatched, Dispatcher, DispatchHandle, RoutedTokens
 from vllm_npu.strategies.dispatch.rows_with_ids import RowsWithIds
 from vllm_npu.strategies.dispatch.symmetric_launch import (
+    SortLaunches,
     check_device,
     combine_launches,
     dispatch_launches,
     programs_for,
+    sort_launches,
     weighted_sum,
 )
 from vllm_npu.strategies.dispatch.symmetric_layout import WORD_BYTES, SlotLayout
@@ -49,11 +51,15 @@ class SlotPlan:
     windows: SymmetricWindows
     layout: SlotLayout
     num_tokens: int
+    global_ids: bool
+    max_sms: int | None
     sent_bytes: int  # by a token that has an expert on every rank
     launches: tuple[PreparedLaunch, ...]  # for each window; empty: no tokens
     views: tuple[tuple[torch.Tensor, ...], ...]  # for each window: hidden_states, scales, weights, ids
-    combines: dict[tuple[int, torch.Size, torch.dtype], tuple[PreparedLaunch, ...]] = field(default_factory=dict)
-    """Launches of combine by the device, shape and dtype of slot_output. Filled by combine_slots."""
+    sorts: tuple[SortLaunches, ...]  # for each window; empty: no slots, or global ids
+    combines: dict[tuple[int, torch.Size, torch.dtype, bool], tuple[PreparedLaunch, ...]] = field(default_factory=dict)
+    """Launches of combine by the device, shape and dtype of the experts' rows, and whether these are sorted. Filled by
+    combine_slots and combine."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +79,10 @@ class DispatchedSlots(NamedTuple):  # a named tuple takes a fourth of a frozen d
     hidden_states: torch.Tensor  # [ep_size * num_tokens, hidden_size]; empty slots are undefined
     scales: torch.Tensor | None  # [ep_size * num_tokens, scale_width] float32; empty slots are undefined
     topk_weights: torch.Tensor  # [ep_size * num_tokens, top_k] float32; 0 beside an id of -1
-    topk_ids: torch.Tensor  # [ep_size * num_tokens, top_k] int32: local expert ids, -1 for experts of other ranks
+    topk_ids: torch.Tensor
+    """[ep_size * num_tokens, top_k] int32: local expert ids, and -1 for experts of other ranks. With global_ids: global ids,
+    and an expert of another rank in place of -1."""
+
     handle: SlotHandle
 
 
@@ -84,7 +93,7 @@ class SymmetricHandle(DispatchHandle):
     slots: SlotHandle
     local_ids: torch.Tensor  # [num_slots, top_k] int32
     weights: torch.Tensor  # [num_slots, top_k] float32
-    positions: torch.Tensor  # [num_slots, top_k] int64: expert-major row of each pair; undefined for ids of -1
+    positions: torch.Tensor  # [num_slots, top_k] int32: expert-major row of each pair; undefined for ids of -1
 
 
 class SymmetricDispatcher(Dispatcher):
@@ -109,6 +118,7 @@ class SymmetricDispatcher(Dispatcher):
         quant_mode: QuantMode = QuantMode.NONE,
         limits: SymmetricLimits = SYMMETRIC,
         timeout: float | None = None,  # seconds, for windows that this object opens; None: as open_windows says
+        max_sms: int | None = None,
     ) -> None:
         super().__init__(groups, num_experts, quant_mode)
         if not 2 <= groups.topology.ep_size <= limits.max_ep_size:
@@ -117,6 +127,7 @@ class SymmetricDispatcher(Dispatcher):
                 "allgather"
             )
         self.limits = limits
+        self.max_sms = max_sms
         self._timeout = timeout
         self._windows: SymmetricWindows | None = None
         self._plans: dict[tuple[Any, ...], SlotPlan] = {}
@@ -171,9 +182,12 @@ class SymmetricDispatcher(Dispatcher):
         topk_ids: torch.Tensor,  # [num_tokens, top_k] int32 or int64, global expert ids; -1: no expert
         mask: torch.Tensor | None = None,  # [num_tokens] bool; False: goes nowhere
         scales: torch.Tensor | None = None,  # [num_tokens, scale_width] float32, travel with their rows
+        global_ids: bool = False,  # of DispatchedSlots.topk_ids. Equal on all ranks
     ) -> DispatchedSlots:
         """Send each token once to each rank that has one of its experts. COLLECTIVE over ep: one kernel. Host sync: no."""
         key = (
+            global_ids,
+            self.max_sms,
             hidden_states.get_device(),
             hidden_states.shape,
             hidden_states.dtype,
@@ -188,7 +202,7 @@ class SymmetricDispatcher(Dispatcher):
         )
         plan = self._plans.get(key)
         if plan is None:
-            plan = self._plans[key] = self._plan(hidden_states, topk_weights, topk_ids, mask, scales)
+            plan = self._plans[key] = self._plan(hidden_states, topk_weights, topk_ids, mask, scales, global_ids)
         windows = plan.windows
         windows.check("dispatch")
         # The kernels take addresses. combine reads ids and mask again.
@@ -223,28 +237,40 @@ class SymmetricDispatcher(Dispatcher):
         self,
         slot_output: torch.Tensor,  # [ep_size * num_tokens, width]: weighted sums of the local experts; empty slots unused
         handle: SlotHandle,
+        output: torch.Tensor | None = None,  # [num_tokens, width], contiguous, dtype of slot_output
     ) -> torch.Tensor:  # [num_tokens, width], dtype of slot_output; zeros for a token that went nowhere
         """Send each filled slot's row back and add the rows up, float32, ranks ascending: the same bits in every run.
 
-        COLLECTIVE over ep: one kernel. Host sync: no. slot_output is read, not kept. A refused slot_output (InvalidInputError)
-        leaves the handle usable. Any other error gives the window back.
+        COLLECTIVE over ep: one kernel. Host sync: no. slot_output is read, not kept. `output` is written and returned where it
+        is given. A refused tensor (InvalidInputError) leaves the handle usable. Any other error gives the window back.
         """
         handle = check_handle(handle, SlotHandle, "SymmetricDispatcher.combine_slots")
+        return self._combine(slot_output, handle, output=output)
+
+    def _combine(
+        self,
+        rows: torch.Tensor,  # a row for each slot, or expert-major rows
+        handle: SlotHandle,
+        *,
+        positions: torch.Tensor | None = None,  # [num_slots, top_k] int32, of expert-major rows
+        output: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         plan = handle.plan
         windows = plan.windows
-        key = (slot_output.get_device(), slot_output.shape, slot_output.dtype)
+        key = (rows.get_device(), rows.shape, rows.dtype, positions is not None)
         launches = plan.combines.get(key)
         if launches is None:
-            launches = plan.combines[key] = self._plan_combine(slot_output, handle)
+            launches = plan.combines[key] = self._plan_combine(rows, handle, expert_major=positions is not None)
+        if output is not None:
+            _check_output(output, plan.num_tokens, rows)
         handle.spend("SymmetricDispatcher.combine_slots")
         try:
             windows.check("combine")
             others = self.placement.ep_size - 1
-            self.groups.ep.note_op(
-                "combine", plan.num_tokens * others * slot_output.shape[1] * slot_output.element_size()
-            )
-            output = slot_output.new_empty((plan.num_tokens, slot_output.shape[1]))
-            tensors = (output, slot_output.contiguous(), handle.topk_ids, handle.mask)
+            self.groups.ep.note_op("combine", plan.num_tokens * others * rows.shape[1] * rows.element_size())
+            if output is None:
+                output = rows.new_empty((plan.num_tokens, rows.shape[1]))
+            tensors = (output, rows.contiguous(), positions, handle.topk_ids, handle.mask)
             stream = windows.enter()
             if launches:
                 launches[handle.window](tensors, stream)
@@ -257,31 +283,30 @@ class SymmetricDispatcher(Dispatcher):
     def dispatch_with_ids(
         self, tokens: RoutedTokens, extra_tensors: tuple[torch.Tensor, ...] = ()
     ) -> tuple[RowsWithIds, Handle]:
-        """dispatch_slots, with global ids. An extra tensor is float32 scales. All tensors are views of the window, except ids:
-        read them before combine_with_ids."""
+        """dispatch_slots, with global ids. An extra tensor is float32 scales. All tensors are views of the window: read them
+        before combine_with_ids, and do not write them."""
         slots = self.dispatch_slots(
             tokens.hidden_states,
             tokens.topk_weights,
             tokens.topk_ids,
             tokens.mask,
             extra_tensors[0] if extra_tensors else None,
+            global_ids=True,
         )
-        first_expert = self.placement.first_expert(self.groups.topology.ep_rank)
-        with self.scope(slots.handle):
-            ids = torch.where(slots.topk_ids < 0, self._foreign_expert, slots.topk_ids + first_expert)
         scales = () if slots.scales is None else (slots.scales,)
-        return RowsWithIds(slots.hidden_states, slots.topk_weights, ids, scales), slots.handle
+        return RowsWithIds(slots.hidden_states, slots.topk_weights, slots.topk_ids, scales), slots.handle
 
-    def combine_with_ids(self, expert_output: torch.Tensor, handle: Handle) -> torch.Tensor:
+    def combine_with_ids(
+        self, expert_output: torch.Tensor, handle: Handle, output: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """combine_slots."""
-        return self.combine_slots(
-            expert_output, check_handle(handle, SlotHandle, "SymmetricDispatcher.combine_with_ids")
-        )
+        handle = check_handle(handle, SlotHandle, "SymmetricDispatcher.combine_with_ids")
+        return self.combine_slots(expert_output, handle, output)
 
     def dispatch(self, tokens: RoutedTokens) -> Dispatched:
-        """dispatch_slots, then sort the rows by expert. Host sync: no. Graph capture: yes.
+        """dispatch_slots, then sort the rows by expert in two kernels. Host sync: no. Graph capture: yes.
 
-        expert_input has num_slots * min(top_k, experts_per_rank) rows, which is room for every pair that could be local.
+        expert_input has num_slots * top_k rows, which is room for every pair that could be local.
         """
         if tokens.max_rows is not None:
             raise InvalidInputError("symmetric needs as many rows on every rank; pad to max_rows and pass a mask")
@@ -293,34 +318,42 @@ class SymmetricDispatcher(Dispatcher):
             return self._sorted_by_expert(slots)
 
     def _sorted_by_expert(self, slots: DispatchedSlots) -> Dispatched:
-        experts_per_rank, top_k = self.placement.experts_per_rank, slots.topk_ids.shape[1]
-        pair_experts = torch.where(slots.topk_ids < 0, experts_per_rank, slots.topk_ids).flatten()
-        order = pair_experts.argsort(stable=True)
-        positions = torch.empty_like(order)
-        positions[order] = torch.arange(order.numel(), device=order.device)
-        expert_rows = slots.topk_ids.shape[0] * min(top_k, experts_per_rank)
-        counts = torch.zeros(experts_per_rank + 1, dtype=torch.int64, device=order.device)
-        counts.scatter_add_(0, pair_experts.long(), torch.ones_like(order))
-        sources = order[:expert_rows] // top_k
+        plan, window = slots.handle.plan, slots.handle.window
+        num_rows = slots.topk_ids.numel()
+        hidden_states, device = slots.hidden_states, slots.hidden_states.device
+        expert_input = hidden_states.new_empty((num_rows, hidden_states.shape[1]))
+        scales = None if slots.scales is None else slots.scales.new_empty(num_rows)
+        positions = torch.empty_like(slots.topk_ids)
+        experts_per_rank = self.placement.experts_per_rank
+        if plan.sorts:
+            counts = torch.empty(experts_per_rank, dtype=torch.int64, device=device)
+            plan.sorts[window](expert_input, scales, positions, counts, plan.windows.enter())
+        else:
+            counts = torch.zeros(experts_per_rank, dtype=torch.int64, device=device)
         return Dispatched(
-            expert_input=slots.hidden_states[sources],
-            tokens_per_expert=counts[:experts_per_rank],
-            dynamic_scales=None if slots.scales is None else slots.scales[sources, 0],
+            expert_input=expert_input,
+            tokens_per_expert=counts,
+            dynamic_scales=scales,
             handle=SymmetricHandle(
-                rows=expert_rows,
+                rows=num_rows,
                 slots=slots.handle,
                 local_ids=slots.topk_ids,
                 weights=slots.topk_weights,
-                positions=positions.view_as(slots.topk_ids),
+                positions=positions,
             ),
         )
 
     def combine(self, expert_output: torch.Tensor, handle: DispatchHandle) -> torch.Tensor:
-        """Each slot's weighted sum of the experts' rows, then combine_slots. Rows past the experts' own are not read."""
+        """combine_slots of each slot's weighted sum of the experts' rows. Rows past the experts' own are not read.
+
+        One kernel. With max_sms: a kernel on all multiprocessors makes the sums before.
+        """
         handle = self._consume(handle, SymmetricHandle, expert_output)
         with self.scope(handle.slots):
+            if handle.slots.plan.max_sms is None:
+                return self._combine(expert_output, handle.slots, positions=handle.positions)
             slot_output = weighted_sum(expert_output, handle.positions, handle.local_ids, handle.weights)
-            return self.combine_slots(slot_output, handle.slots)
+            return self._combine(slot_output, handle.slots)
 
     def _release(self, handle: Handle) -> None:
         if isinstance(handle, SymmetricHandle):
@@ -335,6 +368,7 @@ class SymmetricDispatcher(Dispatcher):
         topk_ids: torch.Tensor,
         mask: torch.Tensor | None,
         scales: torch.Tensor | None,
+        global_ids: bool,
     ) -> SlotPlan:
         """Check the tensors, open the windows where they are closed, and lay out the slots."""
         if not hidden_states.is_cuda:
@@ -366,6 +400,8 @@ class SymmetricDispatcher(Dispatcher):
                 f"scales is {scales.dtype} {tuple(scales.shape)}; it must be float32 [{num_tokens}, scale_width], one row "
                 "for each row of hidden_states"
             )
+        if self.max_sms is not None and self.max_sms < 1:
+            raise UnsupportedConfigError(f"max_sms is {self.max_sms}; an exchange needs at least one multiprocessor")
         layout = SlotLayout(ep_size * num_tokens, row_bytes, 0 if scales is None else scales.shape[1], top_k)
         if self._windows is None:
             self.open(row_bytes=row_bytes, top_k=top_k, scale_width=layout.scale_width)
@@ -378,34 +414,51 @@ class SymmetricDispatcher(Dispatcher):
                 "before the first dispatch"
             )
         experts_per_rank = self.placement.experts_per_rank
+        views = tuple(layout.views(windows.bytes_of(window), hidden_states.dtype) for window in range(NUM_WINDOWS))
+        sorts = num_tokens > 0 and not global_ids
         return SlotPlan(
             windows=windows,
             layout=layout,
             num_tokens=num_tokens,
+            global_ids=global_ids,
+            max_sms=self.max_sms,
             sent_bytes=(ep_size - 1) * (row_bytes + WORD_BYTES * (layout.scale_width + 2 * top_k)),
-            launches=dispatch_launches(windows, layout, num_tokens, experts_per_rank, has_mask=mask is not None),
-            views=tuple(layout.views(windows.bytes_of(window), hidden_states.dtype) for window in range(NUM_WINDOWS)),
+            launches=dispatch_launches(
+                windows,
+                layout,
+                num_tokens,
+                experts_per_rank,
+                has_mask=mask is not None,
+                global_ids=global_ids,
+                max_sms=self.max_sms,
+            ),
+            views=views,
+            sorts=tuple(sort_launches(layout, each, experts_per_rank) for each in views) if sorts else (),
         )
 
-    def _plan_combine(self, slot_output: torch.Tensor, handle: SlotHandle) -> tuple[PreparedLaunch, ...]:
+    def _plan_combine(
+        self, slot_output: torch.Tensor, handle: SlotHandle, *, expert_major: bool
+    ) -> tuple[PreparedLaunch, ...]:
         """Check slot_output, and prepare combine's kernel for each window. Empty: there is nothing to move."""
         plan, windows, layout = handle.plan, handle.plan.windows, handle.plan.layout
-        check_rows(
-            slot_output,
-            layout.num_slots,
-            name="slot_output",
-            stage="SymmetricDispatcher.combine_slots",
-            meaning="a row for each slot",
-        )
+        if not expert_major:  # combine has checked the rows
+            check_rows(
+                slot_output,
+                layout.num_slots,
+                name="slot_output",
+                stage="SymmetricDispatcher.combine_slots",
+                meaning="a row for each slot",
+            )
         check_device("slot_output", slot_output, windows.device)
         if slot_output.dtype not in COMBINE_DTYPES or not slot_output.shape[1]:
             raise InvalidInputError(
                 f"slot_output is {slot_output.dtype} {tuple(slot_output.shape)}; it must be one of {COMBINE_DTYPES}, with "
                 "columns"
             )
-        if slot_output.nbytes > windows.size.returned_bytes:
+        returned_bytes = layout.num_slots * slot_output.shape[1] * slot_output.element_size()
+        if returned_bytes > windows.size.returned_bytes:
             raise InvalidInputError(
-                f"slot_output takes {slot_output.nbytes} bytes, the windows hold {windows.size.returned_bytes}; call "
+                f"slot_output takes {returned_bytes} bytes, the windows hold {windows.size.returned_bytes}; call "
                 "open(returned_row_bytes=...) before the first dispatch"
             )
         return combine_launches(
@@ -416,4 +469,17 @@ class SymmetricDispatcher(Dispatcher):
             width=slot_output.shape[1],
             element_size=slot_output.element_size(),
             has_mask=handle.mask is not None,
+            global_ids=plan.global_ids,
+            expert_major=expert_major,
+            max_sms=plan.max_sms,
+        )
+
+
+def _check_output(output: torch.Tensor, num_tokens: int, rows: torch.Tensor) -> None:
+    """Raise InvalidInputError for a tensor that combine cannot write."""
+    check_device("output", output, rows.device)
+    if output.shape != (num_tokens, rows.shape[1]) or output.dtype is not rows.dtype or not output.is_contiguous():
+        raise InvalidInputError(
+            f"output is {output.dtype} {tuple(output.shape)} with strides {output.stride()}; it must be contiguous "
+            f"{rows.dtype} [{num_tokens}, {rows.shape[1]}]"
         )

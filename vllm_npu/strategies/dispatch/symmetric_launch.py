@@ -4,7 +4,7 @@ The thresholds below are measured (docs/benchmarks).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -20,6 +20,8 @@ SPLIT_MAX_TOKENS = 16  # up to this number of tokens, small programs share each 
 SPLIT_BYTES = 2048  # bytes of a row that one program moves in that case
 WHOLE_BYTES = 16384  # bytes of a row that one program moves otherwise: each program costs a fence over the link
 FULL_TOKENS = 1024  # up to this number of tokens, 16 warps in a program are faster than 8, or as fast
+CHUNK_BYTES = 65536  # the most bytes that a program for few multiprocessors moves at a time: half of its registers
+PAIRS_AT_ONCE = 4096  # (slot, k) pairs that a program looks at together, to number those of its expert
 WEIGHTED_SUM_TILE = 1024  # the most elements of a row that one program of weighted_sum adds up
 
 
@@ -36,20 +38,39 @@ def power_of_two(n: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class LaunchShape:
-    """How programs share the rows: `parts` programs move one row, each of them `tile` units of it."""
+    """How programs share the rows. `parts` programs move `rows` rows, each of them `tile` units of each row."""
 
     parts: int
     tile: int
     num_warps: int
+    programs: int
+    rows: int = 1
 
     @classmethod
-    def of(cls, num_tokens: int, row_bytes: int, unit_bytes: int) -> "LaunchShape":
-        """The shape for num_tokens rows of row_bytes / unit_bytes units. Equal on all ranks."""
+    def of(cls, num_tokens: int, row_bytes: int, unit_bytes: int, max_sms: int | None = None) -> "LaunchShape":
+        """The shape for num_tokens rows of row_bytes / unit_bytes units. Equal on all ranks.
+
+        max_sms: the most programs, which then move one chunk of rows after another. None: a program for each part of a row.
+        """
+        if max_sms is not None:
+            return cls._on_few_sms(num_tokens, row_bytes, unit_bytes, max_sms)
         split = num_tokens <= SPLIT_MAX_TOKENS
         units = ceil_div(row_bytes, unit_bytes)
         tile = min((SPLIT_BYTES if split else WHOLE_BYTES) // unit_bytes, power_of_two(units))
         num_warps = 4 if split else 16 if num_tokens <= FULL_TOKENS else 8
-        return cls(parts=ceil_div(units, tile), tile=tile, num_warps=num_warps)
+        parts = ceil_div(units, tile)
+        return cls(parts=parts, tile=tile, num_warps=num_warps, programs=parts * num_tokens)
+
+    @classmethod
+    def _on_few_sms(cls, num_tokens: int, row_bytes: int, unit_bytes: int, max_sms: int) -> "LaunchShape":
+        units = ceil_div(row_bytes, unit_bytes)
+        tile = min(WHOLE_BYTES // unit_bytes, power_of_two(units))
+        parts = ceil_div(units, tile)
+        fair = power_of_two(ceil_div(num_tokens * parts, max_sms))  # rows, so that each program has a chunk
+        rows = min(fair, CHUNK_BYTES // (tile * unit_bytes))
+        num_warps = min(16, max(4, rows * tile * unit_bytes // 2048))  # of 32 warps, each has too few registers
+        chunks = ceil_div(num_tokens, rows) * parts
+        return cls(parts=parts, tile=tile, num_warps=num_warps, programs=min(max_sms, chunks), rows=rows)
 
 
 def programs_for(max_tokens: int, row_bytes: int) -> int:
@@ -59,12 +80,19 @@ def programs_for(max_tokens: int, row_bytes: int) -> int:
 
 
 def dispatch_launches(
-    windows: SymmetricWindows, layout: SlotLayout, num_tokens: int, experts_per_rank: int, *, has_mask: bool
+    windows: SymmetricWindows,
+    layout: SlotLayout,
+    num_tokens: int,
+    experts_per_rank: int,
+    *,
+    has_mask: bool,
+    global_ids: bool = False,
+    max_sms: int | None = None,
 ) -> tuple[PreparedLaunch, ...]:
     """dispatch_kernel for each window. Empty: there is nothing to move."""
     kernels = _exchange_kernels()
     return _exchange_launches(
-        kernels.dispatch_kernel,
+        kernels.dispatch_kernel if max_sms is None else _few_sms_kernels().dispatch_on_few_sms_kernel,
         windows,
         layout,
         num_tokens,
@@ -78,6 +106,8 @@ def dispatch_launches(
             "SCALE_WORDS_PADDED": power_of_two(layout.scale_width),
         },
         has_mask=has_mask,
+        global_ids=global_ids,
+        max_sms=max_sms,
         stage=kernels.DISPATCH_STAGE,
     )
 
@@ -91,20 +121,30 @@ def combine_launches(
     width: int,  # elements of a returned row
     element_size: int,  # bytes
     has_mask: bool,
+    global_ids: bool = False,
+    expert_major: bool = False,  # whether combine gets rows sorted by expert, with their positions
+    max_sms: int | None = None,
 ) -> tuple[PreparedLaunch, ...]:
     """combine_kernel for each window. Empty: there is nothing to move."""
     kernels = _exchange_kernels()
     return _exchange_launches(
-        kernels.combine_kernel,
+        kernels.combine_kernel if max_sms is None else _few_sms_kernels().combine_on_few_sms_kernel,
         windows,
         layout,
         num_tokens,
         experts_per_rank,
         row_bytes=width * element_size,
         unit_bytes=element_size,
-        offsets=(layout.ids_offset, windows.returned_offset, windows.combine_flags_offset),
-        sizes={"WIDTH": width},
+        offsets=(
+            layout.weights_offset,
+            layout.ids_offset,
+            windows.returned_offset,
+            windows.combine_flags_offset,
+        ),
+        sizes={"WIDTH": width, "EXPERT_MAJOR": expert_major},
         has_mask=has_mask,
+        global_ids=global_ids,
+        max_sms=max_sms,
         stage=kernels.COMBINE_STAGE,
     )
 
@@ -119,17 +159,21 @@ def _exchange_launches(
     row_bytes: int,
     unit_bytes: int,
     offsets: Sequence[int],  # of this kernel's parts in a window, the flags last
-    sizes: dict[str, int],  # this kernel's own constants, which stand before those of both kernels
+    sizes: dict[str, int | bool],  # this kernel's own constants, which stand before those of both kernels
     has_mask: bool,
+    global_ids: bool,
+    max_sms: int | None,
     stage: int,
 ) -> tuple[PreparedLaunch, ...]:
     if not num_tokens or not row_bytes:
         return ()
-    shape = LaunchShape.of(num_tokens, row_bytes, unit_bytes)
-    num_programs = num_tokens * shape.parts
-    if num_programs > windows.size.rank_flags:
+    shape = LaunchShape.of(num_tokens, row_bytes, unit_bytes, max_sms)
+    if sizes.get("EXPERT_MAJOR"):
+        shape = replace(shape, num_warps=max(shape.num_warps, 8 if num_tokens <= SPLIT_MAX_TOKENS else 16))
+    num_flags = ceil_div(num_tokens, shape.rows) * shape.parts
+    if num_flags > windows.size.rank_flags:
         raise InvalidInputError(
-            f"{num_tokens} rows of {row_bytes} bytes need {num_programs} flags, the windows hold "
+            f"{num_tokens} rows of {row_bytes} bytes need {num_flags} flags, the windows hold "
             f"{windows.size.rank_flags}; call open() for the widest rows before the first dispatch"
         )
     starts_early = _starts_early(windows.device)
@@ -149,22 +193,90 @@ def _exchange_launches(
         "EP_SIZE": windows.num_ranks,
         "EP_SIZE_PADDED": power_of_two(windows.num_ranks),
         "HAS_MASK": has_mask,
+        "GLOBAL_IDS": global_ids,
         "PARTS": shape.parts,
         "TILE": shape.tile,
         "STAGE": stage,
         "DEPENDENT_LAUNCH": starts_early,
     }
+    if max_sms is not None:
+        constants |= {"ROWS": shape.rows}
     return tuple(
         PreparedLaunch(
-            kernel, num_programs, fixed, numbers, constants, num_warps=shape.num_warps, launch_pdl=starts_early
+            kernel, shape.programs, fixed, numbers, constants, num_warps=shape.num_warps, launch_pdl=starts_early
         )
         for fixed in windows.kernel_tensors
     )
 
 
+@dataclass(frozen=True, slots=True)
+class SortLaunches:
+    """The two kernels that sort the slots of one window by expert."""
+
+    rank_pairs: PreparedLaunch  # tensors: ranks, counts
+    permute: PreparedLaunch  # tensors: expert_input, expert_scales or None, positions, ranks, counts
+
+    def __call__(
+        self,
+        expert_input: torch.Tensor,  # [num_slots * top_k, hidden_size]; rows past the sum of counts stay as they are
+        expert_scales: torch.Tensor | None,  # [num_slots * top_k] float32
+        positions: torch.Tensor,  # [num_slots, top_k] int32: row of each (slot, k) pair; as it was where the id is -1
+        counts: torch.Tensor,  # [experts_per_rank] int64
+        stream: int,
+    ) -> None:
+        """Fill the tensors. LOCAL, two kernels. Host sync: no. Graph capture: yes. Pairs of an expert keep their order."""
+        ranks = torch.empty_like(positions)
+        self.rank_pairs((ranks, counts), stream)
+        self.permute((expert_input, expert_scales, positions, ranks, counts), stream)
+
+
+def sort_launches(
+    layout: SlotLayout,
+    views: tuple[torch.Tensor, ...],  # SlotLayout.views of one window; the ids are local
+    experts_per_rank: int,
+) -> SortLaunches:
+    """The kernels for one window. The layout has slots."""
+    kernels = _permute_kernels()
+    rows, scales, _, ids = views
+    starts_early = _starts_early(rows.device)
+    num_pairs = layout.num_slots * layout.top_k
+    block = min(PAIRS_AT_ONCE, power_of_two(num_pairs))
+    shape = LaunchShape.of(layout.num_slots, layout.row_bytes, WORD_BYTES)
+    return SortLaunches(
+        PreparedLaunch(
+            kernels.rank_pairs_kernel,
+            experts_per_rank,
+            (ids,),
+            (num_pairs,),
+            {"PAIRS": block, "DEPENDENT_LAUNCH": starts_early},
+            num_warps=min(16, max(1, block // 256)),
+            launch_pdl=starts_early,
+        ),
+        PreparedLaunch(
+            kernels.permute_kernel,
+            shape.programs,
+            (rows, scales if layout.scale_width else ids, ids),
+            (),
+            {
+                "NUM_EXPERTS": experts_per_rank,
+                "NUM_EXPERTS_PADDED": power_of_two(experts_per_rank),
+                "TOP_K": layout.top_k,
+                "TOP_K_PADDED": power_of_two(layout.top_k),
+                "HIDDEN_WORDS": layout.row_bytes // WORD_BYTES,
+                "SCALE_WORDS": layout.scale_width,
+                "PARTS": shape.parts,
+                "TILE": shape.tile,
+                "DEPENDENT_LAUNCH": starts_early,
+            },
+            num_warps=shape.num_warps,
+            launch_pdl=starts_early,
+        ),
+    )
+
+
 def weighted_sum(
     rows: torch.Tensor,  # [any, width]
-    positions: torch.Tensor,  # [num_slots, top_k] int64: the row of each (slot, k) pair
+    positions: torch.Tensor,  # [num_slots, top_k] int32: the row of each (slot, k) pair
     local_ids: torch.Tensor,  # [num_slots, top_k] int32; -1: the pair has no row
     weights: torch.Tensor,  # [num_slots, top_k] float32
 ) -> torch.Tensor:  # [num_slots, width], dtype of rows; undefined for a slot without a pair
@@ -178,7 +290,7 @@ def weighted_sum(
     summed = rows.new_empty((num_slots, width))
     if num_slots and width:
         tile = min(WEIGHTED_SUM_TILE, power_of_two(width))
-        _weighted_sum_kernel()[(num_slots, ceil_div(width, tile))](
+        _permute_kernels().weighted_sum_kernel[(num_slots, ceil_div(width, tile))](
             summed,
             rows.contiguous(),
             positions,
@@ -206,7 +318,14 @@ def _exchange_kernels() -> Any:
 
 
 @cache
-def _weighted_sum_kernel() -> Any:
-    from vllm_npu.transport.kernels.permute import weighted_sum_kernel
+def _few_sms_kernels() -> Any:
+    from vllm_npu.transport.kernels import symmetric_on_few_sms
 
-    return weighted_sum_kernel
+    return symmetric_on_few_sms
+
+
+@cache
+def _permute_kernels() -> Any:
+    from vllm_npu.transport.kernels import permute
+
+    return permute

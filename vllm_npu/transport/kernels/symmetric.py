@@ -39,6 +39,45 @@ def _owners(topk_ids, is_token, token, experts_per_rank, TOP_K: tl.constexpr, TO
 
 
 @triton.jit
+def _ids_for(ids, chosen, destination, experts_per_rank, EP_SIZE: tl.constexpr, GLOBAL_IDS: tl.constexpr):
+    """A token's ids as `destination` gets them: local ids, and -1 for experts of other ranks. With GLOBAL_IDS: global ids, and
+    the first expert of the next rank in place of -1."""
+    if GLOBAL_IDS:
+        return tl.where(chosen, ids, (destination + 1) % EP_SIZE * experts_per_rank)
+    else:
+        return tl.where(chosen, ids - destination * experts_per_rank, -1)
+
+
+@triton.jit
+def _is_own(ids, rank, experts_per_rank, GLOBAL_IDS: tl.constexpr):
+    """Whether received ids are of experts of this rank. False past TOP_K, where ids are -1."""
+    if GLOBAL_IDS:
+        return (ids >= 0) & (ids // experts_per_rank == rank)
+    else:
+        return ids >= 0
+
+
+@triton.jit
+def _slot_row(
+    rows, positions, weights, ids, slot, columns, inside, WIDTH: tl.constexpr, TOP_K: tl.constexpr,
+    EXPERT_MAJOR: tl.constexpr,
+):  # fmt: skip
+    """What the experts of this rank made of the token in `slot`. The row of the slot itself, or with EXPERT_MAJOR the weighted
+    sum of the rows at `positions`: float32, k ascending, then rounded to the dtype of rows. ids: local, -1: no row."""
+    if EXPERT_MAJOR:
+        total = tl.zeros(columns.shape, tl.float32)
+        for k in tl.static_range(TOP_K):
+            wanted = tl.load(ids + slot * TOP_K + k) >= 0
+            position = tl.load(positions + slot * TOP_K + k).to(tl.int64)  # undefined unless wanted
+            weight = tl.load(weights + slot * TOP_K + k)
+            row = tl.load(rows + position * WIDTH + columns, mask=inside & wanted, other=0.0)
+            total += tl.where(wanted, weight, 0.0) * row.to(tl.float32)
+        return total.to(rows.dtype.element_ty)
+    else:
+        return tl.load(rows + slot * WIDTH + columns, mask=inside)
+
+
+@triton.jit
 def _scales_of(scales, token, s, SCALE_WORDS: tl.constexpr):
     """A token's scales. Values without meaning if SCALE_WORDS is 0."""
     if SCALE_WORDS == 0:
@@ -86,6 +125,7 @@ def dispatch_kernel(
     EP_SIZE: tl.constexpr,
     EP_SIZE_PADDED: tl.constexpr,
     HAS_MASK: tl.constexpr,
+    GLOBAL_IDS: tl.constexpr,
     PARTS: tl.constexpr,  # number of programs that share a row
     TILE: tl.constexpr,  # number of words that a program moves
     STAGE: tl.constexpr,
@@ -124,8 +164,8 @@ def dispatch_kernel(
             tl.store(rows + slot * HIDDEN_WORDS + columns, row, mask=inside)
         if part == 0:
             received_ids = _in_window(addresses, ranks, destination, ids_offset, tl.int32)
-            local_ids = tl.where(chosen, ids - destination * experts_per_rank, -1)
-            tl.store(received_ids + slot * TOP_K + k, local_ids, mask=k < TOP_K)
+            sent_ids = _ids_for(ids, chosen, destination, experts_per_rank, EP_SIZE, GLOBAL_IDS)
+            tl.store(received_ids + slot * TOP_K + k, sent_ids, mask=k < TOP_K)
             received_weights = _in_window(addresses, ranks, destination, weights_offset, tl.float32)
             tl.store(received_weights + slot * TOP_K + k, tl.where(chosen, weights, 0.0), mask=k < TOP_K)
             if SCALE_WORDS > 0:
@@ -141,7 +181,8 @@ def dispatch_kernel(
 @triton.jit(do_not_specialize=["num_tokens", "rank", "experts_per_rank", "timeout_ns"])
 def combine_kernel(
     output,  # [num_tokens, WIDTH]
-    slot_output,  # [EP_SIZE * num_tokens, WIDTH], same dtype; rows of empty slots are not used
+    slot_output,  # [EP_SIZE * num_tokens, WIDTH], same dtype; rows of empty slots are not used. EXPERT_MAJOR: [any, WIDTH]
+    positions,  # [EP_SIZE * num_tokens, TOP_K] int32: rows of slot_output; unused unless EXPERT_MAJOR
     topk_ids,  # [num_tokens, TOP_K] int32 or int64, as dispatched
     mask,  # [num_tokens] bool, as dispatched; unused unless HAS_MASK
     windows,  # [EP_SIZE] int64
@@ -154,16 +195,19 @@ def combine_kernel(
     rank,
     experts_per_rank,
     timeout_ns,
+    weights_offset,
     ids_offset,
     returned_offset,
     flags_offset,
     rank_flags,
     WIDTH: tl.constexpr,
+    EXPERT_MAJOR: tl.constexpr,
     TOP_K: tl.constexpr,
     TOP_K_PADDED: tl.constexpr,
     EP_SIZE: tl.constexpr,
     EP_SIZE_PADDED: tl.constexpr,
     HAS_MASK: tl.constexpr,
+    GLOBAL_IDS: tl.constexpr,
     PARTS: tl.constexpr,
     TILE: tl.constexpr,  # number of elements that a program moves
     STAGE: tl.constexpr,
@@ -188,13 +232,16 @@ def combine_kernel(
     inside = columns < WIDTH
     k = tl.arange(0, TOP_K_PADDED)
     received_ids = _in_window(addresses, ranks, rank, ids_offset, tl.int32)
+    received_weights = _in_window(addresses, ranks, rank, weights_offset, tl.float32)
     own_slot = (rank * num_tokens + token).to(tl.int64)
     for step in tl.static_range(EP_SIZE - 1):
         source = (rank + 1 + step) % EP_SIZE
         slot = (source * num_tokens + token).to(tl.int64)
         ids = tl.load(received_ids + slot * TOP_K + k, mask=k < TOP_K, other=-1)
-        row = tl.load(slot_output + slot * WIDTH + columns, mask=inside)  # does not wait for the ids
-        if tl.max(ids, 0) >= 0:
+        row = _slot_row(  # does not wait for the ids, unless EXPERT_MAJOR
+            slot_output, positions, received_weights, received_ids, slot, columns, inside, WIDTH, TOP_K, EXPERT_MAJOR
+        )
+        if tl.max(_is_own(ids, rank, experts_per_rank, GLOBAL_IDS).to(tl.int32), 0) > 0:
             returned = _in_window(addresses, ranks, source, returned_offset, element_type)
             tl.store(returned + own_slot * WIDTH + columns, row, mask=inside)
     _signal_others(addresses, others, rank, flags_offset, rank_flags, program, epoch, DEPENDENT_LAUNCH)
@@ -205,7 +252,11 @@ def combine_kernel(
         is_token = tl.load(mask + token) != 0
     _, owners = _owners(topk_ids, is_token, token, experts_per_rank, TOP_K, TOP_K_PADDED)
     addressed = tl.max((owners == rank).to(tl.int32), 0) > 0
-    own_row = tl.load(slot_output + own_slot * WIDTH + columns, mask=inside & addressed, other=0.0)
+    own_row = _slot_row(
+        slot_output, positions, received_weights, received_ids, own_slot, columns, inside & addressed, WIDTH, TOP_K,
+        EXPERT_MAJOR,
+    )  # fmt: skip
+    own_row = tl.where(addressed, own_row, 0.0)
     own_flags = _in_window(addresses, ranks, rank, flags_offset, tl.int32) + ranks * rank_flags + program
     wait(own_flags, others, ranks, epoch, all_epochs, clock, failed, report, STAGE, timeout_ns)
     returned = _in_window(addresses, ranks, rank, returned_offset, element_type)

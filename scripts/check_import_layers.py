@@ -61,12 +61,19 @@ class Confined:
 
 CONFINED = {
     "vllm": Confined(
-        ("plugin/", "tools/engines/offline_engine.py", "tools/families/registry.py", "tools/vllm_eplb.py"),
+        (
+            "plugin/",
+            "tools/engines/offline_engine.py",
+            "tools/families/registry.py",
+            "tools/hardware_checks.py",
+            "tools/vllm_eplb.py",
+        ),
         allowed_for_type_checking=True,
     ),
     "vllm_ascend": Confined(("plugin/",), allowed_for_type_checking=True),
     "torch_npu": Confined(
-        ("device/npu_ops.py", "transport/hccl_direct/", "emulator/"), allowed_for_type_checking=False
+        ("device/npu_ops.py", "transport/hccl_direct/", "emulator/", "tools/hardware_checks.py"),
+        allowed_for_type_checking=False,
     ),
     "torch.distributed": Confined(
         ("transport/", "trust/watchdog.py", "eplb/", "all2all/", "tools/", "emulator/rank_program.py"),

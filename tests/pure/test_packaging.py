@@ -120,6 +120,8 @@ EXTRAS_OF_PARTS = {
     "cli/simulate.py": ("bench",),
     "cli/serve.py": WITH_VLLM,
     "tools/engines": WITH_VLLM,
+    "tools/families": ("cpu",),
+    "tools/hardware_checks.py": ("ascend",),
     "tools/vllm_eplb.py": WITH_VLLM,
     "plugin": WITH_VLLM,
     "plugin/cpu": ("cpu",),

@@ -7,6 +7,7 @@ from typing import Any
 
 from vllm_npu.tools.engines.tiny_models import (
     BOS_TOKEN_ID,
+    DEEPSEEK_V2,
     DEMO_MAX_TOKENS,
     EOS_TOKEN_ID,
     MAX_POSITIONS,
@@ -64,7 +65,8 @@ SIZES: dict[str, Any] = {
     "pad_token_id": EOS_TOKEN_ID,
 }
 # What a family needs beyond SIZES: each value overrides the one there.
-LATENT_ATTENTION = {"num_key_value_heads": 4}
+# Without a scaling of the rotation, vLLM 0.32 on CPUs rotates latent queries wrongly: see tiny_models.py.
+LATENT_ATTENTION = {"num_key_value_heads": 4, "rope_parameters": DEEPSEEK_V2.config["rope_parameters"]}
 OF_FAMILY: dict[str, dict[str, Any]] = {
     **dict.fromkeys(
         (

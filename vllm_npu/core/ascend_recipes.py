@@ -19,7 +19,7 @@ TAKEN_OPTIONS = {
     "enable_flashcomm1": "each TP rank brings its slice of the tokens",
     "eplb_config": "vllm-ascend balances and moves the experts; tokens go to the replicas that it names",
     "multistream_overlap_shared_expert": "shared experts run on a stream of their own, beside dispatch and combine",
-    "multistream_overlap_gate": "shared experts and the router run on a stream of their own; vllm-ascend 0.30 has no such option",
+    "multistream_overlap_gate": "shared experts and router run on a stream of their own; vllm-ascend 0.30 has no such option",
     "enable_shared_expert_dp": "needs enable_flashcomm1; an engine without it is refused",
     "mix_placement": "needs vllm-ascend 0.23 and W8A8 (--quantization ascend); any other engine is refused",
     "enable_prefill_mc2": "vllm_npu chooses the strategy of each step, so this option has no effect on MoE layers",

@@ -16,6 +16,9 @@ _SCORE_KEYS = (
     "router_score_func",
 )
 
+# Models whose code in vLLM puts the weight on the input whatever config.json says.
+_WEIGHT_ON_INPUT_TYPES = frozenset({"llama4_text"})
+
 UNKNOWN_SCORES = f"router scores {{scores!r}} are not supported; supported: {', '.join(SCORE_NAMES)}"
 ZERO_EXPERTS = (
     "zero experts return a token as it is, and their places among a token's experts hold no expert. No strategy moves such "
@@ -35,7 +38,8 @@ def why_not_routed(config: Mapping[str, Any]) -> str | None:
     if config.get("zero_expert_num") and config.get("zero_expert_type") is not None:
         return ZERO_EXPERTS
     top_k = config.get("num_experts_per_tok")
-    if config.get("moe_apply_router_weight_on_input") and isinstance(top_k, int) and top_k > 1:
+    on_input = config.get("moe_apply_router_weight_on_input") or str(config.get("model_type")) in _WEIGHT_ON_INPUT_TYPES
+    if on_input and isinstance(top_k, int) and top_k > 1:
         return WEIGHT_ON_INPUT.format(top_k=top_k)
     for key in _SCORE_KEYS:
         if isinstance(scores := config.get(key), str) and scores not in SCORE_NAMES:

@@ -75,13 +75,16 @@ OF_FAMILY: dict[str, dict[str, Any]] = {
         ),
         LATENT_ATTENTION,
     ),
-    "afmoe": {"score_func": "sigmoid"},  # vLLM reads what transformers takes for granted
+    # vLLM reads what transformers takes for granted.
+    "afmoe": {"score_func": "sigmoid", "route_norm": True, "n_group": 1, "topk_group": 1},
     "deepseek_v2": LATENT_ATTENTION | {"num_experts_per_tok": 2},
     "deepseek_v3": LATENT_ATTENTION | {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
     "glm4_moe": {"head_dim": 64},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},
+    "hy_v3": {"first_k_dense_replace": 1},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "kimi_linear": LATENT_ATTENTION | {"layer_types": ["linear_attention", "full_attention"] * 2},
+    "llama4_text": {"num_experts_per_tok": 1},  # the weight goes on the input of one expert
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1},
 }
 

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ FULL_TOPOLOGIES = (DP2_EP, DP2, TP2_EP, TP2_DP2_EP)
 
 EQUAL, AS_TRANSFORMERS, AS_VANILLA = "equal", "as transformers", "as vanilla"
 REFUSED, NOT_IN_VANILLA, NO_CHECKPOINT = "refused", "vanilla vLLM fails", "no checkpoint"
+VANILLA_VARIES = "vanilla vLLM varies"
 WRONG, CRASHED = "wrong", "crashed"
 FAULTS = (WRONG, CRASHED)
 # vLLM's engine writes this line when it has a configuration and starts processes.
@@ -95,18 +96,37 @@ class Sweep:
         try:
             generations = self._generate(family, checkpoint, topology, list(STRATEGIES))
         except EngineFailedError as error:
-            if "UnsupportedConfigError" in str(error) and STARTED not in str(error):
+            if "UnsupportedConfigError" in str(error) and not self._has_started(family, topology):
                 return _row(family, REFUSED, reason=cause_of(str(error)), **facts)
             if isinstance(vanilla, str):
                 return _row(family, NOT_IN_VANILLA, reason=vanilla, **facts)
             return _row(family, CRASHED, reason=cause_of(str(error)), **facts)
-        return _row(family, *judge(generations, vanilla, checkpoint.tokens), **facts)
+        verdict, reason, identical = judge(generations, vanilla, checkpoint.tokens)
+        if verdict == WRONG and not isinstance(vanilla, str):
+            alone = self._generate(family, checkpoint, Parallelism(), [None], {"max_num_seqs": 1})[0].tokens
+            if alone != vanilla:
+                same = f"{count_identical(alone, vanilla)} of its tokens stay the same if each request runs alone"
+                return _row(family, VANILLA_VARIES, reason=same, identical=identical, **facts)
+        return _row(family, verdict, reason, identical, **facts)
+
+    def _folder_of(self, family: Family, topology: Parallelism) -> str:
+        return f"{family.name}-{topology}".replace("×", "").replace("+", "-").lower()
+
+    def _has_started(self, family: Family, topology: Parallelism) -> bool:
+        """Whether an engine of this family and topology had a configuration, and started processes."""
+        logs = (self._session.folder / self._folder_of(family, topology)).glob("*.log")
+        return any(STARTED in log.read_text(errors="replace") for log in logs)
 
     def _generate(
-        self, family: Family, checkpoint: Checkpoint, topology: Parallelism, strategies: Sequence[str | None]
+        self,
+        family: Family,
+        checkpoint: Checkpoint,
+        topology: Parallelism,
+        strategies: Sequence[str | None],
+        engine_args: Mapping[str, Any] | None = None,
     ) -> list[Generation]:
         """The tokens of each strategy. Raises EngineFailedError."""
-        name = f"{family.name}-{topology}".replace("×", "").replace("+", "-").lower()
+        name = self._folder_of(family, topology)
         engines = EngineSet(
             checkpoint.folder,
             topology,
@@ -116,6 +136,7 @@ class Sweep:
             folder=self._session.folder / name,
             caches=self._session.caches,
             stop_signals=self._session.stop_signals,
+            engine_args=engine_args,
         )
         who = "vanilla vLLM" if None in strategies else f"{topology}, {len(strategies)} strategies"
         with self._session.show(f"{family.name}: {who}"), self._session.logs_kept(name), engines:

@@ -116,8 +116,9 @@ def exchange(rank: Rank, dispatcher: SymmetricDispatcher, shape: Shape, batch: B
     return dispatcher.combine_slots(on_slots(slots, rank.rank, shape.num_experts // rank.num_ranks), slots.handle)
 
 
-def exchanges(rank: Rank, shapes: list[Shape]) -> list[str]:
-    """Exchange each shape once with poisoned windows. Returns the faults."""
+def exchanges(rank: Rank, shapes: list[Shape], every_way: bool) -> list[str]:
+    """Exchange each shape once with poisoned windows; with every_way also with global ids, and sorted by expert. Returns the
+    faults."""
     faults = []
     for seed, shape in enumerate(shapes):
         dispatcher = opened(rank, shape)
@@ -142,10 +143,10 @@ def exchanges(rank: Rank, shapes: list[Shape]) -> list[str]:
         output = dispatcher.combine_slots(on_slots(slots, rank.rank, per_rank), slots.handle, given)
         if output is not given or not torch.equal(output, own.expected()):
             faults.append(f"{shape}: output")
-        faults += _with_global_ids(rank, dispatcher, shape, own, torch.where(local, ids, -1))
-        faults += _sorted_by_expert(
-            rank, dispatcher, shape, own, torch.where(local, ids - rank.rank * per_rank, -1), rows
-        )
+        if every_way:
+            local_ids = torch.where(local, ids - rank.rank * per_rank, -1)
+            faults += _with_global_ids(rank, dispatcher, shape, own, torch.where(local, ids, -1))
+            faults += _sorted_by_expert(rank, dispatcher, shape, own, local_ids, rows)
         if not all(same_bits(*pair) for pair in zip(before, (own.hidden_states, own.weights, own.ids), strict=True)):
             faults.append(f"{shape}: an input was written to")
     dispatcher.check_failed()

@@ -70,6 +70,25 @@ def test_a_graph_holds_the_exchange(gpus, name):
     assert set(gpus.run(captures, name)) == {""}
 
 
+def takes_a_share_of_the_gpu(rank: Rank) -> list[str]:
+    """An exchange on 8 multiprocessors, as in dual batch overlap, and one on all of them after it."""
+    case = cases("symmetric", rank.num_ranks)[3]
+    step = GivenStep(case.num_tokens_across_dp)
+    manager, faults = manager_of(rank, case, step), []
+    for num_sms, limit in ((8, 8), (1 << 20, None)):
+        manager.set_num_sms(num_sms)
+        step.begin(case.num_tokens_across_dp)
+        faults += exchange(rank, case, manager)
+        if manager.max_sms_used() != limit:
+            faults.append(f"{num_sms}: {manager.max_sms_used()}")
+    manager.destroy()
+    return faults
+
+
+def test_an_exchange_takes_the_share_of_the_gpu_that_vllm_gives_it(gpus):
+    assert [fault for found in gpus.run(takes_a_share_of_the_gpu) for fault in found] == []
+
+
 def test_the_experts_may_run_on_another_case_between(gpus):
     assert [fault for found in gpus.run(_two_layers) for fault in found] == []
 

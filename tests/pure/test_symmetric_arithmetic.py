@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from vllm_npu.core.limits import SYMMETRIC
-from vllm_npu.strategies.dispatch.symmetric_launch import LaunchShape, programs_for
+from vllm_npu.strategies.dispatch.symmetric_launch import CHUNK_BYTES, LaunchShape, programs_for
 from vllm_npu.strategies.dispatch.symmetric_layout import SlotLayout, why_not_symmetric
 from vllm_npu.transport.symmetric_memory import ALIGNMENT, SymmetricFacts, WindowSize
 
@@ -59,6 +59,23 @@ def test_programs_cover_a_row_and_have_flags(row_bytes, unit_bytes):
         assert shape.tile & (shape.tile - 1) == 0
         assert shape.parts * num_tokens <= programs_for(num_tokens, row_bytes)
         assert programs_for(num_tokens, row_bytes) <= programs_for(4096, row_bytes)
+
+
+@pytest.mark.parametrize("max_sms", [1, 7, 24, 1000])
+@pytest.mark.parametrize("row_bytes", [4, 2000, 14336, 50000])
+@pytest.mark.parametrize("unit_bytes", [2, 4])
+def test_few_programs_cover_all_rows_and_have_flags(row_bytes, unit_bytes, max_sms):
+    for num_tokens in (1, 2, 17, 1025, 4096):
+        shape = LaunchShape.of(num_tokens, row_bytes, unit_bytes, max_sms)
+        chunks = -(-num_tokens // shape.rows) * shape.parts
+        assert 1 <= shape.programs <= min(max_sms, chunks)
+        assert shape.programs == max_sms or shape.programs == chunks, (
+            "no multiprocessor stands idle that a chunk could use"
+        )
+        assert chunks <= programs_for(num_tokens, row_bytes)
+        assert (shape.parts - 1) * shape.tile < row_bytes // unit_bytes <= shape.parts * shape.tile
+        assert shape.rows * shape.tile * unit_bytes <= CHUNK_BYTES
+        assert all(each & (each - 1) == 0 for each in (shape.rows, shape.tile, shape.num_warps))
 
 
 def test_a_window_holds_what_is_no_larger_in_any_part():

@@ -59,10 +59,10 @@ class FewWindows(LocalPermuteDispatcher):
         self.held.append(id(handle))
         return rows, handle
 
-    def combine_with_ids(self, expert_output: torch.Tensor, handle: Handle) -> torch.Tensor:
-        output = super().combine_with_ids(expert_output, handle)
+    def combine_with_ids(self, expert_output: torch.Tensor, handle: Handle, output: torch.Tensor | None = None):
+        combined = super().combine_with_ids(expert_output, handle, output)
         self.held.remove(id(handle))
-        return output
+        return combined
 
     def _release(self, handle: Handle) -> None:
         self.held.remove(id(handle))

@@ -4,8 +4,10 @@ import json
 import os
 import socket
 import sys
+import threading
 import time
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from tests.time_limits import PATIENCE_SECONDS
 from vllm_npu.errors import RankFailureError
 from vllm_npu.tools.launch import ProcessRankPool, Rank
 from vllm_npu.transport import host
+from vllm_npu.transport.gloo import GlooTransport
 from vllm_npu.transport.host import host_identity
 from vllm_npu.trust.step_lookout import StepLookout
 from vllm_npu.trust.watchdog import LOOPBACK, REPORT_CHARACTERS, Mailbox, Watchdog
@@ -55,17 +58,29 @@ def test_a_late_rank_is_named_at_the_deadline_also_to_itself():
     assert "rank 0 reports: send_recv on group 'ep'" in str(error)
 
 
+class WaitsForADevice(GlooTransport):
+    """A group whose ranks wait until its abort, as a rank waits for kernels of NCCL."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.aborted = threading.Event()
+
+    def abort(self) -> None:
+        self.aborted.set()
+
+
 def wait_as_for_a_device(rank: Rank, ends: bool) -> RankFailureError | None:
-    """A step waits 4 s for a device, as after a collective of NCCL. Rank 1 ends meanwhile, or works on."""
+    """A step waits for a device, as after a collective of NCCL. Rank 1 ends meanwhile, or works on (a wait of 4 s)."""
     ep = rank.groups(tp_size=1, dp_size=rank.num_ranks).ep
     ep.all_reduce(torch.zeros(3))
     if rank.rank == 1 and ends:
         os._exit(1)
     assert rank.watchdog is not None
-    lookout = StepLookout(rank.watchdog, look_seconds=0.5)
+    group = WaitsForADevice(ep.innermost.process_group, "ep")
+    lookout = StepLookout(rank.watchdog, look_seconds=0.5, groups=(group,))
     try:
         with lookout.waiting():
-            time.sleep(4)
+            assert group.aborted.wait(PATIENCE_SECONDS if ends else 4) == ends
         if not ends:
             ep.barrier()  # a rank that ended its look first would be gone for the others
         lookout.check()

@@ -141,7 +141,7 @@ class StrategyAll2AllManager(All2AllManager):
 
         vLLM's dual batch overlap calls it with VLLM_DBO_COMM_SMS, and after the step with all of the GPU.
         """
-        total = torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
+        total = torch.cuda.get_device_properties().multi_processor_count if torch.cuda.is_available() else 0
         self._pipelines.limit_sms(num_sms if num_sms < total else None)
 
     def max_sms_used(self) -> int | None:

@@ -86,6 +86,12 @@ OF_FAMILY: dict[str, dict[str, Any]] = {
     "kimi_linear": LATENT_ATTENTION | {"layer_types": ["linear_attention", "full_attention"] * 2},
     "llama4_text": {"num_experts_per_tok": 1},  # the weight goes on the input of one expert
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1},
+    "minimax_m2": {
+        "rotary_dim": 32,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+        "scoring_func": "sigmoid",
+        "use_routing_bias": True,
+    },
 }
 
 

@@ -202,7 +202,7 @@ def layers(rank: int, num_ranks: int) -> None:
 
 def the_room_is_too_small_on_one_rank(rank: int, num_ranks: int) -> int:
     """Returns the number of this rank's tokens that lost a row."""
-    layer = Layer([40] * num_ranks, seed=9, room=100)
+    layer = Layer([40] * num_ranks, seed=9, room=60)
     assert sum(len(layer.arrivals(owner)) for owner in range(num_ranks)) == 40 * num_ranks * layer.top_k
     check(layer, rank)
     return len(layer.has_lost(rank))

@@ -25,7 +25,13 @@ def _library() -> ctypes.CDLL:
     library = ctypes.CDLL("libopapi.so")
     library.aclCreateTensor.restype = ctypes.c_void_p
     library.aclCreateTensorList.restype = ctypes.c_void_p
-    ctypes.CDLL("libascendcl.so").aclGetRecentErrMsg.restype = ctypes.c_char_p
+    return library
+
+
+@cache
+def _runtime() -> ctypes.CDLL:
+    library = ctypes.CDLL("libascendcl.so")
+    library.aclGetRecentErrMsg.restype = ctypes.c_char_p
     return library
 
 
@@ -47,7 +53,7 @@ def call(name: str, *arguments: Argument) -> None:
 
 def _check(name: str, code: int) -> None:
     if code:
-        text = ctypes.CDLL("libascendcl.so").aclGetRecentErrMsg() or b""
+        text = _runtime().aclGetRecentErrMsg() or b""
         raise RuntimeError(f"{name} failed with {code}: {text.decode(errors='replace')}")
 
 

@@ -183,11 +183,12 @@ def dispatch_ffn_combine(
     expert_token_nums: torch.Tensor,
     x_active_mask: torch.Tensor | None = None,
     swiglu_limit: float = 1000000.0,
-    **_world_size: int,
+    world_size: int = 0,
 ) -> Tensors:
     """Dispatch, the experts and combine (csrc_npu/emulator/aclnn/dispatch_ffn_combine.cpp).
 
     As vllm-ascend's adapter, which drops the mask and the limit for 16-bit weights and the biases for all but 4-bit ones.
+    world_size is not read: the group has a size.
     """
     if weight1[0].dtype == torch.int8:
         aclnn.call(

@@ -16,7 +16,7 @@ from vllm_npu.emulator.build import DEVICE
 from vllm_npu.envs import Kind, Variable
 from vllm_npu.errors import UnsupportedConfigError
 from vllm_npu.plugin import entry_points
-from vllm_npu.strategies.table import CHOICES
+from vllm_npu.strategies.table import AUTO, CHOICES, FUSED_STRATEGIES, STRATEGIES
 from vllm_npu.tools.doctor.findings import OK, PROBLEM, WARNING, Finding
 
 OTHER_VARIABLES = ("VLLM_NPU_ENV_HOME",)  # scripts/setup.sh and native_build.py read it
@@ -57,9 +57,9 @@ def _whole_number(largest: int) -> Rule:
 
 
 def _read_strategy(variable: Variable) -> None:
-    with_vllm_ascend = ("off", "compare", *(f"compare:{name}" for name in CHOICES))
+    with_vllm_ascend = ("off", "compare", *FUSED_STRATEGIES, *(f"compare:{name}" for name in CHOICES))
     if variable.read() not in with_vllm_ascend or not entry_points.vllm_ascend_is_installed():
-        _one_of(*CHOICES).read(variable)
+        _one_of(AUTO, *STRATEGIES).read(variable)
 
 
 def _read_libraries(variable: Variable) -> None:
@@ -82,7 +82,7 @@ OF_KIND = {
 # largest values.
 RULES: Mapping[Variable, Rule] = {
     **{variable: OF_KIND[variable.kind] for variable in envs.VARIABLES if variable.kind in OF_KIND},
-    envs.MOE_COMM: Rule(_read_strategy, _one_of(*CHOICES).remedy),
+    envs.MOE_COMM: Rule(_read_strategy, _one_of(AUTO, *STRATEGIES).remedy),
     envs.HCCL_BUFFSIZE: _whole_number(2**31 - 1),
     envs.EMULATOR_SOC: Rule(lambda variable: soc.resolve(variable.read())),
     envs.EMULATOR_LIBRARIES: Rule(_read_libraries),

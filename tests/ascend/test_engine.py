@@ -60,6 +60,19 @@ def test_every_strategy_gives_vllm_ascends_tokens_over_two_tp_ranks(tmp_path):
     assert sum(map(len, alone)) == 4 * len(alone) > 0
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(4 * PATIENCE_SECONDS)
+def test_fused_mc2_gives_the_tokens_of_vllm_ascend_with_and_without_it(tmp_path):
+    given = {"model": str(write_tiny_model(MODELS[0], tmp_path / "model")), "tp": 2}
+    fused = {"options": {"additional_config": {"enable_fused_mc2": 1}}}
+    theirs = PLUGINS.replace("vllm_npu", "ascend")
+    alone = generate(theirs, **given)["tokens"][OWN]
+    assert generate(theirs, **given, **fused)["tokens"][OWN] == alone
+    ours = generate(PLUGINS, **given, **fused, strategies=["fused_mc2", "auto", "mc2"])
+    assert ours["ran"] == {"fused_mc2": ["fused_mc2"] * 2, "auto": ["fused_mc2"] * 2, "mc2": ["mc2"] * 2}
+    assert ours["tokens"] == dict.fromkeys(ours["ran"], alone)
+
+
 # One MoE layer, and a drafter that is a copy of it.
 MTP = for_ascend(
     DEEPSEEK_V3,

@@ -321,7 +321,7 @@ A3_VERSION_1 = replace(
 )
 
 
-_FUSED_SOURCE = "vllm-ascend, releases/v0.23.0, csrc/mc2/dispatch_ffn_combine"
+_FUSED_SOURCE = "vllm-ascend 0.23.0.post1 and 0.30.0rc2, csrc/mc2/dispatch_ffn_combine"
 A3_FUSED_MC2 = (
     FusedMC2Limits(
         name="dispatch_ffn_combine with 16-bit weights",

@@ -1,8 +1,9 @@
 // Dispatch, both matrix products of the experts, the activation between them, and combine, in one operator of vllm-ascend.
 //
-// Source: vllm-ascend, branch releases/v0.23.0, csrc/mc2/dispatch_ffn_combine (int8 weights) and
-// csrc/mc2/dispatch_ffn_combine_bf16 (16-bit weights): the definition, the tiling and the kernel of each. The limits are those
-// of the tiling, and those that follow from the memory that the kernel addresses; the text of a refusal says which.
+// Source: the source distributions of vllm-ascend 0.23.0.post1 and 0.30.0rc2, csrc/mc2/dispatch_ffn_combine (int8 weights) and
+// csrc/mc2/dispatch_ffn_combine_bf16 (16-bit weights): the definition, the tiling and the kernel of each. Both versions have the
+// same kernels. The limits are those of the tiling, and those that follow from the memory that the kernel addresses; the text
+// of a refusal says which.
 #include <algorithm>
 #include <cmath>
 

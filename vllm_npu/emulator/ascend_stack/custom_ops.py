@@ -224,7 +224,7 @@ OPERATORS: dict[str, Callable[..., Tensors]] = {
     "Tensor? quant_scale=None, Tensor? quant_offset=None, Tensor? group_index=None, bool activate_left=True, "
     "int quant_mode=0, int swiglu_mode=0, float clamp_limit=0.0, float glu_alpha=1.0, float glu_bias=0.0) "
     "-> (Tensor y, Tensor scale)": npu_dequant_swiglu_quant,
-    # vllm-ascend 0.30 adds world_size, which 0.23 does not have.
+    # world_size is an argument of 0.30, whose tiling takes the number of ranks from it. 0.23 does not have it.
     "dispatch_ffn_combine(Tensor x, Tensor[] weight1, Tensor[] weight2, Tensor expert_idx, Tensor[] scale1, Tensor[] scale2, "
     "Tensor[] bias1, Tensor[] bias2, Tensor probs, str group, int max_output_size, Tensor(a!) out, "
     "Tensor(b!) expert_token_nums, Tensor? x_active_mask=None, float swiglu_limit=1000000.0, int world_size=0) "

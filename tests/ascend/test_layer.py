@@ -168,14 +168,12 @@ def test_a_step_past_mc2s_capacity_goes_another_way():
     assert "mc2 takes 512 tokens a rank, this step brings 600" in outcome.output
 
 
-# vllm-ascend slices and pads as in MC2. Only with DP, a rank can be without tokens.
+# vllm-ascend slices and pads as in MC2. With TP, one token leaves a rank without tokens.
 FUSED_CASES = {
-    "DP2 bfloat16, ragged": (1, 2, {"steps": [[5, 5], [3, 7], [1, 16]]}),
-    "DP2 W8A8, ragged": (1, 2, {"int8": True, "steps": [[5, 5], [3, 7], [1, 16]]}),
+    "DP2 bfloat16, ragged, an idle rank": (1, 2, {"steps": [[5, 5], [3, 7], [1, 16], [0, 6]]}),
+    "DP2 W8A8, ragged, an idle rank": (1, 2, {"int8": True, "steps": [[5, 5], [3, 7], [1, 16], [0, 6]]}),
     "TP2 bfloat16": (2, 1, {"steps": [[16], [5], [1]]}),
     "TP2 W8A8": (2, 1, {"int8": True, "steps": [[16], [5], [1]]}),
-    "DP2 bfloat16, one rank idle": (1, 2, {"steps": [[0, 6]], "own": []}),
-    "DP2 W8A8, one rank idle": (1, 2, {"int8": True, "steps": [[0, 6]], "own": []}),
     "DP2 bfloat16, graph": (1, 2, {"graph": True, "steps": [[8, 8]], "own": ["FUSED_MC2"]}),
     "DP2 W8A8, graph": (1, 2, {"int8": True, "graph": True, "steps": [[8, 8]], "own": ["FUSED_MC2"]}),
     "TP2 bfloat16, graph": (2, 1, {"graph": True, "steps": [[8]], "own": ["FUSED_MC2"]}),

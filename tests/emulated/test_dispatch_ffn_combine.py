@@ -309,6 +309,6 @@ def test_a_replay_computes_other_tokens(run_in_ranks):
     run_in_ranks(replayed, 2)
 
 
-@pytest.mark.parametrize("seed", ["1", "2"])
-def test_layers_on_asynchronous_streams(run_in_ranks, seed):
-    run_in_ranks(layers, 2, env={"VLLM_NPU_EMULATOR_ASYNC": seed})
+@pytest.mark.parametrize("env", [{"VLLM_NPU_EMULATOR_ASYNC": "1"}, {"TASK_QUEUE_ENABLE": "1"}], ids=str)
+def test_layers_on_asynchronous_streams_and_behind_torch_npus_queue(run_in_ranks, env):
+    run_in_ranks(layers, 2, env=env)

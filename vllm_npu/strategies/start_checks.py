@@ -157,7 +157,7 @@ def describe_capacity(device: DeviceLimits, topology: ParallelTopology, layers: 
     for layer in layers:
         reason = why_not("mc2", topology, layer, device)
         if reason is not None:
-            return f"no mc2: {reason}"
+            return f"no mc2: {reason}{_describe_fused(device, topology, layers)}"
     capacity = min(device.for_layer(layer, topology.ep_size).capacities["mc2"] for layer in layers)
     return f"mc2 takes up to {capacity} tokens a rank{_describe_fused(device, topology, layers)}"
 

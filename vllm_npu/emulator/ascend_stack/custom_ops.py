@@ -1,4 +1,4 @@
-"""Some of vllm-ascend's compiled operators (torch.ops._C_ascend), made of operators of torch_npu.
+"""Some of vllm-ascend's compiled operators (torch.ops._C_ascend), made of operators of torch_npu, or called in libopapi.so.
 
 Source of signatures and results: vllm-ascend 0.23.0, csrc/torch_binding.cpp and the kernels. Other operators are absent:
 torch.ops raises AttributeError with their name.

@@ -69,8 +69,7 @@ class PipelineCommMethod(RELEASE.MoECommMethod):  # type: ignore[name-defined]
             topk_weights = torch.ones_like(topk_weights)
         step = current_step()
         pipelines = model_pipelines(expert_parallel=bool(self.moe_config.use_ep))
-        # self.moe_config is that of one layer, and this call may come from a layer of another size.
-        num_experts = RELEASE.num_experts(fused_experts_input, max(int(self.moe_config.ep_size), 1))
+        num_experts = RELEASE.local_experts(self, fused_experts_input) * max(int(self.moe_config.ep_size), 1)
         quant_mode = RELEASE.QUANT_MODES[fused_experts_input.quant.quant_type]
         if step.strategy in FUSED_STRATEGIES:
             tokens = hidden_states, topk_weights, topk_ids

@@ -65,9 +65,9 @@ __all__ = [
     "in_profile_run",
     "is_complete",
     "layers_to_compare",
+    "local_experts",
     "micro_batch",
     "moe_layers",
-    "num_experts",
     "replace_choice",
     "replace_comm_methods",
     "swiglu_limit",
@@ -135,6 +135,15 @@ def take_attributes(ours: Any, theirs: MoECommMethod) -> None:
     ours.use_fusion_ops = theirs.use_fusion_ops
 
 
+def local_experts(method: Any, given: Any) -> int:
+    """The number of experts on this rank, in the layer of this call. `method` has the sizes of the last layer of the model."""
+    weights: torch.Tensor | list[torch.Tensor] = (
+        given.weights.w1
+    )  # one tensor of all, a list of such tensors, or one for each
+    tensors = [weights] if isinstance(weights, torch.Tensor) else weights
+    return sum(each.shape[0] if each.dim() == 3 else 1 for each in tensors)
+
+
 def compute_experts(
     method: Any,  # our communication method
     given: Any,  # MoEFusedExpertsInput
@@ -156,17 +165,6 @@ def experts_result(given: Any, *, after_dispatch: Any, **fields: Any) -> FusedEx
     """What fused_experts returns. `fields` are those that both lines have. Nothing waits for `after_dispatch`
     on this line."""
     return FusedExpertsResult(**fields, swiglu_limit=given.swiglu_limit)
-
-
-def num_experts(given: Any, ep_size: int) -> int:
-    """The experts of the layer that calls, on all ranks, redundant ones included."""
-    return _experts_of(given.weights.w1) * ep_size
-
-
-def _experts_of(weights: torch.Tensor | list[torch.Tensor]) -> int:
-    """The number of experts in a layer's weights on this rank: one tensor of all, a list of such tensors, or one for each."""
-    tensors = [weights] if isinstance(weights, torch.Tensor) else weights
-    return sum(each.shape[0] if each.dim() == 3 else 1 for each in tensors)
 
 
 def fused_weights(given: Any, quant_method: Any) -> Any:

@@ -59,9 +59,9 @@ __all__ = [
     "in_profile_run",
     "is_complete",
     "layers_to_compare",
+    "local_experts",
     "micro_batch",
     "moe_layers",
-    "num_experts",
     "replace_choice",
     "replace_comm_methods",
     "swiglu_limit",
@@ -123,6 +123,11 @@ def take_attributes(ours: Any, theirs: MoECommMethod) -> None:
     ours.lora_context = theirs.lora_context
 
 
+def local_experts(method: Any, given: Any) -> int:
+    """The number of experts on this rank, in the layer of this call. vllm-ascend has a method for each number."""
+    return int(method.moe_config.num_local_experts)
+
+
 def compute_experts(
     method: Any,  # our communication method
     given: Any,  # MoEFusedExpertsInput
@@ -145,11 +150,6 @@ def experts_result(given: Any, *, after_dispatch: Any, **fields: Any) -> FusedEx
     """What fused_experts returns. `fields` are those that both lines have. After the event `after_dispatch`, the layer may
     compute the activation of its shared experts."""
     return FusedExpertsResult(**fields, shared_activation_overlap_start_evt=after_dispatch)
-
-
-def num_experts(given: Any, ep_size: int) -> int:
-    """The experts of the layer that calls, on all ranks, redundant ones included. On this line, the call has no weights."""
-    return int(given.layer.moe_config.num_experts)
 
 
 def fused_weights(given: Any, quant_method: Any) -> Any:

@@ -24,6 +24,7 @@ print("BUILT")
 """
 OFF = {"vllm_npu": {"moe_comm": "off"}}
 LINE = tuple(map(int, version("vllm-ascend").split(".")[:2]))
+ON_A3 = {"VLLM_NPU_EMULATOR_SOC": "A3"}
 GRAPHS = {"enforce_eager": False, "compilation_config": {"cudagraph_mode": "FULL_DECODE_ONLY"}}
 
 
@@ -79,7 +80,7 @@ def test_an_expert_map_without_a_placement_is_refused_before_a_process_starts(tm
     "arguments",
     [
         {},
-        {"additional_config": {"enable_fused_mc2": 1, "vllm_npu": {"moe_comm": "fused_mc2"}}},
+        {"environment": ON_A3, "additional_config": {"enable_fused_mc2": 1, "vllm_npu": {"moe_comm": "fused_mc2"}}},
         {"enable_lora": True, "additional_config": OFF},
         {**GRAPHS, **asks_for("auto")},
         {**GRAPHS, **asks_for("all2all")},
@@ -103,6 +104,6 @@ def test_an_engine_without_such_settings_is_built_and_vllm_ascends_own_with_them
     ids=["no weights", "no room"],
 )
 def test_a_fused_mc2_that_never_fits_is_refused_with_what_to_set(tmp_path, options, reason):
-    done = build(tmp_path, additional_config=options | asks_for("fused_mc2")["additional_config"])
+    done = build(tmp_path, ON_A3, additional_config=options | asks_for("fused_mc2")["additional_config"])
     assert "BUILT" not in done.stdout
     assert reason in done.stderr, done.stderr[-2000:]

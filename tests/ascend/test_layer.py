@@ -184,7 +184,8 @@ FUSED_CASES = {
 def test_fused_mc2_gives_what_vllm_ascends_own_gives(case):
     tp, dp, given = FUSED_CASES[case]
     strategies = ["fused_mc2", "auto"]
-    outcome, reports = run("A3", tp, dp, dtype="bfloat16", fused_rows=1000, strategies=strategies, **given)
+    given = {"dtype": "bfloat16", "fused_rows": 1000, "moe_comm": "fused_mc2", "strategies": strategies} | given
+    outcome, reports = run("A3", tp, dp, **given)
     assert outcome.code == 0, outcome.output
     int8 = "int8" in given
     for report in reports:

@@ -1,9 +1,10 @@
-// Dispatch, both matrix products of the experts, the activation between them, and combine, in one operator of vllm-ascend.
+// Dispatch, both matrix products of the experts, the activation between them, and combine, in one operator of
+// vllm-ascend.
 //
-// Source: the source distributions of vllm-ascend 0.23.0.post1 and 0.30.0rc2, csrc/mc2/dispatch_ffn_combine (int8 weights) and
-// csrc/mc2/dispatch_ffn_combine_bf16 (16-bit weights): the definition, the tiling and the kernel of each. Both versions have the
-// same kernels. The limits are those of the tiling, and those that follow from the memory that the kernel addresses; the text
-// of a refusal says which.
+// Source: the source distributions of vllm-ascend 0.23.0.post1 and 0.30.0rc2, csrc/mc2/dispatch_ffn_combine (int8
+// weights) and csrc/mc2/dispatch_ffn_combine_bf16 (16-bit weights): the definition, the tiling and the kernel of each.
+// Both versions have the same kernels. The limits are those of the tiling, and those that follow from the memory that
+// the kernel addresses; the text of a refusal says which.
 #include <algorithm>
 #include <cmath>
 
@@ -80,8 +81,8 @@ at::Tensor scales_of_expert(const Fused& op, const std::vector<at::Tensor>& list
 void check_weights(const Fused& op) {
   const int64_t experts = op.experts_per_rank();
   const auto check_list = [&](const std::vector<at::Tensor>& list, const char* name, int64_t rows, int64_t columns) {
-    require(op.is_stacked() == (list.size() == 1) && (op.is_stacked() || list.size() == op.weight1.size()), name, " has ",
-            list.size(), " tensors and weight1 has ", op.weight1.size());
+    require(list.size() == op.weight1.size(), name, " has ", list.size(), " tensors and weight1 has ",
+            op.weight1.size());
     for (const at::Tensor& weight : list) {
       require_dtype(weight, name, {op.is_int8() ? at::kChar : op.x.scalar_type()});
       if (op.is_stacked())
@@ -95,19 +96,21 @@ void check_weights(const Fused& op) {
   check_list(op.weight2, "weight2", op.columns() / 2, op.width());
   if (!op.is_int8()) return;
   const auto check_scales = [&](const std::vector<at::Tensor>& list, const char* name, int64_t columns) {
-    require(list.size() == op.weight1.size(), name, " has ", list.size(), " tensors and weight1 has ", op.weight1.size());
+    require(list.size() == op.weight1.size(), name, " has ", list.size(), " tensors and weight1 has ",
+            op.weight1.size());
     for (const at::Tensor& scale : list) {
       require_dtype(scale, name, {at::kLong});
-      require(scale.numel() == columns * (op.is_stacked() ? experts : 1), name, " has ", scale.numel(), " elements for ",
-              columns, " columns");
+      require(scale.numel() == columns * (op.is_stacked() ? experts : 1), name, " has ", scale.numel(),
+              " elements for ", columns, " columns");
     }
   };
   check_scales(op.scale1, "scale1", op.columns());
   check_scales(op.scale2, "scale2", op.width());
 }
 
-// The MB of the group's window. The rows sent lie in its first third, and the rows that come back behind that. The tiling of
-// int8 checks another formula, which is taken too. The tiling of 16-bit weights checks nothing: rows would overlap.
+// The MB of the group's window. The rows sent lie in its first third, and the rows that come back behind that. The
+// tiling of int8 checks another formula, which is taken too. The tiling of 16-bit weights checks nothing: rows would
+// overlap.
 int64_t window_mb(const Fused& op) {
   const auto mb = [](int64_t bytes) { return (bytes + kMb - 1) / kMb; };
   const int64_t pairs = op.tokens() * op.top_k();
@@ -143,7 +146,8 @@ void check(const Fused& op) {
   require_dtype(op.x, "x", {at::kHalf, at::kBFloat16});
   require_dimensions(op.expert_idx, "expert_idx", 2);
   require_dtype(op.expert_idx, "expert_idx", {at::kInt});
-  require(op.expert_idx.size(0) == op.tokens(), "expert_idx has ", op.expert_idx.size(0), " rows and x has ", op.tokens());
+  require(op.expert_idx.size(0) == op.tokens(), "expert_idx has ", op.expert_idx.size(0), " rows and x has ",
+          op.tokens());
   require_dtype(op.probs, "probs", {at::kFloat});
   require_shape(op.probs, "probs", op.expert_idx.sizes());
   require(op.tokens() > 0, "x has no row; no source says what the kernel does then");
@@ -160,17 +164,19 @@ void check(const Fused& op) {
           "expert_token_nums has ", op.expert_token_nums.numel(), " elements for ", op.experts_per_rank(), " experts");
 }
 
-// The tensors of a message to the experts of a rank. They have a row for each pair of a token and an expert, in the order of
-// the pairs.
+// The tensors of a message to the experts of a rank. They have a row for each pair of a token and an expert, in the
+// order of the pairs.
 enum SentField { kSlot, kPair, kValues, kScales };
 
 std::vector<Message> outgoing(const Fused& op) {
-  if (op.mask) op.expert_idx.masked_fill_(op.mask->logical_not().unsqueeze(-1), op.num_experts());  // as the kernel does
+  // The kernel writes into its input too.
+  if (op.mask) op.expert_idx.masked_fill_(op.mask->logical_not().unsqueeze(-1), op.num_experts());
   const at::Tensor ids = op.expert_idx.to(at::kLong).flatten();
   const int64_t most = op.num_experts() - (op.is_int8() ? 0 : 1);  // for int8, num_experts marks a pair that is not sent
   const at::Tensor bad = (ids < 0).logical_or(ids > most);
   if (bad.any().item<bool>()) {
-    refuse(Code::kUnusable, "expert_idx has the id ", ids.masked_select(bad)[0].item<int64_t>(), "; ids must be in 0..", most);
+    refuse(Code::kUnusable, "expert_idx has the id ", ids.masked_select(bad)[0].item<int64_t>(),
+           "; ids must be in 0..", most);
   }
   Quantized rows{op.x, at::zeros({op.tokens()}, at::kFloat)};
   if (op.is_int8()) rows = quantize_by_quotient(op.x.to(at::kFloat));
@@ -200,12 +206,14 @@ at::Tensor sixteen_bit_expert(const Fused& op, const at::Tensor& rows, int64_t e
   return product(swiglu(first).to(op.x.scalar_type()), of_expert(op, op.weight2, expert));
 }
 
-// As sixteen_bit_expert. The products are scaled for each column and rounded to float16, and only then scaled for each row.
+// As sixteen_bit_expert. The products are scaled for each column and rounded to float16, and only then scaled for each
+// row.
 at::Tensor int8_expert(const Fused& op, const at::Tensor& rows, const at::Tensor& row_scales, int64_t expert) {
   const auto product = [&](const at::Tensor& left, const at::Tensor& weight, const at::Tensor& scales) {
     return (at::matmul(left.to(at::kInt), weight.to(at::kInt)).to(at::kFloat) * scales).to(at::kHalf).to(at::kFloat);
   };
-  at::Tensor first = product(rows, of_expert(op, op.weight1, expert), scales_of_expert(op, op.scale1, expert, op.columns()));
+  at::Tensor first =
+      product(rows, of_expert(op, op.weight1, expert), scales_of_expert(op, op.scale1, expert, op.columns()));
   first = first * row_scales.unsqueeze(-1);
   if (op.swiglu_limit > 0) {
     first = first.clamp_max(op.swiglu_limit);
@@ -227,8 +235,8 @@ at::Tensor joined(const std::vector<Message>& received, size_t field) {
   return at::cat(parts);
 }
 
-// The experts' rows for each rank: its pairs, and their rows. Rows are ordered by expert, then source rank, then pair. Those
-// past max_output_size are neither computed nor sent back.
+// The experts' rows for each rank: its pairs, and their rows. Rows are ordered by expert, then source rank, then pair.
+// Those past max_output_size are neither computed nor sent back.
 std::vector<Message> compute(const Fused& op, const std::vector<Message>& received) {
   const at::Tensor slots = joined(received, kSlot);
   const at::Tensor order = at::argsort(slots, /*stable=*/true, 0, /*descending=*/false);
@@ -297,7 +305,8 @@ Plan plan(Fused op) {
 Plan int8_weights(Inputs inputs, OptionalTensor mask, std::string group, int64_t max_output_size, double swiglu_limit,
                   Outputs outputs) {
   require(!inputs.weight1.empty() && inputs.weight1[0].scalar_type() == at::kChar, "weight1 is not int8");
-  return plan({inputs, outputs, "DispatchFFNCombine", mask, group, max_output_size, static_cast<float>(swiglu_limit), 0, 0});
+  const auto limit = static_cast<float>(swiglu_limit);
+  return plan({inputs, outputs, "DispatchFFNCombine", mask, group, max_output_size, limit, 0, 0});
 }
 
 Plan sixteen_bit_weights(Inputs inputs, std::string group, int64_t max_output_size, Outputs outputs) {

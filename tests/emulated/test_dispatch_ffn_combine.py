@@ -283,6 +283,16 @@ def replayed(rank: int, num_ranks: int) -> None:
         assert error < (INT8_FROM_DENSE if int8 else TOLERANCES[new.dtype])
 
 
+def test_meta_tensors_are_not_computed():
+    custom_ops.register()
+    x, weight = torch.empty(2, 64, device="meta"), torch.empty(2, 64, 64, device="meta")
+    counts = torch.empty(2, dtype=torch.int32, device="meta")
+    returned = torch.ops._C_ascend.dispatch_ffn_combine(
+        x, [weight], [weight], counts, [], [], [], [], x, "no group", 1, x, counts
+    )
+    assert [each.shape for each in returned] == [x.shape, counts.shape]
+
+
 @pytest.mark.parametrize("num_ranks", [2, 3])
 def test_layers_equal_the_float64_layer(run_in_ranks, num_ranks):
     run_in_ranks(layers, num_ranks)

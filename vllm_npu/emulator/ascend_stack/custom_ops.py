@@ -190,6 +190,8 @@ def dispatch_ffn_combine(
     As vllm-ascend's adapter, which drops the mask and the limit for 16-bit weights and the biases for all but 4-bit ones.
     world_size is not read: the group has a size.
     """
+    if x.is_meta:
+        return out, expert_token_nums
     if weight1[0].dtype == torch.int8:
         aclnn.call(
             "aclnnDispatchFFNCombine",

@@ -76,8 +76,8 @@ class Variable:
 MOE_COMM = Variable(
     "VLLM_NPU_MOE_COMM",
     "auto",
-    "Strategy, if --additional-config names none: auto, mc2, all2all, allgather or naive; with vllm-ascend also off, "
-    "compare and compare:STRATEGY.",
+    "Strategy, if --additional-config names none: auto, mc2, all2all, allgather or naive; with vllm-ascend also "
+    "fused_mc2, off, compare and compare:STRATEGY.",
 )
 CUDA_PLATFORM = Variable(
     "VLLM_NPU_CUDA_PLATFORM",

@@ -6,6 +6,7 @@ Each rank prints one JSON line. For every layer, step and path it holds the coll
 from a dense layer in float64 and from vllm-ascend's own path. These keys are left out in most runs:
 "more_layers": the sizes of layers after the first one; "mixed": a number of shared experts that are placed as routed ones;
 "redundant": a number of redundant experts of vllm-ascend's EPLB; "expert_map": a file that places the experts on the ranks;
+"fused_rows": vllm-ascend prepares its fused MC2, with room for so many rows on a rank;
 "own": the communication methods that vllm-ascend is held to; "graph": each step is captured and replayed with other tokens, and
 the line also holds the device's operations in the graph; "rounds": with "graph", the line also holds the host's processor time
 of the layer in so many rounds, eager and replayed.
@@ -218,6 +219,9 @@ def make_layers(given: dict[str, Any], sizes: Sequence[Sizes]) -> tuple[Any, lis
                 "vllm_npu": {"moe_comm": given.get("moe_comm", "auto")},
                 "enable_flashcomm1": bool(given.get("flashcomm1")),
                 **({"mix_placement": True} if shared else {}),
+                **(
+                    {"enable_fused_mc2": 1, "mega_moe_max_tokens": given["fused_rows"]} if "fused_rows" in given else {}
+                ),
                 **({"eplb_config": {"dynamic_eplb": True, "num_redundant_experts": redundant}} if redundant else {}),
                 **({"eplb_config": {"expert_map_path": given["expert_map"]}} if "expert_map" in given else {}),
             },
@@ -407,7 +411,7 @@ def main(given: dict[str, Any]) -> None:
             if path.startswith(OWN):
                 own_outputs[key] = output
             own = own_outputs.get(key, output)
-            scale = expected.abs().amax().clamp(min=1e-9)
+            scale = expected.abs().amax().clamp(min=1e-9) if expected.numel() else torch.tensor(1.0)
             rows.append(
                 {
                     "path": path,

@@ -24,6 +24,7 @@ print("BUILT")
 """
 OFF = {"vllm_npu": {"moe_comm": "off"}}
 LINE = tuple(map(int, version("vllm-ascend").split(".")[:2]))
+ON_A3 = {"VLLM_NPU_EMULATOR_SOC": "A3"}
 GRAPHS = {"enforce_eager": False, "compilation_config": {"cudagraph_mode": "FULL_DECODE_ONLY"}}
 
 
@@ -52,6 +53,7 @@ def build(folder, environment: dict | None = None, **arguments) -> subprocess.Co
                 LINE != (0, 23), reason="vllm-ascend 0.30 itself refuses multistream_overlap_gate"
             ),
         ),
+        ({"additional_config": {"enable_fused_mc2": 2}}, "additional_config enable_fused_mc2: 2 is dispatch_gmm"),
         ({"additional_config": {"mix_placement": True}}, "mix_placement with quantization=None"),
         ({**GRAPHS, **asks_for("compare")}, "moe_comm=compare in graphs"),
         ({"environment": {"VLLM_USE_V2_MODEL_RUNNER": "1"}}, "model runner V2 (VLLM_USE_V2_MODEL_RUNNER)"),
@@ -78,12 +80,30 @@ def test_an_expert_map_without_a_placement_is_refused_before_a_process_starts(tm
     "arguments",
     [
         {},
+        {"environment": ON_A3, "additional_config": {"enable_fused_mc2": 1, "vllm_npu": {"moe_comm": "fused_mc2"}}},
         {"enable_lora": True, "additional_config": OFF},
         {**GRAPHS, **asks_for("auto")},
         {**GRAPHS, **asks_for("all2all")},
     ],
-    ids=["none", "off", "graphs", "all2all in graphs"],
+    ids=["none", "fused_mc2", "off", "graphs", "all2all in graphs"],
 )
 def test_an_engine_without_such_settings_is_built_and_vllm_ascends_own_with_them(tmp_path, arguments):
     done = build(tmp_path, **arguments)
     assert "BUILT" in done.stdout, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({}, "enable_fused_mc2"),
+        (
+            {"enable_fused_mc2": 1, "mega_moe_max_tokens": 10},
+            "Set vllm-ascend's --additional-config '{\"mega_moe_max_tokens\": ",
+        ),
+    ],
+    ids=["no weights", "no room"],
+)
+def test_a_fused_mc2_that_never_fits_is_refused_with_what_to_set(tmp_path, options, reason):
+    done = build(tmp_path, ON_A3, additional_config=options | asks_for("fused_mc2")["additional_config"])
+    assert "BUILT" not in done.stdout
+    assert reason in done.stderr, done.stderr[-2000:]

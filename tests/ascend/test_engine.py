@@ -85,15 +85,26 @@ def test_shared_experts_on_a_stream_of_their_own_give_the_same_tokens(deepseek_v
         PLUGINS,
         model=str(folder),
         tp=2,
-        env={
-            "VLLM_NPU_EMULATOR_ASYNC": "7"
-        },  # streams are threads with random delays, so an event that is missing shows
+        env={"VLLM_NPU_EMULATOR_ASYNC": "7"},  # threads with random delays are the streams: a missing event shows
         options={"additional_config": {option: True}},
         strategies=STRATEGIES,
         rounds=2,
     )
     assert ours["ran"] == {name: [name, name] for name in STRATEGIES}
     assert ours["tokens"] == dict.fromkeys(STRATEGIES, alone * 2)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(4 * PATIENCE_SECONDS)
+def test_fused_mc2_gives_the_tokens_of_vllm_ascend_with_and_without_it(tmp_path):
+    given = {"model": str(write_tiny_model(MODELS[0], tmp_path / "model")), "tp": 2}
+    fused = {"options": {"additional_config": {"enable_fused_mc2": 1}}}
+    theirs = PLUGINS.replace("vllm_npu", "ascend")
+    alone = generate(theirs, **given)["tokens"][OWN]
+    assert generate(theirs, **given, **fused)["tokens"][OWN] == alone
+    ours = generate(PLUGINS, **given, **fused, strategies=["fused_mc2", "auto", "mc2"])
+    assert ours["ran"] == {"fused_mc2": ["fused_mc2"] * 2, "auto": ["fused_mc2"] * 2, "mc2": ["mc2"] * 2}
+    assert ours["tokens"] == dict.fromkeys(ours["ran"], alone)
 
 
 # One MoE layer, and a drafter that is a copy of it.

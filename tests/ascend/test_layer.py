@@ -25,7 +25,13 @@ TOLERANCES = {"float16": 2e-3, "bfloat16": 2e-2}  # relative to the largest elem
 ROUNDINGS = {"float16": 2.0**-10, "bfloat16": 2.0**-7}
 INT8_FROM_DENSE = 5e-2  # activations are rounded twice to 1/127 of the largest element of their row
 EVENTS = ("aclrtRecordEvent", "aclrtStreamWaitEvent")
-COMM_TYPES = {"mc2": "MC2", "all2all": "ALLTOALL", "allgather": "ALLGATHER", "naive": "ALLGATHER"}
+COMM_TYPES = {
+    "mc2": "MC2",
+    "all2all": "ALLTOALL",
+    "allgather": "ALLGATHER",
+    "naive": "ALLGATHER",
+    "fused_mc2": "FUSED_MC2",
+}
 
 
 def run(soc: str, tp: int, dp: int, **given: Any) -> tuple[Outcome, list[dict[str, Any]]]:
@@ -177,6 +183,73 @@ def test_a_step_past_mc2s_capacity_goes_another_way():
         assert (own["ran"], ours["ran"]) == ("ALLTOALL", "ALLTOALL")
         assert ours["bytes"] < own["bytes"]  # ours sends a token once to each rank, vllm-ascend once to each expert
     assert "mc2 takes 512 tokens a rank, this step brings 600" in outcome.output
+
+
+# vllm-ascend slices and pads as in MC2. With TP, one token leaves a rank without tokens.
+FUSED_CASES = {
+    "DP2 bfloat16, ragged, an idle rank": (1, 2, {"steps": [[5, 5], [3, 7], [1, 16], [0, 6]]}),
+    "DP2 W8A8, ragged, an idle rank": (1, 2, {"int8": True, "steps": [[5, 5], [3, 7], [1, 16], [0, 6]]}),
+    "TP2 bfloat16": (2, 1, {"steps": [[16], [5], [1]]}),
+    "TP2 W8A8": (2, 1, {"int8": True, "steps": [[16], [5], [1]]}),
+    "DP2 bfloat16, graph": (1, 2, {"graph": True, "steps": [[8, 8]], "own": ["FUSED_MC2"]}),
+    "DP2 W8A8, graph": (1, 2, {"int8": True, "graph": True, "steps": [[8, 8]], "own": ["FUSED_MC2"]}),
+    "TP2 bfloat16, graph": (2, 1, {"graph": True, "steps": [[8]], "own": ["FUSED_MC2"]}),
+}
+
+
+@pytest.mark.parametrize("case", FUSED_CASES)
+def test_fused_mc2_gives_what_vllm_ascends_own_gives(case):
+    tp, dp, given = FUSED_CASES[case]
+    strategies = ["fused_mc2", "auto"]
+    given = {"dtype": "bfloat16", "fused_rows": 1000, "moe_comm": "fused_mc2", "strategies": strategies} | given
+    outcome, reports = run("A3", tp, dp, **given)
+    assert outcome.code == 0, outcome.output
+    int8 = "int8" in given
+    for report in reports:
+        assert report["refused"] == {}
+        rows = report["rows"]
+        own = [row for row in rows if row["path"].startswith(OWN)]
+        assert len(own) == len(given["steps"]) * len(given.get("own", [None]))
+        assert len(rows) == len(own) + len(strategies) * len(given["steps"])
+        for row in rows:
+            assert row["ran"] == "FUSED_MC2"
+            assert row["from_dense"] < (INT8_FROM_DENSE if int8 else TOLERANCES["bfloat16"]), row
+            assert row["rms_from_dense"] < (INT8_FROM_DENSE if int8 else ROUNDINGS["bfloat16"]), row
+            assert row["from_own"] < TOLERANCES["bfloat16"], row
+        if "graph" in given:
+            kernels = {row["path"]: [op for op in row["operations"] if op not in EVENTS] for row in rows}
+            assert all(sum("DispatchFFNCombine" in op for op in ops) == 1 for ops in kernels.values())
+            assert len(kernels["fused_mc2"]) <= len(kernels[f"{OWN} FUSED_MC2"]), kernels
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_a_step_whose_rows_may_not_fit_goes_another_way_and_vllm_ascend_loses_rows(int8):
+    # A rank has room for 80 rows. The second step brings 160, of which each rank has to expect all. About 80 arrive.
+    outcome, reports = run(
+        "A3",
+        1,
+        2,
+        dtype="bfloat16",
+        int8=int8,
+        fused_rows=80,
+        steps=[[16, 16], [40, 40]],
+        own=["FUSED_MC2"],
+        strategies=["fused_mc2", "auto"],
+    )
+    assert outcome.code == 0, outcome.output
+    lost = 0
+    for report in reports:
+        assert report["refused"] == {}
+        rows = {(row["path"], row["counts"][0]): row for row in report["rows"]}
+        theirs = rows[f"{OWN} FUSED_MC2", 40]
+        lost += not theirs["from_dense"] < (INT8_FROM_DENSE if int8 else TOLERANCES["bfloat16"])  # NaN is no number
+        for strategy in ("fused_mc2", "auto"):
+            assert [rows[strategy, tokens]["ran"] for tokens in (16, 40)] == ["FUSED_MC2", "MC2"]
+            for tokens in (16, 40):
+                assert rows[strategy, tokens]["from_dense"] < (INT8_FROM_DENSE if int8 else TOLERANCES["bfloat16"])
+    assert lost > 0
+    reason = "fused_mc2 has room for 80 rows on a rank (mega_moe_max_tokens), and up to 160 may arrive in this step"
+    assert reason in outcome.output
 
 
 @pytest.mark.parametrize("fault", [False, True])

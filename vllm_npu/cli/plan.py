@@ -1,15 +1,16 @@
 """`vllm-npu plan`: the strategies that a layer may use on a device, the choice of auto, and the buffer to set."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from vllm_npu.cli.outputs import JsonPath
+from vllm_npu.core.ascend_recipes import fused_mc2_rows
 from vllm_npu.core.expert_limits import ExpertsWanted
 from vllm_npu.core.limits import DEVICES, PORTABLE
 from vllm_npu.core.model_facts import ModelFacts, read_config
@@ -37,6 +38,10 @@ def plan(
     model: Annotated[
         Path | None, typer.Option(help="A config.json, or its folder. It gives the numbers that no option gives.")
     ] = None,
+    additional_config: Annotated[
+        str,
+        typer.Option(help="vLLM's option of this name: enable_fused_mc2 and mega_moe_max_tokens of vllm-ascend count."),
+    ] = "{}",
     json_path: JsonPath = None,
 ) -> None:
     """Show the strategies that are legal for a mixture-of-experts layer, and the reason against each other one. Show the choice
@@ -52,6 +57,7 @@ def plan(
             f"--ep {ep} is not a multiple of --tp {tp}; the experts lie on all ranks of the grid"
         )
     device = PORTABLE if soc is None else DEVICES[soc]
+    device = replace(device, fused_mc2_rows=fused_mc2_rows(_read_object(additional_config)))
     topology = ParallelTopology.of_rank(0, tp_size=tp, dp_size=ep // tp)
     facts = ModelFacts() if model is None else read_config(model)
     check_experts(ExpertsWanted(model=facts), topology, device)
@@ -66,6 +72,16 @@ def plan(
         todo,
         f"{device.family}, {topology}, {layer.num_experts} experts top {layer.top_k}, {tokens} tokens a DP rank",
     )
+
+
+def _read_object(text: str) -> dict[str, Any]:
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        raise UnsupportedConfigError(f"--additional-config {text} is no JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise UnsupportedConfigError(f"--additional-config {text} is a JSON object, as for vllm serve")
+    return content
 
 
 def advice(planned: LayerPlan, buffer_mb: int) -> list[str]:

@@ -9,12 +9,19 @@ from typing import Any
 
 # Never run with other communication. Some of them exist in one release line only.
 REFUSED_OPTIONS = (
-    "enable_fused_mc2",
     "enable_mc2_hierarchy_comm",
     "mc2_comm_alg",
     "combine_quant_mode",
 )
+FUSED_MC2, MAX_FUSED_ROWS = "enable_fused_mc2", "mega_moe_max_tokens"
+MAX_FUSED_ROWS_IF_UNSET = 65536  # vllm-ascend's default
+FUSED_MC2_VALUE = 1  # of enable_fused_mc2: dispatch_ffn_combine. 2 is another operator on each release line
+OTHER_FUSED_OPERATORS = (
+    "2 is dispatch_gmm_combine_decode on vllm-ascend 0.23, and CANN's MegaMoe on 0.30; vllm_npu runs neither, so use 1"
+)
 TAKEN_OPTIONS = {
+    FUSED_MC2: "moe_comm may be fused_mc2, and auto takes it where it fits; other steps take mc2, all2all or allgather",
+    MAX_FUSED_ROWS: "the rows that a rank of fused_mc2 has room for; a step that may bring more goes another way",
     "vllm_npu": "the options of this package",
     "enable_flashcomm1": "each TP rank brings its slice of the tokens",
     "eplb_config": "vllm-ascend balances and moves the experts; tokens go to the replicas that it names",
@@ -42,9 +49,19 @@ def rows_of_recipe(additional_config: Mapping[str, Any]) -> list[RecipeRow]:
     for option, value in additional_config.items():
         if not value:
             continue
-        if option in REFUSED_OPTIONS:
+        other_operator = option == FUSED_MC2 and value != FUSED_MC2_VALUE
+        if other_operator:
+            what = f"{OTHER_FUSED_OPERATORS}; the engine does not start"
+        elif option in REFUSED_OPTIONS:
             what = "never run with the strategies of this package, so the engine does not start"
         else:
             what = TAKEN_OPTIONS.get(option, "vllm-ascend's own; this package does not read it")
-        rows.append(RecipeRow(option, option in REFUSED_OPTIONS, what))
+        rows.append(RecipeRow(option, option in REFUSED_OPTIONS or other_operator, what))
     return rows
+
+
+def fused_mc2_rows(additional_config: Mapping[str, Any]) -> int | None:
+    """The rows for which a rank of fused_mc2 has room. None: the options do not ask vllm-ascend for its weights."""
+    if additional_config.get(FUSED_MC2) != FUSED_MC2_VALUE:
+        return None
+    return int(additional_config.get(MAX_FUSED_ROWS, MAX_FUSED_ROWS_IF_UNSET))

@@ -10,6 +10,8 @@ from vllm_npu.core.expert_limits import ExpertLimits
 from vllm_npu.core.token_layout import ceil_div
 
 MIB = 1 << 20
+VECTOR_CORE_BYTES = 192 << 10  # memory of one vector core of A2 and A3
+MAX_FUSED_TOKENS = 1 << 20  # the fused operators have no limit of their own; HCCL's buffer ends far below
 
 
 class QuantMode(IntEnum):
@@ -41,6 +43,11 @@ class MoELayer:
     hidden_size: int
     dtype: torch.dtype  # of hidden_states
     quant_mode: QuantMode = QuantMode.NONE
+    # Facts for an operator that computes the experts too. None: not known before the layer is built.
+    intermediate_size: int | None = None  # of an expert; the first product has twice as many columns
+    activation: str | None = None  # vLLM's name
+    swiglu_limit: float | None = None  # None and 0: the activation clamps nothing
+    has_bias: bool = False  # whether the experts' products add a bias
 
 
 BufferBytes = Callable[[MoELayer, int, int], int]
@@ -91,6 +98,61 @@ class MC2Limits:
         """HCCL_BUFFSIZE in MiB that the ops need for steps of up to max_tokens_per_rank tokens. None: they need no buffer."""
         if self.buffer_bytes is None:
             return None
+        return ceil_div(self.buffer_bytes(layer, ep_size, max_tokens_per_rank), MIB)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FusedMC2Limits:
+    """Limits of one operator that dispatches, computes the experts, and combines."""
+
+    name: str
+    source: str
+    quant_mode: QuantMode  # of the layers that it computes
+    takes_mask: bool  # whether it leaves out the rows that a mask names; if not, padding rows travel as tokens do
+    takes_swiglu_limit: bool
+    no_experts_per_rank: int  # the number with which the kernel computes no activation
+    bytes_of_column: int  # of a vector core's memory, for each column of the first product
+    columns_within_hidden_size: bool  # whether 2 * intermediate_size may be no more than hidden_size
+    buffer_bytes: BufferBytes
+    max_ep_size: int = 32
+    hidden_size_multiple: int = 32
+    dtypes: tuple[torch.dtype, ...]
+    max_tokens_per_rank: int = MAX_FUSED_TOKENS
+
+    def why_not(self, layer: MoELayer, ep_size: int) -> str | None:
+        """Reason why the operator cannot run this layer with any number of tokens, or None. A fact that is None passes."""
+        experts, columns = ceil_div(layer.num_experts, ep_size), 2 * (layer.intermediate_size or 0)
+        if layer.dtype not in self.dtypes:
+            return f"{self.name} takes {_names(self.dtypes)}, hidden_states are {_names([layer.dtype])}"
+        if ep_size > self.max_ep_size:
+            return f"{self.name} takes at most {self.max_ep_size} ranks, not {ep_size}"
+        if layer.hidden_size % self.hidden_size_multiple:
+            return f"{self.name} takes hidden_size in steps of {self.hidden_size_multiple}, not {layer.hidden_size}"
+        if experts == self.no_experts_per_rank:
+            return f"{self.name} computes no activation with {experts} experts a rank"
+        if columns * self.bytes_of_column > VECTOR_CORE_BYTES or (
+            self.columns_within_hidden_size and columns > layer.hidden_size
+        ):
+            most = VECTOR_CORE_BYTES // self.bytes_of_column
+            most = min(most, layer.hidden_size) if self.columns_within_hidden_size else most
+            return f"{self.name} takes intermediate_size up to {most // 2} here, not {layer.intermediate_size}"
+        if layer.activation not in (None, "silu"):
+            return f"{self.name} computes the activation silu, not {layer.activation}"
+        if layer.swiglu_limit and not self.takes_swiglu_limit:
+            return f"{self.name} leaves out swiglu_limit, which is {layer.swiglu_limit:g}"
+        if layer.has_bias:
+            return f"{self.name} adds no bias of the experts"
+        return None
+
+    def received_rows(self, layer: MoELayer, ep_size: int, tokens: int) -> int:
+        """The most rows that can arrive at a rank if all ranks together send the rows of this many tokens.
+
+        A token has top_k distinct experts, and a rank cannot have more of them than it has experts.
+        """
+        return tokens * min(layer.top_k, ceil_div(layer.num_experts, ep_size))
+
+    def buffer_mb(self, layer: MoELayer, ep_size: int, max_tokens_per_rank: int) -> int:
+        """HCCL_BUFFSIZE in MiB that the operator needs for steps of up to max_tokens_per_rank tokens."""
         return ceil_div(self.buffer_bytes(layer, ep_size, max_tokens_per_rank), MIB)
 
 
@@ -147,6 +209,25 @@ def _a3_slots(layer: MoELayer, ep_size: int) -> int:
 def _a3_hierarchy_bytes(layer: MoELayer, ep_size: int, tokens: int) -> int:
     row = 2 * layer.hidden_size + 4 * 4 * _aligned(layer.top_k, 8)
     return layer.num_experts * tokens * row + 404 * MIB
+
+
+# The fused operators' use of HCCL's buffer (PeermemInfo in their kernels): rows sent in the first third, 1 MiB, rows that come
+# back, and 2 MiB at the end.
+
+
+def _fused_layout_bytes(layer: MoELayer, tokens: int, sent_bytes: int) -> int:
+    pairs = tokens * layer.top_k
+    returned = pairs * 2 * layer.hidden_size + 3 * MIB
+    return max(3 * pairs * sent_bytes, ceil_div(3 * returned, 2))
+
+
+def _fused_bytes(layer: MoELayer, ep_size: int, tokens: int) -> int:
+    return _fused_layout_bytes(layer, tokens, 2 * layer.hidden_size)
+
+
+def _fused_int8_bytes(layer: MoELayer, ep_size: int, tokens: int) -> int:
+    checked = 3 * tokens * layer.top_k * layer.hidden_size + 10 * MIB  # by the tiling, which refuses less
+    return max(checked, _fused_layout_bytes(layer, tokens, layer.hidden_size + 32))
 
 
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
@@ -240,6 +321,37 @@ A3_VERSION_1 = replace(
 )
 
 
+_FUSED_SOURCE = "vllm-ascend 0.23.0.post1 and 0.30.0rc2, csrc/mc2/dispatch_ffn_combine"
+A3_FUSED_MC2 = (
+    FusedMC2Limits(
+        name="dispatch_ffn_combine with 16-bit weights",
+        source=f"{_FUSED_SOURCE}_bf16: MAX_RANK_SIZE of hccl_shmem.hpp; epilogueGranularity = experts - 2 is 0 for 2 experts; "
+        "26 bytes a column in block_epilogue_pertoken_swiglu.hpp; no mask and no limit among the arguments",
+        quant_mode=QuantMode.NONE,
+        takes_mask=False,
+        takes_swiglu_limit=False,
+        no_experts_per_rank=2,
+        bytes_of_column=26,
+        columns_within_hidden_size=False,
+        buffer_bytes=_fused_bytes,
+        dtypes=SIXTEEN_BIT,
+    ),
+    FusedMC2Limits(
+        name="dispatch_ffn_combine with int8 weights",
+        source=f"{_FUSED_SOURCE}: MAX_RANK_SIZE of hccl_shmem.hpp; epilogueGranularity = experts - 1 is 0 for 1 expert; "
+        "24 bytes a column in block_epilogue_pertoken_swiglu.hpp; rows of the first product lie hidden_size apart",
+        quant_mode=QuantMode.INT8_PER_TOKEN,
+        takes_mask=True,
+        takes_swiglu_limit=True,
+        no_experts_per_rank=1,
+        bytes_of_column=24,
+        columns_within_hidden_size=True,
+        buffer_bytes=_fused_int8_bytes,
+        dtypes=SIXTEEN_BIT,
+    ),
+)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SymmetricLimits:
     """Limits of the symmetric strategy. Its windows are sized for them."""
@@ -266,6 +378,10 @@ class DeviceLimits:
     socs: tuple[str, ...] = ()  # prefixes of the chips' names
     mc2_hierarchy: MC2Limits | None = None  # MC2's other algorithm, for layers that the first one cannot run
     mc2_version_1: MC2Limits | None = None  # replaces both if torch_npu has only version 1 of MC2's ops
+    fused_mc2: tuple[FusedMC2Limits, ...] = ()  # one for each quantisation; empty: the chips have no such operator
+    fused_mc2_rows: int | None = None
+    """The rows for which a rank of fused_mc2 has room: mega_moe_max_tokens of vllm-ascend. More rows are dropped without an
+    error. None: vllm-ascend prepares no weights for the operator, since its option enable_fused_mc2 is not 1."""
     all2all: bool = True
     symmetric: SymmetricLimits | None = None  # None: the ranks share no memory
     uneven_collectives: bool = False  # has HcclAllGatherV and HcclReduceScatterV between ranks of one server
@@ -298,6 +414,10 @@ class DeviceLimits:
         if self.mc2.why_not(layer, ep_size) is None or self.mc2_hierarchy.why_not(layer, ep_size) is not None:
             return self
         return replace(self, mc2=self.mc2_hierarchy, mc2_hierarchy=None)
+
+    def fused_limits(self, layer: MoELayer) -> FusedMC2Limits | None:
+        """The fused operator for layers of this quantisation. None: there is none."""
+        return next((limits for limits in self.fused_mc2 if limits.quant_mode is layer.quant_mode), None)
 
     def fits(self, strategy: str, tokens_per_rank: int) -> bool:
         """Whether the strategy can run steps of this many tokens on each rank. True for strategies without a capacity."""
@@ -340,8 +460,9 @@ DEVICES = {
         mc2_version_1=A3_VERSION_1,
         uneven_collectives=True,
         update_expert=True,
+        fused_mc2=A3_FUSED_MC2,
         socs=("Ascend910_93",),
-        captures=_NPU_CAPTURES,
+        captures=(*_NPU_CAPTURES, "fused_mc2"),
     ),
     # vllm-ascend 0.23 has all-gather only for 310P. op-plugin's document of npu_moe_token_unpermute does not name 310P. CANN's
     # does, without bfloat16, and only for hidden sizes that 128 divides.

@@ -260,6 +260,60 @@ def forget_dispatch(combine_index: torch.Tensor, *, group_ep: Transport) -> None
         del _UNCOMBINED[group_ep.name_for_ops]
 
 
+TensorLists = tuple[list[torch.Tensor], list[torch.Tensor]]
+"""A list for the first product and one for the second. A list has one tensor for all experts, or one for each."""
+
+
+def dispatch_ffn_combine(
+    x: torch.Tensor,  # [num_tokens, hidden_size], at least one row
+    expert_idx: torch.Tensor,  # [num_tokens, top_k] int32; with a mask, the operator writes into the rows that are masked
+    probs: torch.Tensor,  # [num_tokens, top_k] float32
+    *,
+    weights: TensorLists,
+    scales: TensorLists,
+    biases: TensorLists,
+    group_ep: Transport,
+    num_local_experts: int,
+    max_output_size: int,  # rows that a rank has room for; the operator drops more without an error
+    x_active_mask: torch.Tensor | None = None,  # [num_tokens] bool; the operator for 16-bit weights ignores it
+    swiglu_limit: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """vllm-ascend's operator of this name. Returns the weighted sum of each token's experts, as x, and the rows that arrived
+    for each expert of this rank, [num_local_experts] int32. COLLECTIVE over group_ep, in one kernel. Host sync: no. Graph
+    capture: yes. Source: vllm-ascend, csrc/torch_binding.cpp. No portable op defines it.
+    """
+    operator = torch.ops._C_ascend.dispatch_ffn_combine
+    there = expert_idx.numel() * x.shape[1] * (1 if weights[0][0].dtype == torch.int8 else x.element_size())
+    group_ep.note_op("dispatch_ffn_combine", there + expert_idx.numel() * x.shape[1] * x.element_size())
+    out = torch.empty_like(x)
+    expert_token_nums = torch.empty(num_local_experts, dtype=torch.int32, device=x.device)
+    operator(
+        x=x,
+        weight1=weights[0],
+        weight2=weights[1],
+        expert_idx=expert_idx,
+        scale1=scales[0],
+        scale2=scales[1],
+        bias1=biases[0],
+        bias2=biases[1],
+        probs=probs,
+        group=group_ep.name_for_ops,
+        max_output_size=max_output_size,
+        out=out,
+        expert_token_nums=expert_token_nums,
+        x_active_mask=x_active_mask,
+        swiglu_limit=swiglu_limit,
+        **_world_size_if_taken(group_ep.size),
+    )
+    return out, expert_token_nums
+
+
+def _world_size_if_taken(size: int) -> dict[str, int]:
+    """The argument of vllm-ascend 0.30 that 0.23 does not have."""
+    schema = torch.ops._C_ascend.dispatch_ffn_combine.default._schema
+    return {"world_size": size} if any(argument.name == "world_size" for argument in schema.arguments) else {}
+
+
 def _arguments_of_group(group_ep: Transport, group: str, version: int, comm_alg: str) -> dict[str, Any]:
     """The arguments of both ops that name the group and the algorithm. Version 1 has no comm_alg."""
     arguments = {"group_ep": group, "ep_world_size": group_ep.size, "ep_rank_id": group_ep.rank}

@@ -7,7 +7,7 @@ import torch
 from vllm.logger import init_logger
 
 from vllm_npu.core.expert_limits import ExpertsWanted
-from vllm_npu.core.limits import DeviceLimits, MoELayer
+from vllm_npu.core.limits import DeviceLimits, MoELayer, QuantMode
 from vllm_npu.core.model_facts import QUANTISATION, ModelFacts
 from vllm_npu.core.topology import ExpertPlacement
 from vllm_npu.envs import HCCL_BUFFSIZE
@@ -93,6 +93,8 @@ def configured_layer(vllm_config: "VllmConfig", facts: ModelFacts, added: AddedE
         top_k=facts.top_k + added.shared,
         hidden_size=facts.hidden_size,
         dtype=dtype,
+        # vllm-ascend's own quantisation. Which layers have it, and whether it is W8A8, the built layers say.
+        quant_mode=QuantMode.INT8_PER_TOKEN if vllm_config.model_config.quantization == "ascend" else QuantMode.NONE,
     )
 
 

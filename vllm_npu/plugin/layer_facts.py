@@ -28,6 +28,7 @@ class LayerFacts:
         experts: object,
         shared_experts: int = 0,  # among moe_config.num_experts; every token goes to each of them
         quant_mode: QuantMode = QuantMode.NONE,
+        swiglu_limit: float = 0.0,  # 0: the activation clamps nothing
     ) -> Self:
         """Take the facts from vLLM's description of the layer."""
         return cls(
@@ -37,6 +38,10 @@ class LayerFacts:
                 hidden_size=int(moe_config.hidden_dim),
                 dtype=moe_config.in_dtype,
                 quant_mode=quant_mode,
+                intermediate_size=int(moe_config.intermediate_size_per_partition),
+                activation=str(getattr(moe_config.activation, "value", moe_config.activation)),
+                swiglu_limit=swiglu_limit,
+                has_bias=bool(moe_config.has_bias),
             ),
             use_ep=bool(moe_config.use_ep),
             sharding=sharding,

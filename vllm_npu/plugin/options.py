@@ -1,11 +1,12 @@
 """The user's options: --additional-config '{"vllm_npu": {...}}', and the environment for what it leaves out."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 from vllm_npu import envs
 from vllm_npu.all2all import MANAGERS
+from vllm_npu.core.limits import DEVICES, PORTABLE
 from vllm_npu.core.topology import ParallelTopology
 from vllm_npu.errors import UnsupportedConfigError
 from vllm_npu.strategies.select import check_strategy
@@ -22,6 +23,10 @@ KEYS: dict[str, tuple[type, str]] = {
     "flashinfer_all_reduce": (bool, "true or false"),
     "self_test": (str, f"a string, one of {', '.join(MODES)}"),
 }
+
+
+# Refuses no strategy that an NPU can run beside vllm-ascend. check_engine knows the chip, and what vllm-ascend prepared.
+SOME_NPU = replace(DEVICES["A3"], fused_mc2_rows=1)
 
 
 class Mode(Enum):
@@ -125,7 +130,7 @@ def check_config(vllm_config: "VllmConfig", *, beside_vllm_ascend: bool = False)
         )
     if options.mode is Mode.OFF or vllm_config.model_config is None or not vllm_config.model_config.is_moe:
         return options
-    check_strategy(options.moe_comm, topology)
+    check_strategy(options.moe_comm, topology, device=SOME_NPU if beside_vllm_ascend else PORTABLE)
     if parallel_config.prefill_context_parallel_size > 1:
         raise UnsupportedConfigError(
             "prefill context parallelism is not supported with MoE models; set --prefill-context-parallel-size 1"

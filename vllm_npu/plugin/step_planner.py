@@ -24,7 +24,7 @@ from vllm_npu.plugin.metrics import StepMetrics
 from vllm_npu.plugin.options import Mode, Options
 from vllm_npu.strategies.select import Selection, check_strategy, select_for_all, why_not
 from vllm_npu.strategies.start_checks import describe_capacity
-from vllm_npu.strategies.table import AUTO, STRATEGIES
+from vllm_npu.strategies.table import AUTO, CHOICES
 from vllm_npu.trust.agreement import agree, agree_start
 from vllm_npu.trust.self_test import OFF, run_self_test
 from vllm_npu.trust.settings import prepare_together
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 
 logger = init_logger("vllm.npu.plugin.step_planner")  # vLLM shows the messages of loggers below "vllm"
 
-PROPOSALS = (AUTO, *STRATEGIES)
 DIFFERENT_STRATEGIES = (
     "ranks ask for different moe_comm; start all of them with the same --additional-config and VLLM_NPU_MOE_COMM"
 )
@@ -75,11 +74,12 @@ class StepPlanner:
         self._captured_steps = CapturedSteps(collective_counter())
         self._metrics = StepMetrics.if_wanted(self._topology, collective_counter())
         capacities = [self._device.for_layer(layer, self._topology.ep_size).capacities for layer in self._layers]
+        fused = [self._device.fused_mc2_rows, *(limits.max_tokens_per_rank for limits in self._device.fused_mc2)]
         self._fixed_fields = {  # the part of each vote that no step changes
             "vllm_npu": __version__,
             "topology": str(self._topology),
             "layers": "; ".join(sorted({str(layer) for layer in layers})),  # sizes, dtype, quantisation
-            "device": f"{self._device.family} {capacities}",
+            "device": f"{self._device.family} {capacities} {fused}",
             "self_test": options.self_test,
         }
 
@@ -154,7 +154,7 @@ class StepPlanner:
         try:
             proposal = vote.finish()
             if proposal is not None:
-                self._agreed = PROPOSALS[proposal]
+                self._agreed = CHOICES[proposal]
             elif self._agreed is None:  # on all ranks, since they voted on the strategy in force too
                 agree({"moe_comm": self.proposed}, vote_transport(), difference=DIFFERENT_STRATEGIES)
         except PlanDisagreementError:
@@ -181,7 +181,7 @@ class StepPlanner:
             "step": self._planned,
             "in force": self._agreed,
         }
-        self._vote = agree_start(fields, vote_transport(), PROPOSALS.index(self.proposed))
+        self._vote = agree_start(fields, vote_transport(), CHOICES.index(self.proposed))
 
     def _must_wait(self, plan: StepPlan) -> bool:
         """Whether the vote must end before the step begins. Otherwise it ends before the first MoE layer runs.

@@ -21,6 +21,7 @@ from vllm_npu.core.limits import QuantMode
 from vllm_npu.core.step_plan import StepPlan
 from vllm_npu.device import ops_of
 from vllm_npu.strategies.dispatch.base import Dispatcher, RoutedTokens
+from vllm_npu.strategies.dispatch.fused_mc2 import FusedExperts, FusedMC2
 from vllm_npu.strategies.prepare_finalize.base import Finalized, PrepareAndFinalize
 
 ExpertsFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
@@ -75,3 +76,27 @@ class MoEPipeline:
             expert_output = experts(dispatched.expert_input, dispatched.tokens_per_expert, dispatched.dynamic_scales)
             routed_output = self.dispatcher.combine(expert_output, dispatched.handle)
         return self.prepare_finalize.finalize(routed_output, prepared.handle, reduce_results=reduce_results)
+
+
+@dataclass(frozen=True, slots=True)
+class FusedPipeline:
+    """A strategy whose operator dispatches, computes the experts and combines. It keeps no state of a call."""
+
+    prepare_finalize: PrepareAndFinalize
+    fused: FusedMC2
+
+    def run(
+        self,
+        hidden_states: torch.Tensor,  # [step.input_rows, hidden_size]
+        topk_weights: torch.Tensor,  # [step.input_rows, top_k]
+        topk_ids: torch.Tensor,  # [step.input_rows, top_k] int32 or int64, global expert ids
+        experts: FusedExperts,
+        step: StepPlan,
+        *,
+        reduce_results: bool = True,
+    ) -> tuple[Finalized, torch.Tensor]:
+        """Return the routed experts' output for this rank's tokens, and the rows of each expert of this rank. COLLECTIVE."""
+        prepared = self.prepare_finalize.prepare(hidden_states, (topk_weights, topk_ids), step)
+        routed_output, tokens_per_expert = self.fused.run(RoutedTokens.of(prepared), experts)
+        finalized = self.prepare_finalize.finalize(routed_output, prepared.handle, reduce_results=reduce_results)
+        return finalized, tokens_per_expert

@@ -1,8 +1,8 @@
 """The pipelines of a process: one for all layers that have the same strategy and the same sizes."""
 
 from vllm_npu.core.limits import QuantMode
-from vllm_npu.strategies.pipeline import MoEPipeline
-from vllm_npu.strategies.select import build
+from vllm_npu.strategies.pipeline import FusedPipeline, MoEPipeline
+from vllm_npu.strategies.select import build, build_fused
 from vllm_npu.transport.base import Groups
 
 
@@ -13,6 +13,7 @@ class Pipelines:
         self.groups = groups
         self.max_sms: int | None = None
         self._pipelines: dict[tuple[str, int, QuantMode], MoEPipeline] = {}
+        self._fused: dict[tuple[str, int, QuantMode], FusedPipeline] = {}
 
     def get(
         self,
@@ -35,6 +36,14 @@ class Pipelines:
         for pipeline in tuple(self._pipelines.values()):
             pipeline.dispatcher.max_sms = max_sms
 
+    def get_fused(self, strategy: str, num_experts: int, quant_mode: QuantMode) -> FusedPipeline:
+        """As get, for a strategy of FUSED_STRATEGIES. LOCAL."""
+        key = strategy, num_experts, quant_mode
+        found = self._fused.get(key)
+        if found is None:
+            found = self._fused.setdefault(key, build_fused(strategy, self.groups, num_experts, quant_mode))
+        return found
+
     def check_failed(self) -> None:
         """Raise the error of Dispatcher.check_failed, if a dispatcher has one. LOCAL. Host sync: no. Call it in each step."""
         for pipeline in tuple(self._pipelines.values()):  # a copy: micro-batches of other threads may build pipelines
@@ -42,5 +51,6 @@ class Pipelines:
 
     def close(self) -> None:
         """Close and forget all pipelines. LOCAL. Safe to call twice. No handle may be in flight."""
+        self._fused.clear()  # they open nothing
         while self._pipelines:
             self._pipelines.popitem()[1].dispatcher.close()

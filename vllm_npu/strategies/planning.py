@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass
 
-from vllm_npu.core.limits import DeviceLimits, MC2Limits, MoELayer, QuantMode
+from vllm_npu.core.limits import DeviceLimits, FusedMC2Limits, MC2Limits, MoELayer, QuantMode
 from vllm_npu.core.step_plan import StepPlan, TokenSharding
 from vllm_npu.core.token_layout import ceil_div
 from vllm_npu.core.topology import ParallelTopology
 from vllm_npu.strategies.select import distinct_destinations, select, why_not
-from vllm_npu.strategies.table import AUTO, STRATEGIES
+from vllm_npu.strategies.table import AUTO, FUSED_STRATEGIES, STRATEGIES
 
 ROUTING_BYTES = 8  # a float32 weight and an int32 id, for each expert of a token
 ID_BYTES = 4  # an int32 id
@@ -65,10 +65,14 @@ def plan_layer(layer: MoELayer, topology: ParallelTopology, device: DeviceLimits
                 name, layer, topology, num_tokens, native_mc2=device.mc2 is not None and device.mc2.native
             ),
         )
-        for name in STRATEGIES
+        for name in (*STRATEGIES, *(FUSED_STRATEGIES if device.fused_mc2 else ()))
     )
     tokens_per_rank = ceil_div(num_tokens, topology.tp_size)
-    algorithms = [limits for limits in (device.mc2, device.mc2_hierarchy) if limits is not None and limits.native]
+    algorithms: list[MC2Limits | FusedMC2Limits] = [
+        limits for limits in (device.mc2, device.mc2_hierarchy) if limits is not None and limits.native
+    ]
+    if device.fused_mc2_rows is not None and (fused := device.fused_limits(layer)) is not None:
+        algorithms.append(fused)
     return LayerPlan(
         strategies=strategies,
         auto=auto_ranges(layer, topology, device, num_tokens),
@@ -94,7 +98,13 @@ def auto_ranges(
 def collectives(strategy: str, topology: ParallelTopology) -> int:
     """Number of collectives of one layer, for tokens replicated over TP."""
     dp, tp = topology.dp_size, topology.tp_size
-    over_ranks = {"mc2": 2, "all2all": 3, "allgather": 2 if dp > 1 else 0, "naive": dp + 1 if dp > 1 else 0}
+    over_ranks = {
+        "fused_mc2": 1,
+        "mc2": 2,
+        "all2all": 3,
+        "allgather": 2 if dp > 1 else 0,
+        "naive": dp + 1 if dp > 1 else 0,
+    }
     return over_ranks[strategy] + (tp > 1)
 
 
@@ -113,7 +123,7 @@ def bytes_sent(strategy: str, layer: MoELayer, topology: ParallelTopology, num_t
     if strategy == "all2all":
         sent_rows = rows * distinct_destinations(layer.num_experts, topology.ep_size, layer.top_k) * (world - 1) / world
         return round(sent_rows * there_and_back) + (world - 1) * COUNT_BYTES + gather_over_tp
-    if native_mc2:
+    if native_mc2 or strategy == "fused_mc2":
         return rows * layer.top_k * there_and_back * (world - 1) // world + gather_over_tp
     return rows * (world - 1) * there_and_back + gather_over_tp
 
@@ -126,12 +136,14 @@ def row_bytes(strategy: str, layer: MoELayer, *, native_mc2: bool) -> tuple[int,
     """
     back = layer.hidden_size * layer.dtype.itemsize
     there = back if layer.quant_mode is QuantMode.NONE else layer.hidden_size + SCALE_BYTES
+    if strategy == "fused_mc2":
+        return there, back
     if strategy != "mc2":
         return there + layer.top_k * ROUTING_BYTES, back
     return (there, back) if native_mc2 else (there + layer.top_k * ID_BYTES, layer.top_k * back)
 
 
-def _buffer(limits: MC2Limits, layer: MoELayer, ep_size: int, tokens_per_rank: int) -> BufferPlan:
+def _buffer(limits: MC2Limits | FusedMC2Limits, layer: MoELayer, ep_size: int, tokens_per_rank: int) -> BufferPlan:
     """The buffer of one algorithm for steps of up to tokens_per_rank tokens on each rank."""
     planned = min(tokens_per_rank, limits.max_tokens_per_rank)
     reason = limits.why_not(layer, ep_size)

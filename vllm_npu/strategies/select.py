@@ -11,14 +11,17 @@ from vllm_npu.core.step_plan import StepPlan
 from vllm_npu.core.topology import ParallelTopology
 from vllm_npu.errors import UnsupportedConfigError
 from vllm_npu.strategies.dispatch.base import Dispatcher
-from vllm_npu.strategies.pipeline import MoEPipeline
+from vllm_npu.strategies.pipeline import FusedPipeline, MoEPipeline
 from vllm_npu.strategies.prepare_finalize.base import PrepareAndFinalize
-from vllm_npu.strategies.table import ALL_STRATEGIES, AUTO
+from vllm_npu.strategies.table import ALL_STRATEGIES, AUTO, FUSED_STRATEGIES
 from vllm_npu.transport.base import Groups
 
 # all2all sends a token to the ranks of its experts, allgather to all ranks. Up to this share of the ranks, the saved bytes
 # outweigh the exchange of counts. Chosen from the byte model, not yet from measurements on a cluster.
 ALL2ALL_MAX_SHARE_OF_RANKS = 0.75
+
+
+KNOWN_STRATEGIES = ALL_STRATEGIES | FUSED_STRATEGIES
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +40,7 @@ def why_not(
     `layer` None stands for any layer.
     """
     device = device.for_layer(layer, topology.ep_size)
-    if ALL_STRATEGIES[name].needs_expert_parallel and topology.ep_size == 1:
+    if KNOWN_STRATEGIES[name].needs_expert_parallel and topology.ep_size == 1:
         return (
             f"{name} needs ep_size > 1 (got 1 on {topology}); use allgather, or start vLLM with --enable-expert-parallel on "
             "more than one rank"
@@ -48,6 +51,9 @@ def why_not(
             return f"{device.family} has no MC2; use {instead}"
         reason = None if layer is None else device.mc2.why_not(layer, topology.ep_size)
         return reason and f"{reason}; use {instead}"
+    if name == "fused_mc2":
+        reason = _why_not_fused(topology, layer, device)
+        return reason and f"{reason}; use {'mc2' if device.mc2 is not None else instead}"
     if name == "symmetric":
         if device.symmetric is None:
             return f"symmetric needs GPUs of one host that can write each other's memory; use {instead}"
@@ -64,14 +70,49 @@ def why_not(
     return None
 
 
+def _why_not_fused(topology: ParallelTopology, layer: MoELayer | None, device: DeviceLimits) -> str | None:
+    if not device.fused_mc2:
+        return f"{device.family} has no fused MC2"
+    if device.fused_mc2_rows is None:
+        return (
+            "fused_mc2 needs weights that vllm-ascend prepares with --additional-config '{\"enable_fused_mc2\": 1}', and it is "
+            "not set"
+        )
+    if layer is None:
+        return None
+    limits = device.fused_limits(layer)
+    if limits is None:
+        return f"fused_mc2 takes no layers of quantisation {layer.quant_mode.name.lower()}"
+    return limits.why_not(layer, topology.ep_size)
+
+
+def why_not_fused_step(topology: ParallelTopology, step: StepPlan, layer: MoELayer, device: DeviceLimits) -> str | None:
+    """The reason why this step of a layer that why_not allows cannot take fused_mc2, or None. LOCAL, and equal on all ranks.
+
+    The rows that arrive at a rank are bounded by the counts of all ranks, before any routing is known.
+    """
+    limits, room = device.fused_limits(layer), device.fused_mc2_rows
+    if limits is None or room is None:
+        return _why_not_fused(topology, layer, device)
+    tokens_per_rank = step.padded_tokens(topology.tp_size) // topology.tp_size
+    if tokens_per_rank > limits.max_tokens_per_rank:
+        return f"fused_mc2 takes {limits.max_tokens_per_rank} tokens a rank, this step brings {tokens_per_rank}"
+    padding_travels = not limits.takes_mask and not step.is_full(topology.tp_size)
+    sent = tokens_per_rank * topology.ep_size if padding_travels else sum(step.num_tokens_across_dp)
+    rows = limits.received_rows(layer, topology.ep_size, sent)
+    if rows > room:
+        return f"fused_mc2 has room for {room} rows on a rank (mega_moe_max_tokens), and up to {rows} may arrive in this step"
+    return None
+
+
 def check_strategy(
     name: str, topology: ParallelTopology, layer: MoELayer | None = None, device: DeviceLimits = PORTABLE
 ) -> None:
     """Raise UnsupportedConfigError for an unknown `name`, and for a strategy that why_not refuses. "auto" is always allowed."""
     if name == AUTO:
         return
-    if name not in ALL_STRATEGIES:
-        raise UnsupportedConfigError(f"unknown moe_comm {name!r}; there are: {AUTO}, {', '.join(ALL_STRATEGIES)}")
+    if name not in KNOWN_STRATEGIES:
+        raise UnsupportedConfigError(f"unknown moe_comm {name!r}; there are: {AUTO}, {', '.join(KNOWN_STRATEGIES)}")
     reason = why_not(name, topology, layer, device)
     if reason is not None:
         raise UnsupportedConfigError(reason)
@@ -95,8 +136,9 @@ def select(
 ) -> Selection:
     """Choose the strategy of a step. LOCAL, and equal on all ranks: no argument may be a fact of one rank alone.
 
-    A requested strategy is taken as it is, with two exceptions. mc2 and symmetric become all2all for a step above their
-    capacity, or allgather where the step is captured. all2all becomes allgather where the step is captured: a graph freezes
+    A requested strategy is taken as it is, with these exceptions. mc2 and symmetric become all2all for a step above their
+    capacity, or allgather where the step is captured. fused_mc2 becomes mc2 for a step whose rows may not fit, and what mc2
+    becomes where mc2 does not fit. all2all becomes allgather where the step is captured: a graph freezes
     sizes, so all2all would send room for every token to every rank, and these are allgather's bytes or more. Raises
     UnsupportedConfigError where check_strategy does, and for a captured step whose strategy no graph of this device can hold.
     """
@@ -112,7 +154,7 @@ def select(
 
 
 # The more layers a strategy can serve, the earlier it stands. allgather serves every layer; mc2 and symmetric have limits.
-MOST_GENERAL_FIRST = ("allgather", "naive", "all2all", "mc2", "symmetric")
+MOST_GENERAL_FIRST = ("allgather", "naive", "all2all", "mc2", "fused_mc2", "symmetric")
 
 
 def select_for_all(
@@ -134,6 +176,23 @@ def select_for_all(
 def _select(
     requested: str, topology: ParallelTopology, step: StepPlan, layer: MoELayer, device: DeviceLimits
 ) -> Selection:
+    not_fused = ""
+    if requested == "fused_mc2" or (requested == AUTO and topology.ep_size > 1 and device.fused_mc2_rows is not None):
+        reason = why_not("fused_mc2", topology, layer, device) or why_not_fused_step(topology, step, layer, device)
+        if reason is None:
+            asked = "requested" if requested == "fused_mc2" else "auto: vllm-ascend's enable_fused_mc2 is 1"
+            return Selection("fused_mc2", asked)
+        if requested == "fused_mc2":
+            requested = "mc2" if why_not("mc2", topology, layer, device) is None else "all2all"
+        not_fused = f" ({reason})"
+    selection = _select_apart(requested, topology, step, layer, device)
+    return Selection(selection.strategy, selection.reason + not_fused) if not_fused else selection
+
+
+def _select_apart(
+    requested: str, topology: ParallelTopology, step: StepPlan, layer: MoELayer, device: DeviceLimits
+) -> Selection:
+    """_select among strategies whose experts are the caller's."""
     device = device.for_layer(layer, topology.ep_size)
     tokens_per_rank = step.padded_tokens(topology.tp_size) // topology.tp_size
     instead = "allgather" if step.captured else "all2all"
@@ -184,6 +243,15 @@ def build(
     return MoEPipeline(
         prepare_finalize=prepare_finalize(groups),
         dispatcher=dispatcher(groups, num_experts, quant_mode),
+    )
+
+
+def build_fused(name: str, groups: Groups, num_experts: int, quant_mode: QuantMode = QuantMode.NONE) -> FusedPipeline:
+    """Build the pipeline of a strategy of FUSED_STRATEGIES on these groups. LOCAL. why_not says whether a layer may take it."""
+    row = FUSED_STRATEGIES[name]
+    return FusedPipeline(
+        prepare_finalize=_class(row.prepare_finalize)(groups),
+        fused=_class(row.dispatcher)(groups, num_experts, quant_mode),
     )
 
 

@@ -1,15 +1,16 @@
 """Checks before the first token. They are pure functions of facts that are equal on every rank."""
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from vllm_npu.core.expert_limits import ExpertsWanted
-from vllm_npu.core.limits import DeviceLimits, MC2Limits, MoELayer
+from vllm_npu.core.limits import DeviceLimits, FusedMC2Limits, MC2Limits, MoELayer
 from vllm_npu.core.step_plan import StepPlan, TokenSharding
 from vllm_npu.core.token_layout import ceil_div
 from vllm_npu.core.topology import ExpertPlacement, ParallelTopology
 from vllm_npu.errors import DeviceLimitError, HcclBufferError, UnsupportedConfigError, UnsupportedDeviceError
-from vllm_npu.strategies.select import check_strategy, classes_of, select, why_not
+from vllm_npu.strategies.select import check_strategy, classes_of, select, why_not, why_not_fused_step
 from vllm_npu.strategies.table import AUTO
 
 
@@ -61,16 +62,19 @@ def check_start(
     shape: PlannedShape,
     hccl_buffer_mb: int,
 ) -> DeviceLimits:
-    """Return `device` with the capacity of the layer's MC2 algorithm lowered to what HCCL's buffer takes. LOCAL, and equal on
-    all ranks that have the same HCCL_BUFFSIZE. The result serves as `device` for the next layer of the model.
+    """Return `device` with the capacities of the layer's MC2 algorithm and fused operator lowered to what HCCL's buffer takes.
+    LOCAL, and equal on all ranks that have the same HCCL_BUFFSIZE. The result serves as `device` for the next layer of the
+    model.
 
-    Raises UnsupportedDeviceError for a chip without the op of `requested`, DeviceLimitError for a layer past the op's limits,
-    and HcclBufferError where even the decode steps do not fit the buffer. Raises UnsupportedConfigError where the experts do
-    not divide over the ranks, and for a strategy that reads counts on the host inside of a captured graph.
+    Raises UnsupportedDeviceError for a chip without the op of `requested`. Raises DeviceLimitError for a layer past the op's
+    limits, and for fused_mc2 where the rows of decode steps may not fit. Raises HcclBufferError where even the decode steps do
+    not fit the buffer. Raises UnsupportedConfigError where the experts do not divide over the ranks, where vllm-ascend prepares
+    no weights for fused_mc2, and for a strategy that reads counts on the host inside of a captured graph.
     """
     ExpertPlacement(layer.num_experts, topology.ep_size)
     for_layer = device.for_layer(layer, topology.ep_size)
-    check_strategy(AUTO if requested == "mc2" else requested, topology, layer, device)
+    check_strategy(AUTO if requested in ("mc2", "fused_mc2") else requested, topology, layer, device)
+    device = _check_fused(requested, topology, layer, device, shape, hccl_buffer_mb)
     reason = why_not("mc2", topology, layer, device)
     if requested == "mc2" and reason is not None:
         raise (UnsupportedDeviceError if device.mc2 is None else DeviceLimitError)(reason)
@@ -86,6 +90,63 @@ def check_start(
         step = StepPlan(num_tokens_across_dp=counts, sharding=TokenSharding.REPLICATED, captured=True)
         select(requested, topology, step, layer=layer, device=device)
     return device
+
+
+def _check_fused(
+    requested: str,
+    topology: ParallelTopology,
+    layer: MoELayer,
+    device: DeviceLimits,
+    shape: PlannedShape,
+    hccl_buffer_mb: int,
+) -> DeviceLimits:
+    """Return the device with the fused operator's capacity for this layer. Where fused_mc2 is `requested`, raise the errors of
+    check_start unless the decode steps fit."""
+    reason = why_not("fused_mc2", topology, layer, device)
+    limits = device.fused_limits(layer)
+    if requested == "fused_mc2" and reason is not None:
+        if not device.fused_mc2:
+            raise UnsupportedDeviceError(reason)
+        raise (UnsupportedConfigError if device.fused_mc2_rows is None else DeviceLimitError)(reason)
+    if reason is not None or limits is None:
+        return device
+    capacity = bisect_right(
+        range(1, limits.max_tokens_per_rank + 1),
+        hccl_buffer_mb,
+        key=lambda tokens: limits.buffer_mb(layer, topology.ep_size, tokens),
+    )
+    lowered = replace(limits, max_tokens_per_rank=capacity)
+    fitting = replace(device, fused_mc2=tuple(lowered if each is limits else each for each in device.fused_mc2))
+    if requested == "fused_mc2":
+        _check_fused_decode(topology, layer, limits, fitting, shape, hccl_buffer_mb)
+    return fitting
+
+
+def _check_fused_decode(
+    topology: ParallelTopology,
+    layer: MoELayer,
+    limits: FusedMC2Limits,
+    fitting: DeviceLimits,
+    shape: PlannedShape,
+    hccl_buffer_mb: int,
+) -> None:
+    """Raise HcclBufferError or DeviceLimitError if the decode steps never fit, with the number to set."""
+    planned = ceil_div(shape.decode_tokens, topology.tp_size)
+    needed = limits.buffer_mb(layer, topology.ep_size, planned)
+    if needed > hccl_buffer_mb:
+        raise HcclBufferError(
+            f"{limits.name} needs HCCL_BUFFSIZE={needed} for steps of {planned} tokens a rank ({topology}, top "
+            f"{layer.top_k}, hidden size {layer.hidden_size}), and it is {hccl_buffer_mb} (MiB); export "
+            f"HCCL_BUFFSIZE={needed} on every rank, lower --max-num-seqs, or choose another moe_comm"
+        )
+    decode = StepPlan(num_tokens_across_dp=(shape.decode_tokens,) * topology.dp_size, sharding=TokenSharding.REPLICATED)
+    reason = why_not_fused_step(topology, decode, layer, fitting)
+    if reason is not None:
+        rows = limits.received_rows(layer, topology.ep_size, planned * topology.ep_size)
+        raise DeviceLimitError(
+            f"{reason}: the decode step of --max-num-seqs. Set vllm-ascend's --additional-config "
+            f"'{{\"mega_moe_max_tokens\": {rows}}}', lower --max-num-seqs, or choose another moe_comm"
+        )
 
 
 def _check_buffer(
@@ -115,6 +176,17 @@ def describe_capacity(device: DeviceLimits, topology: ParallelTopology, layers: 
     for layer in layers:
         reason = why_not("mc2", topology, layer, device)
         if reason is not None:
-            return f"no mc2: {reason}"
+            return f"no mc2: {reason}{_describe_fused(device, topology, layers)}"
     capacity = min(device.for_layer(layer, topology.ep_size).capacities["mc2"] for layer in layers)
-    return f"mc2 takes up to {capacity} tokens a rank"
+    return f"mc2 takes up to {capacity} tokens a rank{_describe_fused(device, topology, layers)}"
+
+
+def _describe_fused(device: DeviceLimits, topology: ParallelTopology, layers: Sequence[MoELayer]) -> str:
+    """What fused_mc2 takes, behind a semicolon. Nothing if vllm-ascend was not asked for it."""
+    if device.fused_mc2_rows is None:
+        return ""
+    reasons = [why_not("fused_mc2", topology, layer, device) for layer in layers]
+    if any(reasons):
+        return f"; no fused_mc2: {next(filter(None, reasons))}"
+    most = min(limits.max_tokens_per_rank for layer in layers if (limits := device.fused_limits(layer)) is not None)
+    return f"; fused_mc2 takes up to {most} tokens a rank, and up to {device.fused_mc2_rows} rows that arrive at one"

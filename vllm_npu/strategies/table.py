@@ -55,3 +55,15 @@ GPU_STRATEGIES = {
     ),
 }
 ALL_STRATEGIES = STRATEGIES | GPU_STRATEGIES
+
+# The operator of such a strategy computes the experts too, on the weights that vllm-ascend prepared for it. So these run
+# beside vllm-ascend only, and tools with experts of their own leave them out.
+FUSED_STRATEGIES = {
+    "fused_mc2": StrategyRow(
+        prepare_finalize="vllm_npu.strategies.prepare_finalize.mc2:EvenPrepareAndFinalize",
+        dispatcher="vllm_npu.strategies.dispatch.fused_mc2:FusedMC2",
+        needs_expert_parallel=True,
+        summary="dispatch, experts and combine in one operator of vllm-ascend; A3, up to 32 ranks",
+    ),
+}
+CHOICES = (AUTO, *STRATEGIES, *FUSED_STRATEGIES)  # of moe_comm on CPUs and NPUs

@@ -9,7 +9,8 @@ fla_npu.ops.ascendc
 vllm_ascend._build_info
     The build of vllm-ascend writes it for one chip. Here it names the chip of VLLM_NPU_EMULATOR_SOC.
 vllm_ascend.vllm_ascend_C
-    Its compiled operators, which need CANN's compiler. Here: some of them, made of torch_npu's operators (custom_ops.py).
+    Its compiled operators, which need CANN's compiler. Here: some of them, made of torch_npu's operators (custom_ops.py), and
+    one that libopapi.so has here (aclnn.py).
     vllm-ascend routes experts and computes norms by these operators only.
 vllm.v1.worker.block_table, vllm_ascend.ops.triton.compute_slot_mapping
     The modules of vLLM 0.23 and of vllm-ascend 0.30 with a Triton kernel of the same name. Triton finds no device here, so

@@ -1,4 +1,4 @@
-"""Some of vllm-ascend's compiled operators (torch.ops._C_ascend), made of operators of torch_npu.
+"""Some of vllm-ascend's compiled operators (torch.ops._C_ascend), made of operators of torch_npu, or called in libopapi.so.
 
 Source of signatures and results: vllm-ascend 0.23.0, csrc/torch_binding.cpp and the kernels. Other operators are absent:
 torch.ops raises AttributeError with their name.
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from vllm_npu import envs
+from vllm_npu.emulator.ascend_stack import aclnn
 
 NAMESPACE = "_C_ascend"
 SOFTMAX = 0  # norm_type
@@ -166,6 +167,48 @@ def npu_dequant_swiglu_quant(
     return _swiglu_quantised(x, group_index, weight_scale, activation_scale)
 
 
+def dispatch_ffn_combine(
+    x: torch.Tensor,
+    weight1: Sequence[torch.Tensor],
+    weight2: Sequence[torch.Tensor],
+    expert_idx: torch.Tensor,
+    scale1: Sequence[torch.Tensor],
+    scale2: Sequence[torch.Tensor],
+    bias1: Sequence[torch.Tensor],
+    bias2: Sequence[torch.Tensor],
+    probs: torch.Tensor,
+    group: str,
+    max_output_size: int,
+    out: torch.Tensor,
+    expert_token_nums: torch.Tensor,
+    x_active_mask: torch.Tensor | None = None,
+    swiglu_limit: float = 1000000.0,
+    world_size: int = 0,
+) -> Tensors:
+    """Dispatch, the experts and combine (csrc_npu/emulator/aclnn/dispatch_ffn_combine.cpp).
+
+    As vllm-ascend's adapter, which drops the mask and the limit for 16-bit weights and the biases for all but 4-bit ones.
+    world_size is not read: the group has a size.
+    """
+    if x.is_meta:
+        return out, expert_token_nums
+    if weight1[0].dtype == torch.int8:
+        aclnn.call(
+            "aclnnDispatchFFNCombine",
+            *(x, weight1, weight2, expert_idx, scale1, scale2, probs, x_active_mask, group, max_output_size),
+            *(float(swiglu_limit), out, expert_token_nums),
+        )
+    elif weight1[0].is_floating_point():
+        # The kernel does not read the scales. vllm-ascend passes a tensor without elements, which lies on the host.
+        aclnn.call(
+            "aclnnDispatchFFNCombineBF16",
+            *(x, weight1, weight2, expert_idx, [], [], probs, group, max_output_size, out, expert_token_nums),
+        )
+    else:
+        raise NotImplementedError(f"dispatch_ffn_combine is not emulated for weights of {weight1[0].dtype}")
+    return out, expert_token_nums
+
+
 OPERATORS: dict[str, Callable[..., Tensors]] = {
     "moe_gating_top_k(Tensor x, int k, int k_group, int group_count, int group_select_mode, int renorm, int norm_type, "
     "bool out_flag, float routed_scaling_factor, float eps, Tensor? bias_opt=None) "
@@ -183,6 +226,11 @@ OPERATORS: dict[str, Callable[..., Tensors]] = {
     "Tensor? quant_scale=None, Tensor? quant_offset=None, Tensor? group_index=None, bool activate_left=True, "
     "int quant_mode=0, int swiglu_mode=0, float clamp_limit=0.0, float glu_alpha=1.0, float glu_bias=0.0) "
     "-> (Tensor y, Tensor scale)": npu_dequant_swiglu_quant,
+    # world_size is an argument of 0.30, whose tiling takes the number of ranks from it. 0.23 does not have it.
+    "dispatch_ffn_combine(Tensor x, Tensor[] weight1, Tensor[] weight2, Tensor expert_idx, Tensor[] scale1, Tensor[] scale2, "
+    "Tensor[] bias1, Tensor[] bias2, Tensor probs, str group, int max_output_size, Tensor(a!) out, "
+    "Tensor(b!) expert_token_nums, Tensor? x_active_mask=None, float swiglu_limit=1000000.0, int world_size=0) "
+    "-> (Tensor(a!), Tensor(b!))": dispatch_ffn_combine,
 }
 
 # vllm-ascend registers FakeTensor functions or effects for these operators. They have no kernel here, so a call raises.

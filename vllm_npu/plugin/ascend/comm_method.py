@@ -4,10 +4,15 @@ from typing import Any
 
 import torch
 
+from vllm_npu.core.limits import QuantMode
 from vllm_npu.core.step_plan import TokenSharding
 from vllm_npu.plugin import compat
-from vllm_npu.plugin.forward_context import current_step
+from vllm_npu.plugin.ascend.config_check import room_of_fused_mc2
+from vllm_npu.plugin.forward_context import PlannedStep, current_step
 from vllm_npu.plugin.groups import model_pipelines, trace_ring
+from vllm_npu.strategies.dispatch.fused_mc2 import FusedExperts
+from vllm_npu.strategies.pipelines import Pipelines
+from vllm_npu.strategies.table import FUSED_STRATEGIES
 
 RELEASE = compat.current()
 COUNTS = 1  # group_list_type of grouped matmul: the list holds one count for each expert, not prefix sums
@@ -66,6 +71,9 @@ class PipelineCommMethod(RELEASE.MoECommMethod):  # type: ignore[name-defined]
         pipelines = model_pipelines(expert_parallel=bool(self.moe_config.use_ep))
         num_experts = RELEASE.local_experts(self, fused_experts_input) * max(int(self.moe_config.ep_size), 1)
         quant_mode = RELEASE.QUANT_MODES[fused_experts_input.quant.quant_type]
+        if step.strategy in FUSED_STRATEGIES:
+            tokens = hidden_states, topk_weights, topk_ids
+            return _fused(fused_experts_input, quant_method, tokens, step, pipelines, num_experts, quant_mode)
         pipeline = pipelines.get(step.strategy, num_experts, quant_mode)
         if fused_experts_input.routing.log2phy is not None:
             topk_ids = fused_experts_input.routing.log2phy[topk_ids]
@@ -93,6 +101,47 @@ class PipelineCommMethod(RELEASE.MoECommMethod):  # type: ignore[name-defined]
 
     def _get_prepare_finalize(self) -> Any:
         return self.prepare_finalize
+
+
+def _fused(
+    given: Any,  # MoEFusedExpertsInput
+    quant_method: Any,
+    tokens: tuple[torch.Tensor, torch.Tensor, torch.Tensor],  # hidden states, weights and ids of their experts
+    step: PlannedStep,
+    pipelines: Pipelines,
+    num_experts: int,
+    quant_mode: QuantMode,
+) -> Any:
+    """Run the fused operator on the weights that vllm-ascend prepared for it. COLLECTIVE over ep, and over tp where tokens are
+    replicated. vllm-ascend runs no shared experts beside the operator, so there is no event to record."""
+    hidden_states, topk_weights, topk_ids = tokens
+    if given.routing.log2phy is not None:
+        topk_ids = given.routing.log2phy[topk_ids]
+    room = room_of_fused_mc2()
+    assert room is not None  # the planner takes the strategy only then
+    weights = RELEASE.fused_weights(given, quant_method)
+    experts = FusedExperts(
+        w1=weights.w1,
+        w2=weights.w2,
+        scale1=weights.w1_scale,
+        scale2=weights.w2_scale,
+        bias1=weights.w1_scale_bias,
+        bias2=weights.w2_scale_bias,
+        swiglu_limit=RELEASE.swiglu_limit(given),
+        max_rows=room,
+    )
+    if (ring := trace_ring()) is not None:
+        ring.enter_layer()
+    finalized, tokens_per_expert = pipelines.get_fused(step.strategy, num_experts, quant_mode).run(
+        hidden_states, topk_weights, topk_ids, experts, step.plan, reduce_results=False
+    )
+    return RELEASE.experts_result(
+        given,
+        after_dispatch=None,
+        routed_out=finalized.hidden_states,
+        group_list_type=COUNTS,
+        expert_tokens=tokens_per_expert,
+    )
 
 
 class _ExpertsCall:

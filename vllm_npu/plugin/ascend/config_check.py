@@ -12,7 +12,14 @@ from vllm import envs
 from vllm_ascend.ascend_config import get_ascend_config
 from vllm_ascend.utils import enable_sp
 
-from vllm_npu.core.ascend_recipes import REFUSED_OPTIONS
+from vllm_npu.core.ascend_recipes import (
+    FUSED_MC2,
+    FUSED_MC2_VALUE,
+    MAX_FUSED_ROWS,
+    OTHER_FUSED_OPERATORS,
+    REFUSED_OPTIONS,
+    fused_mc2_rows,
+)
 from vllm_npu.errors import UnsupportedConfigError
 from vllm_npu.plugin.engine_check import AddedExperts, planned_shape, redundant_experts
 from vllm_npu.plugin.options import Mode, Options, topology_of
@@ -27,6 +34,8 @@ def check_settings(vllm_config: "VllmConfig", options: Options) -> None:
     ascend_config = get_ascend_config()
     refused = {f"additional_config {option}": bool(getattr(ascend_config, option, False)) for option in REFUSED_OPTIONS}
     refused |= {
+        f"additional_config {FUSED_MC2}: {OTHER_FUSED_OPERATORS}": _asked_fused_mc2(vllm_config)
+        not in (0, FUSED_MC2_VALUE),
         "the compiler pass for sequence parallelism": bool(ascend_config.enable_sp_by_pass),
         # It asks for the communication method of a step before the step is planned.
         "model runner V2 (VLLM_USE_V2_MODEL_RUNNER)": bool(envs.VLLM_USE_V2_MODEL_RUNNER),
@@ -45,6 +54,22 @@ def check_settings(vllm_config: "VllmConfig", options: Options) -> None:
         ),
     }
     refuse([reason for reason, applies in refused.items() if applies])
+
+
+def _asked_fused_mc2(vllm_config: "VllmConfig") -> int:
+    """enable_fused_mc2 as the user set it. vllm-ascend 0.30 reads 2 and keeps 1."""
+    asked = (vllm_config.additional_config or {}).get(FUSED_MC2)
+    return int(get_ascend_config().enable_fused_mc2 if asked is None else asked)
+
+
+def room_of_fused_mc2() -> int | None:
+    """The rows for which a rank of fused_mc2 has room. None: vllm-ascend prepares no weights for it.
+
+    vllm-ascend must have read its options. It also reads an environment variable on 0.23, and turns the option off for some
+    models on 0.30.
+    """
+    ascend_config = get_ascend_config()
+    return fused_mc2_rows({name: getattr(ascend_config, name) for name in (FUSED_MC2, MAX_FUSED_ROWS)})
 
 
 def added_experts(vllm_config: "VllmConfig") -> AddedExperts:

@@ -1,5 +1,6 @@
 """vllm-ascend's platform with our worker, and with a plan for each step."""
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from vllm_ascend.platform import NPUPlatform
@@ -7,7 +8,7 @@ from vllm_ascend.utils import get_ascend_device_type
 
 from vllm_npu.core.limits import DEVICES
 from vllm_npu.errors import UnsupportedConfigError
-from vllm_npu.plugin.ascend.config_check import added_experts, check_settings
+from vllm_npu.plugin.ascend.config_check import added_experts, check_settings, room_of_fused_mc2
 from vllm_npu.plugin.compat.ascend_options import hide_our_section
 from vllm_npu.plugin.engine_check import check_engine
 from vllm_npu.plugin.options import Mode, check_config, topology_of
@@ -33,9 +34,8 @@ class AscendMoEPlatform(NPUPlatform):
         start_checks.check_start."""
         options = check_config(vllm_config, beside_vllm_ascend=True)
         super().check_and_update_config(vllm_config)
-        check_engine(
-            vllm_config, options, DEVICES[get_ascend_device_type().name.strip("_")], added_experts(vllm_config)
-        )
+        device = replace(DEVICES[get_ascend_device_type().name.strip("_")], fused_mc2_rows=room_of_fused_mc2())
+        check_engine(vllm_config, options, device, added_experts(vllm_config))
         parallel_config = vllm_config.parallel_config
         if options.mode is Mode.OFF or parallel_config.worker_cls == OUR_WORKER:
             return

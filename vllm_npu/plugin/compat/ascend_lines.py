@@ -6,6 +6,7 @@ COMPAT(vllm-ascend): names in vllm_ascend are not a public interface. This file 
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from vllm.config import VllmConfig
@@ -22,7 +23,7 @@ from vllm_npu.core.step_plan import TokenSharding
 from vllm_npu.core.topology import ParallelTopology
 from vllm_npu.device.npu_ops import device_limits as limits_of_this_npu
 from vllm_npu.envs import HCCL_BUFFSIZE
-from vllm_npu.plugin.ascend.config_check import refuse
+from vllm_npu.plugin.ascend.config_check import refuse, room_of_fused_mc2
 from vllm_npu.plugin.engine_check import planned_shape
 from vllm_npu.plugin.layer_facts import LayerFacts, exchanges_tokens
 from vllm_npu.strategies.start_checks import check_start
@@ -36,6 +37,7 @@ COMM_TYPES = {
     "all2all": MoECommType.ALLTOALL,
     "allgather": MoECommType.ALLGATHER,
     "naive": MoECommType.ALLGATHER,
+    "fused_mc2": MoECommType.FUSED_MC2,
 }
 COMPLETE = frozenset({MoECommType.MC2, MoECommType.ALLTOALL, MoECommType.FUSED_MC2})
 QUANT_MODES = {
@@ -79,7 +81,7 @@ def device_limits(
     vllm_config: VllmConfig, layers: list[LayerFacts], topology: ParallelTopology, moe_comm: str
 ) -> DeviceLimits:
     """The limits of this NPU for these layers. Raises the errors of start_checks.check_start."""
-    limits = limits_of_this_npu()
+    limits = replace(limits_of_this_npu(), fused_mc2_rows=room_of_fused_mc2())
     for layer in layers:
         limits = check_start(
             moe_comm,
@@ -121,7 +123,9 @@ def exchanging_layers(vllm_config: VllmConfig, ours: type[Any]) -> dict[str, Any
     }
 
 
-def layer_facts(layer: Any, *, sliced: bool, experts: Any, shared_experts: int = 0) -> LayerFacts:
+def layer_facts(
+    layer: Any, *, sliced: bool, experts: Any, shared_experts: int = 0, swiglu_limit: float | None = None
+) -> LayerFacts:
     """The facts of an MoE layer of vllm-ascend. `sliced`: each TP rank has its slice of the tokens. `experts` computes them.
 
     `shared_experts` are among its experts, and every token goes to each of them.
@@ -132,6 +136,7 @@ def layer_facts(layer: Any, *, sliced: bool, experts: Any, shared_experts: int =
         experts=experts,
         shared_experts=shared_experts,
         quant_mode=QUANT_MODES.get(layer.quant_type, QuantMode.NONE),
+        swiglu_limit=float(swiglu_limit or 0),
     )
 
 

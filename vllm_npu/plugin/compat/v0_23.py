@@ -61,6 +61,7 @@ __all__ = [
     "device_limits",
     "eplb_report",
     "experts_result",
+    "fused_weights",
     "in_profile_run",
     "is_complete",
     "layers_to_compare",
@@ -69,6 +70,7 @@ __all__ = [
     "moe_layers",
     "replace_choice",
     "replace_comm_methods",
+    "swiglu_limit",
     "take_attributes",
     "transports",
     "using",
@@ -86,7 +88,13 @@ def moe_layers(vllm_config: VllmConfig) -> tuple[list[LayerFacts], list[str]]:
     """
     sliced = enable_sp(vllm_config)
     facts = [
-        layer_facts(layer, sliced=sliced, experts=layer.quant_method, shared_experts=_mixed_experts(layer))
+        layer_facts(
+            layer,
+            sliced=sliced,
+            experts=layer.quant_method,
+            shared_experts=_mixed_experts(layer),
+            swiglu_limit=layer.swiglu_limit,
+        )
         for layer in exchanging_layers(vllm_config, AscendFusedMoE).values()
     ]
     layers = [layer for layer in static_layers(vllm_config) if isinstance(layer, FusedMoE)]
@@ -159,6 +167,17 @@ def experts_result(given: Any, *, after_dispatch: Any, **fields: Any) -> FusedEx
     return FusedExpertsResult(**fields, swiglu_limit=given.swiglu_limit)
 
 
+def fused_weights(given: Any, quant_method: Any) -> Any:
+    """The weights and scales of the layer's experts for dispatch_ffn_combine: w1, w2, w1_scale, w2_scale, w1_scale_bias,
+    w2_scale_bias, each a list. The step's method must be FUSED_MC2."""
+    return given.weights
+
+
+def swiglu_limit(given: Any) -> float:
+    """What clamps the activation of the layer's experts. 0: nothing does."""
+    return float(given.swiglu_limit or 0)
+
+
 def agree_on_padding(model_runner: Any) -> None:
     """Make all DP ranks pad a step to equal token counts, or none. LOCAL; the runner's step stays as COLLECTIVE as it was.
 
@@ -183,7 +202,7 @@ def agree_on_padding(model_runner: Any) -> None:
 
 
 def replace_comm_methods(make: Callable[[Any], Any]) -> None:
-    """Replace each communication method of vllm-ascend by `make(method)`. FUSED_MC2's method stays."""
+    """Replace each communication method of vllm-ascend by `make(method)`."""
     table = moe_comm_method._MoECommMethods
     for comm_type in set(COMM_TYPES.values()) & set(table):
         table[comm_type] = make(table[comm_type])

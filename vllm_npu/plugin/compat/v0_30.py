@@ -55,6 +55,7 @@ __all__ = [
     "device_limits",
     "eplb_report",
     "experts_result",
+    "fused_weights",
     "in_profile_run",
     "is_complete",
     "layers_to_compare",
@@ -63,6 +64,7 @@ __all__ = [
     "moe_layers",
     "replace_choice",
     "replace_comm_methods",
+    "swiglu_limit",
     "take_attributes",
     "transports",
     "using",
@@ -80,7 +82,10 @@ def moe_layers(vllm_config: VllmConfig) -> tuple[list[LayerFacts], list[str]]:
     """
     facts = [
         layer_facts(
-            layer, sliced=bool(layer.moe_config.is_sequence_parallel), experts=layer.routed_experts.quant_method
+            layer,
+            sliced=bool(layer.moe_config.is_sequence_parallel),
+            experts=layer.routed_experts.quant_method,
+            swiglu_limit=layer.moe_config.swiglu_limit,
         )
         for layer in exchanging_layers(vllm_config, AscendMoERunner).values()
     ]
@@ -147,12 +152,23 @@ def experts_result(given: Any, *, after_dispatch: Any, **fields: Any) -> FusedEx
     return FusedExpertsResult(**fields, shared_activation_overlap_start_evt=after_dispatch)
 
 
+def fused_weights(given: Any, quant_method: Any) -> Any:
+    """The weights and scales of the layer's experts for dispatch_ffn_combine: w1, w2, w1_scale, w2_scale, w1_scale_bias,
+    w2_scale_bias, each a list. The step's method must be FUSED_MC2."""
+    return quant_method.get_fused_mc2_weights(given.layer)
+
+
+def swiglu_limit(given: Any) -> float:
+    """What clamps the activation of the layer's experts. 0: nothing does."""
+    return float(given.layer.moe_config.swiglu_limit or 0)
+
+
 def agree_on_padding(model_runner: Any) -> None:
     """Leave the runner as it is: vllm-ascend 0.30 has no padding that one rank decides."""
 
 
 def replace_comm_methods(make: Callable[[Any], Any]) -> None:
-    """Replace each communication method of vllm-ascend by `make(method)`. FUSED_MC2's methods stay."""
+    """Replace each communication method of vllm-ascend by `make(method)`."""
     table = moe_comm_method._MoECommMethods
     for key, method in list(table.items()):
         if key[0] in COMM_TYPES.values():

@@ -223,8 +223,10 @@ class AscendDemo:
     def _run_graphs(self, planned: PlannedServers, reference: Served) -> None:
         """A server for each strategy that a graph can hold: graphs keep the strategy that they were captured with."""
         from vllm_npu.core.limits import DEVICES
+        from vllm_npu.strategies.table import STRATEGIES
 
-        for strategy in (OFF, *DEVICES[planned.chip].captures, AUTO):
+        held = [name for name in DEVICES[planned.chip].captures if name in STRATEGIES]
+        for strategy in (OFF, *held, AUTO):
             if self._is_refused(planned, strategy, reference):
                 continue
             with self._server(planned, strategy) as server:

@@ -8,11 +8,11 @@ JSON is a PlannedEngine. Prints a list of Findings as JSON. This is a program of
 import json
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from vllm_npu.core.ascend_recipes import rows_of_recipe
+from vllm_npu.core.ascend_recipes import fused_mc2_rows, rows_of_recipe
 from vllm_npu.core.expert_limits import ExpertsWanted
 from vllm_npu.core.limits import DEVICES, PORTABLE
 from vllm_npu.core.model_facts import read_config
@@ -41,6 +41,7 @@ def findings_of(engine: PlannedEngine) -> list[Finding]:
             raise UnsupportedConfigError(f"--ep {engine.ep} is no multiple of --tp {engine.tp}; choose ep = tp * dp")
         model = read_config(Path(engine.model))
         device = PORTABLE if engine.soc is None else DEVICES[engine.soc]
+        device = replace(device, fused_mc2_rows=fused_mc2_rows(engine.additional_config))
         topology = ParallelTopology.of_rank(0, tp_size=engine.tp, dp_size=engine.ep // engine.tp)
         check_experts(ExpertsWanted(model=model, lora=engine.lora), topology, device)
         layer = layer_of_model(model, experts=engine.experts, topk=engine.topk, hidden=engine.hidden)

@@ -16,7 +16,7 @@ from vllm_npu.emulator.build import DEVICE
 from vllm_npu.envs import Kind, Variable
 from vllm_npu.errors import UnsupportedConfigError
 from vllm_npu.plugin import entry_points
-from vllm_npu.strategies.table import AUTO, STRATEGIES
+from vllm_npu.strategies.table import AUTO, CHOICES, FUSED_STRATEGIES, STRATEGIES
 from vllm_npu.tools.doctor.findings import OK, PROBLEM, WARNING, Finding
 
 OTHER_VARIABLES = ("VLLM_NPU_ENV_HOME",)  # scripts/setup.sh and native_build.py read it
@@ -57,10 +57,9 @@ def _whole_number(largest: int) -> Rule:
 
 
 def _read_strategy(variable: Variable) -> None:
-    names = (AUTO, *STRATEGIES)
-    with_vllm_ascend = ("off", "compare", *(f"compare:{name}" for name in names))
+    with_vllm_ascend = ("off", "compare", *FUSED_STRATEGIES, *(f"compare:{name}" for name in CHOICES))
     if variable.read() not in with_vllm_ascend or not entry_points.vllm_ascend_is_installed():
-        _one_of(*names).read(variable)
+        _one_of(AUTO, *STRATEGIES).read(variable)
 
 
 def _read_libraries(variable: Variable) -> None:

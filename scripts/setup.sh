@@ -4,6 +4,7 @@
 #
 #   scripts/setup.sh               the environment of vLLM on CPUs, for demo and tests
 #   scripts/setup.sh --emulator    adds torch_npu, and builds the libraries of the emulated Ascend device
+#   scripts/setup.sh --emulator=2.10 adds torch 2.10 and its torch_npu in their place, the pair of vllm-ascend's users
 #   scripts/setup.sh --ascend      adds vLLM 0.23.0 and vllm-ascend to the environment of --emulator; so does --ascend=0.23
 #   scripts/setup.sh --ascend=0.30 adds vLLM 0.30.0 and its vllm-ascend in their place
 #   scripts/setup.sh --docs        a separate environment for scripts/docs.sh
@@ -11,7 +12,8 @@
 # The layers are folders of ${VLLM_NPU_ENV_HOME:-${XDG_CACHE_HOME:-~/.cache}/vllm_npu}. Each layer sees the packages of the
 # layer below it:
 #   base-KEY      a virtual environment with the packages of requirements.lock, shared by all checkouts
-#   npu-KEY       with --emulator or --ascend: adds the packages of requirements-emulator.lock; shared by all checkouts
+#   npu-KEY       with --emulator or --ascend: adds the packages of requirements-emulator.lock (or of
+#                 requirements-emulator-2.10.lock, which hide other versions below); shared by all checkouts
 #   ascend-KEY    with --ascend: adds the packages of requirements-ascend-LINE.lock, which hide other versions below; shared likewise
 #   checkout-KEY  a small environment for each checkout: adds this checkout as an editable install
 #   emulator-KEY  with --emulator or --ascend: the built libraries of the device, shared by checkouts with the same sources
@@ -38,13 +40,18 @@ fail() {
 root=$(cd -P "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.." && pwd)
 
 with_emulator="" ascend_line="" with_docs=""
+emulator_lock=requirements-emulator.lock emulator_packages="torch_npu and cmake"
 case "$*" in
   "") ;;
   --emulator) with_emulator=yes ;;
+  --emulator=2.10)
+    with_emulator=yes emulator_lock=requirements-emulator-2.10.lock
+    emulator_packages="torch 2.10 for CPUs, its torch_npu and cmake (PIP_EXTRA_INDEX_URL names PyTorch's index of CPU wheels)"
+    ;;
   --ascend | --ascend=0.23) with_emulator=yes ascend_line=0.23 ;;
   --ascend=0.30) with_emulator=yes ascend_line=0.30 ;;
   --docs) with_docs=yes ;;
-  *) fail "takes one of the options --emulator, --ascend, --ascend=0.23, --ascend=0.30 and --docs; got: $*" ;;
+  *) fail "takes one of the options --emulator, --emulator=2.10, --ascend, --ascend=0.23, --ascend=0.30 and --docs; got: $*" ;;
 esac
 
 # Sets python and python_key from the first candidate that is 3.11 or newer and can make virtual environments with pip.
@@ -99,7 +106,7 @@ packages_key=$(key_of "$python_key" requirements.lock)
 base=$env_home/base-$packages_key
 packages=$base # the layer below the checkout's layer
 if [ -n "$with_emulator" ]; then
-  packages_key=$(key_of "$packages_key" requirements-emulator.lock)
+  packages_key=$(key_of "$packages_key" "$emulator_lock")
   npu_packages=$env_home/npu-$packages_key
   packages=$npu_packages
 fi
@@ -212,7 +219,8 @@ make_base() {
 make_npu_packages() {
   begin "$npu_packages"
   make_venv_over "$npu_packages" "$base"
-  install_locked "$npu_packages" requirements-emulator.lock '^[a-z0-9-]+==' "torch_npu and cmake"
+  # --ignore-installed, because the layer below may have another torch, which must stay.
+  install_locked "$npu_packages" "$emulator_lock" '^[a-z0-9-]+==' "$emulator_packages" --ignore-installed
   compile_packages "$npu_packages"
   finish "$npu_packages"
 }

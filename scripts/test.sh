@@ -3,7 +3,7 @@
 # Paths are relative to the checkout: scripts/test.sh tests/pure -k routing
 # Tests of the emulated Ascend device have an environment and a pytest process of their own. So do tests beside vllm-ascend,
 # which run on that device: scripts/test.sh --ascend [arguments of pytest], or a path below tests/ascend. --ascend is beside vLLM
-# 0.23; --ascend=0.30 is beside vLLM 0.30.
+# 0.23; --ascend=0.30 is beside vLLM 0.30. --emulator=2.10 runs tests of the emulated device on torch 2.10 and its torch_npu.
 # scripts/test.sh --nightly runs the tests marked nightly, in both environments. Every other run leaves them out.
 # Every run of pytest gives the seconds of each folder.
 set -u -e -o pipefail
@@ -49,10 +49,11 @@ run_all() {
 case " $* " in
   "  ") run_all ;;
   " --nightly ") run_all -m nightly ;;
-  " --ascend"*)
-    environment=$1
+  " --ascend"* | " --emulator"*)
+    environment=$1 folder=tests/ascend
     shift
-    case " $* " in *" tests/"*) ;; *) set -- tests/ascend "$@" ;; esac
+    case $environment in --emulator*) folder=tests/emulated ;; esac
+    case " $* " in *" tests/"*) ;; *) set -- "$folder" "$@" ;; esac
     run_pytest "$environment" "$@"
     ;;
   *" tests/ascend"*) run_pytest --ascend "$@" ;;

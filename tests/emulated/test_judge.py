@@ -21,6 +21,7 @@ from vllm_npu.emulator.build import library_folder
 
 pytestmark = pytest.mark.emulated
 
+TORCH_NPU = judge.installed_version("torch_npu")
 FILES = {
     "test_outcomes.py": """
         import unittest, torch, torch_npu
@@ -244,8 +245,8 @@ def test_a_stopped_run_ends_what_it_started_and_keeps_what_is_done(tmp_path):
         (
             {"test/npu/test_a.py": "", "version.txt": "# versions\n2.15.0\n2.14.0\n"},
             ["--suite", "torch-npu", "--folder", "{folder}"],
-            "are for torch_npu 2.15.0 or 2.14.0, and 2.13.0 is installed; get the right ones by: git clone --depth 1 "
-            "--branch v26.2.0-beta.1-pytorch2.13.0",
+            f"are for torch_npu 2.15.0 or 2.14.0, and {TORCH_NPU} is installed; get the right ones by: git clone --depth 1 "
+            f"--branch {judge.SUITES['torch-npu'].tags[TORCH_NPU]}",
         ),
         ({"test_a.py": ""}, ["--suite", "{folder}", "--json", "{folder}/test_a.py"], "is no result of an earlier"),
         ({"test_a.py": ""}, ["--suite", "{folder}", "--json", "{folder}/none/a.json"], "its folder does not exist"),

@@ -16,6 +16,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 import vllm_npu
+from vllm_npu.emulator.build import PAIRS
 from vllm_npu.plugin import release_lines
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -67,10 +68,24 @@ def test_the_lock_lies_within_the_ranges_of_the_extra(extra):
     )
 
 
-def test_the_emulators_lock_adds_to_the_other_what_its_extra_needs():
-    base, added = locked(), locked("requirements-emulator.lock")
-    assert not base.keys() & added.keys()
+@pytest.mark.parametrize(("torch", "lock"), PAIRS.items())
+def test_an_emulators_lock_adds_to_the_other_what_its_extra_needs(torch, lock):
+    base, added = locked(), locked(lock)
+    assert not base.items() & added.items(), "a package is locked below in the same version"
     assert not outside(ranges(EXTRAS["emulator"]), base | added)
+    pair = {name: (base | added)[name] for name in ("torch", "torch-npu")}
+    assert all(version.startswith(f"{torch}.") for version in pair.values()), pair
+
+
+def test_the_extra_of_the_emulator_admits_the_pairs_that_it_takes():
+    for name in ("torch", "torch-npu"):
+        admitted = ranges(EXTRAS["emulator"])[name]
+        assert {f"2.{minor}" for minor in range(60) if f"2.{minor}.1" in admitted} == PAIRS.keys()
+
+
+def test_the_pair_for_vllm_ascend_is_that_of_its_extra():
+    pins = locked(PAIRS["2.10"])
+    assert not outside({name: ranges(EXTRAS["ascend"])[name] for name in ("torch", "torch-npu")}, pins)
 
 
 @pytest.mark.parametrize("line", release_lines.BESIDE_VLLM_ASCEND)

@@ -7,13 +7,27 @@ from vllm_npu.errors import EmulatorBuildError
 from vllm_npu.native_build import Component
 
 DEVICE = Component("emulator", "the emulated device", "libascendcl.so", EmulatorBuildError)
+# Minor versions of torch that the device is tested with, each with torch_npu of the same number, and the lock of each.
+# docs/emulator.md says what was seen of each.
+PAIRS = {"2.13": "requirements-emulator.lock", "2.10": "requirements-emulator-2.10.lock"}
+
+
+def refuse_other_pair() -> None:
+    """Raise EmulatorBuildError if torch and torch_npu, as they are installed, are no pair of PAIRS."""
+    versions = {name: DEVICE.package_version(name) for name in ("torch", "torch_npu")}
+    minors = {".".join(version.split(".")[:2]) for version in versions.values()}
+    if len(minors) != 1 or not minors <= PAIRS.keys():
+        installed = " and ".join(f"{name} {version}" for name, version in versions.items())
+        supported = " or ".join(f"{minor} of both" for minor in PAIRS)
+        raise EmulatorBuildError(
+            f"the emulated device needs torch and torch_npu {supported}, and finds {installed}; {DEVICE.install_hint}"
+        )
 
 
 def missing() -> str | None:
     """The reason why the emulated device cannot be built or used here, or None."""
     try:
-        DEVICE.package_folder("torch")
-        DEVICE.package_folder("torch_npu")
+        refuse_other_pair()
         if envs.EMULATOR_LIBRARIES.read_if_set() is None and not (library_folder() / DEVICE.product).is_file():
             DEVICE.find_compiler()
             DEVICE.find_tool("cmake")
@@ -32,9 +46,10 @@ def library_folder() -> Path:
 def build() -> Path:
     """Build the libraries if they are missing, and return their folder. Several processes may call this at once.
 
-    Raises EmulatorBuildError if a build tool is missing or the build fails.
+    Raises EmulatorBuildError if torch and torch_npu are no supported pair, a build tool is missing or the build fails.
     """
     if envs.EMULATOR_LIBRARIES.read_if_set() is None:
+        refuse_other_pair()
         return DEVICE.build()
     folder = library_folder()
     if not (folder / DEVICE.product).is_file():

@@ -16,6 +16,10 @@ from vllm_npu.emulator.ascend_stack import aclnn
 NAMESPACE = "_C_ascend"
 SOFTMAX = 0  # norm_type
 NO_RENORM, L1_RENORM = 0, 1
+BY_MAXIMUM = 0  # group_select_mode
+LEAST_GROUP = (
+    3  # experts of a group that torch_npu's gating takes. vllm-ascend's takes 2, or 1 where the maximum counts
+)
 
 Tensors = tuple[torch.Tensor, ...]
 
@@ -33,12 +37,22 @@ def moe_gating_top_k(
     eps: float,
     bias_opt: torch.Tensor | None = None,
 ) -> Tensors:
-    """torch_npu's gating with `renorm`: 1 divides the chosen softmax weights by their sum plus `eps`, and then scales."""
+    """torch_npu's gating with `renorm`: 1 divides the chosen softmax weights by their sum plus `eps`, and then scales.
+
+    Groups of fewer than LEAST_GROUP experts are filled with experts that cannot be chosen.
+    """
     import torch_npu
 
     divides = norm_type == SOFTMAX and renorm == L1_RENORM
     if renorm not in (NO_RENORM, L1_RENORM):
         raise ValueError(f"moe_gating_top_k: renorm={renorm} is not 0 or 1")
+    of_group, rest = divmod(x.shape[-1], group_count) if group_count > 0 else (0, 1)
+    is_filled = (
+        group_count > 1 and rest == 0 and (1 if group_select_mode == BY_MAXIMUM else 2) <= of_group < LEAST_GROUP
+    )
+    if is_filled:
+        x = _filled_groups(x, group_count)
+        bias_opt = _filled_groups(x.new_zeros(group_count * of_group) if bias_opt is None else bias_opt, group_count)
     weights, expert_ids, scores = torch_npu.npu_moe_gating_top_k(
         x.float() if divides else x,
         k,
@@ -54,7 +68,16 @@ def moe_gating_top_k(
     )
     if divides:
         weights = (weights / (weights.sum(-1, keepdim=True) + eps) * routed_scaling_factor).to(x.dtype)
+    if is_filled:
+        expert_ids = expert_ids // LEAST_GROUP * of_group + expert_ids % LEAST_GROUP
+        scores = scores.unflatten(-1, (group_count, LEAST_GROUP))[..., :of_group].flatten(-2)
     return weights, expert_ids, scores
+
+
+def _filled_groups(values: torch.Tensor, group_count: int) -> torch.Tensor:
+    """[..., group_count * size] with minus infinity after each group, so that it has LEAST_GROUP values."""
+    groups = values.unflatten(-1, (group_count, -1))
+    return torch.nn.functional.pad(groups, (0, LEAST_GROUP - groups.shape[-1]), value=-torch.inf).flatten(-2)
 
 
 def npu_moe_init_routing_custom(

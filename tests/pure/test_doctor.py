@@ -71,7 +71,7 @@ def test_a_sound_environment_has_no_problem(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def broken(tmp_path_factory) -> tuple[subprocess.CompletedProcess[str], list[dict[str, str]], Path]:
+def broken(tmp_path_factory) -> tuple[subprocess.CompletedProcess[str], list[dict[str, str]]]:
     """A run in which much is wrong at once."""
     folder = tmp_path_factory.mktemp("broken")
     packages = write_packages(folder / "packages", torch=BROKEN_TORCH)
@@ -79,33 +79,21 @@ def broken(tmp_path_factory) -> tuple[subprocess.CompletedProcess[str], list[dic
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: other-platform\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text("[vllm.platform_plugins]\nother = other_platform:register\n")
-    ended = subprocess.Popen([sys.executable, "-S", "-c", ""])
-    ended.wait()
-    left = shared_memory.FOLDER / f"{shared_memory.PREFIX}0.{ended.pid}.0.1"
-    in_use = shared_memory.FOLDER / f"{shared_memory.PREFIX}0.{os.getpid()}.0.1"
-    try:
-        left.touch()
-        in_use.touch()
-        done, findings = run_doctor(
-            folder,
-            PYTHONPATH=packages,
-            VLLM_TARGET_DEVICE="CPU",
-            VLLM_NPU_MOE_COM="mc2",
-            VLLM_NPU_MOE_COMM="mc3",
-            VLLM_NPU_EMULATOR_SOC="A3",
-            VLLM_NPU_EMULATOR_DEVICES="4k",
-            VLLM_NPU_TRANSPORT_TIMEOUT="",
-            OMP_NUM_THREADS="100000",
-        )
-        assert left.exists(), "doctor looks, and removes nothing"
-    finally:
-        left.unlink(missing_ok=True)
-        in_use.unlink(missing_ok=True)
-    return done, findings, left
+    return run_doctor(
+        folder,
+        PYTHONPATH=packages,
+        VLLM_TARGET_DEVICE="CPU",
+        VLLM_NPU_MOE_COM="mc2",
+        VLLM_NPU_MOE_COMM="mc3",
+        VLLM_NPU_EMULATOR_SOC="A3",
+        VLLM_NPU_EMULATOR_DEVICES="4k",
+        VLLM_NPU_TRANSPORT_TIMEOUT="",
+        OMP_NUM_THREADS="100000",
+    )
 
 
 def test_it_works_where_torch_cannot_be_imported(broken):
-    done, findings, _ = broken
+    done, findings = broken
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     [finding] = of_check(findings, "import torch")
@@ -115,12 +103,20 @@ def test_it_works_where_torch_cannot_be_imported(broken):
     assert "PYTHONPATH" in finding["remedy"]
 
 
-def test_leftovers_are_named_with_the_command_that_removes_them(broken):
-    _, findings, left = broken
-    [finding] = [each for each in of_check(findings, str(shared_memory.FOLDER)) if "left behind" in each["what"]]
-    assert (finding["status"], left.name in finding["what"]) == ("warning", True)
-    assert f".{os.getpid()}." not in finding["what"], "a file in use is none"
-    assert finding["remedy"].endswith("-m vllm_npu.emulator clean")
+def test_leftovers_are_named_with_the_command_that_removes_them(tmp_path, monkeypatch):
+    # A folder of its own: each launch of an emulated device removes leftovers from the machine's folder.
+    monkeypatch.setattr(shared_memory, "FOLDER", tmp_path)
+    ended = subprocess.Popen([sys.executable, "-S", "-c", ""])
+    ended.wait()
+    left, in_use = (tmp_path / f"{shared_memory.PREFIX}0.{pid}.0.1" for pid in (ended.pid, os.getpid()))
+    left.touch()
+    in_use.touch()
+    [finding] = [each for each in machine_checks.check_shared_memory(tmp_path) if "left behind" in each.what]
+    assert (finding.status, left.name in finding.what) == ("warning", True)
+    assert in_use.name not in finding.what, "a file in use is none"
+    assert finding.remedy is not None
+    assert finding.remedy.endswith("-m vllm_npu.emulator clean")
+    assert left.exists(), "doctor looks, and removes nothing"
 
 
 @pytest.mark.parametrize(
@@ -144,7 +140,7 @@ def test_a_finding_and_its_remedy(broken, name, status, what, remedy):
 
 
 def test_every_problem_and_warning_has_a_remedy_and_all_is_printed(broken):
-    done, findings, _ = broken
+    done, findings = broken
     for finding in findings:
         assert finding["status"] == "ok" or finding["remedy"], finding
         assert f"{finding['status']:<8} {finding['check']}: {finding['what']}\n" in done.stdout

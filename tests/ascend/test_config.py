@@ -47,11 +47,9 @@ def build(folder, environment: dict | None = None, **arguments) -> subprocess.Co
     [
         ({"enable_lora": True}, "LoRA adapters"),
         pytest.param(
-            {"additional_config": {"multistream_overlap_gate": True}},
-            "additional_config multistream_overlap_gate",
-            marks=pytest.mark.skipif(
-                LINE != (0, 23), reason="vllm-ascend 0.30 itself refuses multistream_overlap_gate"
-            ),
+            {"additional_config": {"enable_mc2_hierarchy_comm": True}},
+            "additional_config enable_mc2_hierarchy_comm",
+            marks=pytest.mark.skipif(LINE != (0, 23), reason="on vllm-ascend 0.30 this option was not tried"),
         ),
         ({"additional_config": {"enable_fused_mc2": 2}}, "additional_config enable_fused_mc2: 2 is dispatch_gmm"),
         ({"additional_config": {"mix_placement": True}}, "mix_placement with quantization=None"),

@@ -188,9 +188,14 @@ def judge(
 
 def cause_of(error: str) -> str:
     """The line of an engine's log that names the error: the first one of this package, else the last one of all."""
-    lines = [_one_line(line) for line in error.splitlines() if re.search(r"\w(Error|Exception)(: |\s*$)", line)]
+    named = [line for line in error.splitlines() if re.search(r"\w(Error|Exception)(: |\s*$)", line)]
+    lines = [_one_line(line) for line in named if " WARNING " not in line]
     ours = [line for line in lines if "UnsupportedConfigError" in line]
-    causes = [line for line in lines if not re.search(r"Engine core init|EngineDeadError|EngineFailedError|Worker failed with error", line)]
+    causes = [
+        line
+        for line in lines
+        if not re.search(r"Engine core init|EngineDeadError|EngineFailedError|Worker failed with error", line)
+    ]
     return (ours or causes[-1:] or lines[-1:] or [_one_line(error.splitlines()[0])])[0]
 
 

@@ -1,11 +1,14 @@
-"""Start of further processes on this machine: a free port for them, and their end when this process dies.
+"""Start of further processes on this machine: their variables, a free port for them, and their end when this process dies.
 
 Standard library only. The emulator and tools/engines use this file, and the emulator may import nothing that imports torch.
 """
 
 import ctypes
+import os
 import socket
 import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -21,6 +24,18 @@ def _find_prctl() -> Any:
 
 
 _prctl = _find_prctl()  # at import: a new process must not look functions up between fork and exec
+
+
+@contextmanager
+def changed_environment(changes: Mapping[str, str]) -> Iterator[None]:
+    """Give these variables to this process, and so to those that it starts in the block. Its end undoes every change."""
+    before = dict(os.environ)
+    os.environ.update(changes)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def free_port() -> int:

@@ -48,6 +48,12 @@ def run(soc: str, tp: int, dp: int, **given: Any) -> tuple[Outcome, list[dict[st
     return outcome, sorted(reports, key=lambda report: int(report["rank"]))
 
 
+def check_near_dense(row: dict[str, Any], dtype: str, *, int8: bool = False) -> None:
+    """Assert that a row of layer_program.py is as near to the float64 layer as its dtype's rounding, or int8's, allows."""
+    assert row["from_dense"] < (INT8_FROM_DENSE if int8 else TOLERANCES[dtype]), row
+    assert row["rms_from_dense"] < (INT8_FROM_DENSE if int8 else ROUNDINGS[dtype]), row
+
+
 CASES = {
     "A3 TP2 float16": ("A3", 2, 1, {"dtype": "float16", "steps": [[1], [5], [16]]}),
     "A3 DP2 bfloat16, ragged": ("A3", 1, 2, {"dtype": "bfloat16", "steps": [[5, 5], [3, 7], [1, 16]]}),
@@ -92,8 +98,7 @@ def test_every_strategy_gives_what_vllm_ascend_gives(case):
             (path, counts) for path in (OWN, *STRATEGIES) for counts in given["steps"]
         ]
         for row in rows:
-            assert row["from_dense"] < (INT8_FROM_DENSE if "int8" in given else tolerance), row
-            assert row["rms_from_dense"] < (INT8_FROM_DENSE if "int8" in given else ROUNDINGS[given["dtype"]]), row
+            check_near_dense(row, given["dtype"], int8="int8" in given)
             assert row["from_own"] < tolerance, row
             if row["path"] != OWN:
                 assert row["ran"] == COMM_TYPES[row["path"]]
@@ -121,8 +126,7 @@ def test_experts_stand_where_a_static_map_puts_them(tmp_path):
         assert report["refused"] == {}
         assert [row["path"] for row in report["rows"]] == [path for path in (OWN, *STRATEGIES) for _ in steps]
         for row in report["rows"]:
-            assert row["from_dense"] < TOLERANCES["bfloat16"], row
-            assert row["rms_from_dense"] < ROUNDINGS["bfloat16"], row
+            check_near_dense(row, "bfloat16")
 
 
 @pytest.mark.parametrize(("tp", "dp"), [(1, 2), (2, 1)], ids=["DP2", "TP2"])
@@ -144,8 +148,7 @@ def test_a_captured_layer_is_right_for_other_tokens_and_has_few_tasks(tp, dp):
         rows = {row["path"]: row for row in report["rows"]}
         assert list(rows) == [*held.values(), "mc2", "allgather", "naive"]
         for row in rows.values():
-            assert row["from_dense"] < TOLERANCES["bfloat16"], row
-            assert row["rms_from_dense"] < ROUNDINGS["bfloat16"], row
+            check_near_dense(row, "bfloat16")
         tasks = {path: len(row["operations"]) for path, row in rows.items()}
         kernels = {path: len([op for op in row["operations"] if op not in EVENTS]) for path, row in rows.items()}
         for ours, theirs in held.items():
@@ -213,8 +216,7 @@ def test_fused_mc2_gives_what_vllm_ascends_own_gives(case):
         assert len(rows) == len(own) + len(strategies) * len(given["steps"])
         for row in rows:
             assert row["ran"] == "FUSED_MC2"
-            assert row["from_dense"] < (INT8_FROM_DENSE if int8 else TOLERANCES["bfloat16"]), row
-            assert row["rms_from_dense"] < (INT8_FROM_DENSE if int8 else ROUNDINGS["bfloat16"]), row
+            check_near_dense(row, "bfloat16", int8=int8)
             assert row["from_own"] < TOLERANCES["bfloat16"], row
         if "graph" in given:
             kernels = {row["path"]: [op for op in row["operations"] if op not in EVENTS] for row in rows}
@@ -297,5 +299,4 @@ def test_each_layer_of_a_model_has_sizes_of_its_own(int8):
         assert report["refused"] == {}
         assert len(report["rows"]) == len(STRATEGIES) * 3 * 2
         for row in report["rows"]:
-            assert row["from_dense"] < (INT8_FROM_DENSE if int8 else TOLERANCES["bfloat16"]), row
-            assert row["rms_from_dense"] < (INT8_FROM_DENSE if int8 else ROUNDINGS["bfloat16"]), row
+            check_near_dense(row, "bfloat16", int8=int8)

@@ -5,13 +5,8 @@ from typing import NamedTuple
 
 import torch
 
-from vllm_npu.tools.engines.tiny_models import (
-    DEMO_MAX_TOKENS,
-    MAX_POSITIONS,
-    VOCAB_SIZE,
-    demo_prompts,
-    write_byte_tokenizer,
-)
+from vllm_npu.tools.engines.tiny_models import MAX_POSITIONS, VOCAB_SIZE, write_byte_tokenizer
+from vllm_npu.tools.families.checkpoints import greedy
 
 SEED = 2  # it gives a wide margin on demo_prompts()
 
@@ -55,20 +50,4 @@ def write_minimax_m2(folder: Path, seed: int = SEED) -> Greedy:
         layer.mlp.e_score_correction_bias.normal_(std=0.1)
     model.save_pretrained(folder)
     write_byte_tokenizer(folder)
-    return _generate(model)
-
-
-@torch.no_grad()
-def _generate(model: torch.nn.Module) -> Greedy:
-    tokens, margins = [], []
-    for prompt, count in zip(demo_prompts(), DEMO_MAX_TOKENS, strict=True):
-        generated: list[int] = []
-        step, past = list(prompt), None
-        while len(generated) < count:
-            output = model(torch.tensor([step]), past_key_values=past, use_cache=True)
-            best = output.logits[0, -1].log_softmax(-1).topk(2)
-            margins.append(float(best.values[0] - best.values[1]))
-            step, past = [int(best.indices[0])], output.past_key_values
-            generated += step
-        tokens.append(generated)
-    return Greedy(tokens, min(margins))
+    return Greedy(*greedy(model))

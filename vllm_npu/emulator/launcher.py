@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 from vllm_npu import envs
-from vllm_npu.child_processes import free_port, signal_when_parent_dies
+from vllm_npu.child_processes import changed_environment, free_port, signal_when_parent_dies
 from vllm_npu.emulator import build, cann, loader, shared_memory, soc
 
 STARTUP_FOLDER = Path(__file__).resolve().parent / "startup"
@@ -87,14 +87,11 @@ def emulated_devices(num_ranks: int) -> Iterator[str]:
     Raises as device_environment does.
     """
     run_name = new_run_name()
-    before = dict(os.environ)
-    os.environ.update(device_environment(envs.EMULATOR_SOC.read(), num_ranks, run_name))
-    try:
-        yield envs.EMULATOR_SOC.read()
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-        shared_memory.clean_run(run_name)
+    with changed_environment(device_environment(envs.EMULATOR_SOC.read(), num_ranks, run_name)):
+        try:
+            yield envs.EMULATOR_SOC.read()
+        finally:
+            shared_memory.clean_run(run_name)
 
 
 def rank_environments(common: Mapping[str, str], num_ranks: int) -> Iterator[dict[str, str]]:

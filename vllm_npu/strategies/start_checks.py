@@ -3,6 +3,7 @@
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from vllm_npu.core.expert_limits import ExpertsWanted
 from vllm_npu.core.limits import DeviceLimits, FusedMC2Limits, MC2Limits, MoELayer
@@ -12,6 +13,8 @@ from vllm_npu.core.topology import ExpertPlacement, ParallelTopology
 from vllm_npu.errors import DeviceLimitError, HcclBufferError, UnsupportedConfigError, UnsupportedDeviceError
 from vllm_npu.strategies.select import check_strategy, classes_of, select, why_not, why_not_fused_step
 from vllm_npu.strategies.table import AUTO
+
+Limits = TypeVar("Limits", MC2Limits, FusedMC2Limits)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,12 +113,7 @@ def _check_fused(
         raise (UnsupportedConfigError if device.fused_mc2_rows is None else DeviceLimitError)(reason)
     if reason is not None or limits is None:
         return device
-    capacity = bisect_right(
-        range(1, limits.max_tokens_per_rank + 1),
-        hccl_buffer_mb,
-        key=lambda tokens: limits.buffer_mb(layer, topology.ep_size, tokens),
-    )
-    lowered = replace(limits, max_tokens_per_rank=capacity)
+    lowered = _within_buffer(topology, layer, limits, hccl_buffer_mb)
     fitting = replace(device, fused_mc2=tuple(lowered if each is limits else each for each in device.fused_mc2))
     if requested == "fused_mc2":
         _check_fused_decode(topology, layer, limits, fitting, shape, hccl_buffer_mb)
@@ -134,11 +132,8 @@ def _check_fused_decode(
     planned = ceil_div(shape.decode_tokens, topology.tp_size)
     needed = limits.buffer_mb(layer, topology.ep_size, planned)
     if needed > hccl_buffer_mb:
-        raise HcclBufferError(
-            f"{limits.name} needs HCCL_BUFFSIZE={needed} for steps of {planned} tokens a rank ({topology}, top "
-            f"{layer.top_k}, hidden size {layer.hidden_size}), and it is {hccl_buffer_mb} (MiB); export "
-            f"HCCL_BUFFSIZE={needed} on every rank, lower --max-num-seqs, or choose another moe_comm"
-        )
+        facts = f"{topology}, top {layer.top_k}, hidden size {layer.hidden_size}"
+        raise _buffer_error(limits, needed, planned, facts, hccl_buffer_mb)
     decode = StepPlan(num_tokens_across_dp=(shape.decode_tokens,) * topology.dp_size, sharding=TokenSharding.REPLICATED)
     reason = why_not_fused_step(topology, decode, layer, fitting)
     if reason is not None:
@@ -156,19 +151,27 @@ def _check_buffer(
     planned = min(ceil_div(shape.decode_tokens, topology.tp_size), limits.max_tokens_per_rank)
     needed = limits.buffer_mb(layer, topology.ep_size, planned)
     if needed is not None and needed > hccl_buffer_mb:
-        raise HcclBufferError(
-            f"{limits.name} needs HCCL_BUFFSIZE={needed} for steps of {planned} tokens a rank ({topology}, "
-            f"{layer.num_experts} experts, hidden size {layer.hidden_size}), and it is {hccl_buffer_mb} (MiB); export "
-            f"HCCL_BUFFSIZE={needed} on every rank, lower --max-num-seqs, or choose another moe_comm"
-        )
+        facts = f"{topology}, {layer.num_experts} experts, hidden size {layer.hidden_size}"
+        raise _buffer_error(limits, needed, planned, facts, hccl_buffer_mb)
 
 
-def _within_buffer(topology: ParallelTopology, layer: MoELayer, limits: MC2Limits, hccl_buffer_mb: int) -> MC2Limits:
-    """Return the limits with the largest capacity that the buffer takes."""
-    capacity = limits.max_tokens_per_rank
-    while capacity > 0 and (limits.buffer_mb(layer, topology.ep_size, capacity) or 0) > hccl_buffer_mb:
-        capacity -= 1
+def _within_buffer(topology: ParallelTopology, layer: MoELayer, limits: Limits, hccl_buffer_mb: int) -> Limits:
+    """Return the limits with the largest capacity that the buffer takes. More tokens never need less of it."""
+    capacity = bisect_right(
+        range(1, limits.max_tokens_per_rank + 1),
+        hccl_buffer_mb,
+        key=lambda tokens: limits.buffer_mb(layer, topology.ep_size, tokens) or 0,
+    )
     return replace(limits, max_tokens_per_rank=capacity)
+
+
+def _buffer_error(
+    limits: MC2Limits | FusedMC2Limits, needed: int, planned: int, facts: str, hccl_buffer_mb: int
+) -> HcclBufferError:
+    return HcclBufferError(
+        f"{limits.name} needs HCCL_BUFFSIZE={needed} for steps of {planned} tokens a rank ({facts}), and it is "
+        f"{hccl_buffer_mb} (MiB); export HCCL_BUFFSIZE={needed} on every rank, lower --max-num-seqs, or choose another moe_comm"
+    )
 
 
 def describe_capacity(device: DeviceLimits, topology: ParallelTopology, layers: Sequence[MoELayer]) -> str:

@@ -8,17 +8,16 @@ that the checks work, and nothing about an NPU.
 
 import argparse
 import json
-import os
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from vllm_npu.child_processes import changed_environment
 from vllm_npu.core.limits import MoELayer
 from vllm_npu.envs import HCCL_BUFFSIZE
 from vllm_npu.errors import VllmNpuError
@@ -62,7 +61,7 @@ def buffers(ranks: int) -> Iterator[dict[str, Any]]:
 
 def _try_buffer(ranks: int, layer: MoELayer, tokens: int, size_mb: int) -> str | None:
     """Run one step with this size. Returns the error, or None if the sums are right."""
-    with _variable(HCCL_BUFFSIZE.name, str(size_mb)):
+    with changed_environment({HCCL_BUFFSIZE.name: str(size_mb)}):
         try:
             with open_rank_pool("hccl", ranks) as (pool, _):
                 worst = max(pool.run(_dispatch_and_combine, layer, tokens))
@@ -174,19 +173,6 @@ def compare(ranks: int) -> Iterator[dict[str, Any]]:
             engine.generate(demo_prompts(), greedy, use_tqdm=False)
             for rank, counters in enumerate(engine.collective_rpc("moe_comm_counters")):
                 yield {"strategy": strategy, "rank": rank, **counters}
-
-
-@contextmanager
-def _variable(name: str, value: str) -> Iterator[None]:
-    before = os.environ.get(name)
-    os.environ[name] = value
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
 
 
 def main(arguments: list[str]) -> None:

@@ -17,9 +17,8 @@ NAMESPACE = "_C_ascend"
 SOFTMAX = 0  # norm_type
 NO_RENORM, L1_RENORM = 0, 1
 BY_MAXIMUM = 0  # group_select_mode
-LEAST_GROUP = (
-    3  # experts of a group that torch_npu's gating takes. vllm-ascend's takes 2, or 1 where the maximum counts
-)
+# The fewest experts of a group that torch_npu's gating takes. vllm-ascend's takes 2, or 1 where the maximum counts.
+LEAST_GROUP = 3
 
 Tensors = tuple[torch.Tensor, ...]
 

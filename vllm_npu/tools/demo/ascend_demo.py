@@ -5,7 +5,6 @@ package, on the workers of the first data-parallel rank. After allgather and nai
 These collectives are not counted.
 """
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -13,6 +12,7 @@ from importlib.metadata import entry_points, version
 from typing import Any
 
 from vllm_npu import envs
+from vllm_npu.child_processes import changed_environment
 from vllm_npu.emulator.launcher import emulated_devices
 from vllm_npu.errors import UnsupportedConfigError
 from vllm_npu.plugin import entry_points as plugins
@@ -251,7 +251,7 @@ class AscendDemo:
     def _server(self, planned: PlannedServers, moe_comm: str) -> Iterator[HttpEngine]:
         """A server on emulated devices of the planned chip."""
         name = f"{planned} {moe_comm}".replace(" ", "-").replace("×", "").lower()
-        with chip(planned.chip), emulated_devices(NUM_DEVICES):
+        with changed_environment({envs.EMULATOR_SOC.name: planned.chip}), emulated_devices(NUM_DEVICES):
             server = HttpEngine(
                 self._session.folder / planned.model.family,
                 planned.parallelism,
@@ -274,20 +274,6 @@ class AscendDemo:
             )
             with self._session.logs_kept(name), server:
                 yield server
-
-
-@contextmanager
-def chip(name: str) -> Iterator[None]:
-    """Set the chip of emulated devices for the block."""
-    before = os.environ.get(envs.EMULATOR_SOC.name)
-    os.environ[envs.EMULATOR_SOC.name] = name
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[envs.EMULATOR_SOC.name]
-        else:
-            os.environ[envs.EMULATOR_SOC.name] = before
 
 
 def _why_not(strategy: str, planned: PlannedServers) -> str | None:

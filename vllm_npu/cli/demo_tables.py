@@ -63,7 +63,7 @@ def ascend_table(rows: Sequence[ServedRow]) -> Table:
         counted = row.collectives_per_moe_layer is not None and row.bytes_per_moe_layer is not None
         table.add_row(
             *group,
-            "vllm-ascend (off)" if row.strategy == OFF else row.strategy,
+            _asked_and_ran(row),
             identical,
             f"{row.collectives_per_moe_layer:.1f}" if counted else "–",
             f"{row.bytes_per_moe_layer:,.0f}" if counted else "–",
@@ -71,3 +71,9 @@ def ascend_table(rows: Sequence[ServedRow]) -> Table:
             style=None if row.passed else "red",
         )
     return table
+
+
+def _asked_and_ran(row: ServedRow) -> str:
+    if row.strategy == OFF:
+        return "vllm-ascend (off)"
+    return row.strategy if row.ran in ([], [row.strategy]) else f"{row.strategy} → {', '.join(row.ran)}"

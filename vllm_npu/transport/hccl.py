@@ -49,10 +49,16 @@ class HcclTransport(TorchDistTransport):
         super().__init__(process_group, group)
         self._name = str(process_group.group_name)
         self._shared: _Group | None = None
+        self._name_for_ops = ""
 
     @property
     def name_for_ops(self) -> str:
-        """HCCL's name of the communicator. Raises UnknownGroupError if HCCL has none."""
+        """HCCL's name of the communicator, which is asked for once. Raises UnknownGroupError if HCCL has none."""
+        if not self._name_for_ops:
+            self._name_for_ops = self._ask_name()
+        return self._name_for_ops
+
+    def _ask_name(self) -> str:
         try:
             name = str(self._backend.get_hccl_comm_name(_number_of_this_device()))
         except (RuntimeError, AttributeError) as error:

@@ -61,7 +61,6 @@ class PipelineCommMethod(RELEASE.MoECommMethod):  # type: ignore[name-defined]
 
         `quant_method` computes the experts on vllm-ascend 0.30, and 0.23 passes none.
         """
-        call = _ExpertsCall(self, fused_experts_input, quant_method)
         hidden_states, topk_weights = fused_experts_input.hidden_states, fused_experts_input.topk_weights
         topk_ids = fused_experts_input.topk_ids
         if fused_experts_input.routing.apply_router_weight_on_input:
@@ -83,7 +82,8 @@ class PipelineCommMethod(RELEASE.MoECommMethod):  # type: ignore[name-defined]
                 topk_ids = pipelines.groups.tp.broadcast(topk_ids, 0)
         if (ring := trace_ring()) is not None:
             ring.enter_layer()
-        before_dispatch = torch.get_device_module(hidden_states.device).current_stream().record_event()
+        call = _ExpertsCall(self, fused_experts_input, quant_method)
+        before_dispatch = call.stream.record_event()
         finalized = pipeline.run(hidden_states, topk_weights, topk_ids, call.compute, step.plan, reduce_results=False)
         return RELEASE.experts_result(
             fused_experts_input,
@@ -151,6 +151,7 @@ class _ExpertsCall:
         self._method = method
         self._given = given
         self._quant_method = quant_method
+        self.stream = torch.get_device_module(given.hidden_states.device).current_stream()
         self.after_dispatch: Any = None
         self.tokens_per_expert: torch.Tensor | None = None
         self.before_gmm2: Any = None
@@ -161,9 +162,8 @@ class _ExpertsCall:
     ) -> torch.Tensor:
         """Run grouped matmul, activation, grouped matmul. The rows are int8 if dynamic_scales is given. LOCAL."""
         self.tokens_per_expert = tokens_per_expert
-        stream = torch.get_device_module(expert_input.device).current_stream()
         if RELEASE.READS_AFTER_DISPATCH or expert_input.shape[0] == 0:
-            self.after_dispatch = stream.record_event()
+            self.after_dispatch = self.stream.record_event()
         if expert_input.shape[0] == 0:  # the ops refuse empty tensors
             self.before_gmm2 = self.before_combine = self.after_dispatch  # the stream of shared experts waits for them
             return self._given.hidden_states.new_empty(expert_input.shape)
@@ -176,5 +176,5 @@ class _ExpertsCall:
         }
         output: torch.Tensor
         output, self.before_gmm2 = RELEASE.compute_experts(self._method, self._given, dispatched, self._quant_method)
-        self.before_combine = stream.record_event()
+        self.before_combine = self.stream.record_event()
         return output

@@ -7,6 +7,7 @@ COMPAT(vllm-ascend): names in vllm_ascend are not a public interface. This file 
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 from vllm.config import VllmConfig
@@ -60,10 +61,14 @@ def eplb_report(model_runner: Any) -> dict[str, int] | None:
 class ExpertParallelTransport(HcclTransport):
     """The expert-parallel group. MC2's ops use vllm-ascend's own group of the same ranks, whose buffers serve only MC2."""
 
+    @cached_property
+    def _mc2(self) -> HcclTransport:
+        return HcclTransport(get_mc2_group().device_group, "mc2")
+
     @property
     def name_for_ops(self) -> str:
         """The name that HCCL gave to vllm-ascend's MC2 group."""
-        return HcclTransport(get_mc2_group().device_group, "mc2").name_for_ops
+        return self._mc2.name_for_ops
 
 
 def transports(

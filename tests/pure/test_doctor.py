@@ -514,7 +514,7 @@ def test_a_recipe_that_is_no_json_object_is_refused(options, capsys):
         ({}, "HcclBufferError: mc2 on A3, full mesh needs HCCL_BUFFSIZE=239", "export HCCL_BUFFSIZE=239 on every rank"),
         ({"moe_comm": "mc2", "soc": "310P"}, "UnsupportedDeviceError: 310P has no MC2", "use allgather"),
         ({"moe_comm": "mc2", "soc": "A2", "ep": 4}, "DeviceLimitError: mc2 on A2, full mesh takes at most 24", "use all2all"),
-        ({"ep": 24, "soc": None}, "256 experts do not divide over ep_size=24", "choose tp_size * dp_size = 16 or 32, or add 8"),
+        ({"ep": 24, "soc": "A3"}, "256 experts do not divide over ep_size=24", "choose tp_size * dp_size = 16 or 32, or add 8"),
         ({"tp": 3}, "--ep 16 is no multiple of --tp 3", "choose ep = tp * dp"),
         ({"soc": "A9"}, "there is no --soc A9", "name one of A2, A3, 310P, A5"),
         ({"moe_comm": "fastest"}, "unknown moe_comm 'fastest'", "there are: auto"),

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from tests.cases import GRIDS, topologies
-from vllm_npu.core.topology import ExpertPlacement, ParallelTopology
+from vllm_npu.core.topology import ExpertPlacement, ParallelTopology, expert_places, places_of_experts
 from vllm_npu.errors import UnsupportedConfigError
 
 
@@ -53,6 +53,21 @@ def test_experts_that_do_not_divide_over_the_ranks_are_refused_with_the_numbers_
         f"{num_experts} experts do not divide over ep_size={ep_size}; choose tp_size * dp_size = {sizes}, or add {redundant} "
         "redundant experts"
     )
+
+
+@pytest.mark.parametrize(
+    ("num_experts", "ep_size", "places"),
+    [
+        (4, 2, [0, 1, 2, 3]),
+        (3, 2, [0, 1, 2]),
+        (5, 3, [0, 1, 2, 3, 4]),
+        (7, 3, [0, 1, 2, 3, 4, 6, 7]),
+        (6, 4, [0, 1, 2, 3, 4, 6]),
+    ],
+)
+def test_the_first_ranks_have_one_expert_more_and_the_others_an_empty_place(num_experts, ep_size, places):
+    assert expert_places(num_experts, ep_size) == places
+    assert places_of_experts(num_experts, ep_size) == -(-num_experts // ep_size) * ep_size > max(places)
 
 
 @pytest.mark.parametrize("num_experts", [0, -8])

@@ -23,7 +23,7 @@ from tests.vllm.forked_engine import FORKED
 from tests.vllm.processes import free_ports
 from tests.vllm.transformers_reference import write_minimax_m2
 from vllm_npu.strategies.table import STRATEGIES
-from vllm_npu.tools.demo.vanilla_demo import DP2_EP, SAFE_MARGIN, TP2_DP2_EP, TP2_EP, compare
+from vllm_npu.tools.demo.vanilla_demo import DP2_EP, DP3_EP, SAFE_MARGIN, TP2_DP2_EP, TP2_EP, compare
 from vllm_npu.tools.engines.engine_processes import EngineFailedError, Parallelism, engine_environment
 from vllm_npu.tools.engines.engine_set import EngineSet, Generation
 from vllm_npu.tools.engines.process_tree import ProcessTree
@@ -57,6 +57,8 @@ def assert_same_tokens(generation: Generation, vanilla: list[list[int]], model: 
         # With vLLM's sequence parallelism inside the MoE blocks only: whole rows travel between the decoder layers.
         pytest.param(TP2_DP2_EP, id="tp2-dp2-ep"),
         pytest.param(TP2_EP, id="tp2-ep"),
+        # 8 experts: two ranks have one more than the third.
+        pytest.param(DP3_EP, id="dp3-ep", marks=pytest.mark.nightly),
     ],
 )
 def test_a_model_with_shared_experts(

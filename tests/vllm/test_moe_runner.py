@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from tests.time_limits import on_this_machine
 from tests.vllm.vllm_ranks import (
     DP2,
+    DP4,
     HIDDEN,
     NUM_EXPERTS,
     TOP_K,
@@ -77,11 +78,13 @@ class Tokens:
     own: TokenSlice  # of the whole
 
     @classmethod
-    def random(cls, layout: Layout, grid: Grid, counts, dtype: torch.dtype) -> "Tokens":
+    def random(
+        cls, layout: Layout, grid: Grid, counts, dtype: torch.dtype, num_experts: int = NUM_EXPERTS
+    ) -> "Tokens":
         generator = torch.Generator().manual_seed(sum(counts))
         total = sum(counts)
         hidden_states = torch.randn(total, HIDDEN, generator=generator).to(dtype).split(counts)[grid.dp_rank]
-        router_logits = torch.randn(total, NUM_EXPERTS, generator=generator).to(dtype).split(counts)[grid.dp_rank]
+        router_logits = torch.randn(total, num_experts, generator=generator).to(dtype).split(counts)[grid.dp_rank]
         if not layout.sequence_parallel:
             own = TokenSlice(0, hidden_states.shape[0])
             return cls(hidden_states.clone(), router_logits.clone(), (hidden_states, router_logits), own)
@@ -146,6 +149,30 @@ def run_against_dense(grid: Grid, layout: Layout, shared: bool, dtype: torch.dty
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_every_strategy_gives_the_dense_output(ranks: VllmRanks, layout, shared, dtype):  # noqa: F811
     ranks.run(run_against_dense, layout.grid, layout, shared, dtype)
+
+
+def run_uneven(grid: Grid, layout: Layout, num_experts: int) -> None:
+    from vllm_npu.plugin.step_planner import planner_of
+
+    config = make_config(grid)
+    layer = build_layer(grid, config, num_experts=num_experts, sequence_parallel=layout.sequence_parallel)
+    fewest, fuller = divmod(num_experts, grid.size)
+    assert layer.routed_experts.local_num_experts == fewest + (grid.rank < fuller)
+    weights = Weights.random(torch.float32, num_experts)
+    for strategy in layout.strategies:
+        planner_of(config).propose(strategy)
+        for counts in ((5, 2, 0, 9)[: grid.dp], (1,) * grid.dp):
+            tokens = Tokens.random(layout, grid, counts, torch.float32, num_experts)
+            with vllm_step(grid, config, counts):
+                output = layer(hidden_states=tokens.hidden_states, router_logits=tokens.router_logits)
+            assert planner_of(config).selection.strategy == strategy
+            check_output(output, tokens, dense_moe(tokens, weights, shared=False), (strategy, counts))
+
+
+@pytest.mark.parametrize("num_experts", [5, 6, 7])
+@pytest.mark.parametrize("layout", [Layout(TP2_DP2, sequence_parallel=True), Layout(TP4), Layout(DP4)], ids=str)
+def test_ranks_may_differ_by_one_expert(ranks: VllmRanks, layout, num_experts):  # noqa: F811
+    ranks.run(run_uneven, layout.grid, layout, num_experts)
 
 
 def outputs_of(layer: Any, config: Any, grid: Grid, layout: Layout) -> Iterator[tuple[str, Tokens, torch.Tensor]]:
@@ -503,7 +530,7 @@ def test_tensor_parallel_experts_alone_are_left_to_vllm(ranks: VllmRanks, shared
 
 def run_refusals(grid: Grid) -> list[str]:
     messages = []
-    for options in ({"num_experts": 6}, {"activation": "swiglustep"}, {"apply_router_weight_on_input": True}):
+    for options in ({"num_experts": 3}, {"activation": "swiglustep"}, {"apply_router_weight_on_input": True}):
         with pytest.raises(UnsupportedConfigError) as error:
             build_layer(grid, make_config(grid), **options)
         messages.append(str(error.value))
@@ -512,7 +539,7 @@ def run_refusals(grid: Grid) -> list[str]:
 
 def test_what_a_layer_cannot_do_is_refused_when_it_is_built(ranks: VllmRanks):  # noqa: F811
     for experts, activation, weight in ranks.run(run_refusals, TP4):
-        assert "6 experts do not divide over ep_size=4; choose --tensor-parallel-size" in experts
+        assert "3 experts do not divide over ep_size=4; choose tp_size * dp_size = 3" in experts
         assert "'swiglustep'" in activation
         assert "supported: silu" in activation
         assert "model.layers.0.mlp.experts: the router's weight goes on the experts' input" in weight

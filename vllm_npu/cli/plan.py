@@ -62,6 +62,7 @@ def plan(
     facts = ModelFacts() if model is None else read_config(model)
     check_experts(ExpertsWanted(model=facts), topology, device)
     layer = layer_of_model(facts, experts=experts, topk=topk, hidden=hidden, dtype=dtype)
+    layer = device.placed(layer, ep)
     ExpertPlacement(layer.num_experts, ep)
     planned = plan_layer(layer, topology, device, tokens)
     todo = advice(planned, HCCL_BUFFSIZE.read_whole_number())

@@ -8,6 +8,7 @@ import torch
 
 from vllm_npu.core.expert_limits import ExpertLimits
 from vllm_npu.core.token_layout import ceil_div
+from vllm_npu.core.topology import places_of_experts
 
 MIB = 1 << 20
 VECTOR_CORE_BYTES = 192 << 10  # memory of one vector core of A2 and A3
@@ -400,6 +401,7 @@ class DeviceLimits:
     update_expert: bool = False  # has npu_moe_update_expert
     captures: tuple[str, ...] = ()  # strategies without host syncs, which a graph can capture
     experts: ExpertLimits | None = None  # None: the experts are not this package's
+    uneven_experts: bool = False  # whether the plugin for this device serves ranks of which some have one expert more
 
     def of_version(self, version: int) -> "DeviceLimits":
         """These limits for a torch_npu whose newest MC2 ops have this version. 0: it has no MC2 ops."""
@@ -414,6 +416,16 @@ class DeviceLimits:
         if self.mc2.why_not(layer, ep_size) is None or self.mc2_hierarchy.why_not(layer, ep_size) is not None:
             return self
         return replace(self, mc2=self.mc2_hierarchy, mc2_hierarchy=None)
+
+    def places(self, num_experts: int, ep_size: int) -> int:
+        """The number of experts that strategies see: their places, where ranks may differ by one expert. A rank needs one."""
+        if not self.uneven_experts or num_experts < ep_size:
+            return num_experts
+        return places_of_experts(num_experts, ep_size)
+
+    def placed(self, layer: MoELayer, ep_size: int) -> MoELayer:
+        """The layer as strategies see it."""
+        return replace(layer, num_experts=self.places(layer.num_experts, ep_size))
 
     def fused_limits(self, layer: MoELayer) -> FusedMC2Limits | None:
         """The fused operator for layers of this quantisation. None: there is none."""
@@ -436,6 +448,7 @@ UNPERMUTE_MAX_TOP_K = 512
 PORTABLE = DeviceLimits(
     family="no NPU",
     mc2=PORTABLE_MC2,
+    uneven_experts=True,
     # What vLLM's fused kernel for CPUs computes (experts/cpu_moe.py). It takes no limit: swigluoai has that of GPT-OSS.
     experts=ExpertLimits(place="a CPU", activations={"silu": None, "gelu": None, "gelu_tanh": None, "swigluoai": 7.0}),
 )

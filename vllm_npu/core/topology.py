@@ -69,6 +69,23 @@ class ParallelTopology:
         return f"TP{self.tp_size}xDP{self.dp_size}{'xEP' if self.expert_parallel else ''}"
 
 
+def places_of_experts(num_experts: int, ep_size: int) -> int:
+    """The number of places for experts on all ranks together: each rank has as many as the fullest rank has experts."""
+    return -(-num_experts // ep_size) * ep_size
+
+
+def expert_places(num_experts: int, ep_size: int) -> list[int]:
+    """The place of each expert. vLLM gives the first num_experts % ep_size ranks one expert more than the others
+    (determine_expert_map, linear). So the last place of the other ranks is empty, and no token goes there.
+
+    With places in the role of experts, every strategy finds equally many on each rank.
+    """
+    fewest, fuller = divmod(num_experts, ep_size)
+    sizes = [fewest + (rank < fuller) for rank in range(ep_size)]
+    most = max(sizes)
+    return [rank * most + number for rank, size in enumerate(sizes) for number in range(size)]
+
+
 @dataclass(frozen=True, slots=True)
 class ExpertPlacement:
     """Linear placement: expert e lives on EP rank e // experts_per_rank (vLLM's default expert_placement_strategy).

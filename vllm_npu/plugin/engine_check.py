@@ -49,7 +49,8 @@ def check_engine(
     added = AddedExperts(redundant=redundant_experts(vllm_config)) if added is None else added
     layer = configured_layer(vllm_config, facts, added)
     if layer is None:
-        ExpertPlacement(int(model_config.get_num_experts()) + added.shared + added.redundant, topology.ep_size)
+        num_experts = int(model_config.get_num_experts()) + added.shared + added.redundant
+        ExpertPlacement(device.places(num_experts, topology.ep_size), topology.ep_size)
         logger.info(
             "The config.json of %s does not describe its MoE layers. They are checked when they are built.",
             model_config.model,

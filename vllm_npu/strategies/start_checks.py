@@ -71,9 +71,10 @@ def check_start(
 
     Raises UnsupportedDeviceError for a chip without the op of `requested`. Raises DeviceLimitError for a layer past the op's
     limits, and for fused_mc2 where the rows of decode steps may not fit. Raises HcclBufferError where even the decode steps do
-    not fit the buffer. Raises UnsupportedConfigError where the experts do not divide over the ranks, where vllm-ascend prepares
+    not fit the buffer. Raises UnsupportedConfigError where the experts do not divide over the ranks of an NPU, where vllm-ascend prepares
     no weights for fused_mc2, and for a strategy that reads counts on the host inside of a captured graph.
     """
+    layer = device.placed(layer, topology.ep_size)
     ExpertPlacement(layer.num_experts, topology.ep_size)
     for_layer = device.for_layer(layer, topology.ep_size)
     check_strategy(AUTO if requested in ("mc2", "fused_mc2") else requested, topology, layer, device)

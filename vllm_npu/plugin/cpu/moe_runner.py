@@ -1,5 +1,6 @@
 """vLLM's MoE layer on a CPU: routes tokens, then runs the strategy's pipeline and vLLM's shared experts."""
 
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -9,8 +10,10 @@ from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 from vllm.model_executor.layers.fused_moe.runner.shared_experts import SharedExpertsOrder
 from vllm.model_executor.models.transformers.moe import TransformersMoERunner
 
+from vllm_npu.core.limits import PORTABLE
 from vllm_npu.core.routing import check_router_logits
 from vllm_npu.core.step_plan import TokenSharding
+from vllm_npu.core.topology import ExpertPlacement, expert_places
 from vllm_npu.eplb.replicas import to_physical
 from vllm_npu.errors import UnsupportedConfigError
 from vllm_npu.plugin.cpu import eplb
@@ -46,7 +49,20 @@ class CpuMoERunner(MoERunner):
     def facts(self) -> LayerFacts:
         """What the step planner has to know of this layer."""
         sharding = TokenSharding.SLICED_OVER_TP if self.moe_config.is_sequence_parallel else TokenSharding.REPLICATED
-        return LayerFacts.of(self.moe_config, sharding=sharding, experts=self._quant_method)
+        facts = LayerFacts.of(self.moe_config, sharding=sharding, experts=self._quant_method)
+        return replace(facts, moe_layer=PORTABLE.placed(facts.moe_layer, self._ep_size))
+
+    @property
+    def _ep_size(self) -> int:
+        return max(int(self.moe_config.ep_size), 1)
+
+    @cached_property
+    def _places(self) -> torch.Tensor | None:  # [num_experts] int32
+        """The place of each expert, which stands for the expert in strategies. None: the experts divide over the ranks."""
+        experts = int(self.moe_config.num_experts)
+        if experts % self._ep_size == 0:
+            return None
+        return torch.tensor(expert_places(experts, self._ep_size), dtype=torch.int32)
 
     @property
     def _router_columns(self) -> int:
@@ -79,12 +95,7 @@ class CpuMoERunner(MoERunner):
                 f"{self.layer_name}: shared experts fused into the routed ones are not supported with expert or data "
                 "parallelism on a CPU"
             )
-        if self.moe_config.num_experts % max(int(self.moe_config.ep_size), 1):
-            raise UnsupportedConfigError(
-                f"{self.layer_name}: {self.moe_config.num_experts} experts do not divide over "
-                f"ep_size={self.moe_config.ep_size}; choose --tensor-parallel-size and --data-parallel-size whose product "
-                "divides the number of experts"
-            )
+        ExpertPlacement(self.facts.moe_layer.num_experts, self._ep_size)
 
     def _select_forward(self) -> Any:
         """vLLM's opaque custom op. On a CPU vLLM itself lets torch.compile look inside the layer."""
@@ -166,13 +177,13 @@ class CpuMoERunner(MoERunner):
         return self._sum_over_tp(finalized.hidden_states, shared, routed_is_complete=finalized.reduced)
 
     def _physical_ids(self, topk_ids: torch.Tensor, sharding: TokenSharding) -> torch.Tensor:
-        """With EPLB: turn logical expert ids into physical ones, and count the load. Without EPLB: the ids as they are.
+        """With EPLB: turn logical expert ids into physical ones, and count the load. Without EPLB: the experts' places.
 
         On GPUs vLLM's router does this in a Triton kernel. On a CPU it does not.
         """
         layer_state = self.eplb_state
-        if layer_state is None:
-            return topk_ids
+        if layer_state is None:  # EPLB's experts divide over the ranks, so they are their places
+            return topk_ids if self._places is None else self._places[topk_ids]
         topology = self._groups.topology
         physical_ids = to_physical(topk_ids, eplb.replica_table(layer_state), topology, sharding)
         eplb.count_load(layer_state, physical_ids, topology, sharding)
@@ -181,7 +192,9 @@ class CpuMoERunner(MoERunner):
     def _compute_experts(
         self, expert_input: torch.Tensor, tokens_per_expert: torch.Tensor, _: torch.Tensor | None
     ) -> torch.Tensor:
-        output: torch.Tensor = self._quant_method.compute(self.routed_experts, expert_input, tokens_per_expert)
+        output: torch.Tensor = self._quant_method.compute(
+            self.routed_experts, expert_input, tokens_per_expert[: self.routed_experts.local_num_experts]
+        )
         return output
 
     def _sum_over_tp(

@@ -52,6 +52,7 @@ class PlannedEngines:
 
 
 DP2_EP = Parallelism(data_parallel_size=2, expert_parallel=True)
+DP3_EP = Parallelism(data_parallel_size=3, expert_parallel=True)
 TP2_EP = Parallelism(tensor_parallel_size=2, expert_parallel=True)
 TP2_DP2_EP = Parallelism(tensor_parallel_size=2, data_parallel_size=2, expert_parallel=True)
 

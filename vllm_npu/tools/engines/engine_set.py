@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from vllm_npu.child_processes import free_port
 from vllm_npu.tools.engines.engine_processes import (
@@ -30,6 +30,7 @@ START_SECONDS = 420.0  # longest wait until an engine has loaded and compiled th
 STRATEGY_SECONDS = 180.0  # longest wait for the answers of one strategy
 ORDERLY_STOP_SECONDS = 20.0  # idle engines get this time to end by themselves
 FORCED_STOP_SECONDS = 3.0  # interrupted and failing engines get this time; then they are killed
+T = TypeVar("T")
 OFFLINE_ENGINE = "vllm_npu.tools.engines.offline_engine"
 
 
@@ -42,6 +43,7 @@ class Generation:
     seconds: float  # time of the slowest rank
     counters: list[dict[str, Any]]  # one for each worker of every rank
     smallest_margin: float | None  # see StrategyResult
+    prompt_logprobs: list[list[float]] | None  # see StrategyResult; in the order of the prompts
 
 
 class EngineSet(EngineProcesses):
@@ -62,7 +64,9 @@ class EngineSet(EngineProcesses):
         folder: Path,  # of the logs; the caller removes it
         caches: Path,  # of vLLM; engine sets may share it; the caller removes it
         compiled: bool = False,
+        dtype: str = "float32",
         measure_margins: bool = False,
+        measure_prompts: bool = False,
         stop_signals: StopSignals | None = None,
         environment: Mapping[str, str] | None = None,  # added to os.environ
         engine_args: Mapping[str, Any] | None = None,  # further vllm.EngineArgs, by their Python names
@@ -92,9 +96,11 @@ class EngineSet(EngineProcesses):
                 data_parallel_rank=rank,
                 data_parallel_port=port,
                 enable_expert_parallel=parallelism.expert_parallel,
+                dtype=dtype,
                 enforce_eager=not compiled,
                 await_go=True,
                 measure_margins=measure_margins,
+                measure_prompts=measure_prompts,
                 engine_args=dict(engine_args or {}),
             )
             for rank in range(ranks)
@@ -124,14 +130,15 @@ class EngineSet(EngineProcesses):
         results = [
             StrategyResult.from_event(event) for event in self._collect("finished", STRATEGY_SECONDS, doing=doing)
         ]
-        num_prompts = sum(len(result.tokens) for result in results)
         margins = [result.smallest_margin for result in results if result.smallest_margin is not None]
+        logprobs = [result.prompt_logprobs for result in results]
         return Generation(
             strategy=strategy,
-            tokens=[results[i % len(results)].tokens[i // len(results)] for i in range(num_prompts)],
+            tokens=_in_order([result.tokens for result in results]),
             seconds=max(result.seconds for result in results),
             counters=[counters for result in results for counters in result.counters],
             smallest_margin=min(margins, default=None),
+            prompt_logprobs=_in_order(of_prompts) if (of_prompts := [each for each in logprobs if each]) else None,
         )
 
     def _stop(self, *, orderly: bool) -> None:
@@ -173,6 +180,12 @@ class EngineSet(EngineProcesses):
         logs = "\n".join(end_of(self._ranks[i].log) for i in indices)
         which = " and ".join(f"rank {i}" for i in indices)
         return EngineFailedError(f"{self._name}: the engine of {which} {what} while {doing}.\n{logs}")
+
+
+def _in_order(of_ranks: Sequence[Sequence[T]]) -> list[T]:
+    """One value for each prompt, in the order of the prompts, from the values of each rank's prompts."""
+    num_prompts = sum(map(len, of_ranks))
+    return [of_ranks[i % len(of_ranks)][i // len(of_ranks)] for i in range(num_prompts)]
 
 
 class _Rank:

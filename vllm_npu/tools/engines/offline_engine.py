@@ -53,6 +53,7 @@ class EngineRequest:
     enforce_eager: bool = True  # False: torch.compile
     await_go: bool = False  # wait for a line on stdin before every strategy
     measure_margins: bool = False  # report the least gap to the second-best token
+    measure_prompts: bool = False  # report the log-probability of every token of the prompts
     engine_args: dict[str, Any] = field(default_factory=dict)  # further vllm.EngineArgs, by their Python names
 
     def __post_init__(self) -> None:
@@ -98,6 +99,7 @@ class StrategyResult:
     seconds: float  # of generate()
     counters: list[dict[str, Any]]  # one for each worker (tensor-parallel rank); empty for strategy None
     smallest_margin: float | None  # least gap (nats) to the second-best token; None: not measured
+    prompt_logprobs: list[list[float]] | None = None  # of each prompt's tokens but the first (nats); None: not measured
 
     def to_json(self) -> str:
         """One line of JSON. Its event tells the parent that it is a result."""
@@ -195,6 +197,7 @@ def _run_strategy(llm: "LLM", request: EngineRequest, strategy: str | None) -> S
             ignore_eos=True,
             detokenize=False,
             logprobs=2 if request.measure_margins else None,
+            prompt_logprobs=0 if request.measure_prompts else None,
         )
         for max_tokens in request.max_tokens
     ]
@@ -208,6 +211,7 @@ def _run_strategy(llm: "LLM", request: EngineRequest, strategy: str | None) -> S
         seconds=seconds,
         counters=[] if strategy is None else llm.collective_rpc("moe_comm_counters"),
         smallest_margin=_smallest_margin(outputs) if request.measure_margins else None,
+        prompt_logprobs=[_prompt_logprobs(output) for output in outputs] if request.measure_prompts else None,
     )
 
 
@@ -219,6 +223,12 @@ def _smallest_margin(outputs: "list[RequestOutput]") -> float:
             best, second = sorted((entry.logprob for entry in position.values()), reverse=True)[:2]
             gaps.append(best - second)
     return min(gaps)
+
+
+def _prompt_logprobs(output: "RequestOutput") -> list[float]:
+    """The log-probability (nats) of each token of the prompt but the first, which the model does not predict."""
+    positions = zip(output.prompt_token_ids or [], output.prompt_logprobs or [], strict=True)
+    return [entries[token].logprob for token, entries in positions if entries is not None]
 
 
 def _claim_stdout() -> TextIO:

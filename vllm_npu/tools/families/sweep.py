@@ -9,7 +9,7 @@ from typing import Any
 
 from vllm_npu.plugin.entry_points import PLUGIN_NAME
 from vllm_npu.tools.demo.session import DemoSession, count_identical
-from vllm_npu.tools.demo.vanilla_demo import DP2_EP, TP2_DP2_EP, TP2_EP
+from vllm_npu.tools.demo.vanilla_demo import DP2_EP, DP3_EP, TP2_DP2_EP, TP2_EP
 from vllm_npu.tools.engines.engine_processes import EngineFailedError, Parallelism
 from vllm_npu.tools.engines.engine_set import EngineSet, Generation
 from vllm_npu.tools.engines.tiny_models import DEMO_MAX_TOKENS, demo_prompts
@@ -18,7 +18,7 @@ from vllm_npu.tools.families.registry import Family
 
 DP2 = Parallelism(data_parallel_size=2)
 QUICK_TOPOLOGIES = (DP2_EP,)
-FULL_TOPOLOGIES = (DP2_EP, DP2, TP2_EP, TP2_DP2_EP)
+FULL_TOPOLOGIES = (DP2_EP, DP2, TP2_EP, TP2_DP2_EP, DP3_EP)
 
 EQUAL, AS_TRANSFORMERS, AS_VANILLA = "equal", "as transformers", "as vanilla"
 REFUSED, NOT_IN_VANILLA, NO_CHECKPOINT = "refused", "vanilla vLLM fails", "no checkpoint"

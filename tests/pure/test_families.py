@@ -24,7 +24,14 @@ RIGHT, OTHER, THIRD = [[1, 2], [3]], [[1, 2], [4]], [[1, 5], [4]]
 
 
 def generation(tokens, strategy="naive", ran="naive"):
-    return Generation(strategy=strategy, tokens=tokens, seconds=1.0, counters=[{"strategy": ran}], smallest_margin=None, prompt_logprobs=None)
+    return Generation(
+        strategy=strategy,
+        tokens=tokens,
+        seconds=1.0,
+        counters=[{"strategy": ran}],
+        smallest_margin=None,
+        prompt_logprobs=None,
+    )
 
 
 @pytest.mark.parametrize(

@@ -78,9 +78,7 @@ class Tokens:
     own: TokenSlice  # of the whole
 
     @classmethod
-    def random(
-        cls, layout: Layout, grid: Grid, counts, dtype: torch.dtype, num_experts: int = NUM_EXPERTS
-    ) -> "Tokens":
+    def random(cls, layout: Layout, grid: Grid, counts, dtype: torch.dtype, num_experts: int = NUM_EXPERTS) -> "Tokens":
         generator = torch.Generator().manual_seed(sum(counts))
         total = sum(counts)
         hidden_states = torch.randn(total, HIDDEN, generator=generator).to(dtype).split(counts)[grid.dp_rank]

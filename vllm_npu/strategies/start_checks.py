@@ -71,8 +71,8 @@ def check_start(
 
     Raises UnsupportedDeviceError for a chip without the op of `requested`. Raises DeviceLimitError for a layer past the op's
     limits, and for fused_mc2 where the rows of decode steps may not fit. Raises HcclBufferError where even the decode steps do
-    not fit the buffer. Raises UnsupportedConfigError where the experts do not divide over the ranks of an NPU, where vllm-ascend prepares
-    no weights for fused_mc2, and for a strategy that reads counts on the host inside of a captured graph.
+    not fit the buffer. Raises UnsupportedConfigError where the experts do not divide over the ranks, and ranks may not differ;
+    where vllm-ascend prepares no weights for fused_mc2; for a strategy that reads counts on the host inside of a graph.
     """
     layer = device.placed(layer, topology.ep_size)
     ExpertPlacement(layer.num_experts, topology.ep_size)

@@ -6,10 +6,11 @@ from vllm_npu.plugin import compat
 
 
 class CpuMoEWorker(CPUWorker):
-    """vLLM starts this worker with EPLB and with sequence parallelism, and its own worker otherwise."""
+    """vLLM starts this worker with EPLB, sequence parallelism and pipeline stages, and its own worker otherwise."""
 
     def load_model(self, *, load_dummy_weights: bool = False) -> None:
-        """Load the model, keep rows whole where a layer would guess, and start EPLB if it is on.
+        """Load the model, keep rows whole where a layer would guess, make room for rows of another pipeline stage, and start
+        EPLB if it is on.
 
         Raises UnsupportedConfigError if EPLB is on and the model's experts cannot be balanced.
         """
@@ -17,5 +18,6 @@ class CpuMoEWorker(CPUWorker):
         with release.unmovable_experts_explained():
             super().load_model(load_dummy_weights=load_dummy_weights)
         release.keep_rows_whole(self.model_runner)
+        release.make_room_for_earlier_stage(self.model_runner)
         if self.parallel_config.enable_eplb:
             release.start_eplb(self.model_runner)

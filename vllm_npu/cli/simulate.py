@@ -1,8 +1,9 @@
 """`vllm-npu simulate`: estimated times of a layer's exchange on clusters of 2 to 768 ranks."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import typer
 from rich.console import Console
@@ -14,16 +15,15 @@ from vllm_npu.cli.shared_options import Dtype, HiddenSize, TopK
 from vllm_npu.core.limits import MoELayer
 from vllm_npu.errors import UnsupportedConfigError
 from vllm_npu.strategies.table import ALL_STRATEGIES
+from vllm_npu.tools.calibration import PublishedTime, calibration_of, is_one_number, published_times
 from vllm_npu.tools.layers import moe_layer
 from vllm_npu.tools.simulation import (
     Estimate,
     Fabric,
-    PublishedTime,
     Workload,
     estimates,
     fabrics,
     fastest,
-    published_times,
 )
 
 EP_SIZES = "2,4,8,16,32,64,128,256,384,512,768"
@@ -97,12 +97,23 @@ def simulate(
     write_rows(json_path, rows)
     if plot is not None:
         best = {
-            name: [
-                [fastest(estimates(figures, workload(ep_size, step))).strategy for ep_size in sizes] for step in STEPS
-            ]
+            name: [[_leader(estimates(figures, workload(ep_size, step))) for ep_size in sizes] for step in STEPS]
             for name, figures in chosen.items()
         }
         _draw(pyplot, best, sizes, chosen, f"{_describe(layer)}, skew {skew:g}", plot)
+
+
+class Leader(NamedTuple):
+    """The strategy with the shortest estimate of an exchange."""
+
+    strategy: str
+    is_certain: bool  # whether its interval ends before any other's begins
+
+
+def _leader(found: Sequence[Estimate]) -> Leader:
+    shortest = fastest(found)
+    others = [each.exchange_us * each.low for each in found if each is not shortest and each.reason is None]
+    return Leader(shortest.strategy, shortest.exchange_us * shortest.high < min(others, default=float("inf")))
 
 
 def _fabric(name: str) -> Fabric:
@@ -136,34 +147,54 @@ def _print_estimates(title: str, found: dict[int, list[Estimate]], layers: int) 
             if each.reason is not None:
                 table.add_row(str(ep_size), name, "", "", "", "", f"no: {each.reason}")
             else:
-                times = (f"{each.dispatch_us:,.0f}", f"{each.combine_us:,.0f}", f"{each.experts_us:,.0f}")
-                table.add_row(str(ep_size), name, *times, f"{each.layer_us * layers / 1e3:,.1f}", "yes")
+                dispatch, combine = (_interval(time, time, each) for time in (each.dispatch_us, each.combine_us))
+                step = each.layer_us * layers / 1e3
+                whole = _interval(step, each.exchange_us * layers / 1e3, each, digits=1)
+                table.add_row(str(ep_size), name, dispatch, combine, f"{each.experts_us:,.0f}", whole, "yes")
         table.add_section()
     Console(width=None if Console().is_terminal else 140).print(table)
 
 
-def published_table(compared: list[PublishedTime]) -> list[str]:
+def _interval(time: float, exchange: float, of: Estimate, digits: int = 0) -> str:
+    """A time, of which `exchange` may be off by the estimate's interval."""
+    if is_one_number(of.low, of.high):
+        return f"{time:,.{digits}f}"
+    return f"{time + exchange * (of.low - 1):,.{digits}f}–{time + exchange * (of.high - 1):,.{digits}f}"
+
+
+def published_table(compared: Sequence[PublishedTime]) -> list[str]:
     """The lines of a Markdown table. docs/simulate.md contains them."""
-    lines = ["| published | EP | stage | published | estimated | error |", "|---|---|---|---|---|---|"]
+    lines = ["| published | EP | stage | published | estimated | error | half |", "|---|---|---|---|---|---|---|"]
     for each in compared:
-        error = f"{each.error:+.0%}{' (fitted)' if each.fitted else ''}"
+        calibration = calibration_of(each.path)
         digits = 1 if each.published < 10 else 0
+        estimated = f"{each.in_unit(each.estimated_us):,.{digits}f}"
+        if not is_one_number(calibration.low, calibration.high):
+            estimated = "–".join(f"{end:,.{digits}f}" for end in each.interval)
         lines.append(
-            f"| {each.source} | {each.ep_size} | {each.stage} | {each.published:g} {each.unit} | "
-            f"{each.estimated:,.{digits}f} | {error} |"
+            f"| {each.source} | {each.ep_size} | {each.stage} | {each.published:g} {each.unit} | {estimated} | "
+            f"{each.error:+.0%} | {'fit' if each.fits else 'test'} |"
         )
     return lines
 
 
-def _print_published(compared: list[PublishedTime], json_path: Path | None) -> None:
+def _print_published(compared: Sequence[PublishedTime], json_path: Path | None) -> None:
     print("\n".join(published_table(compared)))
-    write_rows(json_path, [{**asdict(each), "error": each.error} for each in compared])
+    write_rows(
+        json_path, [{**asdict(each), "estimated_us": each.estimated_us, "error": each.error} for each in compared]
+    )
 
 
 def _draw(
-    pyplot: Any, best: dict[str, list[list[str]]], sizes: list[int], chosen: dict[str, Fabric], title: str, path: Path
+    pyplot: Any,
+    best: dict[str, list[list[Leader]]],
+    sizes: list[int],
+    chosen: dict[str, Fabric],
+    title: str,
+    path: Path,
 ) -> None:
-    """Draw one field for each cluster: ranks on the x axis, tokens on the y axis, a colour for the fastest strategy."""
+    """Draw one field for each cluster: ranks on the x axis, tokens on the y axis, a colour for the fastest strategy, pale where
+    the intervals of two strategies overlap."""
     from matplotlib.colors import ListedColormap
     from matplotlib.patches import Patch
 
@@ -176,17 +207,23 @@ def _draw(
     )
     for field in axes.flat[len(best) :]:
         field.set_visible(False)
-    for field, (name, strategies) in zip(axes.flat, best.items(), strict=False):
-        numbers = [[names.index(strategy) for strategy in line] for line in strategies]
+    for field, (name, leaders) in zip(axes.flat, best.items(), strict=False):
+        numbers = [[names.index(leader.strategy) for leader in line] for line in leaders]
         field.pcolormesh(
-            numbers, cmap=ListedColormap(colours), vmin=-0.5, vmax=len(names) - 0.5, edgecolors="white", linewidth=0.5
+            numbers,
+            cmap=ListedColormap(colours),
+            vmin=-0.5,
+            vmax=len(names) - 0.5,
+            alpha=[[1.0 if leader.is_certain else 0.4 for leader in line] for line in leaders],
+            edgecolors="white",
+            linewidth=0.5,
         )
         field.set_xticks([index + 0.5 for index in range(len(sizes))], labels=[str(size) for size in sizes])
         field.set_yticks([index + 0.5 for index in range(len(STEPS))], labels=[str(step) for step in STEPS])
         field.set(xlabel="EP size", ylabel="tokens of a rank")
         field.set_title(f"{name}: {chosen[name].summary}", fontsize=7, wrap=True)
-    used = {strategy for strategies in best.values() for line in strategies for strategy in line}
+    used = {leader.strategy for leaders in best.values() for line in leaders for leader in line}
     patches = [Patch(color=colours[names.index(name)], label=name) for name in names if name in used]
     figure.legend(handles=patches, loc="outside lower center", ncols=len(patches))
-    figure.suptitle(f"Shortest dispatch + combine, estimated: {title}", fontsize=9)
+    figure.suptitle(f"Shortest dispatch + combine, estimated: {title}; pale: another may be shorter", fontsize=9)
     figure.savefig(path, dpi=110)

@@ -3,7 +3,7 @@
 The time of a stage (dispatch, combine) is a start-up time (alpha), plus the time of the busiest rank's bytes on its links
 (beta). Links in the node and links between nodes work at the same time, or one after the other if they share ports. The model
 ignores contention between ranks, the time of the host, sorting, quantising and overlap. All ranks are data parallel and have
-equally many tokens. docs/simulate.md compares estimates with published times.
+equally many tokens. calibration.py corrects the bytes' time by published times, and says how far off the result may be.
 """
 
 import tomllib
@@ -35,6 +35,7 @@ Array = NDArray[np.float64]
 class Fabric:
     """A kind of cluster. fabrics.toml has the figures and their meaning."""
 
+    name: str
     summary: str
     device: str  # GPU, or a family of limits.DEVICES
     ranks_per_node: int
@@ -90,11 +91,18 @@ class Estimate:
     dispatch_us: float = np.inf
     combine_us: float = np.inf
     experts_us: float = np.inf
+    low: float = 1.0  # published times of such an exchange were this part of their estimates, or more
+    high: float = 1.0  # ... and this part or less
 
     @property
     def exchange_us(self) -> float:
         """Time of dispatch and combine."""
         return self.dispatch_us + self.combine_us
+
+    @property
+    def middle_us(self) -> float:
+        """The middle of the interval of exchange_us, in the sense of factors. Strategies are compared by it."""
+        return float(self.exchange_us * np.sqrt(self.low * self.high))
 
     @property
     def layer_us(self) -> float:
@@ -103,13 +111,14 @@ class Estimate:
 
 
 @cache
-def _figures() -> dict[str, Any]:
+def figures() -> dict[str, Any]:
+    """The content of fabrics.toml."""
     return tomllib.loads(FIGURES.read_text(encoding="utf-8"))
 
 
 def fabrics() -> dict[str, Fabric]:
     """The fabrics of fabrics.toml by name."""
-    return {name: Fabric(**figures) for name, figures in _figures()["fabrics"].items()}
+    return {name: Fabric(name=name, **values) for name, values in figures()["fabrics"].items()}
 
 
 # --- rows between ranks ---
@@ -222,6 +231,8 @@ def rows_of(fabric: Fabric, ep_size: int, exchange: str, tokens: int, wanted: De
 
 def estimate(fabric: Fabric, workload: Workload, strategy: str) -> Estimate:
     """Times of one strategy on one workload, or the reason why it cannot run."""
+    from vllm_npu.tools.calibration import Path, calibration_of  # it uses the model
+
     layer, ep_size, tokens = workload.placed, workload.ep_size, workload.tokens
     topology = ParallelTopology.of_rank(0, tp_size=1, dp_size=ep_size)
     device = fabric.limits.for_layer(layer, ep_size)
@@ -235,8 +246,9 @@ def estimate(fabric: Fabric, workload: Workload, strategy: str) -> Estimate:
     exchange, by = _protocol(strategy, native_mc2=native)
     rows = rows_of(fabric, ep_size, exchange, tokens, wanted, workload.seed)
     start = start_us(fabric, ep_size, exchange, by)
+    calibration = calibration_of(Path.of(fabric, exchange, by, ep_size))
     there, back = (
-        bytes_us(fabric, ep_size, rows[0] * size, rows[1] * size)
+        calibration.scale(ep_size) * bytes_us(fabric, ep_size, rows[0] * size, rows[1] * size)
         for size in row_bytes(strategy, layer, native_mc2=native)
     )
     starts_of_dispatch = 1 if by == KERNEL else collectives(strategy, topology) - 1
@@ -248,6 +260,8 @@ def estimate(fabric: Fabric, workload: Workload, strategy: str) -> Estimate:
         dispatch_us=starts_of_dispatch * start + there,
         combine_us=start + back,
         experts_us=experts_us(fabric, workload, wanted),
+        low=calibration.low,
+        high=calibration.high,
     )
 
 
@@ -274,82 +288,5 @@ def estimates(fabric: Fabric, workload: Workload) -> list[Estimate]:
 
 
 def fastest(found: Sequence[Estimate]) -> Estimate:
-    """The estimate with the shortest exchange."""
-    return min(found, key=lambda each: each.exchange_us)
-
-
-# --- published times ---
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PublishedTime:
-    """One published number, and the estimate for it."""
-
-    source: str
-    ep_size: int
-    stage: str  # dispatch, combine, or both
-    unit: str
-    published: float
-    estimated: float
-    fitted: bool  # whether a figure of the fabric was fitted to it
-
-    @property
-    def error(self) -> float:
-        """Relative error of the estimate."""
-        return self.estimated / self.published - 1
-
-
-def published_times() -> list[PublishedTime]:
-    """Every published number of fabrics.toml, with its estimate: 256 experts, top 8, uniform routing."""
-    return [row for table in _figures()["published"] for row in _published_table(table)]
-
-
-def _published_table(table: Mapping[str, Any]) -> list[PublishedTime]:
-    fabric, rows = fabrics()[table["fabric"]], []
-    for ep, published in table["values"].items():
-        ep_size = int(ep)
-        times, busiest = [], []
-        for size in table["row_bytes"]:
-            in_node, outside = _rows_of_table(table, fabric, ep_size)
-            start = start_us(fabric, ep_size, table["exchange"], table["by"])
-            times.append(start + bytes_us(fabric, ep_size, in_node * size, outside * size))
-            slower = in_node if ep_size <= fabric.ranks_per_node else outside + (in_node if fabric.shared_links else 0)
-            busiest.append(slower * size)
-        if table["unit"] == "GB/s":
-            estimated = [moved / time / 1e3 for moved, time in zip(busiest, times, strict=True)]
-        elif len(published) == 1:
-            estimated = [sum(times) if table["exchange"] == GATHER else times[0]]
-        else:
-            estimated = times
-        stages = (
-            ("dispatch", "combine") if len(published) == 2 else ("both" if table["exchange"] == GATHER else "one way",)
-        )
-        rows += [
-            PublishedTime(
-                source=table["source"],
-                ep_size=ep_size,
-                stage=stage,
-                unit=table["unit"],
-                published=float(value),
-                estimated=float(guess),
-                fitted=ep_size in table.get("fitted", ()),
-            )
-            for stage, value, guess in zip(stages, published, estimated, strict=True)
-        ]
-    return rows
-
-
-def _rows_of_table(table: Mapping[str, Any], fabric: Fabric, ep_size: int) -> tuple[float, float]:
-    """Rows of a rank in its node, and over the network. All ranks are alike, because published times have uniform routing."""
-    wanted = demand(256, 8, ep_size, 0.0, 0)
-    if table["exchange"] == PER_NODE and ep_size > fabric.ranks_per_node:
-        nodes = ep_size // fabric.ranks_per_node
-        reached = min(distinct_destinations(256, nodes, 8), table["max_nodes"])  # nodes that a token reaches
-        forwarded = wanted.per_rank.sum() * (fabric.ranks_per_node - 1) / fabric.ranks_per_node
-        return float(table["tokens"] * forwarded), float(table["tokens"] * reached * (nodes - 1) / nodes)
-    if table["exchange"] == GATHER:
-        return rows_of(fabric, ep_size, GATHER, table["tokens"], wanted, 0)
-    rows = wanted.per_expert if table["exchange"] == PER_EXPERT else wanted.per_rank
-    in_node = min(ep_size, fabric.ranks_per_node)
-    each = float(rows[0]) * table["tokens"]
-    return each * (in_node - 1), each * (ep_size - in_node)
+    """The estimate with the shortest exchange, by the middles of the intervals."""
+    return min(found, key=lambda each: each.middle_us)

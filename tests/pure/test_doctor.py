@@ -501,6 +501,79 @@ def test_the_strategy_of_a_recipe_is_the_one_that_is_checked(tmp_path, monkeypat
     assert (last.status, last.what.startswith(says)) == ("ok", True), last
 
 
+RECIPE = """#!/bin/sh
+# a decode node
+export HCCL_OP_EXPANSION_MODE=AIV HCCL_BUFFSIZE=300
+export VLLM_ASCEND_ENABLE_FLASHCOMM1=1
+export VLLM_ASCEND_BALANCE_SCHEDULING=1
+VLLM_USE_V1=1 /opt/bin/vllm serve some/model \\
+  --host 0.0.0.0 --port $PORT \\
+  --data_parallel_size=4 -tp 4 --max-num-seqs 32 \\
+  --enable-expert-parallel --no-enable-prefix-caching \\
+  --kv-transfer-config '{"kv_connector": "C", "kv_role": "kv_consumer"}' \\
+  --additional-config '{"enable_fused_mc2": 2}'
+"""
+
+
+def doctor_of_recipe(tmp_path: Path, script: str, *options: str) -> list[Finding]:
+    (tmp_path / "config.json").write_text(json.dumps(DEEPSEEK_V3))
+    (tmp_path / "run.sh").write_text(script)
+    given = parse(["--recipe", str(tmp_path / "run.sh"), "--model", str(tmp_path), "--soc", "A3", *options])
+    return engine_findings.findings_of(planned_engine(given))
+
+
+def test_a_script_of_a_tutorial_is_read_option_by_option(tmp_path, monkeypatch):
+    monkeypatch.setenv("HCCL_BUFFSIZE", "1")  # the recipe's own counts
+    *rows, last = doctor_of_recipe(tmp_path, RECIPE)
+    assert (last.status, last.what.partition(";")[0]) == ("ok", "moe_comm=auto may start on A3, TP4xDP4xEP")
+    found = {row.what.partition(":")[0]: row.status for row in rows}
+    assert found == {
+        "enable_flashcomm1": "ok",
+        "enable_fused_mc2": "problem",
+        "--enable-expert-parallel": "ok",
+        "--kv-transfer-config": "ok",
+        "--kv-transfer-config with kv_consumer": "ok",
+        "VLLM_ASCEND_BALANCE_SCHEDULING=1": "ok",
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (("HCCL_BUFFSIZE=300", "HCCL_BUFFSIZE=1"), "HcclBufferError"),
+        (("--no-enable", "--enable-dbo --no-enable"), "--enable-dbo True: two micro-batches"),
+        (("--no-enable", "--prefill-context-parallel-size 2 --no-enable"), "--prefill-context-parallel-size 2: "),
+        (("VLLM_USE_V1", "VLLM_USE_V2_MODEL_RUNNER"), "VLLM_USE_V2_MODEL_RUNNER=1: model runner V2"),
+        (("export VLLM", "export VLLM_NPU_MOE_COMM=fastest VLLM"), "unknown moe_comm 'fastest'"),
+    ],
+)
+def test_what_a_script_cannot_have_is_a_problem(tmp_path, monkeypatch, change, what):
+    monkeypatch.delenv("HCCL_BUFFSIZE", raising=False)
+    problems = []
+    try:
+        problems = [row.what for row in doctor_of_recipe(tmp_path, RECIPE.replace(*change)) if row.status == "problem"]
+    except UnsupportedConfigError as error:
+        problems = [str(error)]
+    assert any(what in each for each in problems), problems
+
+
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [
+        ("export HCCL_BUFFSIZE=300", "the recipe has 0 commands that start vLLM"),
+        ("vllm serve a\nvllm serve b", "the recipe has 2 commands"),
+        ("vllm serve a -tp $TP", "invalid int value: '$TP'; write the value into the recipe"),
+        ("vllm serve a --additional-config '[1]'", "is no JSON object"),
+        ("VLLM_ASCEND_ENABLE_FUSED_MC2=yes vllm serve a", "VLLM_ASCEND_ENABLE_FUSED_MC2=yes is no number"),
+        ("vllm serve 'a", "the recipe has a line that no shell can read"),
+    ],
+)
+def test_a_script_that_cannot_be_read_is_refused(tmp_path, capsys, script, message):
+    with pytest.raises(SystemExit, match="2"):
+        doctor_of_recipe(tmp_path, script)
+    assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("options", [["--additional-config", "[]"], ["--additional-config", "{"]])
 def test_a_recipe_that_is_no_json_object_is_refused(options, capsys):
     with pytest.raises(SystemExit, match="2"):

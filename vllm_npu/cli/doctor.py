@@ -12,9 +12,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from vllm_npu.errors import UnsupportedConfigError
+from vllm_npu.envs import MOE_COMM
+from vllm_npu.errors import InvalidInputError, UnsupportedConfigError
 from vllm_npu.tools.doctor.examination import PlannedEngine, examine
 from vllm_npu.tools.doctor.findings import OK, PROBLEM, WARNING, Finding
+from vllm_npu.tools.doctor.serve_recipe import read_recipe
 from vllm_npu.trust.trace import read_traces
 from vllm_npu.trust.trace_comparison import compare, report
 
@@ -65,6 +67,13 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     engine = parser.add_argument_group("an engine to be started", "Say whether it may start, and what to set.")
     engine.add_argument("--model", metavar="PATH", help="The model's config.json, or its folder.")
+    engine.add_argument(
+        "--recipe",
+        metavar="FILE",
+        type=Path,
+        help="A script that starts vllm serve, as in vllm-ascend's tutorials: say what happens to each option and variable. "
+        "Nothing of it is run. --model is the model's config.json, if the recipe's model is no folder.",
+    )
     engine.add_argument("--soc", help="Family of NPUs: A2, A3, A5 or 310P. Without this option: no NPU.")
     engine.add_argument("--ep", type=int, help="Ranks that hold the experts: TP times DP.")
     engine.add_argument("--tp", type=int, default=1, help="Tensor-parallel ranks (1).")
@@ -82,6 +91,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     engine.add_argument("--topk", type=int, help="Experts for each token, in place of config.json's.")
     engine.add_argument("--hidden", type=int, help="hidden_size of the model, in place of config.json's.")
     given = parser.parse_args(arguments)
+    if given.recipe is not None:
+        _take_recipe(given, parser)
     if (given.model is None) != (given.ep is None) or (given.model is None and given.soc is not None):
         parser.error("an engine is named by --model and --ep together")
     sizes = (given.ep, given.tp, given.max_num_seqs, given.experts, given.topk, given.hidden)
@@ -96,19 +107,42 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     return given
 
 
+def _take_recipe(given: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Put what the recipe says in the place of the options that describe an engine."""
+    try:
+        recipe = given.recipe = read_recipe(given.recipe.read_text(encoding="utf-8"))
+    except (OSError, UnicodeError, InvalidInputError) as error:
+        parser.error(f"--recipe: {error}")
+    given.ep, given.tp, given.additional_config = recipe.tp * recipe.dp, recipe.tp, recipe.additional_config
+    given.max_num_seqs = recipe.max_num_seqs or given.max_num_seqs
+    given.enable_lora = recipe.enable_lora
+    if given.model is None and not Path(recipe.model).exists():
+        parser.error(
+            f"--recipe: its model {recipe.model!r} is no folder here; give --model with the model's config.json"
+        )
+    given.model = given.model or recipe.model
+
+
 def planned_engine(given: argparse.Namespace) -> PlannedEngine | None:
     """The engine that --model and the options beside it describe. None without --model."""
     if given.model is None:
         return None
+    recipe = given.recipe
+    variables = {} if recipe is None else recipe.variables
     return PlannedEngine(
         model=given.model,
         soc=given.soc,
         ep=given.ep,
         tp=given.tp,
         max_num_seqs=given.max_num_seqs,
-        moe_comm=given.moe_comm or _configured_moe_comm(given.additional_config),
+        moe_comm=given.moe_comm
+        or _configured_moe_comm(given.additional_config)
+        or variables.get(MOE_COMM.name)
+        or "auto",
         additional_config=given.additional_config,
         lora=given.enable_lora,
+        serve_options=None if recipe is None else recipe.options,
+        variables=variables,
         experts=given.experts,
         topk=given.topk,
         hidden=given.hidden,
@@ -116,10 +150,10 @@ def planned_engine(given: argparse.Namespace) -> PlannedEngine | None:
 
 
 def _configured_moe_comm(additional_config: dict[str, Any]) -> str:
-    """moe_comm in the section vllm_npu of --additional-config. Without one: auto."""
+    """moe_comm in the section vllm_npu of --additional-config. Without one: "". It goes before the variable."""
     section = additional_config.get("vllm_npu")
     configured = section.get("moe_comm") if isinstance(section, dict) else None
-    return configured if isinstance(configured, str) and configured else "auto"
+    return configured if isinstance(configured, str) else ""
 
 
 def _compare_traces(paths: Sequence[Path], json_path: str | None) -> int:

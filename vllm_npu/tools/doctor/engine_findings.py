@@ -6,6 +6,7 @@ JSON is a PlannedEngine. Prints a list of Findings as JSON. This is a program of
 """
 
 import json
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -23,6 +24,7 @@ from vllm_npu.plugin.options import Mode, parse_moe_comm
 from vllm_npu.strategies.start_checks import PlannedShape, check_experts, check_start, describe_capacity
 from vllm_npu.tools.doctor.examination import PlannedEngine
 from vllm_npu.tools.doctor.findings import OK, PROBLEM, Finding
+from vllm_npu.tools.doctor.serve_recipe import recipe_rows
 from vllm_npu.tools.layers import layer_of_model
 
 CHECK = "engine"
@@ -34,6 +36,10 @@ def findings_of(engine: PlannedEngine) -> list[Finding]:
     if mode is Mode.OFF:
         return [Finding(CHECK, OK, "moe_comm=off: vllm-ascend alone, with all its options")]
     recipe = recipe_findings(engine.additional_config)
+    if engine.serve_options is not None:
+        recipe += recipe_rows(engine.serve_options, engine.variables)
+    if HCCL_BUFFSIZE.name in engine.variables:
+        os.environ[HCCL_BUFFSIZE.name] = engine.variables[HCCL_BUFFSIZE.name]  # this process checks one engine
     try:
         if engine.soc is not None and engine.soc not in DEVICES:
             raise UnsupportedConfigError(f"there is no --soc {engine.soc}; name one of {', '.join(DEVICES)}")

@@ -57,6 +57,8 @@ class PlannedEngine:
     moe_comm: str
     additional_config: dict[str, Any] = field(default_factory=dict)  # of vLLM, with vllm-ascend's options
     lora: bool = False  # whether LoRA adapters may change the experts
+    serve_options: dict[str, str] | None = None  # of a recipe: see ServeRecipe.options; None: there is no recipe
+    variables: dict[str, str] = field(default_factory=dict)  # environment variables that a recipe sets
     experts: int | None = None  # this and the next two: numbers that replace those of config.json
     topk: int | None = None
     hidden: int | None = None

@@ -1,0 +1,186 @@
+"""A shell script that starts `vllm serve`, as vllm-ascend's tutorials print it: what doctor needs of it. Nothing is run.
+
+Standard library only. Variables of the shell stay as they are written, so an option that doctor reads needs its value.
+"""
+
+import argparse
+import json
+import re
+import shlex
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+from vllm_npu.errors import InvalidInputError
+from vllm_npu.tools.doctor.findings import OK, PROBLEM, Finding
+
+ASSIGNMENT = re.compile(r"([A-Za-z_][A-Za-z0-9_]*)=(.*)", re.DOTALL)
+API_SERVER = "vllm.entrypoints.openai.api_server"
+OPTIONS_OF_VARIABLES = {  # vllm-ascend 0.23 reads these variables as options of --additional-config
+    "VLLM_ASCEND_ENABLE_FUSED_MC2": "enable_fused_mc2",
+    "VLLM_ASCEND_ENABLE_FLASHCOMM1": "enable_flashcomm1",
+}
+NOT_IN_GRAPHS = "captured steps take mc2, allgather or naive: where all2all is asked for, allgather"
+# What happens to an option of vllm serve. The others are vLLM's own, and this package does not read them.
+TAKEN = {
+    "enable_expert_parallel": "each rank has whole experts, and tokens travel to them",
+    "enforce_eager": "no graphs, so each step may take its own strategy",
+    "compilation_config": NOT_IN_GRAPHS,
+    "speculative_config": "each step of a drafter is planned and voted on as any other",
+    "quantization": "ascend: experts in W8A8_DYNAMIC are served, and others refused when the layers are built",
+    "kv_transfer_config": "a node that computes prompts runs as any other; what a decode node does, the next row says",
+    "enable_eplb": "vllm-ascend balances and moves the experts; tokens go to the replicas that it names",
+}
+REFUSED = {
+    "enable_dbo": "two micro-batches in flight were never run with the strategies of this package",
+    "prefill_context_parallel_size": "prefill context parallelism was never run with the strategies of this package",
+    "worker_cls": "vllm_npu replaces vllm-ascend's own worker only",
+}
+DECODE_NODE = "a decode node's ranks take mc2 without counts; with another moe_comm they agree on counts"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeRecipe:
+    """One `vllm serve` command and the variables set before it."""
+
+    model: str
+    tp: int = 1
+    dp: int = 1
+    max_num_seqs: int | None = None
+    additional_config: dict[str, Any] = field(default_factory=dict)  # with what the variables add
+    enable_lora: bool = False
+    options: dict[str, str] = field(
+        default_factory=dict
+    )  # the other options that doctor has a row for, as they are written
+    variables: dict[str, str] = field(default_factory=dict)
+
+
+def read_recipe(script: str) -> ServeRecipe:
+    """Read a script. Raises InvalidInputError if it has no `vllm serve` command or several, or values that no one can read."""
+    variables: dict[str, str] = {}
+    commands = []
+    for words in _commands(script):
+        rest = words[1:] if words[0] == "export" else words
+        assigned = [found for word in rest if (found := ASSIGNMENT.fullmatch(word))]
+        leading = next((number for number, word in enumerate(rest) if not ASSIGNMENT.fullmatch(word)), len(rest))
+        variables |= {found[1]: found[2] for found in (assigned if words[0] == "export" else assigned[:leading])}
+        if (arguments := _serve_arguments(rest[leading:])) is not None:
+            commands.append(arguments)
+    if len(commands) != 1:
+        raise InvalidInputError(
+            f"the recipe has {len(commands)} commands that start vLLM (vllm serve, {API_SERVER}); give a file with one, as a "
+            "node runs it"
+        )
+    given = _parse(commands[0])
+    chosen = vars(given)
+    additional = {
+        option: _number(name, variables[name]) for name, option in OPTIONS_OF_VARIABLES.items() if name in variables
+    }
+    return ServeRecipe(
+        model=given.model or given.model_tag or "",
+        tp=given.tensor_parallel_size,
+        dp=given.data_parallel_size,
+        max_num_seqs=given.max_num_seqs,
+        additional_config=additional | given.additional_config,
+        enable_lora=given.enable_lora,
+        options={name: str(chosen[name]) for name in (*TAKEN, *REFUSED) if chosen[name] not in (None, False)},
+        variables=variables,
+    )
+
+
+def recipe_rows(options: Mapping[str, str], variables: Mapping[str, str]) -> Iterator[Finding]:
+    """What happens to each option of vllm serve and each variable of vllm-ascend."""
+    remedy = 'leave it out, or keep vllm-ascend\'s own communication: {"vllm_npu": {"moe_comm": "off"}}'
+    for name, value in options.items():
+        option = f"--{name.replace('_', '-')}"
+        if name in REFUSED and value != "1":
+            yield Finding("recipe", PROBLEM, f"{option} {value}: {REFUSED[name]}, so the engine does not start", remedy)
+        elif name in TAKEN:
+            yield Finding("recipe", OK, f"{option}: {TAKEN[name]}")
+        if name == "kv_transfer_config" and "kv_consumer" in value:
+            yield Finding("recipe", OK, f"{option} with kv_consumer: {DECODE_NODE}")
+    if "enable_expert_parallel" not in options:
+        yield Finding(
+            "recipe",
+            OK,
+            "without --enable-expert-parallel: each rank has a part of every expert; allgather or naive runs",
+        )
+    for name, value in variables.items():
+        if name == "VLLM_USE_V2_MODEL_RUNNER" and value not in ("", "0"):
+            yield Finding(
+                "recipe", PROBLEM, f"{name}={value}: model runner V2 asks for a method before a step is planned", remedy
+            )
+        elif name.startswith("VLLM_ASCEND_") and name not in OPTIONS_OF_VARIABLES:
+            yield Finding("recipe", OK, f"{name}={value}: vllm-ascend's own; this package does not read it")
+
+
+def _commands(script: str) -> Iterator[list[str]]:
+    """The words of each command. Comments are left out, and a backslash at the end of a line continues it."""
+    for line in re.sub(r"\\\s*\n", " ", script).splitlines():
+        try:
+            words = shlex.split(line, comments=True)
+        except ValueError as error:
+            raise InvalidInputError(
+                f"the recipe has a line that no shell can read ({error}): {line.strip()[:80]}"
+            ) from error
+        if words:
+            yield words
+
+
+def _serve_arguments(words: list[str]) -> list[str] | None:
+    """The arguments of a command that starts vLLM. None: it starts something else."""
+    if API_SERVER in words:
+        return words[words.index(API_SERVER) + 1 :]
+    for number in range(len(words) - 1):
+        if words[number].rpartition("/")[2] == "vllm" and words[number + 1] == "serve":
+            return words[number + 2 :]
+    return None
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InvalidInputError(f"the recipe's vllm serve: {message}; write the value into the recipe")
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    """Parse the options that doctor reads. vLLM takes underscores for hyphens too."""
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("model_tag", nargs="?")
+    parser.add_argument("--model")
+    parser.add_argument("--tensor-parallel-size", "-tp", type=int, default=1)
+    parser.add_argument("--data-parallel-size", "-dp", type=int, default=1)
+    parser.add_argument("--max-num-seqs", type=int)
+    parser.add_argument("--additional-config", type=_json_object, default={})
+    for flag in ("--enable-lora", "--enable-expert-parallel", "--enforce-eager", "--enable-eplb", "--enable-dbo"):
+        parser.add_argument(flag, action="store_true")
+    for option in (
+        "--compilation-config",
+        "--speculative-config",
+        "--quantization",
+        "--kv-transfer-config",
+        "--worker-cls",
+    ):
+        parser.add_argument(option)
+    parser.add_argument("--prefill-context-parallel-size")
+    hyphened = [
+        re.sub(r"^--[^=]+", lambda option: option[0].replace("_", "-"), word) if word.startswith("--") else word
+        for word in arguments
+    ]
+    given, _ = parser.parse_known_args(hyphened)
+    return given
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text[:80]} is no JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise argparse.ArgumentTypeError(f"{text[:80]} is no JSON object")
+    return content
+
+
+def _number(name: str, value: str) -> int:
+    if not value.isdecimal():
+        raise InvalidInputError(f"{name}={value} is no number; write the value into the recipe")
+    return int(value)

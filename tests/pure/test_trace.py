@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from tests.cases import SEEDS
 from vllm_npu.errors import InvalidInputError
 from vllm_npu.trust import trace
+from vllm_npu.trust.timeline import timeline
 from vllm_npu.trust.trace import Call, Group, RankTrace, TraceRing, read_trace, read_traces
 from vllm_npu.trust.trace_comparison import Kind, compare, report
 
@@ -302,9 +303,9 @@ def test_a_line_that_is_no_calls_is_left_out_and_allocates_nothing(tmp_path, pla
         ring.end(ring.begin(EP, "barrier", sizes=[1, 2]))
     content = bytearray(ring.path.read_bytes())
     line = slice(trace.LINE_BYTES, 2 * trace.LINE_BYTES)
-    values = json.loads(content[line][1:])
+    values = json.loads(content[line][1 : -trace.TIME_BYTES])
     values[place] = value
-    content[line] = (trace.DONE + json.dumps(values)).encode().ljust(trace.LINE_BYTES - 1) + b"\n"
+    content[line] = (trace.DONE + json.dumps(values)).encode().ljust(trace.LINE_BYTES - 2) + b"0\n"
     ring.path.write_bytes(content)
     assert [call.index for call in read_trace(ring.path).calls] == [1]
 
@@ -313,8 +314,36 @@ def test_a_line_that_is_no_calls_is_left_out_and_allocates_nothing(tmp_path, pla
 def test_other_files_are_refused(tmp_path, content):
     file = tmp_path / "rank0.trace"
     file.write_text(content)
-    with pytest.raises(InvalidInputError, match=r"is no trace of collectives|of version 99, not 1"):
+    with pytest.raises(InvalidInputError, match=r"is no trace of collectives|of version (1|99), not 2"):
         read_traces([tmp_path])
+
+
+def test_a_timeline_has_a_row_for_each_rank_and_group_and_shows_the_call_that_hangs(tmp_path):
+    dp = Group(name="dp", members=(0, 1))
+    for rank in (0, 1):
+        ring = TraceRing.create(tmp_path, rank, 2)
+        ring.enter_step(4, "mc2")
+        ring.end(ring.begin(dp, "all_gather", sizes=[2, 3]))
+        ring.end(ring.begin(Group(name="ep", members=(0, 1)), "send_recv"))
+        call = ring.begin(dp, "reduce_scatter")
+        if rank == 0:
+            ring.end(call)
+    traces = read_traces([tmp_path])
+    events = timeline(traces)["traceEvents"]
+    drawn = [event for event in events if event["ph"] == "X"]
+    assert [(event["pid"], event["tid"], event["name"]) for event in drawn] == [
+        (0, 0, "all_gather"), (0, 1, "send_recv"), (0, 0, "reduce_scatter"),
+        (1, 0, "all_gather"), (1, 1, "send_recv"), (1, 0, "NOT ENDED reduce_scatter"),
+    ]  # fmt: skip
+    for event, call in zip(drawn, [call for each in traces for call in each.calls], strict=True):
+        assert event["ts"] == call.began > 1.7e15
+        assert event["dur"] >= max(call.ended - call.began, 1)
+        assert ("cname" in event) == (not call.done)
+    arrows = [(event["ph"], event["pid"], event["id"]) for event in events if event["ph"] in "sf"]
+    assert arrows == [("s", 0, "0.1"), ("f", 1, "0.1"), ("s", 0, "1.1"), ("f", 1, "1.1")], "none between single ranks"
+    names = {event["args"]["name"] for event in events if event["name"] in ("process_name", "thread_name")}
+    assert {"dp:0-1", "ep:0-1", f"rank 1 on {traces[1].host}"} <= names
+    assert timeline([]) == {"traceEvents": []}
 
 
 def test_traces_that_cannot_be_of_one_run_are_refused(tmp_path):
@@ -335,7 +364,8 @@ def test_doctor_compares_files_without_importing_torch(tmp_path):
         ring.enter_layer("model.layers.7")
         ring.end(ring.begin(Group(name="ep", members=(0, 1)), ["all_gather", "all_reduce"][rank], sizes=[1, 1]))
     (tmp_path / "torch.py").write_text("raise ImportError('no torch here')\n")
-    command = [sys.executable, "-m", "vllm_npu.cli", "doctor", "--json", str(tmp_path / "out.json"), "--trace"]
+    files = ["--json", str(tmp_path / "out.json"), "--timeline", str(tmp_path / "timeline.json")]
+    command = [sys.executable, "-m", "vllm_npu.cli", "doctor", *files, "--trace"]
     environment = {"PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[2]}", "PATH": ""}
     done = subprocess.run(
         [*command, str(tmp_path / "run")], capture_output=True, text=True, env=environment, check=False
@@ -345,6 +375,7 @@ def test_doctor_compares_files_without_importing_torch(tmp_path):
     assert "2 calls of ranks [0, 1]: 1 findings" in done.stdout
     [finding] = json.loads((tmp_path / "out.json").read_text())["findings"]
     assert finding["ranks"] == [0, 1]
+    assert len(json.loads((tmp_path / "timeline.json").read_text())["traceEvents"]) == 10
     done = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, env=environment, check=False)
     assert (done.returncode, "no traces in" in done.stderr) == (1, True)
 

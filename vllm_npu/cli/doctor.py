@@ -17,6 +17,7 @@ from vllm_npu.errors import InvalidInputError, UnsupportedConfigError
 from vllm_npu.tools.doctor.examination import PlannedEngine, examine
 from vllm_npu.tools.doctor.findings import OK, PROBLEM, WARNING, Finding
 from vllm_npu.tools.doctor.serve_recipe import read_recipe
+from vllm_npu.trust.timeline import timeline
 from vllm_npu.trust.trace import read_traces
 from vllm_npu.trust.trace_comparison import compare, report
 
@@ -34,7 +35,7 @@ def doctor(arguments: Sequence[str]) -> None:
     """Run every check, or compare traces, and print the findings. Exit with status 1 if there is a problem."""
     given = parse(arguments)
     if given.trace is not None:
-        sys.exit(_compare_traces(given.trace, given.json))
+        sys.exit(_compare_traces(given.trace, given.json, given.timeline))
     quiet = given.json == STANDARD_OUTPUT
     findings = []
     for finding in examine(planned_engine(given)):
@@ -64,6 +65,12 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         nargs="+",
         type=Path,
         help="Only compare the ranks' traces: the files that VLLM_NPU_RECORD wrote, or their folder.",
+    )
+    parser.add_argument(
+        "--timeline",
+        metavar="FILE",
+        type=Path,
+        help="With --trace: also write the calls as a timeline, which ui.perfetto.dev and chrome://tracing open.",
     )
     engine = parser.add_argument_group("an engine to be started", "Say whether it may start, and what to set.")
     engine.add_argument("--model", metavar="PATH", help="The model's config.json, or its folder.")
@@ -102,6 +109,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         parser.error("--additional-config is a JSON object, as for vllm serve")
     if given.additional_config and given.model is None:
         parser.error("--additional-config describes an engine: give --model and --ep too")
+    if given.timeline is not None and given.trace is None:
+        parser.error("--timeline shows traces: give --trace too")
+    if given.timeline is not None and not given.timeline.parent.is_dir():
+        parser.error(f"there is no folder {given.timeline.parent}; create it")
     if given.json not in (None, STANDARD_OUTPUT) and not Path(given.json).parent.is_dir():
         parser.error(f"there is no folder {Path(given.json).parent}; create it")
     return given
@@ -156,13 +167,15 @@ def _configured_moe_comm(additional_config: dict[str, Any]) -> str:
     return configured if isinstance(configured, str) else ""
 
 
-def _compare_traces(paths: Sequence[Path], json_path: str | None) -> int:
+def _compare_traces(paths: Sequence[Path], json_path: str | None, timeline_path: Path | None) -> int:
     """Print the differences between the traces in these files and folders. Return exit status 1 if there are any."""
     traces = read_traces(paths)
     if not traces:
         raise UnsupportedConfigError(
             f"no traces in {', '.join(map(str, paths))}; VLLM_NPU_RECORD=FOLDER writes rank*.trace"
         )
+    if timeline_path is not None:
+        timeline_path.write_text(json.dumps(timeline(traces)), encoding="utf-8")
     differences = compare(traces)
     if json_path != STANDARD_OUTPUT:
         print(report(traces))

@@ -18,8 +18,9 @@ from typing import Any
 
 from vllm_npu.errors import InvalidInputError
 
-VERSION = 1
+VERSION = 2
 LINE_BYTES = 512
+TIME_BYTES = 17  # at the end of a line: when the call returned, and a line break
 RING_CALLS = 4096  # 2 MiB for each rank; a decode step of 60 MoE layers makes about 200 calls
 MAX_RANKS = 1 << 16  # of a group; a larger one in a file is refused
 OPEN, DONE = "o", "d"  # first letter of a line: the call is running, or it has returned
@@ -73,6 +74,8 @@ class Call:
     step: int = 0
     strategy: str = ""
     index: int = 0  # counts the rank's calls on all groups
+    began: int = field(default=0, compare=False)  # microseconds of the host's clock since 1970
+    ended: int = field(default=0, compare=False)  # 0: not ended
     done: bool = True
 
     @property
@@ -93,7 +96,7 @@ class Call:
         return ", ".join([*parts, f"stream {self.stream}"]) + ("" if self.done else " (not ended)")
 
 
-FIELDS: dict[str, Any] = {each.name: each.type for each in fields(Call) if each.name not in ("group", "done")}
+FIELDS: dict[str, Any] = {each.name: each.type for each in fields(Call) if each.name not in ("group", "ended", "done")}
 """Names and types of the values of a line after its group: int, str, or tuple of ints."""
 
 
@@ -195,6 +198,7 @@ class TraceRing:
                 step=shared.step,
                 strategy=shared.strategy,
                 index=self._calls,
+                began=_now(),
                 done=False,
             )
             self._numbers[numbered] += 1
@@ -206,10 +210,11 @@ class TraceRing:
         """Mark the call as returned. `sent` and `received`: rows, if begin() did not know them."""
         if self._calls - call.index > RING_CALLS:
             return  # later calls have overwritten its line
+        offset = self._offset(call)
         if sent:
-            self._write(replace(call, sent=tuple(sent), received=tuple(received), done=True))
-        else:
-            self._map[self._offset(call)] = ord(DONE)
+            self._write(replace(call, sent=tuple(sent), received=tuple(received)))
+        self._map[offset + LINE_BYTES - TIME_BYTES : offset + LINE_BYTES - 1] = b"%16d" % _now()
+        self._map[offset] = ord(DONE)
 
     def _offset(self, call: Call) -> int:
         return LINE_BYTES * (1 + call.index % RING_CALLS)
@@ -219,10 +224,14 @@ class TraceRing:
         self._map[offset : offset + LINE_BYTES] = _line_of(call)
 
 
+def _now() -> int:
+    return time.time_ns() // 1000
+
+
 def _line(text: str) -> bytes:
     encoded = text.encode()
-    if len(encoded) >= LINE_BYTES:
-        raise InvalidInputError(f"a line of a trace has {len(encoded)} bytes; it may have {LINE_BYTES - 1}")
+    if len(encoded) > LINE_BYTES - TIME_BYTES:
+        raise InvalidInputError(f"a line of a trace has {len(encoded)} bytes; it may have {LINE_BYTES - TIME_BYTES}")
     return encoded.ljust(LINE_BYTES - 1) + b"\n"
 
 
@@ -287,9 +296,12 @@ def _read_call(line: bytes) -> Call | None:
     if line[:1] not in (OPEN.encode(), DONE.encode()):
         return None
     try:
-        group, *values = json.loads(line[1:])
+        group, *values = json.loads(line[1:-TIME_BYTES])
         found = {name: _checked(value, kind) for (name, kind), value in zip(FIELDS.items(), values, strict=True)}
-        return Call(group=Group.parse(_checked(group, str)), done=line[:1] == DONE.encode(), **found)
+        done = line[:1] == DONE.encode()
+        return Call(
+            group=Group.parse(_checked(group, str)), ended=int(line[-TIME_BYTES:]) if done else 0, done=done, **found
+        )
     except (ValueError, TypeError, RecursionError):
         return None
 

@@ -37,7 +37,6 @@ class ManagerRow:
     backend: str  # vLLM's all2all_backend, which decides vLLM's experts
     manager: str | None = None  # "module:class"; None: vLLM builds its own manager for `backend`
     library: Library | None = None
-    graphs: bool = True  # whether CUDA graphs can capture its exchange
 
 
 DEEP_EP = Library("deep_ep", "build DeepEP (github.com/deepseek-ai/DeepEP)")
@@ -48,7 +47,7 @@ MANAGERS = {
     "naive": ManagerRow(backend=GATHERING, manager="vllm_npu.all2all.gathering:NaiveAll2AllManager"),
     "agrs": ManagerRow(backend=GATHERING, manager="vllm_npu.all2all.gathering:AgRsAll2AllManager"),
     "pplx": ManagerRow(backend=GATHERING, manager="vllm_npu.all2all.pplx:PPLXAll2AllManager", library=PPLX),
-    "deepep_high_throughput": ManagerRow(backend="deepep_high_throughput", library=DEEP_EP, graphs=False),
+    "deepep_high_throughput": ManagerRow(backend="deepep_high_throughput", library=DEEP_EP),
     "deepep_low_latency": ManagerRow(backend="deepep_low_latency", library=DEEP_EP),
     "flashinfer_two_sided": ManagerRow(backend="flashinfer_nvlink_two_sided", library=FLASHINFER),
     "flashinfer_one_sided": ManagerRow(backend="flashinfer_nvlink_one_sided", library=FLASHINFER),

@@ -2,26 +2,21 @@
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
-from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from vllm_npu.cli.demo_tables import ascend_table, vanilla_table
 from vllm_npu.cli.outputs import JsonPath
+from vllm_npu.cli.stages import console_for_tables, shown_session
 from vllm_npu.errors import UnsupportedConfigError
 from vllm_npu.tools.demo import ascend_demo, vanilla_demo
-from vllm_npu.tools.demo.session import DemoSession, demo_session
+from vllm_npu.tools.demo.session import DemoSession
 from vllm_npu.tools.engines.engine_processes import EngineFailedError, require_vllm
-from vllm_npu.tools.engines.stop_signals import Interrupted
-
-LOG_WIDTH = 120  # columns of the table, if the output is not a terminal
 
 Demo = TypeVar("Demo", vanilla_demo.VanillaDemo, ascend_demo.AscendDemo)
 
@@ -84,24 +79,17 @@ def _run(
     log_folder: Path | None,
 ) -> None:
     """Run the plan, print the table and the problems, and write them to `json_path`. Exit with status 1 if there are any."""
-    stage = Stage()
     started = time.monotonic()
     failures = []
-    try:
-        with demo_session(log_folder, stage.show) as session:
-            run = start(session)
-            try:
-                run.execute(plan)
-            except EngineFailedError as error:
-                failures.append(str(error))
-    except Interrupted as interruption:
-        stage.say(f"{interruption}: processes and temporary files are gone")
-        raise typer.Exit(interruption.exit_status) from None
+    with shown_session(log_folder) as session:
+        run = start(session)
+        try:
+            run.execute(plan)
+        except EngineFailedError as error:
+            failures.append(str(error))
 
     problems = run.problems + failures
-    console = Console()
-    if not console.is_terminal:
-        console.width = LOG_WIDTH
+    console = console_for_tables()
     console.print(table(run))
     for problem in problems:
         console.print(problem, style="red", markup=False, highlight=False, soft_wrap=True)
@@ -110,28 +98,3 @@ def _run(
         json_path.write_text(json.dumps(verdict | run.facts, indent=1) + "\n")
     if problems:
         raise typer.Exit(1)
-
-
-class Stage:
-    """Shows on standard error what runs: a spinner on a terminal, or one line at the beginning and one at the end."""
-
-    def __init__(self) -> None:
-        self._console = Console(stderr=True, highlight=False)
-
-    def say(self, text: str) -> None:
-        """Print one line."""
-        self._console.print(text, markup=False, soft_wrap=True)
-
-    @contextmanager
-    def show(self, text: str) -> Iterator[None]:
-        """Show the text while the block runs, and the seconds that it took afterwards."""
-        started = time.monotonic()
-        if self._console.is_terminal:
-            columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-            with Progress(*columns, console=self._console, transient=True) as progress:
-                progress.add_task(text, total=None)
-                yield
-        else:
-            self.say(f"… {text}")
-            yield
-        self.say(f"✓ {text} ({time.monotonic() - started:.0f} s)")

@@ -5,15 +5,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from vllm_npu.cli.demo import LOG_WIDTH, Stage
 from vllm_npu.cli.outputs import JsonPath
+from vllm_npu.cli.stages import console_for_tables, shown_session
 from vllm_npu.errors import UnsupportedConfigError
-from vllm_npu.tools.demo.session import demo_session
 from vllm_npu.tools.engines.engine_processes import require_vllm
-from vllm_npu.tools.engines.stop_signals import Interrupted
 from vllm_npu.tools.families.registry import Family, find_families
 from vllm_npu.tools.families.sweep import FULL_TOPOLOGIES, QUICK_TOPOLOGIES, FamilyRow, Sweep
 
@@ -22,28 +19,21 @@ def families(
     only: Annotated[
         list[str] | None, typer.Option("--only", help="Run this family; may be given more than once.")
     ] = None,
-    full: Annotated[bool, typer.Option("--full", help="Also DP2 without EP, TP2×EP and TP2×DP2×EP.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="Also DP2 without EP, TP2×EP, TP2×DP2×EP and DP3×EP.")] = False,
     json_path: JsonPath = None,
     log_folder: Annotated[Path | None, typer.Option("--logs", help="Keep the engines' logs in this folder.")] = None,
 ) -> None:
     """Run every MoE family of vLLM's registry on expert-parallel CPUs, with a tiny random model.
 
     A family is right if every strategy gives the tokens of vanilla vLLM on one rank and of transformers, or if it is refused
-    before a process starts. Exit status 1 if a family is wrong or crashes. About a minute for each family, four with --full.
+    before a process starts. Exit status 1 if a family is wrong or crashes. About a minute for each family, five with --full.
     """
     require_vllm()
     chosen = choose(find_families(), only or [])
-    stage = Stage()
-    try:
-        with demo_session(log_folder, stage.show) as session:
-            sweep = Sweep(session, json_path)
-            sweep.execute(chosen, FULL_TOPOLOGIES if full else QUICK_TOPOLOGIES)
-    except Interrupted as interruption:
-        stage.say(f"{interruption}: processes and temporary files are gone")
-        raise typer.Exit(interruption.exit_status) from None
-    console = Console()
-    if not console.is_terminal:
-        console.width = LOG_WIDTH
+    with shown_session(log_folder) as session:
+        sweep = Sweep(session, json_path)
+        sweep.execute(chosen, FULL_TOPOLOGIES if full else QUICK_TOPOLOGIES)
+    console = console_for_tables()
     console.print(table_of(sweep.rows))
     counts = Counter(row.verdict for row in sweep.rows)
     console.print(", ".join(f"{count} {verdict}" for verdict, count in sorted(counts.items())), highlight=False)

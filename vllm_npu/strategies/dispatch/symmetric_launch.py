@@ -14,7 +14,7 @@ from vllm_npu.core.token_layout import ceil_div
 from vllm_npu.errors import InvalidInputError
 from vllm_npu.strategies.dispatch.symmetric_layout import WORD_BYTES, SlotLayout
 from vllm_npu.transport.kernels.launch import PreparedLaunch
-from vllm_npu.transport.symmetric_memory import SymmetricWindows
+from vllm_npu.transport.symmetric_memory import TAKE_FLAGS, SymmetricWindows
 
 SPLIT_MAX_TOKENS = 16  # up to this number of tokens, small programs share each row, so that more of the GPU takes part
 SPLIT_BYTES = 2048  # bytes of a row that one program moves in that case
@@ -146,6 +146,64 @@ def combine_launches(
         global_ids=global_ids,
         max_sms=max_sms,
         stage=kernels.COMBINE_STAGE,
+    )
+
+
+def take_launches(
+    windows: SymmetricWindows,
+    layout: SlotLayout,
+    num_tokens: int,
+    experts_per_rank: int,
+    *,
+    width: int,  # elements of a returned row
+    element_size: int,  # bytes
+    has_mask: bool,
+    max_sms: int | None = None,
+) -> tuple[PreparedLaunch, ...]:
+    """take_kernel for each window. Empty: there is nothing to move."""
+    if not num_tokens:
+        return ()
+    shape = LaunchShape.of(num_tokens, width * element_size, element_size, max_sms)
+    if windows.num_ranks > 2 and shape.rows > 1:  # room in the registers for the rows of a third rank
+        shape = replace(shape, rows=shape.rows // 2)
+    chunks = ceil_div(num_tokens, shape.rows) * shape.parts
+    programs = chunks if max_sms is None else min(max_sms, chunks)
+    starts_early = _starts_early(windows.device)
+    numbers = (
+        windows.report_address,
+        num_tokens,
+        windows.rank,
+        experts_per_rank,
+        windows.timeout_ns,
+        windows.returned_offset,
+        windows.take_flags_offset,
+        TAKE_FLAGS,
+    )
+    constants: dict[str, int | bool] = {
+        "WIDTH": width,
+        "TOP_K": layout.top_k,
+        "TOP_K_PADDED": power_of_two(layout.top_k),
+        "EP_SIZE": windows.num_ranks,
+        "EP_SIZE_PADDED": power_of_two(windows.num_ranks),
+        "HAS_MASK": has_mask,
+        "PARTS": shape.parts,
+        "TILE": shape.tile,
+        "ROWS": shape.rows,
+        "SEVERAL": chunks > programs,
+        "STAGE": _exchange_kernels().COMBINE_STAGE,
+        "DEPENDENT_LAUNCH": starts_early,
+    }
+    return tuple(
+        PreparedLaunch(
+            _take_kernels().take_kernel,
+            programs,
+            fixed,
+            numbers,
+            constants,
+            num_warps=shape.num_warps,
+            launch_pdl=starts_early,
+        )
+        for fixed in windows.kernel_tensors
     )
 
 
@@ -322,6 +380,13 @@ def _few_sms_kernels() -> Any:
     from vllm_npu.transport.kernels import symmetric_on_few_sms
 
     return symmetric_on_few_sms
+
+
+@cache
+def _take_kernels() -> Any:
+    from vllm_npu.transport.kernels import symmetric_take
+
+    return symmetric_take
 
 
 @cache

@@ -339,8 +339,8 @@ def beside_products(bench: Bench, pipeline: MoEPipeline, max_sms: int | None, le
     """leave: the SMs that cuBLASLt leaves alone."""
     batch = Batch.of(bench.rank.rank, 4096)
     pipeline.dispatcher.max_sms = max_sms
-    exchange = symmetric(bench.rank, pipeline, batch)
-    rows = exchange.experts(exchange.dispatch())
+    exchange = symmetric(bench.rank, pipeline, batch, in_window=max_sms is not None)
+    rows = bench.check(exchange, batch)
     a, b = (torch.randn(GEMM, GEMM, device="cuda").bfloat16() for _ in range(2))
     product, other = torch.empty_like(a), torch.cuda.Stream(priority=-1)
 
@@ -360,6 +360,7 @@ def beside_products(bench: Bench, pipeline: MoEPipeline, max_sms: int | None, le
         products()
         main.wait_stream(other)
 
+    torch.backends.cuda.preferred_blas_library("cublaslt")  # cuBLAS itself takes all multiprocessors
     torch._C._set_sm_carveout_experimental(leave)
     name = ("all SMs" if max_sms is None else f"{max_sms} SMs") + ("" if leave is None else f", products leave {leave}")
     for metric, run in (("exchanges", exchanges), ("products", products), ("both", both)):

@@ -214,6 +214,7 @@ VARIANTS = (
 def variants(windows: HostWindows) -> dict[str, object]:
     """Every way to exchange in turn on the same windows. Chunks hold halves of two rows, so that programs have several."""
     symmetric_launch.CHUNK_BYTES, symmetric_launch.WHOLE_BYTES = ROW_BYTES, ROW_BYTES // 2
+    symmetric_launch.SPLIT_BYTES = ROW_BYTES // 2
     good = [Exchanger(windows, **options).step(seed) for seed in range(2) for options in VARIANTS]
     return {"good": good, "missing": windows.missing}
 
@@ -236,6 +237,7 @@ def main(num_ranks: int) -> None:
     signals.POLLS_BETWEEN_CLOCK_READS = tl.constexpr(8)  # a poll takes about 0.2 ms here
     interpreter.InterpreterBuilder.create_splat = splat
     symmetric_launch._starts_early = lambda device: False
+    symmetric_launch._shared_memory = lambda device: 1 << 17
     seen = {
         scenario.__name__: on_ranks(num_ranks, scenario)
         for scenario in (recovers, last_abandons_alone, last_is_late, variants)

@@ -20,7 +20,13 @@ SPLIT_MAX_TOKENS = 16  # up to this number of tokens, small programs share each 
 SPLIT_BYTES = 2048  # bytes of a row that one program moves in that case
 WHOLE_BYTES = 16384  # bytes of a row that one program moves otherwise: each program costs a fence over the link
 FULL_TOKENS = 1024  # up to this number of tokens, 16 warps in a program are faster than 8, or as fast
-CHUNK_BYTES = 65536  # the most bytes that a program for few multiprocessors moves at a time: half of its registers
+CHUNK_BYTES = (
+    65536  # the most bytes that a combine for few multiprocessors sends at a time: half of a program's registers
+)
+DISPATCH_CHUNK_BYTES = (
+    16384  # the most bytes that a dispatch for few multiprocessors sends at a time, from shared memory
+)
+CHUNKS_AHEAD = 5  # the most chunks that a program for few multiprocessors has on their way to shared memory
 PAIRS_AT_ONCE = 4096  # (slot, k) pairs that a program looks at together, to number those of its expert
 WEIGHTED_SUM_TILE = 1024  # the most elements of a row that one program of weighted_sum adds up
 
@@ -47,13 +53,21 @@ class LaunchShape:
     rows: int = 1
 
     @classmethod
-    def of(cls, num_tokens: int, row_bytes: int, unit_bytes: int, max_sms: int | None = None) -> "LaunchShape":
+    def of(
+        cls,
+        num_tokens: int,
+        row_bytes: int,
+        unit_bytes: int,
+        max_sms: int | None = None,
+        chunk_bytes: int | None = None,
+    ) -> "LaunchShape":
         """The shape for num_tokens rows of row_bytes / unit_bytes units. Equal on all ranks.
 
-        max_sms: the most programs, which then move one chunk of rows after another. None: a program for each part of a row.
+        max_sms: the most programs, which then move one chunk of rows after another, each of up to chunk_bytes, or of one part
+        of one row. None: a program for each part of a row.
         """
         if max_sms is not None:
-            return cls._on_few_sms(num_tokens, row_bytes, unit_bytes, max_sms)
+            return cls._on_few_sms(num_tokens, row_bytes, unit_bytes, max_sms, chunk_bytes or CHUNK_BYTES)
         split = num_tokens <= SPLIT_MAX_TOKENS
         units = ceil_div(row_bytes, unit_bytes)
         tile = min((SPLIT_BYTES if split else WHOLE_BYTES) // unit_bytes, power_of_two(units))
@@ -62,12 +76,14 @@ class LaunchShape:
         return cls(parts=parts, tile=tile, num_warps=num_warps, programs=parts * num_tokens)
 
     @classmethod
-    def _on_few_sms(cls, num_tokens: int, row_bytes: int, unit_bytes: int, max_sms: int) -> "LaunchShape":
+    def _on_few_sms(
+        cls, num_tokens: int, row_bytes: int, unit_bytes: int, max_sms: int, chunk_bytes: int
+    ) -> "LaunchShape":
         units = ceil_div(row_bytes, unit_bytes)
         tile = min(WHOLE_BYTES // unit_bytes, power_of_two(units))
         parts = ceil_div(units, tile)
         fair = power_of_two(ceil_div(num_tokens * parts, max_sms))  # rows, so that each program has a chunk
-        rows = min(fair, CHUNK_BYTES // (tile * unit_bytes))
+        rows = min(fair, max(1, chunk_bytes // (tile * unit_bytes)))
         num_warps = min(16, max(4, rows * tile * unit_bytes // 2048))  # of 32 warps, each has too few registers
         chunks = ceil_div(num_tokens, rows) * parts
         return cls(parts=parts, tile=tile, num_warps=num_warps, programs=min(max_sms, chunks), rows=rows)
@@ -108,6 +124,7 @@ def dispatch_launches(
         has_mask=has_mask,
         global_ids=global_ids,
         max_sms=max_sms,
+        chunk_bytes=DISPATCH_CHUNK_BYTES,
         stage=kernels.DISPATCH_STAGE,
     )
 
@@ -145,6 +162,7 @@ def combine_launches(
         has_mask=has_mask,
         global_ids=global_ids,
         max_sms=max_sms,
+        chunk_bytes=None,
         stage=kernels.COMBINE_STAGE,
     )
 
@@ -163,12 +181,14 @@ def take_launches(
     """take_kernel for each window. Empty: there is nothing to move."""
     if not num_tokens:
         return ()
-    shape = LaunchShape.of(num_tokens, width * element_size, element_size, max_sms)
-    if windows.num_ranks > 2 and shape.rows > 1:  # room in the registers for the rows of a third rank
-        shape = replace(shape, rows=shape.rows // 2)
-    chunks = ceil_div(num_tokens, shape.rows) * shape.parts
-    programs = chunks if max_sms is None else min(max_sms, chunks)
-    starts_early = _starts_early(windows.device)
+    ep_size, starts_early = windows.num_ranks, _starts_early(windows.device)
+    part_bytes = SPLIT_BYTES if max_sms is None else 2 * WHOLE_BYTES // power_of_two(ep_size)
+    tile = min(part_bytes // element_size, power_of_two(width))
+    parts = ceil_div(width, tile)
+    programs, num_warps, stages = num_tokens * parts, 4, 0
+    if max_sms is not None and max_sms < programs:
+        programs, num_warps = max_sms, 8
+        stages = 1 + _chunks_ahead(windows.device, ep_size * tile * element_size)
     numbers = (
         windows.report_address,
         num_tokens,
@@ -183,26 +203,18 @@ def take_launches(
         "WIDTH": width,
         "TOP_K": layout.top_k,
         "TOP_K_PADDED": power_of_two(layout.top_k),
-        "EP_SIZE": windows.num_ranks,
-        "EP_SIZE_PADDED": power_of_two(windows.num_ranks),
+        "EP_SIZE": ep_size,
+        "EP_SIZE_PADDED": power_of_two(ep_size),
         "HAS_MASK": has_mask,
-        "PARTS": shape.parts,
-        "TILE": shape.tile,
-        "ROWS": shape.rows,
-        "SEVERAL": chunks > programs,
+        "PARTS": parts,
+        "TILE": tile,
+        "STAGES": stages,
         "STAGE": _exchange_kernels().COMBINE_STAGE,
         "DEPENDENT_LAUNCH": starts_early,
     }
+    kernel = _take_kernels().take_kernel
     return tuple(
-        PreparedLaunch(
-            _take_kernels().take_kernel,
-            programs,
-            fixed,
-            numbers,
-            constants,
-            num_warps=shape.num_warps,
-            launch_pdl=starts_early,
-        )
+        PreparedLaunch(kernel, programs, fixed, numbers, constants, num_warps=num_warps, launch_pdl=starts_early)
         for fixed in windows.kernel_tensors
     )
 
@@ -221,11 +233,12 @@ def _exchange_launches(
     has_mask: bool,
     global_ids: bool,
     max_sms: int | None,
+    chunk_bytes: int | None,  # of a dispatch, whose chunks go through shared memory
     stage: int,
 ) -> tuple[PreparedLaunch, ...]:
     if not num_tokens or not row_bytes:
         return ()
-    shape = LaunchShape.of(num_tokens, row_bytes, unit_bytes, max_sms)
+    shape = LaunchShape.of(num_tokens, row_bytes, unit_bytes, max_sms, chunk_bytes)
     if sizes.get("EXPERT_MAJOR"):
         shape = replace(shape, num_warps=max(shape.num_warps, 8 if num_tokens <= SPLIT_MAX_TOKENS else 16))
     num_flags = ceil_div(num_tokens, shape.rows) * shape.parts
@@ -259,6 +272,8 @@ def _exchange_launches(
     }
     if max_sms is not None:
         constants |= {"ROWS": shape.rows}
+        if chunk_bytes is not None:
+            constants |= {"STAGES": 1 + _chunks_ahead(windows.device, shape.rows * shape.tile * unit_bytes)}
     return tuple(
         PreparedLaunch(
             kernel, shape.programs, fixed, numbers, constants, num_warps=shape.num_warps, launch_pdl=starts_early
@@ -365,6 +380,18 @@ def weighted_sum(
 def _starts_early(device: torch.device) -> bool:
     """Whether a kernel on `device` may start while the kernel before it ends: from compute capability 9.0 on."""
     return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def _chunks_ahead(device: torch.device, chunk_bytes: int) -> int:
+    """How many chunks a program has on their way to shared memory."""
+    return max(1, min(CHUNKS_AHEAD, _shared_memory(device) // chunk_bytes))
+
+
+@cache
+def _shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a program may have for rows."""
+    most: int = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    return most - 4096  # for what Triton keeps there besides
 
 
 @cache

@@ -14,23 +14,31 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from vllm_npu.transport.kernels.signals import wait
-from vllm_npu.transport.kernels.symmetric import _in_window, _signal_others
-from vllm_npu.transport.kernels.symmetric_on_few_sms import _owners_of, _tokens_of
+from vllm_npu.transport.kernels.symmetric import _in_window, _owners, _signal_others
 
 
 @triton.jit
-def _rows_of(
-    addresses, ranks, source, returned_offset, owners, chunk, num_tokens, rank,
-    element_type: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
+def _row_of(
+    addresses, ranks, source, returned_offset, owners, wanted, slot, columns,
+    element_type: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """[ROWS, TILE] elements of a chunk of this rank's tokens in the window of `source`, zeros where source has no expert."""
-    tokens, _ = _tokens_of(chunk, num_tokens, ROWS, PARTS)
-    slots = (rank * num_tokens + tokens)[:, None].to(tl.int64)
-    columns = (chunk % PARTS * TILE + tl.arange(0, TILE))[None, :]
-    wanted = tl.max((owners == source).to(tl.int32), 1)[:, None] > 0
+    """A part of the row in `slot` of the window of `source`; zeros unless wanted, or where source has no expert of the token."""
+    addressed = wanted & (tl.max((owners == source).to(tl.int32), 0) > 0)
     rows = _in_window(addresses, ranks, source, returned_offset, element_type)
     # .cg: a line of another GPU's memory that this multiprocessor has kept would be of an earlier exchange
-    return tl.load(rows + slots * WIDTH + columns, mask=wanted & (columns < WIDTH), other=0.0, cache_modifier=".cg")
+    return tl.load(rows + slot * WIDTH + columns, mask=(columns < WIDTH) & addressed, other=0.0, cache_modifier=".cg")
+
+
+@triton.jit
+def _owners_of(
+    topk_ids, mask, token, experts_per_rank, TOP_K: tl.constexpr, TOP_K_PADDED: tl.constexpr, HAS_MASK: tl.constexpr
+):  # fmt: skip
+    """The ranks of a token's experts, -1 where there is none."""
+    is_token = True
+    if HAS_MASK:
+        is_token = tl.load(mask + token) != 0
+    _, owners = _owners(topk_ids, is_token, token, experts_per_rank, TOP_K, TOP_K_PADDED)
+    return owners
 
 
 @triton.jit(do_not_specialize=["num_tokens", "rank", "experts_per_rank", "timeout_ns"])
@@ -57,22 +65,21 @@ def take_kernel(
     EP_SIZE: tl.constexpr,
     EP_SIZE_PADDED: tl.constexpr,
     HAS_MASK: tl.constexpr,
-    PARTS: tl.constexpr,
-    TILE: tl.constexpr,  # elements of a row in a chunk
-    ROWS: tl.constexpr,  # rows in a chunk
-    SEVERAL: tl.constexpr,  # whether a program has several chunks
+    PARTS: tl.constexpr,  # number of parts of a row
+    TILE: tl.constexpr,  # number of elements in a part
+    STAGES: tl.constexpr,  # 0: a program takes one part of one row. Otherwise it takes several, and loads STAGES - 1 ahead
     STAGE: tl.constexpr,
     DEPENDENT_LAUNCH: tl.constexpr,
 ):
     """Take and add up the rows of each own token: float32, ranks ascending.
 
     The first programs say that this rank's experts have ended, which is so before any program starts. Program `p` waits for
-    program `p % rank_flags` of the other ranks, and takes chunk `p`, chunk `p + number of programs`, and so on. With SEVERAL
-    and two ranks, the next chunk is on its way while a chunk is added up.
+    program `p % rank_flags` of the other ranks. It takes part `p % PARTS` of token `p // PARTS`, and with STAGES goes on to
+    part `p + number of programs`, and so on.
     """
     if DEPENDENT_LAUNCH:
         gdc_wait()
-    program, num_programs = tl.program_id(0), tl.num_programs(0)
+    program = tl.program_id(0)
     ranks = tl.arange(0, EP_SIZE_PADDED)
     addresses = tl.load(windows + ranks, mask=ranks < EP_SIZE, other=0)
     epoch = tl.load(epochs + 1)
@@ -84,54 +91,32 @@ def take_kernel(
         gdc_launch_dependents()
     if program == 0:
         tl.store(epochs, epoch + 1)  # before the wait, which may set it back
-    num_chunks = tl.cdiv(num_tokens, ROWS) * PARTS
-    tokens, real = _tokens_of(program, num_tokens, ROWS, PARTS)
-    _, owners = _owners_of(topk_ids, mask, tokens, real, experts_per_rank, TOP_K, TOP_K_PADDED, HAS_MASK)
-    owners_ahead = owners
-    if SEVERAL:
-        tokens, real = _tokens_of(program + num_programs, num_tokens, ROWS, PARTS)
-        _, owners_ahead = _owners_of(topk_ids, mask, tokens, real, experts_per_rank, TOP_K, TOP_K_PADDED, HAS_MASK)
-    own = tl.zeros((ROWS, TILE), element_type)
-    rows = own
-    if EP_SIZE == 2:  # of more ranks, the rows would not fit into the registers
-        own = _rows_of(
-            addresses, ranks, rank, returned_offset, owners, program, num_tokens, rank, element_type, ROWS, PARTS,
-            WIDTH, TILE,
-        )  # fmt: skip
     own_flags = _in_window(addresses, ranks, rank, flags_offset, tl.int32) + ranks * rank_flags + program % rank_flags
-    wait(own_flags, others, ranks, epoch, all_epochs, clock, failed, report, STAGE, timeout_ns)
-    if EP_SIZE == 2:
-        rows = _rows_of(
-            addresses, ranks, 1 - rank, returned_offset, owners, program, num_tokens, rank, element_type, ROWS, PARTS,
-            WIDTH, TILE,
-        )  # fmt: skip
-    for chunk in tl.range(program, num_chunks, num_programs):
-        owners_after = owners_ahead
-        if SEVERAL:
-            tokens, real = _tokens_of(chunk + 2 * num_programs, num_tokens, ROWS, PARTS)
-            _, owners_after = _owners_of(topk_ids, mask, tokens, real, experts_per_rank, TOP_K, TOP_K_PADDED, HAS_MASK)
-        if EP_SIZE == 2:
-            rows_ahead = rows
-            if SEVERAL:
-                own = _rows_of(
-                    addresses, ranks, rank, returned_offset, owners, chunk, num_tokens, rank, element_type, ROWS, PARTS,
-                    WIDTH, TILE,
-                )  # fmt: skip
-                rows_ahead = _rows_of(
-                    addresses, ranks, 1 - rank, returned_offset, owners_ahead, chunk + num_programs, num_tokens, rank,
-                    element_type, ROWS, PARTS, WIDTH, TILE,
-                )  # fmt: skip
-            total = own.to(tl.float32) + rows.to(tl.float32)  # of two, the order gives the same bits
-            rows = rows_ahead
-        else:
-            total = tl.zeros((ROWS, TILE), tl.float32)
+    if STAGES == 0:
+        token = program // PARTS
+        columns = program % PARTS * TILE + tl.arange(0, TILE)
+        slot = (rank * num_tokens + token).to(tl.int64)
+        owners = _owners_of(topk_ids, mask, token, experts_per_rank, TOP_K, TOP_K_PADDED, HAS_MASK)
+        own = _row_of(addresses, ranks, rank, returned_offset, owners, True, slot, columns, element_type, WIDTH)
+        wait(own_flags, others, ranks, epoch, all_epochs, clock, failed, report, STAGE, timeout_ns)
+        total = tl.zeros((TILE,), tl.float32)
+        for source in tl.static_range(EP_SIZE):
+            row = _row_of(
+                addresses, ranks, source, returned_offset, owners, source != rank, slot, columns, element_type, WIDTH
+            )
+            total += tl.where(source == rank, own, row).to(tl.float32)
+        tl.store(output + token.to(tl.int64) * WIDTH + columns, total.to(element_type), mask=columns < WIDTH)
+    else:
+        wait(own_flags, others, ranks, epoch, all_epochs, clock, failed, report, STAGE, timeout_ns)
+        for part in tl.range(program, num_tokens * PARTS, tl.num_programs(0), num_stages=STAGES):
+            token = part // PARTS
+            columns = part % PARTS * TILE + tl.arange(0, TILE)
+            slot = (rank * num_tokens + token).to(tl.int64)
+            owners = _owners_of(topk_ids, mask, token, experts_per_rank, TOP_K, TOP_K_PADDED, HAS_MASK)
+            total = tl.zeros((TILE,), tl.float32)
             for source in tl.static_range(EP_SIZE):
-                total += _rows_of(
-                    addresses, ranks, source, returned_offset, owners, chunk, num_tokens, rank, element_type, ROWS,
-                    PARTS, WIDTH, TILE,
-                ).to(tl.float32)  # fmt: skip
-        tokens, real = _tokens_of(chunk, num_tokens, ROWS, PARTS)
-        columns = (chunk % PARTS * TILE + tl.arange(0, TILE))[None, :]
-        at = tokens[:, None].to(tl.int64) * WIDTH + columns
-        tl.store(output + at, total.to(element_type), mask=real[:, None] & (columns < WIDTH))
-        owners, owners_ahead = owners_ahead, owners_after
+                row = _row_of(
+                    addresses, ranks, source, returned_offset, owners, True, slot, columns, element_type, WIDTH
+                )
+                total += row.to(tl.float32)
+            tl.store(output + token.to(tl.int64) * WIDTH + columns, total.to(element_type), mask=columns < WIDTH)

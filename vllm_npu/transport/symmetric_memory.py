@@ -34,9 +34,9 @@ ALIGNMENT = 256  # bytes; offsets in a window are multiples of it
 MAX_PLACE_BYTES = 128  # of a host's identity and a device's UUID
 MAX_TEXT_BYTES = 256
 REGISTER_MAPPED = 3  # flags of cudaHostRegister: the memory is mapped, and pinned for all contexts
-TAKE_FLAGS = 128
-"""Flags that each rank has for combine out of windows. About as many as the multiprocessors of a GPU, so that a program mostly
-waits for one that started with it."""
+TAKE_FLAGS = 16
+"""Flags that each rank has for combine out of windows. 128 took 1 us more at 32 tokens, and 4 us more at 1024
+(docs/benchmarks/2026-11-29-exchange-2xH200.md)."""
 
 STAGES = {1: "dispatch", 2: "combine"}  # numbers that the kernels write into the report
 

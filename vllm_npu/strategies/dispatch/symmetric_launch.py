@@ -20,13 +20,12 @@ SPLIT_MAX_TOKENS = 16  # up to this number of tokens, small programs share each 
 SPLIT_BYTES = 2048  # bytes of a row that one program moves in that case
 WHOLE_BYTES = 16384  # bytes of a row that one program moves otherwise: each program costs a fence over the link
 FULL_TOKENS = 1024  # up to this number of tokens, 16 warps in a program are faster than 8, or as fast
-CHUNK_BYTES = (
-    65536  # the most bytes that a combine for few multiprocessors sends at a time: half of a program's registers
-)
-DISPATCH_CHUNK_BYTES = (
-    16384  # the most bytes that a dispatch for few multiprocessors sends at a time, from shared memory
-)
-CHUNKS_AHEAD = 5  # the most chunks that a program for few multiprocessors has on their way to shared memory
+CHUNK_BYTES = 65536
+"""The most bytes that a program for few multiprocessors sends at a time: half of its registers."""
+ENOUGH_SMS = 24
+"""Multiprocessors of an H200 that are enough for a dispatch and for taking rows: with 32 or 48, neither is faster."""
+PARTS_AHEAD = 5
+"""The most parts of rows that a taking program for few multiprocessors has on their way to shared memory."""
 PAIRS_AT_ONCE = 4096  # (slot, k) pairs that a program looks at together, to number those of its expert
 WEIGHTED_SUM_TILE = 1024  # the most elements of a row that one program of weighted_sum adds up
 
@@ -59,15 +58,15 @@ class LaunchShape:
         row_bytes: int,
         unit_bytes: int,
         max_sms: int | None = None,
-        chunk_bytes: int | None = None,
+        chunk_bytes: int = CHUNK_BYTES,
     ) -> "LaunchShape":
         """The shape for num_tokens rows of row_bytes / unit_bytes units. Equal on all ranks.
 
-        max_sms: the most programs, which then move one chunk of rows after another, each of up to chunk_bytes, or of one part
-        of one row. None: a program for each part of a row.
+        max_sms: the most programs, which then move one chunk of rows after another. chunk_bytes: the most bytes of a chunk that
+        has more than a part of one row. max_sms None: a program for each part of a row.
         """
         if max_sms is not None:
-            return cls._on_few_sms(num_tokens, row_bytes, unit_bytes, max_sms, chunk_bytes or CHUNK_BYTES)
+            return cls._on_few_sms(num_tokens, row_bytes, unit_bytes, max_sms, chunk_bytes)
         split = num_tokens <= SPLIT_MAX_TOKENS
         units = ceil_div(row_bytes, unit_bytes)
         tile = min((SPLIT_BYTES if split else WHOLE_BYTES) // unit_bytes, power_of_two(units))
@@ -107,6 +106,9 @@ def dispatch_launches(
 ) -> tuple[PreparedLaunch, ...]:
     """dispatch_kernel for each window. Empty: there is nothing to move."""
     kernels = _exchange_kernels()
+    chunk_bytes = CHUNK_BYTES
+    if max_sms is not None and max_sms >= ENOUGH_SMS:  # which send single rows faster than several at once
+        max_sms, chunk_bytes = ENOUGH_SMS, WHOLE_BYTES
     return _exchange_launches(
         kernels.dispatch_kernel if max_sms is None else _few_sms_kernels().dispatch_on_few_sms_kernel,
         windows,
@@ -124,7 +126,7 @@ def dispatch_launches(
         has_mask=has_mask,
         global_ids=global_ids,
         max_sms=max_sms,
-        chunk_bytes=DISPATCH_CHUNK_BYTES,
+        chunk_bytes=chunk_bytes,
         stage=kernels.DISPATCH_STAGE,
     )
 
@@ -162,7 +164,7 @@ def combine_launches(
         has_mask=has_mask,
         global_ids=global_ids,
         max_sms=max_sms,
-        chunk_bytes=None,
+        chunk_bytes=CHUNK_BYTES,
         stage=kernels.COMBINE_STAGE,
     )
 
@@ -187,8 +189,8 @@ def take_launches(
     parts = ceil_div(width, tile)
     programs, num_warps, stages = num_tokens * parts, 4, 0
     if max_sms is not None and max_sms < programs:
-        programs, num_warps = max_sms, 8
-        stages = 1 + _chunks_ahead(windows.device, ep_size * tile * element_size)
+        ahead = min(PARTS_AHEAD, _shared_memory(windows.device) // (ep_size * tile * element_size))
+        programs, num_warps, stages = min(max_sms, ENOUGH_SMS), 8, 1 + max(1, ahead)
     numbers = (
         windows.report_address,
         num_tokens,
@@ -233,7 +235,7 @@ def _exchange_launches(
     has_mask: bool,
     global_ids: bool,
     max_sms: int | None,
-    chunk_bytes: int | None,  # of a dispatch, whose chunks go through shared memory
+    chunk_bytes: int,
     stage: int,
 ) -> tuple[PreparedLaunch, ...]:
     if not num_tokens or not row_bytes:
@@ -272,8 +274,6 @@ def _exchange_launches(
     }
     if max_sms is not None:
         constants |= {"ROWS": shape.rows}
-        if chunk_bytes is not None:
-            constants |= {"STAGES": 1 + _chunks_ahead(windows.device, shape.rows * shape.tile * unit_bytes)}
     return tuple(
         PreparedLaunch(
             kernel, shape.programs, fixed, numbers, constants, num_warps=shape.num_warps, launch_pdl=starts_early
@@ -382,15 +382,10 @@ def _starts_early(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def _chunks_ahead(device: torch.device, chunk_bytes: int) -> int:
-    """How many chunks a program has on their way to shared memory."""
-    return max(1, min(CHUNKS_AHEAD, _shared_memory(device) // chunk_bytes))
-
-
 @cache
 def _shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that a program may have for rows."""
-    most: int = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    most: int = torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
     return most - 4096  # for what Triton keeps there besides
 
 

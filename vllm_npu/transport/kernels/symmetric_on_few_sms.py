@@ -54,7 +54,7 @@ def _row_of(values, row: tl.constexpr, ROWS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["num_tokens", "rank", "experts_per_rank", "timeout_ns"])
 def dispatch_on_few_sms_kernel(
-    hidden_states,  # the arguments of symmetric.dispatch_kernel, ROWS and STAGES
+    hidden_states,  # the arguments of symmetric.dispatch_kernel, and ROWS
     scales,
     topk_weights,
     topk_ids,
@@ -88,10 +88,9 @@ def dispatch_on_few_sms_kernel(
     STAGE: tl.constexpr,
     DEPENDENT_LAUNCH: tl.constexpr,
     ROWS: tl.constexpr,
-    STAGES: tl.constexpr,  # STAGES - 1 chunks are on their way to shared memory
 ):
     """Send tokens to the ranks of their experts. A program sends its chunks, and then waits for the program of its number on
-    other ranks."""
+    other ranks. The rows of the next chunk are loaded before those of a chunk are stored."""
     if DEPENDENT_LAUNCH:
         gdc_wait()
     program, num_programs = tl.program_id(0), tl.num_programs(0)
@@ -103,12 +102,13 @@ def dispatch_on_few_sms_kernel(
     s = tl.arange(0, SCALE_WORDS_PADDED)[None, :]
     source = hidden_states.to(tl.pointer_type(tl.int32))
     num_chunks = tl.cdiv(num_tokens, ROWS) * PARTS
-    for chunk in tl.range(program, num_chunks, num_programs, num_stages=STAGES):
+    rows = _load_chunk(source, program, num_tokens, ROWS, PARTS, HIDDEN_WORDS, TILE)
+    for chunk in tl.range(program, num_chunks, num_programs):
         tokens, real = _tokens_of(chunk, num_tokens, ROWS, PARTS)
-        rows = _load_chunk(source, chunk, num_tokens, ROWS, PARTS, HIDDEN_WORDS, TILE)
         ids, owners = _owners_of(topk_ids, mask, tokens, real, experts_per_rank, TOP_K, TOP_K_PADDED, HAS_MASK)
         choice = real[:, None] & (k < TOP_K)
         weights = tl.load(topk_weights + tokens[:, None] * TOP_K + k, mask=choice)
+        ahead = _load_chunk(source, chunk + num_programs, num_tokens, ROWS, PARTS, HIDDEN_WORDS, TILE)
         columns = (chunk % PARTS * TILE + tl.arange(0, TILE))[None, :]
         slots = (rank * num_tokens + tokens)[:, None].to(tl.int64)
         for step in tl.static_range(EP_SIZE):
@@ -129,6 +129,7 @@ def dispatch_on_few_sms_kernel(
                     )
                     received_scales = _in_window(addresses, ranks, destination, scales_offset, tl.float32)
                     tl.store(received_scales + slots * SCALE_WORDS + s, row_scales, mask=addressed & (s < SCALE_WORDS))
+        rows = ahead
     _signal_others(addresses, others, rank, flags_offset, rank_flags, program, epoch, DEPENDENT_LAUNCH)
     if program == 0:
         tl.store(epochs + 1, epoch)

@@ -22,7 +22,7 @@ def _row_of(
     addresses, ranks, source, returned_offset, owners, wanted, slot, columns,
     element_type: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """A part of the row in `slot` of the window of `source`; zeros unless wanted, or where source has no expert of the token."""
+    """A part of the row in `slot` of the window of `source`; zeros unless it is wanted and source has an expert for it."""
     addressed = wanted & (tl.max((owners == source).to(tl.int32), 0) > 0)
     rows = _in_window(addresses, ranks, source, returned_offset, element_type)
     # .cg: a line of another GPU's memory that this multiprocessor has kept would be of an earlier exchange

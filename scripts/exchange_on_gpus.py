@@ -376,7 +376,7 @@ def eager(bench: Bench, num_tokens: int) -> None:
     step = StepPlan(num_tokens_across_dp=(num_tokens,) * rank.num_ranks, sharding=TokenSharding.REPLICATED)
     exchanges = [agrs(rank, batch)]
     for name in ("symmetric", "all2all"):
-        pipeline = build(name, groups, EXPERTS)
+        pipeline = pipeline_of(rank) if name == "symmetric" else build(name, groups, EXPERTS)
 
         def dispatch(pipeline: MoEPipeline = pipeline) -> State:
             prepared = pipeline.prepare_finalize.prepare(batch.x, (batch.weights, batch.ids), step)

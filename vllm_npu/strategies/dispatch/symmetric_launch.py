@@ -17,7 +17,9 @@ from vllm_npu.transport.kernels.launch import PreparedLaunch
 from vllm_npu.transport.symmetric_memory import TAKE_FLAGS, SymmetricWindows
 
 SPLIT_MAX_TOKENS = 16  # up to this number of tokens, small programs share each row, so that more of the GPU takes part
-SPLIT_BYTES = 2048  # bytes of a row that one program moves in that case, and that a taking program moves in every case
+SPLIT_BYTES = (
+    2048  # bytes of a row that one program moves in that case, and a taking program of a whole GPU at any number
+)
 WHOLE_BYTES = 16384  # bytes of a row that one program moves otherwise: each program costs a fence over the link
 FULL_TOKENS = 1024  # up to this number of tokens, 16 warps in a program are faster than 8, or as fast
 CHUNK_BYTES = 65536

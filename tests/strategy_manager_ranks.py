@@ -88,12 +88,15 @@ def exchange(
     for expert in range(first, first + case.experts_per_rank):
         row, k = (row_ids == expert).nonzero(as_tuple=True)
         output.index_add_(0, row, (rows[row] @ matrices[expert]).float() * row_weights[row, k, None])
-    if into:
+    rows_in = output.to(case.dtype)
+    if into:  # as vLLM 0.32 calls a manager
+        allocated = manager.allocate_combine_input(tuple(rows_in.shape), rows_in.dtype)
+        rows_in = rows_in if allocated is None else allocated.copy_(rows_in)
         given = torch.full((hidden_states.shape[0], case.width), float("nan"), device=rank.device, dtype=case.dtype)
-        combined = manager.combine_into(output.to(case.dtype), given, sequence_parallel)
+        combined = manager.combine_into(rows_in, given, sequence_parallel)
         faults += [f"rank {rank.rank}: another tensor than the given one"] * (combined is not given)
     else:
-        combined = manager.combine(output.to(case.dtype), sequence_parallel)
+        combined = manager.combine(rows_in, sequence_parallel)
     expected = tensors.expected_on(topology, case.sharding)
     if not torch.equal(combined[: expected.shape[0]].cpu(), expected):
         faults.append(f"rank {rank.rank}: not the reference")

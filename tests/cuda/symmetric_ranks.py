@@ -111,13 +111,19 @@ def poison(dispatcher: SymmetricDispatcher) -> None:
     dispatcher.groups.ep.barrier()
 
 
-def exchange(rank: Rank, dispatcher: SymmetricDispatcher, shape: Shape, batch: Batch) -> torch.Tensor:
+def exchange(
+    rank: Rank, dispatcher: SymmetricDispatcher, shape: Shape, batch: Batch, *, in_window: bool = False
+) -> torch.Tensor:
     slots = dispatcher.dispatch_slots(batch.hidden_states, batch.weights, batch.ids, batch.mask)
-    return dispatcher.combine_slots(on_slots(slots, rank.rank, shape.num_experts // rank.num_ranks), slots.handle)
+    rows = on_slots(slots, rank.rank, shape.num_experts // rank.num_ranks)
+    if in_window:
+        rows = dispatcher.combine_input(slots.handle, rows.shape[1], rows.dtype).copy_(rows)
+    return dispatcher.combine_slots(rows, slots.handle)
 
 
 def exchanges(rank: Rank, shapes: list[Shape], every_way: bool) -> list[str]:
-    """Exchange each shape once with poisoned windows; with every_way also with global ids, and sorted by expert. Returns the
+    """Exchange each shape once with poisoned windows; with every_way also with global ids, sorted
+    by expert, and out of windows. Returns the
     faults."""
     faults = []
     for seed, shape in enumerate(shapes):
@@ -147,6 +153,8 @@ def exchanges(rank: Rank, shapes: list[Shape], every_way: bool) -> list[str]:
             local_ids = torch.where(local, ids - rank.rank * per_rank, -1)
             faults += _with_global_ids(rank, dispatcher, shape, own, torch.where(local, ids, -1))
             faults += _sorted_by_expert(rank, dispatcher, shape, own, local_ids, rows)
+            if not torch.equal(exchange(rank, dispatcher, shape, own, in_window=True), own.expected()):
+                faults.append(f"{shape}: output taken out of windows")
         if not all(same_bits(*pair) for pair in zip(before, (own.hidden_states, own.weights, own.ids), strict=True)):
             faults.append(f"{shape}: an input was written to")
     dispatcher.check_failed()
@@ -244,16 +252,18 @@ def repeats(rank: Rank) -> None:
 
 
 def replays(rank: Rank, num_tokens: int, max_sms: int | None) -> None:
-    """Capture a graph of three exchanges, and replay it with new tokens and new routing."""
+    """Capture a graph of three exchanges, of which two take rows out of windows, and replay it with new tokens and new
+    routing."""
     shape = Shape(num_tokens=num_tokens, hidden_size=1024, max_sms=max_sms)
     dispatcher = opened(rank, shape)
     still = Batch.of(shape, rank.rank, rank.num_ranks, 0)
-    exchange(rank, dispatcher, shape, still)  # compiles the kernels outside the graph
+    for in_window in (True, False):  # compiles the kernels outside the graph
+        exchange(rank, dispatcher, shape, still, in_window=in_window)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         # An odd number, so that the last exchange of a replay and the first of the next one use the same window.
-        outputs = [exchange(rank, dispatcher, shape, still) for _ in range(3)]
+        outputs = [exchange(rank, dispatcher, shape, still, in_window=i != 1) for i in range(3)]
     for seed in range(50):
         shape_now = Shape(num_tokens=num_tokens, hidden_size=1024, routing=ROUTINGS[seed % 3])
         fresh = Batch.of(shape_now, rank.rank, rank.num_ranks, seed)
@@ -266,7 +276,8 @@ def replays(rank: Rank, num_tokens: int, max_sms: int | None) -> None:
         graph.replay()
         assert all(torch.equal(output, fresh.expected()) for output in outputs), seed
         if seed % 10 == 0:
-            assert torch.equal(exchange(rank, dispatcher, shape, fresh), fresh.expected())  # eager between replays
+            for in_window in (False, True):  # eager between replays
+                assert torch.equal(exchange(rank, dispatcher, shape, fresh, in_window=in_window), fresh.expected())
     dispatcher.check_failed()
 
 
@@ -326,9 +337,33 @@ def refusals(rank: Rank) -> list[str]:
     slots = dispatcher.dispatch_slots(*tensors)
     refused(InvalidInputError, dispatcher.combine_slots, outputs[0].cpu(), slots.handle)
     refused(InvalidInputError, dispatcher.combine_slots, outputs[0][:, :0], slots.handle)
+    memory = dispatcher.combine_input(slots.handle, 2 * shape.hidden_size, shape.dtype)
+    refused(InvalidInputError, dispatcher.combine_slots, memory[:, : shape.hidden_size], slots.handle)
+    refused(InvalidInputError, dispatcher.combine_input, slots.handle, shape.hidden_size, torch.int32)
+    refused(InvalidInputError, dispatcher.combine_input, slots.handle, 1 << 24, shape.dtype)
     dispatcher.abandon(slots.handle)
-    assert torch.equal(exchange(rank, dispatcher, shape, own), own.expected())
+    for in_window in (False, True):
+        assert torch.equal(exchange(rank, dispatcher, shape, own, in_window=in_window), own.expected())
     return messages
+
+
+def differ_about_windows(rank: Rank, timeout: float) -> str:
+    """The last rank's experts write into its window, the others' do not. Returns the error after it."""
+    shape = Shape(num_tokens=8)
+    own = Batch.of(shape, rank.rank, rank.num_ranks, 0)
+    for seconds in (60.0, timeout):  # the first exchanges compile the kernels
+        close_windows(rank.groups(tp_size=1, dp_size=rank.num_ranks).ep)
+        dispatcher = dispatcher_of(rank, shape.num_experts, timeout=seconds)
+        for in_window in (False, True):
+            assert torch.equal(exchange(rank, dispatcher, shape, own, in_window=in_window), own.expected())
+        torch.cuda.synchronize()
+    exchange(rank, dispatcher, shape, own, in_window=rank.rank == rank.num_ranks - 1)
+    torch.cuda.synchronize()
+    try:
+        dispatcher.check_failed()
+    except TransportError as error:
+        return str(error)
+    return "no error"
 
 
 def strided_tensors(rank: Rank) -> list[str]:
@@ -459,7 +494,8 @@ def seconds_of_windows(rank: Rank) -> tuple[float, float]:
 
 
 def random_steps(rank: Rank, steps: int, seed: int) -> int:
-    """Run steps of random sizes, routing and SMs without a sync in between. Returns the number of wrong elements."""
+    """Run steps of random sizes, routing, SMs and kinds of combine without a sync in between. Returns the number of wrong
+    elements."""
     sizes = torch.Generator().manual_seed(seed)  # the same on every rank
     dispatcher = opened(rank, Shape(num_tokens=1))
     wrong = torch.zeros((), dtype=torch.int64, device="cuda")
@@ -473,7 +509,9 @@ def random_steps(rank: Rank, steps: int, seed: int) -> int:
         key = (shape, draw[3] % 4)
         if key not in batches:
             batches[key] = Batch.of(shape, rank.rank, rank.num_ranks, draw[3] % 4)
-        wrong += (exchange(rank, dispatcher, shape, batches[key]) != batches[key].expected()).sum()
+        in_window = draw[3] // 4 % 2 > 0
+        output = exchange(rank, dispatcher, shape, batches[key], in_window=in_window)
+        wrong += (output != batches[key].expected()).sum()
     dispatcher.check_failed()
     return int(wrong)
 

@@ -99,6 +99,9 @@ def test_misuse_is_refused_before_anything_moves(gpus):
                 "mask is on cpu",
                 "slot_output is on cpu",
                 "with columns",
+                "give the whole combine_input",
+                "torch.int32",
+                "the windows hold",
             ],
             strict=True,
         ):
@@ -153,6 +156,12 @@ def test_a_rank_that_stops_between_replays_is_named_on_all_ranks():
         assert f"rank {NUM_RANKS - 1} did not reach dispatch within 3 s" in message
         assert seconds < 5
     assert all(seconds > 2.9 for seconds, _ in waiting)
+
+
+def test_ranks_that_differ_about_where_the_experts_rows_lie_fail_after_the_time_out():
+    with ProcessRankPool(NUM_RANKS, timeout=60, transport="nccl") as pool:
+        for message in pool.run(ranks.differ_about_windows, 3.0):
+            assert "did not reach combine within 3 s" in message
 
 
 def test_kernels_wait_as_long_as_served_collectives(gpus):

@@ -98,12 +98,27 @@ def test_the_tables_of_settings_are_complete():
     assert set(re.findall(r"^\| `(\w+)` \|", settings.partition("Environment")[0], re.MULTILINE)) == set(KEYS)
 
 
+def exchange_times() -> dict[tuple[str, int], str]:
+    """Median us of dispatch and combine between two GPUs by exchange and tokens, as documents print them."""
+    rows = json.loads((ROOT / "docs/benchmarks/2026-11-29-exchange-2xH200.json").read_text(encoding="utf-8"))
+    times = {(row["what"], row["tokens"]): row["us_median"] for row in rows if row.get("metric") == "both"}
+    return {key: f"{us:.1f}" if us < 100 else f"{us:,.0f}" for key, us in times.items()}
+
+
 def test_the_times_on_gpus_are_those_of_the_run():
-    """docs/gpu.md's table is of the rows that `vllm-npu bench` wrote."""
-    rows = json.loads((ROOT / "docs/benchmarks/2026-11-22-bench-2xH100.json").read_text(encoding="utf-8"))
-    names = ("symmetric", "AgRs", "original allgather", "original multicast")
-    for tokens in (8, 128, 512, 4096):
-        times = {row["name"]: row["us_median"] for row in rows if row["tokens"] == [tokens, tokens]}
-        ratio = f"{times['symmetric'] / times['AgRs']:.2f}"
-        expected = f"| {' | '.join([str(tokens), *(f'{times[name]:.1f}' for name in names), ratio])} |"
-        assert expected in DOCUMENTS["docs/gpu.md"]
+    """The tables of docs/gpu.md and of the report are of the rows that scripts/exchange_on_gpus.py wrote."""
+    times = exchange_times()
+    names = ("symmetric", "symmetric, in its window", "FlashInfer, in its buffer", "AgRs")
+    for tokens in (8, 128, 512, 1024, 4096):
+        assert f"| {' | '.join([str(tokens), *(times[name, tokens] for name in names)])} |" in DOCUMENTS["docs/gpu.md"]
+    report = (ROOT / "docs/benchmarks/2026-11-29-exchange-2xH200.md").read_text(encoding="utf-8")
+    every = (1, 8, 32, 128, 512, 1024, 2048, 4096)
+    fp8 = ("symmetric fp8, scales given", "symmetric fp8, scales given, in its window")
+    peers = ("FlashInfer fp8, scales given, in its buffer", "FlashInfer fp8, scales given, with its copy")
+    for name in (*names, "FlashInfer, with its copy", *fp8, *peers):
+        assert f"| {' | '.join(times[name, tokens] for tokens in every)} |" in report
+    for name, last in (
+        ("symmetric, rows sorted by expert", times["symmetric, rows sorted by expert", 4096]),
+        ("DeepEP low latency", "–"),
+    ):
+        assert f"| {' | '.join([*(times[name, tokens] for tokens in every[:6]), last])} |" in report

@@ -12,6 +12,7 @@ from tests.cases import SEEDS, distinct_ids, seeded, small_integers
 from vllm_npu.core.routing import (
     ExpertPermutation,
     RankDestinations,
+    RanksOfTokens,
     _sum_rows_without_sync,
     check_router_logits,
     check_topk,
@@ -145,6 +146,10 @@ def test_each_token_goes_once_to_each_rank_that_has_one_of_its_experts(routing):
     ranks = range(placement.ep_size)
     expected = [[row_of.get((rank, token), -1) for rank in ranks] for token in range(len(owners))]
     assert destinations.row_of_rank.tolist() == expected
+    ranks_of_tokens = RanksOfTokens.of(ids, placement)
+    assert torch.equal(ranks_of_tokens.rows_per_rank, destinations.rows_per_rank)
+    assert torch.equal(ranks_of_tokens.tokens(len(sent)), destinations.tokens)
+    assert ranks_of_tokens.row_of_rank().tolist() == expected
 
 
 @given(routings(), SEEDS, st.sampled_from([torch.float32, torch.bfloat16]))

@@ -23,7 +23,15 @@ from tests.time_limits import PATIENCE_SECONDS
 from vllm_npu.strategies.dispatch import symmetric_launch
 from vllm_npu.strategies.dispatch.symmetric_layout import SlotLayout
 from vllm_npu.transport.kernels import signals
-from vllm_npu.transport.symmetric_memory import NUM_WINDOWS, STAGES, SymmetricWindows, WindowSize, align, first_epochs
+from vllm_npu.transport.symmetric_memory import (
+    NUM_WINDOWS,
+    STAGES,
+    TAKE_FLAGS,
+    SymmetricWindows,
+    WindowSize,
+    align,
+    first_epochs,
+)
 
 HIDDEN, TOP_K, EXPERTS_PER_RANK, TOKENS = 8, 2, 2, 3
 TIMEOUT = 2.0  # seconds, of the exchanges that must fail
@@ -43,6 +51,7 @@ class HostWindows(SymmetricWindows):
         self.returned_offset = align(SIZE.received_bytes)
         self.dispatch_flags_offset = self.returned_offset + align(SIZE.returned_bytes)
         self.combine_flags_offset = self.dispatch_flags_offset + align(4 * SIZE.rank_flags * self.num_ranks)
+        self.take_flags_offset = self.combine_flags_offset + align(4 * SIZE.rank_flags * self.num_ranks)
         self.report_address = ctypes.addressof(report)
         self.words = report
         all_epochs, own_epochs = first_epochs(self.device)
@@ -78,14 +87,19 @@ class Exchanger:
         self.windows = windows
         windows.timeout_ns = int(timeout * 1e9)
         self.num_tokens = num_tokens
-        self.expert_major, self.global_ids = (bool(options.get(key)) for key in ("expert_major", "global_ids"))
+        self.expert_major, self.global_ids, self.in_window = (
+            bool(options.get(key)) for key in ("expert_major", "global_ids", "in_window")
+        )
         self.layout = SlotLayout(windows.num_ranks * num_tokens, ROW_BYTES, 0, TOP_K)
         arguments = (windows, self.layout, num_tokens, EXPERTS_PER_RANK)
-        sent = {key: value for key, value in options.items() if key != "expert_major"}
+        sent = {key: value for key, value in options.items() if key not in ("expert_major", "in_window")}
         self.dispatches = symmetric_launch.dispatch_launches(*arguments, has_mask=False, **sent)
-        self.combines = symmetric_launch.combine_launches(
-            *arguments, width=HIDDEN, element_size=4, has_mask=False, **options
-        )
+        returned = {"width": HIDDEN, "element_size": 4, "has_mask": False}
+        if self.in_window:
+            returned["max_sms"] = options.get("max_sms")
+            self.combines = symmetric_launch.take_launches(*arguments, **returned)
+        else:
+            self.combines = symmetric_launch.combine_launches(*arguments, **returned, **options)
 
     def dispatch(self, seed: int) -> tuple[int, torch.Tensor, torch.Tensor]:
         generator = torch.Generator().manual_seed(100 * seed + self.windows.rank)
@@ -98,8 +112,13 @@ class Exchanger:
 
     def combine(self, window: int, ids: torch.Tensor) -> torch.Tensor:
         output = torch.full((self.num_tokens, HIDDEN), float("nan"))
-        rows, positions = self.sorted(window) if self.expert_major else (self.slot_output(window), None)
-        interpret(self.combines[window], (output, rows, positions, ids, None))
+        if self.in_window:
+            start, rows = self.windows.returned_offset, self.slot_output(window)
+            self.windows.memory[window][start : start + rows.nbytes].copy_(rows.flatten().view(torch.uint8))
+            interpret(self.combines[window], (output, ids, None))
+        else:
+            rows, positions = self.sorted(window) if self.expert_major else (self.slot_output(window), None)
+            interpret(self.combines[window], (output, rows, positions, ids, None))
         self.windows.give_back(window)
         return output
 
@@ -185,12 +204,17 @@ VARIANTS = (
     {"max_sms": 2, "global_ids": True},
     {"max_sms": 2, "num_tokens": 11},
     {"max_sms": 64, "num_tokens": 7},
+    {"in_window": True},
+    {"in_window": True, "global_ids": True, "num_tokens": 11},
+    {"in_window": True, "max_sms": 2, "num_tokens": 11},
+    {"in_window": True, "max_sms": 1},
 )
 
 
 def variants(windows: HostWindows) -> dict[str, object]:
     """Every way to exchange in turn on the same windows. Chunks hold halves of two rows, so that programs have several."""
     symmetric_launch.CHUNK_BYTES, symmetric_launch.WHOLE_BYTES = ROW_BYTES, ROW_BYTES // 2
+    symmetric_launch.SPLIT_BYTES = ROW_BYTES // 2
     good = [Exchanger(windows, **options).step(seed) for seed in range(2) for options in VARIANTS]
     return {"good": good, "missing": windows.missing}
 
@@ -213,6 +237,7 @@ def main(num_ranks: int) -> None:
     signals.POLLS_BETWEEN_CLOCK_READS = tl.constexpr(8)  # a poll takes about 0.2 ms here
     interpreter.InterpreterBuilder.create_splat = splat
     symmetric_launch._starts_early = lambda device: False
+    symmetric_launch._shared_memory = lambda device: 1 << 17
     seen = {
         scenario.__name__: on_ranks(num_ranks, scenario)
         for scenario in (recovers, last_abandons_alone, last_is_late, variants)
@@ -222,7 +247,8 @@ def main(num_ranks: int) -> None:
 
 def on_ranks(num_ranks: int, scenario: Callable[[HostWindows], dict[str, object]]) -> list[object]:
     """What the scenario returns on each rank."""
-    window_bytes = align(SIZE.received_bytes) + align(SIZE.returned_bytes) + 2 * align(4 * SIZE.rank_flags * num_ranks)
+    flags = 2 * align(4 * SIZE.rank_flags * num_ranks) + align(4 * TAKE_FLAGS * num_ranks)
+    window_bytes = align(SIZE.received_bytes) + align(SIZE.returned_bytes) + flags
     shared = [mmap.mmap(-1, NUM_WINDOWS * window_bytes) for _ in range(num_ranks)]  # forked ranks map them, too
     memories = [ctypes.addressof(ctypes.c_char.from_buffer(memory)) for memory in shared]
     report = (ctypes.c_int32 * (1 + num_ranks)).from_buffer(mmap.mmap(-1, mmap.PAGESIZE))

@@ -11,6 +11,7 @@ from vllm_npu.core.limits import NVLINK
 from vllm_npu.errors import HandleMismatchError, InvalidInputError, UnsupportedConfigError
 from vllm_npu.strategies.dispatch.base import RoutedTokens
 from vllm_npu.strategies.dispatch.local_permute import LocalPermuteDispatcher
+from vllm_npu.strategies.select import build
 from vllm_npu.strategies.table import ALL_STRATEGIES, STRATEGIES, StrategyRow
 from vllm_npu.tools.launch import Rank
 from vllm_npu.tools.verification import Case
@@ -97,6 +98,26 @@ def gives_windows_back(rank: Rank) -> list[str]:
 
 def test_an_error_between_dispatch_and_combine_costs_no_window(pools):
     assert [fault for found in pools("gloo", RANKS).run(gives_windows_back) for fault in found] == []
+
+
+def scales_travel(rank: Rank) -> None:
+    """all2all brings extra tensors beside their rows. Column 0 of each tensor is the number of the token."""
+    groups = rank.groups(tp_size=1, dp_size=rank.num_ranks)
+    dispatcher = build("all2all", groups, 2 * rank.num_ranks).dispatcher
+    numbers = torch.arange(7 + rank.rank) + 20 * rank.rank
+    x, scales = numbers[:, None].bfloat16().expand(-1, 6).contiguous(), numbers[:, None].float().expand(-1, 3)
+    ids = torch.stack([numbers % (2 * rank.num_ranks), (numbers + 1) % (2 * rank.num_ranks)], 1).int()
+    tokens = RoutedTokens(hidden_states=x, topk_weights=torch.ones(ids.shape), topk_ids=ids)
+    received, handle = dispatcher.dispatch_with_ids(tokens, (scales,))
+    [brought] = received.extra_tensors
+    assert torch.equal(brought.bfloat16(), received.rows[:, :3])
+    assert bool((received.topk_ids // 2 == rank.rank).any(1).all()), "a row that no expert of this rank takes"
+    per_row = (received.topk_ids // 2 == rank.rank).sum(1, keepdim=True)
+    assert torch.equal(dispatcher.combine_with_ids(received.rows * per_row, handle), 2 * x)
+
+
+def test_scales_travel_beside_the_rows_of_all2all(pools):
+    pools("gloo", RANKS).run(scales_travel)
 
 
 def combines_twice(rank: Rank) -> None:

@@ -34,7 +34,7 @@ def test_a_class_without_vllms_base_is_found_out():
     from vllm_npu.all2all import All2AllManager
 
     faults = contracts.faults_of(All2AllManager, All2AllManagerBase)
-    assert {"support_fault_tolerance is missing", "allocate_combine_input is missing"} <= set(faults)
+    assert {"support_fault_tolerance is missing", "combine_into_output is missing"} <= set(faults)
 
     class Renamed(All2AllManagerBase):
         def dispatch(self, hidden_states, weights, ids, is_sequence_parallel=False, extra_tensors=None):

@@ -114,6 +114,11 @@ class All2AllManager(ABC):
         """combine, with its result in `output`, which is returned. COLLECTIVE. A copy more if the exchange cannot write it."""
         return output.copy_(self.combine(hidden_states, is_sequence_parallel))
 
+    def allocate_combine_input(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor | None:
+        """Memory for the experts' rows, between a dispatch and its combine, which then gets this tensor. LOCAL. None: the
+        caller allocates it."""
+        return None
+
     def get_handle(self, kwargs: dict[str, Any]) -> Any:
         """Return the library's object for these sizes, or the manager itself where there is no library. LOCAL, except for the
         first call with these sizes."""

@@ -136,6 +136,11 @@ class StrategyAll2AllManager(All2AllManager):
         del self._in_flight[micro_batch]
         return sent.pipeline.prepare_finalize.finalize(combined, sent.prepared, reduce_results=False).hidden_states
 
+    def allocate_combine_input(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor | None:
+        """symmetric gives its window, from which combine takes the rows. Equal on all ranks. Other strategies give None."""
+        sent = self._in_flight.get(self._running.micro_batch())
+        return None if sent is None else sent.pipeline.dispatcher.combine_input_with_ids(sent.dispatched, shape, dtype)
+
     def set_num_sms(self, num_sms: int) -> None:
         """Limit the multiprocessors of symmetric from the next dispatch on. LOCAL. Other strategies obey NCCL's variables.
 

@@ -180,6 +180,34 @@ class RankDestinations:
         return cls(tokens=tokens, rows_per_rank=goes.sum(0), row_of_rank=torch.where(goes, rows, -1))
 
 
+@dataclass(frozen=True, slots=True)
+class RanksOfTokens:
+    """The EP ranks that each token goes to, for a caller that learns the number of sent rows from elsewhere. Sent rows are
+    those of RankDestinations: sorted by rank, then by token."""
+
+    goes: torch.Tensor  # [ep_size, num_tokens] bool
+    ends: (
+        torch.Tensor
+    )  # [ep_size * num_tokens] int64: sent rows up to each pair of a rank and a token, this one included
+    rows_per_rank: torch.Tensor  # [ep_size] int64
+
+    @classmethod
+    def of(cls, topk_ids: torch.Tensor, placement: ExpertPlacement) -> "RanksOfTokens":
+        """Compute them for global ids [num_tokens, top_k]. Host sync: no."""
+        ranks = torch.arange(placement.ep_size, device=topk_ids.device)
+        goes = (topk_ids // placement.experts_per_rank == ranks[:, None, None]).any(2)
+        return cls(goes=goes, ends=goes.flatten().cumsum(0), rows_per_rank=goes.sum(1))
+
+    def tokens(self, num_sent: int) -> torch.Tensor:  # [num_sent] int64
+        """The token of each sent row. num_sent: the sum of rows_per_rank. Host sync: no."""
+        row_numbers = torch.arange(1, num_sent + 1, device=self.ends.device)
+        return torch.searchsorted(self.ends, row_numbers).remainder(max(self.goes.shape[1], 1))
+
+    def row_of_rank(self) -> torch.Tensor:  # [num_tokens, ep_size] int64
+        """The sent row of each token to each rank, -1 for no row."""
+        return torch.where(self.goes, self.ends.view(self.goes.shape) - 1, -1).t().contiguous()
+
+
 def expert_ranges(tokens_per_expert: Sequence[int]) -> list[tuple[int, int, int]]:
     """List (expert, start, stop) for every expert that has rows in an expert-major tensor."""
     ranges = []

@@ -52,7 +52,7 @@ def check_inside_vllm(strategy: str, *, replicated_over_tp: bool, extra_tensors:
     if most is not None and extra_tensors > most:
         raise UnsupportedConfigError(
             f"{strategy} does not send what quantised experts need beside their rows; choose symmetric (one tensor of scales), "
-            "allgather or naive"
+            "all2all, allgather or naive"
         )
 
 

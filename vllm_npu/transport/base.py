@@ -155,21 +155,36 @@ class Transport(ABC):
         if self.size == 1:
             exchanged = self.exchange_tokens(tensors, rows_per_rank)
             return Pending(stage="exchange_tokens", complete=lambda: exchanged)
-        sent_rows, received_rows = self._exchange_sizes(tensors, rows_per_rank)
+        sent_rows, received_rows = self._exchange_sizes(rows_per_rank)
+        self._check_sent_rows(sent_rows, tensors)
         message, unpack = pack(tensors)
         if len(tensors) == 1:
             message = message.clone()
         pending = self._all_to_all_start(message, sent_rows, received_rows)
         return Pending(stage="exchange_tokens", complete=lambda: (unpack(pending.finish()), sent_rows, received_rows))
 
-    def _check_exchange(self, tensors: Sequence[torch.Tensor], rows_per_rank: torch.Tensor) -> None:
-        self._check_together("exchange_tokens", tensors)
+    def exchange_sizes(
+        self,
+        rows_per_rank: torch.Tensor,  # [size] int64: rows that this rank sends to each rank
+    ) -> tuple[list[int], list[int]]:
+        """Rows sent to each rank, and rows received from each rank: 8 bytes go to each rank. Host sync: yes."""
+        self._check_rows_per_rank("exchange_sizes", rows_per_rank)
+        if self.size == 1:
+            rows = rows_per_rank.tolist()
+            return rows, rows
+        return self._exchange_sizes(rows_per_rank)
+
+    def _check_rows_per_rank(self, operation: str, rows_per_rank: torch.Tensor) -> None:
         if rows_per_rank.shape != (self.size,) or rows_per_rank.dtype != torch.int64:
             raise InvalidInputError(
-                f"exchange_tokens on group '{self.group}': rows_per_rank is {rows_per_rank.dtype} "
+                f"{operation} on group '{self.group}': rows_per_rank is {rows_per_rank.dtype} "
                 f"{tuple(rows_per_rank.shape)}; it must be int64 [{self.size}]"
             )
-        if rows_per_rank.device.type == "cpu":  # on accelerators, _exchange_sizes checks them
+
+    def _check_exchange(self, tensors: Sequence[torch.Tensor], rows_per_rank: torch.Tensor) -> None:
+        self._check_together("exchange_tokens", tensors)
+        self._check_rows_per_rank("exchange_tokens", rows_per_rank)
+        if rows_per_rank.device.type == "cpu":  # on accelerators, they are checked once the sizes have moved
             self._check_sent_rows(rows_per_rank.tolist(), tensors)
 
     def _check_sent_rows(self, sent_rows: Sequence[int], tensors: Sequence[torch.Tensor]) -> None:
@@ -260,13 +275,10 @@ class Transport(ABC):
         message, unpack = pack(tensors)
         return unpack(self._all_gather(message, sizes))
 
-    def _exchange_sizes(
-        self, tensors: Sequence[torch.Tensor], rows_per_rank: torch.Tensor
-    ) -> tuple[list[int], list[int]]:
+    def _exchange_sizes(self, rows_per_rank: torch.Tensor) -> tuple[list[int], list[int]]:
         ones = [1] * self.size
         rows_from_each = self._all_to_all(rows_per_rank.contiguous(), ones, ones)
         sent_rows, received_rows = torch.stack([rows_per_rank, rows_from_each]).tolist()
-        self._check_sent_rows(sent_rows, tensors)
         if min(received_rows) < 0 or sum(received_rows) > MAX_RECEIVED_ROWS:  # they decide how much memory is allocated
             detail = f"the ranks announce {received_rows} rows, which is impossible; look for the rank that is wrong"
             raise TransportError("exchange_tokens", self.group, self.rank, detail)
@@ -279,7 +291,8 @@ class Transport(ABC):
         return Pending(stage="all_to_all", complete=lambda: received)
 
     def _exchange_tokens(self, tensors: Sequence[torch.Tensor], rows_per_rank: torch.Tensor) -> Exchanged:
-        sent_rows, received_rows = self._exchange_sizes(tensors, rows_per_rank)
+        sent_rows, received_rows = self._exchange_sizes(rows_per_rank)
+        self._check_sent_rows(sent_rows, tensors)
         message, unpack = pack(tensors)
         return unpack(self._all_to_all(message, sent_rows, received_rows)), sent_rows, received_rows
 

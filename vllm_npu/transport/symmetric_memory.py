@@ -34,6 +34,10 @@ ALIGNMENT = 256  # bytes; offsets in a window are multiples of it
 MAX_PLACE_BYTES = 128  # of a host's identity and a device's UUID
 MAX_TEXT_BYTES = 256
 REGISTER_MAPPED = 3  # flags of cudaHostRegister: the memory is mapped, and pinned for all contexts
+TAKE_FLAGS = 16
+"""Flags that each rank has for combine out of windows. 128 took 1 us more at 32 tokens, and 4 us more at 1024
+(docs/benchmarks/2026-11-29-exchange-2xH200.md)."""
+
 STAGES = {1: "dispatch", 2: "combine"}  # numbers that the kernels write into the report
 
 
@@ -157,7 +161,8 @@ class SymmetricWindows:
         self.returned_offset = align(size.received_bytes)
         self.dispatch_flags_offset = self.returned_offset + align(size.returned_bytes)
         self.combine_flags_offset = self.dispatch_flags_offset + flags_bytes
-        self._window_bytes = self.combine_flags_offset + flags_bytes
+        self.take_flags_offset = self.combine_flags_offset + flags_bytes
+        self._window_bytes = self.take_flags_offset + align(4 * TAKE_FLAGS * self.num_ranks)
         self.bytes_per_rank = NUM_WINDOWS * self._window_bytes
         try:
             buffer = symm_mem.empty(self.bytes_per_rank, dtype=torch.uint8, device=self.device)
@@ -202,6 +207,10 @@ class SymmetricWindows:
                 f"the windows of group '{self.group}' are closed; dispatch anew, which opens others"
             )
         return self._buffer[window * self._window_bytes : (window + 1) * self._window_bytes]
+
+    def returned_address(self, window: int) -> int:
+        """Address of the returned part of this rank's `window`. LOCAL."""
+        return self.bytes_of(window).data_ptr() + self.returned_offset
 
     def take(self) -> int:
         """Take a free window. LOCAL. Every rank must take and give back windows in the same order, and call enter() before its

@@ -18,8 +18,7 @@ from vllm_npu.trust.step_lookout import StepLookout
 class VllmAll2AllManager(All2AllManagerBase):
     """Offers `inner` through vLLM's class. The constructor is COLLECTIVE over the group, as that of vLLM's class.
 
-    What vLLM's class does by itself stays: experts allocate their output, from which symmetric sends without a copy, and vLLM
-    asks for no faults, since CudaMoEWorker looks for them.
+    What vLLM's class does by itself stays: vLLM asks for no faults, since CudaMoEWorker looks for them.
     """
 
     def __init__(self, inner: All2AllManager, lookout: StepLookout, metrics: StepMetrics | None = None) -> None:
@@ -71,6 +70,16 @@ class VllmAll2AllManager(All2AllManagerBase):
     def combine(self, hidden_states: torch.Tensor, is_sequence_parallel: bool = False) -> torch.Tensor:
         """Return this rank's tokens, as the inner manager does. COLLECTIVE."""
         return self.inner.combine(hidden_states, is_sequence_parallel)
+
+    def allocate_combine_input(
+        self,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+        is_sequence_parallel: bool = False,
+    ) -> torch.Tensor | None:
+        """Return memory for the experts' rows that the inner manager moves in less time, or None. LOCAL. vLLM 0.32 calls it."""
+        return self.inner.allocate_combine_input(shape, dtype)
 
     def combine_into_output(
         self, hidden_states: torch.Tensor, output: torch.Tensor, is_sequence_parallel: bool = False

@@ -5,12 +5,16 @@ Each rank writes its tokens into fixed slots of the other ranks' memory:
 source:       row + scales + weights + local ids  --dispatch kernel-->  slot (rank, token) of every rank with one of its experts
 destination:  experts, weighted sum for each slot  --combine kernel-->  source: sum over ranks
 
+Experts that write into combine_input leave their rows in the window, and the sources take them from there: one copy less, and
+no wait for rows to arrive before a flag can be set.
+
 dispatch_slots and combine_slots do this alone. They are for experts that take slots: rows with expert ids, of which -1
 means no expert. vLLM's fused experts take such rows. dispatch also sorts the rows by expert, in two kernels more, for experts
 that take expert-major rows. combine then reads these rows itself.
 """
 
 from dataclasses import dataclass, field
+from enum import Enum, auto
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +34,7 @@ from vllm_npu.strategies.dispatch.symmetric_launch import (
     dispatch_launches,
     programs_for,
     sort_launches,
+    take_launches,
     weighted_sum,
 )
 from vllm_npu.strategies.dispatch.symmetric_layout import WORD_BYTES, SlotLayout
@@ -39,9 +44,21 @@ from vllm_npu.transport.symmetric_memory import NUM_WINDOWS, SymmetricWindows, W
 
 COMBINE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
+TAKE_MAX_TOKENS = 2048
+"""Tokens of a rank up to which combine out of windows is faster than a combine that sends
+(docs/benchmarks/2026-11-29-exchange-2xH200.md)."""
+
 WINDOW_MIN_BYTES = 8 << 20
 """The smallest size of the received and of the returned part of a window. Layers with small rows of different widths can then
 share the windows that the first of them opened."""
+
+
+class Rows(Enum):
+    """What the experts' rows are that combine gets."""
+
+    SLOTS = auto()  # a row for each slot
+    SLOTS_IN_WINDOW = auto()  # the same, in combine_input
+    SORTED = auto()  # rows sorted by expert
 
 
 @dataclass(slots=True, eq=False)
@@ -57,9 +74,11 @@ class SlotPlan:
     launches: tuple[PreparedLaunch, ...]  # for each window; empty: no tokens
     views: tuple[tuple[torch.Tensor, ...], ...]  # for each window: hidden_states, scales, weights, ids
     sorts: tuple[SortLaunches, ...]  # for each window; empty: no slots, or global ids
-    combines: dict[tuple[int, torch.Size, torch.dtype, bool], tuple[PreparedLaunch, ...]] = field(default_factory=dict)
-    """Launches of combine by the device, shape and dtype of the experts' rows, and whether these are sorted. Filled by
-    combine_slots and combine."""
+    combines: dict[tuple[int, torch.Size, torch.dtype, "Rows"], tuple[PreparedLaunch, ...]] = field(
+        default_factory=dict
+    )
+    """Launches of combine by the device, shape and dtype of the experts' rows, and what these are. Filled by combine_slots and
+    combine."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -233,6 +252,20 @@ class SymmetricDispatcher(Dispatcher):
             handle=SlotHandle(window=window, plan=plan, topk_ids=topk_ids, mask=mask),
         )
 
+    def combine_input(self, handle: SlotHandle, width: int, dtype: torch.dtype) -> torch.Tensor:
+        """Memory of the window for the experts' rows: [ep_size * num_tokens, width]. LOCAL. Host sync: no.
+
+        Where combine_slots gets this tensor, it sends nothing: each rank takes its tokens' rows out of the others' windows.
+        In a step, all ranks give this tensor to combine_slots, or none does; otherwise they fail after the deadline. Write it
+        between the dispatch and the combine of `handle`. Raises InvalidInputError for rows that combine_slots would refuse.
+        """
+        handle = check_handle(handle, SlotHandle, "SymmetricDispatcher.combine_input")
+        windows, num_slots = handle.plan.windows, handle.plan.layout.num_slots
+        self._check_returned(dtype, (num_slots, width), windows)
+        start = windows.returned_offset
+        memory = windows.bytes_of(handle.window)[start : start + num_slots * width * dtype.itemsize]
+        return memory.view(dtype).view(num_slots, width)
+
     def combine_slots(
         self,
         slot_output: torch.Tensor,  # [ep_size * num_tokens, width]: weighted sums of the local experts; empty slots unused
@@ -245,22 +278,24 @@ class SymmetricDispatcher(Dispatcher):
         is given. A refused tensor (InvalidInputError) leaves the handle usable. Any other error gives the window back.
         """
         handle = check_handle(handle, SlotHandle, "SymmetricDispatcher.combine_slots")
-        return self._combine(slot_output, handle, output=output)
+        in_window = slot_output.data_ptr() == handle.plan.windows.returned_address(handle.window)
+        return self._combine(slot_output, handle, Rows.SLOTS_IN_WINDOW if in_window else Rows.SLOTS, output=output)
 
     def _combine(
         self,
-        rows: torch.Tensor,  # a row for each slot, or expert-major rows
+        rows: torch.Tensor,
         handle: SlotHandle,
+        kind: Rows,
         *,
         positions: torch.Tensor | None = None,  # [num_slots, top_k] int32, of expert-major rows
         output: torch.Tensor | None = None,
     ) -> torch.Tensor:
         plan = handle.plan
         windows = plan.windows
-        key = (rows.get_device(), rows.shape, rows.dtype, positions is not None)
+        key = (rows.get_device(), rows.shape, rows.dtype, kind)
         launches = plan.combines.get(key)
         if launches is None:
-            launches = plan.combines[key] = self._plan_combine(rows, handle, expert_major=positions is not None)
+            launches = plan.combines[key] = self._plan_combine(rows, handle, kind)
         if output is not None:
             _check_output(output, plan.num_tokens, rows)
         handle.spend("SymmetricDispatcher.combine_slots")
@@ -270,7 +305,9 @@ class SymmetricDispatcher(Dispatcher):
             self.groups.ep.note_op("combine", plan.num_tokens * others * rows.shape[1] * rows.element_size())
             if output is None:
                 output = rows.new_empty((plan.num_tokens, rows.shape[1]))
-            tensors = (output, rows.contiguous(), positions, handle.topk_ids, handle.mask)
+            routing = (handle.topk_ids, handle.mask)
+            taken = kind is Rows.SLOTS_IN_WINDOW
+            tensors = (output, *routing) if taken else (output, rows.contiguous(), positions, *routing)
             stream = windows.enter()
             if launches:
                 launches[handle.window](tensors, stream)
@@ -302,6 +339,17 @@ class SymmetricDispatcher(Dispatcher):
         """combine_slots."""
         handle = check_handle(handle, SlotHandle, "SymmetricDispatcher.combine_with_ids")
         return self.combine_slots(expert_output, handle, output)
+
+    def combine_input_with_ids(self, handle: Handle, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor | None:
+        """combine_input, in steps of up to TAKE_MAX_TOKENS. In larger ones, sending the rows takes as long or less."""
+        handle = check_handle(handle, SlotHandle, "SymmetricDispatcher.combine_input_with_ids")
+        plan = handle.plan
+        fits = len(shape) == 2 and shape[0] == plan.layout.num_slots and dtype in COMBINE_DTYPES
+        if plan.num_tokens > TAKE_MAX_TOKENS or not fits:
+            return None
+        if shape[0] * shape[1] * dtype.itemsize > plan.windows.size.returned_bytes:
+            return None
+        return self.combine_input(handle, shape[1], dtype)
 
     def dispatch(self, tokens: RoutedTokens) -> Dispatched:
         """dispatch_slots, then sort the rows by expert in two kernels. Host sync: no. Graph capture: yes.
@@ -351,9 +399,9 @@ class SymmetricDispatcher(Dispatcher):
         handle = self._consume(handle, SymmetricHandle, expert_output)
         with self.scope(handle.slots):
             if handle.slots.plan.max_sms is None:
-                return self._combine(expert_output, handle.slots, positions=handle.positions)
+                return self._combine(expert_output, handle.slots, Rows.SORTED, positions=handle.positions)
             slot_output = weighted_sum(expert_output, handle.positions, handle.local_ids, handle.weights)
-            return self._combine(slot_output, handle.slots)
+            return self._combine(slot_output, handle.slots, Rows.SLOTS)
 
     def _release(self, handle: Handle) -> None:
         if isinstance(handle, SymmetricHandle):
@@ -436,12 +484,10 @@ class SymmetricDispatcher(Dispatcher):
             sorts=tuple(sort_launches(layout, each, experts_per_rank) for each in views) if sorts else (),
         )
 
-    def _plan_combine(
-        self, slot_output: torch.Tensor, handle: SlotHandle, *, expert_major: bool
-    ) -> tuple[PreparedLaunch, ...]:
+    def _plan_combine(self, slot_output: torch.Tensor, handle: SlotHandle, kind: Rows) -> tuple[PreparedLaunch, ...]:
         """Check slot_output, and prepare combine's kernel for each window. Empty: there is nothing to move."""
         plan, windows, layout = handle.plan, handle.plan.windows, handle.plan.layout
-        if not expert_major:  # combine has checked the rows
+        if kind is not Rows.SORTED:  # combine has checked the rows
             check_rows(
                 slot_output,
                 layout.num_slots,
@@ -450,29 +496,37 @@ class SymmetricDispatcher(Dispatcher):
                 meaning="a row for each slot",
             )
         check_device("slot_output", slot_output, windows.device)
-        if slot_output.dtype not in COMBINE_DTYPES or not slot_output.shape[1]:
-            raise InvalidInputError(
-                f"slot_output is {slot_output.dtype} {tuple(slot_output.shape)}; it must be one of {COMBINE_DTYPES}, with "
-                "columns"
+        self._check_returned(slot_output.dtype, (layout.num_slots, slot_output.shape[1]), windows)
+        arguments = (windows, layout, plan.num_tokens, self.placement.experts_per_rank)
+        width, element_size, has_mask = slot_output.shape[1], slot_output.element_size(), handle.mask is not None
+        if kind is Rows.SLOTS_IN_WINDOW:
+            if not slot_output.is_contiguous():
+                raise InvalidInputError(
+                    f"slot_output lies in the window with strides {slot_output.stride()}; give the whole combine_input"
+                )
+            return take_launches(
+                *arguments, width=width, element_size=element_size, has_mask=has_mask, max_sms=plan.max_sms
             )
-        returned_bytes = layout.num_slots * slot_output.shape[1] * slot_output.element_size()
+        return combine_launches(
+            *arguments,
+            width=width,
+            element_size=element_size,
+            has_mask=has_mask,
+            global_ids=plan.global_ids,
+            expert_major=kind is Rows.SORTED,
+            max_sms=plan.max_sms,
+        )
+
+    def _check_returned(self, dtype: torch.dtype, shape: tuple[int, int], windows: SymmetricWindows) -> None:
+        """Raise InvalidInputError for rows that combine cannot move. shape: of a row for each slot."""
+        if dtype not in COMBINE_DTYPES or not shape[1]:
+            raise InvalidInputError(f"slot_output is {dtype} {shape}; it must be one of {COMBINE_DTYPES}, with columns")
+        returned_bytes = shape[0] * shape[1] * dtype.itemsize
         if returned_bytes > windows.size.returned_bytes:
             raise InvalidInputError(
                 f"slot_output takes {returned_bytes} bytes, the windows hold {windows.size.returned_bytes}; call "
                 "open(returned_row_bytes=...) before the first dispatch"
             )
-        return combine_launches(
-            windows,
-            layout,
-            plan.num_tokens,
-            self.placement.experts_per_rank,
-            width=slot_output.shape[1],
-            element_size=slot_output.element_size(),
-            has_mask=handle.mask is not None,
-            global_ids=plan.global_ids,
-            expert_major=expert_major,
-            max_sms=plan.max_sms,
-        )
 
 
 def _check_output(output: torch.Tensor, num_tokens: int, rows: torch.Tensor) -> None:

@@ -14,13 +14,20 @@ from vllm_npu.core.token_layout import ceil_div
 from vllm_npu.errors import InvalidInputError
 from vllm_npu.strategies.dispatch.symmetric_layout import WORD_BYTES, SlotLayout
 from vllm_npu.transport.kernels.launch import PreparedLaunch
-from vllm_npu.transport.symmetric_memory import SymmetricWindows
+from vllm_npu.transport.symmetric_memory import TAKE_FLAGS, SymmetricWindows
 
 SPLIT_MAX_TOKENS = 16  # up to this number of tokens, small programs share each row, so that more of the GPU takes part
-SPLIT_BYTES = 2048  # bytes of a row that one program moves in that case
+SPLIT_BYTES = (
+    2048  # bytes of a row that one program moves in that case, and a taking program of a whole GPU at any number
+)
 WHOLE_BYTES = 16384  # bytes of a row that one program moves otherwise: each program costs a fence over the link
 FULL_TOKENS = 1024  # up to this number of tokens, 16 warps in a program are faster than 8, or as fast
-CHUNK_BYTES = 65536  # the most bytes that a program for few multiprocessors moves at a time: half of its registers
+CHUNK_BYTES = 65536
+"""The most bytes that a program for few multiprocessors sends at a time: half of its registers."""
+ENOUGH_SMS = 24
+"""Multiprocessors of an H200 that are enough for a dispatch and for taking rows: with 32 or 48, neither is faster."""
+PARTS_AHEAD = 5
+"""The most parts of rows that a taking program for few multiprocessors has on their way to shared memory."""
 PAIRS_AT_ONCE = 4096  # (slot, k) pairs that a program looks at together, to number those of its expert
 WEIGHTED_SUM_TILE = 1024  # the most elements of a row that one program of weighted_sum adds up
 
@@ -47,13 +54,21 @@ class LaunchShape:
     rows: int = 1
 
     @classmethod
-    def of(cls, num_tokens: int, row_bytes: int, unit_bytes: int, max_sms: int | None = None) -> "LaunchShape":
+    def of(
+        cls,
+        num_tokens: int,
+        row_bytes: int,
+        unit_bytes: int,
+        max_sms: int | None = None,
+        chunk_bytes: int = CHUNK_BYTES,
+    ) -> "LaunchShape":
         """The shape for num_tokens rows of row_bytes / unit_bytes units. Equal on all ranks.
 
-        max_sms: the most programs, which then move one chunk of rows after another. None: a program for each part of a row.
+        max_sms: the most programs, which then move one chunk of rows after another. chunk_bytes: the most bytes of a chunk that
+        has more than a part of one row. max_sms None: a program for each part of a row.
         """
         if max_sms is not None:
-            return cls._on_few_sms(num_tokens, row_bytes, unit_bytes, max_sms)
+            return cls._on_few_sms(num_tokens, row_bytes, unit_bytes, max_sms, chunk_bytes)
         split = num_tokens <= SPLIT_MAX_TOKENS
         units = ceil_div(row_bytes, unit_bytes)
         tile = min((SPLIT_BYTES if split else WHOLE_BYTES) // unit_bytes, power_of_two(units))
@@ -62,12 +77,14 @@ class LaunchShape:
         return cls(parts=parts, tile=tile, num_warps=num_warps, programs=parts * num_tokens)
 
     @classmethod
-    def _on_few_sms(cls, num_tokens: int, row_bytes: int, unit_bytes: int, max_sms: int) -> "LaunchShape":
+    def _on_few_sms(
+        cls, num_tokens: int, row_bytes: int, unit_bytes: int, max_sms: int, chunk_bytes: int
+    ) -> "LaunchShape":
         units = ceil_div(row_bytes, unit_bytes)
         tile = min(WHOLE_BYTES // unit_bytes, power_of_two(units))
         parts = ceil_div(units, tile)
         fair = power_of_two(ceil_div(num_tokens * parts, max_sms))  # rows, so that each program has a chunk
-        rows = min(fair, CHUNK_BYTES // (tile * unit_bytes))
+        rows = min(fair, max(1, chunk_bytes // (tile * unit_bytes)))
         num_warps = min(16, max(4, rows * tile * unit_bytes // 2048))  # of 32 warps, each has too few registers
         chunks = ceil_div(num_tokens, rows) * parts
         return cls(parts=parts, tile=tile, num_warps=num_warps, programs=min(max_sms, chunks), rows=rows)
@@ -91,6 +108,9 @@ def dispatch_launches(
 ) -> tuple[PreparedLaunch, ...]:
     """dispatch_kernel for each window. Empty: there is nothing to move."""
     kernels = _exchange_kernels()
+    chunk_bytes = CHUNK_BYTES
+    if max_sms is not None and max_sms >= ENOUGH_SMS:  # which send single rows faster than several at once
+        max_sms, chunk_bytes = ENOUGH_SMS, WHOLE_BYTES
     return _exchange_launches(
         kernels.dispatch_kernel if max_sms is None else _few_sms_kernels().dispatch_on_few_sms_kernel,
         windows,
@@ -108,6 +128,7 @@ def dispatch_launches(
         has_mask=has_mask,
         global_ids=global_ids,
         max_sms=max_sms,
+        chunk_bytes=chunk_bytes,
         stage=kernels.DISPATCH_STAGE,
     )
 
@@ -145,7 +166,60 @@ def combine_launches(
         has_mask=has_mask,
         global_ids=global_ids,
         max_sms=max_sms,
+        chunk_bytes=CHUNK_BYTES,
         stage=kernels.COMBINE_STAGE,
+    )
+
+
+def take_launches(
+    windows: SymmetricWindows,
+    layout: SlotLayout,
+    num_tokens: int,
+    experts_per_rank: int,
+    *,
+    width: int,  # elements of a returned row
+    element_size: int,  # bytes
+    has_mask: bool,
+    max_sms: int | None = None,
+) -> tuple[PreparedLaunch, ...]:
+    """take_kernel for each window. Empty: there is nothing to move."""
+    if not num_tokens:
+        return ()
+    ep_size, starts_early = windows.num_ranks, _starts_early(windows.device)
+    part_bytes = SPLIT_BYTES if max_sms is None else 2 * WHOLE_BYTES // power_of_two(ep_size)
+    tile = min(part_bytes // element_size, power_of_two(width))
+    parts = ceil_div(width, tile)
+    programs, num_warps, stages = num_tokens * parts, 4, 0
+    if max_sms is not None and max_sms < programs:
+        ahead = min(PARTS_AHEAD, _shared_memory(windows.device) // (ep_size * tile * element_size))
+        programs, num_warps, stages = min(max_sms, ENOUGH_SMS), 8, 1 + max(1, ahead)
+    numbers = (
+        windows.report_address,
+        num_tokens,
+        windows.rank,
+        experts_per_rank,
+        windows.timeout_ns,
+        windows.returned_offset,
+        windows.take_flags_offset,
+        TAKE_FLAGS,
+    )
+    constants: dict[str, int | bool] = {
+        "WIDTH": width,
+        "TOP_K": layout.top_k,
+        "TOP_K_PADDED": power_of_two(layout.top_k),
+        "EP_SIZE": ep_size,
+        "EP_SIZE_PADDED": power_of_two(ep_size),
+        "HAS_MASK": has_mask,
+        "PARTS": parts,
+        "TILE": tile,
+        "STAGES": stages,
+        "STAGE": _exchange_kernels().COMBINE_STAGE,
+        "DEPENDENT_LAUNCH": starts_early,
+    }
+    kernel = _take_kernels().take_kernel
+    return tuple(
+        PreparedLaunch(kernel, programs, fixed, numbers, constants, num_warps=num_warps, launch_pdl=starts_early)
+        for fixed in windows.kernel_tensors
     )
 
 
@@ -163,11 +237,12 @@ def _exchange_launches(
     has_mask: bool,
     global_ids: bool,
     max_sms: int | None,
+    chunk_bytes: int,
     stage: int,
 ) -> tuple[PreparedLaunch, ...]:
     if not num_tokens or not row_bytes:
         return ()
-    shape = LaunchShape.of(num_tokens, row_bytes, unit_bytes, max_sms)
+    shape = LaunchShape.of(num_tokens, row_bytes, unit_bytes, max_sms, chunk_bytes)
     if sizes.get("EXPERT_MAJOR"):
         shape = replace(shape, num_warps=max(shape.num_warps, 8 if num_tokens <= SPLIT_MAX_TOKENS else 16))
     num_flags = ceil_div(num_tokens, shape.rows) * shape.parts
@@ -310,6 +385,13 @@ def _starts_early(device: torch.device) -> bool:
 
 
 @cache
+def _shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a program may have for rows."""
+    most: int = torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
+    return most - 4096  # for what Triton keeps there besides
+
+
+@cache
 def _exchange_kernels() -> Any:
     """The module of the two kernels. It needs Triton, and this file must be importable without."""
     from vllm_npu.transport.kernels import symmetric
@@ -322,6 +404,13 @@ def _few_sms_kernels() -> Any:
     from vllm_npu.transport.kernels import symmetric_on_few_sms
 
     return symmetric_on_few_sms
+
+
+@cache
+def _take_kernels() -> Any:
+    from vllm_npu.transport.kernels import symmetric_take
+
+    return symmetric_take
 
 
 @cache

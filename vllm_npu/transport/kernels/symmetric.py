@@ -4,7 +4,8 @@ Token t of rank s has slot s * num_tokens + t in the window of every rank, so ra
 A row crosses the link once for each destination rank, with its expert ids (-1 for an expert of another rank), its weights and
 its scales. In combine, each destination rank sends one row back, and the token's own rank adds these rows.
 
-A window, in bytes: received rows | scales | weights | ids ... returned rows ... flags of dispatch | flags of combine.
+A window, in bytes: received rows | scales | weights | ids ... returned rows ... flags of dispatch | of combine | of the
+combine in symmetric_take.py.
 A kernel waits for the flags of the same kernel on other ranks only. Host sync: no. CUDA graph: legal. With DEPENDENT_LAUNCH
 (compute capability 9.0 and later) a kernel starts while the kernel before it ends, and reads nothing until that has ended.
 """

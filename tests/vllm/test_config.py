@@ -299,7 +299,7 @@ REFUSED_EXPERTS = {
     "activation": ({"hidden_act": "relu2"}, {}, [], "the experts' activation 'relu2' is not supported"),
     "limit": ({"swiglu_limit": 7.0}, {}, [], "the experts' activation 'silu' with limit 7 is not supported"),
     "adapters": ({}, {"enable_lora": True}, ["--enable-lora"], "LoRA adapters on experts are not supported"),
-    "experts": ({"num_experts": 1}, {}, [], "1 experts do not divide over ep_size=2"),
+    "experts": ({"num_experts": 1, "num_experts_per_tok": 1}, {}, [], "1 experts do not divide over ep_size=2"),
 }
 
 

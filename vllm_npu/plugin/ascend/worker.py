@@ -42,6 +42,8 @@ def take_over(vllm_config: "VllmConfig") -> OutputComparison | None:
     release.check_layers(vllm_config)
     if planner.may_take("mc2") or planner.may_take("fused_mc2"):
         _ = model_groups(expert_parallel=True).ep.name_for_ops  # raises UnknownGroupError here, not in the first step
+    if planner.counts_bound is None:
+        release.agree_on_counts()
     logger.info_once("vllm_npu moves the tokens around vllm-ascend's experts: %s", planner.describe())
     if planner.options.mode is Mode.COMPARE:
         comparison = OutputComparison()

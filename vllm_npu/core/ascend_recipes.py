@@ -19,6 +19,10 @@ FUSED_MC2_VALUE = 1  # of enable_fused_mc2: dispatch_ffn_combine. 2 is another o
 OTHER_FUSED_OPERATORS = (
     "2 is dispatch_gmm_combine_decode on vllm-ascend 0.23, and CANN's MegaMoe on 0.30; vllm_npu runs neither, so use 1"
 )
+RANDOM_EPLB_POLICY = 0  # eplb_policy_type of vllm-ascend's RandomLoadBalance
+RANDOM_EPLB_RANKS = (
+    4  # that exchange experts: it names ranks 1 and 3, and with fewer ranks its process ends at the first move
+)
 TAKEN_OPTIONS = {
     FUSED_MC2: "moe_comm may be fused_mc2, and auto takes it where it fits; other steps take mc2, all2all or allgather",
     MAX_FUSED_ROWS: "the rows that a rank of fused_mc2 has room for; a step that may bring more goes another way",

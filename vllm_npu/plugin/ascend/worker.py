@@ -6,6 +6,7 @@ from vllm.logger import init_logger
 from vllm_ascend.worker.worker import NPUWorker
 
 from vllm_npu.plugin import compat
+from vllm_npu.plugin.ascend.balancer_watch import watch_balancer
 from vllm_npu.plugin.ascend.comm_method import PipelineCommMethod
 from vllm_npu.plugin.ascend.output_comparison import OutputComparison
 from vllm_npu.plugin.forward_context import running_step
@@ -23,9 +24,10 @@ class AscendMoEWorker(NPUWorker):
     """Calls take_over between the loading of the model and its first run."""
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
-        """Load the model, make the DP ranks pad alike, then call take_over. Raises the errors of take_over."""
+        """Load the model, make the DP ranks pad alike, watch the EPLB process, and call take_over. Raises its errors."""
         super().load_model(*args, **kwargs)
         compat.current().agree_on_padding(self.model_runner)
+        watch_balancer(self.model_runner)
         take_over(self.vllm_config)
 
 

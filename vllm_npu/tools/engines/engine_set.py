@@ -66,6 +66,7 @@ class EngineSet(EngineProcesses):
         stop_signals: StopSignals | None = None,
         environment: Mapping[str, str] | None = None,  # added to os.environ
         engine_args: Mapping[str, Any] | None = None,  # further vllm.EngineArgs, by their Python names
+        dtype: str = "float32",
         module: str = OFFLINE_ENGINE,  # that each engine runs, or one that prepares vLLM and then calls its main()
     ) -> None:
         own = engine_environment(caches, vanilla=not any(strategies))
@@ -92,6 +93,7 @@ class EngineSet(EngineProcesses):
                 data_parallel_rank=rank,
                 data_parallel_port=port,
                 enable_expert_parallel=parallelism.expert_parallel,
+                dtype=dtype,
                 enforce_eager=not compiled,
                 await_go=True,
                 measure_margins=measure_margins,

@@ -1,0 +1,105 @@
+"""A prefill node and a decode node of vllm-ascend: engines of two data-parallel ranks, with a KV connector between them."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.ascend.test_layer import PLUGINS, ROOT
+from tests.time_limits import PATIENCE_SECONDS
+from vllm_npu.tools.demo.ascend_demo import DP2_EP, MAX_TOKENS, MODELS
+from vllm_npu.tools.engines.engine_set import EngineSet, Generation
+from vllm_npu.tools.engines.tiny_models import demo_prompts, write_tiny_model
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(6 * PATIENCE_SECONDS)]
+
+EMULATED_A3 = {
+    "PYTHONPATH": str(ROOT),
+    "VLLM_NPU_EMULATOR": "1",
+    "VLLM_NPU_EMULATOR_SOC": "A3",
+    "VLLM_NPU_EMULATOR_MEMORY_GB": "4",
+    "VLLM_NPU_EMULATOR_LIMITS": "none",
+    "VLLM_NPU_EMULATOR_UNDEFINED": "zero",
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+    "HCCL_BUFFSIZE": "300",
+    "OMP_NUM_THREADS": "1",
+    "TASK_QUEUE_ENABLE": "0",
+    "TORCHINDUCTOR_AUTOGRAD_CACHE": "0",
+}
+GRAPHS = {"compilation_config": {"cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2, 4, 8]}}
+Run = Callable[..., tuple[Generation, str]]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Run:
+    """A function that runs an engine and returns what it generated, and its log."""
+    model = write_tiny_model(MODELS[0], tmp_path_factory.mktemp("qwen3-moe") / "model")
+    caches = tmp_path_factory.mktemp("caches")
+
+    def run(
+        role: str, kv: Path, moe_comm: str, *, max_tokens: Any = MAX_TOKENS, **engine_args: Any
+    ) -> tuple[Generation, str]:
+        consumer = role == "kv_consumer"
+        connector = {
+            "kv_connector": "FileKVConnector",
+            "kv_connector_module_path": "tests.ascend.file_connector",
+            "kv_role": role,
+            "kv_connector_extra_config": {"shared_storage_path": str(kv)},
+        }
+        # Only a decode node takes the recompute scheduler.
+        options = {"recompute_scheduler_enable": True} if consumer else {}
+        logs = tmp_path_factory.mktemp("logs")
+        engines = EngineSet(
+            model,
+            DP2_EP,
+            strategies=[None],  # moe_comm stands in additional_config
+            prompts=demo_prompts(),
+            max_tokens=max_tokens,
+            folder=logs,
+            caches=caches,
+            compiled=bool(engine_args),
+            environment=EMULATED_A3 | {"VLLM_PLUGINS": PLUGINS},
+            engine_args={
+                "kv_transfer_config": connector,
+                "additional_config": options | {"vllm_npu": {"moe_comm": moe_comm}},
+                **engine_args,
+            },
+            dtype="float16",
+        )
+        with engines:
+            engines.wait_until_ready()
+            generation = engines.generate()
+        return generation, (logs / "rank0.log").read_text(errors="replace")
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def prefilled(run: Run, tmp_path_factory) -> tuple[Path, Generation]:
+    """The KV that a prefill node has stored, and what a decode node of vllm-ascend alone generates from it."""
+    kv = tmp_path_factory.mktemp("kv")
+    run("kv_producer", kv, "auto", max_tokens=[1] * len(MAX_TOKENS))
+    assert len(list(kv.iterdir())) == len(MAX_TOKENS), "a folder for each prompt"
+    alone, _ = run("kv_consumer", kv, "off")
+    return kv, alone
+
+
+@pytest.mark.parametrize(
+    ("moe_comm", "graphs", "line"),
+    [
+        ("auto", {}, "ranks do not agree on token counts of up to 8"),
+        ("auto", GRAPHS, "ranks do not agree on token counts of up to 8"),
+        ("allgather", {}, "moe_comm=allgather on A3"),  # it needs counts, so the ranks agree on them
+    ],
+    ids=["mc2", "mc2 in graphs", "allgather"],
+)
+def test_a_decode_node_gives_the_tokens_of_vllm_ascend_alone(run: Run, prefilled, moe_comm, graphs, line):
+    kv, alone = prefilled
+    served, log = run("kv_consumer", kv, moe_comm, **graphs)
+    assert served.tokens == alone.tokens
+    assert sum(map(len, served.tokens)) == sum(MAX_TOKENS)
+    assert line in log
+    ran = "mc2" if moe_comm == "auto" else moe_comm
+    assert f"MoE communication: {ran} on TP1" in log
+    assert ("do not agree" in log) == (moe_comm == "auto")

@@ -6,7 +6,8 @@ Prints one JSON line: the tokens of each prompt by strategy, the strategies that
 ones by strategy, the placements of experts that rank 0 had, and the counts of moe_comm=compare. Without `strategies` the engine
 has no section of this package, and the only entry is "vllm-ascend". These keys are optional: "options" has more arguments of
 the engine, "max_tokens" is 4 without it, with "rounds" each strategy generates as often, and "moe_comm" is what the engine
-starts with and keeps. "adapter" is the folder of a LoRA adapter for every second prompt.
+starts with and keeps. "adapter" is the folder of a LoRA adapter for every second prompt. "end_balancer"
+ends the process of dynamic EPLB after the first round, and reports the error of the second one.
 """
 
 import json
@@ -20,6 +21,13 @@ def placement(worker: Any) -> list[Any]:
     """Where the experts are on this rank, as vllm-ascend's EPLB keeps it: the local place of each expert in each layer."""
     adaptor = worker.model_runner.eplb_updator.adaptor
     return [places.tolist() for places in adaptor.expert_map_per_layer_cpu.values()]
+
+
+def end_balancer(worker: Any) -> None:
+    """End the process that decides where experts go."""
+    process = worker.model_runner.process
+    process.kill()
+    process.join()
 
 
 def drafts(engine: Any) -> list[float]:
@@ -70,8 +78,30 @@ def main(given: dict[str, Any]) -> None:
             counters = engine.collective_rpc("moe_comm_counters")
             ran[strategy] = [each["strategy"] for each in counters]
             compared[strategy] = [each.get("comparison") for each in counters]
-    report = {"tokens": tokens, "ran": ran, "compared": compared, "drafted": drafted, "placements": placements}
+    error = _error_without_balancer(engine, greedy) if given.get("end_balancer") else None
+    report = {
+        "tokens": tokens,
+        "error": error,
+        "ran": ran,
+        "compared": compared,
+        "drafted": drafted,
+        "placements": placements,
+    }
     print(json.dumps(report), flush=True)
+
+
+def _error_without_balancer(engine: Any, greedy: Any) -> str | None:
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    from vllm_npu.tools.engines.tiny_models import demo_prompts
+
+    engine.collective_rpc(end_balancer)
+    try:
+        for _ in range(3):  # a cycle of EPLB is longer than one round
+            engine.generate(demo_prompts(), greedy, use_tqdm=False)
+    except (EngineDeadError, RuntimeError) as error:
+        return type(error).__name__
+    return None
 
 
 if __name__ == "__main__":

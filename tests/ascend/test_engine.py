@@ -48,7 +48,7 @@ def generate(plugins: str, *, env: dict[str, str] | None = None, **given: Any) -
     found = [line for line in process.stdout.splitlines() if line.startswith('{"tokens"')]
     assert process.returncode == 0, process.stdout[-4000:] + process.stderr[-4000:]
     report: dict[str, Any] = json.loads(found[0])
-    return report
+    return report | {"log": process.stdout + process.stderr}
 
 
 @pytest.mark.slow
@@ -140,26 +140,38 @@ def test_a_drafter_with_experts_is_accepted_as_often_as_with_vllm_ascend_alone(t
     assert 0 < accepted < proposed
 
 
+EPLB = {
+    "env": {"DYNAMIC_EPLB": "true", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"},
+    "options": {
+        "additional_config": {
+            "eplb_config": {
+                "dynamic_eplb": True,
+                "num_redundant_experts": 2,
+                "expert_heat_collection_interval": 3,
+                "algorithm_execution_interval": 2,
+            }
+        }
+    },
+}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(4 * PATIENCE_SECONDS)
+@pytest.mark.skipif(LINE != "0.23", reason="dynamic EPLB was run on vllm-ascend 0.23 only")
+def test_a_wait_for_an_ended_process_of_eplb_ends_with_an_error(tmp_path):
+    model = str(write_tiny_model(MODELS[0], tmp_path / "model"))
+    ours = generate(PLUGINS, model=model, tp=2, **EPLB, strategies=["mc2"], end_balancer=True)
+    assert ours["error"] in ("EngineDeadError", "RuntimeError")
+    assert "vllm-ascend's process that decides where experts go has ended" in ours["log"]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(4 * PATIENCE_SECONDS)
 @pytest.mark.skipif(LINE != "0.23", reason="dynamic EPLB was run on vllm-ascend 0.23 only")
 def test_tokens_stay_the_same_while_vllm_ascend_moves_experts(tmp_path):
     given = {"model": str(write_tiny_model(MODELS[0], tmp_path / "model")), "tp": 2}
     alone = generate(PLUGINS.replace("vllm_npu", "ascend"), **given)["tokens"][OWN]
-    eplb = {
-        "dynamic_eplb": True,
-        "num_redundant_experts": 2,
-        "expert_heat_collection_interval": 3,
-        "algorithm_execution_interval": 2,
-    }
-    ours = generate(
-        PLUGINS,
-        **given,
-        env={"DYNAMIC_EPLB": "true", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"},
-        options={"additional_config": {"eplb_config": eplb}},
-        strategies=STRATEGIES,
-        rounds=3,
-    )
+    ours = generate(PLUGINS, **given, **EPLB, strategies=STRATEGIES, rounds=3)
     assert ours["ran"] == {name: [name, name] for name in STRATEGIES}
     assert ours["tokens"] == dict.fromkeys(STRATEGIES, alone * 3)
     assert len({str(placement) for placement in ours["placements"]}) > 1, "no expert moved"

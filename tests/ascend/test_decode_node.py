@@ -9,6 +9,7 @@ import pytest
 from tests.ascend.test_layer import PLUGINS, ROOT
 from tests.time_limits import PATIENCE_SECONDS
 from vllm_npu.tools.demo.ascend_demo import DP2_EP, MAX_TOKENS, MODELS
+from vllm_npu.tools.engines.engine_processes import EngineFailedError
 from vllm_npu.tools.engines.engine_set import EngineSet, Generation
 from vllm_npu.tools.engines.tiny_models import demo_prompts, write_tiny_model
 
@@ -28,18 +29,18 @@ EMULATED_A3 = {
     "TORCHINDUCTOR_AUTOGRAD_CACHE": "0",
 }
 GRAPHS = {"compilation_config": {"cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2, 4, 8]}}
-Run = Callable[..., tuple[Generation, str]]
+Run = Callable[..., Generation]
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Run:
-    """A function that runs an engine and returns what it generated, and its log."""
+    """A function that runs an engine and returns what it generated. The logs are in the folder `logs`."""
     model = write_tiny_model(MODELS[0], tmp_path_factory.mktemp("qwen3-moe") / "model")
     caches = tmp_path_factory.mktemp("caches")
 
     def run(
-        role: str, kv: Path, moe_comm: str, *, max_tokens: Any = MAX_TOKENS, **engine_args: Any
-    ) -> tuple[Generation, str]:
+        role: str, kv: Path, moe_comm: str, logs: Path, *, max_tokens: Any = MAX_TOKENS, **engine_args: Any
+    ) -> Generation:
         consumer = role == "kv_consumer"
         connector = {
             "kv_connector": "FileKVConnector",
@@ -49,7 +50,6 @@ def run(tmp_path_factory) -> Run:
         }
         # Only a decode node takes the recompute scheduler.
         options = {"recompute_scheduler_enable": True} if consumer else {}
-        logs = tmp_path_factory.mktemp("logs")
         engines = EngineSet(
             model,
             DP2_EP,
@@ -69,8 +69,7 @@ def run(tmp_path_factory) -> Run:
         )
         with engines:
             engines.wait_until_ready()
-            generation = engines.generate()
-        return generation, (logs / "rank0.log").read_text(errors="replace")
+            return engines.generate()
 
     return run
 
@@ -79,10 +78,10 @@ def run(tmp_path_factory) -> Run:
 def prefilled(run: Run, tmp_path_factory) -> tuple[Path, Generation]:
     """The KV that a prefill node has stored, and what a decode node of vllm-ascend alone generates from it."""
     kv = tmp_path_factory.mktemp("kv")
-    run("kv_producer", kv, "auto", max_tokens=[1] * len(MAX_TOKENS))
+    logs = tmp_path_factory.mktemp("logs")
+    run("kv_producer", kv, "auto", logs, max_tokens=[1] * len(MAX_TOKENS))
     assert len(list(kv.iterdir())) == len(MAX_TOKENS), "a folder for each prompt"
-    alone, _ = run("kv_consumer", kv, "off")
-    return kv, alone
+    return kv, run("kv_consumer", kv, "off", logs)
 
 
 @pytest.mark.parametrize(
@@ -94,12 +93,23 @@ def prefilled(run: Run, tmp_path_factory) -> tuple[Path, Generation]:
     ],
     ids=["mc2", "mc2 in graphs", "allgather"],
 )
-def test_a_decode_node_gives_the_tokens_of_vllm_ascend_alone(run: Run, prefilled, moe_comm, graphs, line):
+def test_a_decode_node_gives_the_tokens_of_vllm_ascend_alone(run: Run, prefilled, tmp_path, moe_comm, graphs, line):
     kv, alone = prefilled
-    served, log = run("kv_consumer", kv, moe_comm, **graphs)
+    served = run("kv_consumer", kv, moe_comm, tmp_path, **graphs)
+    log = (tmp_path / "rank0.log").read_text(errors="replace")
     assert served.tokens == alone.tokens
     assert sum(map(len, served.tokens)) == sum(MAX_TOKENS)
     assert line in log
     ran = "mc2" if moe_comm == "auto" else moe_comm
     assert f"MoE communication: {ran} on TP1" in log
     assert ("do not agree" in log) == (moe_comm == "auto")
+
+
+def test_prompts_without_kv_end_a_decode_node_with_an_error_that_names_the_ranks(run: Run, tmp_path):
+    kv = tmp_path / "kv"
+    kv.mkdir()
+    with pytest.raises(EngineFailedError):
+        run("kv_consumer", kv, "auto", tmp_path)
+    tokens = [sum(map(len, demo_prompts()[rank::2])) for rank in range(2)]  # each rank prefills its own prompts
+    log = "".join((tmp_path / f"rank{rank}.log").read_text(errors="replace") for rank in range(2))
+    assert f"tokens: ranks [0]: [{tokens[0]}, {tokens[0]}]; ranks [1]: [{tokens[1]}, {tokens[1]}]" in log

@@ -17,7 +17,7 @@ from vllm_ascend import ascend_forward_context
 from vllm_ascend.ascend_forward_context import MoECommType
 from vllm_ascend.distributed.parallel_state import get_mc2_group
 from vllm_ascend.quantization.quant_type import QuantType
-from vllm_ascend.utils import is_drafter_moe_model, is_moe_model, should_skip_allreduce_across_dp_group
+from vllm_ascend.utils import should_skip_allreduce_across_dp_group
 from vllm_ascend.worker import model_runner_v1
 
 from vllm_npu.core.limits import DeviceLimits, QuantMode
@@ -123,19 +123,16 @@ def unagreed_tokens(vllm_config: VllmConfig) -> int | None:
 
 
 def agree_on_counts() -> None:
-    """Make data-parallel ranks agree on the token counts of each step, also on KV consumers, where vllm-ascend leaves that out.
+    """Make data-parallel ranks agree on the token counts of each step.
 
-    A step then costs one more all-reduce on CPUs. Models without MoE layers go on without it.
+    vllm-ascend leaves that out on KV consumers, and in the steps of a drafter without experts. The plan of such a step would
+    have other counts on each rank. A step then costs one more all-reduce on CPUs.
     """
-    theirs = model_runner_v1.should_skip_allreduce_across_dp_group
-    if theirs.__module__ == __name__:
-        return
+    model_runner_v1.should_skip_allreduce_across_dp_group = _never_skips
 
-    def should_skip_allreduce(vllm_config: VllmConfig, is_draft_model: bool = False) -> bool:
-        has_experts = is_drafter_moe_model(vllm_config) if is_draft_model else is_moe_model(vllm_config)
-        return not has_experts and bool(theirs(vllm_config, is_draft_model))
 
-    model_runner_v1.should_skip_allreduce_across_dp_group = should_skip_allreduce
+def _never_skips(vllm_config: VllmConfig, is_draft_model: bool = False) -> bool:
+    return False
 
 
 def static_layers(vllm_config: VllmConfig) -> list[Any]:

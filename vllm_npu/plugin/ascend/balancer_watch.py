@@ -1,7 +1,9 @@
-"""Ends a wait of vllm-ascend's dynamic EPLB that has no end: the wait for a process that has ended.
+"""Ends what vllm-ascend's dynamic EPLB leaves: a wait for a process that has ended, and processes whose worker ends.
 
 Each worker has a process that decides where experts go. vllm-ascend catches every error there, logs "Subprocess crashed, EPLB
-optimization will stop" and ends the process. The worker waits for its next decision without a time limit.
+optimization will stop" and ends the process. The worker waits for its next decision without a time limit. vllm-ascend ends
+neither this process nor that of the dictionary which the two share. They outlive a worker that ends by an error, and hold its
+output: whoever reads the output to its end then waits for them.
 """
 
 import queue
@@ -42,3 +44,10 @@ def watch_balancer(model_runner: Any) -> None:
     if getattr(model_runner, "dynamic_eplb", False):
         balancer = model_runner.eplb_process
         balancer.block_update_q = WatchedDecisions(balancer.block_update_q, model_runner.process)
+
+
+def end_balancer(model_runner: Any) -> None:
+    """End the two processes of dynamic EPLB. Without dynamic EPLB it does nothing. Safe to call twice."""
+    if getattr(model_runner, "dynamic_eplb", False):
+        model_runner.eplb_updator.shutdown()
+        model_runner.manager.shutdown()

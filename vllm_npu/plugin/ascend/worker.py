@@ -6,7 +6,7 @@ from vllm.logger import init_logger
 from vllm_ascend.worker.worker import NPUWorker
 
 from vllm_npu.plugin import compat
-from vllm_npu.plugin.ascend.balancer_watch import watch_balancer
+from vllm_npu.plugin.ascend.balancer_watch import end_balancer, watch_balancer
 from vllm_npu.plugin.ascend.comm_method import PipelineCommMethod
 from vllm_npu.plugin.ascend.output_comparison import OutputComparison
 from vllm_npu.plugin.forward_context import running_step
@@ -21,7 +21,7 @@ logger = init_logger("vllm.npu.plugin.ascend.worker")
 
 
 class AscendMoEWorker(NPUWorker):
-    """Calls take_over between the loading of the model and its first run."""
+    """Calls take_over between the loading of the model and its first run, and ends what EPLB would leave."""
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Load the model, make the DP ranks pad alike, watch the EPLB process, and call take_over. Raises its errors."""
@@ -29,6 +29,11 @@ class AscendMoEWorker(NPUWorker):
         compat.current().agree_on_padding(self.model_runner)
         watch_balancer(self.model_runner)
         take_over(self.vllm_config)
+
+    def shutdown(self) -> None:
+        """End vllm-ascend's worker, and the processes of its EPLB."""
+        super().shutdown()
+        end_balancer(getattr(self, "model_runner", None))
 
 
 def take_over(vllm_config: "VllmConfig") -> OutputComparison | None:

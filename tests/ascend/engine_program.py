@@ -6,8 +6,7 @@ Prints one JSON line: the tokens of each prompt by strategy, the strategies that
 ones by strategy, the placements of experts that rank 0 had, and the counts of moe_comm=compare. Without `strategies` the engine
 has no section of this package, and the only entry is "vllm-ascend". These keys are optional: "options" has more arguments of
 the engine, "max_tokens" is 4 without it, with "rounds" each strategy generates as often, and "moe_comm" is what the engine
-starts with and keeps. "adapter" is the folder of a LoRA adapter for every second prompt. "end_balancer"
-ends the process of dynamic EPLB after the first round, and reports the error of the second one.
+starts with and keeps.
 """
 
 import json
@@ -23,13 +22,6 @@ def placement(worker: Any) -> list[Any]:
     return [places.tolist() for places in adaptor.expert_map_per_layer_cpu.values()]
 
 
-def end_balancer(worker: Any) -> None:
-    """End the process that decides where experts go."""
-    process = worker.model_runner.process
-    process.kill()
-    process.join()
-
-
 def drafts(engine: Any) -> list[float]:
     """Tokens that the drafter proposed since the start, and those that were accepted."""
     values = {metric.name: getattr(metric, "value", 0) for metric in engine.get_metrics()}
@@ -38,7 +30,6 @@ def drafts(engine: Any) -> list[float]:
 
 def main(given: dict[str, Any]) -> None:
     from vllm import LLM, SamplingParams
-    from vllm.lora.request import LoRARequest
 
     from vllm_npu.tools.engines.tiny_models import demo_prompts
 
@@ -60,8 +51,6 @@ def main(given: dict[str, Any]) -> None:
     }
     engine = LLM(given["model"], **arguments | options)
     greedy = SamplingParams(temperature=0, max_tokens=given.get("max_tokens", 4), ignore_eos=True)
-    adapter = LoRARequest("adapter", 1, given["adapter"]) if "adapter" in given else None
-    adapters = [adapter if index % 2 else None for index in range(len(demo_prompts()))]
     tokens: dict[str, list[list[int]]] = {}
     ran, compared, drafted, placements = {}, {}, {}, []
     for strategy in strategies or [OWN]:
@@ -69,7 +58,7 @@ def main(given: dict[str, Any]) -> None:
             engine.collective_rpc("set_moe_comm", args=(strategy,))
         before, tokens[strategy] = drafts(engine), []
         for _ in range(given.get("rounds", 1)):
-            outputs = engine.generate(demo_prompts(), greedy, use_tqdm=False, lora_request=adapters)
+            outputs = engine.generate(demo_prompts(), greedy, use_tqdm=False)
             tokens[strategy] += [list(each.outputs[0].token_ids) for each in outputs]
             if "eplb_config" in additional:
                 placements.append(engine.collective_rpc(placement)[0])
@@ -78,30 +67,14 @@ def main(given: dict[str, Any]) -> None:
             counters = engine.collective_rpc("moe_comm_counters")
             ran[strategy] = [each["strategy"] for each in counters]
             compared[strategy] = [each.get("comparison") for each in counters]
-    error = _error_without_balancer(engine, greedy) if given.get("end_balancer") else None
     report = {
         "tokens": tokens,
-        "error": error,
         "ran": ran,
         "compared": compared,
         "drafted": drafted,
         "placements": placements,
     }
     print(json.dumps(report), flush=True)
-
-
-def _error_without_balancer(engine: Any, greedy: Any) -> str | None:
-    from vllm.v1.engine.exceptions import EngineDeadError
-
-    from vllm_npu.tools.engines.tiny_models import demo_prompts
-
-    engine.collective_rpc(end_balancer)
-    try:
-        for _ in range(3):  # a cycle of EPLB is longer than one round
-            engine.generate(demo_prompts(), greedy, use_tqdm=False)
-    except (EngineDeadError, RuntimeError) as error:
-        return type(error).__name__
-    return None
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ def build(folder, environment: dict | None = None, **arguments) -> subprocess.Co
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        ({"enable_lora": True}, "LoRA adapters on experts (name other layers with --lora-target-modules)"),
+        ({"enable_lora": True}, "LoRA adapters"),
         (
             {
                 "environment": {"DYNAMIC_EPLB": "true"},
@@ -86,12 +86,11 @@ def test_an_expert_map_without_a_placement_is_refused_before_a_process_starts(tm
     [
         {},
         {"environment": ON_A3, "additional_config": {"enable_fused_mc2": 1, "vllm_npu": {"moe_comm": "fused_mc2"}}},
-        {"enable_lora": True, "lora_target_modules": ["q_proj", "o_proj"]},
         {"enable_lora": True, "additional_config": OFF},
         {**GRAPHS, **asks_for("auto")},
         {**GRAPHS, **asks_for("all2all")},
     ],
-    ids=["none", "fused_mc2", "adapters on attention", "off", "graphs", "all2all in graphs"],
+    ids=["none", "fused_mc2", "off", "graphs", "all2all in graphs"],
 )
 def test_an_engine_without_such_settings_is_built_and_vllm_ascends_own_with_them(tmp_path, arguments):
     done = build(tmp_path, **arguments)

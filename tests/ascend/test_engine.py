@@ -4,13 +4,10 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import save_file
 
 from tests.ascend.engine_program import OWN
 from tests.ascend.test_layer import LINE, PLUGINS, ROOT, STRATEGIES
@@ -48,7 +45,7 @@ def generate(plugins: str, *, env: dict[str, str] | None = None, **given: Any) -
     found = [line for line in process.stdout.splitlines() if line.startswith('{"tokens"')]
     assert process.returncode == 0, process.stdout[-4000:] + process.stderr[-4000:]
     report: dict[str, Any] = json.loads(found[0])
-    return report | {"log": process.stdout + process.stderr}
+    return report
 
 
 @pytest.mark.slow
@@ -158,16 +155,6 @@ EPLB = {
 @pytest.mark.slow
 @pytest.mark.timeout(4 * PATIENCE_SECONDS)
 @pytest.mark.skipif(LINE != "0.23", reason="dynamic EPLB was run on vllm-ascend 0.23 only")
-def test_a_wait_for_an_ended_process_of_eplb_ends_with_an_error(tmp_path):
-    model = str(write_tiny_model(MODELS[0], tmp_path / "model"))
-    ours = generate(PLUGINS, model=model, tp=2, **EPLB, strategies=["mc2"], end_balancer=True)
-    assert ours["error"] in ("EngineDeadError", "RuntimeError")
-    assert "vllm-ascend's process that decides where experts go has ended" in ours["log"]
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(4 * PATIENCE_SECONDS)
-@pytest.mark.skipif(LINE != "0.23", reason="dynamic EPLB was run on vllm-ascend 0.23 only")
 def test_tokens_stay_the_same_while_vllm_ascend_moves_experts(tmp_path):
     given = {"model": str(write_tiny_model(MODELS[0], tmp_path / "model")), "tp": 2}
     alone = generate(PLUGINS.replace("vllm_npu", "ascend"), **given)["tokens"][OWN]
@@ -175,42 +162,3 @@ def test_tokens_stay_the_same_while_vllm_ascend_moves_experts(tmp_path):
     assert ours["ran"] == {name: [name, name] for name in STRATEGIES}
     assert ours["tokens"] == dict.fromkeys(STRATEGIES, alone * 3)
     assert len({str(placement) for placement in ours["placements"]}) > 1, "no expert moved"
-
-
-def write_adapter(folder: Path, config: Mapping[str, Any], rank: int = 8) -> Path:
-    """A LoRA adapter on the attention of a tiny Qwen3-MoE, in PEFT's format. It changes most tokens."""
-    hidden, head = config["hidden_size"], config["head_dim"]
-    of_heads = {"q_proj": config["num_attention_heads"] * head, "k_proj": config["num_key_value_heads"] * head}
-    of_heads["v_proj"] = of_heads["k_proj"]
-    sizes = {name: (hidden, size) for name, size in of_heads.items()} | {"o_proj": (of_heads["q_proj"], hidden)}
-    draw = torch.Generator().manual_seed(5)
-    weights = {}
-    for layer in range(config["num_hidden_layers"]):
-        for name, (inputs, outputs) in sizes.items():
-            prefix = f"base_model.model.model.layers.{layer}.self_attn.{name}"
-            weights[f"{prefix}.lora_A.weight"] = torch.randn(rank, inputs, generator=draw) / inputs**0.5
-            weights[f"{prefix}.lora_B.weight"] = torch.randn(outputs, rank, generator=draw) / rank**0.5
-    folder.mkdir()
-    save_file(weights, folder / "adapter_model.safetensors")
-    settings = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": list(sizes), "bias": "none"}
-    (folder / "adapter_config.json").write_text(json.dumps(settings))
-    return folder
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(4 * PATIENCE_SECONDS)
-def test_adapters_on_attention_give_the_tokens_of_vllm_ascend_alone(tmp_path):
-    given = {"model": str(write_tiny_model(MODELS[0], tmp_path / "model")), "tp": 2}
-    theirs = PLUGINS.replace("vllm_npu", "ascend")
-    targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
-    lora = {
-        "options": {"enable_lora": True, "max_lora_rank": 8, "max_loras": 1, "lora_target_modules": targets},
-        "adapter": str(write_adapter(tmp_path / "adapter", MODELS[0].config)),
-    }
-    alone = generate(theirs, **given, **lora)["tokens"][OWN]
-    ours = generate(PLUGINS, **given, **lora, strategies=STRATEGIES)
-    assert ours["ran"] == {name: [name, name] for name in STRATEGIES}
-    assert ours["tokens"] == dict.fromkeys(STRATEGIES, alone)
-    without = generate(theirs, **given)["tokens"][OWN]
-    assert alone[::2] == without[::2]
-    assert alone[1::2] != without[1::2]

@@ -23,7 +23,7 @@ from vllm_npu.core.ascend_recipes import (
     fused_mc2_rows,
 )
 from vllm_npu.errors import UnsupportedConfigError
-from vllm_npu.plugin.engine_check import AddedExperts, adapters_on_experts, planned_shape, redundant_experts
+from vllm_npu.plugin.engine_check import AddedExperts, planned_shape, redundant_experts
 from vllm_npu.plugin.options import Mode, Options, topology_of
 from vllm_npu.plugin.release_lines import release_line
 
@@ -55,7 +55,7 @@ def check_settings(vllm_config: "VllmConfig", options: Options) -> None:
             and ascend_config.eplb_config.eplb_policy_type == RANDOM_EPLB_POLICY
             and topology_of(vllm_config.parallel_config).ep_size < RANDOM_EPLB_RANKS
         ),
-        "LoRA adapters on experts (name other layers with --lora-target-modules)": adapters_on_experts(vllm_config),
+        "LoRA adapters": vllm_config.lora_config is not None,
         "moe_comm=compare in graphs, which cannot hold its reads on the host; it needs --enforce-eager": bool(
             options.mode is Mode.COMPARE and planned_shape(vllm_config).graph_tokens
         ),

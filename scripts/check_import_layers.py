@@ -47,7 +47,9 @@ EMULATOR_MAY_IMPORT = frozenset({EMULATOR, "native_build", "child_processes", "e
 EMULATOR_IMPORTS_LISTED = ", ".join(sorted(EMULATOR_MAY_IMPORT - {EMULATOR}))
 EMULATOR_MAY_IMPORT_OUTSIDE = {"emulator/pytest_plugin.py": "pytest"}
 # These modules may import torch at the top: the emulator imports them in functions, after torch_npu has been imported.
-EMULATOR_AFTER_TORCH = frozenset(f"emulator/ascend_stack/{name}.py" for name in ("aclnn", "custom_ops", "slot_mapping"))
+EMULATOR_AFTER_TORCH = frozenset(
+    f"emulator/ascend_stack/{name}.py" for name in ("aclnn", "custom_ops", "lora_ops", "slot_mapping")
+)
 EMULATOR_IMPORTERS = frozenset({"cli", TOOLS, "__main__", EMULATOR})
 
 

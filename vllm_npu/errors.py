@@ -53,6 +53,10 @@ class PreparationError(VllmNpuError, RuntimeError):
     """A rank lacks the memory, or another means, for a collective. No rank has moved anything. Free memory on that rank."""
 
 
+class ExpertBalancerError(VllmNpuError, RuntimeError):
+    """The process that decides where experts go has ended. The ranks would wait for its decision without end."""
+
+
 class LyingCollectiveError(VllmNpuError, RuntimeError):
     """A collective returned wrong data in the start-up self-test. The message names call and group. Do not serve with it."""
 

@@ -3,9 +3,10 @@
     python tests/ascend/engine_program.py '{"model": FOLDER, "tp": 2, "strategies": ["mc2"]}'
 
 Prints one JSON line: the tokens of each prompt by strategy, the strategies that the workers ran, the drafts and the accepted
-ones by strategy, and the placements of experts that rank 0 had. Without `strategies` the engine has no section of this package,
-and the only entry is "vllm-ascend". These keys are optional: "options" has more arguments of the engine, "max_tokens" is 4
-without it, and with "rounds" each strategy generates as often.
+ones by strategy, the placements of experts that rank 0 had, and the counts of moe_comm=compare. Without `strategies` the engine
+has no section of this package, and the only entry is "vllm-ascend". These keys are optional: "options" has more arguments of
+the engine, "max_tokens" is 4 without it, with "rounds" each strategy generates as often, and "moe_comm" is what the engine
+starts with and keeps.
 """
 
 import json
@@ -34,26 +35,26 @@ def main(given: dict[str, Any]) -> None:
 
     strategies = given.get("strategies", [])
     options = given.get("options", {})
-    additional = options.pop("additional_config", {}) | ({"vllm_npu": {"moe_comm": "auto"}} if strategies else {})
-    engine = LLM(
-        given["model"],
-        dtype="float16",
-        enforce_eager=True,
-        tensor_parallel_size=given["tp"],
-        enable_expert_parallel=True,
-        max_model_len=64,
-        max_num_seqs=8,
-        max_num_batched_tokens=256,
-        enable_prefix_caching=False,
-        disable_log_stats=False,
-        additional_config=additional,
-        **options,
-    )
+    ours = {"vllm_npu": {"moe_comm": given.get("moe_comm", "auto")}} if strategies else {}
+    additional = options.pop("additional_config", {}) | ours
+    arguments = {
+        "dtype": "float16",
+        "enforce_eager": True,
+        "tensor_parallel_size": given["tp"],
+        "enable_expert_parallel": True,
+        "max_model_len": 64,
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": 256,
+        "enable_prefix_caching": False,
+        "disable_log_stats": False,
+        "additional_config": additional,
+    }
+    engine = LLM(given["model"], **arguments | options)
     greedy = SamplingParams(temperature=0, max_tokens=given.get("max_tokens", 4), ignore_eos=True)
     tokens: dict[str, list[list[int]]] = {}
-    ran, drafted, placements = {}, {}, []
+    ran, compared, drafted, placements = {}, {}, {}, []
     for strategy in strategies or [OWN]:
-        if strategies:
+        if strategies and "moe_comm" not in given:
             engine.collective_rpc("set_moe_comm", args=(strategy,))
         before, tokens[strategy] = drafts(engine), []
         for _ in range(given.get("rounds", 1)):
@@ -63,8 +64,16 @@ def main(given: dict[str, Any]) -> None:
                 placements.append(engine.collective_rpc(placement)[0])
         drafted[strategy] = [now - then for now, then in zip(drafts(engine), before, strict=True)]
         if strategies:
-            ran[strategy] = [counters["strategy"] for counters in engine.collective_rpc("moe_comm_counters")]
-    report = {"tokens": tokens, "ran": ran, "drafted": drafted, "placements": placements}
+            counters = engine.collective_rpc("moe_comm_counters")
+            ran[strategy] = [each["strategy"] for each in counters]
+            compared[strategy] = [each.get("comparison") for each in counters]
+    report = {
+        "tokens": tokens,
+        "ran": ran,
+        "compared": compared,
+        "drafted": drafted,
+        "placements": placements,
+    }
     print(json.dumps(report), flush=True)
 
 

@@ -46,6 +46,13 @@ def build(folder, environment: dict | None = None, **arguments) -> subprocess.Co
     ("arguments", "reason"),
     [
         ({"enable_lora": True}, "LoRA adapters"),
+        (
+            {
+                "environment": {"DYNAMIC_EPLB": "true"},
+                "additional_config": {"eplb_config": {"dynamic_eplb": True, "eplb_policy_type": 0}},
+            },
+            "eplb_policy_type 0, which exchanges experts of ranks 1 and 3, on fewer ranks",
+        ),
         pytest.param(
             {"additional_config": {"enable_mc2_hierarchy_comm": True}},
             "additional_config enable_mc2_hierarchy_comm",

@@ -137,26 +137,28 @@ def test_a_drafter_with_experts_is_accepted_as_often_as_with_vllm_ascend_alone(t
     assert 0 < accepted < proposed
 
 
+EPLB = {
+    "env": {"DYNAMIC_EPLB": "true", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"},
+    "options": {
+        "additional_config": {
+            "eplb_config": {
+                "dynamic_eplb": True,
+                "num_redundant_experts": 2,
+                "expert_heat_collection_interval": 3,
+                "algorithm_execution_interval": 2,
+            }
+        }
+    },
+}
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(4 * PATIENCE_SECONDS)
 @pytest.mark.skipif(LINE != "0.23", reason="dynamic EPLB was run on vllm-ascend 0.23 only")
 def test_tokens_stay_the_same_while_vllm_ascend_moves_experts(tmp_path):
     given = {"model": str(write_tiny_model(MODELS[0], tmp_path / "model")), "tp": 2}
     alone = generate(PLUGINS.replace("vllm_npu", "ascend"), **given)["tokens"][OWN]
-    eplb = {
-        "dynamic_eplb": True,
-        "num_redundant_experts": 2,
-        "expert_heat_collection_interval": 3,
-        "algorithm_execution_interval": 2,
-    }
-    ours = generate(
-        PLUGINS,
-        **given,
-        env={"DYNAMIC_EPLB": "true", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"},
-        options={"additional_config": {"eplb_config": eplb}},
-        strategies=STRATEGIES,
-        rounds=3,
-    )
+    ours = generate(PLUGINS, **given, **EPLB, strategies=STRATEGIES, rounds=3)
     assert ours["ran"] == {name: [name, name] for name in STRATEGIES}
     assert ours["tokens"] == dict.fromkeys(STRATEGIES, alone * 3)
     assert len({str(placement) for placement in ours["placements"]}) > 1, "no expert moved"

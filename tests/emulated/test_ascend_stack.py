@@ -168,3 +168,40 @@ def test_the_chip_is_that_of_the_process(monkeypatch, chip, device_type):
     module = ModuleType("_build_info")
     finder.fill_build_info(module)
     assert module.__device_type__ == device_type
+
+
+@pytest.mark.parametrize("by_sequence", [False, True], ids=["bgmv", "sgmv"])
+@pytest.mark.parametrize("weight_dims", [3, 4])
+def test_each_row_is_multiplied_by_the_matrices_of_its_adapter_or_left_as_it_is(ops, by_sequence, weight_dims):
+    hidden, rank, width = 64, 8, 48
+    of_sequences, lengths = torch.tensor([1, -1, 0]), torch.tensor([3, 2, 1])  # the last row belongs to no sequence
+    indices = torch.cat([of_sequences.repeat_interleave(lengths), torch.tensor([-1])])
+    x = random_rows(ROWS, hidden, dtype=torch.float16)
+    shrinking, expanding = (
+        random_rows(2, rank, hidden, dtype=torch.float16),
+        random_rows(2, width, rank, dtype=torch.float16),
+    )
+    if weight_dims == 4:
+        shrinking, expanding = shrinking.unsqueeze(1), expanding.unsqueeze(1)
+    adapters = (of_sequences.npu(), lengths.npu()) if by_sequence else (indices.npu(),)
+    kind = "sgmv" if by_sequence else "bgmv"
+    small, old = torch.full((ROWS, rank), torch.nan).npu(), random_rows(ROWS, 80, dtype=torch.float16, seed=3)
+    getattr(ops, f"{kind}_shrink")(x.npu(), shrinking.npu(), *adapters, small, 0.5)
+    y = old.npu()
+    getattr(ops, f"{kind}_expand")(small, expanding.npu(), *adapters, y, 16, width)
+    for row, adapter in enumerate(indices.tolist()):
+        if adapter < 0:
+            assert small[row].isnan().all()
+            assert torch.equal(y[row].cpu(), old[row])
+            continue
+        wanted = x[row].float() @ shrinking[adapter].reshape(rank, hidden).float().T * 0.5
+        torch.testing.assert_close(small[row].cpu(), wanted)
+        added = old[row].clone()
+        added[16:64] = (old[row, 16:64].float() + wanted @ expanding[adapter].reshape(width, rank).float().T).half()
+        torch.testing.assert_close(y[row].cpu(), added, rtol=1e-3, atol=1e-3)
+
+
+def test_a_rank_that_the_expanding_kernel_has_no_sum_for_is_refused(ops):
+    x, weight, y = torch.zeros(2, 24).npu(), torch.zeros(1, 32, 24).npu(), torch.zeros(2, 32).half().npu()
+    with pytest.raises(ValueError, match="no sum for rank 24"):
+        ops.bgmv_expand(x, weight, torch.zeros(2, dtype=torch.int64).npu(), y, 0, 32)

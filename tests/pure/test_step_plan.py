@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from tests.cases import GRIDS, topologies
 from vllm_npu.core.step_plan import StepPlan, TokenSharding
+from vllm_npu.core.topology import ParallelTopology
 from vllm_npu.errors import InvalidInputError
 
 SHARDINGS = st.sampled_from(list(TokenSharding))
@@ -108,3 +109,16 @@ def test_any_flag_of_the_original_design_says_that_the_input_is_sliced():
 def test_a_plan_reads_as_its_facts():
     plan = StepPlan(num_tokens_across_dp=(4, 0), sharding=TokenSharding.SLICED_OVER_TP)
     assert str(plan) == "tokens=[4, 0] sharding=sliced_over_tp"
+
+
+@pytest.mark.parametrize("own_tokens", [0, 9])
+def test_own_tokens_outside_of_the_bound_are_refused(own_tokens):
+    with pytest.raises(InvalidInputError, match=f"own_tokens={own_tokens}: give 1 to 8 tokens"):
+        StepPlan(num_tokens_across_dp=(8, 8), sharding=TokenSharding.REPLICATED, own_tokens=own_tokens)
+
+
+def test_own_tokens_take_the_place_of_this_ranks_count():
+    plan = StepPlan(num_tokens_across_dp=(8, 8), sharding=TokenSharding.SLICED_OVER_TP, own_tokens=5)
+    topology = ParallelTopology.of_rank(3, tp_size=2, dp_size=2)
+    assert (plan.tokens_of(topology.dp_rank), plan.input_rows(topology)) == (5, 3)
+    assert str(plan) == "tokens=5 of up to [8, 8] sharding=sliced_over_tp"

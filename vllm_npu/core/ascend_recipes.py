@@ -19,18 +19,23 @@ FUSED_MC2_VALUE = 1  # of enable_fused_mc2: dispatch_ffn_combine. 2 is another o
 OTHER_FUSED_OPERATORS = (
     "2 is dispatch_gmm_combine_decode on vllm-ascend 0.23, and CANN's MegaMoe on 0.30; vllm_npu runs neither, so use 1"
 )
+RANDOM_EPLB_POLICY = 0  # eplb_policy_type of vllm-ascend's RandomLoadBalance
+RANDOM_EPLB_RANKS = (
+    4  # that exchange experts: it names ranks 1 and 3, and with fewer ranks its process ends at the first move
+)
 TAKEN_OPTIONS = {
     FUSED_MC2: "moe_comm may be fused_mc2, and auto takes it where it fits; other steps take mc2, all2all or allgather",
     MAX_FUSED_ROWS: "the rows that a rank of fused_mc2 has room for; a step that may bring more goes another way",
     "vllm_npu": "the options of this package",
     "enable_flashcomm1": "each TP rank brings its slice of the tokens",
-    "eplb_config": "vllm-ascend balances and moves the experts; tokens go to the replicas that it names",
+    "eplb_config": "vllm-ascend balances and moves the experts; tokens go to the replicas that it names. eplb_policy_type "
+    f"{RANDOM_EPLB_POLICY} needs {RANDOM_EPLB_RANKS} ranks",
     "multistream_overlap_shared_expert": "shared experts run on a stream of their own, beside dispatch and combine",
     "multistream_overlap_gate": "shared experts and router run on a stream of their own; vllm-ascend 0.30 has no such option",
     "enable_shared_expert_dp": "needs enable_flashcomm1; an engine without it is refused",
     "mix_placement": "needs vllm-ascend 0.23 and W8A8 (--quantization ascend); any other engine is refused",
     "enable_prefill_mc2": "vllm_npu chooses the strategy of each step, so this option has no effect on MoE layers",
-    "recompute_scheduler_enable": "a KV consumer that skips the agreement on token counts is refused when its layers are built",
+    "recompute_scheduler_enable": "a decode node's ranks take mc2 without counts; with another moe_comm they agree on counts",
 }
 
 

@@ -28,17 +28,23 @@ class TokenSharding(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepPlan:
-    """Token counts of one step. Equal on every rank of the grid: no field depends on the rank."""
+    """Token counts of one step. Equal on every rank of the grid: no field but own_tokens depends on the rank."""
 
-    num_tokens_across_dp: tuple[int, ...]  # real tokens of each DP rank
+    num_tokens_across_dp: tuple[int, ...]  # real tokens of each DP rank, or the bound of each where own_tokens is set
     sharding: TokenSharding
     captured: bool = False
     """Whether a graph is captured from the step, or replayed for it. The counts are then those of the graph, with padding."""
+    own_tokens: int | None = None
+    """Tokens of this DP rank, where the ranks agreed on a bound in place of counts. None: they agreed on the counts."""
 
     def __post_init__(self) -> None:
         if not self.num_tokens_across_dp or min(self.num_tokens_across_dp) < 0:
             raise InvalidInputError(
                 f"num_tokens_across_dp={self.num_tokens_across_dp}: give one count >= 0 for each DP rank"
+            )
+        if self.own_tokens is not None and not 0 < self.own_tokens <= min(self.num_tokens_across_dp):
+            raise InvalidInputError(
+                f"own_tokens={self.own_tokens}: give 1 to {min(self.num_tokens_across_dp)} tokens, which is the bound"
             )
         if self.captured and len(set(self.num_tokens_across_dp)) > 1:
             raise InvalidInputError(
@@ -50,6 +56,10 @@ class StepPlan:
     def max_tokens_across_dp(self) -> int:
         """Number of tokens of the DP rank that has most."""
         return max(self.num_tokens_across_dp)
+
+    def tokens_of(self, dp_rank: int) -> int:
+        """Number of tokens of this rank's DP rank, `dp_rank`."""
+        return self.num_tokens_across_dp[dp_rank] if self.own_tokens is None else self.own_tokens
 
     def is_replicated(self, tp_size: int) -> bool:
         """Whether several TP ranks hold the same tokens."""
@@ -72,7 +82,7 @@ class StepPlan:
 
     def input_rows(self, topology: ParallelTopology) -> int:
         """Number of rows of hidden_states on this rank, before and after the layer. Padding is counted."""
-        num_tokens = self.num_tokens_across_dp[topology.dp_rank]
+        num_tokens = self.tokens_of(topology.dp_rank)
         if self.sharding is TokenSharding.REPLICATED:
             return num_tokens
         return ceil_div(num_tokens, topology.tp_size)
@@ -95,4 +105,6 @@ class StepPlan:
             )
 
     def __str__(self) -> str:
-        return f"tokens={list(self.num_tokens_across_dp)} sharding={self.sharding.value}{' captured' if self.captured else ''}"
+        bound = "" if self.own_tokens is None else f"{self.own_tokens} of up to "
+        captured = " captured" if self.captured else ""
+        return f"tokens={bound}{list(self.num_tokens_across_dp)} sharding={self.sharding.value}{captured}"

@@ -36,8 +36,14 @@ if TYPE_CHECKING:
 
 logger = init_logger("vllm.npu.plugin.step_planner")  # vLLM shows the messages of loggers below "vllm"
 
+UNAGREED_STRATEGIES = (AUTO, "mc2")  # what a moe_comm may be where ranks do not agree on token counts
+
 DIFFERENT_STRATEGIES = (
     "ranks ask for different moe_comm; start all of them with the same --additional-config and VLLM_NPU_MOE_COMM"
+)
+
+DIFFERENT_COUNTS = (
+    "some ranks agree on the token counts of each step, and some do not; start all with the same settings"
 )
 
 
@@ -70,6 +76,8 @@ class StepPlanner:
         self._groups = model_groups(expert_parallel=_same_in_all(layers, "use_ep"))
         self._topology = self._groups.topology
         self._device = compat.current().device_limits(vllm_config, layers, self._topology, options.moe_comm)
+        self.counts_bound = self._bound_of_counts(compat.current().unagreed_tokens(vllm_config))
+        """The most tokens of a data-parallel rank in a step whose counts the ranks do not agree on. None: they agree."""
         self._check(options.moe_comm)
         self._captured_steps = CapturedSteps(collective_counter())
         self._metrics = StepMetrics.if_wanted(self._topology, collective_counter())
@@ -98,7 +106,24 @@ class StepPlanner:
         reasons = [why_not(strategy, self._topology, layer, self._device) for layer in self._layers]
         return self.proposed in (AUTO, strategy) and not any(reasons)
 
+    def _bound_of_counts(self, theirs: int | None) -> int | None:
+        """counts_bound, where `theirs` is what the platform gives. Only MC2's ops take rows that no rank counted."""
+        mc2_takes_all = all(
+            why_not("mc2", self._topology, layer, self._device) is None
+            and (limits := self._device.for_layer(layer, self._topology.ep_size).mc2) is not None
+            and not limits.comm_alg  # the hierarchy takes as many rows from each rank
+            and theirs is not None
+            and theirs <= limits.max_tokens_per_rank * self._topology.tp_size
+            for layer in self._layers
+        )
+        return theirs if mc2_takes_all and self.options.moe_comm in UNAGREED_STRATEGIES else None
+
     def _check(self, strategy: str) -> None:
+        if self.counts_bound is not None and strategy not in UNAGREED_STRATEGIES:
+            raise UnsupportedConfigError(
+                f"{strategy} needs the token counts of all data-parallel ranks. The ranks of this KV consumer do not agree on "
+                f"them, because it started with moe_comm={self.options.moe_comm}; start it with moe_comm={strategy}"
+            )
         for layer in self._layers:
             check_strategy(strategy, self._topology, layer, self._device)
 
@@ -107,6 +132,7 @@ class StepPlanner:
         return (
             f"moe_comm={self.proposed} on {self._device.family}, {self._topology}; "
             f"{describe_capacity(self._device, self._topology, self._layers)}"
+            f"{'' if self.counts_bound is None else f'; ranks do not agree on token counts of up to {self.counts_bound}'}"
         )
 
     def plan(self, num_tokens_across_dp: list[int], *, graph: Hashable | None = None) -> PlannedStep:
@@ -117,9 +143,8 @@ class StepPlanner:
         Raises UnsupportedConfigError if the graph was captured for another plan.
         """
         self.confirm()
-        plan = StepPlan(
-            num_tokens_across_dp=tuple(num_tokens_across_dp), sharding=self._sharding, captured=graph is not None
-        )
+        plan = self._plan_of(num_tokens_across_dp, captured=graph is not None)
+        num_tokens = plan.tokens_of(self._topology.dp_rank)
         if (ring := trace_ring()) is not None:
             ring.enter_step(self._planned, "vote")
         if self._topology.world_size > 1:
@@ -129,14 +154,14 @@ class StepPlanner:
             if self._planned == 0:
                 watch_groups()
                 self._test_collectives()
-        requested = self._agreed or self.proposed
+        requested = "mc2" if plan.own_tokens is not None else self._agreed or self.proposed
         selection = select_for_all(requested, self._topology, plan, layers=self._layers, device=self._device)
         if self._topology.rank == 0 and (self.selection is None or self.selection.strategy != selection.strategy):
             logger.info("MoE communication: %s on %s (%s)", selection.strategy, self._topology, selection.reason)
         if ring is not None:
             ring.enter_step(self._planned, selection.strategy)
-        self._captured_steps.begin(graph, Held(plan.num_tokens_across_dp, selection.strategy))
-        num_tokens = num_tokens_across_dp[self._topology.dp_rank]
+        held_tokens = plan.num_tokens_across_dp if plan.own_tokens is None else (plan.own_tokens,)
+        self._captured_steps.begin(graph, Held(held_tokens, selection.strategy))
         if self._metrics is not None:
             is_fallback = requested not in (AUTO, selection.strategy)
             self._metrics.begin_step(requested, selection.strategy, num_tokens, is_fallback=is_fallback)
@@ -145,6 +170,21 @@ class StepPlanner:
         self.steps += 1
         self.tokens += num_tokens
         return PlannedStep(plan, selection.strategy, self._groups, self.confirm)
+
+    def _plan_of(self, num_tokens_across_dp: list[int], *, captured: bool) -> StepPlan:
+        """The plan of a step. Where the ranks do not agree on counts, the given ones are this rank's own number of tokens."""
+        own, bound = num_tokens_across_dp[self._topology.dp_rank], self.counts_bound
+        if bound is None or own > bound:
+            # A step above the bound is one that all ranks run alike, as the profile run is. If they do not, the vote says so.
+            return StepPlan(
+                num_tokens_across_dp=tuple(num_tokens_across_dp), sharding=self._sharding, captured=captured
+            )
+        return StepPlan(
+            num_tokens_across_dp=(bound,) * self._topology.dp_size,
+            sharding=self._sharding,
+            captured=captured,
+            own_tokens=own,
+        )
 
     def confirm(self) -> None:
         """Wait for the end of the vote, if one has begun. Raises PlanDisagreementError if the ranks' plans differ."""
@@ -173,11 +213,12 @@ class StepPlanner:
         logger.info("Self-test (%s) of collectives on %s: passed in %.0f ms", mode, self._topology, seconds * 1e3)
 
     def _start_vote(self, plan: StepPlan) -> None:
+        counted = plan.own_tokens is None
         fields = {
             **self._fixed_fields,
-            "tokens": list(plan.num_tokens_across_dp),
+            "tokens": list(plan.num_tokens_across_dp) if counted else f"up to {self.counts_bound} on each rank",
             "sharding": plan.sharding.value,
-            "captured": plan.captured,
+            "captured": plan.captured if counted else "each rank on its own",
             "step": self._planned,
             "in force": self._agreed,
         }
@@ -229,7 +270,11 @@ def _make_planner(vllm_config: "VllmConfig") -> StepPlanner | None:
     layers = [] if options.mode is Mode.OFF else _our_layers(vllm_config)
     if not layers:
         return None
-    return prepare_together(lambda: StepPlanner(vllm_config, options, layers), vote_transport())
+    planner = prepare_together(lambda: StepPlanner(vllm_config, options, layers), vote_transport())
+    # Ranks that agree on the counts of each step do so in a collective, which the others would not enter.
+    counts = "agreed" if planner.counts_bound is None else f"up to {planner.counts_bound}, not agreed"
+    agree({"token counts of a step": counts}, vote_transport(), difference=DIFFERENT_COUNTS)
+    return planner
 
 
 def plan_step(

@@ -54,7 +54,18 @@ class Case:
     quant_mode: QuantMode = QuantMode.NONE
     redundant_per_rank: int = 0  # slots of each rank that hold replicas; the seed gives the placement
     balance_mode: BalanceMode = BalanceMode.BY_RANK  # how tokens choose a replica
+    counts_bound: int | None = None  # the ranks know this bound, and each its own count; None: they know all counts
     seed: int = 0
+
+    def step_on(self, dp_rank: int) -> StepPlan:
+        """The plan of the step, as a rank of this DP rank has it."""
+        if self.counts_bound is None:
+            return StepPlan(num_tokens_across_dp=self.num_tokens_across_dp, sharding=self.sharding)
+        return StepPlan(
+            num_tokens_across_dp=(self.counts_bound,) * self.dp_size,
+            sharding=self.sharding,
+            own_tokens=self.num_tokens_across_dp[dp_rank],
+        )
 
     @property
     def num_experts(self) -> int:
@@ -84,6 +95,7 @@ class Case:
         parts += [] if self.quant_mode is QuantMode.NONE else [self.quant_mode.name.lower()]
         if self.redundant_per_rank:
             parts += [f"{self.redundant_per_rank} redundant experts a rank {self.balance_mode.name.lower()}"]
+        parts += [] if self.counts_bound is None else [f"counts unknown up to {self.counts_bound}"]
         return " ".join([*parts, f"hidden{self.hidden_size}", f"width{self.width}", f"seed{self.seed}"])
 
 
@@ -224,6 +236,8 @@ def _all_cases(num_ranks: int, strategies: tuple[str, ...], quick: bool, seed: i
                     exact = replace(case, num_tokens_across_dp=counts, seed=seed)
                     yield exact
                     yield replace(exact, quant_mode=QuantMode.INT8_PER_TOKEN)
+                    if strategy == "mc2" and min(counts) > 0:
+                        yield replace(exact, counts_bound=(max(counts) + 2) * tp_size)
                     if quick:
                         continue
                     yield replace(exact, skewed=True, width=HIDDEN_SIZE // 2, seed=seed + 1)
@@ -429,7 +443,7 @@ def run_case(rank: Rank, case: Case, between: Callable[[], None] | None = None) 
     tensors = CaseTensors.of(case)
     hidden_states, weights, ids = tensors.input_of(groups.topology, case.sharding, rank.device)
     before = [tensor.clone() for tensor in (hidden_states, weights, ids)]
-    step = StepPlan(num_tokens_across_dp=case.num_tokens_across_dp, sharding=case.sharding)
+    step = case.step_on(groups.topology.dp_rank)
 
     pipeline = build(case.strategy, groups, case.num_physical_experts, case.quant_mode)
     experts = poisoned(tensors.experts_of(groups.topology, rank.device), between)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from vllm_npu import envs
-from vllm_npu.emulator.ascend_stack import aclnn
+from vllm_npu.emulator.ascend_stack import aclnn, lora_ops
 
 NAMESPACE = "_C_ascend"
 SOFTMAX = 0  # norm_type
@@ -261,9 +261,6 @@ DECLARED = (
     "device_print_tensor(Tensor tensor) -> ()",
     "get_masked_input_and_mask(Tensor input, int org_vocab_start_index, int org_vocab_end_index, int num_org_vocab_padding, "
     "int added_vocab_start_index, int added_vocab_end_index) -> (Tensor masked_input, Tensor mask)",
-    "bgmv_expand(Tensor! x, Tensor! weight, Tensor! indices, Tensor! y, int slice_offset, int slice_size) -> Tensor",
-    "sgmv_expand(Tensor! x, Tensor! weight, Tensor! lora_indices, Tensor! seq_len, Tensor! y, int slice_offset, "
-    "int slice_size) -> Tensor",
 )
 
 ACL_FORMAT_ND, ACL_FORMAT_FRACTAL_NZ = 2, 29
@@ -307,6 +304,10 @@ def register() -> torch.library.Library:
     library = torch.library.Library(NAMESPACE, "FRAGMENT")
     for schema in DECLARED:
         library.define(schema)
+    for schema in lora_ops.SCHEMAS:
+        library.define(schema)
+        name = schema.partition("(")[0]
+        library.impl(name, getattr(lora_ops, name), "PrivateUse1")
     for schema, function in OPERATORS.items():
         library.define(schema)
         for key in ("PrivateUse1", "Meta"):

@@ -17,6 +17,8 @@ from vllm_npu.core.ascend_recipes import (
     FUSED_MC2_VALUE,
     MAX_FUSED_ROWS,
     OTHER_FUSED_OPERATORS,
+    RANDOM_EPLB_POLICY,
+    RANDOM_EPLB_RANKS,
     REFUSED_OPTIONS,
     fused_mc2_rows,
 )
@@ -48,6 +50,11 @@ def check_settings(vllm_config: "VllmConfig", options: Options) -> None:
             getattr(ascend_config, "mix_placement", False)
         )
         and (release_line(vllm_version) != "0.23" or vllm_config.model_config.quantization != "ascend"),
+        f"eplb_policy_type {RANDOM_EPLB_POLICY}, which exchanges experts of ranks 1 and 3, on fewer ranks": bool(
+            ascend_config.eplb_config.dynamic_eplb
+            and ascend_config.eplb_config.eplb_policy_type == RANDOM_EPLB_POLICY
+            and topology_of(vllm_config.parallel_config).ep_size < RANDOM_EPLB_RANKS
+        ),
         "LoRA adapters": vllm_config.lora_config is not None,
         "moe_comm=compare in graphs, which cannot hold its reads on the host; it needs --enforce-eager": bool(
             options.mode is Mode.COMPARE and planned_shape(vllm_config).graph_tokens

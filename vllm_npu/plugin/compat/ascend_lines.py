@@ -2,7 +2,8 @@
 
 COMPAT(vllm-ascend): names in vllm_ascend are not a public interface. This file uses these: `MoECommType`,
 `ascend_forward_context.select_moe_comm_method` (called once a step), `QuantType`, `get_mc2_group`,
-`should_skip_allreduce_across_dp_group`.
+`should_skip_allreduce_across_dp_group`, which the runner's `_sync_metadata_across_dp` calls in each step, and
+`get_mc2_tokens_capacity`.
 """
 
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from vllm_ascend.ascend_forward_context import MoECommType
 from vllm_ascend.distributed.parallel_state import get_mc2_group
 from vllm_ascend.quantization.quant_type import QuantType
 from vllm_ascend.utils import should_skip_allreduce_across_dp_group
+from vllm_ascend.worker import model_runner_v1
 
 from vllm_npu.core.limits import DeviceLimits, QuantMode
 from vllm_npu.core.step_plan import TokenSharding
@@ -115,6 +117,29 @@ def replace_choice(strategy_of_step: Callable[[], str | None]) -> None:
     ascend_forward_context.select_moe_comm_method = select_moe_comm_method
 
 
+def unagreed_tokens(vllm_config: VllmConfig) -> int | None:
+    """The most tokens of a data-parallel rank in a step whose counts the ranks do not agree on. None: they agree.
+
+    vllm-ascend leaves the agreement out on KV consumers whose steps fit MC2, and MC2's op then takes room for its capacity.
+    """
+    if vllm_config.parallel_config.data_parallel_size == 1 or not should_skip_allreduce_across_dp_group(vllm_config):
+        return None
+    return int(ascend_forward_context.get_mc2_tokens_capacity())
+
+
+def agree_on_counts() -> None:
+    """Make data-parallel ranks agree on the token counts of each step.
+
+    vllm-ascend leaves that out on KV consumers, and in the steps of a drafter without experts. The plan of such a step would
+    have other counts on each rank. A step then costs one more all-reduce on CPUs.
+    """
+    model_runner_v1.should_skip_allreduce_across_dp_group = _never_skips
+
+
+def _never_skips(vllm_config: VllmConfig, is_draft_model: bool = False) -> bool:
+    return False
+
+
 def static_layers(vllm_config: VllmConfig) -> list[Any]:
     """The modules that this process has built and that vLLM finds by name: attention and MoE layers."""
     return list(vllm_config.compilation_config.static_forward_context.values())
@@ -150,11 +175,6 @@ def refuse_layers(vllm_config: VllmConfig, layers: list[Any], refused_on_this_li
 
     `refused_on_this_line` has further reasons, and whether each applies.
     """
-    refused = {
-        "a KV consumer whose DP ranks do not agree on token counts": bool(
-            vllm_config.parallel_config.data_parallel_size > 1 and should_skip_allreduce_across_dp_group(vllm_config)
-        ),
-    }
+    refused = {f"quantisation {layer.quant_type}": True for layer in layers if layer.quant_type not in QUANT_MODES}
     refused |= refused_on_this_line
-    refused |= {f"quantisation {layer.quant_type}": True for layer in layers if layer.quant_type not in QUANT_MODES}
     refuse([reason for reason, applies in refused.items() if applies])

@@ -34,6 +34,7 @@ from vllm_npu.plugin.compat.ascend_lines import (
     COMM_TYPES,
     COMPLETE,
     QUANT_MODES,
+    agree_on_counts,
     device_limits,
     eplb_report,
     exchanging_layers,
@@ -43,6 +44,7 @@ from vllm_npu.plugin.compat.ascend_lines import (
     replace_choice,
     static_layers,
     transports,
+    unagreed_tokens,
 )
 from vllm_npu.plugin.layer_facts import LayerFacts
 
@@ -53,6 +55,7 @@ __all__ = [
     "FusedExpertsResult",
     "MoECommMethod",
     "MoEPrepareOutput",
+    "agree_on_counts",
     "agree_on_padding",
     "check_layers",
     "comm_methods",
@@ -73,6 +76,7 @@ __all__ = [
     "swiglu_limit",
     "take_attributes",
     "transports",
+    "unagreed_tokens",
     "using",
 ]
 

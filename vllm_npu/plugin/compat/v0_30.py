@@ -28,6 +28,7 @@ from vllm_npu.plugin.compat.ascend_lines import (
     COMM_TYPES,
     COMPLETE,
     QUANT_MODES,
+    agree_on_counts,
     device_limits,
     eplb_report,
     exchanging_layers,
@@ -37,6 +38,7 @@ from vllm_npu.plugin.compat.ascend_lines import (
     replace_choice,
     static_layers,
     transports,
+    unagreed_tokens,
 )
 from vllm_npu.plugin.layer_facts import LayerFacts
 
@@ -47,6 +49,7 @@ __all__ = [
     "FusedExpertsResult",
     "MoECommMethod",
     "MoEPrepareOutput",
+    "agree_on_counts",
     "agree_on_padding",
     "check_layers",
     "comm_methods",
@@ -67,6 +70,7 @@ __all__ = [
     "swiglu_limit",
     "take_attributes",
     "transports",
+    "unagreed_tokens",
     "using",
 ]
 

@@ -66,6 +66,10 @@ def device_limits(
     return PORTABLE
 
 
+def unagreed_tokens(vllm_config: VllmConfig) -> None:
+    """None: data-parallel ranks agree on the token counts of each step."""
+
+
 def cpus_of_nodes() -> dict[int, list[int]]:
     """The CPUs of each NUMA node that this process may use, as vLLM's automatic thread binding finds them."""
     nodes: dict[int, list[int]] = {node: [] for node in cpu_resource_utils.get_visible_memory_node()}

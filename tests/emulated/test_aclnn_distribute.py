@@ -800,9 +800,9 @@ def split_phases(rank: int, num_ranks: int) -> None:
     x = torch.zeros(4, 7168, dtype=torch.bfloat16, device="npu")
     ids = torch.zeros(4, 2, dtype=torch.int32, device="npu")
     group = (group_name(), num_ranks, rank, 8)
-    with pytest.raises(RuntimeError, match="aclnnMoeDistributeDispatchSetup .* not in libopapi"):
+    with pytest.raises(RuntimeError, match=r"aclnnMoeDistributeDispatchSetup .* not in libopapi"):
         npu.npu_moe_distribute_dispatch_setup(x, ids, *group)
-    with pytest.raises(RuntimeError, match="aclnnMoeDistributeCombineSetup .* not in libopapi"):
+    with pytest.raises(RuntimeError, match=r"aclnnMoeDistributeCombineSetup .* not in libopapi"):
         npu.npu_moe_distribute_combine_setup(x, ids, ids, *group)
 
 

@@ -375,7 +375,8 @@ def test_memory_that_is_freed_after_the_capture_is_named() -> None:
 
 
 @pytest.mark.skipif(
-    not hasattr(torch.npu.NPUGraph, "get_currently_capturing_graph"), reason="needs torch_npu 2.13, which has such nodes"
+    not hasattr(torch.npu.NPUGraph, "get_currently_capturing_graph"),
+    reason="needs torch_npu 2.13, which has such nodes",
 )
 def test_conditional_nodes_are_refused_by_name() -> None:
     condition, x = torch.tensor(True, device=DEVICE), x_of(1, 2)

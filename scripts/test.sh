@@ -3,7 +3,8 @@
 # Paths are relative to the checkout: scripts/test.sh tests/pure -k routing
 # Tests of the emulated Ascend device have an environment and a pytest process of their own. So do tests beside vllm-ascend,
 # which run on that device: scripts/test.sh --ascend [arguments of pytest], or a path below tests/ascend. --ascend is beside vLLM
-# 0.23; --ascend=0.30 is beside vLLM 0.30. --emulator=2.10 runs tests of the emulated device on torch 2.10 and its torch_npu.
+# 0.23; --ascend=0.30 is beside vLLM 0.30. --emulator=2.10 runs tests of the emulated device on torch 2.10 and its torch_npu;
+# --emulator=2.10-cuda does so with PyPI's torch 2.10. --ascend=0.30 --emulator=2.10 runs the tests beside vllm-ascend on that pair.
 # scripts/test.sh --nightly runs the tests marked nightly, in both environments. Every other run leaves them out.
 # Every run of pytest gives the seconds of each folder.
 set -u -e -o pipefail
@@ -11,9 +12,10 @@ set -u -e -o pipefail
 root=$(cd -P "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.." && pwd)
 cd "$root"
 
-run_pytest() { # setup's option, then pytest's arguments
-  local PY
-  PY=$(scripts/setup.sh ${1:+"$1"} | tail -n1) || return
+run_pytest() { # setup's options, in one argument, then pytest's arguments
+  local PY options
+  read -r -a options <<<"$1"
+  PY=$(scripts/setup.sh ${options[@]+"${options[@]}"} | tail -n1) || return
   shift
   "$PY" -m pytest "$@"
 }
@@ -50,9 +52,16 @@ case " $* " in
   "  ") run_all ;;
   " --nightly ") run_all -m nightly ;;
   " --ascend"* | " --emulator"*)
-    environment=$1 folder=tests/ascend
-    shift
-    case $environment in --emulator*) folder=tests/emulated ;; esac
+    environment="" folder=tests/emulated
+    while true; do
+      case ${1:-} in
+        --ascend*) folder=tests/ascend ;;
+        --emulator*) ;;
+        *) break ;;
+      esac
+      environment+=" $1"
+      shift
+    done
     case " $* " in *" tests/"*) ;; *) set -- "$folder" "$@" ;; esac
     run_pytest "$environment" "$@"
     ;;

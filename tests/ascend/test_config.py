@@ -22,6 +22,13 @@ EngineArgs(
 ).create_engine_config()
 print("BUILT")
 """
+BUILD_WITHOUT_A_MODEL = """
+from vllm.config import VllmConfig
+from vllm.plugins import load_general_plugins
+load_general_plugins()
+VllmConfig()
+print("BUILT")
+"""
 OFF = {"vllm_npu": {"moe_comm": "off"}}
 LINE = tuple(map(int, version("vllm-ascend").split(".")[:2]))
 ON_A3 = {"VLLM_NPU_EMULATOR_SOC": "A3"}
@@ -38,8 +45,18 @@ def build(folder, environment: dict | None = None, **arguments) -> subprocess.Co
     plugins = entry_points.without("ascend").partition("=")[2]
     variables = os.environ | {"VLLM_NPU_EMULATOR": "1", "VLLM_PLUGINS": plugins, "HCCL_BUFFSIZE": "1000"}
     variables |= environment or {}
-    command = [sys.executable, "-c", BUILD, json.dumps({"model": str(folder)} | arguments)]
+    return run_python(variables, BUILD, json.dumps({"model": str(folder)} | arguments))
+
+
+def run_python(variables: dict, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", *arguments]
     return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_a_configuration_without_a_model_is_vllm_ascends_alone() -> None:
+    plugins = entry_points.without("ascend").partition("=")[2]
+    done = run_python(os.environ | {"VLLM_NPU_EMULATOR": "1", "VLLM_PLUGINS": plugins}, BUILD_WITHOUT_A_MODEL)
+    assert done.stdout.endswith("BUILT\n"), done.stderr
 
 
 @pytest.mark.parametrize(

@@ -46,8 +46,9 @@ def x_of(*values: float) -> torch.Tensor:
 
 def refused(text: str, function: Callable[[], Any]) -> None:
     """The capture fails with the text, and the device works after it."""
+    pool = torch.npu.graph_pool_handle()
     with pytest.raises(RuntimeError) as caught:
-        captured(function)
+        captured(function, pool=pool)
     torch.npu.set_stream(torch.npu.default_stream())  # torch_npu leaves the stream of a capture that failed
     texts = []
     error: BaseException | None = caught.value
@@ -55,6 +56,10 @@ def refused(text: str, function: Callable[[], Any]) -> None:
         texts.append(str(error))
         error = error.__context__
     assert any(text in each for each in texts), texts
+    # COMPAT(torch_npu < 2.13): where the end of a capture fails, its allocator goes on capturing and refuses the next capture.
+    # CAN REMOVE when torch_npu >= 2.13 is required.
+    if "joined" in text and torch_npu.__version__.startswith("2.10."):
+        torch_npu._C._npu_endAllocateCurrentStreamToPool(torch.npu.current_device(), pool)
     assert (torch.ones(3, device=DEVICE) + 1).tolist() == [2, 2, 2]
 
 
@@ -319,6 +324,10 @@ def test_the_default_stream_is_refused() -> None:
         graph.capture_begin()
 
 
+@pytest.mark.skipif(
+    torch_npu.__version__.startswith("2.10."),
+    reason="torch_npu 2.10 refuses the second graph itself, and ends the process that frees this graph",
+)
 def test_a_stream_is_captured_once() -> None:
     def twice() -> None:
         torch.npu.NPUGraph().capture_begin()
@@ -365,6 +374,10 @@ def test_memory_that_is_freed_after_the_capture_is_named() -> None:
         replayed(graph)
 
 
+@pytest.mark.skipif(
+    not hasattr(torch.npu.NPUGraph, "get_currently_capturing_graph"),
+    reason="needs torch_npu 2.13, which has such nodes",
+)
 def test_conditional_nodes_are_refused_by_name() -> None:
     condition, x = torch.tensor(True, device=DEVICE), x_of(1, 2)
 
@@ -379,7 +392,10 @@ def test_the_graph_is_written_as_json(tmp_path: Path) -> None:
     x = x_of(1, 2)
     graph, _ = captured(lambda: (x + 1).mul_(2))
     graph.debug_dump(str(tmp_path / "graph.json"))
-    for name in ("graph.json", "graph.aligned.json"):  # torch_npu makes the second from the first
+    # torch_npu makes the others from the first: 2.13 one, 2.10 none.
+    names = {"graph.json", *(path.name for path in tmp_path.iterdir())}
+    assert names <= {"graph.json", "graph.aligned.json"}
+    for name in names:
         events = json.loads((tmp_path / name).read_text())
         assert [event["name"] for event in events] == ["aten::add.Tensor", "aten::mul_.Tensor"]
 

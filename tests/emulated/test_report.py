@@ -49,7 +49,7 @@ NEEDED = {
     "aclrtMemcpyAsync": "emulated",
     "aclopSetAttrString": "no effect",
     "MsprofReportApi": "refused",  # a generated stub that returns an error
-    "rtGetC2cCtrlAddr": "refused",
+    "rtKernelLaunch": "refused",
     "aclmdlSetDump": "refused",
     "_ZN3atb13CreateContextEPPNS_7ContextE": "emulated",
 }
@@ -58,7 +58,7 @@ LOOKED_UP = {
     "HcclSetConfig": "no effect",
     "aclrtMallocAlign32": "emulated",
     "aclmdlRICaptureBegin": "emulated",
-    "aclmdlRICondHandleCreate": "absent",
+    "HcclCommResume": "absent",
     "aclnnMoeDistributeDispatchV4": "emulated",
     "aclnnMoeDistributeDispatchV4GetWorkspaceSize": "emulated",
     "aclnnFlashAttentionScore": "absent",

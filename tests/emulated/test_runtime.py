@@ -272,6 +272,7 @@ print(early, pending, late, first_byte(), acl.aclrtDestroyStream(stream), acl.ac
 """
 
 
+@pytest.mark.skipif(not hasattr(torch_npu.npu, "npurt"), reason="needs torch_npu 2.13, which has npu.npurt")
 def test_registering_no_host_memory_fails():
     runtime, host = torch_npu.npu.npurt(), torch.empty(4096, dtype=torch.uint8)
     pinned = 0x10000000

@@ -34,12 +34,14 @@ class AscendMoEPlatform(NPUPlatform):
         start_checks.check_start."""
         options = check_config(vllm_config, beside_vllm_ascend=True)
         super().check_and_update_config(vllm_config)
+        if vllm_config.model_config is None:  # no engine; vllm-ascend 0.30 then reads none of its options
+            return
         device = replace(DEVICES[get_ascend_device_type().name.strip("_")], fused_mc2_rows=room_of_fused_mc2())
         check_engine(vllm_config, options, device, added_experts(vllm_config))
         parallel_config = vllm_config.parallel_config
         if options.mode is Mode.OFF or parallel_config.worker_cls == OUR_WORKER:
             return
-        if vllm_config.model_config is None or not vllm_config.model_config.is_moe:
+        if not vllm_config.model_config.is_moe:
             return
         topology = topology_of(parallel_config)
         if topology.ep_size > 1 or topology.dp_size > 1:

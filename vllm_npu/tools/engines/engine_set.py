@@ -70,7 +70,6 @@ class EngineSet(EngineProcesses):
         stop_signals: StopSignals | None = None,
         environment: Mapping[str, str] | None = None,  # added to os.environ
         engine_args: Mapping[str, Any] | None = None,  # further vllm.EngineArgs, by their Python names
-        dtype: str = "float32",
         module: str = OFFLINE_ENGINE,  # that each engine runs, or one that prepares vLLM and then calls its main()
     ) -> None:
         own = engine_environment(caches, vanilla=not any(strategies))

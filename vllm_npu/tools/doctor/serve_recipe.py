@@ -32,6 +32,7 @@ TAKEN = {
     "enable_eplb": "vllm-ascend balances and moves the experts; tokens go to the replicas that it names",
 }
 REFUSED = {
+    "enable_lora": "LoRA adapters were never run with the strategies of this package beside vllm-ascend",
     "enable_dbo": "two micro-batches in flight were never run with the strategies of this package",
     "prefill_context_parallel_size": "prefill context parallelism was never run with the strategies of this package",
     "worker_cls": "vllm_npu replaces vllm-ascend's own worker only",

@@ -13,24 +13,21 @@ from vllm_npu.core.limits import MoELayer, QuantMode
 from vllm_npu.core.topology import ParallelTopology
 from vllm_npu.errors import UnsupportedConfigError
 from vllm_npu.strategies.planning import COUNT_BYTES, bytes_sent, row_bytes
-from vllm_npu.tools.calibration import Path as RowPath
-from vllm_npu.tools.calibration import calibration_of, is_one_number, published_times
-from vllm_npu.tools.simulation import (
+from vllm_npu.tools.calibration import RowPath, calibration_of, is_one_number, published_times
+from vllm_npu.tools.link_model import (
     GATHER,
     PER_EXPERT,
     PER_RANK,
     SLOTS,
     Fabric,
-    Workload,
     busiest_rows,
     bytes_us,
     demand,
-    estimate,
-    estimates,
     fabrics,
     popularity,
     rows_of,
 )
+from vllm_npu.tools.simulation import Workload, estimate, estimates
 
 LAYER = MoELayer(num_experts=256, top_k=8, hidden_size=7168, dtype=torch.bfloat16)
 EP_SIZES = (2, 4, 8, 16, 32, 64, 128, 256, 384, 512, 768)

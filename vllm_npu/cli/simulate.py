@@ -17,14 +17,8 @@ from vllm_npu.errors import UnsupportedConfigError
 from vllm_npu.strategies.table import ALL_STRATEGIES
 from vllm_npu.tools.calibration import PublishedTime, calibration_of, is_one_number, published_times
 from vllm_npu.tools.layers import moe_layer
-from vllm_npu.tools.simulation import (
-    Estimate,
-    Fabric,
-    Workload,
-    estimates,
-    fabrics,
-    fastest,
-)
+from vllm_npu.tools.link_model import Fabric, fabrics
+from vllm_npu.tools.simulation import Estimate, Workload, estimates, fastest
 
 EP_SIZES = "2,4,8,16,32,64,128,256,384,512,768"
 STEPS = [1 << power for power in range(13)]  # tokens of a rank: 1 to 4096

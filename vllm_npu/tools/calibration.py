@@ -1,4 +1,4 @@
-"""Published times of exchanges beside the model of simulation.py: a correction from one half of them, tested on the other half.
+"""Published times of exchanges beside the model of link_model.py: a correction from one half of them, tested on the other half.
 
 Published times come in groups: those of one fabric whose rows travel alike, inside of a node or between nodes. One half of a
 group gives two numbers, by which the time of the bytes is multiplied: a factor, and its growth with the ranks. The other half
@@ -14,7 +14,7 @@ from typing import Any, Self
 import numpy as np
 
 from vllm_npu.strategies.select import distinct_destinations
-from vllm_npu.tools.simulation import (
+from vllm_npu.tools.link_model import (
     GATHER,
     PER_EXPERT,
     PER_NODE,
@@ -34,7 +34,7 @@ FEWEST_RANKS = 8  # the growth counts from here: fewer ranks are in one node eve
 
 
 @dataclass(frozen=True, slots=True)
-class Path:
+class RowPath:
     """How rows travel."""
 
     fabric: str
@@ -53,7 +53,7 @@ class PublishedTime:
     """One published number, and what the model has for it. Times are microseconds."""
 
     source: str
-    path: "Path"
+    path: "RowPath"
     ep_size: int
     stage: str  # dispatch, combine, both, or one way
     unit: str
@@ -111,7 +111,7 @@ def is_one_number(low: float, high: float) -> bool:
 
 
 @cache
-def calibration_of(path: Path) -> Calibration:
+def calibration_of(path: RowPath) -> Calibration:
     """The correction and the interval of an exchange."""
 
     def of(chosen: Callable[[PublishedTime], bool]) -> list[PublishedTime]:
@@ -155,17 +155,17 @@ def _fitted(rows: Sequence[PublishedTime]) -> tuple[float, float]:
 @cache
 def published_times() -> tuple[PublishedTime, ...]:
     """Every published number of fabrics.toml: 256 experts, top 8, uniform routing."""
-    halves: dict[Path, int] = {}
+    halves: dict[RowPath, int] = {}
     return tuple(row for table in figures()["published"] for row in _rows(table, halves))
 
 
-def _rows(table: Mapping[str, Any], halves: dict[Path, int]) -> Iterator[PublishedTime]:
+def _rows(table: Mapping[str, Any], halves: dict[RowPath, int]) -> Iterator[PublishedTime]:
     """The numbers of one table. Those that gave a figure of fabrics.toml are in the half for fits, and of the others of a group
     every second one, in the order of the file."""
     fabric, exchange, by = fabrics()[table["fabric"]], table["exchange"], table["by"]
     for ep, published in table["values"].items():
         ep_size = int(ep)
-        path = Path.of(fabric, exchange, by, ep_size)
+        path = RowPath.of(fabric, exchange, by, ep_size)
         fits = ep_size in table.get("fitted", ())
         if not fits:
             halves[path] = halves.get(path, 0) + 1

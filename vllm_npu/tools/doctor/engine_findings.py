@@ -6,13 +6,13 @@ JSON is a PlannedEngine. Prints a list of Findings as JSON. This is a program of
 """
 
 import json
-import os
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from vllm_npu.child_processes import changed_environment
 from vllm_npu.core.ascend_recipes import fused_mc2_rows, rows_of_recipe
 from vllm_npu.core.expert_limits import ExpertsWanted
 from vllm_npu.core.limits import DEVICES, PORTABLE
@@ -24,7 +24,7 @@ from vllm_npu.plugin.options import Mode, parse_moe_comm
 from vllm_npu.strategies.start_checks import PlannedShape, check_experts, check_start, describe_capacity
 from vllm_npu.tools.doctor.examination import PlannedEngine
 from vllm_npu.tools.doctor.findings import OK, PROBLEM, Finding
-from vllm_npu.tools.doctor.serve_recipe import recipe_rows
+from vllm_npu.tools.doctor.serve_recipe import LEAVE_OUT, recipe_rows
 from vllm_npu.tools.layers import layer_of_model
 
 CHECK = "engine"
@@ -38,8 +38,6 @@ def findings_of(engine: PlannedEngine) -> list[Finding]:
     recipe = recipe_findings(engine.additional_config)
     if engine.serve_options is not None:
         recipe += recipe_rows(engine.serve_options, engine.variables)
-    if HCCL_BUFFSIZE.name in engine.variables:
-        os.environ[HCCL_BUFFSIZE.name] = engine.variables[HCCL_BUFFSIZE.name]  # this process checks one engine
     try:
         if engine.soc is not None and engine.soc not in DEVICES:
             raise UnsupportedConfigError(f"there is no --soc {engine.soc}; name one of {', '.join(DEVICES)}")
@@ -57,7 +55,7 @@ def findings_of(engine: PlannedEngine) -> list[Finding]:
             layer,
             device,
             shape=PlannedShape(decode_tokens=engine.max_num_seqs),
-            hccl_buffer_mb=HCCL_BUFFSIZE.read_whole_number(),
+            hccl_buffer_mb=_buffer_mb(engine.variables),
         )
     except VllmNpuError as error:
         return [*recipe, Finding.refusal(CHECK, f"{type(error).__name__}: {error}")]
@@ -68,13 +66,18 @@ def findings_of(engine: PlannedEngine) -> list[Finding]:
 
 def recipe_findings(additional_config: Mapping[str, Any]) -> list[Finding]:
     """What happens to each option of vllm-ascend. A refused one is a problem."""
-    remedy = 'leave it out, or keep vllm-ascend\'s own communication: {"vllm_npu": {"moe_comm": "off"}}'
     return [
-        Finding("recipe", PROBLEM, f"{row.option}: {row.what}", remedy)
+        Finding("recipe", PROBLEM, f"{row.option}: {row.what}", LEAVE_OUT)
         if row.is_refused
         else Finding("recipe", OK, f"{row.option}: {row.what}")
         for row in rows_of_recipe(additional_config)
     ]
+
+
+def _buffer_mb(variables: Mapping[str, str]) -> int:
+    """HCCL's buffer in MiB, as a recipe sets it, or else as this process has it."""
+    with changed_environment({name: value for name, value in variables.items() if name == HCCL_BUFFSIZE.name}):
+        return HCCL_BUFFSIZE.read_whole_number()
 
 
 if __name__ == "__main__":

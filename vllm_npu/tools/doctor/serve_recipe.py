@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 from vllm_npu.errors import InvalidInputError
 from vllm_npu.tools.doctor.findings import OK, PROBLEM, Finding
 
+LEAVE_OUT = 'leave it out, or keep vllm-ascend\'s own communication: {"vllm_npu": {"moe_comm": "off"}}'
 ASSIGNMENT = re.compile(r"([A-Za-z_][A-Za-z0-9_]*)=(.*)", re.DOTALL)
 API_SERVER = "vllm.entrypoints.openai.api_server"
 OPTIONS_OF_VARIABLES = {  # vllm-ascend 0.23 reads these variables as options of --additional-config
@@ -91,11 +92,12 @@ def read_recipe(script: str) -> ServeRecipe:
 
 def recipe_rows(options: Mapping[str, str], variables: Mapping[str, str]) -> Iterator[Finding]:
     """What happens to each option of vllm serve and each variable of vllm-ascend."""
-    remedy = 'leave it out, or keep vllm-ascend\'s own communication: {"vllm_npu": {"moe_comm": "off"}}'
     for name, value in options.items():
         option = f"--{name.replace('_', '-')}"
         if name in REFUSED and value != "1":
-            yield Finding("recipe", PROBLEM, f"{option} {value}: {REFUSED[name]}, so the engine does not start", remedy)
+            yield Finding(
+                "recipe", PROBLEM, f"{option} {value}: {REFUSED[name]}, so the engine does not start", LEAVE_OUT
+            )
         elif name in TAKEN:
             yield Finding("recipe", OK, f"{option}: {TAKEN[name]}")
         if name == "kv_transfer_config" and "kv_consumer" in value:
@@ -109,7 +111,10 @@ def recipe_rows(options: Mapping[str, str], variables: Mapping[str, str]) -> Ite
     for name, value in variables.items():
         if name == "VLLM_USE_V2_MODEL_RUNNER" and value not in ("", "0"):
             yield Finding(
-                "recipe", PROBLEM, f"{name}={value}: model runner V2 asks for a method before a step is planned", remedy
+                "recipe",
+                PROBLEM,
+                f"{name}={value}: model runner V2 asks for a method before a step is planned",
+                LEAVE_OUT,
             )
         elif name.startswith("VLLM_ASCEND_") and name not in OPTIONS_OF_VARIABLES:
             yield Finding("recipe", OK, f"{name}={value}: vllm-ascend's own; this package does not read it")

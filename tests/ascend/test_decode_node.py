@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.ascend.test_layer import PLUGINS, ROOT
+from tests.ascend.test_layer import EMULATED_A3, PLUGINS
 from tests.time_limits import PATIENCE_SECONDS
 from vllm_npu.tools.demo.ascend_demo import DP2_EP, MAX_TOKENS, MODELS
 from vllm_npu.tools.engines.engine_processes import EngineFailedError
@@ -16,19 +16,6 @@ from vllm_npu.tools.engines.tiny_models import demo_prompts, write_tiny_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(6 * PATIENCE_SECONDS)]
 
-EMULATED_A3 = {
-    "PYTHONPATH": str(ROOT),
-    "VLLM_NPU_EMULATOR": "1",
-    "VLLM_NPU_EMULATOR_SOC": "A3",
-    "VLLM_NPU_EMULATOR_MEMORY_GB": "4",
-    "VLLM_NPU_EMULATOR_LIMITS": "none",
-    "VLLM_NPU_EMULATOR_UNDEFINED": "zero",
-    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
-    "HCCL_BUFFSIZE": "300",
-    "OMP_NUM_THREADS": "1",
-    "TASK_QUEUE_ENABLE": "0",
-    "TORCHINDUCTOR_AUTOGRAD_CACHE": "0",
-}
 GRAPHS = {"compilation_config": {"cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2, 4, 8]}}
 Run = Callable[..., Generation]
 
@@ -60,7 +47,7 @@ def run(tmp_path_factory) -> Run:
             folder=logs,
             caches=caches,
             compiled=bool(engine_args),
-            environment=EMULATED_A3 | {"VLLM_PLUGINS": PLUGINS},
+            environment=EMULATED_A3 | {"VLLM_PLUGINS": PLUGINS, "TORCHINDUCTOR_AUTOGRAD_CACHE": "0"},
             engine_args={
                 "kv_transfer_config": connector,
                 "additional_config": options | {"vllm_npu": {"moe_comm": moe_comm}},

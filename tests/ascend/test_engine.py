@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.ascend.engine_program import OWN
-from tests.ascend.test_layer import LINE, PLUGINS, ROOT, STRATEGIES
+from tests.ascend.test_layer import EMULATED_A3, LINE, PLUGINS, STRATEGIES
 from tests.time_limits import PATIENCE_SECONDS
 from vllm_npu.tools.demo.ascend_demo import MODELS, for_ascend
 from vllm_npu.tools.engines.tiny_models import DEEPSEEK_V3, write_tiny_model
@@ -20,20 +20,7 @@ PROGRAM = Path(__file__).with_name("engine_program.py")
 
 def generate(plugins: str, *, env: dict[str, str] | None = None, **given: Any) -> dict[str, Any]:
     """Run engine_program.py in a process of its own, on emulated A3."""
-    variables = {
-        "PYTHONPATH": str(ROOT),
-        "VLLM_PLUGINS": plugins,
-        "VLLM_NPU_EMULATOR": "1",
-        "VLLM_NPU_EMULATOR_SOC": "A3",
-        "VLLM_NPU_EMULATOR_MEMORY_GB": "4",
-        "VLLM_NPU_EMULATOR_LIMITS": "none",
-        "VLLM_NPU_EMULATOR_UNDEFINED": "zero",
-        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
-        "HCCL_BUFFSIZE": "300",
-        "OMP_NUM_THREADS": "1",
-        "TASK_QUEUE_ENABLE": "0",
-        "TORCHDYNAMO_DISABLE": "1",
-    }
+    variables = EMULATED_A3 | {"VLLM_PLUGINS": plugins, "TORCHDYNAMO_DISABLE": "1"}
     process = subprocess.run(
         [sys.executable, str(PROGRAM), json.dumps(given)],
         env=os.environ | variables | (env or {}),

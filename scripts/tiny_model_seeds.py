@@ -21,26 +21,29 @@ import torch.nn.functional as F
 import transformers
 from torch.overrides import TorchFunctionMode
 
-from vllm_npu.tools.demo import ascend_demo
-from vllm_npu.tools.engines.tiny_models import VOCAB_SIZE, TinyModel, demo_prompts, write_tiny_model
+from vllm_npu.tools.demo import ascend_demo, recipes
+from vllm_npu.tools.engines.tiny_models import TinyModel, demo_prompts, write_tiny_model
 
 COPIES = 16
 # Parts of a row's root mean square. float16 rounds to 0.0005 of a number, and strategies differ by about 0.001 of a row. Rows
 # of int8 matrix products are bfloat16, which rounds 8 times more coarsely. These products are exact, so only MLPs differ.
 NOISE = 0.0015
 NOISE_INT8 = 0.003
+FLOAT_WEIGHTS = ("gate.weight", "lm_head.weight", "kv_b_proj.weight")  # in float also where the others are int8
 
 
 class Int8Linears(TorchFunctionMode):
-    """Linear layers with int8 weights and int8 rows, as in W8A8_DYNAMIC. The router and the head stay in float."""
+    """Linear layers with int8 weights and int8 rows, as in W8A8_DYNAMIC, but for those in float."""
 
-    def __init__(self, tiny: TinyModel) -> None:
+    def __init__(self, model: torch.nn.Module) -> None:
         super().__init__()
-        self._float_outputs = tiny.num_experts, VOCAB_SIZE
+        self._float_weights = {
+            weight.data_ptr() for name, weight in model.named_parameters() if name.endswith(FLOAT_WEIGHTS)
+        }
         self._weights: dict[tuple[int, torch.Size], torch.Tensor] = {}
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function is not F.linear or args[1].shape[0] in self._float_outputs:
+        if function is not F.linear or args[1].data_ptr() in self._float_weights:
             return function(*args, **(kwargs or {}))
         rows, weight, *bias = args
         key = weight.data_ptr(), weight.shape
@@ -98,7 +101,7 @@ def smallest_margin(
             folder, dtype=torch.float32, experts_implementation="eager"
         ).eval()
     disturb(model, torch.Generator().manual_seed(0), int8=int8)
-    linears = Int8Linears(tiny) if int8 else nullcontext()
+    linears = Int8Linears(model) if int8 else nullcontext()
     least, seen = float("inf"), set()
     for prompt, wanted in zip(demo_prompts(), max_tokens, strict=True):
         with linears:
@@ -113,7 +116,11 @@ def smallest_margin(
 def main() -> None:
     """Print seed, margin and number of distinct tokens, in one line for each good seed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    models = {planned.model.family: planned for planned in ascend_demo.FULL_PLAN}
+    # The model, whether its weights are int8, and the tokens to generate for each prompt.
+    models = {each.model.family: (each.model, each.int8, each.max_tokens) for each in ascend_demo.FULL_PLAN}
+    for _, unquantised, quantised in recipes.FAMILIES:
+        models[unquantised.family] = unquantised, False, ascend_demo.MAX_TOKENS
+        models[quantised.family] = quantised, True, ascend_demo.FEWER_TOKENS
     parser.add_argument("family", choices=models)
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--seeds", type=int, default=100)
@@ -123,9 +130,8 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     for seed in range(arguments.first, arguments.first + arguments.seeds):
-        planned = models[arguments.family]
-        tiny = replace(planned.model, seed=seed)
-        found = smallest_margin(tiny, planned.max_tokens, arguments.margin, int8=planned.int8)
+        model, int8, max_tokens = models[arguments.family]
+        found = smallest_margin(replace(model, seed=seed), max_tokens, arguments.margin, int8=int8)
         if found is not None:
             print(f"seed {seed}: margin {found[0]:.3f}, {found[1]} distinct tokens", flush=True)
 

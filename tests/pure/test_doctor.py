@@ -510,7 +510,10 @@ VLLM_USE_V1=1 /opt/bin/vllm serve some/model \\
   --host 0.0.0.0 --port $PORT \\
   --data_parallel_size=4 -tp 4 --max-num-seqs 32 \\
   --enable-expert-parallel --no-enable-prefix-caching \\
-  --kv-transfer-config '{"kv_connector": "C", "kv_role": "kv_consumer"}' \\
+  --kv-transfer-config \\
+    '{"kv_connector": "C",
+    "kv_role": "kv_consumer"
+  }' \\
   --additional-config '{"enable_fused_mc2": 2}'
 """
 
@@ -566,7 +569,7 @@ def test_what_a_script_cannot_have_is_a_problem(tmp_path, monkeypatch, change, w
         ("vllm serve a -tp $TP", "invalid int value: '$TP'; write the value into the recipe"),
         ("vllm serve a --additional-config '[1]'", "is no JSON object"),
         ("VLLM_ASCEND_ENABLE_FUSED_MC2=yes vllm serve a", "VLLM_ASCEND_ENABLE_FUSED_MC2=yes is no number"),
-        ("vllm serve 'a", "the recipe has a line that no shell can read"),
+        ("vllm serve 'a", "the recipe has a quotation that does not end, in the command: vllm serve 'a"),
     ],
 )
 def test_a_script_that_cannot_be_read_is_refused(tmp_path, capsys, script, message):

@@ -10,15 +10,15 @@ from typing import Annotated, Any, TypeVar
 import typer
 from rich.table import Table
 
-from vllm_npu.cli.demo_tables import ascend_table, vanilla_table
+from vllm_npu.cli.demo_tables import ascend_table, recipe_table, vanilla_table
 from vllm_npu.cli.outputs import JsonPath
 from vllm_npu.cli.stages import console_for_tables, shown_session
 from vllm_npu.errors import UnsupportedConfigError
-from vllm_npu.tools.demo import ascend_demo, vanilla_demo
+from vllm_npu.tools.demo import ascend_demo, recipe_demo, vanilla_demo
 from vllm_npu.tools.demo.session import DemoSession
 from vllm_npu.tools.engines.engine_processes import EngineFailedError, require_vllm
 
-Demo = TypeVar("Demo", vanilla_demo.VanillaDemo, ascend_demo.AscendDemo)
+Demo = TypeVar("Demo", vanilla_demo.VanillaDemo, ascend_demo.AscendDemo, recipe_demo.RecipeDemo)
 
 
 def demo(
@@ -38,6 +38,16 @@ def demo(
             help="Over HTTP beside vllm-ascend, on two emulated NPUs (A3; with --full also A2, DeepSeek-V3, W8A8).",
         ),
     ] = False,
+    recipes: Annotated[
+        Path | None,
+        typer.Option(
+            "--recipes",
+            exists=True,
+            help="With --ascend-emulated, in place of the usual servers: a script with `vllm serve`, a Markdown file, or a "
+            "folder of them, as vllm-ascend's tutorials are. Each recipe runs on a tiny model with its own options.",
+        ),
+    ] = None,
+    only: Annotated[str, typer.Option("--only", help="With --recipes: a part of the names to take.")] = "",
     json_path: JsonPath = None,
     log_folder: Annotated[Path | None, typer.Option("--logs", help="Keep the engines' logs in this folder.")] = None,
 ) -> None:
@@ -48,8 +58,22 @@ def demo(
     """
     if ascend_emulated and eplb:
         raise UnsupportedConfigError("beside vllm-ascend experts are balanced by vllm-ascend; leave out --eplb")
+    if recipes is None and only:
+        raise UnsupportedConfigError("--only names recipes; give --recipes too")
+    if recipes is not None and (full or not ascend_emulated):
+        raise UnsupportedConfigError("--recipes runs beside vllm-ascend: give --ascend-emulated, and leave out --full")
     if ascend_emulated:
         ascend_demo.require_vllm_ascend()
+    if recipes is not None:
+        _run(
+            recipe_demo.RecipeDemo,
+            recipe_demo.planned_recipes(recipes, only),
+            lambda finished: recipe_table(finished.rows),
+            json_path=json_path,
+            log_folder=log_folder,
+        )
+        return
+    if ascend_emulated:
         servers = ascend_demo.FULL_PLAN if full else ascend_demo.QUICK_PLAN
         _run(
             ascend_demo.AscendDemo,

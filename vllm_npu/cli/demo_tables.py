@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from vllm_npu.tools.demo.ascend_demo import OFF, ServedRow
+from vllm_npu.tools.demo.recipe_demo import RecipeRow
 from vllm_npu.tools.demo.vanilla_demo import Reference, StrategyRow
 
 
@@ -68,6 +69,30 @@ def ascend_table(rows: Sequence[ServedRow]) -> Table:
             f"{row.collectives_per_moe_layer:.1f}" if counted else "–",
             f"{row.bytes_per_moe_layer:,.0f}" if counted else "–",
             f"{row.seconds:.1f}",
+            style=None if row.passed else "red",
+        )
+    return table
+
+
+def recipe_table(rows: Sequence[RecipeRow]) -> Table:
+    """One line for each recipe."""
+    table = Table(
+        title="Recipes on tiny models and emulated A3: tokens with moe_comm=auto against vllm-ascend alone",
+        title_justify="left",
+    )
+    for header in ("recipe", "runs as", "strategy", "tokens\nidentical", "left out"):
+        table.add_column(header, overflow="fold")
+    for row in rows:
+        if row.not_run is not None:
+            table.add_row(row.recipe, row.runs_as, "–", f"not run: {row.not_run}", ", ".join(row.left_out))
+            continue
+        counts = "failed" if row.failed else f"{row.tokens_identical}/{row.tokens_total}"
+        table.add_row(
+            row.recipe,
+            row.runs_as,
+            ", ".join(row.ran) or "–",
+            counts,
+            ", ".join(row.left_out),
             style=None if row.passed else "red",
         )
     return table

@@ -5,7 +5,7 @@ package, on the workers of the first data-parallel rank. After allgather and nai
 These collectives are not counted.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import entry_points, version
@@ -24,7 +24,6 @@ from vllm_npu.tools.engines.tiny_models import DEEPSEEK_V3, QWEN3_MOE, TinyModel
 OFF = "off"
 AUTO = "auto"
 HIDDEN_SIZE = 1024  # the least that MC2 takes on A3
-NUM_DEVICES = 2
 
 TP2_EP = Parallelism(tensor_parallel_size=2, expert_parallel=True)
 DP2_EP = Parallelism(data_parallel_size=2, expert_parallel=True)
@@ -250,30 +249,56 @@ class AscendDemo:
     @contextmanager
     def _server(self, planned: PlannedServers, moe_comm: str) -> Iterator[HttpEngine]:
         """A server on emulated devices of the planned chip."""
-        name = f"{planned} {moe_comm}".replace(" ", "-").replace("×", "").lower()
-        with changed_environment({envs.EMULATOR_SOC.name: planned.chip}), emulated_devices(NUM_DEVICES):
-            server = HttpEngine(
-                self._session.folder / planned.model.family,
-                planned.parallelism,
-                *(("--quantization", "ascend") if planned.int8 else ()),
-                plugins=plugins.without(plugins.ASCEND_PLATFORM).partition("=")[2],
-                moe_comm=moe_comm,
-                dtype=planned.dtype,
-                folder=self._session.folder / name,
-                caches=self._session.caches,
-                graph_mode=planned.graph_mode,
-                stop_signals=self._session.stop_signals,
-                environment={
-                    "OMP_NUM_THREADS": "1",
-                    envs.EMULATOR_MEMORY_GB.name: "4",
-                    # torch 2.13 keeps compiled graphs of its own compiler only; vllm-ascend 0.23 was made for torch 2.10.
-                    "TORCHINDUCTOR_AUTOGRAD_CACHE": "0",
-                    # vllm-ascend's all-gather multiplies rows of other ranks' experts by 0, and NaN would stay NaN.
-                    envs.EMULATOR_UNDEFINED.name: "zero",
-                },
-            )
-            with self._session.logs_kept(name), server:
-                yield server
+        with emulated_server(
+            self._session,
+            f"{planned} {moe_comm}",
+            planned.model,
+            planned.parallelism,
+            *(("--quantization", "ascend") if planned.int8 else ()),
+            chip=planned.chip,
+            moe_comm=moe_comm,
+            dtype=planned.dtype,
+            graph_mode=planned.graph_mode,
+        ) as server:
+            yield server
+
+
+@contextmanager
+def emulated_server(
+    session: DemoSession,
+    name: str,
+    model: TinyModel,  # its checkpoint is in the session's folder
+    parallelism: Parallelism,
+    *options: str,
+    chip: str,
+    environment: Mapping[str, str] | None = None,
+    **engine: Any,  # for HttpEngine
+) -> Iterator[HttpEngine]:
+    """A server of vllm-ascend on emulated devices, one for each rank."""
+    name = name.replace(" ", "-").replace("×", "").lower()
+    num_devices = parallelism.tensor_parallel_size * parallelism.data_parallel_size
+    with changed_environment({envs.EMULATOR_SOC.name: chip}), emulated_devices(num_devices):
+        server = HttpEngine(
+            session.folder / model.family,
+            parallelism,
+            *options,
+            plugins=plugins.without(plugins.ASCEND_PLATFORM).partition("=")[2],
+            folder=session.folder / name,
+            caches=session.caches,
+            stop_signals=session.stop_signals,
+            environment={
+                **(environment or {}),
+                "OMP_NUM_THREADS": "1",
+                envs.EMULATOR_MEMORY_GB.name: "4",
+                # torch 2.13 keeps compiled graphs of its own compiler only; vllm-ascend 0.23 was made for torch 2.10.
+                "TORCHINDUCTOR_AUTOGRAD_CACHE": "0",
+                # vllm-ascend's all-gather multiplies rows of other ranks' experts by 0, and NaN would stay NaN.
+                envs.EMULATOR_UNDEFINED.name: "zero",
+            },
+            **engine,
+        )
+        with session.logs_kept(name), server:
+            yield server
 
 
 def _why_not(strategy: str, planned: PlannedServers) -> str | None:

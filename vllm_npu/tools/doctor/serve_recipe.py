@@ -1,22 +1,19 @@
-"""A shell script that starts `vllm serve`, as vllm-ascend's tutorials print it: what doctor needs of it. Nothing is run.
+"""What doctor needs of a script that starts `vllm serve`. Standard library only.
 
-Standard library only. Variables of the shell stay as they are written, so an option that doctor reads needs its value.
+Variables of the shell stay as they are written, so an option that doctor reads needs its value.
 """
 
 import argparse
 import json
-import re
-import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from vllm_npu.errors import InvalidInputError
 from vllm_npu.tools.doctor.findings import OK, PROBLEM, Finding
+from vllm_npu.tools.serve_script import read_script
 
 LEAVE_OUT = 'leave it out, or keep vllm-ascend\'s own communication: {"vllm_npu": {"moe_comm": "off"}}'
-ASSIGNMENT = re.compile(r"([A-Za-z_][A-Za-z0-9_]*)=(.*)", re.DOTALL)
-API_SERVER = "vllm.entrypoints.openai.api_server"
 OPTIONS_OF_VARIABLES = {  # vllm-ascend 0.23 reads these variables as options of --additional-config
     "VLLM_ASCEND_ENABLE_FUSED_MC2": "enable_fused_mc2",
     "VLLM_ASCEND_ENABLE_FLASHCOMM1": "enable_flashcomm1",
@@ -59,21 +56,9 @@ class ServeRecipe:
 
 def read_recipe(script: str) -> ServeRecipe:
     """Read a script. Raises InvalidInputError if it has no `vllm serve` command or several, or values that no one can read."""
-    variables: dict[str, str] = {}
-    commands = []
-    for words in _commands(script):
-        rest = words[1:] if words[0] == "export" else words
-        assigned = [found for word in rest if (found := ASSIGNMENT.fullmatch(word))]
-        leading = next((number for number, word in enumerate(rest) if not ASSIGNMENT.fullmatch(word)), len(rest))
-        variables |= {found[1]: found[2] for found in (assigned if words[0] == "export" else assigned[:leading])}
-        if (arguments := _serve_arguments(rest[leading:])) is not None:
-            commands.append(arguments)
-    if len(commands) != 1:
-        raise InvalidInputError(
-            f"the recipe has {len(commands)} commands that start vLLM (vllm serve, {API_SERVER}); give a file with one, as a "
-            "node runs it"
-        )
-    given = _parse(commands[0])
+    read = read_script(script)
+    variables = read.variables
+    given = _parse(read.arguments)
     chosen = vars(given)
     additional = {
         option: _number(name, variables[name]) for name, option in OPTIONS_OF_VARIABLES.items() if name in variables
@@ -120,36 +105,13 @@ def recipe_rows(options: Mapping[str, str], variables: Mapping[str, str]) -> Ite
             yield Finding("recipe", OK, f"{name}={value}: vllm-ascend's own; this package does not read it")
 
 
-def _commands(script: str) -> Iterator[list[str]]:
-    """The words of each command. Comments are left out, and a backslash at the end of a line continues it."""
-    for line in re.sub(r"\\\s*\n", " ", script).splitlines():
-        try:
-            words = shlex.split(line, comments=True)
-        except ValueError as error:
-            raise InvalidInputError(
-                f"the recipe has a line that no shell can read ({error}): {line.strip()[:80]}"
-            ) from error
-        if words:
-            yield words
-
-
-def _serve_arguments(words: list[str]) -> list[str] | None:
-    """The arguments of a command that starts vLLM. None: it starts something else."""
-    if API_SERVER in words:
-        return words[words.index(API_SERVER) + 1 :]
-    for number in range(len(words) - 1):
-        if words[number].rpartition("/")[2] == "vllm" and words[number + 1] == "serve":
-            return words[number + 2 :]
-    return None
-
-
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise InvalidInputError(f"the recipe's vllm serve: {message}; write the value into the recipe")
 
 
-def _parse(arguments: list[str]) -> argparse.Namespace:
-    """Parse the options that doctor reads. vLLM takes underscores for hyphens too."""
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse the options that doctor reads."""
     parser = _Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("model_tag", nargs="?")
     parser.add_argument("--model")
@@ -168,11 +130,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     ):
         parser.add_argument(option)
     parser.add_argument("--prefill-context-parallel-size")
-    hyphened = [
-        re.sub(r"^--[^=]+", lambda option: option[0].replace("_", "-"), word) if word.startswith("--") else word
-        for word in arguments
-    ]
-    given, _ = parser.parse_known_args(hyphened)
+    given, _ = parser.parse_known_args(arguments)
     return given
 
 

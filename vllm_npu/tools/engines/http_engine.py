@@ -50,6 +50,7 @@ class HttpEngine(EngineProcesses):
         *options: str,  # further options of the server
         plugins: str,  # VLLM_PLUGINS
         moe_comm: str,
+        additional_config: Mapping[str, Any] | None = None,  # beside the section of this package
         dtype: str,
         folder: Path,  # of the log
         caches: Path,  # of vLLM; servers may share it
@@ -79,7 +80,7 @@ class HttpEngine(EngineProcesses):
             *("--gpu-memory-utilization", "0.3", "--no-enable-prefix-caching", "--seed", "0"),
             *(["--enforce-eager"] if graph_mode is None else ["--compilation-config", json.dumps(graphs)]),
             *("--host", "127.0.0.1", "--port", str(self._port)),
-            *("--additional-config", json.dumps({"vllm_npu": {"moe_comm": moe_comm}})),
+            *("--additional-config", json.dumps({**(additional_config or {}), "vllm_npu": {"moe_comm": moe_comm}})),
             *options,
         ]
         self._tree: ProcessTree | None = None

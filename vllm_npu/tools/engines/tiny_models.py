@@ -32,6 +32,10 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
 
+# The weights of linear layers by the ends of their names: in checkpoints in W8A8, and those that stay in float there.
+INT8_WEIGHTS = ("_proj.weight", ".kv_a_proj_with_mqa.weight")
+FLOAT_WEIGHTS = (".kv_b_proj.weight", ".eh_proj.weight")
+
 Weights = dict[str, "np.ndarray[Any, Any]"]
 Draw = Callable[..., "np.ndarray[Any, Any]"]
 
@@ -135,7 +139,7 @@ def _as_int8(weights: Weights) -> tuple[Weights, dict[str, str]]:
     written: Weights = {}
     kinds = {}
     for name, weight in weights.items():
-        is_linear = name.endswith("_proj.weight")
+        is_linear = name.endswith(INT8_WEIGHTS) and not name.endswith(FLOAT_WEIGHTS)
         kinds[name] = "W8A8_DYNAMIC" if is_linear else "FLOAT"
         written[name] = weight
         if is_linear:

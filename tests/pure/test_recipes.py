@@ -1,0 +1,102 @@
+"""Recipes of `vllm serve`, made small for emulated NPUs: what is kept, replaced, left out and refused."""
+
+import json
+
+import pytest
+
+from vllm_npu.errors import InvalidInputError
+from vllm_npu.tools.demo.recipe_demo import RecipeRow, planned_recipes
+from vllm_npu.tools.demo.recipes import SmallRecipe, make_small
+from vllm_npu.tools.serve_script import read_script, scripts_below
+
+SCRIPT = """
+nic_name="xxxx"  # it's the interface
+export HCCL_IF_IP=$local_ip HCCL_BUFFSIZE=1024 LD_PRELOAD=/lib/x.so:$LD_PRELOAD
+export HCCL_OP_EXPANSION_MODE="AIV"
+vllm serve /weights/DeepSeek-V3.1-w8a8 \\
+  --host 0.0.0.0 --port=8004 --headless \\
+  --data_parallel_size $3 -tp 16 --data-parallel-size-local 2 \\
+  --quantization ascend --enable-expert-parallel --async-scheduling --block-size 128 \\
+  --max-model-len 16384 --hf-overrides '{"a": 1}' \\
+  --speculative-config '{"num_speculative_tokens": 3,
+      "method": "deepseek_mtp"}' \\
+  --compilation-config '{"cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [64, 128]}' \\
+  --additional-config '{"multistream_overlap_shared_expert": true}'
+"""
+
+
+def small(change: tuple[str, str] = ("", ""), name: str = "run.sh") -> SmallRecipe:
+    return make_small(name, read_script(SCRIPT.replace(*change)))
+
+
+def test_sizes_and_machines_are_replaced_and_the_other_options_stay():
+    recipe = small()
+    assert recipe.model.family == "deepseek-v3-w8a8-mtp"
+    assert recipe.model.config["num_nextn_predict_layers"] == 1
+    assert recipe.int8
+    assert str(recipe.parallelism) == "TP2×DP2×EP+SP"
+    assert recipe.graph_mode == "FULL_DECODE_ONLY"
+    assert recipe.additional_config == {"multistream_overlap_shared_expert": True}
+    assert recipe.variables == {"HCCL_BUFFSIZE": "1024", "HCCL_OP_EXPANSION_MODE": "AIV"}
+    assert recipe.left_out == ("--headless", "--data-parallel-size-local", "--hf-overrides")
+    kept, graphs = recipe.options[:-1], json.loads(recipe.options[-1])
+    speculative = json.dumps({"num_speculative_tokens": 3, "method": "mtp"})
+    assert kept == (
+        *("--speculative-config", speculative, "--async-scheduling", "--block-size", "128", "--compilation-config"),
+    )
+    # A decode step has the token and three drafts of each sequence.
+    assert graphs == {"cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [4, 8, 16, 32]}
+
+
+@pytest.mark.parametrize(
+    ("change", "family", "runs_as"),
+    [
+        (("--quantization ascend", ""), "deepseek-v3-mtp", "TP2×DP2×EP+SP FULL_DECODE_ONLY"),
+        (("DeepSeek-V3.1-w8a8", "Qwen3-235B-A22B"), "qwen3-moe-w8a8", "TP2×DP2×EP+SP FULL_DECODE_ONLY"),
+        (("--headless", "--enforce-eager"), "deepseek-v3-w8a8-mtp", "TP2×DP2×EP+SP eager"),
+        (("-tp 16", "-tp 1"), "deepseek-v3-w8a8-mtp", "DP2×EP FULL_DECODE_ONLY"),
+        (("--enable-expert-parallel", ""), "deepseek-v3-w8a8-mtp", "TP2×DP2 FULL_DECODE_ONLY"),
+        (('"cudagraph_mode": "FULL_DECODE_ONLY", ', ""), "deepseek-v3-w8a8-mtp", "TP2×DP2×EP+SP vllm-ascend's default"),
+    ],
+)
+def test_model_topology_and_graphs_follow_the_recipe(change, family, runs_as):
+    assert str(small(change)) == f"{family} {runs_as}"
+
+
+def test_a_drafter_that_has_no_tiny_model_is_left_out():
+    recipe = small(("deepseek_mtp", "eagle3"))
+    assert recipe.left_out[-1] == "--speculative-config eagle3"
+    assert "--speculative-config" not in recipe.options
+    assert json.loads(recipe.options[-1])["cudagraph_capture_sizes"] == [1, 2, 4, 8]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (("DeepSeek-V3.1", "DeepSeek-V3.2"), "no tiny model is of its family"),
+        (("--headless", "--kv-transfer-config '{}'"), "blocks of the KV cache"),
+        (("'{\"multi", "'{multi"), "--additional-config {multi"),
+        (("'{\"multistream_overlap_shared_expert\": true}'", "[]"), "is no JSON object"),
+    ],
+)
+def test_a_recipe_that_cannot_be_made_small_says_why(change, reason):
+    with pytest.raises(InvalidInputError, match=reason):
+        small(change)
+
+
+def test_markdown_gives_one_recipe_for_each_block_that_starts_vllm(tmp_path):
+    block = f"   ```{{code-block}} bash\n{SCRIPT}   ```\n"
+    (tmp_path / "Model.md").write_text(f"text\n{block}\n```python\nprint()\n```\n{block}")
+    (tmp_path / "node.sh").write_text(SCRIPT)
+    assert [name for name, _ in scripts_below(tmp_path)] == ["Model 1", "Model 2", "node.sh"]
+    first, *others = planned_recipes(tmp_path, "")
+    assert isinstance(first, SmallRecipe)
+    assert [isinstance(row, RecipeRow) and row.not_run for row in others] == ["as Model 1", "as Model 1"]
+    assert [each.name for each in planned_recipes(tmp_path, "NODE") if isinstance(each, SmallRecipe)] == ["node.sh"]
+
+
+@pytest.mark.parametrize(("name", "text"), [("a.md", "no block"), ("a.sh", "")])
+def test_no_recipe_at_all_is_refused(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(InvalidInputError, match="there is no `vllm serve` in it"):
+        planned_recipes(tmp_path / name, "other")

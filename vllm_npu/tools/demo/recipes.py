@@ -1,0 +1,192 @@
+"""A recipe of vllm-ascend, made small: the same options on a tiny model of the same family and a few emulated NPUs.
+
+Sizes, addresses and what belongs to the real model's tokenizer are replaced or left out. All other options and variables stay.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from vllm_npu.errors import InvalidInputError
+from vllm_npu.tools.demo.ascend_demo import FEWER_TOKENS, MAX_TOKENS, MODELS, QWEN3_MOE_INT8, for_ascend
+from vllm_npu.tools.engines.engine_processes import Parallelism
+from vllm_npu.tools.engines.http_engine import CAPTURE_SIZES
+from vllm_npu.tools.engines.tiny_models import DEEPSEEK_V3, TinyModel
+from vllm_npu.tools.serve_script import ServeScript
+
+RANKS = 2  # of each kind of parallelism that the recipe has more of
+GRAPHS_OF_VLLM_ASCEND = "vllm-ascend's default"  # cudagraph_mode of a recipe that names none
+
+DEEPSEEK_V3_INT8 = for_ascend(
+    DEEPSEEK_V3, 230, "deepseek-v3-w8a8", routed_scaling_factor=1.0, num_hidden_layers=2, first_k_dense_replace=1
+)
+# The models of a family: with 16-bit weights, and in W8A8. The pattern finds the name in the recipe's or the model's name.
+FAMILIES: tuple[tuple[re.Pattern[str], TinyModel, TinyModel], ...] = (
+    (re.compile(r"\bQwen3-(Coder-)?(30B|235B|480B)", re.IGNORECASE), MODELS[0], QWEN3_MOE_INT8),
+    (re.compile(r"\bDeepSeek-(R1|V3)(?!\.2)", re.IGNORECASE), MODELS[1], DEEPSEEK_V3_INT8),
+)
+MTP_METHODS = ("mtp", "deepseek_mtp")  # the drafter is a layer of the model
+DRAFTS_WITHOUT_A_MODEL = ("ngram", "suffix")
+
+# Options that the small server has values of its own for.
+REPLACED = (
+    *(
+        "--model",
+        "--served-model-name",
+        "--host",
+        "--port",
+        "--dtype",
+        "--quantization",
+        "--max-model-len",
+        "--max-num-seqs",
+    ),
+    *("--max-num-batched-tokens", "--gpu-memory-utilization", "--tensor-parallel-size", "--data-parallel-size"),
+    *(
+        "--enable-expert-parallel",
+        "--enforce-eager",
+        "--compilation-config",
+        "--additional-config",
+        "--speculative-config",
+    ),
+)
+OF_THE_MACHINES = (
+    *(
+        "--data-parallel-address",
+        "--data-parallel-rpc-port",
+        "--data-parallel-size-local",
+        "--data-parallel-start-rank",
+    ),
+    *("--data-parallel-rank", "--data-parallel-external-lb", "--data-parallel-hybrid-lb", "--headless", "--nnodes"),
+    *("--node-rank", "--master-addr", "--master-port", "--api-server-count"),
+)
+OF_THE_REAL_MODEL = (
+    *("--tokenizer", "--tokenizer-mode", "--chat-template", "--reasoning-parser", "--tool-call-parser"),
+    *("--enable-auto-tool-choice", "--hf-overrides", "--load-format", "--safetensors-load-strategy"),
+    *("--model-loader-extra-config", "--limit-mm-per-prompt", "--allowed-local-media-path", "--mm-processor-cache-gb"),
+)
+SHORT_NAMES = {"-tp": "--tensor-parallel-size", "-dp": "--data-parallel-size", "-q": "--quantization"}
+VARIABLES_OF_THE_MACHINES = re.compile(
+    r".*_(IFNAME|IF_IP|PATH|PRELOAD|DEVICES|MODELSCOPE)|LD_.*|OMP_.*|PATH|HCCL_INTRA_.*|ASCEND_.*(PATH|HOME).*|MASTER_.*"
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SmallRecipe:
+    """What the small server gets."""
+
+    name: str
+    model: TinyModel
+    int8: bool
+    parallelism: Parallelism
+    graph_mode: str | None  # None: eager
+    max_tokens: Sequence[int]  # one for each prompt
+    options: tuple[str, ...]  # further ones of vllm serve
+    additional_config: Mapping[str, Any]
+    variables: Mapping[str, str]
+    left_out: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.model.family} {self.parallelism} {self.graph_mode or 'eager'}"
+
+
+def make_small(name: str, script: ServeScript) -> SmallRecipe:
+    """Make the recipe small.
+
+    Raises InvalidInputError for a recipe of a family without a tiny model, one of a node that passes its blocks on, and
+    values that are no JSON.
+    """
+    given = dict(_options(script.arguments))
+    if "--kv-transfer-config" in given:
+        raise InvalidInputError("its node takes or gives blocks of the KV cache by a connector between machines")
+    unquantised, quantised = _models_of(f"{name} {_value(given, '--model')}")
+    int8 = "--quantization" in given
+    model = quantised if int8 else unquantised
+    left_out = [option for option in given if option in (*OF_THE_MACHINES, *OF_THE_REAL_MODEL)]
+    options: list[str] = []
+    speculative = _json(given, "--speculative-config")
+    if speculative and speculative.get("method") in MTP_METHODS and "first_k_dense_replace" in model.config:
+        model = with_drafter(model)
+        options += ["--speculative-config", json.dumps(speculative | {"method": "mtp"})]
+    elif speculative and speculative.get("method") in DRAFTS_WITHOUT_A_MODEL:
+        options += ["--speculative-config", json.dumps(speculative)]
+    elif speculative:
+        left_out.append(f"--speculative-config {speculative.get('method')}")
+        speculative = {}
+    kept = {option: values for option, values in given.items() if option not in (*REPLACED, *left_out)}
+    options += [word for option, values in kept.items() for word in (option, *values)]
+
+    compilation = _json(given, "--compilation-config")
+    eager = "--enforce-eager" in given
+    if not eager:
+        drafts = int(speculative.get("num_speculative_tokens", 0))
+        sizes = [size * (1 + drafts) for size in CAPTURE_SIZES]
+        options += ["--compilation-config", json.dumps(compilation | {"cudagraph_capture_sizes": sizes})]
+    machines = [variable for variable in script.variables if VARIABLES_OF_THE_MACHINES.fullmatch(variable)]
+    return SmallRecipe(
+        name=name,
+        model=model,
+        int8=int8,
+        parallelism=Parallelism(
+            tensor_parallel_size=_few(given, "--tensor-parallel-size"),
+            data_parallel_size=_few(given, "--data-parallel-size"),
+            expert_parallel="--enable-expert-parallel" in given,
+        ),
+        graph_mode=None if eager else str(compilation.get("cudagraph_mode", GRAPHS_OF_VLLM_ASCEND)),
+        max_tokens=FEWER_TOKENS if int8 else MAX_TOKENS,
+        options=tuple(options),
+        additional_config=_json(given, "--additional-config"),
+        variables={
+            variable: value
+            for variable, value in script.variables.items()
+            if variable.isupper() and variable not in machines
+        },
+        left_out=tuple(left_out),
+    )
+
+
+def with_drafter(model: TinyModel) -> TinyModel:
+    """The model with one layer for MTP, a copy of its last one."""
+    return replace(model, family=f"{model.family}-mtp", config={**model.config, "num_nextn_predict_layers": 1})
+
+
+def _models_of(name: str) -> tuple[TinyModel, TinyModel]:
+    for pattern, unquantised, quantised in FAMILIES:
+        if pattern.search(name):
+            return unquantised, quantised
+    raise InvalidInputError(f"no tiny model is of its family ({name.strip()})")
+
+
+def _options(arguments: Sequence[str]) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Each option with its values. The first word may be the model, without the option's name."""
+    name, values = "--model", list[str]()
+    for word in arguments:
+        if re.match(r"--?[a-z]", word):
+            if values or name != "--model":
+                yield name, tuple(values)
+            written, equals, value = word.partition("=")
+            name, values = SHORT_NAMES.get(written, written), [value] if equals else []
+        else:
+            values.append(word)
+    yield name, tuple(values)
+
+
+def _value(given: Mapping[str, tuple[str, ...]], option: str) -> str:
+    return " ".join(given.get(option, ()))
+
+
+def _few(given: Mapping[str, tuple[str, ...]], option: str) -> int:
+    """1 for an option that is 1 or absent. RANKS for any other number, and for a variable of the shell."""
+    return 1 if _value(given, option) in ("", "1") else RANKS
+
+
+def _json(given: Mapping[str, tuple[str, ...]], option: str) -> dict[str, Any]:
+    text = _value(given, option) or "{}"
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        raise InvalidInputError(f"{option} {text[:80]} is no JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise InvalidInputError(f"{option} {text[:80]} is no JSON object")
+    return content

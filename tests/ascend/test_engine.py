@@ -18,10 +18,10 @@ from vllm_npu.tools.engines.tiny_models import DEEPSEEK_V3, write_tiny_model
 PROGRAM = Path(__file__).with_name("engine_program.py")
 
 
-def generate(plugins: str, *, env: dict[str, str] | None = None, **given: Any) -> dict[str, Any]:
+def run_engine(plugins: str, *, env: dict[str, str] | None = None, **given: Any) -> subprocess.CompletedProcess[str]:
     """Run engine_program.py in a process of its own, on emulated A3."""
     variables = EMULATED_A3 | {"VLLM_PLUGINS": plugins, "TORCHDYNAMO_DISABLE": "1"}
-    process = subprocess.run(
+    return subprocess.run(
         [sys.executable, str(PROGRAM), json.dumps(given)],
         env=os.environ | variables | (env or {}),
         capture_output=True,
@@ -29,6 +29,11 @@ def generate(plugins: str, *, env: dict[str, str] | None = None, **given: Any) -
         timeout=2 * PATIENCE_SECONDS,
         check=False,
     )
+
+
+def generate(plugins: str, **given: Any) -> dict[str, Any]:
+    """What engine_program.py reports."""
+    process = run_engine(plugins, **given)
     found = [line for line in process.stdout.splitlines() if line.startswith('{"tokens"')]
     assert process.returncode == 0, process.stdout[-4000:] + process.stderr[-4000:]
     report: dict[str, Any] = json.loads(found[0])
@@ -149,3 +154,14 @@ def test_tokens_stay_the_same_while_vllm_ascend_moves_experts(tmp_path):
     assert ours["ran"] == {name: [name, name] for name in STRATEGIES}
     assert ours["tokens"] == dict.fromkeys(STRATEGIES, alone * 3)
     assert len({str(placement) for placement in ours["placements"]}) > 1, "no expert moved"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(4 * PATIENCE_SECONDS)
+def test_an_engine_with_dynamic_eplb_ends_when_its_start_fails(tmp_path):
+    """Workers of this engine are no daemons, and multiprocessing waits for them. The fault is in the engine's own process."""
+    given = {"model": str(write_tiny_model(MODELS[0], tmp_path / "model")), "tp": 2, "strategies": ["auto"]}
+    given["options"] = EPLB["options"] | {"kv_cache_memory_bytes": 1024}
+    process = run_engine(PLUGINS, env=EPLB["env"], **given)
+    assert process.returncode == 1
+    assert "memory" in process.stderr

@@ -1,5 +1,6 @@
 """vllm-ascend's platform with our worker, and with a plan for each step."""
 
+import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from vllm_npu.plugin.options import Mode, check_config, topology_of
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
+THEIR_EXECUTOR = "vllm_ascend.patch.platform.patch_multiproc_executor"  # they import it for dynamic EPLB alone
 THEIR_WORKER = "vllm_ascend.worker.worker.NPUWorker"
 OUR_WORKER = "vllm_npu.plugin.ascend.worker.AscendMoEWorker"
 
@@ -23,7 +25,8 @@ hide_our_section()  # every process of vLLM imports this file before vllm-ascend
 
 
 class AscendMoEPlatform(NPUPlatform):
-    """Changes two things in vllm-ascend's platform: the class of the worker, and the plan of each step.
+    """Changes two things in vllm-ascend's platform: the class of the worker, and the plan of each step. With dynamic EPLB, also
+    the end of the workers.
 
     With moe_comm=off it changes nothing.
     """
@@ -51,6 +54,10 @@ class AscendMoEPlatform(NPUPlatform):
                 f"vllm_npu replaces only {THEIR_WORKER}, and this engine has worker_cls={parallel_config.worker_cls}; keep "
                 'vllm-ascend\'s own communication: --additional-config \'{"vllm_npu": {"moe_comm": "off"}}\''
             )
+        if THEIR_EXECUTOR in sys.modules:
+            from vllm_npu.plugin.compat.ascend_executor import end_workers_with_the_engine
+
+            end_workers_with_the_engine()
         parallel_config.worker_cls = OUR_WORKER
         if not parallel_config.worker_extension_cls:
             parallel_config.worker_extension_cls = "vllm_npu.plugin.worker_extension.MoECommWorkerExtension"

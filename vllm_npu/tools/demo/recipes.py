@@ -13,7 +13,7 @@ from vllm_npu.errors import InvalidInputError
 from vllm_npu.tools.demo.ascend_demo import FEWER_TOKENS, MAX_TOKENS, MODELS, QWEN3_MOE_INT8, for_ascend
 from vllm_npu.tools.engines.engine_processes import Parallelism
 from vllm_npu.tools.engines.http_engine import CAPTURE_SIZES
-from vllm_npu.tools.engines.tiny_models import DEEPSEEK_V3, TinyModel
+from vllm_npu.tools.engines.tiny_models import DEEPSEEK_V3, GLM4_MOE, TinyModel
 from vllm_npu.tools.serve_script import ServeScript
 
 RANKS = 2  # of each kind of parallelism that the recipe has more of
@@ -22,10 +22,13 @@ GRAPHS_OF_VLLM_ASCEND = "vllm-ascend's default"  # cudagraph_mode of a recipe th
 DEEPSEEK_V3_INT8 = for_ascend(
     DEEPSEEK_V3, 230, "deepseek-v3-w8a8", routed_scaling_factor=1.0, num_hidden_layers=2, first_k_dense_replace=1
 )
+GLM4 = for_ascend(GLM4_MOE, 0)
+GLM4_INT8 = for_ascend(GLM4_MOE, 0, "glm4-moe-w8a8", num_hidden_layers=2)
 # The models of a family: with 16-bit weights, and in W8A8. The pattern finds the name in the recipe's or the model's name.
 FAMILIES: tuple[tuple[re.Pattern[str], TinyModel, TinyModel], ...] = (
     (re.compile(r"\bQwen3-(Coder-)?(30B|235B|480B)", re.IGNORECASE), MODELS[0], QWEN3_MOE_INT8),
     (re.compile(r"\bDeepSeek-(R1|V3)(?!\.2)", re.IGNORECASE), MODELS[1], DEEPSEEK_V3_INT8),
+    (re.compile(r"\bGLM-?4\.[5-9x]", re.IGNORECASE), GLM4, GLM4_INT8),
 )
 MTP_METHODS = ("mtp", "deepseek_mtp")  # the drafter is a layer of the model
 DRAFTS_WITHOUT_A_MODEL = ("ngram", "suffix")

@@ -174,24 +174,36 @@ def _embeddings(hidden: int, draw: Draw) -> Weights:
     }
 
 
-def _draw_qwen3_moe(config: Mapping[str, Any], draw: Draw) -> Weights:
+def _norms(prefix: str, hidden: int) -> Weights:
+    """Of a layer."""
+    return {
+        f"{prefix}.input_layernorm.weight": _ones(hidden),
+        f"{prefix}.post_attention_layernorm.weight": _ones(hidden),
+    }
+
+
+def _grouped_attention(prefix: str, config: Mapping[str, Any], draw: Draw) -> Weights:
+    """Attention whose heads share keys and values, with a norm for each head."""
     hidden, head_dim = config["hidden_size"], config["head_dim"]
     query_width = config["num_attention_heads"] * head_dim
     key_width = config["num_key_value_heads"] * head_dim
+    return {
+        f"{prefix}.q_proj.weight": draw(query_width, hidden),
+        f"{prefix}.k_proj.weight": draw(key_width, hidden),
+        f"{prefix}.v_proj.weight": draw(key_width, hidden),
+        f"{prefix}.o_proj.weight": draw(hidden, query_width),
+        f"{prefix}.q_norm.weight": _ones(head_dim),
+        f"{prefix}.k_norm.weight": _ones(head_dim),
+    }
+
+
+def _draw_qwen3_moe(config: Mapping[str, Any], draw: Draw) -> Weights:
+    hidden = config["hidden_size"]
     weights = _embeddings(hidden, draw)
     for layer in range(config["num_hidden_layers"]):
         prefix = f"model.layers.{layer}"
-        weights |= {
-            f"{prefix}.input_layernorm.weight": _ones(hidden),
-            f"{prefix}.post_attention_layernorm.weight": _ones(hidden),
-            f"{prefix}.self_attn.q_proj.weight": draw(query_width, hidden),
-            f"{prefix}.self_attn.k_proj.weight": draw(key_width, hidden),
-            f"{prefix}.self_attn.v_proj.weight": draw(key_width, hidden),
-            f"{prefix}.self_attn.o_proj.weight": draw(hidden, query_width),
-            f"{prefix}.self_attn.q_norm.weight": _ones(head_dim),
-            f"{prefix}.self_attn.k_norm.weight": _ones(head_dim),
-            f"{prefix}.mlp.gate.weight": draw(config["num_experts"], hidden),
-        }
+        weights |= _norms(prefix, hidden) | _grouped_attention(f"{prefix}.self_attn", config, draw)
+        weights[f"{prefix}.mlp.gate.weight"] = draw(config["num_experts"], hidden)
         for expert in range(config["num_experts"]):
             name = f"{prefix}.mlp.experts.{expert}"
             weights |= _mlp(name, hidden, config["moe_intermediate_size"], draw, gain=2.0)
@@ -211,27 +223,31 @@ def _draw_queries(prefix: str, config: Mapping[str, Any], draw: Draw) -> Weights
     }
 
 
-def _draw_deepseek(config: Mapping[str, Any], draw: Draw) -> Weights:
+def _latent_attention(prefix: str, config: Mapping[str, Any], draw: Draw) -> Weights:
     hidden, heads, latent = config["hidden_size"], config["num_attention_heads"], config["kv_lora_rank"]
     nope, rope, value = config["qk_nope_head_dim"], config["qk_rope_head_dim"], config["v_head_dim"]
+    return _draw_queries(prefix, config, draw) | {
+        f"{prefix}.kv_a_proj_with_mqa.weight": draw(latent + rope, hidden),
+        f"{prefix}.kv_a_layernorm.weight": _ones(latent),
+        f"{prefix}.kv_b_proj.weight": draw(heads * (nope + value), latent),
+        f"{prefix}.o_proj.weight": draw(hidden, heads * value),
+    }
+
+
+def _draw_deepseek(config: Mapping[str, Any], draw: Draw) -> Weights:
+    """DeepSeek's layers, and GLM-4's: these have the same experts, and other attention."""
+    hidden = config["hidden_size"]
+    attention = _latent_attention if "kv_lora_rank" in config else _grouped_attention
     weights = _embeddings(hidden, draw)
     for layer in range(config["num_hidden_layers"]):
         prefix = f"model.layers.{layer}"
-        weights |= _draw_queries(f"{prefix}.self_attn", config, draw)
-        weights |= {
-            f"{prefix}.input_layernorm.weight": _ones(hidden),
-            f"{prefix}.post_attention_layernorm.weight": _ones(hidden),
-            f"{prefix}.self_attn.kv_a_proj_with_mqa.weight": draw(latent + rope, hidden),
-            f"{prefix}.self_attn.kv_a_layernorm.weight": _ones(latent),
-            f"{prefix}.self_attn.kv_b_proj.weight": draw(heads * (nope + value), latent),
-            f"{prefix}.self_attn.o_proj.weight": draw(hidden, heads * value),
-        }
+        weights |= _norms(prefix, hidden) | attention(f"{prefix}.self_attn", config, draw)
         if layer < config["first_k_dense_replace"]:
             weights |= _mlp(f"{prefix}.mlp", hidden, config["intermediate_size"], draw)
             continue
         expert_width = config["moe_intermediate_size"]
         weights[f"{prefix}.mlp.gate.weight"] = draw(config["n_routed_experts"], hidden)
-        if config["topk_method"] == "noaux_tc":
+        if config.get("topk_method", "noaux_tc") == "noaux_tc":
             weights[f"{prefix}.mlp.gate.e_score_correction_bias"] = draw(config["n_routed_experts"], scale=0.05)
         weights |= _mlp(f"{prefix}.mlp.shared_experts", hidden, expert_width * config["n_shared_experts"], draw)
         for expert in range(config["n_routed_experts"]):
@@ -367,6 +383,30 @@ DEEPSEEK_V3 = TinyModel(
         "scoring_func": "sigmoid",
         "routed_scaling_factor": 2.5,
         "norm_topk_prob": True,
+    },
+    draw_weights=_draw_deepseek,
+)
+
+GLM4_MOE = TinyModel(
+    family="glm4-moe",
+    summary="2 MoE layers, 1 shared + 16 routed experts, top-2 by sigmoid and bias, half of each head rotated",
+    seed=0,
+    config=_SHARED_SETTINGS
+    | {
+        "architectures": ["Glm4MoeForCausalLM"],
+        "model_type": "glm4_moe",
+        "intermediate_size": 512,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "use_qk_norm": True,
+        "partial_rotary_factor": 0.5,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+        "first_k_dense_replace": 1,
+        "n_shared_experts": 1,
+        "n_routed_experts": 16,
+        "n_group": 1,
+        "topk_group": 1,
+        "routed_scaling_factor": 1.0,
     },
     draw_weights=_draw_deepseek,
 )

@@ -65,13 +65,14 @@ def deepseek_v3(tmp_path_factory):
     "option",
     [
         "multistream_overlap_shared_expert",
+        "enable_shared_expert_dp",
         pytest.param(
             "multistream_overlap_gate",
             marks=pytest.mark.skipif(LINE != "0.23", reason="vllm-ascend 0.30 has no multistream_overlap_gate"),
         ),
     ],
 )
-def test_shared_experts_on_a_stream_of_their_own_give_the_same_tokens(deepseek_v3, option):
+def test_shared_experts_beside_the_routed_ones_give_the_same_tokens(deepseek_v3, option):
     folder, alone = deepseek_v3
     ours = generate(
         PLUGINS,

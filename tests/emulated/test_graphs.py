@@ -443,6 +443,39 @@ def test_the_tasks_of_a_group_get_other_arguments(run_in_ranks, env: dict[str, s
     run_in_ranks(updated_groups, 1, env=env)
 
 
+def busy_side_stream(rank: int, num_ranks: int) -> None:
+    """The graph waits for an external event. Meanwhile its side stream waits for the end of the replay."""
+    x, event, side = x_of(1, 2), torch.npu.ExternalEvent(), torch.npu.Stream()
+    log = torch.zeros(2, device=DEVICE)
+
+    def work() -> torch.Tensor:
+        main = torch.npu.current_stream()
+        event.wait(main)
+        event.reset(main)
+        side.wait_stream(main)
+        with torch.npu.stream(side):
+            y = x * 2
+        main.wait_stream(side)
+        return y
+
+    graph, y = captured(work)
+    for value in (2, 3, 5):
+        x.fill_(value)
+        graph.replay()
+        side.wait_stream(torch.npu.current_stream())
+        event.record(torch.npu.Stream())
+        with torch.npu.stream(side):
+            log.add_(y)
+        torch.npu.synchronize()
+        assert y.tolist() == [2 * value] * 2
+    assert log.tolist() == [2 * (2 + 3 + 5)] * 2
+
+
+@pytest.mark.parametrize("env", [{}, {"VLLM_NPU_EMULATOR_ASYNC": "6"}, {"TASK_QUEUE_ENABLE": "0"}], ids=str)
+def test_a_replay_leaves_the_streams_free_that_recorded_it(run_in_ranks, env: dict[str, str]) -> None:
+    run_in_ranks(busy_side_stream, 1, env=env)
+
+
 def test_an_update_with_other_tasks_is_refused() -> None:
     graph, out, _, (group, y) = graph_with_a_group(x_of(1, 2))
     updates = torch.npu.Stream()

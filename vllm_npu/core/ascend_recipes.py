@@ -32,7 +32,7 @@ TAKEN_OPTIONS = {
     f"{RANDOM_EPLB_POLICY} needs {RANDOM_EPLB_RANKS} ranks",
     "multistream_overlap_shared_expert": "shared experts run on a stream of their own, beside dispatch and combine",
     "multistream_overlap_gate": "shared experts and router run on a stream of their own; vllm-ascend 0.30 has no such option",
-    "enable_shared_expert_dp": "needs enable_flashcomm1; an engine without it is refused",
+    "enable_shared_expert_dp": "each TP rank has whole shared experts, and a slice of the tokens for them",
     "mix_placement": "needs vllm-ascend 0.23 and W8A8 (--quantization ascend); any other engine is refused",
     "enable_prefill_mc2": "vllm_npu chooses the strategy of each step, so this option has no effect on MoE layers",
     "recompute_scheduler_enable": "a decode node's ranks take mc2 without counts; with another moe_comm they agree on counts",

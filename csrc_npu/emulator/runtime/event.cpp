@@ -206,10 +206,11 @@ aclError aclrtStreamWaitEvent(aclrtStream stream_handle, aclrtEvent handle) {
   const auto wait = [event, record] {
     event->wait_for(record);
     event->finish_wait();
-    // With synchronous streams the caller waits here, so it gets the error of the work before the event.
+    // With synchronous streams, the caller gets the error of the work before an event that is finished.
     return streams_are_asynchronous() ? ACL_SUCCESS : take_kept_error(current_device());
   };
-  return stream->enqueue(__func__, wait, Pace::kAtOnce);
+  // The caller never waits: what the event waits for may be enqueued by its next call.
+  return stream->enqueue(__func__, wait, Pace::kAtOnce, event->is_finished() ? Place::kCaller : Place::kStreamThread);
 }
 
 aclError aclrtSynchronizeEvent(aclrtEvent handle) {

@@ -142,6 +142,11 @@ int Stream::run_now(const Work& work) {
   return work();
 }
 
+int Stream::run_in_graph(const Work& work) {
+  const InProgress mark(this);
+  return work();
+}
+
 int Stream::enqueue(const char* name, Work work, Pace pace, Place place, Addresses memory) {
   if (stream_in_progress == this) return work();
   std::unique_lock<std::mutex> lock(mutex_);

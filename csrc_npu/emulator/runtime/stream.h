@@ -70,8 +70,9 @@ class Stream : public std::enable_shared_from_this<Stream> {
   int begin_update(const TaskGroup& group);
   std::unique_ptr<TaskUpdate> end_update();
 
-  // Runs work of a graph that this stream recorded. Asynchronous mode: pause() waits before it for a random time.
-  int run_in_graph(const Work& work) { return run_now(work); }
+  // Runs work of a graph that this stream recorded. As on an NPU, a replay occupies only the stream that it was given, and
+  // this stream may do other work meanwhile. Asynchronous mode: pause() waits before it for a random time.
+  int run_in_graph(const Work& work);
   void pause();
 
  private:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 from vllm import __version__ as vllm_version
 from vllm import envs
 from vllm_ascend.ascend_config import get_ascend_config
-from vllm_ascend.utils import enable_sp
 
 from vllm_npu.core.ascend_recipes import (
     FUSED_MC2,
@@ -41,10 +40,6 @@ def check_settings(vllm_config: "VllmConfig", options: Options) -> None:
         "the compiler pass for sequence parallelism": bool(ascend_config.enable_sp_by_pass),
         # It asks for the communication method of a step before the step is planned.
         "model runner V2 (VLLM_USE_V2_MODEL_RUNNER)": bool(envs.VLLM_USE_V2_MODEL_RUNNER),
-        "shared experts under data parallelism without flashcomm1 (enable_shared_expert_dp)": bool(
-            ascend_config.enable_shared_expert_dp
-        )
-        and not enable_sp(vllm_config),
         # In vllm-ascend 0.23, only layers with W8A8 send tokens to shared experts among the routed ones. 0.30 was not run.
         f"mix_placement with quantization={vllm_config.model_config.quantization} (it needs vllm-ascend 0.23 and W8A8)": bool(
             getattr(ascend_config, "mix_placement", False)

@@ -171,6 +171,13 @@ class Sizes(NamedTuple):
     top_k: int
 
 
+def mapped_by(expert_map: str, experts: int) -> dict[str, Any]:
+    """vllm-ascend's eplb_config for a map. 0.23 counts the replicas in the map; 0.30 wants their number too."""
+    devices = json.loads(Path(expert_map).read_text())["layer_list"][0]["device_list"]
+    places = sum(len(device["device_expert"]) for device in devices)
+    return {"expert_map_path": expert_map, "num_redundant_experts": places - experts}
+
+
 def make_layers(given: dict[str, Any], sizes: Sequence[Sizes]) -> tuple[Any, list[Any]]:
     """Open vLLM's groups, and build vllm-ascend's layers without weights. Returns (vLLM's configuration, layers).
 
@@ -223,7 +230,7 @@ def make_layers(given: dict[str, Any], sizes: Sequence[Sizes]) -> tuple[Any, lis
                     {"enable_fused_mc2": 1, "mega_moe_max_tokens": given["fused_rows"]} if "fused_rows" in given else {}
                 ),
                 **({"eplb_config": {"dynamic_eplb": True, "num_redundant_experts": redundant}} if redundant else {}),
-                **({"eplb_config": {"expert_map_path": given["expert_map"]}} if "expert_map" in given else {}),
+                **({"eplb_config": mapped_by(given["expert_map"], sizes[0].experts)} if "expert_map" in given else {}),
             },
         ).create_engine_config()
     config.parallel_config.data_parallel_rank = rank // tp

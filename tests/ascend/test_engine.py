@@ -4,16 +4,19 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.ascend.engine_program import OWN
 from tests.ascend.test_layer import EMULATED_A3, LINE, PLUGINS, STRATEGIES
 from tests.time_limits import PATIENCE_SECONDS
 from vllm_npu.tools.demo.ascend_demo import MODELS, for_ascend
-from vllm_npu.tools.engines.tiny_models import DEEPSEEK_V3, write_tiny_model
+from vllm_npu.tools.engines.tiny_models import DEEPSEEK_V3, QWEN3_MOE, write_tiny_model
 
 PROGRAM = Path(__file__).with_name("engine_program.py")
 
@@ -107,13 +110,53 @@ MTP = for_ascend(
 
 @pytest.mark.slow
 @pytest.mark.timeout(4 * PATIENCE_SECONDS)
-@pytest.mark.skipif(LINE != "0.23", reason="speculative decoding was run on vllm-ascend 0.23 only")
 def test_a_drafter_with_experts_is_accepted_as_often_as_with_vllm_ascend_alone(tmp_path):
     given = {
         "model": str(write_tiny_model(MTP, tmp_path / "model")),
         "tp": 2,
         "max_tokens": 12,
         "options": {"speculative_config": {"method": "mtp", "num_speculative_tokens": 1}},
+    }
+    alone = generate(PLUGINS.replace("vllm_npu", "ascend"), **given)
+    ours = generate(PLUGINS, **given, strategies=STRATEGIES)
+    assert ours["ran"] == {name: [name, name] for name in STRATEGIES}
+    assert ours["tokens"] == dict.fromkeys(STRATEGIES, alone["tokens"][OWN])
+    assert ours["drafted"] == dict.fromkeys(STRATEGIES, alone["drafted"][OWN])
+    proposed, accepted = alone["drafted"][OWN]
+    assert 0 < accepted < proposed
+
+
+ONE_LAYER = for_ascend(QWEN3_MOE, MODELS[0].seed, num_hidden_layers=1)
+
+
+def draw_with_more_experts(config: Mapping[str, Any], draw: Callable[..., Any]) -> dict[str, Any]:
+    """The weights of ONE_LAYER with more experts. Where a token chooses none of these, the model predicts as ONE_LAYER does."""
+    kept, total = int(ONE_LAYER.config["num_experts"]), int(config["num_experts"])
+    weights = ONE_LAYER.draw_weights({**config, "num_experts": kept}, draw)
+    mlp = "model.layers.0.mlp"
+    more = draw(total - kept, config["hidden_size"])
+    weights[f"{mlp}.gate.weight"] = np.concatenate([weights[f"{mlp}.gate.weight"], more])
+    for expert in range(kept, total):
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            like = weights[f"{mlp}.experts.0.{name}.weight"]
+            weights[f"{mlp}.experts.{expert}.{name}.weight"] = draw(*like.shape)
+    return weights
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(4 * PATIENCE_SECONDS)
+def test_a_draft_model_whose_layer_has_another_number_of_experts_is_accepted_as_often(tmp_path):
+    drafter = replace(ONE_LAYER, config={**ONE_LAYER.config, "num_experts": 12}, draw_weights=draw_with_more_experts)
+    speculative = {
+        "method": "draft_model",
+        "model": str(write_tiny_model(drafter, tmp_path / "drafter")),
+        "num_speculative_tokens": 2,
+    }
+    given = {
+        "model": str(write_tiny_model(ONE_LAYER, tmp_path / "model")),
+        "tp": 2,
+        "max_tokens": 12,
+        "options": {"speculative_config": speculative},
     }
     alone = generate(PLUGINS.replace("vllm_npu", "ascend"), **given)
     ours = generate(PLUGINS, **given, strategies=STRATEGIES)
@@ -141,7 +184,6 @@ EPLB = {
 
 @pytest.mark.slow
 @pytest.mark.timeout(4 * PATIENCE_SECONDS)
-@pytest.mark.skipif(LINE != "0.23", reason="dynamic EPLB was run on vllm-ascend 0.23 only")
 def test_tokens_stay_the_same_while_vllm_ascend_moves_experts(tmp_path):
     given = {"model": str(write_tiny_model(MODELS[0], tmp_path / "model")), "tp": 2}
     alone = generate(PLUGINS.replace("vllm_npu", "ascend"), **given)["tokens"][OWN]

@@ -59,7 +59,7 @@ def test_norm_with_bias(ops):
 
 
 def test_int8_swiglu_of_experts(ops):
-    """Both operators: the one that multiplies, and the one that is given the sums."""
+    """The operators that multiply, by one tensor of all weights and by one for each expert, and the one that is given sums."""
     counts, inner, width = torch.tensor([3, 0, 2]), 16, 12
     generator = torch.Generator().manual_seed(1)
     x = torch.randint(-128, 128, (6, inner), generator=generator, dtype=torch.int8)  # a row more than the groups have
@@ -72,11 +72,14 @@ def test_int8_swiglu_of_experts(ops):
     fused = ops.grouped_matmul_swiglu_quant_weight_nz(
         x.npu(), weight.npu(), scale.npu(), x_scale.npu(), counts.cumsum(0).npu()
     )
+    of_lists = ops.grouped_matmul_swiglu_quant_weight_nz_tensor_list(
+        x.npu(), list(weight.npu()), list(scale.npu()), x_scale.npu(), counts.cumsum(0).npu()
+    )
     padded = torch.cat([sums, torch.full((1, width), 9, dtype=torch.int32)])
     apart = ops.npu_dequant_swiglu_quant(
         padded.npu(), weight_scale=scale.npu(), activation_scale=x_scale.npu(), group_index=counts.npu(), quant_mode=1
     )
-    for values, scales in (fused[:2], apart):
+    for values, scales in (fused[:2], of_lists[:2], apart):
         assert values.dtype == torch.int8
         steps = (values[:5].cpu().float() - wanted / scales[:5].cpu().unsqueeze(-1)).abs()
         assert steps.max() <= 0.5 + 1e-4

@@ -165,6 +165,24 @@ def grouped_matmul_swiglu_quant_weight_nz(
     return *_swiglu_quantised(sums, counts, weight_scale, x_scale), x_scale.new_empty(0)
 
 
+def grouped_matmul_swiglu_quant_weight_nz_tensor_list(
+    x: torch.Tensor,
+    weight: Sequence[torch.Tensor],
+    weight_scale: Sequence[torch.Tensor],
+    x_scale: torch.Tensor,
+    group_list: torch.Tensor,
+    **options: Any,
+) -> Tensors:
+    """The operator above, with a tensor for each expert: weights [K, 2I] and scales [2I]. Balanced experts are such lists.
+
+    Source: csrc/gmm/grouped_matmul_swiglu_quant_weight_nz_tensor_list. The kernel reads running sums too.
+    """
+    values, scales, _ = grouped_matmul_swiglu_quant_weight_nz(
+        x, torch.stack(list(weight)), torch.stack(list(weight_scale)), x_scale, group_list, **options
+    )
+    return values, scales, torch.empty_like(scales)
+
+
 def npu_dequant_swiglu_quant(
     x: torch.Tensor,
     *,
@@ -244,6 +262,9 @@ OPERATORS: dict[str, Callable[..., Tensors]] = {
     "grouped_matmul_swiglu_quant_weight_nz(Tensor x, Tensor weight, Tensor weight_scale, Tensor x_scale, Tensor group_list, "
     "*, Tensor? bias=None, Tensor? offset=None, float swiglu_limit=0.0) "
     "-> (Tensor output, Tensor output_scale, Tensor output_offset)": grouped_matmul_swiglu_quant_weight_nz,
+    "grouped_matmul_swiglu_quant_weight_nz_tensor_list(Tensor x, Tensor[] weight, Tensor[] weight_scale, Tensor x_scale, "
+    "Tensor group_list, *, Tensor? bias=None, Tensor? offset=None, float swiglu_limit=0.0) "
+    "-> (Tensor output, Tensor output_scale, Tensor output_offset)": grouped_matmul_swiglu_quant_weight_nz_tensor_list,
     "npu_dequant_swiglu_quant(Tensor x, *, Tensor? weight_scale=None, Tensor? activation_scale=None, Tensor? bias=None, "
     "Tensor? quant_scale=None, Tensor? quant_offset=None, Tensor? group_index=None, bool activate_left=True, "
     "int quant_mode=0, int swiglu_mode=0, float clamp_limit=0.0, float glu_alpha=1.0, float glu_bias=0.0) "

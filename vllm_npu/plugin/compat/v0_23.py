@@ -73,6 +73,7 @@ __all__ = [
     "moe_layers",
     "replace_choice",
     "replace_comm_methods",
+    "replicas_of",
     "swiglu_limit",
     "take_attributes",
     "transports",
@@ -146,6 +147,12 @@ def local_experts(method: Any, given: Any) -> int:
     )  # one tensor of all, a list of such tensors, or one for each
     tensors = [weights] if isinstance(weights, torch.Tensor) else weights
     return sum(each.shape[0] if each.dim() == 3 else 1 for each in tensors)
+
+
+def replicas_of(given: Any) -> tuple[torch.Tensor, bool]:
+    """The ids of the experts' replicas [num_tokens, top_k] int32, and whether each rank chose them by a table of its own."""
+    log2phy = given.routing.log2phy
+    return (given.topk_ids, False) if log2phy is None else (log2phy[given.topk_ids], True)
 
 
 def compute_experts(

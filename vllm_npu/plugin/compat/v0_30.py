@@ -67,6 +67,7 @@ __all__ = [
     "moe_layers",
     "replace_choice",
     "replace_comm_methods",
+    "replicas_of",
     "swiglu_limit",
     "take_attributes",
     "transports",
@@ -130,6 +131,14 @@ def take_attributes(ours: Any, theirs: MoECommMethod) -> None:
 def local_experts(method: Any, given: Any) -> int:
     """The number of experts on this rank, in the layer of this call. vllm-ascend has a method for each number."""
     return int(method.moe_config.num_local_experts)
+
+
+def replicas_of(given: Any) -> tuple[torch.Tensor, bool]:
+    """The ids of the experts' replicas [num_tokens, top_k] int32, and whether each rank chose them by a table of its own.
+
+    vllm-ascend's layer has chosen them.
+    """
+    return given.topk_ids, given.layer.log2phy is not None
 
 
 def compute_experts(

@@ -5,8 +5,8 @@
 Prints one JSON line: the tokens of each prompt by strategy, the strategies that the workers ran, the drafts and the accepted
 ones by strategy, the placements of experts that rank 0 had, and the counts of moe_comm=compare. Without `strategies` the engine
 has no section of this package, and the only entry is "vllm-ascend". These keys are optional: "options" has more arguments of
-the engine, "max_tokens" is 4 without it, with "rounds" each strategy generates as often, and "moe_comm" is what the engine
-starts with and keeps.
+the engine, "max_tokens" is a number or a list with one for each prompt (4 without it), with "rounds" each strategy generates as
+often, and "moe_comm" is what the engine starts with and keeps.
 """
 
 import json
@@ -50,7 +50,9 @@ def main(given: dict[str, Any]) -> None:
         "additional_config": additional,
     }
     engine = LLM(given["model"], **arguments | options)
-    greedy = SamplingParams(temperature=0, max_tokens=given.get("max_tokens", 4), ignore_eos=True)
+    limits = given.get("max_tokens", 4)
+    each_limit = limits if isinstance(limits, list) else [limits] * len(demo_prompts())
+    greedy = [SamplingParams(temperature=0, max_tokens=limit, ignore_eos=True) for limit in each_limit]
     tokens: dict[str, list[list[int]]] = {}
     ran, compared, drafted, placements = {}, {}, {}, []
     for strategy in strategies or [OWN]:

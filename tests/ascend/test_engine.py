@@ -153,6 +153,7 @@ def draw_with_more_experts(config: Mapping[str, Any], draw: Callable[..., Any]) 
 
 @pytest.mark.slow
 @pytest.mark.timeout(4 * PATIENCE_SECONDS)
+@pytest.mark.skipif(LINE == "0.23", reason="vLLM 0.23 gives a draft model no expert parallelism; vllm-ascend then ends")
 def test_a_draft_model_whose_layer_has_another_number_of_experts_is_accepted_as_often(tmp_path):
     drafter = replace(ONE_LAYER, config={**ONE_LAYER.config, "num_experts": 12}, draw_weights=draw_with_more_experts)
     written = write_tiny_model(drafter, tmp_path / "drafter")

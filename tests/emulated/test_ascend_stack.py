@@ -95,6 +95,23 @@ def test_int8_swiglu_of_experts(ops):
         )
 
 
+def test_first_inputs_of_a_draft_model(ops):
+    """Two requests of 3 and 4 tokens. The second one's last two tokens were rejected."""
+    given = torch.tensor([10, 11, 12, 20, 21, 22, 23]), torch.tensor([5, 6, 7, 40, 41, 42, 43]), torch.tensor([13, 99])
+    ids, positions, rejected, masked, new_tokens, _ = (
+        each.cpu().tolist()
+        for each in ops.npu_copy_and_expand_eagle_inputs(
+            *(each.int().npu() for each in (*given, torch.tensor([0, 3, 7]), torch.tensor([2, 4]))), 0, 77, 2, False, 11
+        )
+    )
+    assert ids == [10, 11, 12, 13, 77, 20, 21, 99, 77, 0, 0]
+    assert positions == [5, 6, 7, 8, 9, 40, 41, 42, 43, 0, 0]
+    assert (rejected, masked) == ([0] * 9 + [1, 1], [0, 0, 0, 0, 1, 0, 0, 0, 1, 0, 0])
+    assert new_tokens == [3, 4, 7, 8]
+    with pytest.raises(NotImplementedError, match="shift_input_ids"):
+        ops.npu_copy_and_expand_eagle_inputs(*(torch.zeros(2).int().npu(),) * 5, 0, 77, 2, True, 4)
+
+
 @pytest.mark.parametrize("beta", [None, torch.zeros(8, dtype=torch.float16)])
 def test_shapes_for_torch_compile_are_those_of_the_device(ops, beta):
     """torch.compile asks for shapes and dtypes on the meta device."""

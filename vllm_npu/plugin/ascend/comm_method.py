@@ -1,5 +1,6 @@
 """A communication method for vllm-ascend's MoE layer that runs a pipeline of this package."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -61,11 +62,27 @@ class PipelineCommMethod(RELEASE.MoECommMethod):  # type: ignore[name-defined]
 
         `quant_method` computes the experts on vllm-ascend 0.30, and 0.23 passes none.
         """
+        step, rows = current_step(), fused_experts_input.hidden_states.shape[0]
+        planned = step.plan.input_rows(step.groups.topology)
+        all_real = step.plan.sharding is TokenSharding.REPLICATED or step.plan.divides_over_tp(
+            step.groups.topology.tp_size
+        )
+        if not (0 < rows < planned and all_real):
+            return self._fused_experts(fused_experts_input, quant_method, step)
+        # A drafter predicts its second token and those after it in the step of its first one, with one row for each request.
+        # Other data-parallel ranks know the planned number only, so rows are repeated up to it.
+        repeated = torch.arange(planned, device=fused_experts_input.hidden_states.device) % rows
+        names = ("hidden_states", "topk_weights", "topk_ids")
+        filled = replace(fused_experts_input, **{name: getattr(fused_experts_input, name)[repeated] for name in names})
+        result = self._fused_experts(filled, quant_method, step)
+        return replace(result, routed_out=result.routed_out[:rows].clone())
+
+    def _fused_experts(self, fused_experts_input: Any, quant_method: Any, step: PlannedStep) -> Any:
+        """fused_experts for as many rows as the step planned."""
         hidden_states, topk_weights = fused_experts_input.hidden_states, fused_experts_input.topk_weights
         if fused_experts_input.routing.apply_router_weight_on_input:
             hidden_states = hidden_states * topk_weights.to(hidden_states.dtype)  # top_k is 1 then
             topk_weights = torch.ones_like(topk_weights)
-        step = current_step()
         pipelines = model_pipelines(expert_parallel=bool(self.moe_config.use_ep))
         num_experts = RELEASE.local_experts(self, fused_experts_input) * max(int(self.moe_config.ep_size), 1)
         quant_mode = RELEASE.QUANT_MODES[fused_experts_input.quant.quant_type]

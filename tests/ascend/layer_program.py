@@ -7,6 +7,7 @@ from a dense layer in float64 and from vllm-ascend's own path. These keys are le
 "more_layers": the sizes of layers after the first one; "mixed": a number of shared experts that are placed as routed ones;
 "redundant": a number of redundant experts of vllm-ascend's EPLB; "expert_map": a file that places the experts on the ranks;
 "fused_rows": vllm-ascend prepares its fused MC2, with room for so many rows on a rank;
+"later": the layer runs a second time in each step, on so many tokens of each data-parallel rank, and this output counts;
 "own": the communication methods that vllm-ascend is held to; "graph": each step is captured and replayed with other tokens, and
 the line also holds the device's operations in the graph; "rounds": with "graph", the line also holds the host's processor time
 of the layer in so many rounds, eager and replayed.
@@ -365,7 +366,11 @@ def main(given: dict[str, Any]) -> None:
     def run(of: Built, counts: list[int], seed: int) -> Ran:
         hidden, logits, expected = draw(of, counts, seed)
         with step(counts) as ran:
-            output = of.layer(hidden.to(device), logits.to(device)).cpu().double()
+            output = of.layer(hidden.to(device), logits.to(device))
+            if "later" in given:
+                hidden, logits, expected = (each[: given["later"][rank // tp]] for each in (hidden, logits, expected))
+                output = of.layer(hidden.to(device), logits.to(device))
+            output = output.cpu().double()
         calls, log.calls = log.calls, []
         return Ran(output, expected, calls, ran)
 

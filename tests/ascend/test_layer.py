@@ -314,3 +314,14 @@ def test_each_layer_of_a_model_has_sizes_of_its_own(int8):
         assert len(report["rows"]) == len(STRATEGIES) * 3 * 2
         for row in report["rows"]:
             check_near_dense(row, "bfloat16", int8=int8)
+
+
+@pytest.mark.parametrize(("tp", "dp", "steps", "later"), [(1, 2, [[5, 9]], [2, 3]), (2, 1, [[16], [5]], [3])])
+def test_a_drafters_later_tokens_have_fewer_rows_than_the_step(tp, dp, steps, later):
+    outcome, reports = run("A3", tp, dp, dtype="bfloat16", steps=steps, later=later, own=[])
+    assert outcome.code == 0, outcome.output
+    for report in reports:
+        assert report["refused"] == {}
+        assert [row["path"] for row in report["rows"]] == [name for name in STRATEGIES for _ in steps]
+        for row in report["rows"]:
+            check_near_dense(row, "bfloat16")

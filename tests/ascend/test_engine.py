@@ -200,3 +200,16 @@ def test_tokens_stay_the_same_while_vllm_ascend_moves_int8_experts(tmp_path):
     given["options"] |= int8
     ours = generate(PLUGINS, model=str(folder), tp=2, **given, strategies=STRATEGIES, rounds=3)
     check_moves(ours, STRATEGIES, theirs)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(4 * PATIENCE_SECONDS)
+def test_tokens_stay_the_same_while_experts_move_under_captured_graphs(qwen3_moe):
+    folder, theirs = qwen3_moe
+    given = balanced()
+    given["env"] |= {"TORCHDYNAMO_DISABLE": "0", "TORCHINDUCTOR_AUTOGRAD_CACHE": "0"}
+    captured = {"cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2, 4, 8]}
+    given["options"] |= {"enforce_eager": False, "compilation_config": captured}
+    # allgather: the broadcast of the chosen replicas is in the graph too.
+    ours = generate(PLUGINS, model=str(folder), tp=2, **given, strategies=["allgather"], moe_comm="allgather", rounds=3)
+    check_moves(ours, ["allgather"], theirs)

@@ -368,6 +368,7 @@ def main(given: dict[str, Any]) -> None:
         with step(counts) as ran:
             output = of.layer(hidden.to(device), logits.to(device))
             if "later" in given:
+                get_forward_context().is_draft_model = True
                 hidden, logits, expected = (each[: given["later"][rank // tp]] for each in (hidden, logits, expected))
                 output = of.layer(hidden.to(device), logits.to(device))
             output = output.cpu().double()

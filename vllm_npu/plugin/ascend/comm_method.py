@@ -63,11 +63,10 @@ class PipelineCommMethod(RELEASE.MoECommMethod):  # type: ignore[name-defined]
         `quant_method` computes the experts on vllm-ascend 0.30, and 0.23 passes none.
         """
         step, rows = current_step(), fused_experts_input.hidden_states.shape[0]
-        planned = step.plan.input_rows(step.groups.topology)
-        all_real = step.plan.sharding is TokenSharding.REPLICATED or step.plan.divides_over_tp(
-            step.groups.topology.tp_size
-        )
-        if not (0 < rows < planned and all_real):
+        topology = step.groups.topology
+        planned = step.plan.input_rows(topology)
+        all_real = step.plan.sharding is TokenSharding.REPLICATED or step.plan.divides_over_tp(topology.tp_size)
+        if not (0 < rows < planned and all_real and RELEASE.in_draft_step()):
             return self._fused_experts(fused_experts_input, quant_method, step)
         # A drafter predicts its second token and those after it in the step of its first one, with one row for each request.
         # Other data-parallel ranks know the planned number only, so rows are repeated up to it.

@@ -45,8 +45,8 @@ def check_settings(vllm_config: "VllmConfig", options: Options) -> None:
             ascend_config.enable_shared_expert_dp
         )
         and not enable_sp(vllm_config),
-        # In vllm-ascend 0.23, only layers with W8A8 send tokens to shared experts among the routed ones. 0.30 alone ends while it
-        # builds DeepSeek-V3 with the option: its AscendGateLinear has no allow_cublas_router_gemm.
+        # In vllm-ascend 0.23, only layers with W8A8 send tokens to shared experts among the routed ones. 0.30 alone ends while
+        # it builds DeepSeek-V3 with the option: its AscendGateLinear has no allow_cublas_router_gemm.
         f"mix_placement with quantization={vllm_config.model_config.quantization} (it needs vllm-ascend 0.23 and W8A8)": bool(
             getattr(ascend_config, "mix_placement", False)
         )

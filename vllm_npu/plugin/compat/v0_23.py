@@ -3,7 +3,7 @@
 COMPAT(vllm-ascend 0.23): names in vllm_ascend are not a public interface. This file and ascend_lines.py use these:
 `_MoECommMethods` (table of MoE communication methods by MoECommType), `MoECommMethod` (prepare, fused_experts, finalize),
 `select_moe_comm_method` (called once a step), `build_mlp_compute_input`, `FusedExpertsResult`, `MoEPrepareOutput`,
-`MoETokenDispatchOutput`, the forward context's `moe_comm_type` and `moe_comm_method`, `AscendFusedMoE.forward_impl`,
+`MoETokenDispatchOutput`, the forward context's `moe_comm_type`, `moe_comm_method` and `is_draft_model`, `AscendFusedMoE.forward_impl`,
 `get_mc2_group`, the runner's `_sync_metadata_across_dp`. CAN REMOVE when MIN_SUPPORTED >= 0.30.
 """
 
@@ -65,6 +65,7 @@ __all__ = [
     "eplb_report",
     "experts_result",
     "fused_weights",
+    "in_draft_step",
     "in_profile_run",
     "is_complete",
     "layers_to_compare",
@@ -245,6 +246,11 @@ def using(comm_type: Any, methods: dict[Any, Any], layer: Any) -> Iterator[None]
 def current_comm_type() -> Any:
     """The MoECommType of the method that the layers of the running step use."""
     return get_forward_context().moe_comm_type
+
+
+def in_draft_step() -> bool:
+    """Whether the running step is a drafter's."""
+    return bool(getattr(get_forward_context(), "is_draft_model", False))
 
 
 def in_profile_run() -> bool:

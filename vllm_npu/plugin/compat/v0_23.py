@@ -3,8 +3,8 @@
 COMPAT(vllm-ascend 0.23): names in vllm_ascend are not a public interface. This file and ascend_lines.py use these:
 `_MoECommMethods` (table of MoE communication methods by MoECommType), `MoECommMethod` (prepare, fused_experts, finalize),
 `select_moe_comm_method` (called once a step), `build_mlp_compute_input`, `FusedExpertsResult`, `MoEPrepareOutput`,
-`MoETokenDispatchOutput`, the forward context's `moe_comm_type`, `moe_comm_method` and `is_draft_model`, `AscendFusedMoE.forward_impl`,
-`get_mc2_group`, the runner's `_sync_metadata_across_dp`. CAN REMOVE when MIN_SUPPORTED >= 0.30.
+`MoETokenDispatchOutput`, the forward context's `moe_comm_type`, `moe_comm_method` and `is_draft_model`, `get_mc2_group`,
+`AscendFusedMoE.forward_impl`, the runner's `_sync_metadata_across_dp`. CAN REMOVE when MIN_SUPPORTED >= 0.30.
 """
 
 from collections.abc import Callable, Iterator

@@ -3,10 +3,10 @@
     python tests/ascend/engine_program.py '{"model": FOLDER, "tp": 2, "strategies": ["mc2"]}'
 
 Prints one JSON line: the tokens of each prompt by strategy, the strategies that the workers ran, the drafts and the accepted
-ones by strategy, the placements of experts that rank 0 had, and the counts of moe_comm=compare. Without `strategies` the engine
-has no section of this package, and the only entry is "vllm-ascend". These keys are optional: "options" has more arguments of
-the engine, "max_tokens" is 4 without it, with "rounds" each strategy generates as often, and "moe_comm" is what the engine
-starts with and keeps.
+ones by strategy, the placements of experts that the ranks had, and the counts of moe_comm=compare. Without `strategies` the
+engine has no section of this package, and the only entry is "vllm-ascend". These keys are optional: "options" has more
+arguments of the engine, "max_tokens" is a number or a list with one for each prompt (4 without it), with "rounds" each
+strategy generates as often, and "moe_comm" is what the engine starts with and keeps.
 """
 
 import json
@@ -50,7 +50,9 @@ def main(given: dict[str, Any]) -> None:
         "additional_config": additional,
     }
     engine = LLM(given["model"], **arguments | options)
-    greedy = SamplingParams(temperature=0, max_tokens=given.get("max_tokens", 4), ignore_eos=True)
+    limits = given.get("max_tokens", 4)
+    each_limit = limits if isinstance(limits, list) else [limits] * len(demo_prompts())
+    greedy = [SamplingParams(temperature=0, max_tokens=limit, ignore_eos=True) for limit in each_limit]
     tokens: dict[str, list[list[int]]] = {}
     ran, compared, drafted, placements = {}, {}, {}, []
     for strategy in strategies or [OWN]:
@@ -61,7 +63,7 @@ def main(given: dict[str, Any]) -> None:
             outputs = engine.generate(demo_prompts(), greedy, use_tqdm=False)
             tokens[strategy] += [list(each.outputs[0].token_ids) for each in outputs]
             if "eplb_config" in additional:
-                placements.append(engine.collective_rpc(placement)[0])
+                placements.append(engine.collective_rpc(placement))
         drafted[strategy] = [now - then for now, then in zip(drafts(engine), before, strict=True)]
         if strategies:
             counters = engine.collective_rpc("moe_comm_counters")

@@ -7,6 +7,7 @@ from a dense layer in float64 and from vllm-ascend's own path. These keys are le
 "more_layers": the sizes of layers after the first one; "mixed": a number of shared experts that are placed as routed ones;
 "redundant": a number of redundant experts of vllm-ascend's EPLB; "expert_map": a file that places the experts on the ranks;
 "fused_rows": vllm-ascend prepares its fused MC2, with room for so many rows on a rank;
+"later": the layer runs a second time in each step, on so many tokens of each data-parallel rank, and this output counts;
 "own": the communication methods that vllm-ascend is held to; "graph": each step is captured and replayed with other tokens, and
 the line also holds the device's operations in the graph; "rounds": with "graph", the line also holds the host's processor time
 of the layer in so many rounds, eager and replayed.
@@ -171,6 +172,13 @@ class Sizes(NamedTuple):
     top_k: int
 
 
+def mapped_by(expert_map: str, experts: int) -> dict[str, Any]:
+    """vllm-ascend's eplb_config for a map. 0.23 counts the replicas in the map; 0.30 wants their number too."""
+    devices = json.loads(Path(expert_map).read_text())["layer_list"][0]["device_list"]
+    places = sum(len(device["device_expert"]) for device in devices)
+    return {"expert_map_path": expert_map, "num_redundant_experts": places - experts}
+
+
 def make_layers(given: dict[str, Any], sizes: Sequence[Sizes]) -> tuple[Any, list[Any]]:
     """Open vLLM's groups, and build vllm-ascend's layers without weights. Returns (vLLM's configuration, layers).
 
@@ -223,7 +231,7 @@ def make_layers(given: dict[str, Any], sizes: Sequence[Sizes]) -> tuple[Any, lis
                     {"enable_fused_mc2": 1, "mega_moe_max_tokens": given["fused_rows"]} if "fused_rows" in given else {}
                 ),
                 **({"eplb_config": {"dynamic_eplb": True, "num_redundant_experts": redundant}} if redundant else {}),
-                **({"eplb_config": {"expert_map_path": given["expert_map"]}} if "expert_map" in given else {}),
+                **({"eplb_config": mapped_by(given["expert_map"], sizes[0].experts)} if "expert_map" in given else {}),
             },
         ).create_engine_config()
     config.parallel_config.data_parallel_rank = rank // tp
@@ -358,7 +366,12 @@ def main(given: dict[str, Any]) -> None:
     def run(of: Built, counts: list[int], seed: int) -> Ran:
         hidden, logits, expected = draw(of, counts, seed)
         with step(counts) as ran:
-            output = of.layer(hidden.to(device), logits.to(device)).cpu().double()
+            output = of.layer(hidden.to(device), logits.to(device))
+            if "later" in given:
+                get_forward_context().is_draft_model = True
+                hidden, logits, expected = (each[: given["later"][rank // tp]] for each in (hidden, logits, expected))
+                output = of.layer(hidden.to(device), logits.to(device))
+            output = output.cpu().double()
         calls, log.calls = log.calls, []
         return Ran(output, expected, calls, ran)
 

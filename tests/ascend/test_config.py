@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from importlib.metadata import version
 
 import pytest
 
@@ -30,7 +29,6 @@ VllmConfig()
 print("BUILT")
 """
 OFF = {"vllm_npu": {"moe_comm": "off"}}
-LINE = tuple(map(int, version("vllm-ascend").split(".")[:2]))
 ON_A3 = {"VLLM_NPU_EMULATOR_SOC": "A3"}
 GRAPHS = {"enforce_eager": False, "compilation_config": {"cudagraph_mode": "FULL_DECODE_ONLY"}}
 
@@ -70,11 +68,7 @@ def test_a_configuration_without_a_model_is_vllm_ascends_alone() -> None:
             },
             "eplb_policy_type 0, which exchanges experts of ranks 1 and 3, on fewer ranks",
         ),
-        pytest.param(
-            {"additional_config": {"enable_mc2_hierarchy_comm": True}},
-            "additional_config enable_mc2_hierarchy_comm",
-            marks=pytest.mark.skipif(LINE != (0, 23), reason="on vllm-ascend 0.30 this option was not tried"),
-        ),
+        ({"additional_config": {"enable_mc2_hierarchy_comm": True}}, "additional_config enable_mc2_hierarchy_comm"),
         ({"additional_config": {"enable_fused_mc2": 2}}, "additional_config enable_fused_mc2: 2 is dispatch_gmm"),
         ({"additional_config": {"mix_placement": True}}, "mix_placement with quantization=None"),
         ({**GRAPHS, **asks_for("compare")}, "moe_comm=compare in graphs"),

@@ -4,16 +4,19 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.ascend.engine_program import OWN
 from tests.ascend.test_layer import EMULATED_A3, LINE, PLUGINS, STRATEGIES
 from tests.time_limits import PATIENCE_SECONDS
-from vllm_npu.tools.demo.ascend_demo import MODELS, for_ascend
-from vllm_npu.tools.engines.tiny_models import DEEPSEEK_V3, write_tiny_model
+from vllm_npu.tools.demo.ascend_demo import FEWER_TOKENS, MODELS, QWEN3_MOE_INT8, for_ascend
+from vllm_npu.tools.engines.tiny_models import DEEPSEEK_V3, QWEN3_MOE, write_tiny_model
 
 PROGRAM = Path(__file__).with_name("engine_program.py")
 
@@ -40,23 +43,33 @@ def generate(plugins: str, **given: Any) -> dict[str, Any]:
     return report
 
 
+def alone(folder: Path, **given: Any) -> dict[str, Any]:
+    """What an engine of vllm-ascend alone reports, on two TP ranks."""
+    return generate(PLUGINS.replace("vllm_npu", "ascend"), model=str(folder), tp=2, **given)
+
+
+@pytest.fixture(scope="module")
+def qwen3_moe(tmp_path_factory):
+    """A checkpoint, and the tokens that vllm-ascend alone generates from it on two TP ranks."""
+    folder = write_tiny_model(MODELS[0], tmp_path_factory.mktemp("qwen3-moe") / "model")
+    return folder, alone(folder)["tokens"][OWN]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(4 * PATIENCE_SECONDS)
-def test_every_strategy_gives_vllm_ascends_tokens_over_two_tp_ranks(tmp_path):
-    write_tiny_model(MODELS[0], tmp_path / "model")
-    theirs = PLUGINS.replace("vllm_npu", "ascend")
-    alone = generate(theirs, model=str(tmp_path / "model"), tp=2)["tokens"][OWN]
-    ours = generate(PLUGINS, model=str(tmp_path / "model"), tp=2, strategies=STRATEGIES)
+def test_every_strategy_gives_vllm_ascends_tokens_over_two_tp_ranks(qwen3_moe):
+    folder, theirs = qwen3_moe
+    ours = generate(PLUGINS, model=str(folder), tp=2, strategies=STRATEGIES)
     assert ours["ran"] == {name: [name, name] for name in STRATEGIES}
-    assert ours["tokens"] == dict.fromkeys(STRATEGIES, alone)
-    assert sum(map(len, alone)) == 4 * len(alone) > 0
+    assert ours["tokens"] == dict.fromkeys(STRATEGIES, theirs)
+    assert sum(map(len, theirs)) == 4 * len(theirs) > 0
 
 
 @pytest.fixture(scope="module")
 def deepseek_v3(tmp_path_factory):
     """A checkpoint, and the tokens that vllm-ascend alone generates from it on two TP ranks."""
     folder = write_tiny_model(MODELS[1], tmp_path_factory.mktemp("deepseek-v3") / "model")
-    return folder, generate(PLUGINS.replace("vllm_npu", "ascend"), model=str(folder), tp=2)["tokens"][OWN]
+    return folder, alone(folder)["tokens"][OWN]
 
 
 @pytest.mark.slow
@@ -73,7 +86,7 @@ def deepseek_v3(tmp_path_factory):
     ],
 )
 def test_shared_experts_beside_the_routed_ones_give_the_same_tokens(deepseek_v3, option):
-    folder, alone = deepseek_v3
+    folder, theirs = deepseek_v3
     ours = generate(
         PLUGINS,
         model=str(folder),
@@ -84,20 +97,18 @@ def test_shared_experts_beside_the_routed_ones_give_the_same_tokens(deepseek_v3,
         rounds=2,
     )
     assert ours["ran"] == {name: [name, name] for name in STRATEGIES}
-    assert ours["tokens"] == dict.fromkeys(STRATEGIES, alone * 2)
+    assert ours["tokens"] == dict.fromkeys(STRATEGIES, theirs * 2)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(4 * PATIENCE_SECONDS)
-def test_fused_mc2_gives_the_tokens_of_vllm_ascend_with_and_without_it(tmp_path):
-    given = {"model": str(write_tiny_model(MODELS[0], tmp_path / "model")), "tp": 2}
+def test_fused_mc2_gives_the_tokens_of_vllm_ascend_with_and_without_it(qwen3_moe):
+    folder, theirs = qwen3_moe
     fused = {"options": {"additional_config": {"enable_fused_mc2": 1}}}
-    theirs = PLUGINS.replace("vllm_npu", "ascend")
-    alone = generate(theirs, **given)["tokens"][OWN]
-    assert generate(theirs, **given, **fused)["tokens"][OWN] == alone
-    ours = generate(PLUGINS, **given, **fused, strategies=["fused_mc2", "auto", "mc2"])
+    assert alone(folder, **fused)["tokens"][OWN] == theirs
+    ours = generate(PLUGINS, model=str(folder), tp=2, **fused, strategies=["fused_mc2", "auto", "mc2"])
     assert ours["ran"] == {"fused_mc2": ["fused_mc2"] * 2, "auto": ["fused_mc2"] * 2, "mc2": ["mc2"] * 2}
-    assert ours["tokens"] == dict.fromkeys(ours["ran"], alone)
+    assert ours["tokens"] == dict.fromkeys(ours["ran"], theirs)
 
 
 # One MoE layer, and a drafter that is a copy of it.
@@ -111,58 +122,111 @@ MTP = for_ascend(
 )
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(4 * PATIENCE_SECONDS)
-@pytest.mark.skipif(LINE != "0.23", reason="speculative decoding was run on vllm-ascend 0.23 only")
-def test_a_drafter_with_experts_is_accepted_as_often_as_with_vllm_ascend_alone(tmp_path):
-    given = {
-        "model": str(write_tiny_model(MTP, tmp_path / "model")),
-        "tp": 2,
-        "max_tokens": 12,
-        "options": {"speculative_config": {"method": "mtp", "num_speculative_tokens": 1}},
-    }
-    alone = generate(PLUGINS.replace("vllm_npu", "ascend"), **given)
-    ours = generate(PLUGINS, **given, strategies=STRATEGIES)
+def check_drafts(folder: Path, speculative: dict[str, Any]) -> None:
+    """Assert that every strategy gives the tokens of vllm-ascend alone, and accepts as many drafts: some, not all."""
+    given = {"max_tokens": 12, "options": {"speculative_config": speculative}}
+    theirs = alone(folder, **given)
+    ours = generate(PLUGINS, model=str(folder), tp=2, **given, strategies=STRATEGIES)
     assert ours["ran"] == {name: [name, name] for name in STRATEGIES}
-    assert ours["tokens"] == dict.fromkeys(STRATEGIES, alone["tokens"][OWN])
-    assert ours["drafted"] == dict.fromkeys(STRATEGIES, alone["drafted"][OWN])
-    proposed, accepted = alone["drafted"][OWN]
+    assert ours["tokens"] == dict.fromkeys(STRATEGIES, theirs["tokens"][OWN])
+    assert ours["drafted"] == dict.fromkeys(STRATEGIES, theirs["drafted"][OWN])
+    proposed, accepted = theirs["drafted"][OWN]
     assert 0 < accepted < proposed
 
 
-EPLB = {
-    "env": {"DYNAMIC_EPLB": "true", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"},
-    "options": {
-        "additional_config": {
-            "eplb_config": {
-                "dynamic_eplb": True,
-                "num_redundant_experts": 2,
-                "expert_heat_collection_interval": 3,
-                "algorithm_execution_interval": 2,
-            }
-        }
-    },
-}
+@pytest.mark.slow
+@pytest.mark.timeout(4 * PATIENCE_SECONDS)
+def test_a_drafter_with_experts_is_accepted_as_often_as_with_vllm_ascend_alone(tmp_path):
+    check_drafts(write_tiny_model(MTP, tmp_path / "model"), {"method": "mtp", "num_speculative_tokens": 1})
+
+
+ONE_LAYER = for_ascend(QWEN3_MOE, MODELS[0].seed, num_hidden_layers=1)
+
+
+def draw_with_more_experts(config: Mapping[str, Any], draw: Callable[..., Any]) -> dict[str, Any]:
+    """The weights of ONE_LAYER with more experts. Where a token chooses none of these, the model predicts as ONE_LAYER does."""
+    kept, total = int(ONE_LAYER.config["num_experts"]), int(config["num_experts"])
+    weights = ONE_LAYER.draw_weights({**config, "num_experts": kept}, draw)
+    mlp = "model.layers.0.mlp"
+    more = draw(total - kept, config["hidden_size"])
+    weights[f"{mlp}.gate.weight"] = np.concatenate([weights[f"{mlp}.gate.weight"], more])
+    for expert in range(kept, total):
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            like = weights[f"{mlp}.experts.0.{name}.weight"]
+            weights[f"{mlp}.experts.{expert}.{name}.weight"] = draw(*like.shape)
+    return weights
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(4 * PATIENCE_SECONDS)
-@pytest.mark.skipif(LINE != "0.23", reason="dynamic EPLB was run on vllm-ascend 0.23 only")
-def test_tokens_stay_the_same_while_vllm_ascend_moves_experts(tmp_path):
-    given = {"model": str(write_tiny_model(MODELS[0], tmp_path / "model")), "tp": 2}
-    alone = generate(PLUGINS.replace("vllm_npu", "ascend"), **given)["tokens"][OWN]
-    ours = generate(PLUGINS, **given, **EPLB, strategies=STRATEGIES, rounds=3)
-    assert ours["ran"] == {name: [name, name] for name in STRATEGIES}
-    assert ours["tokens"] == dict.fromkeys(STRATEGIES, alone * 3)
-    assert len({str(placement) for placement in ours["placements"]}) > 1, "no expert moved"
+@pytest.mark.skipif(LINE == "0.23", reason="vLLM 0.23 gives a draft model no expert parallelism; vllm-ascend then ends")
+def test_a_draft_model_whose_layer_has_another_number_of_experts_is_accepted_as_often(tmp_path):
+    drafter = replace(ONE_LAYER, config={**ONE_LAYER.config, "num_experts": 12}, draw_weights=draw_with_more_experts)
+    written = write_tiny_model(drafter, tmp_path / "drafter")
+    speculative = {"method": "draft_model", "model": str(written), "num_speculative_tokens": 2}
+    check_drafts(write_tiny_model(ONE_LAYER, tmp_path / "model"), speculative)
+
+
+def balanced(**options: Any) -> dict[str, Any]:
+    """What an engine needs to move experts after a few steps: the variables, and the options of the engine."""
+    eplb_config = {
+        "dynamic_eplb": True,
+        "num_redundant_experts": 2,
+        "expert_heat_collection_interval": 3,
+        "algorithm_execution_interval": 2,
+    }
+    return {
+        "env": {"DYNAMIC_EPLB": "true", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"},
+        "options": {"additional_config": {"eplb_config": eplb_config | options}},
+    }
+
+
+def check_moves(report: dict[str, Any], strategies: list[str], theirs: list[list[int]]) -> None:
+    """Assert that experts moved in three rounds of each strategy, and that all tokens are `theirs`."""
+    assert report["ran"] == {name: [name, name] for name in strategies}
+    assert report["tokens"] == dict.fromkeys(strategies, theirs * 3)
+    assert len({str(placement) for placement in report["placements"]}) > 1, "no expert moved"
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(4 * PATIENCE_SECONDS)
-def test_an_engine_with_dynamic_eplb_ends_when_its_start_fails(tmp_path):
+def test_tokens_stay_the_same_while_vllm_ascend_moves_experts(qwen3_moe):
+    folder, theirs = qwen3_moe
+    ours = generate(PLUGINS, model=str(folder), tp=2, **balanced(), strategies=STRATEGIES, rounds=3)
+    check_moves(ours, STRATEGIES, theirs)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(4 * PATIENCE_SECONDS)
+def test_tokens_stay_the_same_while_vllm_ascend_moves_int8_experts(tmp_path):
+    folder = write_tiny_model(QWEN3_MOE_INT8, tmp_path / "model", int8=True)
+    int8, max_tokens = {"dtype": "bfloat16", "quantization": "ascend"}, list(FEWER_TOKENS)
+    theirs = alone(folder, options=int8, max_tokens=max_tokens)["tokens"][OWN]
+    given = balanced() | {"max_tokens": max_tokens}
+    given["options"] |= int8
+    ours = generate(PLUGINS, model=str(folder), tp=2, **given, strategies=STRATEGIES, rounds=3)
+    check_moves(ours, STRATEGIES, theirs)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(4 * PATIENCE_SECONDS)
+def test_tokens_stay_the_same_while_experts_move_under_captured_graphs(qwen3_moe):
+    folder, theirs = qwen3_moe
+    given = balanced()
+    given["env"] |= {"TORCHDYNAMO_DISABLE": "0", "TORCHINDUCTOR_AUTOGRAD_CACHE": "0"}
+    captured = {"cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2, 4, 8]}
+    given["options"] |= {"enforce_eager": False, "compilation_config": captured}
+    # allgather: the broadcast of the chosen replicas is in the graph too.
+    ours = generate(PLUGINS, model=str(folder), tp=2, **given, strategies=["allgather"], moe_comm="allgather", rounds=3)
+    check_moves(ours, ["allgather"], theirs)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(4 * PATIENCE_SECONDS)
+def test_an_engine_with_dynamic_eplb_ends_when_its_start_fails(qwen3_moe):
     """Workers of this engine are no daemons, and multiprocessing waits for them. The fault is in the engine's own process."""
-    given = {"model": str(write_tiny_model(MODELS[0], tmp_path / "model")), "tp": 2, "strategies": ["auto"]}
-    given["options"] = EPLB["options"] | {"kv_cache_memory_bytes": 1024}
-    process = run_engine(PLUGINS, env=EPLB["env"], **given)
+    given = balanced()
+    given["options"] |= {"kv_cache_memory_bytes": 1024}
+    process = run_engine(PLUGINS, model=str(qwen3_moe[0]), tp=2, strategies=["auto"], **given)
     assert process.returncode == 1
     assert "memory" in process.stderr

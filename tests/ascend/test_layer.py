@@ -84,6 +84,10 @@ CASES = {
         *("A3", 2, 1),
         {"dtype": "float16", "redundant": 2, "env": {"DYNAMIC_EPLB": "true"}, "steps": [[5], [16]]},
     ),
+    "A3 DP2 W8A8, redundant experts": (
+        *("A3", 1, 2),
+        {"dtype": "bfloat16", "int8": True, "redundant": 2, "env": {"DYNAMIC_EPLB": "true"}, "steps": [[5, 5], [3, 7]]},
+    ),
     "A3 TP2 DP2": ("A3", 2, 2, {"dtype": "float16", "steps": [[5, 2], [8, 8]]}),
 }
 
@@ -92,7 +96,6 @@ ONLY = {
     "A3 TP2 flashcomm1": "0.23",
     "A3 TP2 DP2 flashcomm1": "0.30",
     "A3 DP2 W8A8, mix_placement": "0.23",
-    "A3 TP2 float16, redundant experts": "0.23",
 }
 
 
@@ -126,8 +129,7 @@ def test_every_strategy_gives_what_vllm_ascend_gives(case):
 
 
 def test_experts_stand_where_a_static_map_puts_them(tmp_path):
-    # On 0.23 experts 0 and 7 stand twice. On 0.30 vLLM's own EPLB must count such replicas too, and this program has none.
-    places = [[3, 0, 5, 2, 7], [1, 4, 6, 7, 0]] if LINE == "0.23" else [[3, 0, 5, 2], [1, 4, 6, 7]]
+    places = [[3, 0, 5, 2, 7], [1, 4, 6, 7, 0]]  # experts 0 and 7 stand twice
     devices = [{"device_id": rank, "device_expert": experts} for rank, experts in enumerate(places)]
     layers = [{"layer_id": 0, "device_count": 2, "device_list": devices}]
     (tmp_path / "map.json").write_text(json.dumps({"moe_layer_count": 1, "layer_list": layers}))
@@ -312,3 +314,14 @@ def test_each_layer_of_a_model_has_sizes_of_its_own(int8):
         assert len(report["rows"]) == len(STRATEGIES) * 3 * 2
         for row in report["rows"]:
             check_near_dense(row, "bfloat16", int8=int8)
+
+
+@pytest.mark.parametrize(("tp", "dp", "steps", "later"), [(1, 2, [[5, 9]], [2, 3]), (2, 1, [[16], [5]], [3])])
+def test_a_drafters_later_tokens_have_fewer_rows_than_the_step(tp, dp, steps, later):
+    outcome, reports = run("A3", tp, dp, dtype="bfloat16", steps=steps, later=later, own=[])
+    assert outcome.code == 0, outcome.output
+    for report in reports:
+        assert report["refused"] == {}
+        assert [row["path"] for row in report["rows"]] == [name for name in STRATEGIES for _ in steps]
+        for row in report["rows"]:
+            check_near_dense(row, "bfloat16")

@@ -59,7 +59,7 @@ def test_norm_with_bias(ops):
 
 
 def test_int8_swiglu_of_experts(ops):
-    """Both operators: the one that multiplies, and the one that is given the sums."""
+    """The operators that multiply, by one tensor of all weights and by one for each expert, and the one that is given sums."""
     counts, inner, width = torch.tensor([3, 0, 2]), 16, 12
     generator = torch.Generator().manual_seed(1)
     x = torch.randint(-128, 128, (6, inner), generator=generator, dtype=torch.int8)  # a row more than the groups have
@@ -72,11 +72,14 @@ def test_int8_swiglu_of_experts(ops):
     fused = ops.grouped_matmul_swiglu_quant_weight_nz(
         x.npu(), weight.npu(), scale.npu(), x_scale.npu(), counts.cumsum(0).npu()
     )
+    of_lists = ops.grouped_matmul_swiglu_quant_weight_nz_tensor_list(
+        x.npu(), list(weight.npu()), list(scale.npu()), x_scale.npu(), counts.cumsum(0).npu()
+    )
     padded = torch.cat([sums, torch.full((1, width), 9, dtype=torch.int32)])
     apart = ops.npu_dequant_swiglu_quant(
         padded.npu(), weight_scale=scale.npu(), activation_scale=x_scale.npu(), group_index=counts.npu(), quant_mode=1
     )
-    for values, scales in (fused[:2], apart):
+    for values, scales in (fused[:2], of_lists[:2], apart):
         assert values.dtype == torch.int8
         steps = (values[:5].cpu().float() - wanted / scales[:5].cpu().unsqueeze(-1)).abs()
         assert steps.max() <= 0.5 + 1e-4
@@ -90,6 +93,23 @@ def test_int8_swiglu_of_experts(ops):
         ops.npu_dequant_swiglu_quant(
             padded.npu(), weight_scale=scale.npu(), activation_scale=x_scale.npu(), group_index=counts.npu()
         )
+
+
+def test_first_inputs_of_a_draft_model(ops):
+    """Two requests of 3 and 4 tokens. The second one's last two tokens were rejected."""
+    given = torch.tensor([10, 11, 12, 20, 21, 22, 23]), torch.tensor([5, 6, 7, 40, 41, 42, 43]), torch.tensor([13, 99])
+    ids, positions, rejected, masked, new_tokens, _ = (
+        each.cpu().tolist()
+        for each in ops.npu_copy_and_expand_eagle_inputs(
+            *(each.int().npu() for each in (*given, torch.tensor([0, 3, 7]), torch.tensor([2, 4]))), 0, 77, 2, False, 11
+        )
+    )
+    assert ids == [10, 11, 12, 13, 77, 20, 21, 99, 77, 0, 0]
+    assert positions == [5, 6, 7, 8, 9, 40, 41, 42, 43, 0, 0]
+    assert (rejected, masked) == ([0] * 9 + [1, 1], [0, 0, 0, 0, 1, 0, 0, 0, 1, 0, 0])
+    assert new_tokens == [3, 4, 7, 8]
+    with pytest.raises(NotImplementedError, match="shift_input_ids"):
+        ops.npu_copy_and_expand_eagle_inputs(*(torch.zeros(2).int().npu(),) * 5, 0, 77, 2, True, 4)
 
 
 @pytest.mark.parametrize("beta", [None, torch.zeros(8, dtype=torch.float16)])

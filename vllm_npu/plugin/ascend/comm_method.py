@@ -1,5 +1,6 @@
 """A communication method for vllm-ascend's MoE layer that runs a pipeline of this package."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -57,29 +58,42 @@ class PipelineCommMethod(RELEASE.MoECommMethod):  # type: ignore[name-defined]
     def fused_experts(self, fused_experts_input: Any, quant_method: Any = None) -> Any:
         """Run the pipeline of the step's strategy around vllm-ascend's experts. COLLECTIVE over the strategy's groups.
 
-        With replicas of experts (log2phy) and a strategy that gathers replicated tokens, one broadcast over tp comes before.
+        With tables of replicas (log2phy) and a strategy that gathers replicated tokens, one broadcast over tp comes before.
 
         `quant_method` computes the experts on vllm-ascend 0.30, and 0.23 passes none.
         """
+        step, rows = current_step(), fused_experts_input.hidden_states.shape[0]
+        topology = step.groups.topology
+        planned = step.plan.input_rows(topology)
+        all_real = step.plan.sharding is TokenSharding.REPLICATED or step.plan.divides_over_tp(topology.tp_size)
+        if not (0 < rows < planned and all_real and RELEASE.in_draft_step()):
+            return self._fused_experts(fused_experts_input, quant_method, step)
+        # A drafter predicts its second token and those after it in the step of its first one, with one row for each request.
+        # Other data-parallel ranks know the planned number only, so rows are repeated up to it.
+        repeated = torch.arange(planned, device=fused_experts_input.hidden_states.device) % rows
+        names = ("hidden_states", "topk_weights", "topk_ids")
+        filled = replace(fused_experts_input, **{name: getattr(fused_experts_input, name)[repeated] for name in names})
+        result = self._fused_experts(filled, quant_method, step)
+        return replace(result, routed_out=result.routed_out[:rows].clone())
+
+    def _fused_experts(self, fused_experts_input: Any, quant_method: Any, step: PlannedStep) -> Any:
+        """fused_experts for as many rows as the step planned."""
         hidden_states, topk_weights = fused_experts_input.hidden_states, fused_experts_input.topk_weights
-        topk_ids = fused_experts_input.topk_ids
         if fused_experts_input.routing.apply_router_weight_on_input:
             hidden_states = hidden_states * topk_weights.to(hidden_states.dtype)  # top_k is 1 then
             topk_weights = torch.ones_like(topk_weights)
-        step = current_step()
         pipelines = model_pipelines(expert_parallel=bool(self.moe_config.use_ep))
         num_experts = RELEASE.local_experts(self, fused_experts_input) * max(int(self.moe_config.ep_size), 1)
         quant_mode = RELEASE.QUANT_MODES[fused_experts_input.quant.quant_type]
         if step.strategy in FUSED_STRATEGIES:
-            tokens = hidden_states, topk_weights, topk_ids
+            tokens = hidden_states, topk_weights
             return _fused(fused_experts_input, quant_method, tokens, step, pipelines, num_experts, quant_mode)
         pipeline = pipelines.get(step.strategy, num_experts, quant_mode)
-        if fused_experts_input.routing.log2phy is not None:
-            topk_ids = fused_experts_input.routing.log2phy[topk_ids]
-            if pipeline.prepare_finalize.gathers_tokens and step.plan.sharding is TokenSharding.REPLICATED:
-                # Each rank has a table of its own, and each TP rank computes its share of the same tokens. So all must choose
-                # the same replicas.
-                topk_ids = pipelines.groups.tp.broadcast(topk_ids, 0)
+        topk_ids, by_own_table = RELEASE.replicas_of(fused_experts_input)
+        replicated = step.plan.sharding is TokenSharding.REPLICATED
+        if by_own_table and pipeline.prepare_finalize.gathers_tokens and replicated:
+            # Each TP rank computes its share of the same tokens. So all must choose the same replicas.
+            topk_ids = pipelines.groups.tp.broadcast(topk_ids, 0)
         if (ring := trace_ring()) is not None:
             ring.enter_layer()
         call = _ExpertsCall(self, fused_experts_input, quant_method)
@@ -106,7 +120,7 @@ class PipelineCommMethod(RELEASE.MoECommMethod):  # type: ignore[name-defined]
 def _fused(
     given: Any,  # MoEFusedExpertsInput
     quant_method: Any,
-    tokens: tuple[torch.Tensor, torch.Tensor, torch.Tensor],  # hidden states, weights and ids of their experts
+    tokens: tuple[torch.Tensor, torch.Tensor],  # hidden states, and weights of their experts
     step: PlannedStep,
     pipelines: Pipelines,
     num_experts: int,
@@ -114,9 +128,8 @@ def _fused(
 ) -> Any:
     """Run the fused operator on the weights that vllm-ascend prepared for it. COLLECTIVE over ep, and over tp where tokens are
     replicated. vllm-ascend runs no shared experts beside the operator, so there is no event to record."""
-    hidden_states, topk_weights, topk_ids = tokens
-    if given.routing.log2phy is not None:
-        topk_ids = given.routing.log2phy[topk_ids]
+    hidden_states, topk_weights = tokens
+    topk_ids, _ = RELEASE.replicas_of(given)
     room = room_of_fused_mc2()
     assert room is not None  # the planner takes the strategy only then
     weights = RELEASE.fused_weights(given, quant_method)

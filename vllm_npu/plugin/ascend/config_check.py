@@ -40,7 +40,8 @@ def check_settings(vllm_config: "VllmConfig", options: Options) -> None:
         "the compiler pass for sequence parallelism": bool(ascend_config.enable_sp_by_pass),
         # It asks for the communication method of a step before the step is planned.
         "model runner V2 (VLLM_USE_V2_MODEL_RUNNER)": bool(envs.VLLM_USE_V2_MODEL_RUNNER),
-        # In vllm-ascend 0.23, only layers with W8A8 send tokens to shared experts among the routed ones. 0.30 was not run.
+        # In vllm-ascend 0.23, only layers with W8A8 send tokens to shared experts among the routed ones. 0.30 alone ends while
+        # it builds DeepSeek-V3 with the option: its AscendGateLinear has no allow_cublas_router_gemm.
         f"mix_placement with quantization={vllm_config.model_config.quantization} (it needs vllm-ascend 0.23 and W8A8)": bool(
             getattr(ascend_config, "mix_placement", False)
         )

@@ -3,8 +3,8 @@
 COMPAT(vllm-ascend 0.23): names in vllm_ascend are not a public interface. This file and ascend_lines.py use these:
 `_MoECommMethods` (table of MoE communication methods by MoECommType), `MoECommMethod` (prepare, fused_experts, finalize),
 `select_moe_comm_method` (called once a step), `build_mlp_compute_input`, `FusedExpertsResult`, `MoEPrepareOutput`,
-`MoETokenDispatchOutput`, the forward context's `moe_comm_type` and `moe_comm_method`, `AscendFusedMoE.forward_impl`,
-`get_mc2_group`, the runner's `_sync_metadata_across_dp`. CAN REMOVE when MIN_SUPPORTED >= 0.30.
+`MoETokenDispatchOutput`, the forward context's `moe_comm_type`, `moe_comm_method` and `is_draft_model`, `get_mc2_group`,
+`AscendFusedMoE.forward_impl`, the runner's `_sync_metadata_across_dp`. CAN REMOVE when MIN_SUPPORTED >= 0.30.
 """
 
 from collections.abc import Callable, Iterator
@@ -65,6 +65,7 @@ __all__ = [
     "eplb_report",
     "experts_result",
     "fused_weights",
+    "in_draft_step",
     "in_profile_run",
     "is_complete",
     "layers_to_compare",
@@ -73,6 +74,7 @@ __all__ = [
     "moe_layers",
     "replace_choice",
     "replace_comm_methods",
+    "replicas_of",
     "swiglu_limit",
     "take_attributes",
     "transports",
@@ -146,6 +148,12 @@ def local_experts(method: Any, given: Any) -> int:
     )  # one tensor of all, a list of such tensors, or one for each
     tensors = [weights] if isinstance(weights, torch.Tensor) else weights
     return sum(each.shape[0] if each.dim() == 3 else 1 for each in tensors)
+
+
+def replicas_of(given: Any) -> tuple[torch.Tensor, bool]:
+    """The ids of the experts' replicas [num_tokens, top_k] int32, and whether each rank chose them by a table of its own."""
+    log2phy = given.routing.log2phy
+    return (given.topk_ids, False) if log2phy is None else (log2phy[given.topk_ids], True)
 
 
 def compute_experts(
@@ -238,6 +246,11 @@ def using(comm_type: Any, methods: dict[Any, Any], layer: Any) -> Iterator[None]
 def current_comm_type() -> Any:
     """The MoECommType of the method that the layers of the running step use."""
     return get_forward_context().moe_comm_type
+
+
+def in_draft_step() -> bool:
+    """Whether the running step is a drafter's."""
+    return bool(getattr(get_forward_context(), "is_draft_model", False))
 
 
 def in_profile_run() -> bool:

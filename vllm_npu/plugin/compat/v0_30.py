@@ -4,7 +4,7 @@ COMPAT(vllm-ascend 0.30): names in vllm_ascend are not a public interface. This 
 these: `_MoECommMethods` (table of MoE communication methods), `_moe_config_key` (its key: a MoECommType and the layer's numbers
 of experts), `MoECommMethod` (prepare, fused_experts, finalize), `select_moe_comm_method` (called once a step),
 `build_mlp_compute_input`, `apply_moe_mlp`, `FusedExpertsResult`, `MoEPrepareOutput`, `MoETokenDispatchOutput`, `_EXTRA_CTX`
-(the step's `moe_comm_type` and `in_profile_run`), `AscendMoERunner`, `get_mc2_group`, `AscendConfig`, and
+(the step's `moe_comm_type`, `is_draft_model` and `in_profile_run`), `AscendMoERunner`, `get_mc2_group`, `AscendConfig`, and
 `AscendRoutedExperts.forward_impl`, which takes the method from the table. CAN REMOVE when MIN_SUPPORTED > 0.30.
 """
 
@@ -59,6 +59,7 @@ __all__ = [
     "eplb_report",
     "experts_result",
     "fused_weights",
+    "in_draft_step",
     "in_profile_run",
     "is_complete",
     "layers_to_compare",
@@ -67,6 +68,7 @@ __all__ = [
     "moe_layers",
     "replace_choice",
     "replace_comm_methods",
+    "replicas_of",
     "swiglu_limit",
     "take_attributes",
     "transports",
@@ -130,6 +132,14 @@ def take_attributes(ours: Any, theirs: MoECommMethod) -> None:
 def local_experts(method: Any, given: Any) -> int:
     """The number of experts on this rank, in the layer of this call. vllm-ascend has a method for each number."""
     return int(method.moe_config.num_local_experts)
+
+
+def replicas_of(given: Any) -> tuple[torch.Tensor, bool]:
+    """The ids of the experts' replicas [num_tokens, top_k] int32, and whether each rank chose them by a table of its own.
+
+    vllm-ascend's layer has chosen them.
+    """
+    return given.topk_ids, given.layer.log2phy is not None
 
 
 def compute_experts(
@@ -206,6 +216,11 @@ def using(comm_type: Any, methods: dict[Any, Any], layer: Any) -> Iterator[None]
 def current_comm_type() -> Any:
     """The MoECommType of the method that the layers of the running step use."""
     return _EXTRA_CTX.moe_comm_type
+
+
+def in_draft_step() -> bool:
+    """Whether the running step is a drafter's."""
+    return bool(_EXTRA_CTX.is_draft_model)
 
 
 def in_profile_run() -> bool:

@@ -23,7 +23,7 @@ DEEPSEEK_V3_INT8 = for_ascend(
     DEEPSEEK_V3, 230, "deepseek-v3-w8a8", routed_scaling_factor=1.0, num_hidden_layers=2, first_k_dense_replace=1
 )
 GLM4 = for_ascend(GLM4_MOE, 0)
-GLM4_INT8 = for_ascend(GLM4_MOE, 0, "glm4-moe-w8a8", num_hidden_layers=2)
+GLM4_INT8 = for_ascend(GLM4_MOE, 368, "glm4-moe-w8a8", num_hidden_layers=2)
 # The models of a family: with 16-bit weights, and in W8A8. The pattern finds the name in the recipe's or the model's name.
 FAMILIES: tuple[tuple[re.Pattern[str], TinyModel, TinyModel], ...] = (
     (re.compile(r"\bQwen3-(Coder-)?(30B|235B|480B)", re.IGNORECASE), MODELS[0], QWEN3_MOE_INT8),

@@ -95,6 +95,28 @@ def test_int8_swiglu_of_experts(ops):
         )
 
 
+@pytest.mark.parametrize(("limit", "alpha", "bias"), [(0.0, 1.0, 0.0), (0.5, 1.7, 1.0)])
+def test_int8_swiglu_of_shared_experts(ops, limit, alpha, bias):
+    """One group, mode 1: a sigmoid of the scaled gate, both halves limited, and a number added to the second."""
+    sums = torch.randint(-900, 900, (5, 12), generator=torch.Generator().manual_seed(3), dtype=torch.int32)
+    scale, x_scale = random_rows(12).abs() / 99, random_rows(5, seed=2).abs()
+    gate, up = (sums.double() * scale.double() * x_scale.double()[:, None]).chunk(2, -1)
+    if limit:
+        assert (gate > limit).any()
+        assert (up.abs() > limit).any()
+        gate, up = torch.minimum(gate, torch.tensor(limit)), up.clamp(-limit, limit)
+    wanted = (gate / (1 + torch.exp(-alpha * gate)) * (up + bias)).float()
+    given = {"weight_scale": scale.npu(), "activation_scale": x_scale.npu(), "quant_mode": 1}
+    shape = {"clamp_limit": limit, "glu_alpha": alpha, "glu_bias": bias}
+    values, scales = ops.npu_dequant_swiglu_quant(sums.npu(), **given, swiglu_mode=1, **shape)
+    steps = (values.cpu().float() - wanted / scales.cpu().unsqueeze(-1)).abs()
+    assert steps.max() <= 0.5 + 1e-4
+    torch.testing.assert_close(scales.cpu(), wanted.abs().amax(-1) / 127)
+    if limit:
+        with pytest.raises(NotImplementedError, match=r"swiglu_mode=0, \{\}, \{'clamp_limit': 0.5"):
+            ops.npu_dequant_swiglu_quant(sums.npu(), **given, **shape)
+
+
 def test_first_inputs_of_a_draft_model(ops):
     """Two requests of 3 and 4 tokens. The second one's last two tokens were rejected."""
     given = torch.tensor([10, 11, 12, 20, 21, 22, 23]), torch.tensor([5, 6, 7, 40, 41, 42, 43]), torch.tensor([13, 99])
@@ -124,6 +146,7 @@ def test_shapes_for_torch_compile_are_those_of_the_device(ops, beta):
         (ops.moe_gating_top_k, (logits, TOP_K, 1, 1, 1, 1, 0, False, 1.0, 1e-20), {}),
         (ops.npu_moe_init_routing_custom, (rows, ids), {**routing, "quant_mode": -1}),
         (ops.npu_dequant_swiglu_quant, (sums,), quantised),
+        (ops.npu_dequant_swiglu_quant, (sums,), quantised | {"group_index": None, "weight_scale": scale[0]}),
     ):
         on_device, on_meta = (
             call(*to(arguments, device), **dict(zip(options, to(options.values(), device), strict=True)))

@@ -116,11 +116,20 @@ def npu_add_rms_norm_bias(
 
 
 def _swiglu_quantised(
-    sums: torch.Tensor, counts: torch.Tensor, weight_scale: torch.Tensor, row_scale: torch.Tensor
+    sums: torch.Tensor,
+    counts: torch.Tensor,
+    weight_scale: torch.Tensor,
+    row_scale: torch.Tensor,
+    *,
+    limit: float = 0.0,
+    alpha: float = 1.0,
+    bias: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale int32 sums [n, 2I], apply swiglu in float32, and quantise to int8 [n, I] with one scale for each row [n].
 
-    `counts` gives the rows of each expert. Rows after the last expert's get the emulated device's undefined values.
+    `counts` gives the rows of each expert. Rows after the last expert's get the emulated device's undefined values. A positive
+    `limit` bounds the gate above, and the other half on both sides. `alpha` is the factor in the sigmoid of the gate, and
+    `bias` is added to the other half.
     """
     zeros = envs.EMULATOR_UNDEFINED.read() == "zero"
     ends = counts.cumsum(0)
@@ -128,7 +137,9 @@ def _swiglu_quantised(
     experts = torch.searchsorted(ends, places, right=True).clamp(max=len(counts) - 1)
     scaled = sums.float() * weight_scale.float()[experts] * row_scale.float().unsqueeze(-1)
     gate, up = scaled.chunk(2, -1)
-    rows = torch.nn.functional.silu(gate) * up
+    if limit > 0:
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    rows = gate * torch.sigmoid(alpha * gate) * (up + bias)
     scales = rows.abs().amax(-1) / 127
     divisor = scales.unsqueeze(-1)
     values = torch.where(divisor > 0, rows / divisor, 0.0).round()
@@ -188,23 +199,39 @@ def npu_dequant_swiglu_quant(
     *,
     weight_scale: torch.Tensor | None = None,
     activation_scale: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    quant_scale: torch.Tensor | None = None,
+    quant_offset: torch.Tensor | None = None,
     group_index: torch.Tensor | None = None,
     activate_left: bool = True,
     quant_mode: int = 0,
-    **rest: Any,
+    swiglu_mode: int = 0,
+    clamp_limit: float = 0.0,
+    glu_alpha: float = 1.0,
+    glu_bias: float = 0.0,
 ) -> Tensors:
     """Apply swiglu to int32 sums of gate and up weights, and quantise to int8 with one scale for each row.
 
-    `group_index` has the number of rows of each expert.
+    `group_index` has the number of rows of each expert; without it, all rows are of one. swiglu_mode 1 takes the last three
+    arguments. Source: csrc/moe/dequant_swiglu_quant, whose mode 1 halves each row, as mode 0 does. CANN's own operator of this
+    name takes every other element in mode 1.
     """
-    if x.dtype != torch.int32 or weight_scale is None or activation_scale is None or group_index is None:
-        raise NotImplementedError("npu_dequant_swiglu_quant is emulated for int32 with both scales and group_index")
-    given = {name: value for name, value in rest.items() if value not in (None, 0, 0.0) and name != "glu_alpha"}
-    if not activate_left or quant_mode != 1 or given or rest.get("glu_alpha", 1.0) != 1.0:
+    if x.dtype != torch.int32 or weight_scale is None or activation_scale is None:
+        raise NotImplementedError("npu_dequant_swiglu_quant is emulated for int32 with both scales")
+    given = {"bias": bias, "quant_scale": quant_scale, "quant_offset": quant_offset}
+    given = {name: value.shape for name, value in given.items() if value is not None}
+    shape = {"clamp_limit": clamp_limit, "glu_alpha": glu_alpha, "glu_bias": glu_bias}
+    changed = swiglu_mode == 0 and (clamp_limit, glu_alpha, glu_bias) != (0.0, 1.0, 0.0)
+    if not activate_left or quant_mode != 1 or given or changed:
         raise NotImplementedError(
-            f"npu_dequant_swiglu_quant: activate_left={activate_left}, quant_mode={quant_mode}, {given} are not emulated"
+            f"npu_dequant_swiglu_quant: activate_left={activate_left}, quant_mode={quant_mode}, swiglu_mode={swiglu_mode}, "
+            f"{given}, {shape} are not emulated together"
         )
-    return _swiglu_quantised(x, group_index, weight_scale, activation_scale)
+    counts = torch.full((1,), len(x), device=x.device) if group_index is None else group_index
+    weight_scales = weight_scale.view(len(counts), -1)
+    return _swiglu_quantised(
+        x, counts, weight_scales, activation_scale.view(-1), limit=clamp_limit, alpha=glu_alpha, bias=glu_bias
+    )
 
 
 def dispatch_ffn_combine(

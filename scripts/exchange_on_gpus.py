@@ -37,6 +37,7 @@ from vllm_npu.strategies.pipeline import MoEPipeline
 from vllm_npu.strategies.select import build
 from vllm_npu.tools.gpu_clock import SPIN_CYCLES, graph_of, microseconds
 from vllm_npu.tools.launch import ProcessRankPool, Rank
+from vllm_npu.tools.peers import open_flashinfer
 from vllm_npu.transport.symmetric_memory import open_push
 
 HIDDEN, EXPERTS, TOP_K = 7168, 256, 8
@@ -383,16 +384,9 @@ def eager(bench: Bench, num_tokens: int) -> None:
 
 def flashinfer(rank: Rank) -> Callable[[Batch], Iterator[Exchange]]:
     """FlashInfer's one-sided exchange: the experts' rows are copied into its buffer, or written there by the experts."""
-    from flashinfer.moe_ep.backends.split.comm.nvlink_one_sided.communication import NVLinkOneSidedAlltoAll
-    from flashinfer.moe_ep.backends.split.comm.nvlink_one_sided.config import NVLinkOneSidedConfig
-    from flashinfer.moe_ep.config import BootstrapConfig
-    from flashinfer.moe_ep.core.comm.communication import MoEEpCommParams
-
-    sizes = MoEEpCommParams(
-        num_experts=EXPERTS, top_k=TOP_K, max_tokens_per_rank=max(TOKENS), hidden_size=HIDDEN, dtype=torch.bfloat16
+    communication = open_flashinfer(
+        rank.rank, rank.num_ranks, EXPERTS, top_k=TOP_K, max_tokens=max(TOKENS), hidden=HIDDEN, dtype=torch.bfloat16
     )
-    where = BootstrapConfig(world_size=rank.num_ranks, rank=rank.rank, device=rank.device.index)
-    communication = NVLinkOneSidedAlltoAll(where, sizes, NVLinkOneSidedConfig(timeout_sec=20))
 
     def exchanges(batch: Batch) -> Iterator[Exchange]:
         rows8, scales8 = quantised(batch.x)

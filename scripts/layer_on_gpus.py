@@ -10,7 +10,9 @@ experts     the experts alone, on rows that a dispatch brought: "vLLM" is its ke
             chooses, and an activation over all rows, as in vLLM; "fused" has the activation in the first product;
             "grouped_mm" is torch's, on sorted rows
 layer       AgRs or symmetric, with these experts. "adds up in combine": combine reads the experts' rows of a token itself.
-            "halves": two halves of the tokens are in flight, on two streams, and exchanges take 24 multiprocessors
+            "halves": two halves of the tokens are in flight, on two streams, and exchanges take 24 multiprocessors.
+            "places known": the pairs are sorted beside the dispatch, by ids that an earlier dispatch brought. This is no way
+            to run a layer: it shows what a dispatch that brings ids before rows could save
 
 A time is that of a call in a CUDA graph of calls in a row, in us, of the slowest rank: median, p10 and p90.
 """
@@ -556,6 +558,18 @@ def measure(bench: Bench, layer: Layer, num_tokens: int) -> None:
         return dispatcher.combine(y, sorted_handle(slots, y, placed))
 
     add("layer", "symmetric, fused, adds up in combine", in_combine, True)
+
+    def places_known() -> torch.Tensor:
+        main, side = torch.cuda.current_stream(), other_stream()
+        side.wait_stream(main)
+        with torch.cuda.stream(side):
+            placed = layer.place(slot_ids, tiles[0].m)
+        slots = sent()
+        main.wait_stream(side)
+        y = layer.products(slots.hidden_states, placed, slots.topk_ids.numel(), tiles)
+        return dispatcher.combine(y, sorted_handle(slots, y, placed))
+
+    add("layer", "symmetric, fused, adds up in combine, places known", places_known, True)
     if num_tokens >= 1024:
         add("layer", "symmetric, fused, halves", lambda: halves(layer, tokens, tiles_for(rows_per_expert / 2)[0]), True)
         dispatcher.max_sms = None

@@ -35,7 +35,9 @@ from vllm_npu.core.step_plan import StepPlan, TokenSharding
 from vllm_npu.strategies.dispatch.base import RoutedTokens
 from vllm_npu.strategies.pipeline import MoEPipeline
 from vllm_npu.strategies.select import build
+from vllm_npu.tools.gpu_clock import SPIN_CYCLES, graph_of, microseconds
 from vllm_npu.tools.launch import ProcessRankPool, Rank
+from vllm_npu.tools.peers import open_flashinfer
 from vllm_npu.transport.symmetric_memory import open_push
 
 HIDDEN, EXPERTS, TOP_K = 7168, 256, 8
@@ -46,7 +48,6 @@ SMS = (None, 8, 16, 24, 48)
 EAGER_TOKENS = (8, 128, 512, 4096)
 GEMM = 8192
 CALLS, SAMPLES = 10, 30
-SPIN_CYCLES = 500_000  # the GPU waits so long while the host queues a replay
 BOUND = {torch.bfloat16: 0.012, torch.float8_e4m3fn: 0.06}  # largest relative error of a row
 
 Row = dict[str, Any]
@@ -140,35 +141,9 @@ class Bench:
         if self.rank.rank == 0:
             print(f"{what:44} {tokens:5} {metric:10} {p50:9.2f} ({p10:.2f} to {p90:.2f})", flush=True)
 
-    def graph(self, run: Callable[[], object], calls: int) -> torch.cuda.CUDAGraph:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(2):
-                run()
-        torch.cuda.current_stream().wait_stream(side)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for _ in range(calls):
-                run()
-        torch.cuda.synchronize()
-        dist.barrier()
-        return graph
-
     def in_graph(self, run: Callable[[], object], calls: int = CALLS, samples: int = SAMPLES) -> list[float]:
-        graph = self.graph(run, calls)
-        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(3 + samples)]
-        for i, (start, end) in enumerate(events):
-            torch.cuda._sleep(SPIN_CYCLES)
-            self.meet()
-            start.record()
-            graph.replay()
-            end.record()
-            if i % 8 == 7:
-                torch.cuda.synchronize()
-        torch.cuda.synchronize()
-        return [start.elapsed_time(end) * 1e3 / calls for start, end in events[3:]]
+        replay = graph_of(run, calls)
+        return [microseconds(replay, self.meet, head_start=True) / calls for _ in range(3 + samples)][3:]
 
     def apart(self, exchange: Exchange, rows: torch.Tensor, samples: int = SAMPLES) -> tuple[list[float], list[float]]:
         """dispatch and combine by events."""
@@ -409,16 +384,9 @@ def eager(bench: Bench, num_tokens: int) -> None:
 
 def flashinfer(rank: Rank) -> Callable[[Batch], Iterator[Exchange]]:
     """FlashInfer's one-sided exchange: the experts' rows are copied into its buffer, or written there by the experts."""
-    from flashinfer.moe_ep.backends.split.comm.nvlink_one_sided.communication import NVLinkOneSidedAlltoAll
-    from flashinfer.moe_ep.backends.split.comm.nvlink_one_sided.config import NVLinkOneSidedConfig
-    from flashinfer.moe_ep.config import BootstrapConfig
-    from flashinfer.moe_ep.core.comm.communication import MoEEpCommParams
-
-    sizes = MoEEpCommParams(
-        num_experts=EXPERTS, top_k=TOP_K, max_tokens_per_rank=max(TOKENS), hidden_size=HIDDEN, dtype=torch.bfloat16
+    communication = open_flashinfer(
+        rank.rank, rank.num_ranks, EXPERTS, top_k=TOP_K, max_tokens=max(TOKENS), hidden=HIDDEN, dtype=torch.bfloat16
     )
-    where = BootstrapConfig(world_size=rank.num_ranks, rank=rank.rank, device=rank.device.index)
-    communication = NVLinkOneSidedAlltoAll(where, sizes, NVLinkOneSidedConfig(timeout_sec=20))
 
     def exchanges(batch: Batch) -> Iterator[Exchange]:
         rows8, scales8 = quantised(batch.x)

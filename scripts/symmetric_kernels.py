@@ -17,6 +17,7 @@ import torch
 from vllm_npu.core.token_layout import RowFormat
 from vllm_npu.strategies.dispatch import symmetric_launch
 from vllm_npu.strategies.dispatch.symmetric_layout import SlotLayout
+from vllm_npu.tools.gpu_clock import graph_of, microseconds
 from vllm_npu.transport.symmetric_memory import SymmetricWindows, WindowSize, align, first_epochs
 
 HIDDEN, EXPERTS, TOP_K, RANKS = 7168, 256, 8, 2
@@ -25,7 +26,6 @@ TOKENS = (1, 8, 32, 128, 512, 1024, 4096)
 SMS = (8, 16, 24, 32, 48)
 GEMM = 8192
 REACHED = 1 << 29  # a flag that no epoch passes
-SPIN_CYCLES = 500_000  # the GPU waits so long while the host queues a replay
 
 
 class LoneWindows(SymmetricWindows):
@@ -127,27 +127,8 @@ def current_stream() -> int:
 
 def timed(run: Callable[[], object], calls: int = 10, samples: int = 20) -> list[float]:
     """[median, p10, p90] us of a call."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(side)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(calls):
-            run()
-    us = []
-    for sample in range(3 + samples):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda._sleep(SPIN_CYCLES)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        if sample >= 3:
-            us.append(start.elapsed_time(end) * 1e3 / calls)
+    replay = graph_of(run, calls)
+    us = [microseconds(replay, lambda: None, head_start=True) / calls for _ in range(3 + samples)][3:]
     found = torch.tensor(us, dtype=torch.float64)
     return [round(float(found.quantile(share)), 2) for share in (0.5, 0.1, 0.9)]
 

@@ -122,3 +122,35 @@ def test_the_times_on_gpus_are_those_of_the_run():
         ("DeepEP low latency", "–"),
     ):
         assert f"| {' | '.join([*(times[name, tokens] for tokens in every[:6]), last])} |" in report
+
+
+def test_the_times_of_a_layer_are_those_of_the_run():
+    """The tables of the report are of the rows that scripts/layer_on_gpus.py wrote: of several rows, the fastest."""
+    rows = json.loads((ROOT / "docs/benchmarks/2026-11-29-layer-2xH200.json").read_text(encoding="utf-8"))
+    report = (ROOT / "docs/benchmarks/2026-11-29-layer-2xH200.md").read_text(encoding="utf-8")
+
+    def times(model: str, metric: str, *names: str) -> list[float]:
+        wanted = [
+            row for row in rows if row["metric"] == metric and row["what"] in {f"{model} {name}" for name in names}
+        ]
+        return [
+            min(row["us_median"] for row in wanted if row["tokens"] == tokens)
+            for tokens in (128, 512, 1024, 2048, 4096)
+        ]
+
+    for model in ("Qwen3-30B-A3B", "DeepSeek-V3"):
+        experts = times(model, "experts", "fused, tiles 0", "fused, tiles 1")
+        layer = times(model, "layer", "symmetric, fused, adds up in combine")
+        for name, found in {
+            "exchange alone": times(model, "exchange", "combine sends", "combine takes"),
+            "fused experts alone": experts,
+            "symmetric, fused experts": times(model, "layer", "symmetric, fused"),
+            "the same, combine adds up": layer,
+            "vLLM's experts alone": times(model, "experts", "vLLM", "vLLM, tuned"),
+            "symmetric, vLLM's experts": times(model, "layer", "symmetric, vLLM", "symmetric, vLLM, tuned"),
+            "AgRs, vLLM's experts": times(model, "layer", "AgRs, vLLM", "AgRs, vLLM, tuned"),
+        }.items():
+            printed = [f"{us:.1f}" if us < 100 else f"{us:,.0f}" for us in found]
+            assert f"| {name} | {' | '.join(printed)} |" in report
+        ratios = [f"{whole / alone:.2f}" for whole, alone in zip(layer, experts, strict=True)]
+        assert f"| its ratio to the experts alone | {' | '.join(ratios)} |" in report

@@ -22,6 +22,7 @@ from vllm_npu.strategies.dispatch.symmetric import SymmetricDispatcher
 from vllm_npu.strategies.dispatch.symmetric_layout import why_not_symmetric
 from vllm_npu.strategies.select import build, check_strategy, why_not
 from vllm_npu.strategies.table import ALL_STRATEGIES
+from vllm_npu.tools.gpu_clock import graph_of, microseconds
 from vllm_npu.tools.launch import Rank
 from vllm_npu.tools.peers import Peer, PeerExchanges, Tokens
 from vllm_npu.tools.reference import select_topk
@@ -188,33 +189,24 @@ def _clock(rank: Rank, transport: Transport, graph: bool) -> Clock:
             torch.accelerator.synchronize()
         return (time.perf_counter() - start) * 1e6
 
-    def device(run: Callable[[], object]) -> float:
-        transport.barrier()
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) * 1e3
+    one = torch.zeros(1, device=rank.device)
+
+    def meet() -> None:
+        transport.all_reduce(one)
 
     def in_a_row(run: Callable[[], object]) -> float:
         def calls() -> None:
             for _ in range(CALLS_IN_A_ROW):
                 run()
 
-        return device(calls) / CALLS_IN_A_ROW
+        return microseconds(calls, meet, head_start=False) / CALLS_IN_A_ROW
 
-    captured: dict[Callable[[], object], torch.cuda.CUDAGraph] = {}
+    graphs: dict[Callable[[], object], Callable[[], None]] = {}
 
     def replay(run: Callable[[], object]) -> float:
-        if run not in captured:
-            run()
-            torch.cuda.synchronize()
-            captured[run] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(captured[run]):
-                for _ in range(CALLS_IN_A_ROW):
-                    run()
-        return device(captured[run].replay) / CALLS_IN_A_ROW
+        if run not in graphs:
+            graphs[run] = graph_of(run, CALLS_IN_A_ROW)
+        return microseconds(graphs[run], meet, head_start=True) / CALLS_IN_A_ROW
 
     if graph:
         return replay

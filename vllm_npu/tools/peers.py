@@ -1,12 +1,17 @@
-"""Exchanges of other projects over c10d's collectives: the peers of the strategies in `vllm-npu bench`.
+"""Exchanges of other projects: the peers of the strategies in `vllm-npu bench`.
 
-Each peer sends every rank's tokens and their routing to all ranks, and adds the ranks' outputs up. Each rank holds [n, H]
-hidden states before and after. Ranks with fewer rows than others add padding.
+Each peer over c10d's collectives sends every rank's tokens and their routing to all ranks, and adds the ranks' outputs up. Each
+rank holds [n, H] hidden states before and after. Ranks with fewer rows than others add padding. FlashInfer's peer sends a token
+to the ranks of its experts.
 """
 
+import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,6 +20,10 @@ from vllm_npu.core.token_layout import offsets, pad_rows
 from vllm_npu.errors import UnsupportedConfigError
 from vllm_npu.transport.base import Transport
 from vllm_npu.transport.torch_dist import TorchDistTransport, all_gather_single, reduce_scatter_single
+
+logger = logging.getLogger("vllm.npu.tools.peers")
+
+FLASHINFER_TIMEOUT_SECONDS = 20  # of its kernels that wait for other ranks
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +78,46 @@ class PeerExchanges:
             "original multicast": Peer(self._original_multicast, 2 * self._size + 1, multicast),
             "raw all-gather": Peer(lambda: self._gather(x), 1, gathered * row),
             "raw reduce-scatter": Peer(lambda: self._scatter(self._padded_sum()), 1, gathered * row),
+            **self._flashinfer(),
         }
+
+    def _flashinfer(self) -> dict[str, Peer]:
+        """FlashInfer's one-sided exchange; experts write into its buffer. Empty where it is not installed or cannot run."""
+        tokens = self._tokens
+        if self._device.type != "cuda" or not has_flashinfer():
+            return {}
+        x, weights, ids = tokens.hidden_states, tokens.topk_weights, tokens.topk_ids
+        num_experts, top_k = tokens.router_logits.shape[1], ids.shape[1]
+        try:
+            exchange = open_flashinfer(
+                self._rank,
+                self._size,
+                num_experts,
+                top_k=top_k,
+                max_tokens=self._rows,
+                hidden=x.shape[1],
+                dtype=x.dtype,
+            )
+        except (
+            RuntimeError,
+            ValueError,
+        ) as error:  # all ranks get it: the platform or the sizes do not suit FlashInfer
+            if self._rank == 0:
+                logger.warning("FlashInfer's one-sided exchange is left out: %s", error)
+            return {}
+
+        def run() -> torch.Tensor:
+            exchange.dispatch(x, ids, weights, runtime_max_tokens_per_rank=self._rows)
+            combined: torch.Tensor = exchange.combine(exchange.get_combine_input_buffer(x.dtype))
+            return combined
+
+        exchange.dispatch(x, ids, weights, runtime_max_tokens_per_rank=self._rows)
+        exchange.combine(exchange.get_combine_input_buffer(x.dtype).normal_())  # never time what was not written
+        owners = ids // (num_experts // self._size)
+        others = [rank for rank in range(self._size) if rank != self._rank]
+        rows = sum(int((owners == rank).any(1).sum()) for rank in others)
+        sent = rows * (2 * x.shape[1] * x.element_size() + top_k * (weights.element_size() + ids.element_size()))
+        return {"FlashInfer": Peer(run, 2, sent)}
 
     def _gather(self, x: torch.Tensor) -> torch.Tensor:
         padded = pad_rows(x, self._rows)
@@ -119,3 +167,33 @@ class PeerExchanges:
             whole.append(gathered)
         dist.all_reduce(whole[0], group=self._group)
         return whole[0][own]
+
+
+def has_flashinfer() -> bool:
+    """Whether a FlashInfer with `flashinfer.moe_ep` is installed."""
+    return find_spec("flashinfer") is not None and find_spec("flashinfer.moe_ep") is not None
+
+
+def open_flashinfer(
+    rank: int,
+    num_ranks: int,
+    num_experts: int,
+    *,
+    top_k: int,
+    max_tokens: int,  # the most of any rank
+    hidden: int,
+    dtype: torch.dtype,
+) -> Any:
+    """FlashInfer's NVLinkOneSidedAlltoAll over all ranks and the current GPU. COLLECTIVE.
+
+    Its dispatch, get_combine_input_buffer and combine make an exchange. Raises RuntimeError or ValueError where it cannot run.
+    """
+    one_sided = "flashinfer.moe_ep.backends.split.comm.nvlink_one_sided"
+    sizes = import_module("flashinfer.moe_ep.core.comm.communication").MoEEpCommParams(
+        num_experts=num_experts, top_k=top_k, max_tokens_per_rank=max_tokens, hidden_size=hidden, dtype=dtype
+    )
+    where = import_module("flashinfer.moe_ep.config").BootstrapConfig(
+        world_size=num_ranks, rank=rank, device=torch.cuda.current_device()
+    )
+    config = import_module(f"{one_sided}.config").NVLinkOneSidedConfig(timeout_sec=FLASHINFER_TIMEOUT_SECONDS)
+    return import_module(f"{one_sided}.communication").NVLinkOneSidedAlltoAll(where, sizes, config)

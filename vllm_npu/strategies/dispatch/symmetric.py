@@ -344,10 +344,9 @@ class SymmetricDispatcher(Dispatcher):
         """combine_input, in steps of up to TAKE_MAX_TOKENS. In larger ones, sending the rows takes as long or less."""
         handle = check_handle(handle, SlotHandle, "SymmetricDispatcher.combine_input_with_ids")
         plan = handle.plan
-        fits = len(shape) == 2 and shape[0] == plan.layout.num_slots and dtype in COMBINE_DTYPES
-        if plan.num_tokens > TAKE_MAX_TOKENS or not fits:
+        if plan.num_tokens > TAKE_MAX_TOKENS or len(shape) != 2 or shape[0] != plan.layout.num_slots:
             return None
-        if shape[0] * shape[1] * dtype.itemsize > plan.windows.size.returned_bytes:
+        if _why_not_returned(dtype, (shape[0], shape[1]), plan.windows) is not None:
             return None
         return self.combine_input(handle, shape[1], dtype)
 
@@ -519,14 +518,22 @@ class SymmetricDispatcher(Dispatcher):
 
     def _check_returned(self, dtype: torch.dtype, shape: tuple[int, int], windows: SymmetricWindows) -> None:
         """Raise InvalidInputError for rows that combine cannot move. shape: of a row for each slot."""
-        if dtype not in COMBINE_DTYPES or not shape[1]:
-            raise InvalidInputError(f"slot_output is {dtype} {shape}; it must be one of {COMBINE_DTYPES}, with columns")
-        returned_bytes = shape[0] * shape[1] * dtype.itemsize
-        if returned_bytes > windows.size.returned_bytes:
-            raise InvalidInputError(
-                f"slot_output takes {returned_bytes} bytes, the windows hold {windows.size.returned_bytes}; call "
-                "open(returned_row_bytes=...) before the first dispatch"
-            )
+        reason = _why_not_returned(dtype, shape, windows)
+        if reason is not None:
+            raise InvalidInputError(reason)
+
+
+def _why_not_returned(dtype: torch.dtype, shape: tuple[int, int], windows: SymmetricWindows) -> str | None:
+    """The reason why combine cannot move rows of this dtype, or None. shape: of a row for each slot."""
+    if dtype not in COMBINE_DTYPES or not shape[1]:
+        return f"slot_output is {dtype} {shape}; it must be one of {COMBINE_DTYPES}, with columns"
+    returned_bytes = shape[0] * shape[1] * dtype.itemsize
+    if returned_bytes > windows.size.returned_bytes:
+        return (
+            f"slot_output takes {returned_bytes} bytes, the windows hold {windows.size.returned_bytes}; call "
+            "open(returned_row_bytes=...) before the first dispatch"
+        )
+    return None
 
 
 def _check_output(output: torch.Tensor, num_tokens: int, rows: torch.Tensor) -> None:

@@ -22,6 +22,9 @@ SPLIT_BYTES = (
 )
 WHOLE_BYTES = 16384  # bytes of a row that one program moves otherwise: each program costs a fence over the link
 FULL_TOKENS = 1024  # up to this number of tokens, 16 warps in a program are faster than 8, or as fast
+SORTED_WIDE_TOKENS = 128
+"""Up to this number of tokens, a program that adds up sorted rows has 16 warps. Beyond, it has 4: then more programs fit on a
+multiprocessor, each of which waits for memory most of its time."""
 CHUNK_BYTES = 65536
 """The most bytes that a program for few multiprocessors sends at a time: half of its registers."""
 ENOUGH_SMS = 24
@@ -244,7 +247,8 @@ def _exchange_launches(
         return ()
     shape = LaunchShape.of(num_tokens, row_bytes, unit_bytes, max_sms, chunk_bytes)
     if sizes.get("EXPERT_MAJOR"):
-        shape = replace(shape, num_warps=max(shape.num_warps, 8 if num_tokens <= SPLIT_MAX_TOKENS else 16))
+        few = num_tokens <= SPLIT_MAX_TOKENS
+        shape = replace(shape, num_warps=8 if few else 16 if num_tokens <= SORTED_WIDE_TOKENS else 4)
     num_flags = ceil_div(num_tokens, shape.rows) * shape.parts
     if num_flags > windows.size.rank_flags:
         raise InvalidInputError(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from vllm_npu import envs
-from vllm_npu.emulator.ascend_stack import aclnn, lora_ops
+from vllm_npu.emulator.ascend_stack import aclnn, draft_inputs, lora_ops
 
 NAMESPACE = "_C_ascend"
 SOFTMAX = 0  # norm_type
@@ -253,6 +253,7 @@ OPERATORS: dict[str, Callable[..., Tensors]] = {
     "Tensor[] bias1, Tensor[] bias2, Tensor probs, str group, int max_output_size, Tensor(a!) out, "
     "Tensor(b!) expert_token_nums, Tensor? x_active_mask=None, float swiglu_limit=1000000.0, int world_size=0) "
     "-> (Tensor(a!), Tensor(b!))": dispatch_ffn_combine,
+    draft_inputs.SCHEMA: draft_inputs.npu_copy_and_expand_eagle_inputs,
 }
 
 # vllm-ascend registers FakeTensor functions or effects for these operators. They have no kernel here, so a call raises.

@@ -138,6 +138,33 @@ def test_weights_stay_plain(run_in_ranks) -> None:
     run_in_ranks(plain_formats, 1)
 
 
+@pytest.mark.parametrize(
+    ("shifted", "ids", "positions", "rejected", "drafting", "places", "moved"),
+    [
+        (
+            *(False, [1, 2, 9, -5, 6, 4, 5, 8, -5], [10, 11, 12, 13, 0, 7, 8, 9, 10]),
+            *([0, 0, 0, 0, 1, 0, 0, 0, 0], [0, 0, 0, 1, 0, 0, 0, 0, 1], [2, 3, 7, 8], [0] * 5),
+        ),
+        (
+            *(True, [2, 9, -5, 6, 5, 8, -5], [10, 11, 12, 0, 7, 8, 9]),
+            *([0, 0, 0, 1, 0, 0, 0], [0, 0, 1, 0, 0, 0, 1], [1, 2, 5, 6], [0, 1, 2, 4, 5]),
+        ),
+    ],
+)
+def test_inputs_of_a_parallel_draft(ops, shifted, ids, positions, rejected, drafting, places, moved):
+    """Two requests: tokens 1, 2, 3, of which 3 was rejected, and tokens 4, 5. Their next tokens are 9 and 8. By hand."""
+    values = ([1, 2, 3, 4, 5], [10, 11, 12, 7, 8], [9, 8], [0, 3, 5], [1, 4])
+    tensors = [torch.tensor(each, dtype=torch.int32) for each in values]
+    call = ops.npu_copy_and_expand_eagle_inputs
+    out = call(*(tensor.npu() for tensor in tensors), 6, -5, 2, shifted, len(ids))
+    assert [each.tolist() for each in out] == [ids, positions, rejected, drafting, places, moved]
+    assert [each.dtype for each in out] == [torch.int32] * 2 + [torch.int8] * 2 + [torch.int32] * 2
+    shapes = call(*(tensor.to("meta") for tensor in tensors), 6, -5, 2, shifted, len(ids))
+    assert [(each.shape, each.dtype) for each in shapes] == [(each.shape, each.dtype) for each in out]
+    with pytest.raises(ValueError, match=r"request 1 fills places \d to \d, and total_draft_tokens is"):
+        call(*(tensor.npu() for tensor in tensors), 6, -5, 2, shifted, len(ids) - 1)
+
+
 def test_slots_of_tokens():
     """Two requests of 3 and 2 new tokens, from positions 2 and 7 on, blocks of 4."""
     slots = torch.full((10,), 77).npu()

@@ -117,23 +117,6 @@ def test_int8_swiglu_of_shared_experts(ops, limit, alpha, bias):
             ops.npu_dequant_swiglu_quant(sums.npu(), **given, **shape)
 
 
-def test_first_inputs_of_a_draft_model(ops):
-    """Two requests of 3 and 4 tokens. The second one's last two tokens were rejected."""
-    given = torch.tensor([10, 11, 12, 20, 21, 22, 23]), torch.tensor([5, 6, 7, 40, 41, 42, 43]), torch.tensor([13, 99])
-    ids, positions, rejected, masked, new_tokens, _ = (
-        each.cpu().tolist()
-        for each in ops.npu_copy_and_expand_eagle_inputs(
-            *(each.int().npu() for each in (*given, torch.tensor([0, 3, 7]), torch.tensor([2, 4]))), 0, 77, 2, False, 11
-        )
-    )
-    assert ids == [10, 11, 12, 13, 77, 20, 21, 99, 77, 0, 0]
-    assert positions == [5, 6, 7, 8, 9, 40, 41, 42, 43, 0, 0]
-    assert (rejected, masked) == ([0] * 9 + [1, 1], [0, 0, 0, 0, 1, 0, 0, 0, 1, 0, 0])
-    assert new_tokens == [3, 4, 7, 8]
-    with pytest.raises(NotImplementedError, match="shift_input_ids"):
-        ops.npu_copy_and_expand_eagle_inputs(*(torch.zeros(2).int().npu(),) * 5, 0, 77, 2, True, 4)
-
-
 @pytest.mark.parametrize("beta", [None, torch.zeros(8, dtype=torch.float16)])
 def test_shapes_for_torch_compile_are_those_of_the_device(ops, beta):
     """torch.compile asks for shapes and dtypes on the meta device."""
@@ -179,6 +162,33 @@ def plain_formats(rank: int, num_ranks: int) -> None:
 
 def test_weights_stay_plain(run_in_ranks) -> None:
     run_in_ranks(plain_formats, 1)
+
+
+@pytest.mark.parametrize(
+    ("shifted", "ids", "positions", "rejected", "drafting", "places", "moved"),
+    [
+        (
+            *(False, [1, 2, 9, -5, 6, 4, 5, 8, -5], [10, 11, 12, 13, 0, 7, 8, 9, 10]),
+            *([0, 0, 0, 0, 1, 0, 0, 0, 0], [0, 0, 0, 1, 0, 0, 0, 0, 1], [2, 3, 7, 8], [0] * 5),
+        ),
+        (
+            *(True, [2, 9, -5, 6, 5, 8, -5], [10, 11, 12, 0, 7, 8, 9]),
+            *([0, 0, 0, 1, 0, 0, 0], [0, 0, 1, 0, 0, 0, 1], [1, 2, 5, 6], [0, 1, 2, 4, 5]),
+        ),
+    ],
+)
+def test_inputs_of_a_parallel_draft(ops, shifted, ids, positions, rejected, drafting, places, moved):
+    """Two requests: tokens 1, 2, 3, of which 3 was rejected, and tokens 4, 5. Their next tokens are 9 and 8. By hand."""
+    values = ([1, 2, 3, 4, 5], [10, 11, 12, 7, 8], [9, 8], [0, 3, 5], [1, 4])
+    tensors = [torch.tensor(each, dtype=torch.int32) for each in values]
+    call = ops.npu_copy_and_expand_eagle_inputs
+    out = call(*(tensor.npu() for tensor in tensors), 6, -5, 2, shifted, len(ids))
+    assert [each.tolist() for each in out] == [ids, positions, rejected, drafting, places, moved]
+    assert [each.dtype for each in out] == [torch.int32] * 2 + [torch.int8] * 2 + [torch.int32] * 2
+    shapes = call(*(tensor.to("meta") for tensor in tensors), 6, -5, 2, shifted, len(ids))
+    assert [(each.shape, each.dtype) for each in shapes] == [(each.shape, each.dtype) for each in out]
+    with pytest.raises(ValueError, match=r"request 1 fills places \d to \d, and total_draft_tokens is"):
+        call(*(tensor.npu() for tensor in tensors), 6, -5, 2, shifted, len(ids) - 1)
 
 
 def test_slots_of_tokens():

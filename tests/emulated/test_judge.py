@@ -190,9 +190,73 @@ def test_time_limits_follow_the_load(tmp_path, monkeypatch, processes_per_core, 
         file_seconds=60,
         again=False,
     )
-    made = judge.run_file(job, library_folder(), tmp_path / "test_a.py", tmp_path, threading.Event())
+    with judge.processes_of(job, tmp_path, None) as processes:
+        made = judge.run_file(job, processes, tmp_path / "test_a.py", tmp_path, threading.Event())
     assert made.tests["test_waits"].outcome == outcome, made
     assert set(made.tests) == {"test_waits"}
+
+
+CONFTEST = """
+import os, pathlib, subprocess, sys
+import torch, torch_npu
+subprocess.run(["npu-smi", "info"], check=True)
+with open(pathlib.Path(__file__).with_name("imports"), "a") as file:
+    file.write(f"{os.getpid()}\\n")
+"""
+FORKED_FILES = FILES | {
+    "test_leaves_traces.py": """
+        import os, sys, types
+        os.environ["LEFT_BEHIND"] = "1"
+        sys.modules["left_behind"] = types.ModuleType("left_behind")
+        def test_device(): import torch; torch.ones(1, device="npu")
+        """,
+    "test_own_process.py": """
+        import os, sys
+        def test_no_traces(): assert "LEFT_BEHIND" not in os.environ and "left_behind" not in sys.modules
+        def test_arguments(): assert sys.argv[-1].endswith("test_own_process.py")
+        def test_folder(): assert os.path.isfile("version.txt")
+        def test_device(): import torch; assert not torch.npu.is_initialized()
+        def test_output(capfd):
+            os.write(1, b"mine")
+            assert capfd.readouterr().out == "mine"
+        def test_group(): assert os.getpgrp() == os.getpid()
+        """,
+}
+PASSED_IN_OWN_PROCESS = ("test_no_traces", "test_arguments", "test_folder", "test_device", "test_output", "test_group")
+
+
+def test_processes_forked_after_a_conftest_are_as_new_interpreters(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(sys.modules[__name__], "FILES", FORKED_FILES)
+    tests = write_suite(tmp_path / "tests")
+    (tests / "conftest.py").write_text(CONFTEST)
+    (tmp_path / "version.txt").write_text(TORCH_NPU)
+    suite = judge.Suite(
+        "torch_npu", "tests", ("**/test_*.py",), "", "version.txt", r"^\S+$", "", conftest="conftest.py"
+    )
+    monkeypatch.setitem(judge.SUITES, "forked", suite)
+    monkeypatch.setenv(envs.EMULATOR_LIBRARIES.name, str(library_folder()))
+    job = judge.Job(
+        suite="forked",
+        folder=tmp_path,
+        only=(),
+        skip=(),
+        jobs=2,
+        json=tmp_path / "result.json",
+        compare=None,
+        soc_name="A2",
+        test_seconds=20,
+        file_seconds=200,
+        again=False,
+    )
+    assert judge.judge(job) == 1
+    made = judge.load(job.json)
+    outcomes = {file: {name: test.outcome for name, test in each.tests.items()} for file, each in made.files.items()}
+    wanted = FAILS_IN | {
+        "test_leaves_traces.py": {"test_device": "passed"},
+        "test_own_process.py": dict.fromkeys(PASSED_IN_OWN_PROCESS, "passed"),
+    }
+    assert outcomes == wanted, capfd.readouterr().err
+    assert len((tests / "imports").read_text().split()) == 1, "the files of the suite share one import of conftest.py"
 
 
 def test_a_judged_process_finds_npu_smi(tmp_path):

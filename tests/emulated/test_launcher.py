@@ -28,11 +28,13 @@ torch.distributed.destroy_process_group()
 """
 
 
-def emulator(*arguments: str, env: dict[str, str | None] | None = None) -> subprocess.CompletedProcess[str]:
+def emulator(
+    *arguments: str, env: dict[str, str | None] | None = None, cwd: Path = ROOT
+) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, **(env or {})}
     return subprocess.run(
         [sys.executable, "-m", "vllm_npu.emulator", *arguments],
-        cwd=ROOT,
+        cwd=cwd,
         env={name: value for name, value in environment.items() if value is not None},
         capture_output=True,
         text=True,
@@ -69,6 +71,21 @@ def test_a_program_without_an_import_of_torch_npu_finds_the_device_if_the_user_w
     wanted = emulator("run", str(script), env={loader.AUTOLOAD_VARIABLE: "1"})
     assert wanted.stdout.endswith("True True [1.0, 1.0]\n"), wanted.stderr
     assert emulator("run", str(script), env={loader.AUTOLOAD_VARIABLE: None}).stdout == "False False None\n"
+
+
+@pytest.mark.parametrize("version", [None, "9.1.0"])
+def test_the_version_of_cann_is_that_of_the_emulated_one_everywhere(tmp_path, version):
+    """torch_npu takes a version from any file of that name in the working directory, as it would from CANN's folder."""
+    (tmp_path / "ascend_toolkit_install.info").write_text("version=1.2.3\n")
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import torch, torch_npu\n"
+        "from torch_npu.utils import collect_env\n"
+        "print(torch.version.cann, collect_env.get_cann_version(), torch_npu.npu.utils.get_cann_version())\n"
+    )
+    environment = {"VLLM_NPU_EMULATOR_CANN": version, "ASCEND_HOME_PATH": None}
+    printed = emulator("run", str(script), env=environment, cwd=tmp_path).stdout
+    assert printed.splitlines()[-1].split() == [version or "8.5.0"] * 3
 
 
 def test_a_failing_rank_ends_the_others_and_gives_its_exit_code(launch_script):

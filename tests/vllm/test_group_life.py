@@ -208,3 +208,14 @@ def run_two_models_at_once(grid: Grid) -> None:
 @pytest.mark.parametrize("grid", [DP2, TP2_DP2], ids=str)
 def test_two_models_of_other_sizes_at_once(ranks: VllmRanks, grid):  # noqa: F811
     ranks.run(run_two_models_at_once, grid)
+
+
+def test_no_step_is_planned_where_vllm_has_made_no_groups():
+    """Someone may run a part of a model in a forward context of its own, without ranks."""
+    from vllm.config import VllmConfig, set_current_vllm_config
+
+    from vllm_npu.plugin.step_planner import plan_step
+
+    config = VllmConfig()
+    with set_current_vllm_config(config):
+        assert plan_step(vllm_config=config, num_tokens=4) == {}

@@ -48,6 +48,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         help="of vllm-ascend's suite: vllm_npu's platform in place of vllm-ascend's",
     )
     tests.add_argument("--soc", default=envs.EMULATOR_SOC.read(), help="as of `run`")
+    tests.add_argument(
+        "--no-fork",
+        action="store_true",
+        help="of vllm-ascend's suite: a new interpreter for each file, which is slower",
+    )
     quiet = "on a machine without other load; a load makes it longer"
     tests.add_argument("--test-seconds", type=float, default=300, metavar="S", help=f"limit of a test (300), {quiet}")
     tests.add_argument("--file-seconds", type=float, default=1800, metavar="S", help=f"limit of a file (1800), {quiet}")
@@ -78,6 +83,7 @@ def execute(options: argparse.Namespace) -> int:
                 test_seconds=options.test_seconds,
                 file_seconds=options.file_seconds,
                 again=options.again,
+                fork=not options.no_fork,
                 with_plugin=options.with_plugin,
             )
         )

@@ -135,19 +135,36 @@ class ForkedProcess:
 class ForkServer:
     """Starts the server process, and asks it for forks. LOCAL. Starting takes two to four seconds of CPU time.
 
+    The server is an interpreter with `arguments`, and with the number of its end of the control socket as the last argument, or
+    in `control_variable` where that is given. `arguments` may start another program than main(); it calls serve_on(). `folder`
+    is the working directory of the server and of the forked processes; None: that of this process at the time of the fork.
     Raises ForkServerError where the process cannot fork ranks.
     """
 
-    def __init__(self, environment: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        environment: Mapping[str, str],
+        arguments: Sequence[str] = ("-c", f"from {__name__} import main; main()"),
+        control_variable: str | None = None,
+        folder: Path | None = None,
+    ) -> None:
         if not hasattr(os, "fork"):
             raise ForkServerError("this system has no os.fork")
+        self._folder = folder
         self._lock = threading.Lock()  # one request at a time
         self._control, theirs = socket.socketpair()
         with theirs, tempfile.TemporaryFile() as printed:
+            number = str(theirs.fileno())
             self._process = subprocess.Popen(
-                [sys.executable, "-c", f"from {__name__} import main; main()", str(theirs.fileno())],
+                [sys.executable, *arguments, *([] if control_variable else [number])],
                 # One thread each: a fork must not find a pool of threads.
-                env={**environment, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+                env={
+                    **environment,
+                    **({control_variable: number} if control_variable else {}),
+                    "OMP_NUM_THREADS": "1",
+                    "OPENBLAS_NUM_THREADS": "1",
+                },
+                cwd=folder,
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=printed,
@@ -189,7 +206,10 @@ class ForkServer:
         passed = iter(range(len(connections)))
         sent = [PassedConnection(next(passed)) if isinstance(each, Connection) else each for each in arguments]
         request = Request(
-            dict(environment), str(Path.cwd()), [str(entry) for entry in sys.path], pickle.dumps((function, sent))
+            dict(environment),
+            str(self._folder or Path.cwd()),
+            [str(entry) for entry in sys.path],
+            pickle.dumps((function, sent)),
         )
         status, theirs = os.pipe()
         try:
@@ -305,7 +325,11 @@ def receive(control: socket.socket) -> tuple[bytes, list[int]] | None:
 def fault_of_this_process() -> str:
     """Why this process cannot fork ranks, or nothing."""
     threads = len(os.listdir("/proc/self/task"))
-    return f"importing torch and torch_npu left {threads} threads, and a fork keeps one" if threads > 1 else ""
+    if threads > 1:
+        return f"its imports left {threads} threads, and a fork keeps one"
+    import torch_npu
+
+    return "its imports opened a device, and a fork keeps none" if torch_npu.npu.is_initialized() else ""
 
 
 def serve(control: socket.socket) -> None:
@@ -403,12 +427,17 @@ def become(request: Request) -> None:
         sys.modules["numpy"].random.seed()  # Python's own generator is seeded anew at each fork
 
 
-def main() -> None:
-    control = socket.socket(fileno=int(sys.argv[1]))
-    import torch_npu  # noqa: F401
-
+def serve_on(number: int) -> None:
+    """Fork what the client asks for over the socket with this file descriptor, after torch_npu has been imported."""
+    control = socket.socket(fileno=number)
     fault = fault_of_this_process()
     send(control, fault.encode())
     if not fault:
         gc.freeze()  # a collection in a rank would write to pages that ranks share
         serve(control)
+
+
+def main() -> None:
+    import torch_npu  # noqa: F401
+
+    serve_on(int(sys.argv[1]))

@@ -4,8 +4,12 @@
 
 Each test file has a pytest process of its own. A process that crashes or hangs is ended, the test that it ran counts as killed,
 and a new process runs the rest of the file. RESULT is written after each file. Files in RESULT are not run again.
+
+Where all files of a suite begin with the imports of one conftest.py, their processes are forked from one that has done these
+imports (judge_recorder.py), which take most of a file's time. --no-fork starts an interpreter for each.
 """
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -23,7 +27,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from vllm_npu import envs
-from vllm_npu.emulator import build, judge_recorder, launcher, shared_memory, soc
+from vllm_npu.emulator import build, fork_server, judge_recorder, launcher, shared_memory, soc
 from vllm_npu.errors import UnsupportedConfigError
 
 OUTCOMES = ("passed", "skipped", "failed", "error", "killed")  # from the best to the worst: the worst counts
@@ -52,6 +56,7 @@ class Suite:
     get: str  # how to get the right one; {version} and {tag} are filled in
     tags: Mapping[str, str] = field(default_factory=dict)  # by version of the distribution
     vllm_platform: str | None = None  # this distribution's entry point of vLLM's platforms, where it has one
+    conftest: str | None = None  # in the tests' folder: each process may be forked after its imports
 
     def how_to_get(self, version: str) -> str:
         return self.get.format(version=version, tag=self.tags.get(version, f"v...-pytorch{version}"))
@@ -78,6 +83,7 @@ SUITES = {
         r"(?<=^Version: )\S+$",
         "pip download --no-deps --no-build-isolation --no-binary :all: vllm-ascend=={version}, and unpack it",
         vllm_platform="ascend",
+        conftest="conftest.py",
     ),
 }
 
@@ -97,6 +103,7 @@ class Job:
     test_seconds: float  # on a machine without other load, as the next
     file_seconds: float
     again: bool
+    fork: bool = True  # processes of a suite with a conftest, after its imports
     with_plugin: bool = False  # of a suite with a platform of vLLM: with this package's platform in place of that one
 
 
@@ -283,8 +290,65 @@ class QuietClock:
         return self._seconds
 
 
+PYTEST = ("-m", "pytest", "-q", "-p", judge_recorder.__name__, "-p", "no:cacheprovider")
+
+
+@dataclass(frozen=True, slots=True)
+class Processes:
+    """Starts processes that run a file's tests."""
+
+    environment: dict[str, str]  # of all processes
+    server: fork_server.ForkServer | None  # of files that are run from `folder`
+
+    def start(self, file: str, cwd: Path, environment: Mapping[str, str], output: int) -> launcher.RankProcess:
+        """Runs `file`, below cwd, with standard output and error in the file descriptor `output`."""
+        variables = {**self.environment, **environment}
+        if self.server is not None:
+            try:
+                return self.server.fork(judge_recorder.run_forked_file, [file], variables, (output, output))
+            except fork_server.ForkServerError as error:
+                print(f"{file}: {error}; it gets an interpreter of its own", file=sys.stderr)
+        return subprocess.Popen(
+            [sys.executable, *PYTEST, file],
+            cwd=cwd,
+            env=variables,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=launcher.end_with_parent,
+        )
+
+
+@contextlib.contextmanager
+def processes_of(job: Job, tests: Path, run_from: Path | None) -> Iterator[Processes]:
+    """What starts the processes of a run. It ends them all, at the latest with this process."""
+    changes = {
+        "TASK_QUEUE_ENABLE": os.environ.get("TASK_QUEUE_ENABLE", "1"),  # torch_npu's own default
+        envs.EMULATOR_LIBRARIES.name: str(build.build()),  # for all processes those of the run's start
+        **vllm_plugins(job),
+    }
+    suite = SUITES.get(job.suite)
+    with tempfile.TemporaryDirectory(prefix="vllm_npu_judge.") as name:
+        write_npu_smi(Path(name))
+        environment = launcher.device_environment(job.soc_name, job.jobs, launcher.new_run_name(), changes)
+        environment["PATH"] = os.pathsep.join((name, environment["PATH"]))
+        server = None
+        if job.fork and suite is not None and suite.conftest is not None and run_from is not None:
+            command = [*PYTEST, os.path.relpath(tests / suite.conftest, run_from)]
+            try:
+                server = fork_server.ForkServer(environment, command, judge_recorder.CONTROL_VARIABLE, run_from)
+            except fork_server.ForkServerError as error:
+                print(f"judge: no process can be forked: {error}; each gets an interpreter of its own", file=sys.stderr)
+        try:
+            yield Processes(environment, server)
+        finally:
+            if server is not None:
+                server.close()
+
+
 def wait_or_end(
-    process: subprocess.Popen[bytes], record: Path, job: Job, clock: QuietClock, stopping: threading.Event
+    process: launcher.RankProcess, record: Path, job: Job, clock: QuietClock, stopping: threading.Event
 ) -> str:
     """Waits for the end of a file's process, and ends a process that is late by the file's clock. Returns how it ended.
 
@@ -308,35 +372,17 @@ def wait_or_end(
         launcher.end_all([process])
 
 
-def run_file(job: Job, libraries: Path, file: Path, cwd: Path, stopping: threading.Event) -> TestFile:
+def run_file(job: Job, processes: Processes, file: Path, cwd: Path, stopping: threading.Event) -> TestFile:
     """Runs a file's tests, in a new process after each that is killed. Raises Stopped after `stopping` is set."""
     start, clock = time.monotonic(), QuietClock()
     run_name = launcher.new_run_name()
-    changes = {
-        "TASK_QUEUE_ENABLE": os.environ.get("TASK_QUEUE_ENABLE", "1"),  # torch_npu's own default
-        envs.EMULATOR_LIBRARIES.name: str(libraries),  # those of the run's start
-        **vllm_plugins(job),
-    }
-    environment = launcher.device_environment(job.soc_name, job.jobs, run_name, changes)
     killed: dict[str, Test] = {}
     with tempfile.TemporaryDirectory(prefix="vllm_npu_judge.") as name:
         record, output = Path(name, "record"), Path(name, "output")
-        environment[judge_recorder.RECORD_VARIABLE] = str(record)
-        write_npu_smi(Path(name))
-        environment["PATH"] = os.pathsep.join((name, environment["PATH"]))
-        plugins = ("-p", judge_recorder.__name__, "-p", "no:cacheprovider")
+        environment = {envs.EMULATOR_RUN.name: run_name, judge_recorder.RECORD_VARIABLE: str(record)}
         while True:
             with open(output, "wb") as written:
-                process = subprocess.Popen(
-                    [sys.executable, "-m", "pytest", "-q", *plugins, os.path.relpath(file, cwd)],
-                    cwd=cwd,
-                    env=environment,
-                    stdin=subprocess.DEVNULL,
-                    stdout=written,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                    preexec_fn=launcher.end_with_parent,
-                )
+                process = processes.start(os.path.relpath(file, cwd), cwd, environment, written.fileno())
                 try:
                     ended = wait_or_end(process, record, job, clock, stopping)
                 finally:
@@ -345,7 +391,7 @@ def run_file(job: Job, libraries: Path, file: Path, cwd: Path, stopping: threadi
             printed = output.read_text(errors="replace")[-OUTPUT_CHARACTERS:]
             running = running_test(lines)
             if running is None:
-                if not any(line["event"] == "end" for line in lines) or process.returncode not in range(6):
+                if not any(line["event"] == "end" for line in lines) or process.poll() not in range(6):
                     killed[PROCESS] = Test("killed", ended, printed)
                 break
             killed[running] = Test("killed", ended, printed)
@@ -367,13 +413,18 @@ def run_all(job: Job, result: Result, tests: Path, run_from: Path | None, files:
     wanted = [file for file in files if job.again or file not in result.files]
     if len(wanted) < len(files):
         print(f"{len(files) - len(wanted)} files are in {job.json}; --again runs them again", file=sys.stderr)
-    libraries = build.build()
+    if not wanted:
+        return
     stopping = threading.Event()
-    with launcher.stop_on_signals(), ThreadPoolExecutor(job.jobs) as pool:
+    with (
+        launcher.stop_on_signals(),
+        processes_of(job, tests, run_from) as processes,
+        ThreadPoolExecutor(job.jobs) as pool,
+    ):
         pending = {}
         for file in wanted:
             path = tests / file
-            pending[pool.submit(run_file, job, libraries, path, run_from or path.parent, stopping)] = file
+            pending[pool.submit(run_file, job, processes, path, run_from or path.parent, stopping)] = file
         try:
             for number, future in enumerate(as_completed(pending), 1):
                 file, made = pending[future], future.result()

@@ -2,14 +2,23 @@
 
 Only judge.py uses it, with `-p`. The variable VLLM_NPU_JUDGE_RECORD names the file: one JSON object a line. A test that the
 file has already is left out, so a second process goes on where a killed one stopped.
+
+With VLLM_NPU_JUDGE_CONTROL, pytest stops after it has imported conftest.py, and forks a process for each file that judge.py
+asks for. The forked process goes on as a pytest that was started for this file, which would have begun with the same imports.
 """
 
+import ctypes
 import json
 import os
+import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+
+from vllm_npu.emulator import fork_server
 
 RECORD_VARIABLE = "VLLM_NPU_JUDGE_RECORD"
+CONTROL_VARIABLE = "VLLM_NPU_JUDGE_CONTROL"  # the file descriptor of the fork server's socket
 DETAIL_CHARACTERS = 2000
 REASON_CHARACTERS = 300
 
@@ -48,6 +57,51 @@ def reason_of(report: Any) -> str:
 def write_report(report: Any, outcome: str) -> None:
     detail = str(report.longrepr)[-DETAIL_CHARACTERS:] if outcome in {"failed", "error"} else ""
     write("outcome", name_in_file(report.nodeid), outcome=outcome, reason=reason_of(report), detail=detail)
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What pytest had after it imported conftest.py."""
+
+    config: Any
+    search_path: list[str]
+
+
+served: Served | None = None  # in a fork server, and in the processes that it forks
+
+
+def pytest_cmdline_main(config: Any) -> int | None:
+    """Called before pytest's own hook of this name, which runs the tests: pytest calls the hooks of late plugins first."""
+    if CONTROL_VARIABLE not in os.environ:
+        return None
+    global served
+    served = Served(config, list(sys.path))
+    fork_server.serve_on(int(os.environ[CONTROL_VARIABLE]))
+    return 0
+
+
+def run_forked_file(file: str) -> NoReturn:
+    """In a process that fork_server forked: run the tests of a file, and end as an interpreter ends."""
+    assert served is not None
+    config = served.config
+    sys.path[:] = served.search_path
+    sys.argv[-1] = file
+    config.args = config.option.file_or_dir = [file]
+    # Forked processes share the file to which pytest redirects output, and pytest puts back the server's output. Begin anew.
+    outputs = [os.dup(number) for number in (1, 2)]
+    capture = config.pluginmanager.getplugin("capturemanager")
+    capture.stop_global_capturing()
+    for number, output in enumerate(outputs, 1):
+        os.dup2(output, number)
+        os.close(output)
+    capture.start_global_capturing()
+    capture.suspend_global_capture()
+    try:
+        code = int(config.hook.pytest_cmdline_main(config=config))
+    finally:
+        config._ensure_unconfigure()
+    ctypes.pythonapi.Py_Exit(code)  # with all that an interpreter does at its end, where a process may crash
+    raise AssertionError("Py_Exit returned")
 
 
 def pytest_collectreport(report: Any) -> None:

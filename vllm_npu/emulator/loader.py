@@ -30,6 +30,7 @@ AUTOLOAD_VARIABLE = "TORCH_DEVICE_BACKEND_AUTOLOAD"
 # torch_npu passes this file to aclInit from CANN 8.3 on. It names the device of threads that set none.
 CONFIGURATION, CONFIGURATION_VARIABLE = "acl_default.json", "TORCH_ACL_INIT_CONFIG_PATH"
 CONFIGURATION_SINCE = (8, 3)
+COLLECT_ENV = "torch_npu.utils.collect_env"  # its get_cann_version gives torch.version.cann
 
 
 def load_library(folder: Path, name: str) -> None:
@@ -54,6 +55,12 @@ def name_configuration(torch: ModuleType, torch_npu: ModuleType) -> None:
         os.environ.setdefault(CONFIGURATION_VARIABLE, str(own))
 
 
+def name_version(collect_env: ModuleType) -> None:
+    """Name the emulated CANN's version. At each import, torch_npu would look for a file of CANN below ASCEND_HOME_PATH, or else
+    below the working directory."""
+    collect_env.__dict__["get_cann_version"] = envs.EMULATOR_CANN.read
+
+
 class TorchNpuFinder(importlib.abc.MetaPathFinder):
     """Finds the installed torch_npu, and loads the emulator's other libraries before and after it."""
 
@@ -63,6 +70,8 @@ class TorchNpuFinder(importlib.abc.MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
+        if fullname == COLLECT_ENV:
+            return find_amended(fullname, path, after=name_version)
         if fullname != "torch_npu":
             return None
         return find_amended(fullname, path, before=self._load_after_torch, after=self._load_operators)

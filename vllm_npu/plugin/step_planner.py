@@ -7,7 +7,7 @@ from weakref import WeakKeyDictionary, ref
 
 import torch
 from vllm.config import CUDAGraphMode
-from vllm.distributed import get_dp_group
+from vllm.distributed import get_dp_group, model_parallel_is_initialized
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
@@ -288,12 +288,15 @@ def plan_step(
 ) -> dict[str, Any]:
     """Plan a step of vLLM, and return what its forward context must hold. COLLECTIVE as StepPlanner.plan.
 
-    Empty if the step has no token count (it runs no forward pass), or if the model has no layer of ours.
+    Empty if the step has no token count (it runs no forward pass), if vLLM has made no groups in this process (a part of the
+    model runs alone), or if the model has no layer of ours.
     """
-    planner = None if num_tokens is None else planner_of(vllm_config)
+    if num_tokens is None or not model_parallel_is_initialized():
+        return {}
+    planner = planner_of(vllm_config)
     if planner is None:
         return {}
-    counts: list[int] = [num_tokens or 0] if dp_metadata is None else dp_metadata.num_tokens_across_dp_cpu.tolist()
+    counts: list[int] = [num_tokens] if dp_metadata is None else dp_metadata.num_tokens_across_dp_cpu.tolist()
     # vLLM keeps a graph for each mode and batch descriptor.
     graph = None if cudagraph_runtime_mode is CUDAGraphMode.NONE else (cudagraph_runtime_mode.name, batch_descriptor)
     return as_additional_context(planner.plan(counts, graph=graph))

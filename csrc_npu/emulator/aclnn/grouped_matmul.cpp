@@ -1,7 +1,9 @@
 // One matrix product for each group of rows, for the linear layers of experts.
 //
-// Contract: op-plugin's document of npu_grouped_matmul. Weights have plain formats. Types are float16, bfloat16,
-// float32, and int8 with a scale for each channel and optionally for each row.
+// Contracts: op-plugin's document of npu_grouped_matmul, CANN's of aclnnGroupedMatmulV5. Weights have plain formats. Types are
+// float16, bfloat16, float32; int8 with a scale for each channel and optionally for each row; int4, packed in int32, with
+// packed scales; int8 rows with int4 weights; 16-bit rows with int8 or int4 weights.
+#include "int4.h"
 #include "op.h"
 #include "undefined.h"
 
@@ -21,6 +23,8 @@ struct GroupedMatmul {
   std::vector<at::Tensor> weight;  // one [E, K, N], or E of [K, N]
   std::vector<at::Tensor> bias;
   std::vector<at::Tensor> scale;
+  std::vector<at::Tensor> antiquant_scale;  // of int8 or int4 weights for 16-bit rows
+  std::vector<at::Tensor> antiquant_offset;
   std::vector<at::Tensor> per_token_scale;
   OptionalTensor group_list;
   int64_t group_list_type;
@@ -28,7 +32,16 @@ struct GroupedMatmul {
   int64_t activation;
   std::vector<at::Tensor> y;
 
-  bool is_int8() const { return x[0].scalar_type() == at::kChar; }
+  bool is_int8() const { return x[0].scalar_type() == at::kChar && weight[0].scalar_type() == at::kChar; }
+  bool has_int4_weight() const { return weight[0].scalar_type() == at::kInt; }
+  bool has_packed_scale() const { return has_int4_weight() && !x[0].is_floating_point(); }
+  bool is_dequantised() const { return x[0].is_floating_point() && !weight[0].is_floating_point(); }
+  int64_t inner() const {
+    return weight[0].size(-2) * (has_int4_weight() && is_transposed(weight[0]) ? kInt4InInt32 : 1);
+  }
+  int64_t width() const {
+    return weight[0].size(-1) * (has_int4_weight() && !is_transposed(weight[0]) ? kInt4InInt32 : 1);
+  }
   bool weight_is_stacked() const { return weight.size() == 1 && weight[0].dim() == 3; }
   int64_t num_groups() const { return weight_is_stacked() ? weight[0].size(0) : static_cast<int64_t>(weight.size()); }
 };
@@ -82,13 +95,36 @@ at::Tensor activate(const at::Tensor& values, int64_t activation) {
   }
 }
 
+// x int4 or int8, weight int4: sums of products, scaled by the packed scales of each part of the inner dimension.
+//
+// int8 rows enter the device's product as two int4 halves, which lack 8 in each value. The document's bias, which is
+// 8 * weight * scale, brings this back.
+at::Tensor product_of_int4(const GroupedMatmul& op, const at::Tensor& rows, const at::Tensor& weight, int64_t group,
+                           const OptionalTensor& bias, const OptionalTensor& row_scale) {
+  const bool int8_rows = rows.scalar_type() == at::kChar;
+  const at::Tensor left = int8_rows ? rows.to(at::kFloat) - 8 : unpack_int4(rows).to(at::kFloat);
+  const at::Tensor scale = unpack_scale(of_group(op.scale, group, op.num_groups()));
+  at::Tensor result = at::matmul(left, dequantised(unpack_int4(weight), scale, std::nullopt, 0, at::kFloat));
+  if (bias) result = result + bias->to(at::kFloat);
+  return row_scale ? result * row_scale->unsqueeze(-1) : result;
+}
+
 // Returns one group's product before the cast to y's dtype. It is float32, or int32 for int8 without a scale.
 at::Tensor product(const GroupedMatmul& op, const at::Tensor& rows, const at::Tensor& weight, int64_t group,
                    const OptionalTensor& row_scale) {
   const int64_t num_groups = op.num_groups();
   const OptionalTensor bias = op.bias.empty() ? std::nullopt : std::optional(of_group(op.bias, group, num_groups));
+  if (op.has_packed_scale()) return product_of_int4(op, rows, weight, group, bias, row_scale);
   if (!op.is_int8()) {
-    at::Tensor result = at::matmul(rows.to(at::kFloat), weight.to(at::kFloat));
+    at::Tensor full = weight;
+    if (op.is_dequantised()) {
+      const OptionalTensor offset = op.antiquant_offset.empty()
+                                        ? std::nullopt
+                                        : std::optional(of_group(op.antiquant_offset, group, num_groups));
+      full = dequantised(op.has_int4_weight() ? unpack_int4(weight) : weight,
+                         of_group(op.antiquant_scale, group, num_groups), offset, 0, rows.scalar_type());
+    }
+    at::Tensor result = at::matmul(rows.to(at::kFloat), full.to(at::kFloat));
     if (bias) result = result + bias->to(at::kFloat);
     return activate(result, op.activation);
   }
@@ -159,24 +195,58 @@ void check_lengths(const GroupedMatmul& op) {
   };
   check_list(op.bias, "bias");
   check_list(op.scale, "scale");
+  check_list(op.antiquant_scale, "antiquant_scale");
+  check_list(op.antiquant_offset, "antiquant_offset");
   require(op.per_token_scale.empty() || op.per_token_scale.size() == op.x.size(), "per_token_scale has ",
           op.per_token_scale.size(), " tensors and x has ", op.x.size());
 }
 
+// The types of a product with int4 weights and packed scales.
+void check_int4_types(const GroupedMatmul& op) {
+  if (op.scale.empty()) refuse(Code::kMissing, "scale is missing: int4 weights need it");
+  for (const at::Tensor& scale : op.scale) {
+    if (!is_packed_scale(scale)) refuse(Code::kInvalid, "scale is ", scale.scalar_type(), "; it must be int64");
+  }
+  require_dtype(op.y[0], "output_dtype of a product with int4 weights", {at::kHalf, at::kBFloat16});
+  require(op.group_type == kRows && op.activation == 0, "int4 weights need group_type=0 and act_type=0");
+  for (const at::Tensor& weight : op.weight) {
+    require(!is_transposed(weight), "int4 weights of int8 or int4 rows must not be transposed");
+  }
+  if (op.x[0].scalar_type() == at::kChar) {
+    if (op.bias.empty() || op.per_token_scale.empty()) {
+      refuse(Code::kMissing, "int8 rows with int4 weights need bias and per_token_scale");
+    }
+    for (const at::Tensor& bias : op.bias) require_dtype(bias, "bias", {at::kFloat});
+  } else {
+    require_absent(op.bias, "bias", "int4 rows take none");
+  }
+  for (const at::Tensor& scale : op.per_token_scale) require_dtype(scale, "per_token_scale", {at::kFloat});
+}
+
 void check_types(const GroupedMatmul& op) {
   for (const at::Tensor& x : op.x) {
-    require_dtype(x, "x", {at::kHalf, at::kBFloat16, at::kFloat, at::kChar});
+    require_dtype(x, "x", {at::kHalf, at::kBFloat16, at::kFloat, at::kChar, at::kInt});
   }
-  for (const at::Tensor& weight : op.weight) {
-    if (weight.scalar_type() != op.x[0].scalar_type()) {
-      refuse(Code::kInvalid, "x is ", op.x[0].scalar_type(), " and weight is ", weight.scalar_type(),
-             "; products of two types (antiquant) are not emulated");
+  const at::ScalarType rows = op.x[0].scalar_type(), weights = op.weight[0].scalar_type();
+  const bool known = weights == rows || (weights == at::kInt && rows == at::kChar) ||
+                     ((weights == at::kChar || weights == at::kInt) && (rows == at::kHalf || rows == at::kBFloat16));
+  if (!known) refuse(Code::kInvalid, "x is ", rows, " and weight is ", weights, ", which is not emulated");
+  for (const at::Tensor& weight : op.weight) require_dtype(weight, "weight", {weights});
+  if (op.is_dequantised()) {
+    if (op.antiquant_scale.empty()) refuse(Code::kMissing, "antiquant_scale is missing: x is ", rows, ", weight ", weights);
+    for (const auto* list : {&op.antiquant_scale, &op.antiquant_offset}) {
+      for (const at::Tensor& factors : *list) require_dtype(factors, "antiquant_scale and antiquant_offset", {rows});
     }
+    require(op.activation == 0, "act_type=", op.activation, " is not for int8 or int4 weights of 16-bit rows");
+  } else {
+    require_absent(op.antiquant_scale, "antiquant_scale", "only 16-bit rows with int8 or int4 weights take one");
+    require_absent(op.antiquant_offset, "antiquant_offset", "only 16-bit rows with int8 or int4 weights take one");
   }
   const at::ScalarType y = op.y[0].scalar_type();
+  if (op.has_packed_scale()) return check_int4_types(op);
   if (!op.is_int8()) {
-    require_absent(op.scale, "scale", "only int8 products take one");
-    require_absent(op.per_token_scale, "per_token_scale", "only int8 products take one");
+    require_absent(op.scale, "scale", "only int8 and int4 products take one");
+    require_absent(op.per_token_scale, "per_token_scale", "only int8 and int4 products take one");
     if (y != op.x[0].scalar_type())
       refuse(Code::kInvalid, "output_dtype is ", y, "; it must be x's, ", op.x[0].scalar_type());
     return;
@@ -193,17 +263,27 @@ void check_types(const GroupedMatmul& op) {
 }
 
 void check_shapes(const GroupedMatmul& op) {
-  const int64_t inner = op.weight[0].size(-2);
+  const int64_t inner = op.inner();
+  const int64_t values = op.x[0].scalar_type() == at::kInt ? kInt4InInt32 : 1;  // of an element of x
   if (op.group_type != kInner) {
     for (const at::Tensor& x : op.x) {
-      require(op.group_type == kUngrouped || x.size(-1) == inner, "x has the shape ", x.sizes(), " and weight ",
+      require(op.group_type == kUngrouped || x.size(-1) * values == inner, "x has the shape ", x.sizes(), " and weight ",
               op.weight[0].sizes());
     }
   }
-  const int64_t width = op.weight[0].size(-1);
+  const int64_t width = op.width();
   for (int64_t group = 0; group < (op.group_type == kRows ? op.num_groups() : 0); ++group) {
+    const auto check_factors = [&](const std::vector<at::Tensor>& list, const char* name) {
+      if (!list.empty()) require_weight_scale(of_group(list, group, op.num_groups()), name, inner, width, 0);
+    };
     if (!op.bias.empty()) require_shape(of_group(op.bias, group, op.num_groups()), "a group's bias", {width});
-    if (!op.scale.empty()) require_shape(of_group(op.scale, group, op.num_groups()), "a group's scale", {width});
+    check_factors(op.antiquant_scale, "a group's antiquant_scale");
+    check_factors(op.antiquant_offset, "a group's antiquant_offset");
+    if (op.has_packed_scale()) {
+      check_factors(op.scale, "a group's scale");
+    } else if (!op.scale.empty()) {
+      require_shape(of_group(op.scale, group, op.num_groups()), "a group's scale", {width});
+    }
   }
 }
 
@@ -232,7 +312,7 @@ void check_groups(const GroupedMatmul& op, int64_t split_item) {
       break;
     default:
       require(op.group_list.has_value(), "group_list is missing: group_type=2 needs it");
-      require(op.x.size() == 1 && op.weight.size() == 1 && !op.is_int8() && op.bias.empty(),
+      require(op.x.size() == 1 && op.weight.size() == 1 && op.weight[0].is_floating_point() && op.bias.empty(),
               "group_type=2 is emulated for one x and one weight, of a floating type, without bias");
   }
 }
@@ -262,14 +342,13 @@ Plan grouped_matmul_v5(Tensors x, Tensors weight, Tensors bias, Tensors scale, T
                        Tensors dynamic_quant_scale_out) {
   const char* reason = "it is not emulated";
   require_absent(offset, "offset", reason);
-  require_absent(antiquant_scale, "antiquant_scale", reason);
-  require_absent(antiquant_offset, "antiquant_offset", reason);
   require_absent(activation_input, "activation_input", reason);
   require_absent(activation_quant_scale, "activation_quant_scale", reason);
   require_absent(activation_quant_offset, "activation_quant_offset", reason);
   require_absent(activation_out, "activationFeatureOut", reason);
   require_absent(dynamic_quant_scale_out, "dynQuantScaleOut", reason);
-  return plan({x, weight, bias, scale, per_token_scale, group_list, group_list_type, group_type, activation, y},
+  return plan({x, weight, bias, scale, antiquant_scale, antiquant_offset, per_token_scale, group_list, group_list_type,
+               group_type, activation, y},
               split_item);
 }
 

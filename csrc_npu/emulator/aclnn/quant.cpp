@@ -1,8 +1,10 @@
 // Quantisation: dynamic, where the scales are computed from the rows, and static, where they are given.
 //
-// Contracts: op-plugin's document of npu_dynamic_quant; CANN's documents of aclnnAscendQuant and aclnnAscendQuantV3. Values
-// are rounded half to even. The device's may differ by one unit. CANN's documents do not say in which precision static
-// quantisation computes; here it is float32.
+// Contracts: op-plugin's document of npu_dynamic_quant; CANN's documents of aclnnAscendQuant, aclnnAscendQuantV3 and
+// aclnnFlatQuant. Values are rounded half to even. The device's may differ by one unit. CANN's documents do not say in which
+// precision static quantisation computes; here it is float32. Nor do they say where flat quantisation rounds; here each of its
+// two products is rounded to x's type, as in op-plugin's published test.
+#include "int4.h"
 #include "numerics.h"
 #include "op.h"
 
@@ -11,18 +13,8 @@ namespace {
 
 constexpr float kInt8Max = 127.0F;
 constexpr float kInt4Max = 7.0F;
-constexpr int64_t kInt4InInt32 = 8;
-
-// Packs eight int4 values of a row into one int32. The first value has the lowest bits.
-at::Tensor pack_int4(const at::Tensor& values) {
-  std::vector<int64_t> sizes = values.sizes().vec();
-  sizes.back() /= kInt4InInt32;
-  sizes.push_back(kInt4InInt32);
-  const at::Tensor nibbles = values.to(at::kLong).bitwise_and(0xF).view(sizes);
-  const at::Tensor shifts = at::arange(kInt4InInt32, at::kLong) * 4;
-  return nibbles.bitwise_left_shift(shifts).sum(-1).to(at::kInt);
-}
-
+constexpr int64_t kFlatQuantMatrices = 262144;  // CANN's document
+constexpr int64_t kFlatQuantSide = 256;         // the same
 // Returns the smooth row of each row of x, which is that of its group. group_index has the last row + 1 of each group.
 at::Tensor smooth_rows(const at::Tensor& smooth, const OptionalTensor& group_index, int64_t num_rows) {
   if (!group_index) return smooth;
@@ -66,6 +58,30 @@ Plan dynamic_quant_v2(at::Tensor x, OptionalTensor smooth, OptionalTensor group_
 
 Plan dynamic_quant(at::Tensor x, OptionalTensor smooth, at::Tensor y, at::Tensor scale) {
   return dynamic_quant_v2(x, smooth, std::nullopt, ACL_INT8, y, scale, std::nullopt);
+}
+
+// Multiplies each matrix of x [M, N1, N2] by p1 from the left and p2 from the right, and quantises it to int4 with one scale.
+Plan flat_quant(at::Tensor x, at::Tensor p1, at::Tensor p2, double clip_ratio, at::Tensor y, at::Tensor scale) {
+  refuse_on_310p("npu_kronecker_quant");
+  require_dtype(x, "x", {at::kHalf, at::kBFloat16});
+  require_dtype(p1, "kronecker_p1", {x.scalar_type()});
+  require_dtype(p2, "kronecker_p2", {x.scalar_type()});
+  require_dtype(y, "dst_dtype", {at::kInt});
+  require_dimensions(x, "x", 3);
+  require(x.numel() > 0 && x.size(0) <= kFlatQuantMatrices && x.size(1) <= kFlatQuantSide && x.size(2) <= kFlatQuantSide,
+          "x has the shape ", x.sizes(), "; at most [", kFlatQuantMatrices, ", ", kFlatQuantSide, ", ", kFlatQuantSide, "]");
+  require_shape(p1, "kronecker_p1", {x.size(1), x.size(1)});
+  require_shape(p2, "kronecker_p2", {x.size(2), x.size(2)});
+  require(clip_ratio > 0 && clip_ratio <= 1, "clip_ratio=", clip_ratio, " is not above 0 and at most 1");
+  require_shape(y, "out", {x.size(0), x.size(1), x.size(2) / kInt4InInt32});
+  return [=] {
+    const at::Tensor right = at::matmul(x.to(at::kFloat), p2.to(at::kFloat)).to(x.scalar_type()).to(at::kFloat);
+    const at::Tensor both = at::matmul(p1.to(at::kFloat), right).to(x.scalar_type()).to(at::kFloat);
+    const at::Tensor scales = both.abs().amax({1, 2}) * clip_ratio / kInt4Max;
+    const at::Tensor divisor = scales.view({-1, 1, 1});
+    y.copy_(pack_int4(at::where(divisor > 0, both / divisor, 0.0F).round().clamp(-8, 7)));
+    scale.copy_(scales);
+  };
 }
 
 at::Tensor rounded(const at::Tensor& values, const std::string& mode) {
@@ -118,6 +134,7 @@ Plan ascend_quant(at::Tensor x, at::Tensor scale, OptionalTensor offset, bool sq
 
 ACLNN_OP(aclnnAscendQuant, ascend_quant);
 ACLNN_OP(aclnnAscendQuantV3, ascend_quant_v3);
+ACLNN_OP(aclnnFlatQuant, flat_quant);
 ACLNN_OP(aclnnDynamicQuant, dynamic_quant);
 ACLNN_OP(aclnnDynamicQuantV2, dynamic_quant_v2);
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from vllm_npu import envs
-from vllm_npu.emulator.ascend_stack import aclnn, lora_ops
+from vllm_npu.emulator.ascend_stack import aclnn, draft_inputs, lora_ops
 
 NAMESPACE = "_C_ascend"
 SOFTMAX = 0  # norm_type
@@ -276,47 +276,6 @@ def dispatch_ffn_combine(
     return out, expert_token_nums
 
 
-def npu_copy_and_expand_eagle_inputs(
-    target_token_ids: torch.Tensor,
-    target_positions: torch.Tensor,
-    next_token_ids: torch.Tensor,
-    query_start_loc: torch.Tensor,
-    query_end_loc: torch.Tensor,
-    padding_token_id: int,
-    parallel_drafting_token_id: int,
-    num_padding_slots_per_request: int,
-    shift_input_ids: bool,
-    total_draft_tokens: int,
-) -> Tensors:
-    """The first inputs of a draft model: each request's accepted tokens, its next token, and places for its rejected tokens.
-
-    Source: csrc/moe/copy_and_expand_eagle_inputs of vllm-ascend 0.30.0rc2. 0.23 has it too.
-    """
-    if shift_input_ids:
-        raise NotImplementedError("npu_copy_and_expand_eagle_inputs: shift_input_ids is not emulated")
-    slots, reads = num_padding_slots_per_request, target_token_ids
-    ids, positions = (reads.new_zeros(total_draft_tokens, dtype=torch.int32) for _ in range(2))
-    rejected, masked = (reads.new_zeros(total_draft_tokens, dtype=torch.int8) for _ in range(2))
-    new_tokens = reads.new_zeros(next_token_ids.shape[0] * slots, dtype=torch.int32)
-    mapping = reads.new_zeros(reads.shape[0], dtype=torch.int32)
-    if reads.is_meta:
-        return ids, positions, rejected, masked, new_tokens, mapping
-    starts = query_start_loc.tolist()
-    for request, (start, following, last) in enumerate(zip(starts, starts[1:], query_end_loc.tolist(), strict=False)):
-        out = start + request * slots
-        bonus = out + last - start + 1  # where the next token goes, behind the accepted ones
-        end = bonus + slots
-        ids[out:bonus] = reads[start : last + 1].int()
-        ids[bonus] = next_token_ids[request].int()
-        ids[bonus + 1 : end] = parallel_drafting_token_id
-        masked[bonus + 1 : end] = 1
-        positions[out:end] = target_positions[start].int() + torch.arange(end - out, device=ids.device).int()
-        ids[end : following + (request + 1) * slots] = padding_token_id
-        rejected[end : following + (request + 1) * slots] = 1
-        new_tokens[request * slots : (request + 1) * slots] = torch.arange(bonus, end, device=ids.device).int()
-    return ids, positions, rejected, masked, new_tokens, mapping
-
-
 OPERATORS: dict[str, Callable[..., Tensors]] = {
     "moe_gating_top_k(Tensor x, int k, int k_group, int group_count, int group_select_mode, int renorm, int norm_type, "
     "bool out_flag, float routed_scaling_factor, float eps, Tensor? bias_opt=None) "
@@ -337,16 +296,12 @@ OPERATORS: dict[str, Callable[..., Tensors]] = {
     "Tensor? quant_scale=None, Tensor? quant_offset=None, Tensor? group_index=None, bool activate_left=True, "
     "int quant_mode=0, int swiglu_mode=0, float clamp_limit=0.0, float glu_alpha=1.0, float glu_bias=0.0) "
     "-> (Tensor y, Tensor scale)": npu_dequant_swiglu_quant,
-    "npu_copy_and_expand_eagle_inputs(Tensor target_token_ids, Tensor target_positions, Tensor next_token_ids, "
-    "Tensor query_start_loc, Tensor query_end_loc, int padding_token_id, int parallel_drafting_token_id, "
-    "int num_padding_slots_per_request, bool shift_input_ids, int total_draft_tokens) "
-    "-> (Tensor out_input_ids, Tensor out_positions, Tensor out_is_rejected_token_mask, Tensor out_is_masked_token_mask, "
-    "Tensor out_new_token_indices, Tensor out_hidden_state_mapping)": npu_copy_and_expand_eagle_inputs,
     # world_size is an argument of 0.30, whose tiling takes the number of ranks from it. 0.23 does not have it.
     "dispatch_ffn_combine(Tensor x, Tensor[] weight1, Tensor[] weight2, Tensor expert_idx, Tensor[] scale1, Tensor[] scale2, "
     "Tensor[] bias1, Tensor[] bias2, Tensor probs, str group, int max_output_size, Tensor(a!) out, "
     "Tensor(b!) expert_token_nums, Tensor? x_active_mask=None, float swiglu_limit=1000000.0, int world_size=0) "
     "-> (Tensor(a!), Tensor(b!))": dispatch_ffn_combine,
+    draft_inputs.SCHEMA: draft_inputs.npu_copy_and_expand_eagle_inputs,
 }
 
 # vllm-ascend registers FakeTensor functions or effects for these operators. They have no kernel here, so a call raises.

@@ -218,8 +218,8 @@ def npu_dequant_swiglu_quant(
     """
     if x.dtype != torch.int32 or weight_scale is None or activation_scale is None:
         raise NotImplementedError("npu_dequant_swiglu_quant is emulated for int32 with both scales")
-    given = {"bias": bias, "quant_scale": quant_scale, "quant_offset": quant_offset}
-    given = {name: value.shape for name, value in given.items() if value is not None}
+    tensors = {"bias": bias, "quant_scale": quant_scale, "quant_offset": quant_offset}
+    given = {name: value.shape for name, value in tensors.items() if value is not None}
     shape = {"clamp_limit": clamp_limit, "glu_alpha": glu_alpha, "glu_bias": glu_bias}
     changed = swiglu_mode == 0 and (clamp_limit, glu_alpha, glu_bias) != (0.0, 1.0, 0.0)
     if not activate_left or quant_mode != 1 or given or changed:

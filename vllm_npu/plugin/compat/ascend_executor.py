@@ -14,7 +14,7 @@ from vllm_ascend.patch.platform.patch_multiproc_executor import AscendMultiprocE
 BEFORE_THE_WAIT = 0  # exit priority: multiprocessing calls finalizers of 0 and more before it waits for children
 
 
-class EndingMultiprocExecutor(AscendMultiprocExecutor):  # type: ignore[misc]
+class EndingMultiprocExecutor(AscendMultiprocExecutor):
     """vllm-ascend's executor, which shuts down before its process waits for the workers."""
 
     def _init_executor(self) -> None:

@@ -142,6 +142,7 @@ EXTRAS_OF_PARTS = {
     "plugin/cpu": ("cpu",),
     "plugin/gpu": ("cuda",),
     "plugin/ascend": ("ascend",),
+    "plugin/compat/ascend_executor.py": ("ascend",),
     "plugin/compat/ascend_lines.py": ("ascend",),
     "plugin/compat/ascend_options.py": ("ascend",),
     "plugin/compat/v0_23.py": ("ascend",),

@@ -119,7 +119,8 @@ def main() -> None:
     # The model, whether its weights are int8, and the tokens to generate for each prompt.
     models = {each.model.family: (each.model, each.int8, each.max_tokens) for each in ascend_demo.FULL_PLAN}
     for _, unquantised, quantised in recipes.FAMILIES:
-        models[unquantised.family] = unquantised, False, ascend_demo.MAX_TOKENS
+        if unquantised is not None:
+            models[unquantised.family] = unquantised, False, ascend_demo.MAX_TOKENS
         models[quantised.family] = quantised, True, ascend_demo.FEWER_TOKENS
     parser.add_argument("family", choices=models)
     parser.add_argument("--first", type=int, default=0)

@@ -63,6 +63,13 @@ def test_model_topology_and_graphs_follow_the_recipe(change, family, runs_as):
     assert str(small(change)) == f"{family} {runs_as}"
 
 
+def test_a_family_may_have_a_model_in_w8a8_alone():
+    script = SCRIPT.replace("DeepSeek-V3.1", "GLM-4.7")
+    assert make_small("run.sh", read_script(script)).model.family == "glm4-moe-w8a8-mtp"
+    with pytest.raises(InvalidInputError, match="no tiny model is of its family without --quantization"):
+        make_small("run.sh", read_script(script.replace("--quantization ascend", "")))
+
+
 def test_a_drafter_that_has_no_tiny_model_is_left_out():
     recipe = small(("deepseek_mtp", "eagle3"))
     assert recipe.left_out[-1] == "--speculative-config eagle3"
@@ -73,7 +80,7 @@ def test_a_drafter_that_has_no_tiny_model_is_left_out():
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (("DeepSeek-V3.1", "DeepSeek-V3.2"), "no tiny model is of its family"),
+        (("DeepSeek-V3.1", "DeepSeek-V3.2"), r"no tiny model is of its family \("),
         (("--headless", "--kv-transfer-config '{}'"), "blocks of the KV cache"),
         (("'{\"multi", "'{multi"), "--additional-config {multi"),
         (("'{\"multistream_overlap_shared_expert\": true}'", "[]"), "is no JSON object"),

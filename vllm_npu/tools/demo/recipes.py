@@ -22,13 +22,13 @@ GRAPHS_OF_VLLM_ASCEND = "vllm-ascend's default"  # cudagraph_mode of a recipe th
 DEEPSEEK_V3_INT8 = for_ascend(
     DEEPSEEK_V3, 230, "deepseek-v3-w8a8", routed_scaling_factor=1.0, num_hidden_layers=2, first_k_dense_replace=1
 )
-GLM4 = for_ascend(GLM4_MOE, 0)
 GLM4_INT8 = for_ascend(GLM4_MOE, 368, "glm4-moe-w8a8", num_hidden_layers=2)
-# The models of a family: with 16-bit weights, and in W8A8. The pattern finds the name in the recipe's or the model's name.
-FAMILIES: tuple[tuple[re.Pattern[str], TinyModel, TinyModel], ...] = (
+# The models of a family: with 16-bit weights (None: no seed was searched), and in W8A8. The pattern finds the name in the
+# recipe's or the model's name.
+FAMILIES: tuple[tuple[re.Pattern[str], TinyModel | None, TinyModel], ...] = (
     (re.compile(r"\bQwen3-(Coder-)?(30B|235B|480B)", re.IGNORECASE), MODELS[0], QWEN3_MOE_INT8),
     (re.compile(r"\bDeepSeek-(R1|V3)(?!\.2)", re.IGNORECASE), MODELS[1], DEEPSEEK_V3_INT8),
-    (re.compile(r"\bGLM-?4\.[5-9x]", re.IGNORECASE), GLM4, GLM4_INT8),
+    (re.compile(r"\bGLM-?4\.[5-9x]", re.IGNORECASE), None, GLM4_INT8),
 )
 MTP_METHODS = ("mtp", "deepseek_mtp")  # the drafter is a layer of the model
 DRAFTS_WITHOUT_A_MODEL = ("ngram", "suffix")
@@ -103,9 +103,8 @@ def make_small(name: str, script: ServeScript) -> SmallRecipe:
     given = dict(_options(script.arguments))
     if "--kv-transfer-config" in given:
         raise InvalidInputError("its node takes or gives blocks of the KV cache by a connector between machines")
-    unquantised, quantised = _models_of(f"{name} {_value(given, '--model')}")
     int8 = "--quantization" in given
-    model = quantised if int8 else unquantised
+    model = _model_of(f"{name} {_value(given, '--model')}", int8=int8)
     left_out = [option for option in given if option in (*OF_THE_MACHINES, *OF_THE_REAL_MODEL)]
     options: list[str] = []
     speculative = _json(given, "--speculative-config")
@@ -154,11 +153,14 @@ def with_drafter(model: TinyModel) -> TinyModel:
     return replace(model, family=f"{model.family}-mtp", config={**model.config, "num_nextn_predict_layers": 1})
 
 
-def _models_of(name: str) -> tuple[TinyModel, TinyModel]:
+def _model_of(name: str, *, int8: bool) -> TinyModel:
     for pattern, unquantised, quantised in FAMILIES:
-        if pattern.search(name):
-            return unquantised, quantised
-    raise InvalidInputError(f"no tiny model is of its family ({name.strip()})")
+        model = quantised if int8 else unquantised
+        if pattern.search(name) and model is not None:
+            return model
+    raise InvalidInputError(
+        f"no tiny model is of its family{'' if int8 else ' without --quantization'} ({name.strip()})"
+    )
 
 
 def _options(arguments: Sequence[str]) -> Iterator[tuple[str, tuple[str, ...]]]:

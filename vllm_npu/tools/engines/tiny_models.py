@@ -2,11 +2,11 @@
 
 There are four families. In Qwen3-MoE, every layer is a mixture of experts. DeepSeek-V2 has latent attention, a dense first
 layer, shared experts, and grouped top-k with a scaling factor. DeepSeek-V3 has also latent queries, sigmoid scores and a bias
-for the choice of experts, and sizes that Ascend's gating and attention take. GLM-4 has the experts of DeepSeek-V3 and attention like
-Qwen3's; only recipes use it, with a seed of their own. The same family and seed give the same bytes on
-every machine, because numpy's PCG64 and not torch draws the numbers. Every expert matters: without any one of them, at least 19
-of the 96 tokens of the demo change. With the chosen seeds, greedy decoding of `demo_prompts()` gives many different tokens and
-no near tie. Each run that generates a reference measures the margin again.
+for the choice of experts, and sizes that Ascend's gating and attention take. GLM-4 has the experts of DeepSeek-V3 and the
+attention of Qwen3; only recipes use it, with a seed of their own. The same family and seed give the same bytes on every
+machine, because numpy's PCG64 and not torch draws the numbers. Every expert matters: without any one of them, at least 19 of
+the 96 tokens of the demo change. With the chosen seeds, greedy decoding of `demo_prompts()` gives many different tokens and no
+near tie. Each run that generates a reference measures the margin again.
 """
 
 import json

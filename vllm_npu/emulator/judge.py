@@ -267,29 +267,6 @@ class Stopped(Exception):
     """The run was stopped from outside."""
 
 
-def quiet_share() -> float:
-    """Which part of a second's work is done in a second, at the load of the last minute. 1 where nothing else runs.
-
-    A process gets its share of a core, so the share is one by the number of processes for each core. One is added to this
-    number, because the load average lags.
-    """
-    return 1 / (1 + os.getloadavg()[0] / len(os.sched_getaffinity(0)))
-
-
-class QuietClock:
-    """Counts seconds as a machine without other load would need them: time limits mean the same under every load."""
-
-    def __init__(self) -> None:
-        self._seconds, self._read = 0.0, time.monotonic()
-
-    def seconds(self) -> float:
-        """Since the clock was made. Ask often: the load at the time of asking counts for the time since the last."""
-        now = time.monotonic()
-        self._seconds += (now - self._read) * quiet_share()
-        self._read = now
-        return self._seconds
-
-
 PYTEST = ("-m", "pytest", "-q", "-p", judge_recorder.__name__, "-p", "no:cacheprovider")
 
 
@@ -348,7 +325,7 @@ def processes_of(job: Job, tests: Path, run_from: Path | None) -> Iterator[Proce
 
 
 def wait_or_end(
-    process: launcher.RankProcess, record: Path, job: Job, clock: QuietClock, stopping: threading.Event
+    process: launcher.RankProcess, record: Path, job: Job, clock: launcher.QuietClock, stopping: threading.Event
 ) -> str:
     """Waits for the end of a file's process, and ends a process that is late by the file's clock. Returns how it ended.
 
@@ -374,7 +351,7 @@ def wait_or_end(
 
 def run_file(job: Job, processes: Processes, file: Path, cwd: Path, stopping: threading.Event) -> TestFile:
     """Runs a file's tests, in a new process after each that is killed. Raises Stopped after `stopping` is set."""
-    start, clock = time.monotonic(), QuietClock()
+    start, clock = time.monotonic(), launcher.QuietClock()
     run_name = launcher.new_run_name()
     killed: dict[str, Test] = {}
     with tempfile.TemporaryDirectory(prefix="vllm_npu_judge.") as name:

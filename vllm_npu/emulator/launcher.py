@@ -23,7 +23,8 @@ DEFAULT_EXEC_TIMEOUT = "50"
 # work after the first error and says nothing, and a thread of each rank polls: about 30 % of a core here.
 DEFAULT_TASK_QUEUE = "0"
 POLL_SECONDS = 0.02
-GRACE_SECONDS = 5.0  # after a failure: for the other ranks to report theirs, and again to end by themselves
+# After a failure: for the other ranks to report theirs, and again to end by themselves. On a machine without other load.
+GRACE_SECONDS = 5.0
 
 
 class RankProcess(Protocol):
@@ -110,6 +111,29 @@ def rank_environments(common: Mapping[str, str], num_ranks: int) -> Iterator[dic
         }
 
 
+def quiet_share() -> float:
+    """Which part of a second's work is done in a second, at the load of the last minute. 1 where nothing else runs.
+
+    A process gets its share of a core, so the share is one by the number of processes for each core. One is added to this
+    number, because the load average lags.
+    """
+    return 1 / (1 + os.getloadavg()[0] / len(os.sched_getaffinity(0)))
+
+
+class QuietClock:
+    """Counts seconds as a machine without other load would need them: time limits mean the same under every load."""
+
+    def __init__(self) -> None:
+        self._seconds, self._read = 0.0, time.monotonic()
+
+    def seconds(self) -> float:
+        """Since the clock was made. Ask often: the load at the time of asking counts for the time since the last."""
+        now = time.monotonic()
+        self._seconds += (now - self._read) * quiet_share()
+        self._read = now
+        return self._seconds
+
+
 def signal_group(process: RankProcess, signal_number: int) -> None:
     """Sends a signal to a rank and to all processes that the rank started."""
     with contextlib.suppress(ProcessLookupError):
@@ -117,9 +141,9 @@ def signal_group(process: RankProcess, signal_number: int) -> None:
 
 
 def wait_for_all(processes: Sequence[RankProcess], seconds: float) -> None:
-    """Returns once all have ended, or after that time."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() <= deadline and any(process.poll() is None for process in processes):
+    """Returns once all have ended, or after that time on a machine without other load."""
+    clock = QuietClock()
+    while clock.seconds() <= seconds and any(process.poll() is None for process in processes):
         time.sleep(POLL_SECONDS)
 
 

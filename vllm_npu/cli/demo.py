@@ -64,16 +64,15 @@ def demo(
         raise UnsupportedConfigError("--recipes runs beside vllm-ascend: give --ascend-emulated, and leave out --full")
     if ascend_emulated:
         ascend_demo.require_vllm_ascend()
-    if recipes is not None:
-        _run(
-            recipe_demo.RecipeDemo,
-            recipe_demo.planned_recipes(recipes, only),
-            lambda finished: recipe_table(finished.rows),
-            json_path=json_path,
-            log_folder=log_folder,
-        )
-        return
-    if ascend_emulated:
+        if recipes is not None:
+            _run(
+                recipe_demo.RecipeDemo,
+                recipe_demo.planned_recipes(recipes, only),
+                lambda finished: recipe_table(finished.rows),
+                json_path=json_path,
+                log_folder=log_folder,
+            )
+            return
         servers = ascend_demo.FULL_PLAN if full else ascend_demo.QUICK_PLAN
         _run(
             ascend_demo.AscendDemo,

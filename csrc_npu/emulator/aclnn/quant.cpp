@@ -15,6 +15,7 @@ constexpr float kInt8Max = 127.0F;
 constexpr float kInt4Max = 7.0F;
 constexpr int64_t kFlatQuantMatrices = 262144;  // CANN's document
 constexpr int64_t kFlatQuantSide = 256;         // the same
+
 // Returns the smooth row of each row of x, which is that of its group. group_index has the last row + 1 of each group.
 at::Tensor smooth_rows(const at::Tensor& smooth, const OptionalTensor& group_index, int64_t num_rows) {
   if (!group_index) return smooth;

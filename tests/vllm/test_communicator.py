@@ -59,14 +59,17 @@ def refuse_other_dimensions(grid: Grid) -> list[str]:
     return [str(gathering.value), str(scattering.value)]
 
 
-def sum_in_two_jobs(grid: Grid) -> list[float]:
-    """Sums over the group by two communicators of one name, as two jobs of an external launcher have them."""
+def sum_in_two_jobs(grid: Grid) -> list[float] | None:
+    """Sums over the group by two communicators of one name, as two jobs of an external launcher have them. None: vLLM's
+    libraries for this processor have no shared memory."""
     import os
 
     from vllm.distributed import get_tp_group
 
     from vllm_npu.plugin.cpu.communicator import NAME_OF_JOB, NO_NAME, CpuMoECommunicator
 
+    if not hasattr(torch.ops._C, "init_shm_manager"):
+        return None
     group = get_tp_group()
     name = os.environ[NAME_OF_JOB]
     os.environ[NAME_OF_JOB] = NO_NAME
@@ -90,7 +93,10 @@ def sum_in_two_jobs(grid: Grid) -> list[float]:
 
 def test_two_jobs_of_an_external_launcher_share_no_memory(ranks: VllmRanks) -> None:  # noqa: F811 - fixture
     try:
-        assert ranks.run(sum_in_two_jobs, TP4) == [[10.0, 20.0]] * 4
+        sums = ranks.run(sum_in_two_jobs, TP4)
+        if sums == [None] * 4:
+            pytest.skip("needs a processor with AVX-512: vLLM's library for others has no shared memory between ranks")
+        assert sums == [[10.0, 20.0]] * 4
     finally:
         for file in SHARED_MEMORY_FOLDER.glob(f"*-{SAME_NAME}-*"):
             file.unlink()

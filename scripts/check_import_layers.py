@@ -48,7 +48,8 @@ EMULATOR_IMPORTS_LISTED = ", ".join(sorted(EMULATOR_MAY_IMPORT - {EMULATOR}))
 EMULATOR_MAY_IMPORT_OUTSIDE = {"emulator/pytest_plugin.py": "pytest"}
 # These modules may import torch at the top: the emulator imports them in functions, after torch_npu has been imported.
 EMULATOR_AFTER_TORCH = frozenset(
-    f"emulator/ascend_stack/{name}.py" for name in ("aclnn", "custom_ops", "draft_inputs", "lora_ops", "slot_mapping")
+    f"emulator/ascend_stack/{name}.py"
+    for name in ("aclnn", "custom_ops", "draft_inputs", "kv_blocks", "lora_ops", "slot_mapping")
 )
 EMULATOR_IMPORTERS = frozenset({"cli", TOOLS, "__main__", EMULATOR})
 

@@ -1,4 +1,8 @@
-"""Builds the C++ parts of csrc_npu: once for each state of the sources, torch and torch_npu. Runs without torch, on Linux."""
+"""Builds the C++ parts of csrc_npu: once for each state of the sources, torch and torch_npu. Runs without torch, on Linux.
+
+A wheel may bring the libraries (setup.py says how it is made). They are taken where the wheel was made for the installed
+versions.
+"""
 
 import hashlib
 import importlib.metadata
@@ -27,6 +31,7 @@ COMPILERS = ("c++", "g++", "clang++")
 JOBS = max(1, min(os.cpu_count() or 1, 8))
 SHOWN_LOG_LINES = 40
 BUILD_FILE = "CMakeLists.txt"  # in csrc_npu, for all components
+OF_WHEEL = Path(__file__).resolve().parent / "libraries"  # setup.py writes it, in wheels with libraries
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +93,10 @@ class Component:
         )
 
     def cache_key(self) -> str:
-        """Digest of the sources, the versions of torch and torch_npu, Python's ABI and the processor."""
+        """Digest of the sources, the versions of torch and torch_npu, and the processor.
+
+        A build of torch for CPUs (2.13.0+cpu) and one for CUDA have the same C++ interface. No library needs Python.
+        """
         digest = hashlib.sha256()
         folder = self.source_folder()
         for path in (folder / BUILD_FILE, *sorted((folder / self.name).rglob("*"))):
@@ -96,13 +104,15 @@ class Component:
                 digest.update(f"{path.relative_to(folder)}\n".encode())
                 digest.update(path.read_bytes())
         for name in ("torch", "torch_npu"):
-            digest.update(f"{name} {self.package_version(name)}\n".encode())
-        digest.update(f"{sys.implementation.cache_tag} {platform.machine()}\n".encode())
+            digest.update(f"{name} {self.package_version(name).partition('+')[0]}\n".encode())
+        digest.update(f"{platform.machine()}\n".encode())
         return digest.hexdigest()[:16]
 
     def library_folder(self) -> Path:
-        """The folder of the libraries. It does not exist before the build."""
-        return environment_home() / f"{self.name}-{self.cache_key()}" / "lib"
+        """The folder of the libraries: the wheel's if it has them, else one that does not exist before the build."""
+        name = f"{self.name}-{self.cache_key()}"
+        of_wheel = OF_WHEEL / name / "lib"
+        return of_wheel if of_wheel.is_dir() else environment_home() / name / "lib"
 
     def build(self) -> Path:
         """Build the libraries if they are missing, and return their folder. Several processes may call this at once.

@@ -420,6 +420,27 @@ def test_positions_are_rotated_in_place_and_products_added() -> None:
     torch.testing.assert_close(device_total.cpu(), total + x.T @ weight)
 
 
+def test_rows_of_a_paged_cache_are_joined() -> None:
+    """As chunked prefill of latent attention reads its context: from the block of each sequence's start."""
+    sizes, starts = [6, 0, 3], [BLOCK, 0, 2 * BLOCK + 1]
+    caches = [random_rows(8, BLOCK, 1, width, dtype=torch.float16, seed=width) for width in (8, 4)]
+    table = torch.tensor([[7, 2, 5], [0, 0, 0], [1, 3, 6]], dtype=torch.int32)
+    rows = [(table[0, 1 + i // BLOCK], i % BLOCK) for i in range(6)] + [(table[2, 2], i) for i in range(3)]
+    lengths, begin = (torch.tensor(each, dtype=torch.int32).npu() for each in (sizes, starts))
+    key, value = torch_npu.atb.npu_paged_cache_load(
+        *(cache.npu() for cache in caches), table.npu(), lengths, seq_starts=begin
+    )
+    again = [torch.empty_like(each) for each in (key, value)]
+    for _ in range(2):  # the second call gets the operation of the first one
+        torch_npu.atb.npu_paged_cache_load(
+            *(cache.npu() for cache in caches), table.npu(), lengths, seq_starts=begin, key=again[0], value=again[1]
+        )
+    for cache, loaded, into in zip(caches, (key, value), again, strict=True):
+        wanted = torch.stack([cache[block, row] for block, row in rows])
+        torch.testing.assert_close(loaded.cpu(), wanted, rtol=0, atol=0)
+        torch.testing.assert_close(into.cpu(), wanted, rtol=0, atol=0)
+
+
 def refused_while_running(rank: int, num_ranks: int) -> None:
     """What lies in tensors is seen when an op runs, and ATB is called then: with torch_npu's queue, too late to raise."""
     half = {"dtype": torch.float16, "device": "npu"}
@@ -442,6 +463,19 @@ def refused_while_running(rank: int, num_ranks: int) -> None:
     slots = torch.tensor([8], dtype=torch.int32, device="npu")
     with pytest.raises(RuntimeError, match="ATB ReshapeAndCache: slot_indices names a slot outside of the cache"):
         atb._npu_reshape_and_cache(query, query, cache, cache.clone(), slots)
+    load, lengths = torch_npu.atb.npu_paged_cache_load, table[0] + 2
+    for arguments, options, fault in (
+        ((cache, cache, table.long(), lengths), {}, "ATB PagedCacheLoad: block_table is Long"),
+        ((cache, cache, table, lengths), {"cumsum": True}, "cumsum=True is not emulated"),
+        ((cache, cache[:, :2].contiguous(), table, lengths), {}, "their blocks differ"),
+        (
+            (cache, cache, table, lengths),
+            {"key": query.clone(), "value": query.clone()},
+            "context_lens has 2 at 0, and key has 1 rows, of which 0 are taken",
+        ),
+    ):
+        with pytest.raises(RuntimeError, match=fault):
+            load(*arguments, **options)
     with pytest.raises(RuntimeError, match="ATB GroupTopk: this operation is not emulated"):
         atb._npu_group_topk(torch.ones(2, 8, **half), 1, 2, 1)
 

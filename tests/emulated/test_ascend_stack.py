@@ -191,6 +191,26 @@ def test_inputs_of_a_parallel_draft(ops, shifted, ids, positions, rejected, draf
         call(*(tensor.npu() for tensor in tensors), 6, -5, 2, shifted, len(ids) - 1)
 
 
+def test_blocks_that_came_from_two_ranks_are_ordered(ops):
+    """Blocks 2 and 0 of 3: of each token, two heads of rank 0 and two of rank 1, which arrive as one half of the block each."""
+    num_heads, head_size, block_size = 4, 3, 5
+    wanted = [
+        torch.arange(3 * block_size * num_heads * head_size).view(3, block_size, num_heads, head_size) + i
+        for i in (0, 1)
+    ]
+    caches = [each.clone().npu() for each in wanted]
+    for cache, whole in zip(caches, wanted, strict=True):
+        for block in (2, 0):
+            halves = [whole[block][:, :2], whole[block][:, 2:]]
+            cache[block] = torch.cat([half.reshape(-1) for half in halves]).view(whole[block].shape).npu()
+    names = torch.tensor([2, 0]).npu()
+    ops.transpose_kv_cache_by_block(caches[:1], caches[1:], names, block_size, num_heads, head_size, 2, 1)
+    for cache, whole in zip(caches, wanted, strict=True):
+        torch.testing.assert_close(cache.cpu(), whole, rtol=0, atol=0)
+    with pytest.raises(NotImplementedError, match=r"takes blocks of \(5, 2, 3\), not \(5, 4, 3\)"):
+        ops.transpose_kv_cache_by_block(caches[:1], caches[1:], names, block_size, 2, head_size, 2, 1)
+
+
 def test_slots_of_tokens():
     """Two requests of 3 and 2 new tokens, from positions 2 and 7 on, blocks of 4."""
     slots = torch.full((10,), 77).npu()

@@ -24,6 +24,19 @@ vllm serve /weights/DeepSeek-V3.1-w8a8 \\
   --additional-config '{"multistream_overlap_shared_expert": true}'
 """
 
+NODE = (
+    '--kv-transfer-config \'{{"kv_connector": "{}", "kv_role": "{}", "kv_port": "30000", "kv_connector_extra_config":'
+    ' {{"prefill": {{"dp_size": 2, "tp_size": 8}}, "decode": {{"dp_size": 32, "tp_size": 1}}, "c8": true}}}}\''
+)
+
+
+def node(role: str, **changes: str) -> str:
+    """The script of a node that passes blocks on."""
+    script = SCRIPT.replace("--headless", NODE.format("MooncakeConnectorV1", role))
+    for name, value in changes.items():
+        script = script.replace(f"-{name} 16", f"-{name} {value}")
+    return script
+
 
 def small(change: tuple[str, str] = ("", ""), name: str = "run.sh") -> SmallRecipe:
     return make_small(name, read_script(SCRIPT.replace(*change)))
@@ -81,7 +94,8 @@ def test_a_drafter_that_has_no_tiny_model_is_left_out():
     ("change", "reason"),
     [
         (("DeepSeek-V3.1", "DeepSeek-V3.2"), r"no tiny model is of its family \("),
-        (("--headless", "--kv-transfer-config '{}'"), "blocks of the KV cache"),
+        (("--headless", NODE.format("MultiConnector", "kv_producer")), "by MultiConnector as kv_producer"),
+        (("--headless", NODE.format("MooncakeConnectorV1", "kv_both")), "by MooncakeConnectorV1 as kv_both"),
         (("'{\"multi", "'{multi"), "--additional-config {multi"),
         (("'{\"multistream_overlap_shared_expert\": true}'", "[]"), "is no JSON object"),
     ],
@@ -100,6 +114,59 @@ def test_markdown_gives_one_recipe_for_each_block_that_starts_vllm(tmp_path):
     assert isinstance(first, SmallRecipe)
     assert [isinstance(row, RecipeRow) and row.not_run for row in others] == ["as Model 1", "as Model 1"]
     assert [each.name for each in planned_recipes(tmp_path, "NODE") if isinstance(each, SmallRecipe)] == ["node.sh"]
+
+
+def test_a_decode_node_gets_the_prefill_node_of_its_file(tmp_path):
+    scripts = [
+        node("kv_consumer", tp="1"),
+        node("kv_producer"),
+        node("kv_consumer", tp="1"),
+        node("kv_consumer", tp="1"),
+    ]
+    scripts[3] = scripts[3].replace("--headless", "").replace("--async-scheduling", "")
+    (tmp_path / "Model.md").write_text("\n".join(f"```\n{script}```\n" for script in scripts))
+    (tmp_path / "Other.md").write_text(f"```\n{node('kv_consumer')}```\n")
+    first, producer, second, third, alone = planned_recipes(tmp_path, "")
+    assert isinstance(first, SmallRecipe)
+    assert isinstance(third, SmallRecipe)
+    assert third.prefill is not None
+    assert (third.name, third.prefill.name) == ("Model 4", "Model 2")
+    family, graphs = "deepseek-v3-w8a8-mtp", "FULL_DECODE_ONLY"
+    assert str(third) == f"prefill {family} TP2×DP2×EP+SP {graphs}, decode {family} DP2×EP {graphs}"
+    for small_node in (third, third.prefill):
+        assert small_node.kv_transfer["kv_port"] == "30000"
+        assert small_node.kv_transfer["kv_connector_extra_config"] == {
+            "prefill": {"tp_size": 2, "dp_size": 2},
+            "decode": {"tp_size": 1, "dp_size": 2},
+            "c8": True,
+        }
+    assert [isinstance(row, RecipeRow) and row.not_run for row in (producer, second, alone)] == [
+        "it is run beside the decode nodes of its file",
+        "as Model 1",
+        "no prefill node of its file can be made small",
+    ]
+    [only] = planned_recipes(tmp_path, "model 4")
+    assert only == third
+
+
+@pytest.mark.parametrize(("role", "topology"), [("kv_consumer", "DP2×EP"), ("kv_producer", "TP2×DP2×EP+SP")])
+def test_a_node_whose_size_is_a_variable_has_that_of_its_connector(role, topology):
+    recipe = make_small("run.sh", read_script(node(role).replace("-tp 16", "-tp $4")))
+    assert str(recipe.parallelism) == topology
+
+
+@pytest.mark.parametrize("end", ["2>&1", "> serve.log 2>&1 &", "&& echo started", "| tee log"])
+def test_what_the_shell_does_with_the_output_is_no_option(end):
+    assert small(("true}'\n", f"true}}' {end}\n")) == small()
+
+
+def test_nodes_in_files_of_their_own_belong_together(tmp_path):
+    (tmp_path / "decode.sh").write_text(node("kv_consumer"))
+    (tmp_path / "prefill.sh").write_text(node("kv_producer"))
+    decode, _ = planned_recipes(tmp_path, "")
+    assert isinstance(decode, SmallRecipe)
+    assert decode.prefill is not None
+    assert decode.prefill.name == "prefill.sh"
 
 
 @pytest.mark.parametrize(("name", "text"), [("a.md", "no block"), ("a.sh", "")])

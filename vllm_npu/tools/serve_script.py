@@ -7,12 +7,16 @@ import re
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 from vllm_npu.errors import InvalidInputError
 
 ASSIGNMENT = re.compile(r"([A-Za-z_][A-Za-z0-9_]*)=(.*)", re.DOTALL)
 API_SERVER = "vllm.entrypoints.openai.api_server"
+OF_THE_SHELL = re.compile(
+    r"\d*[<>|&;]"
+)  # begins a word that is no argument: a redirection, a pipe, the end of a command
 FENCED_BLOCK = re.compile(r"^([ \t]*)```[^\n]*\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
 
 
@@ -82,6 +86,7 @@ def _commands(script: str) -> Iterator[list[str]]:
 
 def _serve_arguments(words: list[str]) -> list[str] | None:
     """The arguments of a command that starts vLLM. None: it starts something else."""
+    words = list(takewhile(lambda word: not OF_THE_SHELL.match(word), words))
     if API_SERVER in words:
         return words[words.index(API_SERVER) + 1 :]
     for number in range(len(words) - 1):

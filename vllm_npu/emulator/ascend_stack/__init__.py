@@ -17,6 +17,9 @@ vllm.v1.worker.block_table, vllm_ascend.ops.triton.compute_slot_mapping
     slot_mapping.py replaces the kernel.
 vllm_ascend.utils
     Unchanged. After its import, torch_npu's cast of weights to the format NZ keeps the plain format.
+mooncake.engine
+    Unchanged but for TransferEngine.initialize: the protocol "ascend" of vllm-ascend's KV connectors needs CANN. Here the same
+    engine moves the same bytes by its protocol "tcp", because emulated memory is memory of the process.
 torchvision._meta_registrations
     FakeTensor functions of torchvision's compiled operators. These operators are built for CUDA and do not load with a CPU
     build of torch. transformers' image processors, which vllm-ascend imports, do not need them. Here the module is empty.

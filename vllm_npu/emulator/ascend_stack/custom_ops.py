@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from vllm_npu import envs
-from vllm_npu.emulator.ascend_stack import aclnn, draft_inputs, lora_ops
+from vllm_npu.emulator.ascend_stack import aclnn, draft_inputs, kv_blocks, lora_ops
 
 NAMESPACE = "_C_ascend"
 SOFTMAX = 0  # norm_type
@@ -276,7 +276,7 @@ def dispatch_ffn_combine(
     return out, expert_token_nums
 
 
-OPERATORS: dict[str, Callable[..., Tensors]] = {
+OPERATORS: dict[str, Callable[..., Tensors | None]] = {
     "moe_gating_top_k(Tensor x, int k, int k_group, int group_count, int group_select_mode, int renorm, int norm_type, "
     "bool out_flag, float routed_scaling_factor, float eps, Tensor? bias_opt=None) "
     "-> (Tensor y, Tensor expert_idx, Tensor out)": moe_gating_top_k,
@@ -302,6 +302,7 @@ OPERATORS: dict[str, Callable[..., Tensors]] = {
     "Tensor(b!) expert_token_nums, Tensor? x_active_mask=None, float swiglu_limit=1000000.0, int world_size=0) "
     "-> (Tensor(a!), Tensor(b!))": dispatch_ffn_combine,
     draft_inputs.SCHEMA: draft_inputs.npu_copy_and_expand_eagle_inputs,
+    kv_blocks.SCHEMA: kv_blocks.transpose_kv_cache_by_block,
 }
 
 # vllm-ascend registers FakeTensor functions or effects for these operators. They have no kernel here, so a call raises.

@@ -79,6 +79,19 @@ def amend_formats(_module: ModuleType) -> None:
     custom_ops.keep_formats_plain()
 
 
+def amend_transfer_engine(module: ModuleType) -> None:
+    real: type[Any] = module.__dict__["TransferEngine"]
+
+    class TransferEngine(real):
+        """Mooncake's engine, over TCP where vllm-ascend asks for its transport of Ascend."""
+
+        def initialize(self, local_hostname: str, metadata_server: str, protocol: str, device_name: str) -> int:
+            by = "tcp" if protocol == "ascend" else protocol
+            return int(super().initialize(local_hostname, metadata_server, by, device_name))
+
+    module.__dict__["TransferEngine"] = TransferEngine
+
+
 MADE: dict[str, Step] = {
     "acl": fill_package,
     "acl.rt": fill_acl_rt,
@@ -90,6 +103,7 @@ MADE: dict[str, Step] = {
     "vllm_ascend.vllm_ascend_C": fill_custom_ops,
 }
 AMENDED: dict[str, Step] = {
+    "mooncake.engine": amend_transfer_engine,
     "vllm.v1.worker.block_table": amend_slot_mapping,
     "vllm_ascend.ops.triton.compute_slot_mapping": amend_slot_mapping,
     "vllm_ascend.utils": amend_formats,

@@ -59,6 +59,7 @@ def take_over(vllm_config: "VllmConfig") -> OutputComparison | None:
         return comparison
     release.replace_comm_methods(PipelineCommMethod)
     release.replace_choice(_strategy_of_step)
+    release.join_captures()
     return None
 
 

@@ -2,10 +2,11 @@
 
 COMPAT(vllm-ascend): names in vllm_ascend are not a public interface. This file uses these: `MoECommType`,
 `ascend_forward_context.select_moe_comm_method` (called once a step), `QuantType`, `get_mc2_group`,
-`should_skip_allreduce_across_dp_group`, which the runner's `_sync_metadata_across_dp` calls in each step, and
-`get_mc2_tokens_capacity`.
+`should_skip_allreduce_across_dp_group`, which the runner's `_sync_metadata_across_dp` calls in each step,
+`get_mc2_tokens_capacity`, and `npu_stream_switch`, by which their modules change to another stream.
 """
 
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
@@ -14,7 +15,7 @@ from typing import Any
 from vllm.config import VllmConfig
 from vllm.distributed.parallel_state import GroupCoordinator
 from vllm.v1.worker.ubatching import dbo_current_ubatch_id
-from vllm_ascend import ascend_forward_context
+from vllm_ascend import ascend_forward_context, utils
 from vllm_ascend.ascend_forward_context import MoECommType
 from vllm_ascend.distributed.parallel_state import get_mc2_group
 from vllm_ascend.quantization.quant_type import QuantType
@@ -24,6 +25,7 @@ from vllm_ascend.worker import model_runner_v1
 from vllm_npu.core.limits import DeviceLimits, QuantMode
 from vllm_npu.core.step_plan import TokenSharding
 from vllm_npu.core.topology import ParallelTopology
+from vllm_npu.device.npu_capture import join_capture
 from vllm_npu.device.npu_ops import device_limits as limits_of_this_npu
 from vllm_npu.envs import HCCL_BUFFSIZE
 from vllm_npu.plugin.ascend.config_check import refuse, room_of_fused_mc2
@@ -53,6 +55,20 @@ def micro_batch() -> int:
     """Index of the micro-batch that the calling thread works on."""
     index: int = dbo_current_ubatch_id()
     return index
+
+
+def join_captures() -> None:
+    """Make each stream of vllm-ascend's join a capture before vllm-ascend allocates on it. See npu_capture.join_capture."""
+    theirs = utils.npu_stream_switch
+
+    def npu_stream_switch(target_stream: Any, *, enabled: bool = True) -> Any:
+        if enabled:
+            join_capture(target_stream)
+        return theirs(target_stream, enabled=enabled)
+
+    for name, module in list(sys.modules.items()):
+        if name.startswith("vllm_ascend.") and vars(module).get("npu_stream_switch") is theirs:
+            vars(module)["npu_stream_switch"] = npu_stream_switch
 
 
 def eplb_report(model_runner: Any) -> dict[str, int] | None:

@@ -3,17 +3,19 @@
 Each recipe runs twice: with moe_comm=off, which is vllm-ascend alone, and with moe_comm=auto. The tokens have to be equal.
 """
 
+import json
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from vllm_npu.errors import InvalidInputError
 from vllm_npu.tools.demo.ascend_demo import AUTO, OFF, emulated_server
-from vllm_npu.tools.demo.recipes import SmallRecipe, make_small
+from vllm_npu.tools.demo.recipes import PRODUCER, SmallRecipe, joined, make_small
 from vllm_npu.tools.demo.session import DemoSession, count_identical
 from vllm_npu.tools.engines.engine_processes import EngineFailedError
-from vllm_npu.tools.engines.http_engine import Served
+from vllm_npu.tools.engines.http_engine import HttpEngine, Served
 from vllm_npu.tools.engines.tiny_models import demo_prompts, write_tiny_model
 from vllm_npu.tools.serve_script import read_script, scripts_below
 
@@ -25,7 +27,7 @@ class RecipeRow:
     """One recipe: the tokens with this package against those of vllm-ascend alone."""
 
     recipe: str
-    runs_as: str  # model, topology and graphs of the small form
+    runs_as: str  # model, topology and graphs of the small form; of both nodes, if a prefill node computes the prompts
     left_out: tuple[str, ...]
     not_run: str | None = None  # why there is no small form, or which recipe has the same
     failed: str | None = None  # the server that did not run, with the end of its log
@@ -43,15 +45,19 @@ class RecipeRow:
 def planned_recipes(path: Path, only: str) -> list[SmallRecipe | RecipeRow]:
     """The recipes in a script, a Markdown file or a folder, made small; a row in place of each that will not be run.
 
-    `only` is a part of the names to take. Raises InvalidInputError if no recipe has such a name, or a file cannot be read.
+    A decode node gets a prefill node of the same file: the last one before it, or else the first one behind it. Scripts in
+    files of their own count as one file. `only` is a part of the names to take. Raises InvalidInputError if no recipe has
+    such a name, or a file cannot be read.
     """
-    planned: list[SmallRecipe | RecipeRow] = []
     try:
-        for name, text in scripts_below(path):
-            if only.lower() in name.lower():
-                planned.append(_planned(name, text, planned))
+        read = [(name, _made_small(name, text)) for name, text in scripts_below(path)]
     except (OSError, UnicodeError) as error:
         raise InvalidInputError(f"--recipes {path}: {error}") from error
+    planned: list[SmallRecipe | RecipeRow] = []
+    for number, (name, small) in enumerate(read):
+        if only.lower() in name.lower():
+            whole = _with_prefill_node(number, [made for _, made in read]) if isinstance(small, SmallRecipe) else small
+            planned.append(_unless_as_before(whole, planned) if isinstance(whole, SmallRecipe) else whole)
     if not planned:
         raise InvalidInputError(
             f"--recipes {path}: there is no `vllm serve` in it, in a script with {only!r} in its name"
@@ -59,15 +65,44 @@ def planned_recipes(path: Path, only: str) -> list[SmallRecipe | RecipeRow]:
     return planned
 
 
-def _planned(name: str, text: str, before: Sequence[SmallRecipe | RecipeRow]) -> SmallRecipe | RecipeRow:
+def _made_small(name: str, text: str) -> SmallRecipe | RecipeRow:
     try:
-        small = make_small(name, read_script(text))
+        return make_small(name, read_script(text))
     except InvalidInputError as error:
         return RecipeRow(recipe=name, runs_as="–", left_out=(), not_run=str(error))
-    for other in before:
-        if isinstance(other, SmallRecipe) and replace(other, name=name, left_out=small.left_out) == small:
-            return RecipeRow(recipe=name, runs_as=str(small), left_out=small.left_out, not_run=f"as {other.name}")
-    return small
+
+
+def _with_prefill_node(number: int, read: Sequence[SmallRecipe | RecipeRow]) -> SmallRecipe | RecipeRow:
+    small = read[number]
+    assert isinstance(small, SmallRecipe)
+    if small.kv_role is None:
+        return small
+    if small.kv_role == PRODUCER:
+        return _not_run(small, "it is run beside the decode nodes of its file")
+    nodes = [
+        (at < number, at, each)
+        for at, each in enumerate(read)
+        if isinstance(each, SmallRecipe) and each.kv_role == PRODUCER and _file_of(each.name) == _file_of(small.name)
+    ]
+    before = [node for is_before, _, node in nodes if is_before]
+    if not nodes:
+        return _not_run(small, "no prefill node of its file can be made small")
+    return joined(before[-1] if before else nodes[0][2], small)
+
+
+def _unless_as_before(small: SmallRecipe, before: Sequence[SmallRecipe | RecipeRow]) -> SmallRecipe | RecipeRow:
+    same = [other for other in before if isinstance(other, SmallRecipe) and other.same_as(small)]
+    return _not_run(small, f"as {same[0].name}") if same else small
+
+
+def _not_run(small: SmallRecipe, why: str) -> RecipeRow:
+    return RecipeRow(recipe=small.name, runs_as=str(small), left_out=small.left_out, not_run=why)
+
+
+def _file_of(name: str) -> str:
+    """The Markdown file that a script's name begins with; empty for a script in a file of its own."""
+    file, _, number = name.rpartition(" ")
+    return file if number.isdecimal() else ""
 
 
 class RecipeDemo:
@@ -97,9 +132,10 @@ class RecipeDemo:
         return {"rows": [asdict(row) | {"passed": row.passed} for row in self.rows]}
 
     def _run(self, recipe: SmallRecipe) -> RecipeRow:
-        folder = self._session.folder / recipe.model.family
-        if not folder.exists():
-            write_tiny_model(recipe.model, folder, int8=recipe.int8)
+        for node in filter(None, (recipe.prefill, recipe)):
+            folder = self._session.folder / node.model.family
+            if not folder.exists():
+                write_tiny_model(node.model, folder, int8=node.int8)
         row = RecipeRow(recipe=recipe.name, runs_as=str(recipe), left_out=recipe.left_out)
         try:
             [(reference, _), (served, ran)] = [self._serve(recipe, moe_comm) for moe_comm in (OFF, AUTO)]
@@ -114,24 +150,37 @@ class RecipeDemo:
         )
 
     def _serve(self, recipe: SmallRecipe, moe_comm: str) -> tuple[Served, tuple[str, ...]]:
-        """Start a server and generate. Returns the strategies of the last step too. Raises EngineFailedError."""
-        with emulated_server(
-            self._session,
-            f"{recipe.name} {moe_comm}",
-            recipe.model,
-            recipe.parallelism,
-            *(("--quantization", "ascend") if recipe.int8 else ()),
-            *recipe.options,
-            chip=CHIP,
-            environment=recipe.variables,
-            moe_comm=moe_comm,
-            additional_config=recipe.additional_config,
-            dtype="bfloat16" if recipe.int8 else "float16",
-            graph_mode=recipe.graph_mode,
-        ) as server:
-            with self._session.show(f"{recipe.name}: starting {recipe} with moe_comm={moe_comm}"):
-                server.wait_until_ready()
-            with self._session.show(f"{recipe.name}: generating with moe_comm={moe_comm}"):
-                served = server.generate(demo_prompts(), recipe.max_tokens)
+        """Start the recipe's servers and generate. Returns the strategies of the last step too. Raises EngineFailedError."""
+        show, prompts = self._session.show, demo_prompts()
+        with ExitStack() as servers:
+            nodes = [
+                servers.enter_context(self._server(node, moe_comm))
+                for node in (recipe.prefill, recipe)
+                if node is not None
+            ]
+            with show(f"{recipe.name}: starting {recipe} with moe_comm={moe_comm}"):
+                for node in nodes:
+                    node.wait_until_ready()
+            *prefill_node, server = nodes
+            with show(f"{recipe.name}: generating with moe_comm={moe_comm}"):
+                transfers = prefill_node[0].prefill(prompts) if prefill_node else None
+                served = server.generate(prompts, recipe.max_tokens, kv_transfers=transfers)
                 counters = server.take_counters() if moe_comm != OFF else []
         return served, tuple(sorted({str(worker["strategy"]) for worker in counters}))
+
+    def _server(self, node: SmallRecipe, moe_comm: str) -> AbstractContextManager[HttpEngine]:
+        return emulated_server(
+            self._session,
+            f"{node.name} {moe_comm}",
+            node.model,
+            node.parallelism,
+            *(("--quantization", "ascend") if node.int8 else ()),
+            *(("--kv-transfer-config", json.dumps(node.kv_transfer)) if node.kv_transfer else ()),
+            *node.options,
+            chip=CHIP,
+            environment=node.variables,
+            moe_comm=moe_comm,
+            additional_config=node.additional_config,
+            dtype="bfloat16" if node.int8 else "float16",
+            graph_mode=node.graph_mode,
+        )

@@ -18,6 +18,8 @@ from vllm_npu.tools.serve_script import ServeScript
 
 RANKS = 2  # of each kind of parallelism that the recipe has more of
 GRAPHS_OF_VLLM_ASCEND = "vllm-ascend's default"  # cudagraph_mode of a recipe that names none
+KV_CONNECTORS = ("MooncakeConnector", "MooncakeConnectorV1")  # two names of vllm-ascend's class
+PRODUCER, CONSUMER = "kv_producer", "kv_consumer"
 
 DEEPSEEK_V3_INT8 = for_ascend(
     DEEPSEEK_V3, 230, "deepseek-v3-w8a8", routed_scaling_factor=1.0, num_hidden_layers=2, first_k_dense_replace=1
@@ -52,6 +54,7 @@ REPLACED = (
         "--compilation-config",
         "--additional-config",
         "--speculative-config",
+        "--kv-transfer-config",
     ),
 )
 OF_THE_MACHINES = (
@@ -89,20 +92,60 @@ class SmallRecipe:
     additional_config: Mapping[str, Any]
     variables: Mapping[str, str]
     left_out: tuple[str, ...]
+    kv_transfer: Mapping[str, Any]  # vLLM's kv_transfer_config; empty: one node does all
+    prefill: "SmallRecipe | None" = None  # the node that computes the prompts of this decode node
 
     def __str__(self) -> str:
-        return f"{self.model.family} {self.parallelism} {self.graph_mode or 'eager'}"
+        small = f"{self.model.family} {self.parallelism} {self.graph_mode or 'eager'}"
+        return f"prefill {self.prefill}, decode {small}" if self.prefill else small
+
+    @property
+    def kv_role(self) -> str | None:
+        """PRODUCER of a prefill node, CONSUMER of a decode node, or None."""
+        return self.kv_transfer.get("kv_role")
+
+    def same_as(self, other: "SmallRecipe") -> bool:
+        """Whether the two are alike but for their names and what was left out."""
+        return self._unnamed() == other._unnamed()
+
+    def _unnamed(self) -> "SmallRecipe":
+        return replace(self, name="", left_out=(), prefill=self.prefill and self.prefill._unnamed())
+
+
+def joined(prefill: SmallRecipe, decode: SmallRecipe) -> SmallRecipe:
+    """The decode node with its prefill node. Their connectors get the sizes that the small nodes have."""
+    sizes = {
+        name: {"tp_size": node.parallelism.tensor_parallel_size, "dp_size": node.parallelism.data_parallel_size}
+        for name, node in (("prefill", prefill), ("decode", decode))
+    }
+    both = [
+        replace(
+            node,
+            kv_transfer={
+                **node.kv_transfer,
+                "kv_connector_extra_config": {**node.kv_transfer.get("kv_connector_extra_config", {}), **sizes},
+            },
+        )
+        for node in (prefill, decode)
+    ]
+    return replace(both[1], prefill=both[0])
 
 
 def make_small(name: str, script: ServeScript) -> SmallRecipe:
     """Make the recipe small.
 
-    Raises InvalidInputError for a recipe of a family without a tiny model, one of a node that passes its blocks on, and
-    values that are no JSON.
+    Raises InvalidInputError for a recipe of a family without a tiny model, one of a node that passes its blocks on by
+    another connector than KV_CONNECTORS, and values that are no JSON.
     """
     given = dict(_options(script.arguments))
-    if "--kv-transfer-config" in given:
-        raise InvalidInputError("its node takes or gives blocks of the KV cache by a connector between machines")
+    kv_transfer = _json(given, "--kv-transfer-config")
+    if kv_transfer and (
+        kv_transfer.get("kv_connector") not in KV_CONNECTORS or kv_transfer.get("kv_role") not in (PRODUCER, CONSUMER)
+    ):
+        raise InvalidInputError(
+            f"its node passes blocks of the KV cache by {kv_transfer.get('kv_connector')} as {kv_transfer.get('kv_role')}, "
+            f"and the small nodes do so by {KV_CONNECTORS[-1]} alone"
+        )
     int8 = "--quantization" in given
     model = _model_of(f"{name} {_value(given, '--model')}", int8=int8)
     left_out = [option for option in given if option in (*OF_THE_MACHINES, *OF_THE_REAL_MODEL)]
@@ -120,6 +163,8 @@ def make_small(name: str, script: ServeScript) -> SmallRecipe:
     options += [word for option, values in kept.items() for word in (option, *values)]
 
     compilation = _json(given, "--compilation-config")
+    node = "prefill" if kv_transfer.get("kv_role") == PRODUCER else "decode"
+    told = kv_transfer.get("kv_connector_extra_config", {}).get(node, {})
     eager = "--enforce-eager" in given
     if not eager:
         drafts = int(speculative.get("num_speculative_tokens", 0))
@@ -131,8 +176,8 @@ def make_small(name: str, script: ServeScript) -> SmallRecipe:
         model=model,
         int8=int8,
         parallelism=Parallelism(
-            tensor_parallel_size=_few(given, "--tensor-parallel-size"),
-            data_parallel_size=_few(given, "--data-parallel-size"),
+            tensor_parallel_size=_few(given, "--tensor-parallel-size", told.get("tp_size")),
+            data_parallel_size=_few(given, "--data-parallel-size", told.get("dp_size")),
             expert_parallel="--enable-expert-parallel" in given,
         ),
         graph_mode=None if eager else str(compilation.get("cudagraph_mode", GRAPHS_OF_VLLM_ASCEND)),
@@ -145,6 +190,7 @@ def make_small(name: str, script: ServeScript) -> SmallRecipe:
             if variable.isupper() and variable not in machines
         },
         left_out=tuple(left_out),
+        kv_transfer=kv_transfer,
     )
 
 
@@ -181,9 +227,15 @@ def _value(given: Mapping[str, tuple[str, ...]], option: str) -> str:
     return " ".join(given.get(option, ()))
 
 
-def _few(given: Mapping[str, tuple[str, ...]], option: str) -> int:
-    """1 for an option that is 1 or absent. RANKS for any other number, and for a variable of the shell."""
-    return 1 if _value(given, option) in ("", "1") else RANKS
+def _few(given: Mapping[str, tuple[str, ...]], option: str, for_connector: object) -> int:
+    """1 for an option that is 1 or absent. RANKS for any other number, and for a variable of the shell.
+
+    `for_connector`: the size that the node's connector is told, which counts for a variable; None: it is told none.
+    """
+    value = _value(given, option)
+    if for_connector is not None and not value.isdecimal():
+        value = str(for_connector)
+    return 1 if value in ("", "1") else RANKS
 
 
 def _json(given: Mapping[str, tuple[str, ...]], option: str) -> dict[str, Any]:

@@ -121,13 +121,43 @@ class HttpEngine(EngineProcesses):
         results: list[dict[str, Any]] = self._rpc("moe_comm_counters")["results"]
         return results
 
-    def generate(
-        self, prompts: Sequence[list[int]], max_tokens: Sequence[int], *, measure_margin: bool = False
-    ) -> Served:
-        """Send all prompts at once and generate greedily. Raises EngineFailedError."""
-        started = time.perf_counter()
+    def prefill(self, prompts: Sequence[list[int]]) -> list[dict[str, Any]]:
+        """Compute all prompts at once, and keep their blocks of the KV cache for another server.
+
+        Returns the `kv_transfer_params` of each prompt: where the other server finds its blocks. The request is that of
+        vLLM's and vllm-ascend's proxies for a node with "kv_role": "kv_producer". Raises EngineFailedError.
+        """
+        wanted = {"kv_transfer_params": {"do_remote_decode": True, "do_remote_prefill": False}, "min_tokens": 1}
         with ThreadPoolExecutor(len(prompts)) as pool:
-            choices = list(pool.map(self._complete, prompts, max_tokens, [measure_margin] * len(prompts)))
+            answers = list(pool.map(lambda prompt: self._complete(prompt, 1, **wanted), prompts))
+        if lacking := [number for number, answer in enumerate(answers) if not answer.get("kv_transfer_params")]:
+            raise self._failure(f"keeps no blocks for another server, of the prompts {lacking}")
+        return [answer["kv_transfer_params"] for answer in answers]
+
+    def generate(
+        self,
+        prompts: Sequence[list[int]],
+        max_tokens: Sequence[int],
+        *,
+        measure_margin: bool = False,
+        kv_transfers: Sequence[Mapping[str, Any]] | None = None,
+    ) -> Served:
+        """Send all prompts at once and generate greedily. `kv_transfers`: what another server's `prefill` returned.
+
+        Raises EngineFailedError.
+        """
+        started = time.perf_counter()
+        # Keys of tokens are unique then, where two tokens have the same text.
+        further = {"logprobs": 2, "return_tokens_as_token_ids": True} if measure_margin else {}
+
+        def complete(prompt: list[int], limit: int, transfer: Mapping[str, Any] | None) -> dict[str, Any]:
+            given = {"kv_transfer_params": transfer} if transfer else {}
+            choice: dict[str, Any] = self._complete(prompt, limit, **further, **given)["choices"][0]
+            return choice
+
+        transfers = [None] * len(prompts) if kv_transfers is None else list(kv_transfers)
+        with ThreadPoolExecutor(len(prompts)) as pool:
+            choices = list(pool.map(complete, prompts, max_tokens, transfers))
         gaps = [
             top[0] - top[1]
             for choice in choices
@@ -141,20 +171,18 @@ class HttpEngine(EngineProcesses):
             smallest_margin=min(gaps) if gaps else None,
         )
 
-    def _complete(self, prompt: list[int], max_tokens: int, measure_margin: bool) -> dict[str, Any]:
-        body: dict[str, Any] = {
+    def _complete(self, prompt: list[int], max_tokens: int, **further: Any) -> dict[str, Any]:
+        """The server's answer for one prompt. `further` are fields of the request."""
+        body = {
             "model": "tiny",
             "prompt": prompt,
             "max_tokens": max_tokens,
             "temperature": 0,
             "ignore_eos": True,
             "return_token_ids": True,
+            **further,
         }
-        if measure_margin:
-            body["logprobs"] = 2
-            body["return_tokens_as_token_ids"] = True  # keys are then unique, where two tokens have the same text
-        choice: dict[str, Any] = self._ask("/v1/completions", body)["choices"][0]
-        return choice
+        return self._ask("/v1/completions", body)
 
     def _rpc(self, method: str, *args: str) -> dict[str, Any]:
         return self._ask("/collective_rpc", {"method": method, "args": list(args)})

@@ -1,5 +1,6 @@
 """The libraries of the emulated device: those of VLLM_NPU_EMULATOR_LIBRARIES, or built once for each state of the sources."""
 
+import runpy
 from pathlib import Path
 
 from vllm_npu import envs
@@ -10,10 +11,12 @@ DEVICE = Component("emulator", "the emulated device", "libascendcl.so", Emulator
 # Minor versions of torch that the device is tested with, each with torch_npu of the same number, and the lock of each.
 # docs/emulator.md says what was seen of each.
 PAIRS = {"2.13": "requirements-emulator.lock", "2.10": "requirements-emulator-2.10.lock"}
+# With these, torch's build for CUDA registers a key of its allocator that torch_npu registers too, and the process ends.
+WITHOUT_CUDA = frozenset({"2.13"})
 
 
 def refuse_other_pair() -> None:
-    """Raise EmulatorBuildError if torch and torch_npu, as they are installed, are no pair of PAIRS."""
+    """Raise EmulatorBuildError if torch and torch_npu, as they are installed, are no pair of PAIRS that loads."""
     versions = {name: DEVICE.package_version(name) for name in ("torch", "torch_npu")}
     minors = {".".join(version.split(".")[:2]) for version in versions.values()}
     if len(minors) != 1 or not minors <= PAIRS.keys():
@@ -21,6 +24,14 @@ def refuse_other_pair() -> None:
         supported = " or ".join(f"{minor} of both" for minor in PAIRS)
         raise EmulatorBuildError(
             f"the emulated device needs torch and torch_npu {supported}, and finds {installed}; {DEVICE.install_hint}"
+        )
+    version_file = DEVICE.package_folder("torch") / "version.py"  # torch itself would import torch_npu
+    cuda = runpy.run_path(str(version_file)).get("cuda") if version_file.is_file() else None
+    if cuda is not None and minors <= WITHOUT_CUDA:
+        raise EmulatorBuildError(
+            f"torch {versions['torch']} is the build for CUDA {cuda}, beside which torch_npu does not load; install the build "
+            "for CPUs: set PIP_EXTRA_INDEX_URL to PyTorch's index of CPU wheels, and run pip install --force-reinstall torch=="
+            f"{versions['torch'].partition('+')[0]}+cpu"
         )
 
 

@@ -93,7 +93,9 @@ setup(
     long_description=read_readme(),
     long_description_content_type="text/markdown",
     packages=find_packages(include=["vllm_npu", "vllm_npu.*"]),
-    package_data={"vllm_npu": ["py.typed", "tools/fabrics.toml"]},
+    package_data={
+        "vllm_npu": ["py.typed", "tools/fabrics.toml", "emulator/cann_home/*.md", "emulator/cann_home/*/*.md"]
+    },
     cmdclass={"build_py": BuildWithNativeSources, "bdist_wheel": WheelOfThisMachine},
     zip_safe=False,
 )

@@ -36,7 +36,10 @@ def run_engine(plugins: str, *, env: dict[str, str] | None = None, **given: Any)
 
 def generate(plugins: str, **given: Any) -> dict[str, Any]:
     """What engine_program.py reports."""
-    process = run_engine(plugins, **given)
+    return report_of(run_engine(plugins, **given))
+
+
+def report_of(process: subprocess.CompletedProcess[str]) -> dict[str, Any]:
     found = [line for line in process.stdout.splitlines() if line.startswith('{"tokens"')]
     assert process.returncode == 0, process.stdout[-4000:] + process.stderr[-4000:]
     report: dict[str, Any] = json.loads(found[0])
@@ -98,6 +101,21 @@ def test_shared_experts_beside_the_routed_ones_give_the_same_tokens(deepseek_v3,
     )
     assert ours["ran"] == {name: [name, name] for name in STRATEGIES}
     assert ours["tokens"] == dict.fromkeys(STRATEGIES, theirs * 2)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(4 * PATIENCE_SECONDS)
+def test_prompts_of_latent_attention_in_chunks_give_the_same_tokens(deepseek_v3):
+    """The later chunks attend to rows of the cache, which paged_cache_load joins."""
+    folder, theirs = deepseek_v3
+    chunks = {"options": {"enable_chunked_prefill": True, "max_num_batched_tokens": 8}}
+    ours = run_engine(
+        PLUGINS, model=str(folder), tp=2, **chunks, strategies=STRATEGIES, env={"VLLM_NPU_EMULATOR_TRACE": "1"}
+    )
+    report = report_of(ours)
+    assert report["ran"] == {name: [name, name] for name in STRATEGIES}
+    assert report["tokens"] == dict.fromkeys(STRATEGIES, theirs)
+    assert "ATB PagedCacheLoad" in ours.stdout + ours.stderr
 
 
 @pytest.mark.slow

@@ -293,7 +293,8 @@ def test_a_wheel_made_of_an_sdist_brings_what_is_read_and_what_the_native_parts_
     outside = {name.partition(".dist-info/")[2] or name for name in names if not name.endswith((".py", ".pyc"))}
     inside = {name for name in names if name.startswith("vllm_npu/csrc_npu/")}
     assert outside - inside == {
-        *("vllm_npu/tools/fabrics.toml", "vllm_npu/py.typed"),
+        *("vllm_npu/tools/fabrics.toml", "vllm_npu/py.typed", "vllm_npu/emulator/cann_home/EMULATED.md"),
+        *(f"vllm_npu/emulator/cann_home/{folder}/EMPTY.md" for folder in ("compiler", "opp", "runtime")),
         *("licenses/LICENSE", "METADATA", "WHEEL", "entry_points.txt", "top_level.txt", "RECORD"),
     }
     sources = [path for path in (ROOT / "csrc_npu").rglob("*") if path.is_file()]

@@ -155,6 +155,13 @@ def test_a_node_whose_size_is_a_variable_has_that_of_its_connector(role, topolog
     assert str(recipe.parallelism) == topology
 
 
+def test_groups_of_data_parallel_ranks_are_as_large_as_there_are_ranks():
+    option = '"finegrained_tp_config": {"lmhead_tensor_parallel_size": 16, "mlp_tensor_parallel_size": 0}'
+    recipe = small(('"multistream_overlap_shared_expert": true', option))
+    few = {"lmhead_tensor_parallel_size": 2, "mlp_tensor_parallel_size": 0}
+    assert recipe.additional_config == {"finegrained_tp_config": few}
+
+
 @pytest.mark.parametrize("end", ["2>&1", "> serve.log 2>&1 &", "&& echo started", "| tee log"])
 def test_what_the_shell_does_with_the_output_is_no_option(end):
     assert small(("true}'\n", f"true}}' {end}\n")) == small()

@@ -31,7 +31,7 @@ TAKEN_OPTIONS = {
     "eplb_config": "vllm-ascend balances and moves the experts; tokens go to the replicas that it names. eplb_policy_type "
     f"{RANDOM_EPLB_POLICY} needs {RANDOM_EPLB_RANKS} ranks",
     "multistream_overlap_shared_expert": "shared experts run on a stream of their own, beside dispatch and combine. "
-    "In graphs set TASK_QUEUE_ENABLE=0: torch_npu's queue may else put their tensors outside of the graph's memory",
+    "In graphs, moe_comm=off needs TASK_QUEUE_ENABLE=0: torch_npu's queue may put tensors outside of the graph's memory",
     "multistream_overlap_gate": "shared experts and router run on a stream of their own; vllm-ascend 0.30 has no such option",
     "enable_shared_expert_dp": "each TP rank has whole shared experts, and a slice of the tokens for them",
     "mix_placement": "needs vllm-ascend 0.23 and W8A8 (--quantization ascend); any other engine is refused",

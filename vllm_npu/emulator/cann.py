@@ -1,13 +1,15 @@
-"""Search for a real CANN: the emulated device must never replace it."""
+"""Search for a real CANN, which the emulated device must never replace, and the variables that CANN sets."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 
 from vllm_npu.errors import UnsupportedConfigError
 
 HOME_VARIABLES = ("ASCEND_HOME_PATH", "ASCEND_TOOLKIT_HOME")
 LIBRARY = "libascendcl.so"
+EMULATED_HOME = Path(__file__).with_name("cann_home")
+MARKER = "EMULATED.md"  # in the home folder of every installation of this package
 USUAL_FOLDERS = (
     "/usr/local/Ascend/ascend-toolkit/latest/lib64",
     "/usr/local/Ascend/latest/lib64",
@@ -23,7 +25,7 @@ USUAL_FOLDERS = (
 def find(environ: Mapping[str, str] = os.environ) -> str | None:
     """The variable or library that shows that CANN is installed, or None."""
     for variable in HOME_VARIABLES:
-        if environ.get(variable):
+        if environ.get(variable) and not Path(environ[variable], MARKER).is_file():
             return f"{variable}={environ[variable]}"
     folders = [folder for folder in environ.get("LD_LIBRARY_PATH", "").split(":") if folder]
     for folder in (*folders, *USUAL_FOLDERS):
@@ -41,3 +43,9 @@ def refuse_if_found(environ: Mapping[str, str] = os.environ) -> None:
             f"a real CANN is here ({found}), and the emulated Ascend device would take its place; run on the real "
             "device, or hide CANN (unset its variables and LD_LIBRARY_PATH)"
         )
+
+
+def set_variables(environ: MutableMapping[str, str] = os.environ) -> None:
+    """Set the variables of CANN's set_env.sh that name folders. Torch_npu checks them, and other packages read them."""
+    environ["ASCEND_HOME_PATH"] = environ["ASCEND_TOOLKIT_HOME"] = str(EMULATED_HOME)
+    environ["ASCEND_OPP_PATH"] = str(EMULATED_HOME / "opp")

@@ -109,6 +109,7 @@ def enable(soc_name: str | None = None) -> None:
     if "torch_npu" in sys.modules:
         raise UnsupportedConfigError("torch_npu has been imported already; call vllm_npu.emulator.enable() before")
     os.environ[envs.EMULATOR_SOC.name] = soc.resolve(soc_name or envs.EMULATOR_SOC.read())
+    cann.set_variables()
     folder = build.build()
     for name in BEFORE_TORCH:
         load_library(folder, name)

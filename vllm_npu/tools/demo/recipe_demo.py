@@ -169,6 +169,8 @@ class RecipeDemo:
         return served, tuple(sorted({str(worker["strategy"]) for worker in counters}))
 
     def _server(self, node: SmallRecipe, moe_comm: str) -> AbstractContextManager[HttpEngine]:
+        # vllm-ascend alone lets a second stream allocate before torch_npu's queue has made it part of a capture (docs/ascend.md).
+        queue = {"TASK_QUEUE_ENABLE": "0"} if moe_comm == OFF else {}
         return emulated_server(
             self._session,
             f"{node.name} {moe_comm}",
@@ -178,7 +180,7 @@ class RecipeDemo:
             *(("--kv-transfer-config", json.dumps(node.kv_transfer)) if node.kv_transfer else ()),
             *node.options,
             chip=CHIP,
-            environment=node.variables,
+            environment={**node.variables, **queue},
             moe_comm=moe_comm,
             additional_config=node.additional_config,
             dtype="bfloat16" if node.int8 else "float16",

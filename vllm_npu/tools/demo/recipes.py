@@ -20,6 +20,7 @@ RANKS = 2  # of each kind of parallelism that the recipe has more of
 GRAPHS_OF_VLLM_ASCEND = "vllm-ascend's default"  # cudagraph_mode of a recipe that names none
 KV_CONNECTORS = ("MooncakeConnector", "MooncakeConnectorV1")  # two names of vllm-ascend's class
 PRODUCER, CONSUMER = "kv_producer", "kv_consumer"
+FINER_TP = "finegrained_tp_config"  # of vllm-ascend's options: a size for each kind of layer
 
 DEEPSEEK_V3_INT8 = for_ascend(
     DEEPSEEK_V3, 230, "deepseek-v3-w8a8", routed_scaling_factor=1.0, num_hidden_layers=2, first_k_dense_replace=1
@@ -171,19 +172,24 @@ def make_small(name: str, script: ServeScript) -> SmallRecipe:
         sizes = [size * (1 + drafts) for size in CAPTURE_SIZES]
         options += ["--compilation-config", json.dumps(compilation | {"cudagraph_capture_sizes": sizes})]
     machines = [variable for variable in script.variables if VARIABLES_OF_THE_MACHINES.fullmatch(variable)]
+    parallelism = Parallelism(
+        tensor_parallel_size=_few(given, "--tensor-parallel-size", told.get("tp_size")),
+        data_parallel_size=_few(given, "--data-parallel-size", told.get("dp_size")),
+        expert_parallel="--enable-expert-parallel" in given,
+    )
+    additional_config = _json(given, "--additional-config")
+    if finer := additional_config.get(FINER_TP):  # these groups are made of data-parallel ranks
+        few = {size: min(value, parallelism.data_parallel_size) for size, value in finer.items()}
+        additional_config = {**additional_config, FINER_TP: few}
     return SmallRecipe(
         name=name,
         model=model,
         int8=int8,
-        parallelism=Parallelism(
-            tensor_parallel_size=_few(given, "--tensor-parallel-size", told.get("tp_size")),
-            data_parallel_size=_few(given, "--data-parallel-size", told.get("dp_size")),
-            expert_parallel="--enable-expert-parallel" in given,
-        ),
+        parallelism=parallelism,
         graph_mode=None if eager else str(compilation.get("cudagraph_mode", GRAPHS_OF_VLLM_ASCEND)),
         max_tokens=FEWER_TOKENS if int8 else MAX_TOKENS,
         options=tuple(options),
-        additional_config=_json(given, "--additional-config"),
+        additional_config=additional_config,
         variables={
             variable: value
             for variable, value in script.variables.items()

@@ -169,7 +169,7 @@ class RecipeDemo:
         return served, tuple(sorted({str(worker["strategy"]) for worker in counters}))
 
     def _server(self, node: SmallRecipe, moe_comm: str) -> AbstractContextManager[HttpEngine]:
-        # vllm-ascend alone lets a second stream allocate before torch_npu's queue has made it part of a capture (docs/ascend.md).
+        # With torch_npu's queue, vllm-ascend alone may put tensors of a second stream outside of a graph (docs/ascend.md).
         queue = {"TASK_QUEUE_ENABLE": "0"} if moe_comm == OFF else {}
         return emulated_server(
             self._session,

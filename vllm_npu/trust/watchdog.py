@@ -144,7 +144,8 @@ class Watchdog:
         why = next((each for each, culprits in found.items() if culprits), _Why.BLAMED)
         culprits = found[why] if why in found else self._blamed()
         if culprits:
-            post.send(self._others, self._subject(BLAMES), json.dumps(culprits))
+            answering = [other for other, answer in answers.items() if answer is Answer.TOOK]  # the others cost a wait
+            post.send(answering, self._subject(BLAMES), json.dumps(culprits))
         text = self._text(detail, why, culprits, silent, everyone)
         return RankFailureError(operation, group, rank, text, tuple(culprits))
 

@@ -142,7 +142,7 @@ class ThreadRankPool(RankPool):
                 return found
 
         outcomes: list[Any] = [None] * self.num_ranks
-        core = _one_core()
+        core = one_core()
 
         def main(rank: int) -> None:
             try:
@@ -172,8 +172,8 @@ class ThreadRankPool(RankPool):
         """Do nothing: threads end with each run."""
 
 
-def _one_core() -> int | None:
-    """A core that this thread may use, chosen by the process id; None if the system cannot bind threads to cores."""
+def one_core() -> int | None:
+    """A core that this thread may use, chosen by the process id; None if the system cannot bind threads to cores. LOCAL."""
     if not hasattr(os, "sched_setaffinity"):
         return None
     allowed = sorted(os.sched_getaffinity(0))

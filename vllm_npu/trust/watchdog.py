@@ -127,7 +127,7 @@ class Watchdog:
         report = _Report(f"{operation} on group '{group}': {detail}", still, self._longest_away())
         answers = self._tell(report)
         silent = self._wait_for_reports(answers)
-        reports = {other: found for other in self._others if (found := self._report_of(other)) is not None}
+        reports = {other: theirs for other in self._others if (theirs := self._report_of(other)) is not None}
         everyone = reports | {self.rank: report}
         least_away = min(each.away for each in everyone.values())
         found = {

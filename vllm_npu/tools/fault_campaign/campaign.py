@@ -14,8 +14,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
-from functools import cached_property
-from typing import Any
+from functools import cached_property, partial
 
 import torch
 
@@ -261,7 +260,7 @@ class _Run:
             if number == 0:
                 self._compute(serving.rank, step * LAYERS)
                 vote.finish()
-            fault = layer.run(serving, lambda number=number: self._compute(serving.rank, step * LAYERS + number))
+            fault = layer.run(serving, partial(self._compute, serving.rank, step * LAYERS + number))
             if fault:
                 self.outcome.violations.append(f"wrong data in step {step}: {fault}")
 
@@ -335,10 +334,11 @@ class _Layer:
     def run(self, serving: _Serving, compute: Callable[[], None]) -> str | None:
         """Run it on this rank, and return what is wrong with its output. COLLECTIVE."""
         case, topology, device = self.case, serving.pipelines.groups.topology, torch.device("cpu")
-        inputs: Any = self.tensors.input_of(topology, case.sharding, device)
+        hidden_states, weights, ids = self.tensors.input_of(topology, case.sharding, device)
         experts = poisoned(self.tensors.experts_of(topology, device), compute)
         step = StepPlan(num_tokens_across_dp=case.num_tokens_across_dp, sharding=case.sharding)
-        output = serving.pipelines.get(case.strategy, case.num_experts).run(*inputs, experts, step).hidden_states
+        pipeline = serving.pipelines.get(case.strategy, case.num_experts)
+        output = pipeline.run(hidden_states, weights, ids, experts, step).hidden_states
         expected = self.tensors.expected_on(topology, case.sharding)
         return difference_of(serving.rank, output[: expected.shape[0]], expected, case)
 

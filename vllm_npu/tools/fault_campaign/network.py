@@ -5,6 +5,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -58,7 +59,7 @@ class Network:
     def close(self, rank: int, group: str, peers: Sequence[int]) -> None:
         """Tell the peers that this rank has closed its connections of a group."""
         for peer in peers:
-            self._deliver(rank, peer, self._seconds(), lambda peer=peer: self.closed[peer].add((group, rank)))
+            self._deliver(rank, peer, self._seconds(), partial(self.closed[peer].add, (group, rank)))
 
     def is_cut(self, one: int, other: int) -> bool:
         """Whether no message passes between the two now."""
@@ -281,14 +282,14 @@ class SimulatedMailboxes:
             elif still_stopped > ANSWER_SECONDS:
                 answers[rank] = Answer.MUTE
                 if network.draw.random() >= LETTER_LOST_SHARE:
-                    simulation.at(simulation.now + still_stopped, lambda rank=rank: store(rank))
+                    simulation.at(simulation.now + still_stopped, partial(store, rank))
                 seconds = ANSWER_SECONDS
             else:
                 seconds += max(0.0, still_stopped)
-                simulation.at(simulation.now + seconds, lambda rank=rank: store(rank))
+                simulation.at(simulation.now + seconds, partial(store, rank))
             if network.draw.random() < TWICE_SHARE and answers[rank] is Answer.TOOK:
                 late = network.draw.uniform(0, LATE_DEADLINES * network.deadline)
-                simulation.at(simulation.now + late, lambda rank=rank: store(rank))
+                simulation.at(simulation.now + late, partial(store, rank))
             longest = max(longest, seconds)
         self.sleep(longest + QUICK_SECONDS)
         return answers

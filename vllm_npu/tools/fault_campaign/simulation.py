@@ -10,6 +10,8 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from vllm_npu.tools.launch import one_core
+
 Action = Callable[[], "int | None"]  # the rank that it wakes, or None; it must not wait
 
 LIMIT_SECONDS = 900.0  # of simulated time: a run that takes longer hangs
@@ -44,7 +46,7 @@ class Simulation:
     def run(self, main: Callable[[int], Any]) -> list[Any]:
         """Call main(rank) on a thread for each rank, and return its results or exceptions. Ranks that ended have None."""
         outcomes: list[Any] = [None] * self.num_ranks
-        core = min(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else None
+        core = one_core()
 
         def thread(rank: int) -> None:
             if core is not None:

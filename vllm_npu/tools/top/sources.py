@@ -79,7 +79,8 @@ class _Server:
     def _read(self) -> str:
         try:
             with urllib.request.urlopen(self._url, timeout=ANSWER_SECONDS) as answer:
-                return answer.read(MOST_BYTES).decode(errors="replace")  # type: ignore[no-any-return]
+                text: str = answer.read(MOST_BYTES).decode(errors="replace")
+                return text
         except (OSError, ValueError, urllib.error.URLError) as error:
             raise UnsupportedConfigError(
                 f"no answer from {self._url} ({error}); name the address of a running server, such as http://localhost:8000"

@@ -172,29 +172,34 @@ class Watchdog:
         """
         post = self._mailboxes
         wanted, waited_from = self.epoch + 1, post.now()
+        taken: set[int] = set()  # the ranks that have this rank's announcement
         lost_from: dict[int, float] = {}
         while True:
-            wanted = max([wanted, *(post.announced(other) for other in self._others)])
-            answers = post.announce(self._others, wanted)
-            heard = {other: post.announced(other) for other in self._others}
-            missing = [other for other in self._others if heard[other] != wanted or answers[other] is not Answer.TOOK]
+            highest = max([wanted, *(post.announced(other) for other in self._others)])
+            if highest > wanted:
+                wanted = highest
+                taken.clear()
+            answers = post.announce([other for other in self._others if other not in taken], wanted)
+            taken.update(other for other, answer in answers.items() if answer is Answer.TOOK)
+            unheard = [other for other in self._others if post.announced(other) != wanted]
+            missing = [other for other in self._others if other in unheard or other not in taken]
             if not missing:
                 return Watchdog(post, self.deadline, wanted)
-            gone = [other for other in missing if answers[other] is Answer.GONE]
+            there = post.look([other for other in unheard if other in taken])
+            answers |= {other: Answer.TOOK if is_there else Answer.GONE for other, is_there in there.items()}
+            gone = [other for other in missing if answers.get(other) is Answer.GONE]
             lost_from = {other: lost_from.get(other, post.now()) for other in gone}
-            waited = post.now() - waited_from
             ended = [other for other, since in lost_from.items() if post.now() - since > GRACE_SECONDS]
+            waited = post.now() - waited_from
             if ended or waited > self.deadline + FAILURE_SECONDS:
-                raise self._nobody_came(wanted, ended or gone, missing, answers, waited)
+                mute = [other for other in missing if answers.get(other) is Answer.MUTE]
+                raise self._nobody_came(f"waited {waited:.0f} s for epoch {wanted}", ended or gone, mute, missing)
             post.sleep(POLL_SECONDS)
 
-    def _nobody_came(
-        self, wanted: int, gone: list[int], missing: list[int], answers: dict[int, Answer], waited: float
-    ) -> RankFailureError:
-        mute = [other for other in missing if answers[other] is Answer.MUTE]
+    def _nobody_came(self, detail: str, gone: list[int], mute: list[int], missing: list[int]) -> RankFailureError:
         why = _Why.ENDED if gone else _Why.STOPPED if mute else _Why.LATE
         culprits = gone or mute or missing
-        text = self._text(f"waited {waited:.0f} s for epoch {wanted}", why, culprits, missing, {})
+        text = self._text(detail, why, culprits, missing, {})
         return RankFailureError("next_epoch", "all", self.rank, text, tuple(culprits))
 
     def _subject(self, kind: str) -> str:

@@ -4,8 +4,8 @@ What must hold for every seed:
 
 - No rank ever has wrong data.
 - No rank waits past the deadline and the time that the watchdog takes.
-- Every error names a rank that a fault has hit. One case is an exception: the network between two ranks was cut for so long that a
-  collective failed, and works again when the ranks look. Then all can be reached, and an error may name nobody.
+- Every error names a rank that a fault has hit. One case is an exception: the network between two ranks was cut for so long
+  that a collective failed, and works again when the ranks look. Then all can be reached, and an error may name nobody.
 - Ranks that all live serve all steps in the end. If a rank has ended, all others end with an error that names it.
 """
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.time_limits import on_this_machine
+from vllm_npu import envs
 from vllm_npu.core.step_plan import StepPlan, TokenSharding
 from vllm_npu.errors import RankFailureError, TransportError
 from vllm_npu.strategies.select import build
@@ -111,15 +112,14 @@ def live(rank: Rank, tp_size: int, stopped_for: float) -> Life:
 
 
 @pytest.mark.parametrize(("num_ranks", "tp_size"), [(3, 1), (4, 2)])
-def test_a_stopped_rank_is_named_and_all_serve_on_when_it_continues(num_ranks, tp_size, tmp_path, nothing_left_behind):
+def test_a_stopped_rank_is_named_and_all_serve_on_when_it_continues(
+    num_ranks, tp_size, tmp_path, monkeypatch, nothing_left_behind
+):
     """Small messages through sockets, large ones through shared memory; every strategy before and after."""
     stopped_for = DEADLINE + 5.0
-    os.environ["VLLM_NPU_RECORD"] = str(tmp_path)
-    try:
-        with ProcessRankPool(num_ranks, timeout=DEADLINE, start_method="spawn") as pool:
-            lives = pool.run(live, tp_size, stopped_for)
-    finally:
-        del os.environ["VLLM_NPU_RECORD"]
+    monkeypatch.setenv(envs.RECORD.name, str(tmp_path))
+    with ProcessRankPool(num_ranks, timeout=DEADLINE, start_method="spawn") as pool:
+        lives = pool.run(live, tp_size, stopped_for)
     for rank, seen in enumerate(lives):
         assert seen.faults == []
         assert seen.steps >= STEPS

@@ -17,7 +17,7 @@ import torch
 from vllm_npu.tools.fault_campaign.campaign import Outcome, run_seed
 from vllm_npu.tools.fault_campaign.report import table, violations
 
-SEEDS_AT_ONCE = 20  # that a process takes
+SEEDS_AT_ONCE = 10  # that a process takes
 
 
 def main() -> int:
@@ -25,11 +25,12 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=500)
     parser.add_argument("--first", type=int, default=0, help="the first seed")
     parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no seed after this time")
     given = parser.parse_args()
     if min(given.seeds, given.processes) < 1:
         parser.error("--seeds and --processes are 1 or more")
     started = time.perf_counter()
-    outcomes = run(range(given.first, given.first + given.seeds), given.processes)
+    outcomes = run(range(given.first, given.first + given.seeds), given.processes, started + given.seconds)
     seconds = time.perf_counter() - started
     print(table(outcomes))
     counts = sum((outcome.counts for outcome in outcomes), Counter())
@@ -39,13 +40,15 @@ def main() -> int:
     return bool(found)
 
 
-def run(seeds: range, processes: int) -> list[Outcome]:
-    """Run the seeds, each process one thread."""
-    if processes == 1:
-        _one_thread()
-        return [run_seed(seed) for seed in seeds]
+def run(seeds: range, processes: int, until: float) -> list[Outcome]:
+    """Run the seeds until a time of time.perf_counter()."""
     with multiprocessing.get_context("spawn").Pool(processes, initializer=_one_thread) as pool:
-        return pool.map(run_seed, seeds, chunksize=SEEDS_AT_ONCE)
+        outcomes = []
+        for outcome in pool.imap(run_seed, seeds, chunksize=SEEDS_AT_ONCE):
+            outcomes.append(outcome)
+            if time.perf_counter() > until:
+                break
+        return outcomes
 
 
 def _one_thread() -> None:

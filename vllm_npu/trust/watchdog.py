@@ -8,6 +8,7 @@ others' reports it finds the culprits:
 - A rank failed in its own step if it says so.
 - A rank is late if it is there, and has left no report.
 - A rank stood still if all have reported, and its report says that its process did not run for a while.
+- A rank was left behind if all others are in a later epoch, and none of their reports has reached it. It names itself.
 - A rank was away if all have reported, and it computed for much longer than others between two collectives.
 - Otherwise the culprits are those that other ranks blame: two ranks that cannot reach each other are alive for a third one.
 
@@ -46,6 +47,7 @@ class _Why(Enum):
     FAULT = "failed in its own step"
     LATE = "is late"
     STILL = "stood still"
+    LEFT = "took no letter, and the others have gone on to a later epoch"
     AWAY = "was away"
     BLAMED = "is blamed by other ranks"
 
@@ -136,6 +138,8 @@ class Watchdog:
             _Why.FAULT: [other for other, each in reports.items() if each.fault],
             _Why.LATE: silent,
             _Why.STILL: sorted(other for other, each in everyone.items() if each.still > 0),
+            # Letters are lost on their way to a stopped rank only.
+            _Why.LEFT: [self.rank] if not reports and not silent and self._others else [],
             # After an idle time all ranks have been away, so only what exceeds the least counts.
             _Why.AWAY: sorted(
                 other for other, each in everyone.items() if each.away > least_away + self.deadline * AWAY_PART

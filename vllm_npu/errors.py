@@ -80,11 +80,11 @@ class TransportError(VllmNpuError, RuntimeError):
 
 
 class RankFailureError(TransportError):
-    """A collective failed or timed out because other ranks ended or are late. The message names them. Restart all ranks."""
+    """A collective failed because of other ranks: ended, stopped, late. The message names them. Restart all, or meet anew."""
 
     def __init__(self, operation: str, group: str, rank: int, detail: str, ranks: tuple[int, ...] = ()) -> None:
         super().__init__(operation, group, rank, detail)
-        self.ranks = ranks  # ended ranks, or late ranks if none has ended; numbers in the whole grid
+        self.ranks = ranks  # the culprits, as trust/watchdog.py finds them; numbers in the whole grid
 
     def with_detail(self, more: str) -> "RankFailureError":
         """The same error with `more` added to its message."""

@@ -11,8 +11,9 @@ from tests.cuda.conftest import NUM_RANKS
 from tests.ranks.test_transport_contract import CONTRACT, REFUSED, is_refused, ordered_sums, with_tensors_on_its_device
 from vllm_npu.errors import RankFailureError
 from vllm_npu.tools.launch import ProcessRankPool, Rank
+from vllm_npu.trust.mailboxes import ANSWER_SECONDS
 from vllm_npu.trust.step_lookout import StepLookout
-from vllm_npu.trust.watchdog import ANSWER_SECONDS, GRACE_SECONDS
+from vllm_npu.trust.watchdog import GRACE_SECONDS
 
 pytestmark = pytest.mark.cuda
 

@@ -545,6 +545,7 @@ def test_a_script_of_a_tutorial_is_read_option_by_option(tmp_path, monkeypatch):
     [
         (("HCCL_BUFFSIZE=300", "HCCL_BUFFSIZE=1"), "HcclBufferError"),
         (("--no-enable", "--enable-dbo --no-enable"), "--enable-dbo True: two micro-batches"),
+        (("--no-enable", "--enable-fault-tolerance --no-enable"), "--enable-fault-tolerance True: vLLM has no hook"),
         (("--no-enable", "--enable-lora --no-enable"), "--enable-lora True: LoRA adapters were never run"),
         (("--no-enable", "--prefill-context-parallel-size 2 --no-enable"), "--prefill-context-parallel-size 2: "),
         (("VLLM_USE_V1", "VLLM_USE_V2_MODEL_RUNNER"), "VLLM_USE_V2_MODEL_RUNNER=1: model runner V2"),

@@ -137,6 +137,7 @@ EXTRAS_OF_PARTS = {
     "tools/engines": WITH_VLLM,
     "tools/families": ("cpu",),
     "tools/hardware_checks.py": ("ascend",),
+    "tools/top/metrics_text.py": WITH_VLLM,
     "tools/vllm_eplb.py": WITH_VLLM,
     "plugin": WITH_VLLM,
     "plugin/cpu": ("cpu",),

@@ -20,8 +20,9 @@ from vllm_npu.tools.launch import ProcessRankPool, Rank
 from vllm_npu.transport import host
 from vllm_npu.transport.gloo import GlooTransport
 from vllm_npu.transport.host import host_identity
+from vllm_npu.trust.mailboxes import LOOPBACK, Mailbox
 from vllm_npu.trust.step_lookout import StepLookout
-from vllm_npu.trust.watchdog import LOOPBACK, REPORT_CHARACTERS, Mailbox, Watchdog
+from vllm_npu.trust.watchdog import REPORT_CHARACTERS, Watchdog
 
 KILLS = int(os.environ.get("KILLS", "2"))  # 50 in the long form
 
@@ -144,6 +145,6 @@ def test_whatever_lies_in_a_mailbox_the_error_is_short_and_readable():
         return [text, text]
 
     watchdog = Watchdog.open(0, two_ranks, address=LOOPBACK, deadline=1.0)
-    dist.TCPStore(LOOPBACK, ports[0], is_master=False).set("1", b"\x1b\n" + b"\xff" * 100_000)
+    dist.TCPStore(LOOPBACK, ports[0], is_master=False).set("failed in epoch 0 of 1", b"\x1b\n" + b"\xff" * 100_000)
     error = watchdog.failure("all_gather", "ep", 0, "cut")
     assert str(error).endswith("rank 1 reports:   " + "\N{REPLACEMENT CHARACTER}" * (REPORT_CHARACTERS - 2))

@@ -44,6 +44,7 @@ from vllm_npu.tools.engines.tiny_models import QWEN3_MOE, write_tiny_model
 
 WORKER = "vllm_npu.plugin.cpu.worker.CpuMoEWorker"
 EP2 = {"tensor_parallel_size": 2, "enable_expert_parallel": True}
+EXTERNAL_DP2 = {"data_parallel_size": 2, "data_parallel_rank": 0, "data_parallel_external_lb": True}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -156,6 +157,15 @@ def test_a_strategy_that_needs_expert_parallelism_says_how_to_get_it(model, name
             "set --prefill-context-parallel-size 1",
         ),
         ({"expert_placement_strategy": "round_robin"}, "set --expert-placement-strategy linear"),
+        ({"enable_fault_tolerance": True, **EXTERNAL_DP2}, "Leave out --enable-fault-tolerance"),
+        (
+            {"fault_tolerance_config": {"engine_recovery_timeout_sec": 9}, **EXTERNAL_DP2},
+            "Leave out --enable-fault-tol",
+        ),
+        (
+            {"enable_fault_tolerance": True, "all2all_backend": "deepep_low_latency", **EXTERNAL_DP2},
+            "Leave out --enable-fault-tolerance",
+        ),
     ],
     ids=str,
 )
@@ -666,6 +676,25 @@ def test_the_environment_asks_for_a_strategy_on_gpus_too(model, environment):
 def test_on_gpus_what_cannot_be_is_refused_before_a_process_starts(model, section, arguments, message):
     with pytest.raises(UnsupportedConfigError, match=message):
         cuda_backend(model, section, **arguments)
+
+
+@pytest.mark.parametrize("section", [{"all2all": "agrs"}, {"moe_comm": "allgather"}, {}])
+def test_on_gpus_only_vllms_own_backends_are_fault_tolerant(model, section):
+    config = engine_config(model, {}, **EP2)
+    config.additional_config = {"vllm_npu": section}
+    config.parallel_config.enable_fault_tolerance = True  # now, since a CPU's own check refuses it
+    with (
+        pytest.raises(UnsupportedConfigError, match="Leave out --enable-fault-tolerance") if section else nullcontext()
+    ):
+        assert required_backend(config) is None
+
+
+def test_the_backends_that_are_fault_tolerant_are_those_of_vllm():
+    from vllm.v1.worker.sentinel.gpu_worker_sentinel import FT_BACKEND_SET
+
+    from vllm_npu.plugin.compat.fault_tolerance import BACKENDS
+
+    assert BACKENDS == FT_BACKEND_SET
 
 
 @pytest.mark.parametrize("section", [{"all2all": "agrs"}, {"moe_comm": "allgather"}])

@@ -1,5 +1,7 @@
 """The counts that a rank keeps of its steps. test_serve.py shows that they reach /metrics."""
 
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -105,3 +107,22 @@ def test_a_counter_that_begins_anew_takes_nothing_back(monkeypatch, tmp_path):
         counter.add("dp", "broadcast", sent)
     counted.begin_step("naive", "naive", 1, is_fallback=False)
     assert metrics._series()["sent_bytes"].labels("naive", "3")._value.get() == 100 + 7 + 30
+
+
+def test_the_dashboard_queries_only_what_is_exported():
+    from vllm_npu.plugin.metrics import _series
+
+    dashboard = json.loads((Path(__file__).resolve().parents[2] / "docs/grafana/vllm_npu.json").read_text())
+    exported = {f"vllm_npu:moe_{name}_total" for name in _series()}
+    labels = {label for counter in _series().values() for label in counter._labelnames}
+    queried = set()
+    for panel in dashboard["panels"]:
+        for target in panel["targets"]:
+            names = set(re.findall(r"vllm\w*:\w+", target["expr"]))
+            assert names, target["expr"]
+            queried |= names
+            grouped = {label.strip() for by in re.findall(r"by \(([^)]*)\)", target["expr"]) for label in by.split(",")}
+            shown = set(re.findall(r"{{(\w+)}}", target["legendFormat"]))
+            assert grouped | shown <= labels
+            assert shown <= grouped
+    assert queried == exported, "each series has a panel, and no panel asks for another one"

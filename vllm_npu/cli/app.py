@@ -35,6 +35,7 @@ COMMANDS = {
     "simulate": CommandRow(
         "vllm_npu.cli.simulate:simulate", "Estimate times of the exchange on clusters of 2 to 768 ranks."
     ),
+    "top": CommandRow("vllm_npu.cli.top:top", "Show the ranks of a running engine: who works, waits and is late."),
     "doctor": CommandRow(
         "vllm_npu.cli.doctor:doctor",
         "Find what is wrong with this environment, and say what to do.",

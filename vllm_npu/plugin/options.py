@@ -128,6 +128,10 @@ def check_config(vllm_config: "VllmConfig", *, beside_vllm_ascend: bool = False)
             f"moe_comm={options.mode.value} is about vllm-ascend's own MoE communication, and this engine does not run on "
             "vllm-ascend; name a strategy, or auto"
         )
+    if options.mode is not Mode.OFF:
+        from vllm_npu.plugin.compat.fault_tolerance import refuse_fault_tolerance  # not at the top: it imports vLLM
+
+        refuse_fault_tolerance(parallel_config)
     if options.mode is Mode.OFF or vllm_config.model_config is None or not vllm_config.model_config.is_moe:
         return options
     check_strategy(options.moe_comm, topology, device=SOME_NPU if beside_vllm_ascend else PORTABLE)

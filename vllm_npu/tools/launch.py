@@ -15,6 +15,7 @@ from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal, Self
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -27,8 +28,9 @@ from vllm_npu.transport.base import Groups, Transport
 from vllm_npu.transport.table import transport_class
 from vllm_npu.transport.threaded import ThreadedGroup, ThreadedTransport
 from vllm_npu.transport.torch_dist import TorchDistTransport
+from vllm_npu.trust.mailboxes import LOOPBACK
 from vllm_npu.trust.recording import CollectiveCounter, open_ring, record
-from vllm_npu.trust.watchdog import LOOPBACK, Watchdog
+from vllm_npu.trust.watchdog import Watchdog
 
 
 class Rank(ABC):
@@ -60,7 +62,10 @@ class Rank(ABC):
         if self.watchdog is not None:
             for transport, _ in transports:
                 transport.watch(self.watchdog)
-        return Groups(topology, *(record(transport, counter, self.ring, ranks) for transport, ranks in transports))
+        epoch = 0 if self.watchdog is None else self.watchdog.epoch
+        return Groups(
+            topology, *(record(transport, counter, self.ring, ranks, epoch) for transport, ranks in transports)
+        )
 
     @abstractmethod
     def _open(self, topology: ParallelTopology) -> tuple[Transport, Transport, Transport]:
@@ -137,7 +142,7 @@ class ThreadRankPool(RankPool):
                 return found
 
         outcomes: list[Any] = [None] * self.num_ranks
-        core = _one_core()
+        core = one_core()
 
         def main(rank: int) -> None:
             try:
@@ -167,8 +172,8 @@ class ThreadRankPool(RankPool):
         """Do nothing: threads end with each run."""
 
 
-def _one_core() -> int | None:
-    """A core that this thread may use, chosen by the process id; None if the system cannot bind threads to cores."""
+def one_core() -> int | None:
+    """A core that this thread may use, chosen by the process id; None if the system cannot bind threads to cores. LOCAL."""
     if not hasattr(os, "sched_setaffinity"):
         return None
     allowed = sorted(os.sched_getaffinity(0))
@@ -181,6 +186,46 @@ class _ProcessRank(Rank):
         self._transport = transport
         self._timeout = datetime.timedelta(seconds=timeout)
         self._grids: dict[tuple[int, int], tuple[dist.ProcessGroup, dist.ProcessGroup]] = {}
+        self._opened: WeakSet[Transport] = WeakSet()
+        self._meeting_place: dist.Store | None = None
+
+    def open_world(self, meeting_place: dist.Store) -> None:
+        """Open the mailbox and the group of all ranks. COLLECTIVE over all ranks."""
+        self._meeting_place = meeting_place
+
+        def exchange(text: str) -> list[str]:
+            meeting_place.set(f"mailbox {self.rank}", text)
+            return [meeting_place.get(f"mailbox {other}").decode() for other in range(self.num_ranks)]
+
+        self.watchdog = Watchdog.open(self.rank, exchange, address=LOOPBACK, deadline=self._timeout.total_seconds())
+        self._init_process_group(meeting_place)
+
+    def renew(self) -> None:
+        """After a failure: leave all groups, meet the other ranks in a new epoch, and open the group of all ranks anew.
+
+        COLLECTIVE over all ranks. Call groups() again afterwards; transports of the old epoch raise TransportError.
+
+        Raises RankFailureError that names the ranks that did not come. It may be called again then.
+        """
+        watchdog, meeting_place = self.watchdog, self._meeting_place
+        if watchdog is None or meeting_place is None:
+            raise UnsupportedConfigError("only ranks that are processes can meet in a new epoch")
+        for transport in tuple(self._opened):
+            transport.leave()
+        self._opened.clear()
+        self._grids.clear()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        self.watchdog = watchdog.next_epoch()
+        try:
+            self._init_process_group(dist.PrefixStore(f"epoch {self.watchdog.epoch}", meeting_place))
+        except RuntimeError as error:
+            raise self.watchdog.failure("init_process_group", "ep", self.rank, str(error)) from error
+
+    def _init_process_group(self, store: dist.Store) -> None:
+        dist.init_process_group(
+            self._transport.backend, store=store, rank=self.rank, world_size=self.num_ranks, timeout=self._timeout
+        )
 
     def _open(self, topology: ParallelTopology) -> tuple[Transport, Transport, Transport]:
         shape = (topology.tp_size, topology.dp_size)
@@ -192,7 +237,9 @@ class _ProcessRank(Rank):
         tp, dp = self._grids[shape]
         ep = dist.group.WORLD
         assert ep is not None  # _serve_rank has opened it
-        return self._transport(tp, "tp"), self._transport(dp, "dp"), self._transport(ep, "ep")
+        opened = self._transport(tp, "tp"), self._transport(dp, "dp"), self._transport(ep, "ep")
+        self._opened.update(opened)
+        return opened
 
 
 def _process_transport(name: str) -> type[TorchDistTransport]:
@@ -221,20 +268,7 @@ def _serve_rank(
         this_rank = _ProcessRank(rank, num_ranks, transport, timeout)
         if this_rank.device.type != "cpu":
             torch.accelerator.set_device_index(this_rank.device)
-        meeting_place = dist.FileStore(store, num_ranks)
-
-        def exchange(text: str) -> list[str]:
-            meeting_place.set(f"mailbox {rank}", text)
-            return [meeting_place.get(f"mailbox {other}").decode() for other in range(num_ranks)]
-
-        this_rank.watchdog = Watchdog.open(rank, exchange, address=LOOPBACK, deadline=timeout)
-        dist.init_process_group(
-            transport.backend,
-            store=meeting_place,
-            rank=rank,
-            world_size=num_ranks,
-            timeout=datetime.timedelta(seconds=timeout),
-        )
+        this_rank.open_world(dist.FileStore(store, num_ranks))
     except Exception as error:  # noqa: BLE001 - sent to the parent, which raises it
         requests.send(_portable(error))
         return

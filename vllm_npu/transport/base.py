@@ -45,6 +45,10 @@ class RankWatch(Protocol):
         """Note that a collective of this rank begins. LOCAL."""
         ...
 
+    def end(self) -> None:
+        """Note that a collective of this rank has ended without an error. LOCAL."""
+        ...
+
     def failure(self, operation: str, group: str, rank: int, detail: str) -> RankFailureError:
         """The error for a failed collective. It names the ranks that ended or are late. LOCAL."""
         ...
@@ -255,6 +259,10 @@ class Transport(ABC):
     def abort(self) -> None:  # noqa: B027 - only device transports have waits that no host call ends
         """End what this rank's device waits for in this group, with undefined results. LOCAL. The group is of no use after."""
 
+    def leave(self) -> None:  # noqa: B027 - threads have no connections
+        """Close this rank's connections of the group after a failure, so that calls of other ranks on it fail now. LOCAL. The
+        group is of no use after."""
+
     def watch(self, watchdog: RankWatch) -> None:  # noqa: B027 - threads name late ranks without it
         """Let `watchdog` name the ended or late ranks in this rank's failures on the group, and set the deadline. LOCAL."""
 
@@ -382,6 +390,11 @@ class Groups:
         """Let `watchdog` watch all three transports. LOCAL."""
         for transport in (self.tp, self.dp, self.ep):
             transport.watch(watchdog)
+
+    def leave(self) -> None:
+        """Leave all three groups after a failure. LOCAL."""
+        for transport in (self.tp, self.dp, self.ep):
+            transport.leave()
 
     def close(self) -> None:
         """Close the three transports. LOCAL."""

@@ -51,6 +51,11 @@ class GlooTransport(TorchDistTransport):
         """Wait with a time-out. Without one, gloo's sends and receives wait for ever."""
         work.wait(self._deadline)
 
+    def leave(self) -> None:
+        """Forget the process group and the shared memory. LOCAL. The mapped memory of a rank that comes late stays its own."""
+        super().leave()
+        self.close()
+
     def close(self) -> None:
         """Release the shared memory."""
         self.__dict__.pop("_window", None)

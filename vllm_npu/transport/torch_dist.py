@@ -40,8 +40,19 @@ class TorchDistTransport(Transport):
 
     def __init__(self, process_group: dist.ProcessGroup, group: str) -> None:
         super().__init__(group, dist.get_rank(process_group), dist.get_world_size(process_group))
-        self.process_group = process_group
+        self._process_group: dist.ProcessGroup | None = process_group
         self._watchdog: RankWatch | None = None
+
+    @property
+    def process_group(self) -> dist.ProcessGroup:
+        """The group's process group. Raises TransportError after leave()."""
+        if self._process_group is None:
+            raise TransportError("process_group", self.group, self.rank, "this rank has left the group after a failure")
+        return self._process_group
+
+    def leave(self) -> None:
+        """Forget the process group. Its connections close when nobody else keeps it. LOCAL."""
+        self._process_group = None
 
     def watch(self, watchdog: RankWatch) -> None:
         """Failures name ranks from now on. The process group keeps its own time-out; only gloo takes the watchdog's. LOCAL."""
@@ -62,6 +73,8 @@ class TorchDistTransport(Transport):
             self._watchdog.begin(operation, self.group)
         try:
             yield
+            if self._watchdog is not None:
+                self._watchdog.end()
         except RankFailureError as error:
             raise RankFailureError(operation, self.group, self.rank, error.detail, error.ranks) from error
         except RuntimeError as error:

@@ -52,12 +52,13 @@ class RecordingTransport(Transport):
         members: Sequence[
             int
         ] = (),  # the group's ranks, numbered in the whole run, in the group's order; empty: 0, 1, ...
+        epoch: int = 0,  # of the group (trust/watchdog.py)
     ) -> None:
         super().__init__(inner.group, inner.rank, inner.size)
         self.inner = inner
         self._counter = counter
         self._ring = ring
-        self._members = Group(name=inner.group, members=tuple(members) or tuple(range(inner.size)))
+        self._members = Group(name=inner.group, members=tuple(members) or tuple(range(inner.size)), epoch=epoch)
         self._streams: dict[int, int] = {}
 
     @property
@@ -78,6 +79,10 @@ class RecordingTransport(Transport):
     def watch(self, watchdog: RankWatch) -> None:
         """Watch the wrapped transport."""
         self.inner.watch(watchdog)
+
+    def leave(self) -> None:
+        """Leave the wrapped transport's group."""
+        self.inner.leave()
 
     def close(self) -> None:
         """Close the wrapped transport."""
@@ -217,11 +222,12 @@ def record(
     counter: CollectiveCounter | None,
     ring: TraceRing | None = None,
     members: Sequence[int] = (),  # the group's ranks, numbered in the whole run
+    epoch: int = 0,  # of the group
 ) -> Transport:
     """Wrap `transport` for a counter, a ring, or both. Without either, return it unchanged."""
     if counter is None and ring is None:
         return transport
-    return RecordingTransport(transport, counter, ring, members)
+    return RecordingTransport(transport, counter, ring, members, epoch)
 
 
 def open_ring(rank: int, world_size: int) -> TraceRing | None:

@@ -31,31 +31,34 @@ PEER_TO_PEER = frozenset(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
-    """A group of ranks. `members` are numbers of ranks in the whole run."""
+    """A group of ranks in one epoch. `members` are numbers of ranks in the whole run."""
 
     name: str
     members: tuple[int, ...]
+    epoch: int = 0  # of the failures that all ranks have survived (trust/watchdog.py)
 
     def __str__(self) -> str:
-        """Text such as 'ep:0-3', 'dp:1-7/2' (every second rank of 1 to 7), or 'tp:0,3,4'."""
+        """Text such as 'ep:0-3', 'dp:1-7/2' (every second rank of 1 to 7), 'tp:0,3,4', or 'ep#1:0-3' in epoch 1."""
+        name = f"{self.name}#{self.epoch}" if self.epoch else self.name
         first, last, count = self.members[0], self.members[-1], len(self.members)
         stride = (last - first) // max(count - 1, 1) or 1
         if self.members != tuple(range(first, last + 1, stride)):
-            return f"{self.name}:{','.join(map(str, self.members))}"
-        return f"{self.name}:{first}-{last}{f'/{stride}' if stride > 1 else ''}"
+            return f"{name}:{','.join(map(str, self.members))}"
+        return f"{name}:{first}-{last}{f'/{stride}' if stride > 1 else ''}"
 
     @classmethod
     def parse(cls, text: str) -> "Group":
         """Make a group from a text of str(). Raises ValueError for other texts."""
         name, _, ranks = text.rpartition(":")
+        name, _, epoch = name.partition("#")
         if "-" not in ranks:
-            return cls(name=name, members=tuple(map(int, ranks.split(","))))
+            return cls(name=name, members=tuple(map(int, ranks.split(","))), epoch=int(epoch or 0))
         span, _, stride = ranks.partition("/")
         first, last = map(int, span.split("-"))
         members = range(first, last + 1, int(stride or 1))
         if not members or last - first >= MAX_RANKS:
             raise ValueError(f"{text} is no group of 1 to {MAX_RANKS} ranks")
-        return cls(name=name, members=tuple(members))
+        return cls(name=name, members=tuple(members), epoch=int(epoch or 0))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

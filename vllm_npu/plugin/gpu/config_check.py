@@ -11,6 +11,7 @@ from vllm_npu.all2all.pplx import PPLXSizes
 from vllm_npu.core.limits import NVLINK, MoELayer
 from vllm_npu.core.topology import ExpertPlacement, ParallelTopology
 from vllm_npu.errors import UnsupportedConfigError
+from vllm_npu.plugin.compat.fault_tolerance import refuse_fault_tolerance
 from vllm_npu.plugin.options import Options, check_expert_placement, topology_of
 from vllm_npu.strategies.select import check_strategy
 from vllm_npu.strategies.table import AUTO
@@ -58,9 +59,11 @@ def required_backend(vllm_config: "VllmConfig") -> str | None:
     moves_tokens = model_config is not None and model_config.is_moe and topology.dp_size > 1 and topology.ep_size > 1
     if options.all2all is not None:
         row = manager_row(options.all2all)
+        refuse_fault_tolerance(parallel_config, row.backend)
         if options.all2all == "pplx" and moves_tokens:
             check_pplx(vllm_config, topology)
         return row.backend
+    refuse_fault_tolerance(parallel_config)
     layer = None
     if moves_tokens:
         num_experts = int(model_config.get_num_experts())

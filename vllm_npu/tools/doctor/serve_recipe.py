@@ -33,6 +33,7 @@ REFUSED = {
     "enable_lora": "LoRA adapters were never run with the strategies of this package beside vllm-ascend",
     "enable_dbo": "two micro-batches in flight were never run with the strategies of this package",
     "prefill_context_parallel_size": "prefill context parallelism was never run with the strategies of this package",
+    "enable_fault_tolerance": "vLLM has no hook by which the groups of HCCL could be opened anew after a failure",
     "worker_cls": "vllm_npu replaces vllm-ascend's own worker only",
 }
 DECODE_NODE = "a decode node's ranks take mc2 without counts; with another moe_comm they agree on counts"
@@ -119,7 +120,14 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--data-parallel-size", "-dp", type=int, default=1)
     parser.add_argument("--max-num-seqs", type=int)
     parser.add_argument("--additional-config", type=_json_object, default={})
-    for flag in ("--enable-lora", "--enable-expert-parallel", "--enforce-eager", "--enable-eplb", "--enable-dbo"):
+    for flag in (
+        "--enable-lora",
+        "--enable-expert-parallel",
+        "--enforce-eager",
+        "--enable-eplb",
+        "--enable-dbo",
+        "--enable-fault-tolerance",
+    ):
         parser.add_argument(flag, action="store_true")
     for option in (
         "--compilation-config",

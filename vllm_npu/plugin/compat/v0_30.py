@@ -5,7 +5,8 @@ these: `_MoECommMethods` (table of MoE communication methods), `_moe_config_key`
 of experts), `MoECommMethod` (prepare, fused_experts, finalize), `select_moe_comm_method` (called once a step),
 `build_mlp_compute_input`, `apply_moe_mlp`, `FusedExpertsResult`, `MoEPrepareOutput`, `MoETokenDispatchOutput`, `_EXTRA_CTX`
 (the step's `moe_comm_type`, `is_draft_model` and `in_profile_run`), `AscendMoERunner`, `get_mc2_group`, `AscendConfig`, and
-`AscendRoutedExperts.forward_impl`, which takes the method from the table. CAN REMOVE when MIN_SUPPORTED > 0.30.
+`AscendRoutedExperts.forward_impl`, which takes the method from the table; for adapters `has_lora`, and the layer's
+`_ascend_moe_lora_context` with its `exchanged_lora_indices`. CAN REMOVE when MIN_SUPPORTED > 0.30.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,7 +16,8 @@ from typing import Any
 import torch
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.fused_moe.runner.moe_runner_interface import MoERunnerInterface
-from vllm_ascend.ascend_forward_context import _EXTRA_CTX
+from vllm_ascend.ascend_forward_context import _EXTRA_CTX, MoECommType
+from vllm_ascend.lora.fused_moe import has_lora
 from vllm_ascend.ops.fused_moe import moe_comm_method
 from vllm_ascend.ops.fused_moe.dataclass.moe_mlp import build_mlp_compute_input
 from vllm_ascend.ops.fused_moe.dataclass.prepare_finalize import MoEPrepareOutput
@@ -24,6 +26,7 @@ from vllm_ascend.ops.fused_moe.fused_moe import AscendMoERunner
 from vllm_ascend.ops.fused_moe.moe_comm_method import FusedExpertsResult, MoECommMethod
 from vllm_ascend.ops.fused_moe.moe_mlp import apply_moe_mlp
 
+from vllm_npu.plugin.ascend.adapters import ExpertAdapters, places_of
 from vllm_npu.plugin.compat.ascend_lines import (
     COMM_TYPES,
     COMPLETE,
@@ -49,6 +52,7 @@ __all__ = [
     "FusedExpertsResult",
     "MoECommMethod",
     "MoEPrepareOutput",
+    "adapters_of",
     "agree_on_counts",
     "agree_on_padding",
     "check_layers",
@@ -91,6 +95,7 @@ def moe_layers(vllm_config: VllmConfig) -> tuple[list[LayerFacts], list[str]]:
             layer,
             sliced=bool(layer.moe_config.is_sequence_parallel),
             experts=layer.routed_experts.quant_method,
+            ids_of_expert=places_of(getattr(layer.routed_experts, "_ascend_moe_lora_context", None)),
             swiglu_limit=layer.moe_config.swiglu_limit,
         )
         for layer in exchanging_layers(vllm_config, AscendMoERunner).values()
@@ -108,17 +113,7 @@ def check_layers(vllm_config: VllmConfig) -> None:
     These facts are known from the layers only. ascend/config_check refuses settings before a process starts.
     """
     layers = [layer for layer in static_layers(vllm_config) if isinstance(layer, AscendMoERunner)]
-    refuse_layers(
-        vllm_config,
-        layers,
-        {
-            "routing by a hash of token ids": any(layer.routed_experts.tid2eid is not None for layer in layers),
-            "MoE layers with a transform around the routed experts (latent experts)": any(
-                layer.routed_input_transform is not None or layer.routed_output_transform is not None
-                for layer in layers
-            ),
-        },
-    )
+    refuse_layers(vllm_config, layers, {})
 
 
 def take_attributes(ours: Any, theirs: MoECommMethod) -> None:
@@ -149,15 +144,29 @@ def compute_experts(
     quant_method: Any,  # the layer's, which computes the experts
 ) -> tuple[torch.Tensor, Any]:
     """Run vllm-ascend's experts on dispatched rows. Returns their output, and the event before the second product. LOCAL."""
-    output: tuple[torch.Tensor, Any] = apply_moe_mlp(
-        build_mlp_compute_input(
-            fused_experts_input=given,
-            token_dispatch_output=MoETokenDispatchOutput(**dispatched),
-            moe_config=method.moe_config,
-        ),
-        quant_method,
-    )
+    comm_type = _EXTRA_CTX.moe_comm_type
+    if given.lora_context is not None:  # int8 experts with adapters read the rows' adapters after ALLTOALL alone
+        _EXTRA_CTX.moe_comm_type = MoECommType.ALLTOALL
+    try:
+        output: tuple[torch.Tensor, Any] = apply_moe_mlp(
+            build_mlp_compute_input(
+                fused_experts_input=given,
+                token_dispatch_output=MoETokenDispatchOutput(**dispatched),
+                moe_config=method.moe_config,
+            ),
+            quant_method,
+        )
+    finally:
+        _EXTRA_CTX.moe_comm_type = comm_type
     return output
+
+
+def adapters_of(given: Any) -> ExpertAdapters | None:
+    """The LoRA adapters of the layer's experts. None if it has none, or int8 experts and no token of the step has one."""
+    context = given.lora_context
+    if context is None or (given.quant.is_quant and not has_lora(context)):
+        return None
+    return ExpertAdapters(context)
 
 
 def experts_result(given: Any, *, after_dispatch: Any, **fields: Any) -> FusedExpertsResult:

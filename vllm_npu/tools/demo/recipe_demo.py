@@ -99,7 +99,7 @@ class RecipeDemo:
     def _run(self, recipe: SmallRecipe) -> RecipeRow:
         folder = self._session.folder / recipe.model.family
         if not folder.exists():
-            write_tiny_model(recipe.model, folder, int8=recipe.int8)
+            write_tiny_model(recipe.model, folder, quantised="W8A8" if recipe.int8 else None)
         row = RecipeRow(recipe=recipe.name, runs_as=str(recipe), left_out=recipe.left_out)
         try:
             [(reference, _), (served, ran)] = [self._serve(recipe, moe_comm) for moe_comm in (OFF, AUTO)]

@@ -251,6 +251,14 @@ FUSED_CASES = {
     "TP2 W8A8": (2, 1, {"quantised": "W8A8", "steps": [[16], [5], [1]]}),
     "DP2 bfloat16, graph": (1, 2, {"graph": True, "steps": [[8, 8]], "own": ["FUSED_MC2"]}),
     "DP2 W8A8, graph": (1, 2, {"quantised": "W8A8", "graph": True, "steps": [[8, 8]], "own": ["FUSED_MC2"]}),
+    "TP2 bfloat16, redundant experts": (
+        *(2, 1),
+        {"redundant": 2, "env": {"DYNAMIC_EPLB": "true"}, "steps": [[16], [5]]},
+    ),
+    "DP2 W8A8, redundant experts": (
+        *(1, 2),
+        {"quantised": "W8A8", "redundant": 2, "env": {"DYNAMIC_EPLB": "true"}, "steps": [[5, 5], [3, 7]]},
+    ),
     "TP2 bfloat16, graph": (2, 1, {"graph": True, "steps": [[8]], "own": ["FUSED_MC2"]}),
 }
 
@@ -308,6 +316,23 @@ def test_a_step_whose_rows_may_not_fit_goes_another_way_and_vllm_ascend_loses_ro
     assert lost > 0
     reason = "fused_mc2 has room for 80 rows on a rank (mega_moe_max_tokens), and up to 160 may arrive in this step"
     assert reason in outcome.output
+
+
+@pytest.mark.parametrize("kind", [None, "W8A8"])
+def test_compare_runs_fused_mc2_beside_vllm_ascends_own(kind):
+    steps = [[16, 16], [3, 7]]
+    outcome, reports = run(
+        *("A3", 1, 2),
+        dtype="bfloat16",
+        quantised=kind,
+        fused_rows=80,
+        moe_comm="compare:fused_mc2",
+        steps=steps,
+        strategies=[],
+    )
+    assert outcome.code == 0, outcome.output
+    assert [report["comparison"]["layer_calls"] for report in reports] == [2, 2]
+    assert [report["comparison"]["differing"] for report in reports] == [0, 0], outcome.output
 
 
 @pytest.mark.parametrize("fault", [False, True])

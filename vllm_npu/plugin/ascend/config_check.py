@@ -51,6 +51,11 @@ def check_settings(vllm_config: "VllmConfig", options: Options) -> None:
             and ascend_config.eplb_config.eplb_policy_type == RANDOM_EPLB_POLICY
             and topology_of(vllm_config.parallel_config).ep_size < RANDOM_EPLB_RANKS
         ),
+        # vLLM's router computes them itself and gives their ids the weight 0. Both lines of vllm-ascend replace this router by
+        # one that sends tokens to them by ids behind those of the experts.
+        "zero experts (zero_expert_num), which vllm-ascend alone routes to as to experts with weights": bool(
+            getattr(vllm_config.model_config.hf_text_config, "zero_expert_num", 0)
+        ),
         # Each data-parallel rank numbers its adapters itself, and vllm-ascend's experts would take another rank's number for
         # their own.
         "LoRA adapters on experts with data parallelism (--lora-target-modules may keep them to other layers)": bool(

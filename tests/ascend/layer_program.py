@@ -108,7 +108,7 @@ def dense(
 def table_of_tokens(experts: int, top_k: int) -> torch.Tensor:
     """The experts of each token id, [TOKEN_IDS, top_k] int32."""
     generator = torch.Generator().manual_seed(9)
-    return torch.rand(TOKEN_IDS, experts, generator=generator).argsort(-1)[:, :top_k].int()
+    return torch.rand(TOKEN_IDS, experts, generator=generator, device="cpu").argsort(-1)[:, :top_k].int()
 
 
 def transforms(given: dict[str, Any], sizes: "Sizes") -> list[torch.Tensor]:
@@ -116,7 +116,7 @@ def transforms(given: dict[str, Any], sizes: "Sizes") -> list[torch.Tensor]:
     generator, latent = torch.Generator().manual_seed(8), given["latent"]
     shapes = ((latent, sizes.hidden), (sizes.hidden, latent))
     dtype = getattr(torch, given["dtype"])
-    return [(torch.randn(shape, generator=generator) * shape[1] ** -0.5).to(dtype) for shape in shapes]
+    return [(torch.randn(shape, generator=generator, device="cpu") * shape[1] ** -0.5).to(dtype) for shape in shapes]
 
 
 def as_module(matrix: torch.Tensor, device: torch.device) -> torch.nn.Module:

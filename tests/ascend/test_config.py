@@ -69,6 +69,7 @@ def test_a_configuration_without_a_model_is_vllm_ascends_alone() -> None:
             },
             "eplb_policy_type 0, which exchanges experts of ranks 1 and 3, on fewer ranks",
         ),
+        ({"hf_overrides": {"zero_expert_num": 4}}, "zero experts (zero_expert_num)"),
         ({"additional_config": {"enable_mc2_hierarchy_comm": True}}, "additional_config enable_mc2_hierarchy_comm"),
         ({"additional_config": {"enable_fused_mc2": 2}}, "additional_config enable_fused_mc2: 2 is dispatch_gmm"),
         ({"additional_config": {"mix_placement": True}}, "mix_placement with quantization=None"),

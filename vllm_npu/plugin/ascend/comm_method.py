@@ -96,8 +96,8 @@ class PipelineCommMethod(RELEASE.MoECommMethod):  # type: ignore[name-defined]
         pipelines = model_pipelines(expert_parallel=bool(self.moe_config.use_ep))
         num_experts = RELEASE.local_experts(self, fused_experts_input) * max(int(self.moe_config.ep_size), 1)
         quant_mode = RELEASE.QUANT_MODES[fused_experts_input.quant.quant_type]
-        if adapters is not None:  # they multiply the rows as they are, so vllm-ascend quantises behind the exchange
-            num_experts, quant_mode = num_experts * adapters.places, QuantMode.NONE
+        if adapters is not None:
+            num_experts *= adapters.places
         if step.strategy in FUSED_STRATEGIES:
             tokens = hidden_states, topk_weights
             return _fused(fused_experts_input, quant_method, tokens, step, pipelines, num_experts, quant_mode)

@@ -5,7 +5,7 @@ these: `_MoECommMethods` (table of MoE communication methods), `_moe_config_key`
 of experts), `MoECommMethod` (prepare, fused_experts, finalize), `select_moe_comm_method` (called once a step),
 `build_mlp_compute_input`, `apply_moe_mlp`, `FusedExpertsResult`, `MoEPrepareOutput`, `MoETokenDispatchOutput`, `_EXTRA_CTX`
 (the step's `moe_comm_type`, `is_draft_model` and `in_profile_run`), `AscendMoERunner`, `get_mc2_group`, `AscendConfig`, and
-`AscendRoutedExperts.forward_impl`, which takes the method from the table; for adapters `has_lora`, and the layer's
+`AscendRoutedExperts.forward_impl`, which takes the method from the table; for adapters the layer's
 `_ascend_moe_lora_context` with its `exchanged_lora_indices`. CAN REMOVE when MIN_SUPPORTED > 0.30.
 """
 
@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.fused_moe.runner.moe_runner_interface import MoERunnerInterface
-from vllm_ascend.ascend_forward_context import _EXTRA_CTX, MoECommType
-from vllm_ascend.lora.fused_moe import has_lora
+from vllm_ascend.ascend_forward_context import _EXTRA_CTX
 from vllm_ascend.ops.fused_moe import moe_comm_method
 from vllm_ascend.ops.fused_moe.dataclass.moe_mlp import build_mlp_compute_input
 from vllm_ascend.ops.fused_moe.dataclass.prepare_finalize import MoEPrepareOutput
@@ -25,6 +24,7 @@ from vllm_ascend.ops.fused_moe.dataclass.token_dispatcher import MoETokenDispatc
 from vllm_ascend.ops.fused_moe.fused_moe import AscendMoERunner
 from vllm_ascend.ops.fused_moe.moe_comm_method import FusedExpertsResult, MoECommMethod
 from vllm_ascend.ops.fused_moe.moe_mlp import apply_moe_mlp
+from vllm_ascend.quantization.quant_type import QuantType
 
 from vllm_npu.plugin.ascend.adapters import ExpertAdapters, places_of
 from vllm_npu.plugin.compat.ascend_lines import (
@@ -95,7 +95,7 @@ def moe_layers(vllm_config: VllmConfig) -> tuple[list[LayerFacts], list[str]]:
             layer,
             sliced=bool(layer.moe_config.is_sequence_parallel),
             experts=layer.routed_experts.quant_method,
-            ids_of_expert=places_of(getattr(layer.routed_experts, "_ascend_moe_lora_context", None)),
+            ids_of_expert=places_of(_adapters_on(layer)),
             swiglu_limit=layer.moe_config.swiglu_limit,
         )
         for layer in exchanging_layers(vllm_config, AscendMoERunner).values()
@@ -113,7 +113,20 @@ def check_layers(vllm_config: VllmConfig) -> None:
     These facts are known from the layers only. ascend/config_check refuses settings before a process starts.
     """
     layers = [layer for layer in static_layers(vllm_config) if isinstance(layer, AscendMoERunner)]
-    refuse_layers(vllm_config, layers, {})
+    refuse_layers(
+        vllm_config,
+        layers,
+        {
+            "LoRA adapters on quantised experts": any(
+                _adapters_on(layer) is not None and layer.quant_type is not QuantType.NONE for layer in layers
+            )
+        },
+    )
+
+
+def _adapters_on(layer: Any) -> Any:
+    """vllm-ascend's MoELoRAContext of an AscendMoERunner. None if its experts have no adapters."""
+    return getattr(layer.routed_experts, "_ascend_moe_lora_context", None)
 
 
 def take_attributes(ours: Any, theirs: MoECommMethod) -> None:
@@ -144,29 +157,20 @@ def compute_experts(
     quant_method: Any,  # the layer's, which computes the experts
 ) -> tuple[torch.Tensor, Any]:
     """Run vllm-ascend's experts on dispatched rows. Returns their output, and the event before the second product. LOCAL."""
-    comm_type = _EXTRA_CTX.moe_comm_type
-    if given.lora_context is not None:  # int8 experts with adapters read the rows' adapters after ALLTOALL alone
-        _EXTRA_CTX.moe_comm_type = MoECommType.ALLTOALL
-    try:
-        output: tuple[torch.Tensor, Any] = apply_moe_mlp(
-            build_mlp_compute_input(
-                fused_experts_input=given,
-                token_dispatch_output=MoETokenDispatchOutput(**dispatched),
-                moe_config=method.moe_config,
-            ),
-            quant_method,
-        )
-    finally:
-        _EXTRA_CTX.moe_comm_type = comm_type
+    output: tuple[torch.Tensor, Any] = apply_moe_mlp(
+        build_mlp_compute_input(
+            fused_experts_input=given,
+            token_dispatch_output=MoETokenDispatchOutput(**dispatched),
+            moe_config=method.moe_config,
+        ),
+        quant_method,
+    )
     return output
 
 
 def adapters_of(given: Any) -> ExpertAdapters | None:
-    """The LoRA adapters of the layer's experts. None if it has none, or int8 experts and no token of the step has one."""
-    context = given.lora_context
-    if context is None or (given.quant.is_quant and not has_lora(context)):
-        return None
-    return ExpertAdapters(context)
+    """The LoRA adapters of the layer's experts. None if it has none."""
+    return None if given.lora_context is None else ExpertAdapters(given.lora_context)
 
 
 def experts_result(given: Any, *, after_dispatch: Any, **fields: Any) -> FusedExpertsResult:

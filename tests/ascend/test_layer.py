@@ -116,6 +116,10 @@ CASES = {
     "A3 TP2 W4A16, float16": ("A3", 2, 1, {"dtype": "float16", "quantised": "W4A16", "steps": [[1], [5], [16]]}),
     "A3 DP2 by token id": ("A3", 1, 2, {"dtype": "bfloat16", "by_token_id": True, "steps": [[5, 5], [3, 7]]}),
     "A3 TP2 by token id": ("A3", 2, 1, {"dtype": "float16", "by_token_id": True, "steps": [[1], [5], [16]]}),
+    "A3 TP2 flashcomm1, by token id": (
+        *("A3", 2, 1),
+        {"dtype": "float16", "by_token_id": True, "flashcomm1": True, "steps": [[6], [16]]},
+    ),
     "A3 TP2 DP2 flashcomm1, by token id": (
         *("A3", 2, 2),
         {"dtype": "float16", "by_token_id": True, "flashcomm1": True, "steps": [[6, 2], [16, 16]]},
@@ -129,6 +133,7 @@ CASES = {
 ONLY = {
     "A3 TP2 flashcomm1": "0.23",
     "A3 TP2 DP2 flashcomm1": "0.30",
+    "A3 TP2 flashcomm1, by token id": "0.23",
     "A3 TP2 DP2 flashcomm1, by token id": "0.30",
     "A3 DP2 W8A8, mix_placement": "0.23",
     "A3 DP2 W4A8 in groups": "0.23",  # 0.30 refuses weights with a scale for each group

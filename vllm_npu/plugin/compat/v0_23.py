@@ -121,9 +121,6 @@ def check_layers(vllm_config: VllmConfig) -> None:
         vllm_config,
         layers,
         {
-            # The ranks of a layer with both waited for each other. Whether vllm-ascend alone does was not found out.
-            "routing by a hash of token ids with flashcomm1": enable_sp(vllm_config)
-            and any(layer.tid2eid is not None for layer in layers),
             "mix_placement with experts that are not W8A8, whose layer chooses no shared expert": any(
                 _mixed_experts(layer) and layer.quant_type is not QuantType.W8A8 for layer in layers
             ),

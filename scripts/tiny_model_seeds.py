@@ -22,6 +22,7 @@ import transformers
 from torch.overrides import TorchFunctionMode
 
 from vllm_npu.tools.demo import ascend_demo, recipes
+from vllm_npu.tools.engines.int4_weights import as_w4a8, as_w4a16
 from vllm_npu.tools.engines.tiny_models import TinyModel, demo_prompts, write_tiny_model
 
 COPIES = 16
@@ -33,13 +34,17 @@ FLOAT_WEIGHTS = ("gate.weight", "lm_head.weight", "kv_b_proj.weight")  # in floa
 
 
 class Int8Linears(TorchFunctionMode):
-    """Linear layers with int8 weights and int8 rows, as in W8A8_DYNAMIC, but for those in float."""
+    """Linear layers with int8 weights and int8 rows, as in W8A8_DYNAMIC, but for those in float.
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    `rounded` are weights that keep their values: those of experts that are int4 already.
+    """
+
+    def __init__(self, model: torch.nn.Module, rounded: Sequence[torch.Tensor] = ()) -> None:
         super().__init__()
         self._float_weights = {
             weight.data_ptr() for name, weight in model.named_parameters() if name.endswith(FLOAT_WEIGHTS)
         }
+        self._rounded = {matrix.data_ptr() for weight in rounded for matrix in weight}
         self._weights: dict[tuple[int, torch.Size], torch.Tensor] = {}
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -48,7 +53,7 @@ class Int8Linears(TorchFunctionMode):
         rows, weight, *bias = args
         key = weight.data_ptr(), weight.shape
         if key not in self._weights:
-            self._weights[key] = through_int8(weight)
+            self._weights[key] = weight if key[0] in self._rounded else through_int8(weight)
         return F.linear(through_int8(rows), self._weights[key], *bias)
 
 
@@ -56,6 +61,15 @@ def through_int8(rows: torch.Tensor) -> torch.Tensor:
     """Each row after quantisation to int8 with one scale."""
     scale = rows.abs().amax(-1, keepdim=True) / 127
     return (rows / scale).round() * scale
+
+
+def round_experts(model: torch.nn.Module, kind: str) -> list[torch.Tensor]:
+    """Round the weights of experts to int4, as checkpoints in W4A8 or W4A16 have them. Returns them."""
+    experts = [weight for name, weight in model.named_parameters() if ".experts." in name]
+    rounding = as_w4a8 if kind == "W4A8" else as_w4a16
+    for weight in experts:
+        weight.copy_(torch.from_numpy(rounding(weight.numpy()).rounded))
+    return experts
 
 
 def disturb(model: Any, generator: torch.Generator, *, int8: bool) -> None:
@@ -92,7 +106,7 @@ def decode(model: Any, prompt: list[int], max_tokens: int) -> Iterator[tuple[int
 
 @torch.inference_mode()
 def smallest_margin(
-    tiny: TinyModel, max_tokens: Sequence[int], at_least: float, *, int8: bool = False
+    tiny: TinyModel, max_tokens: Sequence[int], at_least: float, *, quantised: str | None = None
 ) -> tuple[float, int] | None:
     """Smallest margin and number of distinct tokens of a seed; None if a copy differs or the margin is below `at_least`."""
     with tempfile.TemporaryDirectory() as folder:
@@ -100,8 +114,10 @@ def smallest_margin(
         model = transformers.AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, experts_implementation="eager"
         ).eval()
+    rounded = round_experts(model, quantised) if quantised in ("W4A8", "W4A16") else []
+    int8 = quantised in ("W8A8", "W4A8")
     disturb(model, torch.Generator().manual_seed(0), int8=int8)
-    linears = Int8Linears(model) if int8 else nullcontext()
+    linears = Int8Linears(model, rounded) if int8 else nullcontext()
     least, seen = float("inf"), set()
     for prompt, wanted in zip(demo_prompts(), max_tokens, strict=True):
         with linears:
@@ -116,12 +132,17 @@ def smallest_margin(
 def main() -> None:
     """Print seed, margin and number of distinct tokens, in one line for each good seed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    # The model, whether its weights are int8, and the tokens to generate for each prompt.
-    models = {each.model.family: (each.model, each.int8, each.max_tokens) for each in ascend_demo.FULL_PLAN}
-    for _, unquantised, quantised in recipes.FAMILIES:
+    # The model, how it is quantised, and the tokens to generate for each prompt.
+    models: dict[str, tuple[TinyModel, str | None, Sequence[int]]] = {
+        each.model.family: (each.model, "W8A8" if each.int8 else None, each.max_tokens)
+        for each in ascend_demo.FULL_PLAN
+    }
+    for _, unquantised, in_int8 in recipes.FAMILIES:
         if unquantised is not None:
-            models[unquantised.family] = unquantised, False, ascend_demo.MAX_TOKENS
-        models[quantised.family] = quantised, True, ascend_demo.FEWER_TOKENS
+            models[unquantised.family] = unquantised, None, ascend_demo.MAX_TOKENS
+        models[in_int8.family] = in_int8, "W8A8", ascend_demo.FEWER_TOKENS
+    for kind, model in ascend_demo.INT4_EXPERTS.items():
+        models[model.family] = model, kind, ascend_demo.FEWER_TOKENS
     parser.add_argument("family", choices=models)
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--seeds", type=int, default=100)
@@ -131,8 +152,8 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     for seed in range(arguments.first, arguments.first + arguments.seeds):
-        model, int8, max_tokens = models[arguments.family]
-        found = smallest_margin(replace(model, seed=seed), max_tokens, arguments.margin, int8=int8)
+        model, quantised, max_tokens = models[arguments.family]
+        found = smallest_margin(replace(model, seed=seed), max_tokens, arguments.margin, quantised=quantised)
         if found is not None:
             print(f"seed {seed}: margin {found[0]:.3f}, {found[1]} distinct tokens", flush=True)
 

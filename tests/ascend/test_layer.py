@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.ascend.quantised import has_int8_rows
 from vllm_npu.emulator.pytest_plugin import Outcome, launch
 from vllm_npu.plugin.release_lines import release_line
 
@@ -73,11 +74,11 @@ CASES = {
     "A3 TP2 flashcomm1": ("A3", 2, 1, {"dtype": "float16", "flashcomm1": True, "steps": [[6], [16]]}),
     "A3 TP2 DP2 flashcomm1": ("A3", 2, 2, {"dtype": "float16", "flashcomm1": True, "steps": [[6, 2], [16, 16]]}),
     "A2 DP2 bfloat16": ("A2", 1, 2, {"dtype": "bfloat16", "steps": [[4, 4], [9, 2]]}),
-    "A3 DP2 W8A8": ("A3", 1, 2, {"dtype": "bfloat16", "int8": True, "steps": [[5, 5], [3, 7]]}),
+    "A3 DP2 W8A8": ("A3", 1, 2, {"dtype": "bfloat16", "quantised": "W8A8", "steps": [[5, 5], [3, 7]]}),
     # vllm-ascend counts the shared expert as an eighth one, which every token chooses.
     "A3 DP2 W8A8, mix_placement": (
         *("A3", 1, 2),
-        {"dtype": "bfloat16", "int8": True, "experts": 7, "mixed": 1, "steps": [[5, 5], [3, 7]]},
+        {"dtype": "bfloat16", "quantised": "W8A8", "experts": 7, "mixed": 1, "steps": [[5, 5], [3, 7]]},
     ),
     # Each rank maps experts to replicas by a table of its own.
     "A3 TP2 float16, redundant experts": (
@@ -86,8 +87,45 @@ CASES = {
     ),
     "A3 DP2 W8A8, redundant experts": (
         *("A3", 1, 2),
-        {"dtype": "bfloat16", "int8": True, "redundant": 2, "env": {"DYNAMIC_EPLB": "true"}, "steps": [[5, 5], [3, 7]]},
+        {
+            "dtype": "bfloat16",
+            "quantised": "W8A8",
+            "redundant": 2,
+            "env": {"DYNAMIC_EPLB": "true"},
+            "steps": [[5, 5], [3, 7]],
+        },
     ),
+    "A3 DP2 W4A8": ("A3", 1, 2, {"dtype": "bfloat16", "quantised": "W4A8", "steps": [[5, 5], [3, 7]]}),
+    "A3 TP2 W4A8": ("A3", 2, 1, {"dtype": "bfloat16", "quantised": "W4A8", "steps": [[1], [5], [16]]}),
+    "A2 DP2 W4A8": ("A2", 1, 2, {"dtype": "bfloat16", "quantised": "W4A8", "steps": [[4, 4], [9, 2]]}),
+    "A3 DP2 W4A8 in groups": (
+        *("A3", 1, 2),
+        {"dtype": "bfloat16", "quantised": "W4A8 in groups", "steps": [[5, 5], [3, 7]]},
+    ),
+    "A3 DP2 W4A8, redundant experts": (
+        *("A3", 1, 2),
+        {
+            "dtype": "bfloat16",
+            "quantised": "W4A8",
+            "redundant": 2,
+            "env": {"DYNAMIC_EPLB": "true"},
+            "steps": [[5, 5], [3, 7]],
+        },
+    ),
+    "A3 DP2 W4A16": ("A3", 1, 2, {"dtype": "bfloat16", "quantised": "W4A16", "steps": [[5, 5], [3, 7]]}),
+    "A3 TP2 W4A16, float16": ("A3", 2, 1, {"dtype": "float16", "quantised": "W4A16", "steps": [[1], [5], [16]]}),
+    "A3 DP2 by token id": ("A3", 1, 2, {"dtype": "bfloat16", "by_token_id": True, "steps": [[5, 5], [3, 7]]}),
+    "A3 TP2 by token id": ("A3", 2, 1, {"dtype": "float16", "by_token_id": True, "steps": [[1], [5], [16]]}),
+    "A3 TP2 flashcomm1, by token id": (
+        *("A3", 2, 1),
+        {"dtype": "float16", "by_token_id": True, "flashcomm1": True, "steps": [[6], [16]]},
+    ),
+    "A3 TP2 DP2 flashcomm1, by token id": (
+        *("A3", 2, 2),
+        {"dtype": "float16", "by_token_id": True, "flashcomm1": True, "steps": [[6, 2], [16, 16]]},
+    ),
+    "A3 DP2 latent": ("A3", 1, 2, {"dtype": "bfloat16", "hidden": 1536, "latent": 1024, "steps": [[5, 5], [3, 7]]}),
+    "A3 TP2 latent": ("A3", 2, 1, {"dtype": "float16", "hidden": 1536, "latent": 1024, "steps": [[1], [5], [16]]}),
     "A3 TP2 DP2": ("A3", 2, 2, {"dtype": "float16", "steps": [[5, 2], [8, 8]]}),
 }
 
@@ -95,7 +133,10 @@ CASES = {
 ONLY = {
     "A3 TP2 flashcomm1": "0.23",
     "A3 TP2 DP2 flashcomm1": "0.30",
+    "A3 TP2 flashcomm1, by token id": "0.23",
+    "A3 TP2 DP2 flashcomm1, by token id": "0.30",
     "A3 DP2 W8A8, mix_placement": "0.23",
+    "A3 DP2 W4A8 in groups": "0.23",  # 0.30 refuses weights with a scale for each group
 }
 
 
@@ -113,7 +154,7 @@ def test_every_strategy_gives_what_vllm_ascend_gives(case):
             (path, counts) for path in (OWN, *STRATEGIES) for counts in given["steps"]
         ]
         for row in rows:
-            check_near_dense(row, given["dtype"], int8="int8" in given)
+            check_near_dense(row, given["dtype"], int8=has_int8_rows(given.get("quantised")))
             assert row["from_own"] < tolerance, row
             if row["path"] != OWN:
                 assert row["ran"] == COMM_TYPES[row["path"]]
@@ -205,11 +246,19 @@ def test_a_step_past_mc2s_capacity_goes_another_way():
 # vllm-ascend slices and pads as in MC2. With TP, one token leaves a rank without tokens.
 FUSED_CASES = {
     "DP2 bfloat16, ragged, an idle rank": (1, 2, {"steps": [[5, 5], [3, 7], [1, 16], [0, 6]]}),
-    "DP2 W8A8, ragged, an idle rank": (1, 2, {"int8": True, "steps": [[5, 5], [3, 7], [1, 16], [0, 6]]}),
+    "DP2 W8A8, ragged, an idle rank": (1, 2, {"quantised": "W8A8", "steps": [[5, 5], [3, 7], [1, 16], [0, 6]]}),
     "TP2 bfloat16": (2, 1, {"steps": [[16], [5], [1]]}),
-    "TP2 W8A8": (2, 1, {"int8": True, "steps": [[16], [5], [1]]}),
+    "TP2 W8A8": (2, 1, {"quantised": "W8A8", "steps": [[16], [5], [1]]}),
     "DP2 bfloat16, graph": (1, 2, {"graph": True, "steps": [[8, 8]], "own": ["FUSED_MC2"]}),
-    "DP2 W8A8, graph": (1, 2, {"int8": True, "graph": True, "steps": [[8, 8]], "own": ["FUSED_MC2"]}),
+    "DP2 W8A8, graph": (1, 2, {"quantised": "W8A8", "graph": True, "steps": [[8, 8]], "own": ["FUSED_MC2"]}),
+    "TP2 bfloat16, redundant experts": (
+        *(2, 1),
+        {"redundant": 2, "env": {"DYNAMIC_EPLB": "true"}, "steps": [[16], [5]]},
+    ),
+    "DP2 W8A8, redundant experts": (
+        *(1, 2),
+        {"quantised": "W8A8", "redundant": 2, "env": {"DYNAMIC_EPLB": "true"}, "steps": [[5, 5], [3, 7]]},
+    ),
     "TP2 bfloat16, graph": (2, 1, {"graph": True, "steps": [[8]], "own": ["FUSED_MC2"]}),
 }
 
@@ -221,7 +270,7 @@ def test_fused_mc2_gives_what_vllm_ascends_own_gives(case):
     given = {"dtype": "bfloat16", "fused_rows": 1000, "moe_comm": "fused_mc2", "strategies": strategies} | given
     outcome, reports = run("A3", tp, dp, **given)
     assert outcome.code == 0, outcome.output
-    int8 = "int8" in given
+    int8 = has_int8_rows(given.get("quantised"))
     for report in reports:
         assert report["refused"] == {}
         rows = report["rows"]
@@ -238,15 +287,15 @@ def test_fused_mc2_gives_what_vllm_ascends_own_gives(case):
             assert len(kernels["fused_mc2"]) <= len(kernels[f"{OWN} FUSED_MC2"]), kernels
 
 
-@pytest.mark.parametrize("int8", [False, True])
-def test_a_step_whose_rows_may_not_fit_goes_another_way_and_vllm_ascend_loses_rows(int8):
+@pytest.mark.parametrize("kind", [None, "W8A8"])
+def test_a_step_whose_rows_may_not_fit_goes_another_way_and_vllm_ascend_loses_rows(kind):
     # A rank has room for 80 rows. The second step brings 160, of which each rank has to expect all. About 80 arrive.
     outcome, reports = run(
         "A3",
         1,
         2,
         dtype="bfloat16",
-        int8=int8,
+        quantised=kind,
         fused_rows=80,
         steps=[[16, 16], [40, 40]],
         own=["FUSED_MC2"],
@@ -258,14 +307,32 @@ def test_a_step_whose_rows_may_not_fit_goes_another_way_and_vllm_ascend_loses_ro
         assert report["refused"] == {}
         rows = {(row["path"], row["counts"][0]): row for row in report["rows"]}
         theirs = rows[f"{OWN} FUSED_MC2", 40]
-        lost += not theirs["from_dense"] < (INT8_FROM_DENSE if int8 else TOLERANCES["bfloat16"])  # NaN is no number
+        tolerance = INT8_FROM_DENSE if has_int8_rows(kind) else TOLERANCES["bfloat16"]
+        lost += not theirs["from_dense"] < tolerance  # NaN is no number
         for strategy in ("fused_mc2", "auto"):
             assert [rows[strategy, tokens]["ran"] for tokens in (16, 40)] == ["FUSED_MC2", "MC2"]
             for tokens in (16, 40):
-                assert rows[strategy, tokens]["from_dense"] < (INT8_FROM_DENSE if int8 else TOLERANCES["bfloat16"])
+                assert rows[strategy, tokens]["from_dense"] < tolerance
     assert lost > 0
     reason = "fused_mc2 has room for 80 rows on a rank (mega_moe_max_tokens), and up to 160 may arrive in this step"
     assert reason in outcome.output
+
+
+@pytest.mark.parametrize("kind", [None, "W8A8"])
+def test_compare_runs_fused_mc2_beside_vllm_ascends_own(kind):
+    steps = [[16, 16], [3, 7]]
+    outcome, reports = run(
+        *("A3", 1, 2),
+        dtype="bfloat16",
+        quantised=kind,
+        fused_rows=80,
+        moe_comm="compare:fused_mc2",
+        steps=steps,
+        strategies=[],
+    )
+    assert outcome.code == 0, outcome.output
+    assert [report["comparison"]["layer_calls"] for report in reports] == [2, 2]
+    assert [report["comparison"]["differing"] for report in reports] == [0, 0], outcome.output
 
 
 @pytest.mark.parametrize("fault", [False, True])
@@ -295,15 +362,15 @@ def test_a_buffer_that_is_too_small_for_decode_is_named_before_any_worker_starts
     assert "create_engine_config" in outcome.output, "the error must come while vLLM builds its configuration"
 
 
-@pytest.mark.parametrize("int8", [False, True])
-def test_each_layer_of_a_model_has_sizes_of_its_own(int8):
+@pytest.mark.parametrize("kind", [None, "W8A8", "W4A8"])
+def test_each_layer_of_a_model_has_sizes_of_its_own(kind):
     # vllm-ascend 0.23 keeps one table of methods for all layers, with the sizes of the last one. So it is no reference here.
     outcome, reports = run(
         "A3",
         1,
         2,
         dtype="bfloat16",
-        int8=int8,
+        quantised=kind,
         steps=[[5, 5], [3, 7]],
         own=[],
         more_layers=[{"experts": 16, "top_k": 4}, {"hidden": 2048, "experts": 4, "top_k": 1}],
@@ -313,7 +380,7 @@ def test_each_layer_of_a_model_has_sizes_of_its_own(int8):
         assert report["refused"] == {}
         assert len(report["rows"]) == len(STRATEGIES) * 3 * 2
         for row in report["rows"]:
-            check_near_dense(row, "bfloat16", int8=int8)
+            check_near_dense(row, "bfloat16", int8=has_int8_rows(kind))
 
 
 @pytest.mark.parametrize(("tp", "dp", "steps", "later"), [(1, 2, [[5, 9]], [2, 3]), (2, 1, [[16], [5]], [3])])

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.emulated.references import distinct_ids, random_rows
+from tests.emulated.test_aclnn_low_bits import packed, scale_in_int64
 from vllm_npu.emulator.ascend_stack import custom_ops, finder
 from vllm_npu.emulator.ascend_stack.slot_mapping import SlotMappingKernel
 
@@ -40,6 +41,24 @@ def test_gating_divides_the_chosen_weights_by_their_sum(ops, norm_type, renorm, 
     assert torch.equal(ids.cpu().long(), wanted_ids)
     torch.testing.assert_close(weights.cpu(), (wanted * 2.5).bfloat16())
     torch.testing.assert_close(all_scores.cpu(), scores)
+
+
+@pytest.mark.parametrize("by_table", [True, False])
+def test_experts_chosen_by_a_table_of_token_ids(ops, by_table):
+    logits, bias = random_rows(ROWS, EXPERTS, dtype=torch.float32), random_rows(EXPERTS, seed=2)
+    table = distinct_ids(20, TOP_K, EXPERTS, seed=3)
+    token_ids = torch.tensor([3, 19, 0, 7, 7, -1, 12])  # -1: a row of padding
+    given = {"input_ids": token_ids.npu(), "tid2eid": table.npu()} if by_table else {"bias": bias.npu()}
+    weights, ids, _ = ops.moe_gating_top_k_hash(
+        logits.npu(), TOP_K, **given, routed_scaling_factor=1.5, norm_type=2, group_select_mode=1
+    )
+    scores = (1 + logits.double().exp()).log().sqrt()
+    wanted_ids = table[token_ids.clamp(min=0)].long() if by_table else (scores + bias).topk(TOP_K).indices
+    wanted = scores.gather(1, wanted_ids)
+    assert torch.equal(ids.cpu().long(), wanted_ids)
+    torch.testing.assert_close(weights.cpu().double(), 1.5 * wanted / wanted.sum(-1, keepdim=True), rtol=1e-5, atol=0)
+    with pytest.raises(NotImplementedError, match="norm_type=1"):
+        ops.moe_gating_top_k_hash(logits.npu(), TOP_K, **given, norm_type=1)
 
 
 def test_routing_without_a_range_is_over_all_experts(ops):
@@ -93,6 +112,54 @@ def test_int8_swiglu_of_experts(ops):
         ops.npu_dequant_swiglu_quant(
             padded.npu(), weight_scale=scale.npu(), activation_scale=x_scale.npu(), group_index=counts.npu()
         )
+
+
+@pytest.mark.parametrize("limit", [0.0, 0.5])
+@pytest.mark.parametrize("running_sums", [False, True])
+@pytest.mark.parametrize("lists", [False, True])
+def test_int8_rows_by_int4_weights_of_experts(ops, lists, running_sums, limit):
+    """With the assist matrix 8 * weight * scale, the product is the plain one; a larger matrix adds the rest."""
+    counts, inner, width = torch.tensor([3, 0, 2]), 32, 16
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randint(-128, 128, (6, inner), generator=generator, dtype=torch.int8)  # a row more than the groups have
+    weight = torch.randint(-8, 8, (3, inner, width), generator=generator, dtype=torch.int32)
+    scale, x_scale = random_rows(3, width).abs() / 9, random_rows(6, seed=2).abs() / 9
+    more = random_rows(3, width, seed=3)
+    arguments = {
+        "weight": torch.stack([packed(each) for each in weight]),
+        "weight_scale": scale_in_int64(scale),
+        "weight_assist_matrix": 8 * weight.sum(1) * scale + more,
+    }
+    on_device = {name: list(each.npu()) if lists else [each.npu()] for name, each in arguments.items()}
+    values, scales = ops.grouped_matmul_swiglu_quant_v2(
+        x.npu(),
+        **on_device,
+        x_scale=x_scale.npu(),
+        group_list=(counts.cumsum(0) if running_sums else counts).npu(),
+        group_list_type=0 if running_sums else 1,
+        swiglu_limit=limit,
+    )
+    groups = torch.repeat_interleave(torch.arange(3), counts)
+    products = torch.stack(
+        [x[row].double() @ (weight[group] * scale[group].double()) for row, group in enumerate(groups)]
+    )
+    gate, up = ((products + more[groups]) * x_scale[:5, None]).chunk(2, -1)
+    if limit:
+        assert (gate > limit).any()
+        assert (up.abs() > limit).any()
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    wanted = (torch.nn.functional.silu(gate) * up).float()
+    steps = (values[:5].cpu().float() - wanted / scales[:5].cpu().unsqueeze(-1)).abs()
+    assert steps.max() <= 0.5 + 1e-3
+    torch.testing.assert_close(scales[:5].cpu(), wanted.abs().amax(-1) / 127)
+    assert bool(scales[5:].isnan().all())
+
+
+def test_int8_rows_by_int4_weights_without_an_assist_matrix_are_refused(ops):
+    tensors = torch.zeros(2, 8, dtype=torch.int8), [torch.zeros(1, 8, 2, dtype=torch.int32).npu()]
+    scales = [torch.zeros(1, 16, dtype=torch.int64).npu()], torch.zeros(2).npu()
+    with pytest.raises(NotImplementedError, match="weight_assist_matrix=False"):
+        ops.grouped_matmul_swiglu_quant_v2(tensors[0].npu(), tensors[1], *scales, torch.tensor([2]).npu())
 
 
 @pytest.mark.parametrize(("limit", "alpha", "bias"), [(0.0, 1.0, 0.0), (0.5, 1.7, 1.0)])

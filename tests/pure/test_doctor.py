@@ -540,13 +540,20 @@ def test_a_script_of_a_tutorial_is_read_option_by_option(tmp_path, monkeypatch):
     }
 
 
+def test_adapters_beside_the_experts_are_taken(tmp_path, monkeypatch):
+    monkeypatch.setenv("HCCL_BUFFSIZE", "1")
+    options = "--enable-lora --lora-target-modules q_proj o_proj --no-enable"
+    [row] = [row for row in doctor_of_recipe(tmp_path, RECIPE.replace("--no-enable", options)) if "lora" in row.what]
+    assert (row.status, row.what.partition(":")[0]) == ("ok", "--enable-lora")
+
+
 @pytest.mark.parametrize(
     ("change", "what"),
     [
         (("HCCL_BUFFSIZE=300", "HCCL_BUFFSIZE=1"), "HcclBufferError"),
         (("--no-enable", "--enable-dbo --no-enable"), "--enable-dbo True: two micro-batches"),
         (("--no-enable", "--enable-fault-tolerance --no-enable"), "--enable-fault-tolerance True: vLLM has no hook"),
-        (("--no-enable", "--enable-lora --no-enable"), "--enable-lora True: LoRA adapters were never run"),
+        (("--no-enable", "--enable-lora --no-enable"), "--enable-lora True: with data parallelism"),
         (("--no-enable", "--prefill-context-parallel-size 2 --no-enable"), "--prefill-context-parallel-size 2: "),
         (("VLLM_USE_V1", "VLLM_USE_V2_MODEL_RUNNER"), "VLLM_USE_V2_MODEL_RUNNER=1: model runner V2"),
         (("export VLLM", "export VLLM_NPU_MOE_COMM=fastest VLLM"), "unknown moe_comm 'fastest'"),

@@ -136,6 +136,8 @@ def test_a_layer_that_the_operator_cannot_run_takes_the_whole_step_another_way()
         (replace(LAYER, activation="gelu"), 2, "computes the activation silu, not gelu"),
         (replace(LAYER, swiglu_limit=7.0), 2, "leaves out swiglu_limit, which is 7"),
         (replace(LAYER, has_bias=True), 2, "adds no bias"),
+        (replace(LAYER, int4_weights=True), 2, "with 16-bit weights takes no int4 weights"),
+        (replace(INT8, int4_weights=True), 2, "takes no int4 weights"),
     ],
     ids=str,
 )

@@ -44,6 +44,7 @@ class MoELayer:
     hidden_size: int
     dtype: torch.dtype  # of hidden_states
     quant_mode: QuantMode = QuantMode.NONE
+    int4_weights: bool = False  # whether the weights of the experts are int4
     # Facts for an operator that computes the experts too. None: not known before the layer is built.
     intermediate_size: int | None = None  # of an expert; the first product has twice as many columns
     activation: str | None = None  # vLLM's name
@@ -125,6 +126,8 @@ class FusedMC2Limits:
         experts, columns = ceil_div(layer.num_experts, ep_size), 2 * (layer.intermediate_size or 0)
         if layer.dtype not in self.dtypes:
             return f"{self.name} takes {_names(self.dtypes)}, hidden_states are {_names([layer.dtype])}"
+        if layer.int4_weights:
+            return f"{self.name} takes no int4 weights"
         if ep_size > self.max_ep_size:
             return f"{self.name} takes at most {self.max_ep_size} ranks, not {ep_size}"
         if layer.hidden_size % self.hidden_size_multiple:

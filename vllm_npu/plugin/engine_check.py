@@ -45,7 +45,7 @@ def check_engine(
     if options.mode is Mode.OFF or model_config is None or not model_config.is_moe or topology.world_size == 1:
         return
     facts = model_facts(vllm_config)
-    check_experts(ExpertsWanted(model=facts, lora=_adapters_on_experts(vllm_config)), topology, device)
+    check_experts(ExpertsWanted(model=facts, lora=adapters_on_experts(vllm_config)), topology, device)
     added = AddedExperts(redundant=redundant_experts(vllm_config)) if added is None else added
     layer = configured_layer(vllm_config, facts, added)
     if layer is None:
@@ -105,7 +105,7 @@ def redundant_experts(vllm_config: "VllmConfig") -> int:
     return int(parallel_config.eplb_config.num_redundant_experts) if parallel_config.enable_eplb else 0
 
 
-def _adapters_on_experts(vllm_config: "VllmConfig") -> bool:
+def adapters_on_experts(vllm_config: "VllmConfig") -> bool:
     """Whether vLLM makes room for LoRA adapters in the experts. --lora-target-modules may keep them to other layers."""
     lora_config = vllm_config.lora_config
     targets = None if lora_config is None else lora_config.target_modules

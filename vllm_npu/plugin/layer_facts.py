@@ -27,17 +27,20 @@ class LayerFacts:
         sharding: TokenSharding,
         experts: object,
         shared_experts: int = 0,  # among moe_config.num_experts; every token goes to each of them
+        ids_of_expert: int = 1,  # more than one where the id of an expert says which adapter the row has
         quant_mode: QuantMode = QuantMode.NONE,
+        int4_weights: bool = False,
         swiglu_limit: float = 0.0,  # 0: the activation clamps nothing
     ) -> Self:
         """Take the facts from vLLM's description of the layer."""
         return cls(
             moe_layer=MoELayer(
-                num_experts=int(moe_config.num_experts),
+                num_experts=int(moe_config.num_experts) * ids_of_expert,
                 top_k=int(moe_config.experts_per_token) + shared_experts,
                 hidden_size=int(moe_config.hidden_dim),
                 dtype=moe_config.in_dtype,
                 quant_mode=quant_mode,
+                int4_weights=int4_weights,
                 intermediate_size=int(moe_config.intermediate_size_per_partition),
                 activation=str(getattr(moe_config.activation, "value", moe_config.activation)),
                 swiglu_limit=swiglu_limit,

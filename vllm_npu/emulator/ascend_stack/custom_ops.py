@@ -14,7 +14,7 @@ from vllm_npu import envs
 from vllm_npu.emulator.ascend_stack import aclnn, draft_inputs, kv_blocks, lora_ops
 
 NAMESPACE = "_C_ascend"
-SOFTMAX = 0  # norm_type
+SOFTMAX, SQRT_SOFTPLUS = 0, 2  # norm_type
 NO_RENORM, L1_RENORM = 0, 1
 BY_MAXIMUM = 0  # group_select_mode
 # The fewest experts of a group that torch_npu's gating takes. vllm-ascend's takes 2, or 1 where the maximum counts.
@@ -79,6 +79,44 @@ def _filled_groups(values: torch.Tensor, group_count: int) -> torch.Tensor:
     return torch.nn.functional.pad(groups, (0, LEAST_GROUP - groups.shape[-1]), value=-torch.inf).flatten(-2)
 
 
+def moe_gating_top_k_hash(
+    x: torch.Tensor,
+    k: int,
+    bias: torch.Tensor | None = None,
+    input_ids: torch.Tensor | None = None,
+    tid2eid: torch.Tensor | None = None,
+    k_group: int = 1,
+    group_count: int = 1,
+    routed_scaling_factor: float = 1.0,
+    eps: float = 1e-20,
+    group_select_mode: int = 0,
+    renorm: int = 0,
+    norm_type: int = SOFTMAX,
+    out_flag: bool = False,
+    bias_vl: torch.Tensor | None = None,
+    image_sentinel_lo: int = 0,
+    image_sentinel_count: int = 0,
+) -> Tensors:
+    """Choose experts by a table of token ids (tid2eid [vocabulary, k], input_ids [n]), or the best without a table.
+
+    A score is sqrt(softplus(x)), and the chosen scores are divided by their sum plus `eps`. The id -1 is that of token 0.
+    Source: csrc/moe/moe_gating_top_k_hash, its kernel without groups.
+    """
+    if (k_group, group_count, renorm, norm_type) != (1, 1, NO_RENORM, SQRT_SOFTPLUS) or bias_vl is not None:
+        raise NotImplementedError(
+            f"moe_gating_top_k_hash is emulated for one group, renorm=0, norm_type=2 and no bias_vl, not for "
+            f"{k_group=}, {group_count=}, {renorm=}, {norm_type=}, bias_vl={bias_vl is not None}"
+        )
+    scores = torch.nn.functional.softplus(x.float()).sqrt()
+    if tid2eid is not None and input_ids is not None:
+        expert_ids = tid2eid[input_ids.clamp(min=0)].to(torch.int32)
+    else:
+        expert_ids = (scores if bias is None else scores + bias.float()).topk(k).indices.to(torch.int32)
+    chosen = scores.gather(1, expert_ids.long())
+    weights = chosen / (chosen.sum(-1, keepdim=True) + eps) * routed_scaling_factor
+    return weights.to(x.dtype), expert_ids, scores
+
+
 def npu_moe_init_routing_custom(
     x: torch.Tensor,
     expert_idx: torch.Tensor,
@@ -121,21 +159,25 @@ def _swiglu_quantised(
     weight_scale: torch.Tensor,
     row_scale: torch.Tensor,
     *,
+    added: torch.Tensor | None = None,
     limit: float = 0.0,
     alpha: float = 1.0,
     bias: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale int32 sums [n, 2I], apply swiglu in float32, and quantise to int8 [n, I] with one scale for each row [n].
 
-    `counts` gives the rows of each expert. Rows after the last expert's get the emulated device's undefined values. A positive
-    `limit` bounds the gate above, and the other half on both sides. `alpha` is the factor in the sigmoid of the gate, and
-    `bias` is added to the other half.
+    `counts` gives the rows of each expert. Rows after the last expert's get the emulated device's undefined values. `added`
+    [experts, 2I] float32 is added between the weight's scale and the row's. A positive `limit` bounds the gate above, and the
+    other half on both sides. `alpha` is the factor in the sigmoid of the gate, and `bias` is added to the other half.
     """
     zeros = envs.EMULATOR_UNDEFINED.read() == "zero"
     ends = counts.cumsum(0)
     places = torch.arange(len(sums), device=sums.device)
     experts = torch.searchsorted(ends, places, right=True).clamp(max=len(counts) - 1)
-    scaled = sums.float() * weight_scale.float()[experts] * row_scale.float().unsqueeze(-1)
+    scaled = sums.float() * weight_scale.float()[experts]
+    if added is not None:
+        scaled = scaled + added[experts]
+    scaled = scaled * row_scale.float().unsqueeze(-1)
     gate, up = scaled.chunk(2, -1)
     if limit > 0:
         gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
@@ -192,6 +234,64 @@ def grouped_matmul_swiglu_quant_weight_nz_tensor_list(
         x, torch.stack(list(weight)), torch.stack(list(weight_scale)), x_scale, group_list, **options
     )
     return values, scales, torch.empty_like(scales)
+
+
+def grouped_matmul_swiglu_quant_v2(
+    x: torch.Tensor,
+    weight: Sequence[torch.Tensor],
+    weight_scale: Sequence[torch.Tensor],
+    x_scale: torch.Tensor,
+    group_list: torch.Tensor,
+    smooth_scale: torch.Tensor | None = None,
+    weight_assist_matrix: Sequence[torch.Tensor] | None = None,
+    bias: torch.Tensor | None = None,
+    dequant_mode: int | None = 0,
+    dequant_dtype: int | None = 0,
+    quant_mode: int | None = 0,
+    quant_dtype: int | None = 0,
+    transpose_weight: bool = False,
+    group_list_type: int = 0,
+    tuning_config: Sequence[int] = (),
+    swiglu_limit: float = 0.0,
+) -> Tensors:
+    """Multiply int8 rows [n, K] by the int4 gate and up weights of their experts, apply swiglu, and quantise to int8.
+
+    weight: one [E, K, 2I / 8] int32, or E of [K, 2I / 8]. weight_scale: [E, 2I] int64 with a float32 in the low half, or E of
+    [2I]. weight_assist_matrix: [E, 2I] float32, or E of [2I]. group_list: running sums of rows, or with group_list_type 1 the
+    rows of each expert. Source: csrc/gmm/grouped_matmul_swiglu_quant_v2, its A8W4 kernels: a row enters the product as two int4
+    halves, of which the low one lacks 8, so the result lacks 8 * the sum of a column of weights. The assist matrix brings it
+    back. The kernel rounds both halves' products to float16, and this function does not.
+    """
+    import torch_npu
+
+    given = {"smooth_scale": smooth_scale is not None, "bias": bias is not None, "dequant_mode": dequant_mode}
+    given |= {"quant_mode": quant_mode, "transpose_weight": transpose_weight}
+    kinds = x.dtype, weight[0].dtype, weight_scale[0].dtype
+    if any(given.values()) or weight_assist_matrix is None or kinds != (torch.int8, torch.int32, torch.int64):
+        raise NotImplementedError(
+            f"grouped_matmul_swiglu_quant_v2 is emulated for int8 rows, int4 weights in int32, int64 scales and an assist "
+            f"matrix; it got {kinds}, {given}, weight_assist_matrix={weight_assist_matrix is not None}"
+        )
+    values = _unpacked_int4(_stacked(weight, 3))
+    scales = _stacked(weight_scale, 2).to(torch.int32).view(torch.float32)
+    counts = group_list if group_list_type else torch.diff(group_list, prepend=group_list.new_zeros(1))
+    sums = torch_npu.npu_grouped_matmul(
+        [x], [values], group_list=counts, split_item=2, group_type=0, group_list_type=1, output_dtype=torch.int32
+    )[0]
+    added = _stacked(weight_assist_matrix, 2) - 8 * values.sum(1, dtype=torch.float32) * scales
+    return _swiglu_quantised(sums, counts, scales, x_scale, added=added, limit=swiglu_limit)
+
+
+def _stacked(tensors: Sequence[torch.Tensor], dimensions: int) -> torch.Tensor:
+    """A list with one tensor of all experts, or with one for each, as one tensor of so many dimensions."""
+    return tensors[0] if tensors[0].dim() == dimensions else torch.stack(list(tensors))
+
+
+def _unpacked_int4(packed: torch.Tensor) -> torch.Tensor:
+    """[..., n / 8] int32 to [..., n] int8 from -8 to 7. The first of eight values has the lowest bits."""
+    shifts = 4 * torch.arange(8, dtype=torch.int32, device=packed.device)
+    nibbles = (packed.unsqueeze(-1) >> shifts) & 15
+    return torch.where(nibbles > 7, nibbles - 16, nibbles).to(torch.int8).flatten(-2)
 
 
 def npu_dequant_swiglu_quant(
@@ -280,6 +380,11 @@ OPERATORS: dict[str, Callable[..., Tensors | None]] = {
     "moe_gating_top_k(Tensor x, int k, int k_group, int group_count, int group_select_mode, int renorm, int norm_type, "
     "bool out_flag, float routed_scaling_factor, float eps, Tensor? bias_opt=None) "
     "-> (Tensor y, Tensor expert_idx, Tensor out)": moe_gating_top_k,
+    # The last three arguments are those of 0.30.
+    "moe_gating_top_k_hash(Tensor x, int k, Tensor? bias=None, Tensor? input_ids=None, Tensor? tid2eid=None, int k_group=1, "
+    "int group_count=1, float routed_scaling_factor=1.0, float eps=1e-20, int group_select_mode=0, int renorm=0, "
+    "int norm_type=0, bool out_flag=False, Tensor? bias_vl=None, int image_sentinel_lo=0, int image_sentinel_count=0) "
+    "-> (Tensor y, Tensor expert_idx, Tensor out)": moe_gating_top_k_hash,
     "npu_moe_init_routing_custom(Tensor x, Tensor expert_idx, *, Tensor? scale=None, Tensor? offset=None, "
     "int active_num=-1, int expert_capacity=-1, int expert_num=-1, int drop_pad_mode=0, int expert_tokens_num_type=0, "
     "bool expert_tokens_num_flag=False, int quant_mode=0, int[2] active_expert_range=[], int row_idx_type=0) "
@@ -292,6 +397,11 @@ OPERATORS: dict[str, Callable[..., Tensors | None]] = {
     "grouped_matmul_swiglu_quant_weight_nz_tensor_list(Tensor x, Tensor[] weight, Tensor[] weight_scale, Tensor x_scale, "
     "Tensor group_list, *, Tensor? bias=None, Tensor? offset=None, float swiglu_limit=0.0) "
     "-> (Tensor output, Tensor output_scale, Tensor output_offset)": grouped_matmul_swiglu_quant_weight_nz_tensor_list,
+    "grouped_matmul_swiglu_quant_v2(Tensor x, Tensor[] weight, Tensor[] weight_scale, Tensor x_scale, Tensor group_list, "
+    "Tensor? smooth_scale=None, Tensor[]? weight_assist_matrix=None, Tensor? bias=None, int? dequant_mode=0, "
+    "int? dequant_dtype=0, int? quant_mode=0, int? quant_dtype=0, bool transpose_weight=False, int group_list_type=0, "
+    "int[2] tuning_config=[], float swiglu_limit=0.0) "
+    "-> (Tensor output, Tensor output_scale)": grouped_matmul_swiglu_quant_v2,
     "npu_dequant_swiglu_quant(Tensor x, *, Tensor? weight_scale=None, Tensor? activation_scale=None, Tensor? bias=None, "
     "Tensor? quant_scale=None, Tensor? quant_offset=None, Tensor? group_index=None, bool activate_left=True, "
     "int quant_mode=0, int swiglu_mode=0, float clamp_limit=0.0, float glu_alpha=1.0, float glu_bias=0.0) "

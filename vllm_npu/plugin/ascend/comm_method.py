@@ -8,6 +8,7 @@ import torch
 from vllm_npu.core.limits import QuantMode
 from vllm_npu.core.step_plan import TokenSharding
 from vllm_npu.plugin import compat
+from vllm_npu.plugin.ascend.adapters import ExpertAdapters
 from vllm_npu.plugin.ascend.config_check import room_of_fused_mc2
 from vllm_npu.plugin.forward_context import PlannedStep, current_step
 from vllm_npu.plugin.groups import model_pipelines, trace_ring
@@ -35,6 +36,7 @@ class PipelineCommMethod(RELEASE.MoECommMethod):  # type: ignore[name-defined]
         # The base's constructor is not called: it builds new dispatchers. Code of vllm-ascend that reads the attributes gets
         # the objects of the method that this one replaces.
         RELEASE.take_attributes(self, theirs)
+        self.prepare_finalize = _OwnTokenIds(theirs.prepare_finalize)
 
     def prepare(
         self,
@@ -55,6 +57,10 @@ class PipelineCommMethod(RELEASE.MoECommMethod):  # type: ignore[name-defined]
         """Return the input as it is. LOCAL."""
         return hidden_states
 
+    def pad_and_split_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Return the token ids as they are, for routing by a hash of them. LOCAL. vllm-ascend's router takes its slice."""
+        return input_ids
+
     def fused_experts(self, fused_experts_input: Any, quant_method: Any = None) -> Any:
         """Run the pipeline of the step's strategy around vllm-ascend's experts. COLLECTIVE over the strategy's groups.
 
@@ -64,20 +70,25 @@ class PipelineCommMethod(RELEASE.MoECommMethod):  # type: ignore[name-defined]
         """
         step, rows = current_step(), fused_experts_input.hidden_states.shape[0]
         topology = step.groups.topology
+        adapters = RELEASE.adapters_of(fused_experts_input)
+        if adapters is not None:
+            fused_experts_input = replace(fused_experts_input, topk_ids=adapters.ids(fused_experts_input.topk_ids))
         planned = step.plan.input_rows(topology)
         all_real = step.plan.sharding is TokenSharding.REPLICATED or step.plan.divides_over_tp(topology.tp_size)
         if not (0 < rows < planned and all_real and RELEASE.in_draft_step()):
-            return self._fused_experts(fused_experts_input, quant_method, step)
+            return self._fused_experts(fused_experts_input, quant_method, step, adapters)
         # A drafter predicts its second token and those after it in the step of its first one, with one row for each request.
         # Other data-parallel ranks know the planned number only, so rows are repeated up to it.
         repeated = torch.arange(planned, device=fused_experts_input.hidden_states.device) % rows
         names = ("hidden_states", "topk_weights", "topk_ids")
         filled = replace(fused_experts_input, **{name: getattr(fused_experts_input, name)[repeated] for name in names})
-        result = self._fused_experts(filled, quant_method, step)
+        result = self._fused_experts(filled, quant_method, step, adapters)
         return replace(result, routed_out=result.routed_out[:rows].clone())
 
-    def _fused_experts(self, fused_experts_input: Any, quant_method: Any, step: PlannedStep) -> Any:
-        """fused_experts for as many rows as the step planned."""
+    def _fused_experts(
+        self, fused_experts_input: Any, quant_method: Any, step: PlannedStep, adapters: ExpertAdapters | None
+    ) -> Any:
+        """fused_experts for as many rows as the step planned. With adapters, the ids are those of experts and adapters."""
         hidden_states, topk_weights = fused_experts_input.hidden_states, fused_experts_input.topk_weights
         if fused_experts_input.routing.apply_router_weight_on_input:
             hidden_states = hidden_states * topk_weights.to(hidden_states.dtype)  # top_k is 1 then
@@ -85,6 +96,8 @@ class PipelineCommMethod(RELEASE.MoECommMethod):  # type: ignore[name-defined]
         pipelines = model_pipelines(expert_parallel=bool(self.moe_config.use_ep))
         num_experts = RELEASE.local_experts(self, fused_experts_input) * max(int(self.moe_config.ep_size), 1)
         quant_mode = RELEASE.QUANT_MODES[fused_experts_input.quant.quant_type]
+        if adapters is not None:
+            num_experts *= adapters.places
         if step.strategy in FUSED_STRATEGIES:
             tokens = hidden_states, topk_weights
             return _fused(fused_experts_input, quant_method, tokens, step, pipelines, num_experts, quant_mode)
@@ -96,7 +109,7 @@ class PipelineCommMethod(RELEASE.MoECommMethod):  # type: ignore[name-defined]
             topk_ids = pipelines.groups.tp.broadcast(topk_ids, 0)
         if (ring := trace_ring()) is not None:
             ring.enter_layer()
-        call = _ExpertsCall(self, fused_experts_input, quant_method)
+        call = _ExpertsCall(self, fused_experts_input, quant_method, adapters)
         before_dispatch = call.stream.record_event()
         finalized = pipeline.run(hidden_states, topk_weights, topk_ids, call.compute, step.plan, reduce_results=False)
         return RELEASE.experts_result(
@@ -115,6 +128,31 @@ class PipelineCommMethod(RELEASE.MoECommMethod):  # type: ignore[name-defined]
 
     def _get_prepare_finalize(self) -> Any:
         return self.prepare_finalize
+
+
+class _OwnTokenIds:
+    """Stands for vllm-ascend's prepare and finalize, of which the router asks the token ids of the rows that it routes.
+
+    These are this rank's own rows, since all tokens move after the router.
+    """
+
+    def __init__(self, theirs: Any) -> None:
+        self._theirs = theirs
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._theirs, name)
+
+    def all_gather_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """The ids of the rows that prepare returns: all, or this TP rank's slice, the last one filled up with -1. LOCAL."""
+        step = current_step()
+        topology = step.groups.topology
+        rows = step.plan.input_rows(topology)
+        if step.plan.sharding is TokenSharding.REPLICATED or input_ids.shape[0] == rows:
+            return input_ids
+        filled = torch.nn.functional.pad(input_ids, (0, rows * topology.tp_size - input_ids.shape[0]), value=-1)
+        return filled[topology.tp_rank * rows : (topology.tp_rank + 1) * rows]
+
+    all_gather_input_id_with_dp_group = all_gather_input_ids  # its name in vllm-ascend 0.23
 
 
 def _fused(
@@ -160,8 +198,11 @@ def _fused(
 class _ExpertsCall:
     """vllm-ascend's experts in one call of fused_experts. Keeps the events and counts that FusedExpertsResult returns."""
 
-    def __init__(self, method: PipelineCommMethod, given: Any, quant_method: Any) -> None:
+    def __init__(
+        self, method: PipelineCommMethod, given: Any, quant_method: Any, adapters: ExpertAdapters | None
+    ) -> None:
         self._method = method
+        self._adapters = adapters
         self._given = given
         self._quant_method = quant_method
         self.stream = torch.get_device_module(given.hidden_states.device).current_stream()
@@ -174,6 +215,15 @@ class _ExpertsCall:
         self, expert_input: torch.Tensor, tokens_per_expert: torch.Tensor, dynamic_scales: torch.Tensor | None
     ) -> torch.Tensor:
         """Run grouped matmul, activation, grouped matmul. The rows are int8 if dynamic_scales is given. LOCAL."""
+        if self._adapters is None:
+            return self._compute(expert_input, tokens_per_expert, dynamic_scales)
+        tokens_per_expert, real = self._adapters.take(tokens_per_expert)
+        output = self._compute(expert_input[:real], tokens_per_expert, dynamic_scales)
+        return torch.nn.functional.pad(output, (0, 0, 0, expert_input.shape[0] - real))
+
+    def _compute(
+        self, expert_input: torch.Tensor, tokens_per_expert: torch.Tensor, dynamic_scales: torch.Tensor | None
+    ) -> torch.Tensor:
         self.tokens_per_expert = tokens_per_expert
         if RELEASE.READS_AFTER_DISPATCH or expert_input.shape[0] == 0:
             self.after_dispatch = self.stream.record_event()

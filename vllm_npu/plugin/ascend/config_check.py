@@ -22,7 +22,7 @@ from vllm_npu.core.ascend_recipes import (
     fused_mc2_rows,
 )
 from vllm_npu.errors import UnsupportedConfigError
-from vllm_npu.plugin.engine_check import AddedExperts, planned_shape, redundant_experts
+from vllm_npu.plugin.engine_check import AddedExperts, adapters_on_experts, planned_shape, redundant_experts
 from vllm_npu.plugin.options import Mode, Options, topology_of
 from vllm_npu.plugin.release_lines import release_line
 
@@ -51,7 +51,20 @@ def check_settings(vllm_config: "VllmConfig", options: Options) -> None:
             and ascend_config.eplb_config.eplb_policy_type == RANDOM_EPLB_POLICY
             and topology_of(vllm_config.parallel_config).ep_size < RANDOM_EPLB_RANKS
         ),
-        "LoRA adapters": vllm_config.lora_config is not None,
+        # vLLM's router computes them itself and gives their ids the weight 0. Both lines of vllm-ascend replace this router by
+        # one that sends tokens to them by ids behind those of the experts.
+        "zero experts (zero_expert_num), which vllm-ascend alone routes to as to experts with weights": bool(
+            getattr(vllm_config.model_config.hf_text_config, "zero_expert_num", 0)
+        ),
+        # Each data-parallel rank numbers its adapters itself, and vllm-ascend's experts would take another rank's number for
+        # their own.
+        "LoRA adapters on experts with data parallelism (--lora-target-modules may keep them to other layers)": bool(
+            adapters_on_experts(vllm_config) and topology_of(vllm_config.parallel_config).dp_size > 1
+        ),
+        # Neither their exchange nor ours fits a graph: the adapters of rows depend on counts that the host reads.
+        "LoRA adapters on experts in graphs; it needs --enforce-eager": bool(
+            adapters_on_experts(vllm_config) and planned_shape(vllm_config).graph_tokens
+        ),
         "moe_comm=compare in graphs, which cannot hold its reads on the host; it needs --enforce-eager": bool(
             options.mode is Mode.COMPARE and planned_shape(vllm_config).graph_tokens
         ),

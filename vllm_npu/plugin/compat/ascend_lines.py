@@ -45,10 +45,15 @@ COMM_TYPES = {
     "fused_mc2": MoECommType.FUSED_MC2,
 }
 COMPLETE = frozenset({MoECommType.MC2, MoECommType.ALLTOALL, MoECommType.FUSED_MC2})
+# The form in which the tokens of a layer travel, by the layer's quantisation. The other types, MXFP and fp8, are A5's alone:
+# their rows are float8 or float4 numbers, which no operator of A2 and A3 takes.
 QUANT_MODES = {
     QuantType.NONE: QuantMode.NONE,
     QuantType.W8A8: QuantMode.INT8_PER_TOKEN,
-}  # layer: what its tokens travel in
+    QuantType.W4A8: QuantMode.INT8_PER_TOKEN,
+    QuantType.W4A16: QuantMode.NONE,
+}
+INT4_WEIGHTS = frozenset({QuantType.W4A8, QuantType.W4A16})
 
 
 def micro_batch() -> int:
@@ -170,7 +175,13 @@ def exchanging_layers(vllm_config: VllmConfig, ours: type[Any]) -> dict[str, Any
 
 
 def layer_facts(
-    layer: Any, *, sliced: bool, experts: Any, shared_experts: int = 0, swiglu_limit: float | None = None
+    layer: Any,
+    *,
+    sliced: bool,
+    experts: Any,
+    shared_experts: int = 0,
+    ids_of_expert: int = 1,
+    swiglu_limit: float | None = None,
 ) -> LayerFacts:
     """The facts of an MoE layer of vllm-ascend. `sliced`: each TP rank has its slice of the tokens. `experts` computes them.
 
@@ -181,7 +192,9 @@ def layer_facts(
         sharding=TokenSharding.SLICED_OVER_TP if sliced else TokenSharding.REPLICATED,
         experts=experts,
         shared_experts=shared_experts,
+        ids_of_expert=ids_of_expert,
         quant_mode=QUANT_MODES.get(layer.quant_type, QuantMode.NONE),
+        int4_weights=layer.quant_type in INT4_WEIGHTS,
         swiglu_limit=float(swiglu_limit or 0),
     )
 
@@ -191,6 +204,10 @@ def refuse_layers(vllm_config: VllmConfig, layers: list[Any], refused_on_this_li
 
     `refused_on_this_line` has further reasons, and whether each applies.
     """
-    refused = {f"quantisation {layer.quant_type}": True for layer in layers if layer.quant_type not in QUANT_MODES}
+    refused = {
+        f"quantisation {layer.quant_type.name} of experts, whose numbers only A5 has": True
+        for layer in layers
+        if layer.quant_type not in QUANT_MODES
+    }
     refused |= refused_on_this_line
     refuse([reason for reason, applies in refused.items() if applies])

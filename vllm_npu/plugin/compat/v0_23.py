@@ -56,6 +56,7 @@ __all__ = [
     "FusedExpertsResult",
     "MoECommMethod",
     "MoEPrepareOutput",
+    "adapters_of",
     "agree_on_counts",
     "agree_on_padding",
     "check_layers",
@@ -122,7 +123,6 @@ def check_layers(vllm_config: VllmConfig) -> None:
         vllm_config,
         layers,
         {
-            "routing by a hash of token ids": any(layer.tid2eid is not None for layer in layers),
             "mix_placement with experts that are not W8A8, whose layer chooses no shared expert": any(
                 _mixed_experts(layer) and layer.quant_type is not QuantType.W8A8 for layer in layers
             ),
@@ -173,6 +173,10 @@ def compute_experts(
         )
     )
     return output
+
+
+def adapters_of(given: Any) -> None:
+    """None: vllm-ascend 0.23 refuses LoRA adapters on experts beside expert parallelism."""
 
 
 def experts_result(given: Any, *, after_dispatch: Any, **fields: Any) -> FusedExpertsResult:

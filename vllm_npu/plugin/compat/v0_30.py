@@ -5,7 +5,8 @@ these: `_MoECommMethods` (table of MoE communication methods), `_moe_config_key`
 of experts), `MoECommMethod` (prepare, fused_experts, finalize), `select_moe_comm_method` (called once a step),
 `build_mlp_compute_input`, `apply_moe_mlp`, `FusedExpertsResult`, `MoEPrepareOutput`, `MoETokenDispatchOutput`, `_EXTRA_CTX`
 (the step's `moe_comm_type`, `is_draft_model` and `in_profile_run`), `AscendMoERunner`, `get_mc2_group`, `AscendConfig`, and
-`AscendRoutedExperts.forward_impl`, which takes the method from the table. CAN REMOVE when MIN_SUPPORTED > 0.30.
+`AscendRoutedExperts.forward_impl`, which takes the method from the table; for adapters the layer's
+`_ascend_moe_lora_context` with its `exchanged_lora_indices`. CAN REMOVE when MIN_SUPPORTED > 0.30.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,7 +24,9 @@ from vllm_ascend.ops.fused_moe.dataclass.token_dispatcher import MoETokenDispatc
 from vllm_ascend.ops.fused_moe.fused_moe import AscendMoERunner
 from vllm_ascend.ops.fused_moe.moe_comm_method import FusedExpertsResult, MoECommMethod
 from vllm_ascend.ops.fused_moe.moe_mlp import apply_moe_mlp
+from vllm_ascend.quantization.quant_type import QuantType
 
+from vllm_npu.plugin.ascend.adapters import ExpertAdapters, places_of
 from vllm_npu.plugin.compat.ascend_lines import (
     COMM_TYPES,
     COMPLETE,
@@ -50,6 +53,7 @@ __all__ = [
     "FusedExpertsResult",
     "MoECommMethod",
     "MoEPrepareOutput",
+    "adapters_of",
     "agree_on_counts",
     "agree_on_padding",
     "check_layers",
@@ -93,6 +97,7 @@ def moe_layers(vllm_config: VllmConfig) -> tuple[list[LayerFacts], list[str]]:
             layer,
             sliced=bool(layer.moe_config.is_sequence_parallel),
             experts=layer.routed_experts.quant_method,
+            ids_of_expert=places_of(_adapters_on(layer)),
             swiglu_limit=layer.moe_config.swiglu_limit,
         )
         for layer in exchanging_layers(vllm_config, AscendMoERunner).values()
@@ -114,13 +119,16 @@ def check_layers(vllm_config: VllmConfig) -> None:
         vllm_config,
         layers,
         {
-            "routing by a hash of token ids": any(layer.routed_experts.tid2eid is not None for layer in layers),
-            "MoE layers with a transform around the routed experts (latent experts)": any(
-                layer.routed_input_transform is not None or layer.routed_output_transform is not None
-                for layer in layers
-            ),
+            "LoRA adapters on quantised experts": any(
+                _adapters_on(layer) is not None and layer.quant_type is not QuantType.NONE for layer in layers
+            )
         },
     )
+
+
+def _adapters_on(layer: Any) -> Any:
+    """vllm-ascend's MoELoRAContext of an AscendMoERunner. None if its experts have no adapters."""
+    return getattr(layer.routed_experts, "_ascend_moe_lora_context", None)
 
 
 def take_attributes(ours: Any, theirs: MoECommMethod) -> None:
@@ -160,6 +168,11 @@ def compute_experts(
         quant_method,
     )
     return output
+
+
+def adapters_of(given: Any) -> ExpertAdapters | None:
+    """The LoRA adapters of the layer's experts. None if it has none."""
+    return None if given.lora_context is None else ExpertAdapters(given.lora_context)
 
 
 def experts_result(given: Any, *, after_dispatch: Any, **fields: Any) -> FusedExpertsResult:

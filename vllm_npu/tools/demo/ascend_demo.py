@@ -43,6 +43,11 @@ MODELS = (
 # 26 experts for each rank on two A2, where MC2 takes 24 at most.
 MANY_EXPERTS = for_ascend(QWEN3_MOE, 359, "qwen3-moe-52", num_experts=52, moe_intermediate_size=32)
 QWEN3_MOE_INT8 = for_ascend(QWEN3_MOE, 5113, "qwen3-moe-w8a8", num_hidden_layers=2)
+# Models with int4 experts, by write_tiny_model's name of the format. tests/ascend runs them; their seeds hold for FEWER_TOKENS.
+INT4_EXPERTS = {
+    "W4A8": for_ascend(QWEN3_MOE, 125, "qwen3-moe-w4a8", num_hidden_layers=2),
+    "W4A16": for_ascend(QWEN3_MOE, 39, "qwen3-moe-w4a16", num_hidden_layers=2),
+}
 # 48 tokens. The chosen seeds hold for them: each token leads by 0.03 nats or more, and stays the same if each layer's output is
 # wrong by 0.0015 of a row. Batches over HTTP differ from run to run, so that more tokens would come too near to a tie.
 MAX_TOKENS = (10, 4, 8, 5, 6, 3, 8, 4)
@@ -173,7 +178,7 @@ class AscendDemo:
         for planned in plan:
             model_folder = self._session.folder / planned.model.family
             if not model_folder.exists():
-                write_tiny_model(planned.model, model_folder, int8=planned.int8)
+                write_tiny_model(planned.model, model_folder, quantised="W8A8" if planned.int8 else None)
             reference = self._reference(replace(planned, graph_mode=None))
             if planned.graph_mode is None:
                 self._run_strategies(planned, reference)

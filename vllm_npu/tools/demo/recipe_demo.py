@@ -135,7 +135,7 @@ class RecipeDemo:
         for node in filter(None, (recipe.prefill, recipe)):
             folder = self._session.folder / node.model.family
             if not folder.exists():
-                write_tiny_model(node.model, folder, int8=node.int8)
+                write_tiny_model(node.model, folder, quantised="W8A8" if node.int8 else None)
         row = RecipeRow(recipe=recipe.name, runs_as=str(recipe), left_out=recipe.left_out)
         try:
             [(reference, _), (served, ran)] = [self._serve(recipe, moe_comm) for moe_comm in (OFF, AUTO)]

@@ -25,12 +25,16 @@ TAKEN = {
     "enforce_eager": "no graphs, so each step may take its own strategy",
     "compilation_config": NOT_IN_GRAPHS,
     "speculative_config": "each step of a drafter is planned and voted on as any other",
-    "quantization": "ascend: experts in W8A8_DYNAMIC are served, and others refused when the layers are built",
+    "quantization": "experts in W8A8, W4A8 and W4A16 are served, and others refused when the layers are built",
     "kv_transfer_config": "a node that computes prompts runs as any other; what a decode node does, the next row says",
+    "enable_lora": "adapters on experts need vllm-ascend 0.30 and --enforce-eager; --lora-target-modules may keep them to other"
+    " layers",
     "enable_eplb": "vllm-ascend balances and moves the experts; tokens go to the replicas that it names",
 }
+HARMLESS = "1"  # the value with which an option of the next table is not refused
 REFUSED = {
-    "enable_lora": "LoRA adapters were never run with the strategies of this package beside vllm-ascend",
+    "enable_lora": "with data parallelism, each rank numbers the adapters itself, which goes wrong on experts; "
+    "--lora-target-modules may keep them to other layers",
     "enable_dbo": "two micro-batches in flight were never run with the strategies of this package",
     "prefill_context_parallel_size": "prefill context parallelism was never run with the strategies of this package",
     "enable_fault_tolerance": "vLLM has no hook by which the groups of HCCL could be opened anew after a failure",
@@ -64,6 +68,9 @@ def read_recipe(script: str) -> ServeRecipe:
     additional = {
         option: _number(name, variables[name]) for name, option in OPTIONS_OF_VARIABLES.items() if name in variables
     }
+    on_experts = any("experts" in target for target in given.lora_target_modules or ["experts"])
+    if given.enable_lora and not (on_experts and given.data_parallel_size > 1):
+        chosen["enable_lora"] = HARMLESS
     return ServeRecipe(
         model=given.model or given.model_tag or "",
         tp=given.tensor_parallel_size,
@@ -80,7 +87,7 @@ def recipe_rows(options: Mapping[str, str], variables: Mapping[str, str]) -> Ite
     """What happens to each option of vllm serve and each variable of vllm-ascend."""
     for name, value in options.items():
         option = f"--{name.replace('_', '-')}"
-        if name in REFUSED and value != "1":
+        if name in REFUSED and value != HARMLESS:
             yield Finding(
                 "recipe", PROBLEM, f"{option} {value}: {REFUSED[name]}, so the engine does not start", LEAVE_OUT
             )
@@ -138,6 +145,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     ):
         parser.add_argument(option)
     parser.add_argument("--prefill-context-parallel-size")
+    parser.add_argument("--lora-target-modules", nargs="+")
     given, _ = parser.parse_known_args(arguments)
     return given
 

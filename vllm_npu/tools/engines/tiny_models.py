@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm_npu.tools.engines.int4_weights import as_w4a8, as_w4a16, compressed_tensors_config
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -36,6 +38,8 @@ CHAT_TEMPLATE = (
 # The weights of linear layers by the ends of their names: in checkpoints in W8A8, and those that stay in float there.
 INT8_WEIGHTS = ("_proj.weight", ".kv_a_proj_with_mqa.weight")
 FLOAT_WEIGHTS = (".kv_b_proj.weight", ".eh_proj.weight")
+EXPERTS = ".experts."  # in the names of routed experts' weights
+BIAS_COLUMNS = 16  # of ModelSlim's scale_bias of a second product
 
 Weights = dict[str, "np.ndarray[Any, Any]"]
 Draw = Callable[..., "np.ndarray[Any, Any]"]
@@ -62,11 +66,13 @@ class TinyModel:
         return int(self.config.get("num_experts") or self.config["n_routed_experts"])
 
 
-def write_tiny_model(model: TinyModel, folder: Path, *, int8: bool = False) -> Path:
+def write_tiny_model(model: TinyModel, folder: Path, *, quantised: str | None = None) -> Path:
     """Write the checkpoint of `model` into `folder` (created if absent) and return `folder`.
 
-    `int8` writes the weights of attention and experts as int8 with a scale for each output, and a file that lists them. This is
-    ModelSlim's format W8A8_DYNAMIC, which vllm-ascend reads with quantization="ascend".
+    quantised="W8A8" writes the weights of attention and experts as int8 with a scale for each output, and a file that lists
+    them. This is ModelSlim's format W8A8_DYNAMIC, which vllm-ascend reads with quantization="ascend". "W4A8" is the same with
+    experts in int4 (W4A8_DYNAMIC). "W4A16" has experts in int4 and all else as it is, in LLM-Compressor's format, which
+    config.json describes.
 
     Writes 12 MB (qwen3-moe) to 30 MB (deepseek-v3) in less than a second. Raises OSError if the folder cannot be written.
     """
@@ -81,11 +87,16 @@ def write_tiny_model(model: TinyModel, folder: Path, *, int8: bool = False) -> P
         scale = shape[-1] ** -0.5 if scale is None else scale
         return (generator.standard_normal(shape) * scale).astype(np.float32)
 
-    (folder / "config.json").write_text(json.dumps(dict(model.config), indent=1) + "\n")
-    weights = model.draw_weights(model.config, draw)
-    if int8:
-        weights, description = _as_int8(weights)
+    config, weights = dict(model.config), model.draw_weights(model.config, draw)
+    if quantised in ("W8A8", "W4A8"):
+        weights, description = _by_modelslim(weights, int4_experts=quantised == "W4A8")
         (folder / "quant_model_description.json").write_text(json.dumps(description, indent=1) + "\n")
+    elif quantised == "W4A16":
+        weights = _by_llm_compressor(weights)
+        config["quantization_config"] = compressed_tensors_config()
+    elif quantised is not None:
+        raise ValueError(f"quantised={quantised!r} is none of W8A8, W4A8, W4A16")
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     write_byte_tokenizer(folder)
     return folder
@@ -133,23 +144,43 @@ def write_byte_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1) + "\n")
 
 
-def _as_int8(weights: Weights) -> tuple[Weights, dict[str, str]]:
-    """The weights, with those of linear layers in int8, and the kind of each weight by its name."""
+def _by_modelslim(weights: Weights, *, int4_experts: bool) -> tuple[Weights, dict[str, Any]]:
+    """The weights, with those of linear layers in int8, or int4 in experts, and the kind of each weight by its name."""
     import numpy as np
 
     written: Weights = {}
-    kinds = {}
+    kinds: dict[str, Any] = {"version": "1.0.0", "group_size": 0} if int4_experts else {}
     for name, weight in weights.items():
         is_linear = name.endswith(INT8_WEIGHTS) and not name.endswith(FLOAT_WEIGHTS)
-        kinds[name] = "W8A8_DYNAMIC" if is_linear else "FLOAT"
-        written[name] = weight
-        if is_linear:
+        if is_linear and int4_experts and EXPERTS in name:
+            parameters, kind = as_w4a8(weight).parameters, "W4A8_DYNAMIC"
+            if "down_proj" in name:  # its bias has columns for the ranks of a tensor-parallel layer
+                parameters["scale_bias"] = np.repeat(parameters["scale_bias"] / BIAS_COLUMNS, BIAS_COLUMNS, axis=1)
+        elif is_linear:
             scale = np.abs(weight).max(axis=1, keepdims=True) / np.float32(127)
-            written[name] = np.rint(weight / scale).astype(np.int8)
-            for suffix, values in (("_scale", scale), ("_offset", np.zeros_like(scale))):
-                written[name + suffix] = values
-                kinds[name + suffix] = kinds[name]
+            values = np.rint(weight / scale).astype(np.int8)
+            parameters = {"weight": values, "weight_scale": scale, "weight_offset": np.zeros_like(scale)}
+            kind = "W8A8_DYNAMIC"
+        else:
+            parameters, kind = {"weight": weight}, "FLOAT"
+        for suffix, values in parameters.items():
+            full = name.removesuffix("weight") + suffix if name.endswith("weight") else name
+            written[full], kinds[full] = values, kind
     return written, kinds
+
+
+def _by_llm_compressor(weights: Weights) -> Weights:
+    """The weights, with those of experts in int4."""
+    import numpy as np
+
+    written: Weights = {}
+    for name, weight in weights.items():
+        if EXPERTS not in name:
+            written[name] = weight
+            continue
+        parameters = as_w4a16(weight).parameters | {"weight_shape": np.array(weight.shape, dtype=np.int32)}
+        written |= {name.removesuffix("weight") + suffix: values for suffix, values in parameters.items()}
+    return written
 
 
 def _ones(size: int) -> "np.ndarray[Any, Any]":

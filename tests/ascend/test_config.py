@@ -28,6 +28,16 @@ load_general_plugins()
 VllmConfig()
 print("BUILT")
 """
+BUILD_FOR_CPUS = """
+import sys
+from vllm.config import DeviceConfig, VllmConfig
+from vllm.engine.arg_utils import EngineArgs
+from vllm.plugins import load_general_plugins
+load_general_plugins()
+model = EngineArgs(model=sys.argv[1], skip_tokenizer_init=True, dtype="bfloat16").create_model_config()
+VllmConfig(model_config=model, device_config=DeviceConfig("cpu"))
+print("BUILT")
+"""
 OFF = {"vllm_npu": {"moe_comm": "off"}}
 ON_A3 = {"VLLM_NPU_EMULATOR_SOC": "A3"}
 GRAPHS = {"enforce_eager": False, "compilation_config": {"cudagraph_mode": "FULL_DECODE_ONLY"}}
@@ -51,9 +61,11 @@ def run_python(variables: dict, *arguments: str) -> subprocess.CompletedProcess[
     return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=300, check=False)
 
 
-def test_a_configuration_without_a_model_is_vllm_ascends_alone() -> None:
+@pytest.mark.parametrize("program", [BUILD_WITHOUT_A_MODEL, BUILD_FOR_CPUS], ids=["no model", "other device"])
+def test_a_configuration_that_is_no_engine_on_npus_is_vllm_ascends_alone(tmp_path, program: str) -> None:
+    write_config(tmp_path, hidden=1024, experts=8, top_k=2)
     plugins = entry_points.without("ascend").partition("=")[2]
-    done = run_python(os.environ | {"VLLM_NPU_EMULATOR": "1", "VLLM_PLUGINS": plugins}, BUILD_WITHOUT_A_MODEL)
+    done = run_python(os.environ | {"VLLM_NPU_EMULATOR": "1", "VLLM_PLUGINS": plugins}, program, str(tmp_path))
     assert done.stdout.endswith("BUILT\n"), done.stderr
 
 

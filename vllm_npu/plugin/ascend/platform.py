@@ -35,6 +35,11 @@ class AscendMoEPlatform(NPUPlatform):
     def check_and_update_config(cls, vllm_config: "VllmConfig") -> None:
         """Run our checks and vllm-ascend's, and choose the worker. Raises UnsupportedConfigError, and the errors of
         start_checks.check_start."""
+        if getattr(vllm_config.device_config, "device_type", cls.device_type) != cls.device_type:
+            super().check_and_update_config(
+                vllm_config
+            )  # no engine on NPUs; vllm-ascend 0.30 then reads none of its options
+            return
         options = check_config(vllm_config, beside_vllm_ascend=True)
         super().check_and_update_config(vllm_config)
         if vllm_config.model_config is None:  # no engine; vllm-ascend 0.30 then reads none of its options

@@ -183,7 +183,7 @@ def votes_with_one_late(rank: Rank, late: int, seconds: float) -> tuple[RankFail
 @pytest.mark.parametrize("num_ranks", [4, 9])
 def test_a_late_rank_is_named_by_all_that_wait_for_its_vote(num_ranks):
     """Also by ranks that wait for it only through others: with 9 ranks a vote has two rounds. A busy machine may make more
-    ranks late."""
+    ranks late, and give the late rank no time to take a letter: its error then says so."""
     deadline, late, asleep = 3.0, 2, 30.0
     with ProcessRankPool(num_ranks, timeout=deadline, start_method="forkserver") as pool:
         outcomes = pool.run(votes_with_one_late, late, asleep)
@@ -191,7 +191,8 @@ def test_a_late_rank_is_named_by_all_that_wait_for_its_vote(num_ranks):
         assert error is not None, rank
         if rank != late:
             assert late in error.ranks, str(error)
-            assert f"rank {late} is late (process " in str(error)
+            said = str(error)
+            assert f"rank {late} is late (process " in said or f"rank {late} is stopped: it accepts connections" in said
             assert seconds < asleep, "it was named before it came"
 
 

@@ -96,6 +96,13 @@ def test_a_drafter_that_has_no_tiny_model_is_left_out():
         (("DeepSeek-V3.1", "DeepSeek-V3.2"), r"no tiny model is of its family \("),
         (("--headless", NODE.format("MultiConnector", "kv_producer")), "by MultiConnector as kv_producer"),
         (("--headless", NODE.format("MooncakeConnectorV1", "kv_both")), "by MooncakeConnectorV1 as kv_both"),
+        (
+            (
+                "--headless",
+                NODE.format("MooncakeConnector", "kv_producer").replace('{"dp_size": 2, "tp_size": 8}', "8"),
+            ),
+            "no JSON",
+        ),
         (("'{\"multi", "'{multi"), "--additional-config {multi"),
         (("'{\"multistream_overlap_shared_expert\": true}'", "[]"), "is no JSON object"),
     ],

@@ -165,7 +165,12 @@ def make_small(name: str, script: ServeScript) -> SmallRecipe:
 
     compilation = _json(given, "--compilation-config")
     node = "prefill" if kv_transfer.get("kv_role") == PRODUCER else "decode"
-    told = kv_transfer.get("kv_connector_extra_config", {}).get(node, {})
+    extra = kv_transfer.get("kv_connector_extra_config", {})
+    told = extra.get(node, {}) if isinstance(extra, dict) else None
+    if not isinstance(told, dict):
+        raise InvalidInputError(
+            f"kv_connector_extra_config {str(extra)[:80]} is no JSON object with the sizes of {node!r}"
+        )
     eager = "--enforce-eager" in given
     if not eager:
         drafts = int(speculative.get("num_speculative_tokens", 0))

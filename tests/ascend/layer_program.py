@@ -108,7 +108,8 @@ def dense(
 def table_of_tokens(experts: int, top_k: int) -> torch.Tensor:
     """The experts of each token id, [TOKEN_IDS, top_k] int32."""
     generator = torch.Generator().manual_seed(9)
-    return torch.rand(TOKEN_IDS, experts, generator=generator, device="cpu").argsort(-1)[:, :top_k].int()
+    drawn = torch.rand(TOKEN_IDS, experts, generator=generator, device="cpu", dtype=torch.float32)
+    return drawn.argsort(-1)[:, :top_k].int()
 
 
 def transforms(given: dict[str, Any], sizes: "Sizes") -> list[torch.Tensor]:
@@ -116,7 +117,9 @@ def transforms(given: dict[str, Any], sizes: "Sizes") -> list[torch.Tensor]:
     generator, latent = torch.Generator().manual_seed(8), given["latent"]
     shapes = ((latent, sizes.hidden), (sizes.hidden, latent))
     dtype = getattr(torch, given["dtype"])
-    return [(torch.randn(shape, generator=generator, device="cpu") * shape[1] ** -0.5).to(dtype) for shape in shapes]
+    # Not in the default dtype, which is another one while layers are made: torch 2.10 then draws other numbers.
+    drawn = [torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32) for shape in shapes]
+    return [(matrix * matrix.shape[1] ** -0.5).to(dtype) for matrix in drawn]
 
 
 def as_module(matrix: torch.Tensor, device: torch.device) -> torch.nn.Module:

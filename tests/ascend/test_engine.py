@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from tests.ascend.engine_program import OWN
-from tests.ascend.lora_adapter import ATTENTION, RANK, write_adapter
 from tests.ascend.test_layer import EMULATED_A3, LINE, PLUGINS, STRATEGIES
+from tests.lora_adapter import ATTENTION, RANK, write_adapter
 from tests.time_limits import PATIENCE_SECONDS
 from vllm_npu.tools.demo.ascend_demo import FEWER_TOKENS, INT4_EXPERTS, MODELS, QWEN3_MOE_INT8, for_ascend
 from vllm_npu.tools.engines.tiny_models import DEEPSEEK_V3, QWEN3_MOE, write_tiny_model

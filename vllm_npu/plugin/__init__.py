@@ -70,4 +70,5 @@ def register_layers() -> None:
     release.register_out_of_tree(UnquantizedFusedMoEMethod, CpuUnquantizedFusedMoEMethod)
     release.register_out_of_tree(MoERunner, CpuMoERunner)
     release.register_out_of_tree(TransformersMoERunner, CpuTransformersMoERunner)
+    release.mend_rotary_embeddings()
     release.open_eplb()

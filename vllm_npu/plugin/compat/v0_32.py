@@ -13,6 +13,7 @@ from vllm.distributed.parallel_state import GroupCoordinator, get_pp_group
 from vllm.logger import init_logger
 from vllm.model_executor.custom_op import op_registry_oot
 from vllm.model_executor.layers.fused_moe.runner.moe_runner_interface import MoERunnerInterface
+from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 from vllm.model_executor.models.interfaces import get_mixture_of_experts_model
 from vllm.utils import cpu_resource_utils
 from vllm.v1.worker.ubatching import dbo_current_ubatch_id
@@ -185,6 +186,30 @@ def register_out_of_tree(base: Any, replacement: type) -> None:
             "the two plugins (VLLM_PLUGINS names those to load)"
         )
     base.register_oot(replacement)
+
+
+# COMPAT(vllm 0.32): the kernel of rotary embeddings for CPUs takes a query's heads for neighbours in memory. In latent
+# attention without scaling they are parts of wider heads, so it turns other numbers, and tokens depend on the other requests of
+# a step. CAN REMOVE when the kernel heeds the stride of heads.
+def mend_rotary_embeddings() -> None:
+    """Hand vLLM's kernel [num_tokens, num_heads, head_size] with heads side by side. A second call changes nothing."""
+    RotaryEmbedding.forward_cpu = _rotate
+
+
+_vllms_rotation = RotaryEmbedding.forward_cpu
+
+
+def _rotate(
+    self: RotaryEmbedding, positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    rotated: tuple[torch.Tensor, torch.Tensor | None] = _vllms_rotation(
+        self, positions, _heads_side_by_side(query), None if key is None else _heads_side_by_side(key)
+    )
+    return rotated
+
+
+def _heads_side_by_side(rows: torch.Tensor) -> torch.Tensor:
+    return rows.contiguous() if rows.dim() == 3 and rows.stride(1) != rows.shape[2] else rows
 
 
 # --- EPLB ---

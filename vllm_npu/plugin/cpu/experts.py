@@ -1,10 +1,12 @@
 """Unquantised experts on a CPU: vLLM's fused kernel, on the rows that dispatch brings."""
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
 from vllm.model_executor.layers.fused_moe.modular_kernel import FusedMoEKernel
+from vllm.model_executor.layers.fused_moe.oracle.unquantized import select_unquantized_moe_backend
 from vllm.model_executor.layers.fused_moe.prepare_finalize import make_moe_prepare_and_finalize_no_dp_ep
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 
@@ -25,6 +27,18 @@ class CpuUnquantizedFusedMoEMethod(UnquantizedFusedMoEMethod):
             if why_not is not None:
                 raise UnsupportedConfigError(why_not)
         super().__init__(moe)
+        if moe.is_lora_enabled:
+            # vLLM takes Triton's kernel for the experts of each engine with adapters, and Triton runs on no CPU. Adapters on
+            # experts are refused before a process starts, so these experts have none.
+            without = replace(moe, is_lora_enabled=False)
+            self.unquantized_backend, self.experts_cls = select_unquantized_moe_backend(without)
+
+    def process_weights_after_loading(self, layer: "RoutedExperts") -> None:
+        """Pack the weights for vLLM's kernel, also when new weights come into a running engine: vLLM 0.32 forgets it then."""
+        is_reload = self.moe_kernel is not None
+        super().process_weights_after_loading(layer)
+        if is_reload:
+            self.moe_kernel.fused_experts.process_weights_after_loading(layer)
 
     def _init_moe_kernel(self, layer: "RoutedExperts") -> None:
         """Build vLLM's kernel. In a layer that exchanges tokens it is one for rows of this rank: a strategy moves them."""

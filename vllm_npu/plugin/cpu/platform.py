@@ -57,6 +57,11 @@ class CpuMoEPlatform(CpuPlatform):
         return "vllm_npu.plugin.cpu.communicator.CpuMoECommunicator"
 
     @classmethod
+    def get_punica_wrapper(cls) -> str:
+        """The path of our operators of LoRA adapters."""
+        return "vllm_npu.plugin.cpu.adapters.CpuAdapters"
+
+    @classmethod
     def set_additional_forward_context(cls, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Plan the step for our MoE layers. vLLM calls this once a step. COLLECTIVE if the model has MoE layers of ours."""
         from vllm_npu.plugin.step_planner import plan_step

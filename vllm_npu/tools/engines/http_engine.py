@@ -41,7 +41,7 @@ class Served:
 
 
 class HttpEngine(EngineProcesses):
-    """One server on a free port of 127.0.0.1."""
+    """One server on a free port of 127.0.0.1, `port`."""
 
     def __init__(
         self,
@@ -68,7 +68,7 @@ class HttpEngine(EngineProcesses):
         super().__init__(folder, {**engine_environment(caches, vanilla=False), **environment, **own}, stop_signals)
         self._name = f"{model.name} {parallelism} moe_comm={moe_comm}"
         self.log = folder / "server.log"
-        self._port = free_port()
+        self.port = free_port()
         graphs = {"cudagraph_mode": graph_mode, "cudagraph_capture_sizes": CAPTURE_SIZES}
         self._command = [
             *(sys.executable, "-W", "ignore", "-m", "vllm.entrypoints.openai.api_server"),
@@ -79,7 +79,7 @@ class HttpEngine(EngineProcesses):
             *("--max-model-len", "256", "--max-num-seqs", "8", "--max-num-batched-tokens", "256"),
             *("--gpu-memory-utilization", "0.3", "--no-enable-prefix-caching", "--seed", "0"),
             *(["--enforce-eager"] if graph_mode is None else ["--compilation-config", json.dumps(graphs)]),
-            *("--host", "127.0.0.1", "--port", str(self._port)),
+            *("--host", "127.0.0.1", "--port", str(self.port)),
             *("--additional-config", json.dumps({**(additional_config or {}), "vllm_npu": {"moe_comm": moe_comm}})),
             *options,
         ]
@@ -107,18 +107,18 @@ class HttpEngine(EngineProcesses):
                 raise self._failure(f"did not start: {failure}")
 
         try:
-            wait_for_health(self._port, START_SECONDS, check_process)
+            wait_for_health(self.port, START_SECONDS, check_process)
         except TimeoutError:
             raise self._failure(f"was not ready after {START_SECONDS:.0f} s") from None
         tree.note_shared_memory()
 
     def set_moe_comm(self, name: str) -> None:
         """Change the strategy of all engines. Raises EngineFailedError if a worker refuses it."""
-        self._rpc("set_moe_comm", name)
+        self.rpc("set_moe_comm", name)
 
     def take_counters(self) -> list[dict[str, Any]]:
         """The counters of the workers of the first data-parallel rank, which start again at 0. vLLM returns no other rank's."""
-        results: list[dict[str, Any]] = self._rpc("moe_comm_counters")["results"]
+        results: list[dict[str, Any]] = self.rpc("moe_comm_counters")["results"]
         return results
 
     def prefill(self, prompts: Sequence[list[int]]) -> list[dict[str, Any]]:
@@ -184,12 +184,13 @@ class HttpEngine(EngineProcesses):
         }
         return self._ask("/v1/completions", body)
 
-    def _rpc(self, method: str, *args: str) -> dict[str, Any]:
-        return self._ask("/collective_rpc", {"method": method, "args": list(args)})
+    def rpc(self, method: str, *args: str, **kwargs: str) -> dict[str, Any]:
+        """Call a method of every worker, and return what the first data-parallel rank answers. Raises EngineFailedError."""
+        return self._ask("/collective_rpc", {"method": method, "args": list(args), "kwargs": kwargs})
 
     def _ask(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         try:
-            answer: dict[str, Any] = json.loads(ask_server(self._port, path, body, ANSWER_SECONDS) or "{}")
+            answer: dict[str, Any] = json.loads(ask_server(self.port, path, body, ANSWER_SECONDS) or "{}")
         except urllib.error.HTTPError as error:
             raise self._failure(
                 f"answered {path} with {error.code}: {error.read().decode(errors='replace')}"

@@ -1,12 +1,13 @@
-"""Writes a LoRA adapter of a tiny Qwen3-MoE, as PEFT does: adapter_config.json and adapter_model.safetensors."""
+"""Writes a LoRA adapter of a tiny Qwen3-MoE, as PEFT does: adapter_config.json and adapter_model.safetensors. Or adds it up."""
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 RANK = 8
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -40,4 +41,16 @@ def write_adapter(folder: Path, config: Mapping[str, Any], *, on_experts: bool, 
     adapter = {"peft_type": "LORA", "r": RANK, "lora_alpha": RANK, "target_modules": targets, "bias": "none"}
     (folder / "adapter_config.json").write_text(json.dumps(adapter))
     save_file(weights, folder / "adapter_model.safetensors")
+    return folder
+
+
+def write_merged(folder: Path, checkpoint: Path, adapter: Path) -> Path:
+    """Copy `checkpoint` into `folder`, add to its weights what the adapter adds to them, and return `folder`."""
+    shutil.copytree(checkpoint, folder)
+    weights, added = load_file(checkpoint / "model.safetensors"), load_file(adapter / "adapter_model.safetensors")
+    for name in added:
+        if name.endswith(".lora_A.weight"):
+            layer = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+            weights[f"{layer}.weight"] += added[name.replace("lora_A", "lora_B")] @ added[name]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return folder

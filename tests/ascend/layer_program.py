@@ -272,6 +272,8 @@ def make_layers(given: dict[str, Any], sizes: Sequence[Sizes]) -> tuple[Any, lis
             max_model_len=1024,
             max_num_seqs=16,
             max_num_batched_tokens=2048,
+            # Otherwise vLLM on torch before 2.11 counts the layers of a step. Here a step runs one layer, and may run it twice.
+            compilation_config={"fast_moe_cold_start": False},
             additional_config={
                 "vllm_npu": {"moe_comm": given.get("moe_comm", "auto")},
                 "enable_flashcomm1": bool(given.get("flashcomm1")),

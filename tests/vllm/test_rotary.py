@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 from vllm.config import VllmConfig, set_current_vllm_config
-from vllm.model_executor.layers.rotary_embedding import get_rope
+from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding, get_rope
+from vllm.plugins import load_general_plugins
 
 from vllm_npu.plugin.compat import v0_32
 
@@ -57,10 +58,15 @@ def distance(rotation: Rotation, neox_style: bool) -> float:
 
 @pytest.mark.parametrize("neox_style", [True, False])
 def test_parts_of_wider_heads_are_turned_by_their_positions(neox_style: bool) -> None:
-    assert distance(lambda layer, *rows: layer(*rows), neox_style) < 1e-5
+    assert distance(v0_32.rotate, neox_style) < 1e-5
+
+
+def test_every_layer_calls_ours() -> None:
+    load_general_plugins()
+    assert RotaryEmbedding.forward_cpu is v0_32.rotate
 
 
 @pytest.mark.parametrize("neox_style", [True, False])
 def test_vllms_own_kernel_needs_our_help(neox_style: bool) -> None:
     """mend_rotary_embeddings can go when this test fails."""
-    assert distance(v0_32._vllms_rotation, neox_style) > 0.1
+    assert distance(v0_32.vllms_rotation, neox_style) > 0.1

@@ -188,28 +188,29 @@ def register_out_of_tree(base: Any, replacement: type) -> None:
     base.register_oot(replacement)
 
 
-# COMPAT(vllm 0.32): the kernel of rotary embeddings for CPUs takes a query's heads for neighbours in memory. In latent
-# attention without scaling they are parts of wider heads, so it turns other numbers, and tokens depend on the other requests of
-# a step. CAN REMOVE when the kernel heeds the stride of heads.
+# COMPAT(vllm 0.32): the kernel of rotary embeddings for CPUs takes the stride of heads for that of tokens if heads have a
+# dimension of their own. Only latent attention without scaling calls it so. It then turns other numbers, and tokens depend on
+# the other requests of a step. CAN REMOVE when tests/vllm/test_rotary.py says so.
 def mend_rotary_embeddings() -> None:
-    """Hand vLLM's kernel [num_tokens, num_heads, head_size] with heads side by side. A second call changes nothing."""
-    RotaryEmbedding.forward_cpu = _rotate
+    """Hand vLLM's kernel rows [num_tokens, num_heads * head_size]. A second call changes nothing."""
+    RotaryEmbedding.forward_cpu = rotate
 
 
-_vllms_rotation = RotaryEmbedding.forward_cpu
+vllms_rotation = RotaryEmbedding.forward_cpu
 
 
-def _rotate(
+def rotate(
     self: RotaryEmbedding, positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    rotated: tuple[torch.Tensor, torch.Tensor | None] = _vllms_rotation(
-        self, positions, _heads_side_by_side(query), None if key is None else _heads_side_by_side(key)
+    """RotaryEmbedding.forward_cpu, for [num_tokens, num_heads, head_size] too. LOCAL. Host sync: no."""
+    turned_query, turned_key = vllms_rotation(
+        self, positions, _with_heads_joined(query), None if key is None else _with_heads_joined(key)
     )
-    return rotated
+    return turned_query.view(query.shape), None if key is None else turned_key.view(key.shape)
 
 
-def _heads_side_by_side(rows: torch.Tensor) -> torch.Tensor:
-    return rows.contiguous() if rows.dim() == 3 and rows.stride(1) != rows.shape[2] else rows
+def _with_heads_joined(rows: torch.Tensor) -> torch.Tensor:
+    return rows.flatten(1) if rows.dim() == 3 else rows
 
 
 # --- EPLB ---

@@ -95,6 +95,12 @@ CONTRACTS = [
         constructed=True,
     ),
     Contract(f"{CPU_FOLDER}.platform:CpuMoEPlatform", "vllm.platforms.cpu:CpuPlatform", CPU),
+    Contract(
+        f"{CPU_FOLDER}.adapters:CpuAdapters",
+        "vllm.lora.punica_wrapper.punica_cpu:PunicaWrapperCPU",
+        CPU,
+        constructed=True,
+    ),
     Contract(f"{CPU_FOLDER}.worker:CpuMoEWorker", "vllm.v1.worker.cpu_worker:CPUWorker", CPU, constructed=True),
     Contract(f"{CPU_FOLDER}.moe_runner:CpuMoERunner", f"{LAYERS}.runner.moe_runner:MoERunner", CPU, constructed=True),
     Contract(

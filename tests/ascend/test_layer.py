@@ -243,6 +243,9 @@ def test_a_step_past_mc2s_capacity_goes_another_way():
     assert "mc2 takes 512 tokens a rank, this step brings 600" in outcome.output
 
 
+# enable_fused_mc2 with 2: on 0.23 dispatch_gmm_combine_decode, whose experts have sizes from 512 on; on 0.30 as 1.
+BY_2 = {"fused": 2, "quantised": "W8A8", "intermediate": 512}
+FUSED_KERNELS = {1: "DispatchFFNCombine", 2: "DispatchGmmCombineDecode" if LINE == "0.23" else "DispatchFFNCombine"}
 # vllm-ascend slices and pads as in MC2. With TP, one token leaves a rank without tokens.
 FUSED_CASES = {
     "DP2 bfloat16, ragged, an idle rank": (1, 2, {"steps": [[5, 5], [3, 7], [1, 16], [0, 6]]}),
@@ -260,6 +263,15 @@ FUSED_CASES = {
         {"quantised": "W8A8", "redundant": 2, "env": {"DYNAMIC_EPLB": "true"}, "steps": [[5, 5], [3, 7]]},
     ),
     "TP2 bfloat16, graph": (2, 1, {"graph": True, "steps": [[8]], "own": ["FUSED_MC2"]}),
+    "value 2, DP2 W8A8, ragged, an idle rank": (1, 2, {**BY_2, "steps": [[5, 5], [3, 7], [1, 16], [0, 6]]}),
+    "value 2, TP2 W8A8": (2, 1, {**BY_2, "steps": [[16], [5], [1]]}),
+    "value 2, TP2 DP2 W8A8": (2, 2, {**BY_2, "steps": [[8, 8], [5, 2]]}),
+    "value 2, DP2 W8A8, graph": (1, 2, {**BY_2, "graph": True, "steps": [[8, 8]], "own": ["FUSED_MC2"]}),
+    "value 2, TP2 W8A8, graph": (2, 1, {**BY_2, "graph": True, "steps": [[8]], "own": ["FUSED_MC2"]}),
+    "value 2, DP2 W8A8, redundant experts": (
+        *(1, 2),
+        {**BY_2, "redundant": 2, "env": {"DYNAMIC_EPLB": "true"}, "steps": [[5, 5], [3, 7]]},
+    ),
 }
 
 
@@ -267,7 +279,13 @@ FUSED_CASES = {
 def test_fused_mc2_gives_what_vllm_ascends_own_gives(case):
     tp, dp, given = FUSED_CASES[case]
     strategies = ["fused_mc2", "auto"]
-    given = {"dtype": "bfloat16", "fused_rows": 1000, "moe_comm": "fused_mc2", "strategies": strategies} | given
+    given = {
+        "dtype": "bfloat16",
+        "fused": 1,
+        "fused_rows": 1000,
+        "moe_comm": "fused_mc2",
+        "strategies": strategies,
+    } | given
     outcome, reports = run("A3", tp, dp, **given)
     assert outcome.code == 0, outcome.output
     int8 = has_int8_rows(given.get("quantised"))
@@ -283,7 +301,8 @@ def test_fused_mc2_gives_what_vllm_ascends_own_gives(case):
             assert row["from_own"] < TOLERANCES["bfloat16"], row
         if "graph" in given:
             kernels = {row["path"]: [op for op in row["operations"] if op not in EVENTS] for row in rows}
-            assert all(sum("DispatchFFNCombine" in op for op in ops) == 1 for ops in kernels.values())
+            kernel = FUSED_KERNELS[given["fused"]]
+            assert all(sum(kernel in op for op in ops) == 1 for ops in kernels.values()), kernels
             assert len(kernels["fused_mc2"]) <= len(kernels[f"{OWN} FUSED_MC2"]), kernels
 
 
@@ -296,6 +315,7 @@ def test_a_step_whose_rows_may_not_fit_goes_another_way_and_vllm_ascend_loses_ro
         2,
         dtype="bfloat16",
         quantised=kind,
+        fused=1,
         fused_rows=80,
         steps=[[16, 16], [40, 40]],
         own=["FUSED_MC2"],
@@ -325,6 +345,7 @@ def test_compare_runs_fused_mc2_beside_vllm_ascends_own(kind):
         *("A3", 1, 2),
         dtype="bfloat16",
         quantised=kind,
+        fused=1,
         fused_rows=80,
         moe_comm="compare:fused_mc2",
         steps=steps,

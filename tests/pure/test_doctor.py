@@ -532,7 +532,7 @@ def test_a_script_of_a_tutorial_is_read_option_by_option(tmp_path, monkeypatch):
     found = {row.what.partition(":")[0]: row.status for row in rows}
     assert found == {
         "enable_flashcomm1": "ok",
-        "enable_fused_mc2": "problem",
+        "enable_fused_mc2": "ok",
         "--enable-expert-parallel": "ok",
         "--kv-transfer-config": "ok",
         "--kv-transfer-config with kv_consumer": "ok",

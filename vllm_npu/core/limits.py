@@ -395,8 +395,8 @@ A3_FUSED_MC2 = (
         name="dispatch_gmm_combine_decode",
         source=f"{_FUSED_DECODE_SOURCE}: the tiling for tokens, hidden size, twice the intermediate size (1024 to 6144), "
         "experts a token, experts, and experts a rank, which half of a chip's 48 vector cores receive. GMM1_L1N is 128: a tile "
-        "of the first product is gate or up. BlockQuant halves a row of the activation. There is no argument for a limit of the "
-        "activation, and vllm-ascend passes no mask",
+        "of the first product is gate or up. BlockQuant halves a row of the activation. No argument limits the activation, and "
+        "vllm-ascend passes no mask",
         operator=FusedOperator.GMM_COMBINE_DECODE,
         quant_mode=QuantMode.INT8_PER_TOKEN,
         takes_mask=False,

@@ -30,7 +30,7 @@ GLM4_INT8 = for_ascend(GLM4_MOE, 368, "glm4-moe-w8a8", num_hidden_layers=2)
 # In W8A8, for recipes with enable_fused_mc2: 2, whose operator takes experts of sizes from 512 on. By the model of its family.
 WIDE_EXPERTS = {
     QWEN3_MOE_INT8.family: for_ascend(
-        QWEN3_MOE, 0, "qwen3-moe-w8a8-wide", num_hidden_layers=2, moe_intermediate_size=512
+        QWEN3_MOE, 94, "qwen3-moe-w8a8-wide", num_hidden_layers=2, moe_intermediate_size=512
     )
 }
 # The models of a family: with 16-bit weights (None: no seed was searched), and in W8A8. The pattern finds the name in the

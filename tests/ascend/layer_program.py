@@ -7,7 +7,8 @@ from a dense layer in float64 and from vllm-ascend's own path. These keys are le
 "more_layers": the sizes of layers after the first one; "mixed": a number of shared experts that are placed as routed ones;
 "quantised": a kind of tests/ascend/quantised.py; "redundant": a number of redundant experts of vllm-ascend's EPLB;
 "expert_map": a file that places the experts on the ranks; "fused": the value of vllm-ascend's enable_fused_mc2; "fused_rows":
-the rows that a rank of it has room for; "intermediate": the size of the experts between their two products; "by_token_id": a
+the rows that a rank of it has room for; "unagreed": the engine is a decode node whose ranks do not agree on counts;
+"intermediate": the size of the experts between their two products; "by_token_id": a
 table gives the experts of each token id; "latent": the width of the experts' rows, with a matrix before and, on 0.30, another
 one after them;
 "later": the layer runs a second time in each step, on so many tokens of each data-parallel rank, and this output counts;
@@ -40,6 +41,11 @@ from vllm_npu.tools.engines.int4_weights import compressed_tensors_config
 INTERMEDIATE = 64
 TOKEN_IDS = 50  # of which a table has the experts
 OWN = "vllm-ascend"
+CONSUMER = {
+    "kv_connector": "FileKVConnector",
+    "kv_connector_module_path": "tests.ascend.file_connector",
+    "kv_role": "kv_consumer",
+}
 
 
 def write_config(
@@ -263,7 +269,7 @@ def make_layers(given: dict[str, Any], sizes: Sequence[Sizes]) -> tuple[Any, lis
     from vllm_ascend.ascend_config import init_ascend_config
     from vllm_ascend.ascend_forward_context import set_mc2_mask, set_mc2_tokens_capacity
     from vllm_ascend.distributed.parallel_state import init_ascend_model_parallel
-    from vllm_ascend.utils import adapt_patch, register_ascend_customop
+    from vllm_ascend.utils import adapt_patch, register_ascend_customop, set_potential_max_tokens
 
     torch.npu.set_device(rank)
     device = torch.device("npu", rank)
@@ -284,11 +290,13 @@ def make_layers(given: dict[str, Any], sizes: Sequence[Sizes]) -> tuple[Any, lis
             max_model_len=1024,
             max_num_seqs=16,
             max_num_batched_tokens=2048,
+            kv_transfer_config=CONSUMER if given.get("unagreed") else None,
             additional_config={
                 "vllm_npu": {"moe_comm": given.get("moe_comm", "auto")},
                 "enable_flashcomm1": bool(given.get("flashcomm1")),
                 **({"mix_placement": True} if shared else {}),
                 "enable_fused_mc2": given.get("fused", 0),
+                **({"recompute_scheduler_enable": True} if given.get("unagreed") else {}),
                 **({"mega_moe_max_tokens": given["fused_rows"]} if "fused_rows" in given else {}),
                 **({"eplb_config": {"dynamic_eplb": True, "num_redundant_experts": redundant}} if redundant else {}),
                 **({"eplb_config": mapped_by(given["expert_map"], sizes[0].experts)} if "expert_map" in given else {}),
@@ -302,6 +310,7 @@ def make_layers(given: dict[str, Any], sizes: Sequence[Sizes]) -> tuple[Any, lis
         parallel_state.init_distributed_environment(tp, rank % tp, local_rank=rank, backend="hccl")
         parallel_state.initialize_model_parallel(tp)
         init_ascend_model_parallel(config.parallel_config)
+        set_potential_max_tokens(config)
         set_mc2_tokens_capacity(config, 16, 1)
         set_mc2_mask(config, device)
         with set_default_torch_dtype(dtype), device:

@@ -7,10 +7,9 @@ from typing import Any
 
 import pytest
 
-from tests.ascend.test_layer import EMULATED_A3, LINE, PLUGINS
+from tests.ascend.test_layer import EMULATED_A3, PLUGINS
 from tests.time_limits import PATIENCE_SECONDS
-from vllm_npu.tools.demo.ascend_demo import DP2_EP, FEWER_TOKENS, MAX_TOKENS, MODELS
-from vllm_npu.tools.demo.recipes import WIDE_EXPERTS
+from vllm_npu.tools.demo.ascend_demo import DP2_EP, MAX_TOKENS, MODELS
 from vllm_npu.tools.engines.engine_processes import EngineFailedError
 from vllm_npu.tools.engines.engine_set import EngineSet, Generation
 from vllm_npu.tools.engines.tiny_models import demo_prompts, write_tiny_model
@@ -25,22 +24,7 @@ Run = Callable[..., Generation]
 def run(tmp_path_factory) -> Run:
     """A function that runs an engine and returns what it generated. The logs are in the folder `logs`."""
     model = write_tiny_model(MODELS[0], tmp_path_factory.mktemp("qwen3-moe") / "model")
-    return runner(model, tmp_path_factory.mktemp("caches"), dtype="float16")
-
-
-@pytest.fixture(scope="module")
-def run_int8(tmp_path_factory) -> Run:
-    """As run, for a model in W8A8 with experts that vllm-ascend's operator for decode steps takes."""
-    [model] = WIDE_EXPERTS.values()
-    folder = write_tiny_model(model, tmp_path_factory.mktemp("qwen3-moe-w8a8") / "model", quantised="W8A8")
     caches = tmp_path_factory.mktemp("caches")
-    return runner(folder, caches, dtype="bfloat16", additional_config={"enable_fused_mc2": 2}, quantization="ascend")
-
-
-def runner(
-    model: Path, caches: Path, *, dtype: str, additional_config: dict[str, Any] | None = None, **always: Any
-) -> Run:
-    """The function of the fixtures. `always` are further arguments of each engine."""
 
     def run(
         role: str, kv: Path, moe_comm: str, logs: Path, *, max_tokens: Any = MAX_TOKENS, **engine_args: Any
@@ -66,11 +50,10 @@ def runner(
             environment=EMULATED_A3 | {"VLLM_PLUGINS": PLUGINS, "TORCHINDUCTOR_AUTOGRAD_CACHE": "0"},
             engine_args={
                 "kv_transfer_config": connector,
-                "additional_config": {**options, **(additional_config or {}), "vllm_npu": {"moe_comm": moe_comm}},
-                **always,
+                "additional_config": options | {"vllm_npu": {"moe_comm": moe_comm}},
                 **engine_args,
             },
-            dtype=dtype,
+            dtype="float16",
         )
         with engines:
             engines.wait_until_ready()
@@ -108,21 +91,6 @@ def test_a_decode_node_gives_the_tokens_of_vllm_ascend_alone(run: Run, prefilled
     ran = "mc2" if moe_comm == "auto" else moe_comm
     assert f"MoE communication: {ran} on TP1" in log
     assert ("do not agree" in log) == (moe_comm == "auto")
-
-
-@pytest.mark.skipif(LINE != "0.23", reason="on vllm-ascend 0.30, enable_fused_mc2: 2 is as 1")
-def test_a_decode_node_takes_the_fused_operator_for_decode_steps_without_counts(run_int8: Run, tmp_path):
-    kv, logs = tmp_path / "kv", [tmp_path / name for name in ("prefill", "alone", "served")]
-    for folder in (kv, *logs):
-        folder.mkdir()
-    run_int8("kv_producer", kv, "auto", logs[0], max_tokens=[1] * len(FEWER_TOKENS))
-    alone = run_int8("kv_consumer", kv, "off", logs[1], max_tokens=FEWER_TOKENS)
-    served = run_int8("kv_consumer", kv, "auto", logs[2], max_tokens=FEWER_TOKENS, **GRAPHS)
-    log = (logs[2] / "rank0.log").read_text(errors="replace")
-    assert served.tokens == alone.tokens
-    assert sum(map(len, served.tokens)) == sum(FEWER_TOKENS)
-    assert "ranks do not agree on token counts of up to 8" in log
-    assert "MoE communication: fused_mc2 on TP1" in log
 
 
 def test_prompts_without_kv_end_a_decode_node_with_an_error_that_names_the_ranks(run: Run, tmp_path):

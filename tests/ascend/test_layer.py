@@ -338,6 +338,27 @@ def test_a_step_whose_rows_may_not_fit_goes_another_way_and_vllm_ascend_loses_ro
     assert reason in outcome.output
 
 
+@pytest.mark.parametrize("value", [0, 2])
+def test_ranks_that_do_not_agree_on_counts_take_mc2_or_the_fused_operator_that_needs_none(value):
+    takes_fused = value == 2 and LINE == "0.23"
+    outcome, reports = run(
+        *("A3", 1, 2),
+        dtype="bfloat16",
+        **(BY_2 | {"fused": value}),
+        unagreed=True,
+        steps=[[5, 5], [3, 7], [1, 16]],
+        strategies=["auto"],
+    )
+    assert outcome.code == 0, outcome.output
+    assert "ranks do not agree on token counts of up to 16" in outcome.output
+    for report in reports:
+        assert report["refused"] == {}
+        for row in report["rows"]:
+            check_near_dense(row, "bfloat16", int8=True)
+            if row["path"] == "auto":
+                assert row["ran"] == ("FUSED_MC2" if takes_fused else "MC2")
+
+
 @pytest.mark.skipif(LINE != "0.23", reason="on vllm-ascend 0.30, 2 is as 1")
 def test_a_step_of_more_tokens_than_the_operator_for_decode_steps_takes_goes_another_way():
     outcome, reports = run(

@@ -141,6 +141,8 @@ def main() -> None:
         if unquantised is not None:
             models[unquantised.family] = unquantised, None, ascend_demo.MAX_TOKENS
         models[in_int8.family] = in_int8, "W8A8", ascend_demo.FEWER_TOKENS
+    for wide in recipes.WIDE_EXPERTS.values():
+        models[wide.family] = wide, "W8A8", ascend_demo.FEWER_TOKENS
     for kind, model in ascend_demo.INT4_EXPERTS.items():
         models[model.family] = model, kind, ascend_demo.FEWER_TOKENS
     parser.add_argument("family", choices=models)

@@ -6,9 +6,11 @@ Each rank prints one JSON line. For every layer, step and path it holds the coll
 from a dense layer in float64 and from vllm-ascend's own path. These keys are left out in most runs:
 "more_layers": the sizes of layers after the first one; "mixed": a number of shared experts that are placed as routed ones;
 "quantised": a kind of tests/ascend/quantised.py; "redundant": a number of redundant experts of vllm-ascend's EPLB;
-"expert_map": a file that places the experts on the ranks; "fused_rows": vllm-ascend prepares its fused MC2, with room for so
-many rows on a rank; "by_token_id": a table gives the experts of each token id; "latent": the width of the experts' rows, with a
-matrix before and, on 0.30, another one after them;
+"expert_map": a file that places the experts on the ranks; "fused": the value of vllm-ascend's enable_fused_mc2; "fused_rows":
+the rows that a rank of it has room for; "unagreed": the engine is a decode node whose ranks do not agree on counts;
+"intermediate": the size of the experts between their two products; "by_token_id": a
+table gives the experts of each token id; "latent": the width of the experts' rows, with a matrix before and, on 0.30, another
+one after them;
 "later": the layer runs a second time in each step, on so many tokens of each data-parallel rank, and this output counts;
 "own": the communication methods that vllm-ascend is held to; "graph": each step is captured and replayed with other tokens, and
 the line also holds the device's operations in the graph; "rounds": with "graph", the line also holds the host's processor time
@@ -39,10 +41,22 @@ from vllm_npu.tools.engines.int4_weights import compressed_tensors_config
 INTERMEDIATE = 64
 TOKEN_IDS = 50  # of which a table has the experts
 OWN = "vllm-ascend"
+CONSUMER = {
+    "kv_connector": "FileKVConnector",
+    "kv_connector_module_path": "tests.ascend.file_connector",
+    "kv_role": "kv_consumer",
+}
 
 
 def write_config(
-    folder: Path, *, hidden: int, experts: int, top_k: int, shared: int = 0, kind: str | None = None
+    folder: Path,
+    *,
+    hidden: int,
+    experts: int,
+    top_k: int,
+    shared: int = 0,
+    kind: str | None = None,
+    intermediate: int = INTERMEDIATE,
 ) -> None:
     """Write the config.json of a Qwen3-MoE model. It has no weight files: the layer's weights are drawn at random.
 
@@ -57,7 +71,7 @@ def write_config(
         "num_key_value_heads": 2,
         "head_dim": 64,
         "intermediate_size": 64,
-        "moe_intermediate_size": INTERMEDIATE,
+        "moe_intermediate_size": intermediate,
         "num_experts": experts,
         "n_shared_experts": shared,
         "num_experts_per_tok": top_k,
@@ -70,12 +84,19 @@ def write_config(
         "hidden_act": "silu",
         "tie_word_embeddings": False,
     }
+    if kind == "W8A8":
+        config["quantize"] = "w8a8_dynamic"  # vllm-ascend 0.23 reads it for enable_fused_mc2: 2
     if kind == quantised.COMPRESSED:
         config["quantization_config"] = compressed_tensors_config()
     elif kind is not None:
         described = json.dumps(quantised.description(kind, 0, experts + shared))
         (folder / "quant_model_description.json").write_text(described)
     (folder / "config.json").write_text(json.dumps(config))
+
+
+def intermediate_of(given: dict[str, Any]) -> int:
+    """The size of the experts between their two products."""
+    return int(given.get("intermediate", INTERMEDIATE))
 
 
 def dense(
@@ -251,13 +272,13 @@ def make_layers(given: dict[str, Any], sizes: Sequence[Sizes]) -> tuple[Any, lis
     from vllm_ascend.ascend_config import init_ascend_config
     from vllm_ascend.ascend_forward_context import set_mc2_mask, set_mc2_tokens_capacity
     from vllm_ascend.distributed.parallel_state import init_ascend_model_parallel
-    from vllm_ascend.utils import adapt_patch, register_ascend_customop
+    from vllm_ascend.utils import adapt_patch, register_ascend_customop, set_potential_max_tokens
 
     torch.npu.set_device(rank)
     device = torch.device("npu", rank)
     torch.distributed.init_process_group("hccl")
     with tempfile.TemporaryDirectory() as folder:
-        write_config(Path(folder), **sizes[0]._asdict(), shared=shared, kind=kind)
+        write_config(Path(folder), **sizes[0]._asdict(), shared=shared, kind=kind, intermediate=intermediate_of(given))
         config = EngineArgs(
             model=folder,
             skip_tokenizer_init=True,
@@ -274,13 +295,14 @@ def make_layers(given: dict[str, Any], sizes: Sequence[Sizes]) -> tuple[Any, lis
             max_num_batched_tokens=2048,
             # Otherwise vLLM on torch before 2.11 counts the layers of a step. Here a step runs one layer, and may run it twice.
             compilation_config={"fast_moe_cold_start": False},
+            kv_transfer_config=CONSUMER if given.get("unagreed") else None,
             additional_config={
                 "vllm_npu": {"moe_comm": given.get("moe_comm", "auto")},
                 "enable_flashcomm1": bool(given.get("flashcomm1")),
                 **({"mix_placement": True} if shared else {}),
-                **(
-                    {"enable_fused_mc2": 1, "mega_moe_max_tokens": given["fused_rows"]} if "fused_rows" in given else {}
-                ),
+                "enable_fused_mc2": given.get("fused", 0),
+                **({"recompute_scheduler_enable": True} if given.get("unagreed") else {}),
+                **({"mega_moe_max_tokens": given["fused_rows"]} if "fused_rows" in given else {}),
                 **({"eplb_config": {"dynamic_eplb": True, "num_redundant_experts": redundant}} if redundant else {}),
                 **({"eplb_config": mapped_by(given["expert_map"], sizes[0].experts)} if "expert_map" in given else {}),
             },
@@ -293,6 +315,7 @@ def make_layers(given: dict[str, Any], sizes: Sequence[Sizes]) -> tuple[Any, lis
         parallel_state.init_distributed_environment(tp, rank % tp, local_rank=rank, backend="hccl")
         parallel_state.initialize_model_parallel(tp)
         init_ascend_model_parallel(config.parallel_config)
+        set_potential_max_tokens(config)
         set_mc2_tokens_capacity(config, 16, 1)
         set_mc2_mask(config, device)
         with set_default_torch_dtype(dtype), device:
@@ -306,7 +329,7 @@ def make_layers(given: dict[str, Any], sizes: Sequence[Sizes]) -> tuple[Any, lis
                     num_experts=each.experts,
                     top_k=each.top_k,
                     hidden_size=each.of_experts(given),
-                    intermediate_size=INTERMEDIATE,
+                    intermediate_size=intermediate_of(given),
                     params_dtype=dtype,
                     renormalize=True,
                     prefix=PREFIX.format(number),
@@ -346,9 +369,10 @@ def with_weights(given: dict[str, Any], sizes: Sizes, layer: Any, seed: int) -> 
     """Draw the layer's weights, and load this rank's experts."""
     rank, ranks, dtype = int(os.environ["RANK"]), given["tp"] * given["dp"], getattr(torch, given["dtype"])
     hidden, experts, module = sizes.of_experts(given), sizes.experts + given.get("mixed", 0), part_with_weights(layer)
+    inner = intermediate_of(given)
     generator = torch.Generator().manual_seed(seed)
-    w13 = (torch.randn(experts, 2 * INTERMEDIATE, hidden, generator=generator) * hidden**-0.5).to(dtype)
-    w2 = (torch.randn(experts, hidden, INTERMEDIATE, generator=generator) * INTERMEDIATE**-0.5).to(dtype)
+    w13 = (torch.randn(experts, 2 * inner, hidden, generator=generator) * hidden**-0.5).to(dtype)
+    w2 = (torch.randn(experts, hidden, inner, generator=generator) * inner**-0.5).to(dtype)
     own = own_experts(layer, rank, experts, ranks)
     if (kind := given.get("quantised")) is not None:
         w13, w2 = (quantised.load(kind, module, name, each, own) for name, each in (("w13", w13), ("w2", w2)))

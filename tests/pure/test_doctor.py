@@ -532,12 +532,25 @@ def test_a_script_of_a_tutorial_is_read_option_by_option(tmp_path, monkeypatch):
     found = {row.what.partition(":")[0]: row.status for row in rows}
     assert found == {
         "enable_flashcomm1": "ok",
-        "enable_fused_mc2": "problem",
+        "enable_fused_mc2": "ok",
         "--enable-expert-parallel": "ok",
         "--kv-transfer-config": "ok",
         "--kv-transfer-config with kv_consumer": "ok",
         "VLLM_ASCEND_BALANCE_SCHEDULING=1": "ok",
     }
+
+
+@pytest.mark.parametrize(
+    ("options", "config", "starts"),
+    [("--quantization ascend", {}, True), ("", {"quantize": "w8a8_dynamic"}, True), ("", {}, False)],
+)
+def test_the_fused_operator_for_decode_steps_is_for_experts_in_w8a8(tmp_path, monkeypatch, options, config, starts):
+    monkeypatch.setenv("HCCL_BUFFSIZE", "1")
+    monkeypatch.setitem(DEEPSEEK_V3, "quantize", config.get("quantize", "float"))
+    script = RECIPE.replace('"enable_fused_mc2": 2', '"enable_fused_mc2": 2, "vllm_npu": {"moe_comm": "fused_mc2"}')
+    last = doctor_of_recipe(tmp_path, script.replace("--no-enable", f"{options} --no-enable"))[-1]
+    assert (last.status == "ok") == starts
+    assert ("fused_mc2 takes up to 42 tokens a rank" if starts else "takes no layers of quantisation none") in last.what
 
 
 def test_adapters_beside_the_experts_are_taken(tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.cases import topologies
-from vllm_npu.core.ascend_recipes import fused_mc2_rows, rows_of_recipe
+from vllm_npu.core.ascend_recipes import FusedMC2Asked, FusedOperator, fused_mc2_asked, rows_of_recipe
 from vllm_npu.core.limits import DEVICES, MoELayer, QuantMode
 from vllm_npu.core.step_plan import StepPlan, TokenSharding
 from vllm_npu.core.topology import ParallelTopology
@@ -21,11 +21,21 @@ from vllm_npu.strategies.table import AUTO
 
 LAYER = MoELayer(num_experts=64, top_k=4, hidden_size=2048, dtype=torch.bfloat16)
 INT8 = replace(LAYER, quant_mode=QuantMode.INT8_PER_TOKEN)
+FOR_DECODE = replace(INT8, num_experts=32)  # at most 24 experts a rank, on two ranks and more
 PLENTY = 1 << 20
 
 
+FFN, DECODE = FusedOperator.FFN_COMBINE, FusedOperator.GMM_COMBINE_DECODE
+
+
 def a3(rows: int | None = 65536):
-    return replace(DEVICES["A3"], fused_mc2_rows=rows)
+    """An A3 of which dispatch_ffn_combine was asked, with room for so many rows. None: no operator was asked for."""
+    return replace(DEVICES["A3"], fused_mc2_asked=None if rows is None else FusedMC2Asked(FFN, rows))
+
+
+def a3_decode():
+    """An A3 of which dispatch_gmm_combine_decode was asked."""
+    return replace(DEVICES["A3"], fused_mc2_asked=FusedMC2Asked(DECODE, None))
 
 
 def plan(*counts: int, captured: bool = False, sharding: TokenSharding = TokenSharding.REPLICATED) -> StepPlan:
@@ -112,7 +122,7 @@ def test_auto_takes_it_only_where_vllm_ascend_was_asked_for_it():
     topology = topologies(1, 2)[0]
     assert select(AUTO, topology, plan(8, 8), layer=LAYER, device=a3(None)).strategy == "mc2"
     assert select(AUTO, topology, plan(8, 8), layer=LAYER, device=a3()) == Selection(
-        "fused_mc2", "auto: vllm-ascend's enable_fused_mc2 is 1"
+        "fused_mc2", "auto: vllm-ascend's enable_fused_mc2 asks for dispatch_ffn_combine"
     )
 
 
@@ -164,7 +174,7 @@ def test_int8_layers_may_clamp_and_have_two_experts():
 def test_other_chips_and_weights_that_are_not_prepared_are_named():
     topology = topologies(1, 2)[0]
     with pytest.raises(UnsupportedDeviceError, match="A2 has no fused MC2; use mc2"):
-        start("fused_mc2", topology, device=replace(DEVICES["A2"], fused_mc2_rows=65536))
+        start("fused_mc2", topology, device=replace(DEVICES["A2"], fused_mc2_asked=FusedMC2Asked(FFN, 65536)))
     with pytest.raises(UnsupportedConfigError, match=r'"enable_fused_mc2": 1.*it is not set; use mc2'):
         start("fused_mc2", topology, device=a3(None))
     assert "A5 has no fused MC2" in why_not("fused_mc2", topology, LAYER, DEVICES["A5"])
@@ -174,7 +184,7 @@ def test_decode_steps_that_never_fit_are_refused_with_the_number_to_set():
     topology = ParallelTopology.of_rank(0, tp_size=2, dp_size=4)
     with pytest.raises(DeviceLimitError, match=r"up to 512 may arrive.*\"mega_moe_max_tokens\": 512\}"):
         start("fused_mc2", topology, device=a3(100))
-    assert start("fused_mc2", topology, device=a3(512)).fused_mc2_rows == 512
+    assert start("fused_mc2", topology, device=a3(512)).fused_mc2_asked == FusedMC2Asked(FFN, 512)
     start("auto", topology, device=a3(100))  # decode steps take mc2
     with pytest.raises(HcclBufferError, match="needs HCCL_BUFFSIZE=5 for steps of 16 tokens a rank"):
         start("fused_mc2", topology, buffer_mb=4)
@@ -214,17 +224,109 @@ def test_plan_shows_the_strategy_and_its_buffer_on_chips_that_have_it():
 
 
 @pytest.mark.parametrize(
-    ("options", "rows"),
+    ("options", "line", "asked"),
     [
-        ({}, None),
-        ({"enable_fused_mc2": 0}, None),
-        ({"enable_fused_mc2": 1}, 65536),
-        ({"enable_fused_mc2": 1, "mega_moe_max_tokens": 100}, 100),
-        ({"enable_fused_mc2": 2}, None),
+        ({}, "0.23", None),
+        ({"enable_fused_mc2": 0}, "0.23", None),
+        ({"enable_fused_mc2": 1}, "0.23", FusedMC2Asked(FFN, 65536)),
+        ({"enable_fused_mc2": True}, "0.23", FusedMC2Asked(FFN, 65536)),  # as a tutorial has it
+        ({"enable_fused_mc2": 1, "mega_moe_max_tokens": 100}, "0.30", FusedMC2Asked(FFN, 100)),
+        ({"enable_fused_mc2": 2, "mega_moe_max_tokens": 100}, "0.23", FusedMC2Asked(DECODE, None)),
+        ({"enable_fused_mc2": 2}, "0.30", FusedMC2Asked(FFN, 65536)),
+        ({"enable_fused_mc2": 3}, "0.23", None),
     ],
     ids=str,
 )
-def test_the_recipe_says_whether_vllm_ascend_prepares_the_weights(options, rows):
-    assert fused_mc2_rows(options) == rows
+def test_the_recipe_says_which_operator_vllm_ascend_prepares_the_weights_for(options, line, asked):
+    assert fused_mc2_asked(options, line) == asked
     refused = [row.option for row in rows_of_recipe(options) if row.is_refused]
-    assert refused == (["enable_fused_mc2"] if options.get("enable_fused_mc2") == 2 else [])
+    assert refused == (["enable_fused_mc2"] if options.get("enable_fused_mc2") == 3 else [])
+
+
+# --- dispatch_gmm_combine_decode ---
+
+
+@pytest.mark.parametrize("requested", ["fused_mc2", AUTO])
+def test_decode_steps_take_the_operator_for_them_and_longer_steps_go_another_way(requested):
+    topology = topologies(1, 2)[0]
+    chosen = [
+        select(requested, topology, plan(*counts), layer=FOR_DECODE, device=a3_decode())
+        for counts in ((8, 8), (0, 3), (256, 1), (257, 1))
+    ]
+    assert [each.strategy for each in chosen] == ["fused_mc2", "fused_mc2", "fused_mc2", "mc2"]
+    assert "fused_mc2 takes 256 tokens a rank, this step brings 257" in chosen[-1].reason
+
+
+def test_a_step_without_agreed_counts_takes_only_the_operator_that_ranks_may_bring_uneven_rows_to():
+    topology = topologies(1, 2)[0]
+    step = StepPlan(num_tokens_across_dp=(32, 32), sharding=TokenSharding.REPLICATED, own_tokens=3)
+    assert select("fused_mc2", topology, step, layer=FOR_DECODE, device=a3_decode()).strategy == "fused_mc2"
+    other = select("fused_mc2", topology, step, layer=FOR_DECODE, device=a3())
+    assert other.strategy == "mc2"
+    assert "needs the token counts of all ranks" in other.reason
+
+
+@pytest.mark.parametrize(
+    ("layer", "what"),
+    [
+        (LAYER, "dispatch_gmm_combine_decode takes no layers of quantisation none"),
+        (replace(INT8, hidden_size=480), "takes hidden_size 512 to 7168 in steps of 32, not 480"),
+        (replace(INT8, hidden_size=7200), "takes hidden_size 512 to 7168 in steps of 32, not 7200"),
+        (replace(INT8, hidden_size=1040), "takes hidden_size in steps of 32, not 1040"),
+        (replace(INT8, intermediate_size=384), "takes intermediate_size 512, 640, 768, "),
+        (replace(INT8, intermediate_size=1408), "2048, 2560, 3072, not 1408"),  # GLM-4.5-Air
+        (replace(INT8, num_experts=50), "takes at most 24 experts a rank, not 25"),
+        (replace(INT8, top_k=13), "takes at most 12 experts a token, not 13"),
+        (replace(INT8, swiglu_limit=7.0), "leaves out swiglu_limit, which is 7"),
+        (replace(INT8, activation="gelu"), "computes the activation silu, not gelu"),
+        (replace(INT8, has_bias=True), "adds no bias"),
+        (replace(INT8, int4_weights=True), "takes no int4 weights"),
+    ],
+    ids=str,
+)
+def test_a_layer_past_a_limit_of_the_operator_for_decode_steps_is_named(layer, what):
+    topology = topologies(1, 2)[0]
+    few = replace(layer, num_experts=min(layer.num_experts, 8)) if layer.num_experts == 64 else layer
+    reason = why_not("fused_mc2", topology, few, a3_decode())
+    assert what in reason
+    with pytest.raises(DeviceLimitError, match="use mc2"):
+        start("fused_mc2", topology, layer=few, device=a3_decode())
+
+
+@pytest.mark.parametrize("size", [512, 640, 768, 896, 1024, 1280, 1536, 1792, 2048, 2560, 3072])
+def test_the_sizes_of_the_operator_for_decode_steps_find_the_largest_number_of_a_row(size):
+    """The kernel's steps on a row of columns, each a set of the columns that it has seen (BlockQuant)."""
+    seen = [{column, column + size // 2} for column in range(size // 2)]
+    width = size // 2
+    while width > 64:
+        width //= 2
+        assert width % 8 == 0, "an address that is no multiple of 32 bytes"
+        for column in range(width // 8 * 8):
+            seen[column] = seen[column] | seen[column + width]
+    assert set().union(*seen[:64]) == set(range(size))
+    layer = replace(INT8, num_experts=8, intermediate_size=size)
+    assert why_not("fused_mc2", topologies(1, 2)[0], layer, a3_decode()) is None
+
+
+def test_the_buffer_of_the_operator_for_decode_steps_has_two_halves_of_places_for_every_expert():
+    topology = topologies(1, 4)[0]
+    layer = replace(INT8, hidden_size=7168)
+    limits = a3_decode().fused_limits(layer)
+    assert limits.buffer_bytes(layer, 4, 100) == 2 * (64 * 100 * 7168 * 2) + 4 * 512
+    device = start("fused_mc2", topology, layer=layer, device=a3_decode(), tokens=100, buffer_mb=200)
+    assert device.fused_limits(layer).max_tokens_per_rank == 114
+    with pytest.raises(HcclBufferError, match="dispatch_gmm_combine_decode needs HCCL_BUFFSIZE=211 for steps of 120"):
+        start("fused_mc2", topology, layer=layer, device=a3_decode(), tokens=120, buffer_mb=200)
+    assert (
+        start(AUTO, topology, layer=layer, device=a3_decode(), tokens=120, buffer_mb=2000).fused_mc2_asked is not None
+    )
+
+
+def test_decode_steps_past_the_operators_tokens_are_refused_without_a_number_of_rows():
+    topology = ParallelTopology.of_rank(0, tp_size=2, dp_size=4)
+    with pytest.raises(
+        DeviceLimitError, match=r"takes 256 tokens a rank, this step brings 300.*; lower --max-num-seqs"
+    ):
+        start("fused_mc2", topology, layer=INT8, device=a3_decode(), tokens=600)
+    capacity = describe_capacity(start(AUTO, topology, layer=INT8, device=a3_decode()), topology, [INT8])
+    assert capacity.endswith("; fused_mc2 takes up to 256 tokens a rank")

@@ -1,9 +1,13 @@
 """Recipes of `vllm serve`, made small for emulated NPUs: what is kept, replaced, left out and refused."""
 
 import json
+from dataclasses import replace
 
 import pytest
+import torch
 
+from vllm_npu.core.ascend_recipes import fused_mc2_asked
+from vllm_npu.core.limits import DEVICES, MoELayer, QuantMode
 from vllm_npu.errors import InvalidInputError
 from vllm_npu.tools.demo.recipe_demo import RecipeRow, planned_recipes
 from vllm_npu.tools.demo.recipes import SmallRecipe, make_small
@@ -121,6 +125,34 @@ def test_markdown_gives_one_recipe_for_each_block_that_starts_vllm(tmp_path):
     assert isinstance(first, SmallRecipe)
     assert [isinstance(row, RecipeRow) and row.not_run for row in others] == ["as Model 1", "as Model 1"]
     assert [each.name for each in planned_recipes(tmp_path, "NODE") if isinstance(each, SmallRecipe)] == ["node.sh"]
+
+
+def test_a_recipe_with_the_fused_operator_for_decode_steps_gets_experts_that_it_takes(tmp_path):
+    """Also its prefill node, which asks for the other operator."""
+
+    def of_qwen(role: str, value: int) -> str:
+        script = node(role).replace("DeepSeek-V3.1", "Qwen3-235B-A22B").replace("--speculative-config", "--load-format")
+        return script.replace('"multistream_overlap_shared_expert": true', f'"enable_fused_mc2": {value}')
+
+    scripts = [of_qwen("kv_producer", 1), of_qwen("kv_consumer", 2), of_qwen("kv_consumer", 1)]
+    (tmp_path / "Model.md").write_text("\n".join(f"```\n{script}```\n" for script in scripts))
+    _, wide, narrow = planned_recipes(tmp_path, "")
+    for small, family in ((wide, "qwen3-moe-w8a8-wide"), (narrow, "qwen3-moe-w8a8")):
+        assert isinstance(small, SmallRecipe)
+        assert small.prefill is not None
+        assert (small.model.family, small.prefill.model.family) == (family, family)
+    config = wide.model.config
+    layer = MoELayer(
+        num_experts=config["num_experts"],
+        top_k=config["num_experts_per_tok"],
+        hidden_size=config["hidden_size"],
+        intermediate_size=config["moe_intermediate_size"],
+        dtype=torch.bfloat16,
+        quant_mode=QuantMode.INT8_PER_TOKEN,
+    )
+    for small in (wide, wide.prefill):
+        device = replace(DEVICES["A3"], fused_mc2_asked=fused_mc2_asked(small.additional_config))
+        assert device.fused_limits(layer).why_not(layer, 4) is None
 
 
 def test_a_decode_node_gets_the_prefill_node_of_its_file(tmp_path):

@@ -10,13 +10,15 @@ from rich.console import Console
 from rich.table import Table
 
 from vllm_npu.cli.outputs import JsonPath
-from vllm_npu.core.ascend_recipes import fused_mc2_rows
+from vllm_npu.core.ascend_recipes import fused_mc2_asked
 from vllm_npu.core.expert_limits import ExpertsWanted
 from vllm_npu.core.limits import DEVICES, PORTABLE
 from vllm_npu.core.model_facts import ModelFacts, read_config
 from vllm_npu.core.topology import ExpertPlacement, ParallelTopology
 from vllm_npu.envs import HCCL_BUFFSIZE
 from vllm_npu.errors import UnsupportedConfigError
+from vllm_npu.plugin.entry_points import vllm_ascend_version
+from vllm_npu.plugin.release_lines import ascend_line
 from vllm_npu.strategies.planning import LayerPlan, plan_layer
 from vllm_npu.strategies.start_checks import check_experts
 from vllm_npu.tools.layers import DTYPES, layer_of_model
@@ -57,7 +59,9 @@ def plan(
             f"--ep {ep} is not a multiple of --tp {tp}; the experts lie on all ranks of the grid"
         )
     device = PORTABLE if soc is None else DEVICES[soc]
-    device = replace(device, fused_mc2_rows=fused_mc2_rows(_read_object(additional_config)))
+    device = replace(
+        device, fused_mc2_asked=fused_mc2_asked(_read_object(additional_config), ascend_line(vllm_ascend_version()))
+    )
     topology = ParallelTopology.of_rank(0, tp_size=tp, dp_size=ep // tp)
     facts = ModelFacts() if model is None else read_config(model)
     check_experts(ExpertsWanted(model=facts), topology, device)

@@ -6,6 +6,7 @@ from enum import IntEnum
 
 import torch
 
+from vllm_npu.core.ascend_recipes import FusedMC2Asked, FusedOperator
 from vllm_npu.core.expert_limits import ExpertLimits
 from vllm_npu.core.token_layout import ceil_div
 from vllm_npu.core.topology import places_of_experts
@@ -86,15 +87,7 @@ class MC2Limits:
             return f"{self.name} takes ep_size {_spans(self.ep_sizes)}, not {ep_size}"
         if self.hidden_sizes is not None and layer.hidden_size not in self.hidden_sizes:
             return f"{self.name} takes hidden_size {_spans([self.hidden_sizes])}, not {layer.hidden_size}"
-        experts_per_rank = ceil_div(layer.num_experts, ep_size)
-        for what, value, most in (
-            ("experts", layer.num_experts, self.max_experts),
-            ("experts a rank", experts_per_rank, self.max_experts_per_rank),
-            ("experts a token", layer.top_k, self.max_top_k),
-        ):
-            if most is not None and value > most:
-                return f"{self.name} takes at most {most} {what}, not {value}"
-        return None
+        return _too_many_experts(self, layer, ep_size)
 
     def buffer_mb(self, layer: MoELayer, ep_size: int, max_tokens_per_rank: int) -> int | None:
         """HCCL_BUFFSIZE in MiB that the ops need for steps of up to max_tokens_per_rank tokens. None: they need no buffer."""
@@ -109,15 +102,22 @@ class FusedMC2Limits:
 
     name: str
     source: str
+    operator: FusedOperator
     quant_mode: QuantMode  # of the layers that it computes
     takes_mask: bool  # whether it leaves out the rows that a mask names; if not, padding rows travel as tokens do
     takes_swiglu_limit: bool
-    no_experts_per_rank: int  # the number with which the kernel computes no activation
-    bytes_of_column: int  # of a vector core's memory, for each column of the first product
-    columns_within_hidden_size: bool  # whether 2 * intermediate_size may be no more than hidden_size
+    takes_uneven_ranks: bool = False  # whether each rank may bring another number of rows
+    no_experts_per_rank: int | None = None  # the number with which the kernel computes no activation
+    bytes_of_column: int = 0  # of a vector core's memory, for each column of the first product
+    columns_within_hidden_size: bool = False  # whether 2 * intermediate_size may be no more than hidden_size
     buffer_bytes: BufferBytes
-    max_ep_size: int = 32
+    max_ep_size: int
     hidden_size_multiple: int = 32
+    hidden_sizes: range | None = None
+    intermediate_sizes: tuple[int, ...] | None = None
+    max_experts: int | None = None
+    max_experts_per_rank: int | None = None
+    max_top_k: int | None = None
     dtypes: tuple[torch.dtype, ...]
     max_tokens_per_rank: int = MAX_FUSED_TOKENS
 
@@ -132,6 +132,8 @@ class FusedMC2Limits:
             return f"{self.name} takes at most {self.max_ep_size} ranks, not {ep_size}"
         if layer.hidden_size % self.hidden_size_multiple:
             return f"{self.name} takes hidden_size in steps of {self.hidden_size_multiple}, not {layer.hidden_size}"
+        if self.hidden_sizes is not None and layer.hidden_size not in self.hidden_sizes:
+            return f"{self.name} takes hidden_size {_spans([self.hidden_sizes])}, not {layer.hidden_size}"
         if experts == self.no_experts_per_rank:
             return f"{self.name} computes no activation with {experts} experts a rank"
         if columns * self.bytes_of_column > VECTOR_CORE_BYTES or (
@@ -140,13 +142,16 @@ class FusedMC2Limits:
             most = VECTOR_CORE_BYTES // self.bytes_of_column
             most = min(most, layer.hidden_size) if self.columns_within_hidden_size else most
             return f"{self.name} takes intermediate_size up to {most // 2} here, not {layer.intermediate_size}"
+        sizes = self.intermediate_sizes
+        if sizes is not None and layer.intermediate_size is not None and layer.intermediate_size not in sizes:
+            return f"{self.name} takes intermediate_size {_spans(_one(*sizes))}, not {layer.intermediate_size}"
         if layer.activation not in (None, "silu"):
             return f"{self.name} computes the activation silu, not {layer.activation}"
         if layer.swiglu_limit and not self.takes_swiglu_limit:
             return f"{self.name} leaves out swiglu_limit, which is {layer.swiglu_limit:g}"
         if layer.has_bias:
             return f"{self.name} adds no bias of the experts"
-        return None
+        return _too_many_experts(self, layer, ep_size)
 
     def received_rows(self, layer: MoELayer, ep_size: int, tokens: int) -> int:
         """The most rows that can arrive at a rank if all ranks together send the rows of this many tokens.
@@ -158,6 +163,18 @@ class FusedMC2Limits:
     def buffer_mb(self, layer: MoELayer, ep_size: int, max_tokens_per_rank: int) -> int:
         """HCCL_BUFFSIZE in MiB that the operator needs for steps of up to max_tokens_per_rank tokens."""
         return ceil_div(self.buffer_bytes(layer, ep_size, max_tokens_per_rank), MIB)
+
+
+def _too_many_experts(limits: MC2Limits | FusedMC2Limits, layer: MoELayer, ep_size: int) -> str | None:
+    """Reason why the operator cannot run this layer's number of experts, or None."""
+    for what, value, most in (
+        ("experts", layer.num_experts, limits.max_experts),
+        ("experts a rank", ceil_div(layer.num_experts, ep_size), limits.max_experts_per_rank),
+        ("experts a token", layer.top_k, limits.max_top_k),
+    ):
+        if most is not None and value > most:
+            return f"{limits.name} takes at most {most} {what}, not {value}"
+    return None
 
 
 def _names(dtypes: tuple[torch.dtype, ...] | list[torch.dtype]) -> str:
@@ -232,6 +249,23 @@ def _fused_bytes(layer: MoELayer, ep_size: int, tokens: int) -> int:
 def _fused_int8_bytes(layer: MoELayer, ep_size: int, tokens: int) -> int:
     checked = 3 * tokens * layer.top_k * layer.hidden_size + 10 * MIB  # by the tiling, which refuses less
     return max(checked, _fused_layout_bytes(layer, tokens, layer.hidden_size + 32))
+
+
+# dispatch_gmm_combine_decode sends the rows in one half of the buffer, and they come back in the other. Each half has a place
+# for each expert, of the most rows of a rank in 16 bits. The places of a rank begin 512 bytes behind those of the rank before.
+
+
+def _fused_decode_bytes(layer: MoELayer, ep_size: int, tokens: int) -> int:
+    return 2 * layer.num_experts * tokens * 2 * layer.hidden_size + 512 * ep_size
+
+
+def _finds_largest(intermediate_size: int) -> bool:
+    """Whether dispatch_gmm_combine_decode finds the largest number of a row of the activation. It halves the row until at most
+    64 columns are left, in whole blocks of 8 columns: those behind the last block of a step are left out."""
+    width = intermediate_size // 2
+    while width % 8 == 0 and width > 64:
+        width //= 2
+    return width % 8 == 0
 
 
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
@@ -326,17 +360,19 @@ A3_VERSION_1 = replace(
 
 
 _FUSED_SOURCE = "vllm-ascend 0.23.0.post1 and 0.30.0rc2, csrc/mc2/dispatch_ffn_combine"
+_FUSED_DECODE_SOURCE = "vllm-ascend 0.23.0.post1, csrc/mc2/dispatch_gmm_combine_decode"
 A3_FUSED_MC2 = (
     FusedMC2Limits(
         name="dispatch_ffn_combine with 16-bit weights",
         source=f"{_FUSED_SOURCE}_bf16: MAX_RANK_SIZE of hccl_shmem.hpp; epilogueGranularity = experts - 2 is 0 for 2 experts; "
         "26 bytes a column in block_epilogue_pertoken_swiglu.hpp; no mask and no limit among the arguments",
+        operator=FusedOperator.FFN_COMBINE,
         quant_mode=QuantMode.NONE,
         takes_mask=False,
         takes_swiglu_limit=False,
         no_experts_per_rank=2,
         bytes_of_column=26,
-        columns_within_hidden_size=False,
+        max_ep_size=32,
         buffer_bytes=_fused_bytes,
         dtypes=SIXTEEN_BIT,
     ),
@@ -344,14 +380,37 @@ A3_FUSED_MC2 = (
         name="dispatch_ffn_combine with int8 weights",
         source=f"{_FUSED_SOURCE}: MAX_RANK_SIZE of hccl_shmem.hpp; epilogueGranularity = experts - 1 is 0 for 1 expert; "
         "24 bytes a column in block_epilogue_pertoken_swiglu.hpp; rows of the first product lie hidden_size apart",
+        operator=FusedOperator.FFN_COMBINE,
         quant_mode=QuantMode.INT8_PER_TOKEN,
         takes_mask=True,
         takes_swiglu_limit=True,
         no_experts_per_rank=1,
         bytes_of_column=24,
         columns_within_hidden_size=True,
+        max_ep_size=32,
         buffer_bytes=_fused_int8_bytes,
         dtypes=SIXTEEN_BIT,
+    ),
+    FusedMC2Limits(
+        name="dispatch_gmm_combine_decode",
+        source=f"{_FUSED_DECODE_SOURCE}: the tiling for tokens, hidden size, twice the intermediate size (1024 to 6144), "
+        "experts a token, experts, and experts a rank, which half of a chip's 48 vector cores receive. GMM1_L1N is 128: a tile "
+        "of the first product is gate or up. BlockQuant halves a row of the activation. No argument limits the activation, and "
+        "vllm-ascend passes no mask",
+        operator=FusedOperator.GMM_COMBINE_DECODE,
+        quant_mode=QuantMode.INT8_PER_TOKEN,
+        takes_mask=False,
+        takes_swiglu_limit=False,
+        takes_uneven_ranks=True,
+        max_ep_size=512,
+        hidden_sizes=range(512, 7168 + 1, 32),
+        intermediate_sizes=tuple(size for size in range(512, 3072 + 1, 128) if _finds_largest(size)),
+        max_experts=512,
+        max_experts_per_rank=24,
+        max_top_k=12,
+        buffer_bytes=_fused_decode_bytes,
+        dtypes=SIXTEEN_BIT,
+        max_tokens_per_rank=256,
     ),
 )
 
@@ -382,10 +441,8 @@ class DeviceLimits:
     socs: tuple[str, ...] = ()  # prefixes of the chips' names
     mc2_hierarchy: MC2Limits | None = None  # MC2's other algorithm, for layers that the first one cannot run
     mc2_version_1: MC2Limits | None = None  # replaces both if torch_npu has only version 1 of MC2's ops
-    fused_mc2: tuple[FusedMC2Limits, ...] = ()  # one for each quantisation; empty: the chips have no such operator
-    fused_mc2_rows: int | None = None
-    """The rows for which a rank of fused_mc2 has room: mega_moe_max_tokens of vllm-ascend. More rows are dropped without an
-    error. None: vllm-ascend prepares no weights for the operator, since its option enable_fused_mc2 is not 1."""
+    fused_mc2: tuple[FusedMC2Limits, ...] = ()  # one for each operator and quantisation; empty: the chips have none
+    fused_mc2_asked: FusedMC2Asked | None = None  # None: vllm-ascend prepares no weights, since enable_fused_mc2 is 0
     all2all: bool = True
     symmetric: SymmetricLimits | None = None  # None: the ranks share no memory
     uneven_collectives: bool = False  # has HcclAllGatherV and HcclReduceScatterV between ranks of one server
@@ -431,8 +488,16 @@ class DeviceLimits:
         return replace(layer, num_experts=self.places(layer.num_experts, ep_size))
 
     def fused_limits(self, layer: MoELayer) -> FusedMC2Limits | None:
-        """The fused operator for layers of this quantisation. None: there is none."""
-        return next((limits for limits in self.fused_mc2 if limits.quant_mode is layer.quant_mode), None)
+        """The operator that vllm-ascend was asked for, for layers of this quantisation. None: there is none."""
+        asked = self.fused_mc2_asked
+        return next(
+            (
+                limits
+                for limits in self.fused_mc2
+                if asked is not None and limits.operator is asked.operator and limits.quant_mode is layer.quant_mode
+            ),
+            None,
+        )
 
     def fits(self, strategy: str, tokens_per_rank: int) -> bool:
         """Whether the strategy can run steps of this many tokens on each rank. True for strategies without a capacity."""

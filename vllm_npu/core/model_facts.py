@@ -39,6 +39,10 @@ DTYPE = ("dtype", "torch_dtype")
 ACTIVATION = ("mlp_hidden_act", "hidden_act", "hidden_activation", "ffn_act_fn")
 SWIGLU_LIMIT = ("swiglu_limit", "swiglu_limits", "expert_swiglu_limit_list")
 QUANTISATION = ("quantization_config", "compression_config")
+MODELSLIM = (
+    "moe_quantize",
+    "quantize",
+)  # the type of experts' weights in ModelSlim's checkpoints, the first key that is there
 
 ACTIVATION_NAMES = {"gelu_pytorch_tanh": "gelu_tanh", "swish": "silu"}  # config.json's name: vLLM's name
 # Families whose code in vLLM has another activation than the one that config.json names.
@@ -66,6 +70,7 @@ class ModelFacts:
     dtype: str | None = None
     activation: str | None = None  # vLLM's name of it
     swiglu_limit: float | None = None  # the largest, if layers differ; None: no layer clamps
+    w8a8_experts: bool = False  # whether ModelSlim's key says so: int8 experts whose rows get a scale each
     unroutable: str | None = None  # the reason why the model's routing cannot run on a CPU
     quantised_experts: str | None = (
         None  # the method; None also if config.json leaves open whether it holds for experts
@@ -86,6 +91,8 @@ class ModelFacts:
             dtype=_text(surrounding, DTYPE),
             activation=_activation(language_model),
             swiglu_limit=_limit(language_model),
+            w8a8_experts=next((language_model[key] for key in MODELSLIM if key in language_model), None)
+            == "w8a8_dynamic",
             unroutable=why_not_routed(language_model),
             quantised_experts=method_of_experts(quantisation or {} if found is None else found),
         )

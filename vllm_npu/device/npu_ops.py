@@ -308,6 +308,40 @@ def dispatch_ffn_combine(
     return out, expert_token_nums
 
 
+def dispatch_gmm_combine_decode(
+    x: torch.Tensor,  # [num_tokens, hidden_size], at least one row
+    expert_ids: torch.Tensor,  # [num_tokens, top_k] int32
+    expert_scales: torch.Tensor,  # [num_tokens, top_k] float32
+    *,
+    weights: TensorLists,  # int8
+    scales: TensorLists,
+    group_ep: Transport,
+    moe_expert_num: int,  # over all ranks
+    global_bs: int = 0,  # the most rows of a rank times the ranks; 0: all ranks bring as many
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The operator of this name of vllm-ascend 0.23. Returns the weighted sum of each token's experts, as x, and the rows that
+    arrived for each expert of this rank, int64. COLLECTIVE over group_ep, in one kernel. Host sync: no. Graph capture: yes.
+    Source: vllm-ascend, csrc/torch_binding.cpp. No portable op defines it.
+    """
+    rows = expert_ids.numel()
+    group_ep.note_op("dispatch_gmm_combine_decode", rows * x.shape[1] * (1 + x.element_size()))
+    output: tuple[torch.Tensor, torch.Tensor] = torch.ops._C_ascend.dispatch_gmm_combine_decode(
+        x=x,
+        expert_ids=expert_ids,
+        gmm1_permuted_weight=weights[0],
+        gmm1_permuted_weight_scale=scales[0],
+        gmm2_weight=weights[1],
+        gmm2_weight_scale=scales[1],
+        expert_scales=expert_scales,
+        group_ep=group_ep.name_for_ops,
+        ep_rank_size=group_ep.size,
+        ep_rank_id=group_ep.rank,
+        moe_expert_num=moe_expert_num,
+        global_bs=global_bs,
+    )
+    return output
+
+
 def _world_size_if_taken(size: int) -> dict[str, int]:
     """The argument of vllm-ascend 0.30 that 0.23 does not have."""
     schema = torch.ops._C_ascend.dispatch_ffn_combine.default._schema

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_npu import envs
 from vllm_npu.all2all import MANAGERS
+from vllm_npu.core.ascend_recipes import FusedMC2Asked, FusedOperator
 from vllm_npu.core.limits import DEVICES, PORTABLE
 from vllm_npu.core.topology import ParallelTopology
 from vllm_npu.errors import UnsupportedConfigError
@@ -26,7 +27,7 @@ KEYS: dict[str, tuple[type, str]] = {
 
 
 # Refuses no strategy that an NPU can run beside vllm-ascend. check_engine knows the chip, and what vllm-ascend prepared.
-SOME_NPU = replace(DEVICES["A3"], fused_mc2_rows=1)
+SOME_NPU = replace(DEVICES["A3"], fused_mc2_asked=FusedMC2Asked(FusedOperator.FFN_COMBINE, max_rows=1))
 
 
 class Mode(Enum):

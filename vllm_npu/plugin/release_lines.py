@@ -25,6 +25,12 @@ def release_line(version: str) -> str:
     return ".".join(version.split(".")[:2])
 
 
+def ascend_line(vllm_ascend: str | None) -> str:
+    """The release line of this version of vllm-ascend. For None and for unknown ones: the oldest line."""
+    line = release_line(vllm_ascend or "")
+    return line if line in BESIDE_VLLM_ASCEND else min(BESIDE_VLLM_ASCEND)
+
+
 def ascend_pairs() -> str:
     """'vLLM 0.23 with vllm-ascend 0.23.0.post1, or ...'."""
     return ", or ".join(f"vLLM {line} with vllm-ascend {theirs}" for line, theirs in BESIDE_VLLM_ASCEND.items())

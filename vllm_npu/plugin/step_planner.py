@@ -82,7 +82,7 @@ class StepPlanner:
         self._captured_steps = CapturedSteps(collective_counter())
         self._metrics = StepMetrics.if_wanted(self._topology, collective_counter())
         capacities = [self._device.for_layer(layer, self._topology.ep_size).capacities for layer in self._layers]
-        fused = [self._device.fused_mc2_rows, *(limits.max_tokens_per_rank for limits in self._device.fused_mc2)]
+        fused = [self._device.fused_mc2_asked, *(limits.max_tokens_per_rank for limits in self._device.fused_mc2)]
         self._fixed_fields = {  # the part of each vote that no step changes
             "vllm_npu": __version__,
             "topology": str(self._topology),
@@ -154,7 +154,7 @@ class StepPlanner:
             if self._planned == 0:
                 watch_groups()
                 self._test_collectives()
-        requested = "mc2" if plan.own_tokens is not None else self._agreed or self.proposed
+        requested = self._requested_for(plan)
         selection = select_for_all(requested, self._topology, plan, layers=self._layers, device=self._device)
         if self._topology.rank == 0 and (self.selection is None or self.selection.strategy != selection.strategy):
             logger.info("MoE communication: %s on %s (%s)", selection.strategy, self._topology, selection.reason)
@@ -185,6 +185,19 @@ class StepPlanner:
             captured=captured,
             own_tokens=own,
         )
+
+    def _requested_for(self, plan: StepPlan) -> str:
+        """The strategy in force, or the one that a step without agreed counts must take. Equal on all ranks."""
+        in_force = self._agreed or self.proposed
+        if plan.own_tokens is None:
+            return in_force
+        fits = in_force == AUTO and all(
+            why_not("fused_mc2", self._topology, layer, self._device) is None
+            and (limits := self._device.fused_limits(layer)) is not None
+            and limits.takes_uneven_ranks
+            for layer in self._layers
+        )
+        return "fused_mc2" if fits else "mc2"
 
     def confirm(self) -> None:
         """Wait for the end of the vote, if one has begun. Raises PlanDisagreementError if the ranks' plans differ."""

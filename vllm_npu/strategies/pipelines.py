@@ -1,5 +1,6 @@
 """The pipelines of a process: one for all layers that have the same strategy and the same sizes."""
 
+from vllm_npu.core.ascend_recipes import FusedOperator
 from vllm_npu.core.limits import QuantMode
 from vllm_npu.strategies.pipeline import FusedPipeline, MoEPipeline
 from vllm_npu.strategies.select import build, build_fused
@@ -13,7 +14,7 @@ class Pipelines:
         self.groups = groups
         self.max_sms: int | None = None
         self._pipelines: dict[tuple[str, int, QuantMode], MoEPipeline] = {}
-        self._fused: dict[tuple[str, int, QuantMode], FusedPipeline] = {}
+        self._fused: dict[tuple[FusedOperator, int, QuantMode], FusedPipeline] = {}
 
     def get(
         self,
@@ -36,12 +37,12 @@ class Pipelines:
         for pipeline in tuple(self._pipelines.values()):
             pipeline.dispatcher.max_sms = max_sms
 
-    def get_fused(self, strategy: str, num_experts: int, quant_mode: QuantMode) -> FusedPipeline:
-        """As get, for a strategy of FUSED_STRATEGIES. LOCAL."""
-        key = strategy, num_experts, quant_mode
+    def get_fused(self, operator: FusedOperator, num_experts: int, quant_mode: QuantMode) -> FusedPipeline:
+        """As get, for fused_mc2 with this operator. LOCAL."""
+        key = operator, num_experts, quant_mode
         found = self._fused.get(key)
         if found is None:
-            found = self._fused.setdefault(key, build_fused(strategy, self.groups, num_experts, quant_mode))
+            found = self._fused.setdefault(key, build_fused(operator, self.groups, num_experts, quant_mode))
         return found
 
     def check_failed(self) -> None:

@@ -71,7 +71,7 @@ def plan_layer(layer: MoELayer, topology: ParallelTopology, device: DeviceLimits
     algorithms: list[MC2Limits | FusedMC2Limits] = [
         limits for limits in (device.mc2, device.mc2_hierarchy) if limits is not None and limits.native
     ]
-    if device.fused_mc2_rows is not None and (fused := device.fused_limits(layer)) is not None:
+    if (fused := device.fused_limits(layer)) is not None:
         algorithms.append(fused)
     return LayerPlan(
         strategies=strategies,

@@ -6,6 +6,7 @@ from functools import cache
 from importlib import import_module
 from typing import Any
 
+from vllm_npu.core.ascend_recipes import FusedOperator
 from vllm_npu.core.limits import NVLINK, PORTABLE, DeviceLimits, MoELayer, QuantMode
 from vllm_npu.core.step_plan import StepPlan
 from vllm_npu.core.topology import ParallelTopology
@@ -13,7 +14,7 @@ from vllm_npu.errors import UnsupportedConfigError
 from vllm_npu.strategies.dispatch.base import Dispatcher
 from vllm_npu.strategies.pipeline import FusedPipeline, MoEPipeline
 from vllm_npu.strategies.prepare_finalize.base import PrepareAndFinalize
-from vllm_npu.strategies.table import ALL_STRATEGIES, AUTO, FUSED_STRATEGIES
+from vllm_npu.strategies.table import ALL_STRATEGIES, AUTO, FUSED_OPERATORS, FUSED_STRATEGIES
 from vllm_npu.transport.base import Groups
 
 # all2all sends a token to the ranks of its experts, allgather to all ranks. Up to this share of the ranks, the saved bytes
@@ -73,7 +74,7 @@ def why_not(
 def _why_not_fused(topology: ParallelTopology, layer: MoELayer | None, device: DeviceLimits) -> str | None:
     if not device.fused_mc2:
         return f"{device.family} has no fused MC2"
-    if device.fused_mc2_rows is None:
+    if device.fused_mc2_asked is None:
         return (
             "fused_mc2 needs weights that vllm-ascend prepares with --additional-config '{\"enable_fused_mc2\": 1}', and it is "
             "not set"
@@ -82,7 +83,9 @@ def _why_not_fused(topology: ParallelTopology, layer: MoELayer | None, device: D
         return None
     limits = device.fused_limits(layer)
     if limits is None:
-        return f"fused_mc2 takes no layers of quantisation {layer.quant_mode.name.lower()}"
+        return (
+            f"{device.fused_mc2_asked.operator.value} takes no layers of quantisation {layer.quant_mode.name.lower()}"
+        )
     return limits.why_not(layer, topology.ep_size)
 
 
@@ -91,17 +94,24 @@ def why_not_fused_step(topology: ParallelTopology, step: StepPlan, layer: MoELay
 
     The rows that arrive at a rank are bounded by the counts of all ranks, before any routing is known.
     """
-    limits, room = device.fused_limits(layer), device.fused_mc2_rows
-    if limits is None or room is None:
+    limits, asked = device.fused_limits(layer), device.fused_mc2_asked
+    if limits is None or asked is None:
         return _why_not_fused(topology, layer, device)
     tokens_per_rank = step.padded_tokens(topology.tp_size) // topology.tp_size
     if tokens_per_rank > limits.max_tokens_per_rank:
         return f"fused_mc2 takes {limits.max_tokens_per_rank} tokens a rank, this step brings {tokens_per_rank}"
+    if step.own_tokens is not None and not limits.takes_uneven_ranks:
+        return f"{limits.name} needs the token counts of all ranks, and they do not agree on them"
+    if asked.max_rows is None:
+        return None
     padding_travels = not limits.takes_mask and not step.is_full(topology.tp_size)
     sent = tokens_per_rank * topology.ep_size if padding_travels else sum(step.num_tokens_across_dp)
     rows = limits.received_rows(layer, topology.ep_size, sent)
-    if rows > room:
-        return f"fused_mc2 has room for {room} rows on a rank (mega_moe_max_tokens), and up to {rows} may arrive in this step"
+    if rows > asked.max_rows:
+        return (
+            f"fused_mc2 has room for {asked.max_rows} rows on a rank (mega_moe_max_tokens), and up to {rows} may arrive in "
+            "this step"
+        )
     return None
 
 
@@ -177,11 +187,12 @@ def _select(
     requested: str, topology: ParallelTopology, step: StepPlan, layer: MoELayer, device: DeviceLimits
 ) -> Selection:
     not_fused = ""
-    if requested == "fused_mc2" or (requested == AUTO and topology.ep_size > 1 and device.fused_mc2_rows is not None):
+    asked = device.fused_mc2_asked
+    if requested == "fused_mc2" or (requested == AUTO and topology.ep_size > 1 and asked is not None):
         reason = why_not("fused_mc2", topology, layer, device) or why_not_fused_step(topology, step, layer, device)
-        if reason is None:
-            asked = "requested" if requested == "fused_mc2" else "auto: vllm-ascend's enable_fused_mc2 is 1"
-            return Selection("fused_mc2", asked)
+        if reason is None and asked is not None:
+            by_auto = f"auto: vllm-ascend's enable_fused_mc2 asks for {asked.operator.value}"
+            return Selection("fused_mc2", "requested" if requested == "fused_mc2" else by_auto)
         if requested == "fused_mc2":
             requested = "mc2" if why_not("mc2", topology, layer, device) is None else "all2all"
         not_fused = f" ({reason})"
@@ -246,9 +257,11 @@ def build(
     )
 
 
-def build_fused(name: str, groups: Groups, num_experts: int, quant_mode: QuantMode = QuantMode.NONE) -> FusedPipeline:
-    """Build the pipeline of a strategy of FUSED_STRATEGIES on these groups. LOCAL. why_not says whether a layer may take it."""
-    row = FUSED_STRATEGIES[name]
+def build_fused(
+    operator: FusedOperator, groups: Groups, num_experts: int, quant_mode: QuantMode = QuantMode.NONE
+) -> FusedPipeline:
+    """Build the pipeline of fused_mc2 with this operator on these groups. LOCAL. why_not says whether a layer may take it."""
+    row = FUSED_OPERATORS[operator]
     return FusedPipeline(
         prepare_finalize=_class(row.prepare_finalize)(groups),
         fused=_class(row.dispatcher)(groups, num_experts, quant_mode),

@@ -111,7 +111,7 @@ def _check_fused(
     if requested == "fused_mc2" and reason is not None:
         if not device.fused_mc2:
             raise UnsupportedDeviceError(reason)
-        raise (UnsupportedConfigError if device.fused_mc2_rows is None else DeviceLimitError)(reason)
+        raise (UnsupportedConfigError if device.fused_mc2_asked is None else DeviceLimitError)(reason)
     if reason is not None or limits is None:
         return device
     lowered = _within_buffer(topology, layer, limits, hccl_buffer_mb)
@@ -137,12 +137,13 @@ def _check_fused_decode(
         raise _buffer_error(limits, needed, planned, facts, hccl_buffer_mb)
     decode = StepPlan(num_tokens_across_dp=(shape.decode_tokens,) * topology.dp_size, sharding=TokenSharding.REPLICATED)
     reason = why_not_fused_step(topology, decode, layer, fitting)
-    if reason is not None:
+    if reason is None:
+        return
+    todo, asked = "lower --max-num-seqs, or choose another moe_comm", fitting.fused_mc2_asked
+    if asked is not None and asked.max_rows is not None:
         rows = limits.received_rows(layer, topology.ep_size, planned * topology.ep_size)
-        raise DeviceLimitError(
-            f"{reason}: the decode step of --max-num-seqs. Set vllm-ascend's --additional-config "
-            f"'{{\"mega_moe_max_tokens\": {rows}}}', lower --max-num-seqs, or choose another moe_comm"
-        )
+        todo = f"set vllm-ascend's --additional-config '{{\"mega_moe_max_tokens\": {rows}}}', {todo}"
+    raise DeviceLimitError(f"{reason}: the decode step of --max-num-seqs; {todo}")
 
 
 def _check_buffer(
@@ -187,10 +188,12 @@ def describe_capacity(device: DeviceLimits, topology: ParallelTopology, layers: 
 
 def _describe_fused(device: DeviceLimits, topology: ParallelTopology, layers: Sequence[MoELayer]) -> str:
     """What fused_mc2 takes, behind a semicolon. Nothing if vllm-ascend was not asked for it."""
-    if device.fused_mc2_rows is None:
+    asked = device.fused_mc2_asked
+    if asked is None:
         return ""
     reasons = [why_not("fused_mc2", topology, layer, device) for layer in layers]
     if any(reasons):
         return f"; no fused_mc2: {next(filter(None, reasons))}"
     most = min(limits.max_tokens_per_rank for layer in layers if (limits := device.fused_limits(layer)) is not None)
-    return f"; fused_mc2 takes up to {most} tokens a rank, and up to {device.fused_mc2_rows} rows that arrive at one"
+    rows = "" if asked.max_rows is None else f", and up to {asked.max_rows} rows that arrive at one"
+    return f"; fused_mc2 takes up to {most} tokens a rank{rows}"

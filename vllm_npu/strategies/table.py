@@ -5,6 +5,8 @@ Doctor reads this table where torch cannot be imported.
 
 from dataclasses import dataclass
 
+from vllm_npu.core.ascend_recipes import FusedOperator
+
 AUTO = "auto"  # the user's request that select chooses the strategy of each step
 
 
@@ -56,14 +58,21 @@ GPU_STRATEGIES = {
 }
 ALL_STRATEGIES = STRATEGIES | GPU_STRATEGIES
 
-# The operator of such a strategy computes the experts too, on the weights that vllm-ascend prepared for it. So these run
-# beside vllm-ascend only, and tools with experts of their own leave them out.
-FUSED_STRATEGIES = {
-    "fused_mc2": StrategyRow(
+# These operators compute the experts too, on the weights that vllm-ascend prepared for them. So their strategy runs beside
+# vllm-ascend only, and tools with experts of their own leave it out. vllm-ascend's enable_fused_mc2 names the operator.
+FUSED_OPERATORS = {
+    FusedOperator.FFN_COMBINE: StrategyRow(
         prepare_finalize="vllm_npu.strategies.prepare_finalize.mc2:EvenPrepareAndFinalize",
-        dispatcher="vllm_npu.strategies.dispatch.fused_mc2:FusedMC2",
+        dispatcher="vllm_npu.strategies.dispatch.fused_mc2:FfnCombine",
         needs_expert_parallel=True,
-        summary="dispatch, experts and combine in one operator of vllm-ascend; A3, up to 32 ranks",
+        summary="dispatch, experts and combine in one operator of vllm-ascend; A3",
+    ),
+    FusedOperator.GMM_COMBINE_DECODE: StrategyRow(
+        prepare_finalize="vllm_npu.strategies.prepare_finalize.mc2:MC2PrepareAndFinalize",
+        dispatcher="vllm_npu.strategies.dispatch.fused_mc2:GmmCombineDecode",
+        needs_expert_parallel=True,
+        summary="the same for decode steps in W8A8; A3 with vllm-ascend 0.23",
     ),
 }
+FUSED_STRATEGIES = {"fused_mc2": FUSED_OPERATORS[FusedOperator.FFN_COMBINE]}
 CHOICES = (AUTO, *STRATEGIES, *FUSED_STRATEGIES)  # of moe_comm on CPUs and NPUs

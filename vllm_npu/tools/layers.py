@@ -1,8 +1,10 @@
 """A mixture-of-experts layer from options of the command line, for bench, plan, simulate and doctor."""
 
+from dataclasses import replace
+
 import torch
 
-from vllm_npu.core.limits import MoELayer
+from vllm_npu.core.limits import MoELayer, QuantMode
 from vllm_npu.core.model_facts import ModelFacts
 from vllm_npu.errors import UnsupportedConfigError
 
@@ -25,8 +27,10 @@ def layer_of_model(
     topk: int | None = None,
     hidden: int | None = None,
     dtype: str | None = None,
+    w8a8: bool = False,
 ) -> MoELayer:
-    """The layer of a model. A number that is given replaces the one of the model.
+    """The layer of a model. A number that is given replaces the one of the model. Its rows travel as int8 if `w8a8`, or if
+    config.json says that the experts are W8A8.
 
     Raises UnsupportedConfigError, which names the options to give, for numbers that neither has.
     """
@@ -35,4 +39,5 @@ def layer_of_model(
         given = {"--experts": experts, "--topk": topk, "--hidden": hidden}
         missing = [name for name, value in given.items() if value is None]
         raise UnsupportedConfigError(f"{', '.join(missing)} not given, nor in --model's config.json; give them")
-    return moe_layer(experts, topk, hidden, dtype or model.dtype or "bfloat16")
+    layer = moe_layer(experts, topk, hidden, dtype or model.dtype or "bfloat16")
+    return replace(layer, quant_mode=QuantMode.INT8_PER_TOKEN) if w8a8 or model.w8a8_experts else layer

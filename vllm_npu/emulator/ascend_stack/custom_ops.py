@@ -376,6 +376,43 @@ def dispatch_ffn_combine(
     return out, expert_token_nums
 
 
+def dispatch_gmm_combine_decode(
+    x: torch.Tensor,
+    expert_ids: torch.Tensor,
+    gmm1_permuted_weight: Sequence[torch.Tensor],
+    gmm1_permuted_weight_scale: Sequence[torch.Tensor],
+    gmm2_weight: Sequence[torch.Tensor],
+    gmm2_weight_scale: Sequence[torch.Tensor],
+    expert_scales: torch.Tensor,
+    expert_smooth_scales: torch.Tensor | None = None,
+    x_active_mask: torch.Tensor | None = None,
+    group_ep: str = "",
+    ep_rank_size: int = 0,
+    ep_rank_id: int = 0,
+    moe_expert_num: int = 0,
+    shared_expert_num: int = 1,
+    shared_expert_rank_num: int = 0,
+    quant_mode: int = 0,
+    global_bs: int = 0,
+) -> Tensors:
+    """Dispatch, the experts and combine, for decode steps (csrc_npu/emulator/aclnn/dispatch_gmm_combine_decode.cpp).
+
+    As vllm-ascend 0.23's adapter, which makes both results.
+    """
+    is_shared = ep_rank_id < shared_expert_rank_num
+    num_local_experts = 1 if is_shared else moe_expert_num // (ep_rank_size - shared_expert_rank_num)
+    output = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    expert_token_nums = torch.empty(num_local_experts, dtype=torch.int64, device=x.device)
+    if not x.is_meta:
+        aclnn.call(
+            "aclnnDispatchGmmCombineDecode",
+            *(x, expert_ids, gmm1_permuted_weight, gmm1_permuted_weight_scale, gmm2_weight, gmm2_weight_scale),
+            *(expert_scales, expert_smooth_scales, x_active_mask, group_ep, ep_rank_size, ep_rank_id, moe_expert_num),
+            *(shared_expert_num, shared_expert_rank_num, quant_mode, global_bs, output, expert_token_nums),
+        )
+    return output, expert_token_nums
+
+
 OPERATORS: dict[str, Callable[..., Tensors | None]] = {
     "moe_gating_top_k(Tensor x, int k, int k_group, int group_count, int group_select_mode, int renorm, int norm_type, "
     "bool out_flag, float routed_scaling_factor, float eps, Tensor? bias_opt=None) "
@@ -411,6 +448,12 @@ OPERATORS: dict[str, Callable[..., Tensors | None]] = {
     "Tensor[] bias1, Tensor[] bias2, Tensor probs, str group, int max_output_size, Tensor(a!) out, "
     "Tensor(b!) expert_token_nums, Tensor? x_active_mask=None, float swiglu_limit=1000000.0, int world_size=0) "
     "-> (Tensor(a!), Tensor(b!))": dispatch_ffn_combine,
+    # Of 0.23 alone.
+    "dispatch_gmm_combine_decode(Tensor x, Tensor expert_ids, Tensor[] gmm1_permuted_weight, "
+    "Tensor[] gmm1_permuted_weight_scale, Tensor[] gmm2_weight, Tensor[] gmm2_weight_scale, Tensor expert_scales, "
+    "Tensor? expert_smooth_scales=None, Tensor? x_active_mask=None, str group_ep='', int ep_rank_size=0, int ep_rank_id=0, "
+    "int moe_expert_num=0, int shared_expert_num=1, int shared_expert_rank_num=0, int quant_mode=0, int global_bs=0) "
+    "-> (Tensor output, Tensor expert_token_nums)": dispatch_gmm_combine_decode,
     draft_inputs.SCHEMA: draft_inputs.npu_copy_and_expand_eagle_inputs,
     kv_blocks.SCHEMA: kv_blocks.transpose_kv_cache_by_block,
 }

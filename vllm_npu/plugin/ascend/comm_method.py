@@ -9,7 +9,7 @@ from vllm_npu.core.limits import QuantMode
 from vllm_npu.core.step_plan import TokenSharding
 from vllm_npu.plugin import compat
 from vllm_npu.plugin.ascend.adapters import ExpertAdapters
-from vllm_npu.plugin.ascend.config_check import room_of_fused_mc2
+from vllm_npu.plugin.ascend.config_check import asked_fused_mc2
 from vllm_npu.plugin.forward_context import PlannedStep, current_step
 from vllm_npu.plugin.groups import model_pipelines, trace_ring
 from vllm_npu.strategies.dispatch.fused_mc2 import FusedExperts
@@ -168,8 +168,8 @@ def _fused(
     replicated. vllm-ascend runs no shared experts beside the operator, so there is no event to record."""
     hidden_states, topk_weights = tokens
     topk_ids, _ = RELEASE.replicas_of(given)
-    room = room_of_fused_mc2()
-    assert room is not None  # the planner takes the strategy only then
+    asked = asked_fused_mc2()
+    assert asked is not None  # the planner takes the strategy only then
     weights = RELEASE.fused_weights(given, quant_method)
     experts = FusedExperts(
         w1=weights.w1,
@@ -179,11 +179,11 @@ def _fused(
         bias1=weights.w1_scale_bias,
         bias2=weights.w2_scale_bias,
         swiglu_limit=RELEASE.swiglu_limit(given),
-        max_rows=room,
+        max_rows=asked.max_rows,
     )
     if (ring := trace_ring()) is not None:
         ring.enter_layer()
-    finalized, tokens_per_expert = pipelines.get_fused(step.strategy, num_experts, quant_mode).run(
+    finalized, tokens_per_expert = pipelines.get_fused(asked.operator, num_experts, quant_mode).run(
         hidden_states, topk_weights, topk_ids, experts, step.plan, reduce_results=False
     )
     return RELEASE.experts_result(

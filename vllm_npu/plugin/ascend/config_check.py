@@ -9,17 +9,18 @@ from typing import TYPE_CHECKING
 
 from vllm import __version__ as vllm_version
 from vllm import envs
+from vllm_ascend import ascend_config as ascend_options
 from vllm_ascend.ascend_config import get_ascend_config
 
 from vllm_npu.core.ascend_recipes import (
     FUSED_MC2,
-    FUSED_MC2_VALUE,
+    FUSED_MC2_VALUES,
     MAX_FUSED_ROWS,
-    OTHER_FUSED_OPERATORS,
     RANDOM_EPLB_POLICY,
     RANDOM_EPLB_RANKS,
     REFUSED_OPTIONS,
-    fused_mc2_rows,
+    FusedMC2Asked,
+    fused_mc2_asked,
 )
 from vllm_npu.errors import UnsupportedConfigError
 from vllm_npu.plugin.engine_check import AddedExperts, adapters_on_experts, planned_shape, redundant_experts
@@ -35,8 +36,11 @@ def check_settings(vllm_config: "VllmConfig", options: Options) -> None:
     ascend_config = get_ascend_config()
     refused = {f"additional_config {option}": bool(getattr(ascend_config, option, False)) for option in REFUSED_OPTIONS}
     refused |= {
-        f"additional_config {FUSED_MC2}: {OTHER_FUSED_OPERATORS}": _asked_fused_mc2(vllm_config)
-        not in (0, FUSED_MC2_VALUE),
+        f"additional_config {FUSED_MC2}, which is none of {FUSED_MC2_VALUES}": ascend_config.enable_fused_mc2
+        not in FUSED_MC2_VALUES,
+        # vllm-ascend 0.30 runs it for 2 where its package is installed, and the operators of 1 elsewhere.
+        f"additional_config {FUSED_MC2}: 2 with CANN's MegaMoe (the Python package cann_ops_transformer), never run here; use "
+        "1": _runs_mega_moe(),
         "the compiler pass for sequence parallelism": bool(ascend_config.enable_sp_by_pass),
         # It asks for the communication method of a step before the step is planned.
         "model runner V2 (VLLM_USE_V2_MODEL_RUNNER)": bool(envs.VLLM_USE_V2_MODEL_RUNNER),
@@ -72,20 +76,21 @@ def check_settings(vllm_config: "VllmConfig", options: Options) -> None:
     refuse([reason for reason, applies in refused.items() if applies])
 
 
-def _asked_fused_mc2(vllm_config: "VllmConfig") -> int:
-    """enable_fused_mc2 as the user set it. vllm-ascend 0.30 reads 2 and keeps 1."""
-    asked = (vllm_config.additional_config or {}).get(FUSED_MC2)
-    return int(get_ascend_config().enable_fused_mc2 if asked is None else asked)
+def _runs_mega_moe() -> bool:
+    """Whether vllm-ascend 0.30 runs CANN's MegaMoe. It must have read its options. 0.23 does not know it."""
+    is_supported = getattr(ascend_options, "is_mega_moe_supported", None)
+    return is_supported is not None and bool(is_supported())
 
 
-def room_of_fused_mc2() -> int | None:
-    """The rows for which a rank of fused_mc2 has room. None: vllm-ascend prepares no weights for it.
+def asked_fused_mc2() -> FusedMC2Asked | None:
+    """The fused operator that vllm-ascend was asked for. None: it prepares no weights for one.
 
-    vllm-ascend must have read its options. It also reads an environment variable on 0.23, and turns the option off for some
-    models on 0.30.
+    vllm-ascend must have read its options. It also reads an environment variable on 0.23. On 0.30 it keeps 1 for 2, and turns
+    the option off for some models.
     """
     ascend_config = get_ascend_config()
-    return fused_mc2_rows({name: getattr(ascend_config, name) for name in (FUSED_MC2, MAX_FUSED_ROWS)})
+    options = {name: getattr(ascend_config, name) for name in (FUSED_MC2, MAX_FUSED_ROWS)}
+    return fused_mc2_asked(options, release_line(vllm_version))
 
 
 def added_experts(vllm_config: "VllmConfig") -> AddedExperts:

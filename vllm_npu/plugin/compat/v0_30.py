@@ -182,8 +182,8 @@ def experts_result(given: Any, *, after_dispatch: Any, **fields: Any) -> FusedEx
 
 
 def fused_weights(given: Any, quant_method: Any) -> Any:
-    """The weights and scales of the layer's experts for dispatch_ffn_combine: w1, w2, w1_scale, w2_scale, w1_scale_bias,
-    w2_scale_bias, each a list. The step's method must be FUSED_MC2."""
+    """The weights and scales of the layer's experts for the fused operator: w1, w2, w1_scale, w2_scale, w1_scale_bias,
+    w2_scale_bias, each a list; the last two may be None. The step's method must be FUSED_MC2."""
     return quant_method.get_fused_mc2_weights(given.layer)
 
 

@@ -9,11 +9,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from vllm_npu.core.ascend_recipes import FUSED_MC2
 from vllm_npu.errors import InvalidInputError
 from vllm_npu.tools.demo.ascend_demo import FEWER_TOKENS, MAX_TOKENS, MODELS, QWEN3_MOE_INT8, for_ascend
 from vllm_npu.tools.engines.engine_processes import Parallelism
 from vllm_npu.tools.engines.http_engine import CAPTURE_SIZES
-from vllm_npu.tools.engines.tiny_models import DEEPSEEK_V3, GLM4_MOE, TinyModel
+from vllm_npu.tools.engines.tiny_models import DEEPSEEK_V3, GLM4_MOE, QWEN3_MOE, TinyModel
 from vllm_npu.tools.serve_script import ServeScript
 
 RANKS = 2  # of each kind of parallelism that the recipe has more of
@@ -26,6 +27,12 @@ DEEPSEEK_V3_INT8 = for_ascend(
     DEEPSEEK_V3, 230, "deepseek-v3-w8a8", routed_scaling_factor=1.0, num_hidden_layers=2, first_k_dense_replace=1
 )
 GLM4_INT8 = for_ascend(GLM4_MOE, 368, "glm4-moe-w8a8", num_hidden_layers=2)
+# In W8A8, for recipes with enable_fused_mc2: 2, whose operator takes experts of sizes from 512 on. By the model of its family.
+WIDE_EXPERTS = {
+    QWEN3_MOE_INT8.family: for_ascend(
+        QWEN3_MOE, 94, "qwen3-moe-w8a8-wide", num_hidden_layers=2, moe_intermediate_size=512
+    )
+}
 # The models of a family: with 16-bit weights (None: no seed was searched), and in W8A8. The pattern finds the name in the
 # recipe's or the model's name.
 FAMILIES: tuple[tuple[re.Pattern[str], TinyModel | None, TinyModel], ...] = (
@@ -129,6 +136,8 @@ def joined(prefill: SmallRecipe, decode: SmallRecipe) -> SmallRecipe:
         )
         for node in (prefill, decode)
     ]
+    if decode.model in WIDE_EXPERTS.values():
+        both[0] = replace(both[0], model=decode.model)  # both nodes serve one model
     return replace(both[1], prefill=both[0])
 
 
@@ -148,7 +157,10 @@ def make_small(name: str, script: ServeScript) -> SmallRecipe:
             f"and the small nodes do so by {KV_CONNECTORS[-1]} alone"
         )
     int8 = "--quantization" in given
+    additional_config = _json(given, "--additional-config")
     model = _model_of(f"{name} {_value(given, '--model')}", int8=int8)
+    if additional_config.get(FUSED_MC2) == 2:
+        model = WIDE_EXPERTS.get(model.family, model)
     left_out = [option for option in given if option in (*OF_THE_MACHINES, *OF_THE_REAL_MODEL)]
     options: list[str] = []
     speculative = _json(given, "--speculative-config")
@@ -182,7 +194,6 @@ def make_small(name: str, script: ServeScript) -> SmallRecipe:
         data_parallel_size=_few(given, "--data-parallel-size", told.get("dp_size")),
         expert_parallel="--enable-expert-parallel" in given,
     )
-    additional_config = _json(given, "--additional-config")
     if finer := additional_config.get(FINER_TP):  # these groups are made of data-parallel ranks
         few = {size: min(value, parallelism.data_parallel_size) for size, value in finer.items()}
         additional_config = {**additional_config, FINER_TP: few}

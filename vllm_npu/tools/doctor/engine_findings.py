@@ -13,14 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from vllm_npu.child_processes import changed_environment
-from vllm_npu.core.ascend_recipes import fused_mc2_rows, rows_of_recipe
+from vllm_npu.core.ascend_recipes import fused_mc2_asked, rows_of_recipe
 from vllm_npu.core.expert_limits import ExpertsWanted
 from vllm_npu.core.limits import DEVICES, PORTABLE
 from vllm_npu.core.model_facts import read_config
 from vllm_npu.core.topology import ParallelTopology
 from vllm_npu.envs import HCCL_BUFFSIZE
 from vllm_npu.errors import UnsupportedConfigError, VllmNpuError
+from vllm_npu.plugin.entry_points import vllm_ascend_version
 from vllm_npu.plugin.options import Mode, parse_moe_comm
+from vllm_npu.plugin.release_lines import ascend_line
 from vllm_npu.strategies.start_checks import PlannedShape, check_experts, check_start, describe_capacity
 from vllm_npu.tools.doctor.examination import PlannedEngine
 from vllm_npu.tools.doctor.findings import OK, PROBLEM, Finding
@@ -45,10 +47,17 @@ def findings_of(engine: PlannedEngine) -> list[Finding]:
             raise UnsupportedConfigError(f"--ep {engine.ep} is no multiple of --tp {engine.tp}; choose ep = tp * dp")
         model = read_config(Path(engine.model))
         device = PORTABLE if engine.soc is None else DEVICES[engine.soc]
-        device = replace(device, fused_mc2_rows=fused_mc2_rows(engine.additional_config))
+        device = replace(
+            device, fused_mc2_asked=fused_mc2_asked(engine.additional_config, ascend_line(vllm_ascend_version()))
+        )
         topology = ParallelTopology.of_rank(0, tp_size=engine.tp, dp_size=engine.ep // engine.tp)
         check_experts(ExpertsWanted(model=model, lora=engine.lora), topology, device)
-        layer = layer_of_model(model, experts=engine.experts, topk=engine.topk, hidden=engine.hidden)
+        by_vllm_ascend = (engine.serve_options or {}).get(
+            "quantization"
+        ) == "ascend"  # engine_check takes it for W8A8 too
+        layer = layer_of_model(
+            model, experts=engine.experts, topk=engine.topk, hidden=engine.hidden, w8a8=by_vllm_ascend
+        )
         limits = check_start(
             strategy,
             topology,

@@ -91,6 +91,8 @@ def write_tiny_model(model: TinyModel, folder: Path, *, quantised: str | None = 
     if quantised in ("W8A8", "W4A8"):
         weights, description = _by_modelslim(weights, int4_experts=quantised == "W4A8")
         (folder / "quant_model_description.json").write_text(json.dumps(description, indent=1) + "\n")
+        if quantised == "W8A8":
+            config["quantize"] = "w8a8_dynamic"  # as ModelSlim; vllm-ascend 0.23 reads it for enable_fused_mc2: 2
     elif quantised == "W4A16":
         weights = _by_llm_compressor(weights)
         config["quantization_config"] = compressed_tensors_config()

@@ -6,7 +6,8 @@ Each test file has a pytest process of its own. A process that crashes or hangs 
 and a new process runs the rest of the file. RESULT is written after each file. Files in RESULT are not run again.
 
 Where all files of a suite begin with the imports of one conftest.py, their processes are forked from one that has done these
-imports (judge_recorder.py), which take most of a file's time. --no-fork starts an interpreter for each.
+imports (judge_recorder.py), which take most of a file's time. Processes that a test spawns by multiprocessing are forked too
+(forked_spawn.py). --no-fork starts an interpreter for each.
 """
 
 import contextlib
@@ -103,7 +104,7 @@ class Job:
     test_seconds: float  # on a machine without other load, as the next
     file_seconds: float
     again: bool
-    fork: bool = True  # processes of a suite with a conftest, after its imports
+    fork: bool = True  # processes that tests spawn, and those of a suite with a conftest: after their imports
     with_plugin: bool = False  # of a suite with a platform of vLLM: with this package's platform in place of that one
 
 
@@ -310,6 +311,7 @@ def processes_of(job: Job, tests: Path, run_from: Path | None) -> Iterator[Proce
         write_npu_smi(Path(name))
         environment = launcher.device_environment(job.soc_name, job.jobs, launcher.new_run_name(), changes)
         environment["PATH"] = os.pathsep.join((name, environment["PATH"]))
+        environment[judge_recorder.FORK_VARIABLE] = str(int(job.fork))
         server = None
         if job.fork and suite is not None and suite.conftest is not None and run_from is not None:
             command = [*PYTEST, os.path.relpath(tests / suite.conftest, run_from)]

@@ -342,14 +342,19 @@ def test_processes_that_a_test_spawns_are_the_same_where_they_are_forked(tmp_pat
     assert (tmp_path / "heard").read_text().split() == [str(not fork)] * 2
 
 
-def test_a_judged_process_finds_npu_smi(tmp_path):
+def test_a_judged_process_finds_npu_smi_and_torchrun(tmp_path):
     """vllm-ascend's tests ask `npu-smi info` whether there is a device, and mock torch_npu where it fails."""
+    script = tmp_path / "script.py"
+    script.write_text("import sys, torch, torch_npu; print(sys.executable, torch.ones(1, device='npu').item())")
     (tmp_path / "test_a.py").write_text(
         "import subprocess\n"
         "def test_info(): subprocess.run(['npu-smi', 'info'], check=True)\n"
         "def test_other():\n"
         "    refused = subprocess.run(['npu-smi', 'info', '-m'], capture_output=True, text=True)\n"
         "    assert refused.returncode == 1 and 'npu-smi info -m: not emulated' in refused.stderr\n"
+        "def test_torchrun():\n"
+        f"    run = subprocess.run(['torchrun', {str(script)!r}], check=True, capture_output=True, text=True)\n"
+        "    import sys; assert f'{sys.executable} 1.0' in run.stdout\n"
     )
     judged = run_judge("--suite", tmp_path, "--json", tmp_path / "result.json")
     assert judged.returncode == 0, judged.stdout

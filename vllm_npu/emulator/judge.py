@@ -15,6 +15,7 @@ import importlib.metadata
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -231,11 +232,17 @@ def vllm_plugins(job: Job) -> dict[str, str]:
     return {"VLLM_PLUGINS": ",".join(sorted(installed - {suite.vllm_platform if job.with_plugin else OURS}))}
 
 
-def write_npu_smi(folder: Path) -> None:
-    """Writes a program npu-smi. Unless `npu-smi info` succeeds, vllm-ascend's tests replace torch_npu by a mock."""
-    path = folder / "npu-smi"
-    path.write_text(NPU_SMI)
-    path.chmod(0o755)
+def write_programs(folder: Path) -> None:
+    """Writes programs that tests call.
+
+    Unless `npu-smi info` succeeds, vllm-ascend's tests replace torch_npu by a mock. The torchrun on the PATH may be that of
+    another interpreter, because judge needs no activated environment.
+    """
+    torchrun = f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m torch.distributed.run "$@"\n'
+    for name, text in {"npu-smi": NPU_SMI, "torchrun": torchrun}.items():
+        path = folder / name
+        path.write_text(text)
+        path.chmod(0o755)
 
 
 # --- running ---
@@ -308,7 +315,7 @@ def processes_of(job: Job, tests: Path, run_from: Path | None) -> Iterator[Proce
     }
     suite = SUITES.get(job.suite)
     with tempfile.TemporaryDirectory(prefix="vllm_npu_judge.") as name:
-        write_npu_smi(Path(name))
+        write_programs(Path(name))
         environment = launcher.device_environment(job.soc_name, job.jobs, launcher.new_run_name(), changes)
         environment["PATH"] = os.pathsep.join((name, environment["PATH"]))
         environment[judge_recorder.FORK_VARIABLE] = str(int(job.fork))

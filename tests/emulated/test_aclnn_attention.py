@@ -254,6 +254,31 @@ def test_rotations() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("layout", "mode", "shape"),
+    [
+        ("BSND", "half", (2, 3, 1, 8)),
+        ("BNSD", "interleave", (2, 1, 3, 8)),
+        ("SBND", "half", (3, 2, 1, 8)),
+        ("TND", "interleave", (6, 1, 8)),
+    ],
+)
+def test_queries_and_keys_are_rotated_in_place(layout: str, mode: str, shape: tuple[int, ...]) -> None:
+    """cos and sin have one head, query four and key two."""
+    head = shape.index(1)
+    angles = random_rows(*shape[:-1], 4, seed=3)
+    cos, sin = angles.cos(), angles.sin()
+    both = [random_rows(*shape[:head], heads, *shape[head + 1 :], seed=heads) for heads in (4, 2)]
+    twice = torch.cat if mode == "half" else lambda parts, dim: torch.stack(parts, dim).flatten(dim - 1)
+    made = [x.npu() for x in both]
+    returned = npu.npu_apply_rotary_pos_emb(
+        *made, twice((cos, cos), -1).npu(), twice((sin, sin), -1).npu(), layout, mode
+    )
+    for x, inside, out in zip(both, made, returned, strict=True):
+        torch.testing.assert_close(inside.cpu(), rotated(x, cos, sin, neighbours=mode != "half"))
+        assert torch.equal(inside, out)
+
+
 @pytest.mark.parametrize("neighbours", [False, True])
 @pytest.mark.parametrize("rotary", [32, 64])
 def test_rotations_by_a_table_turn_the_first_elements_of_each_head(neighbours, rotary):

@@ -226,6 +226,25 @@ def test_init_routing_refuses_types_by_name() -> None:
 # --- permute, unpermute ---
 
 
+@pytest.mark.parametrize("active", [TOKENS + 1, 4])
+def test_the_first_init_routing_numbers_pairs_by_row_idx(active: int) -> None:
+    x, ids = random_rows(TOKENS, WIDTH), random_ids()
+    row_idx = torch.arange(PAIRS, dtype=torch.int32).view(TOP_K, TOKENS).T.contiguous()
+    rows, places, experts = (out.cpu() for out in npu.npu_moe_init_routing(x.npu(), row_idx.npu(), ids.npu(), active))
+    wanted = sorted((expert, position) for position, expert in enumerate(ids.flatten().tolist()))
+    assert experts.tolist() == [expert for expert, _ in wanted]
+    pairs = [row_idx.flatten()[position].item() for _, position in wanted]
+    assert [places[pair].item() for pair in pairs] == list(range(PAIRS))
+    kept = pairs[: min(active, TOKENS) * TOP_K]
+    assert torch.equal(rows, x[[pair % TOKENS for pair in kept]])
+
+
+def test_expert_tokens_end_where_the_rows_of_an_expert_end() -> None:
+    experts = torch.tensor([0, 0, 2, 2, 2, 5], dtype=torch.int32)
+    assert npu.npu_moe_compute_expert_tokens(experts.npu(), 6).tolist() == [2, 2, 5, 5, 5, 6]
+    refused("num_expert=2049; it must be in 1..2048", lambda: npu.npu_moe_compute_expert_tokens(experts.npu(), 2049))
+
+
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize("num_out_tokens", [None, 5])
 def test_permute_and_unpermute(index_dtype: torch.dtype, num_out_tokens: int | None) -> None:

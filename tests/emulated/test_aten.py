@@ -526,6 +526,18 @@ def test_integer_histogram() -> None:
 # --- around the operators ---
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32, torch.int64])
+def test_integers_divided_in_place_are_truncated(dtype: torch.dtype) -> None:
+    """op-plugin's div_ takes them, and torch_npu averages so. PyTorch's CPU kernel refuses them."""
+    values = torch.arange(100 if dtype == torch.uint8 else -100, 120, dtype=dtype)
+    x = values.npu()
+    assert x.div_(3) is x
+    assert torch.equal(x.cpu(), values.div(3, rounding_mode="trunc"))
+    x = values.npu()
+    x /= torch.full((len(values),), 4, dtype=dtype, device="npu")
+    assert torch.equal(x.cpu(), values.div(4, rounding_mode="trunc"))
+
+
 def test_printing() -> None:
     assert str(torch.tensor([1, 2], device=DEVICE)) == "tensor([1, 2], device='npu:0')"
     assert "device='npu:0'" in repr(torch.rand(100, 100, device=DEVICE))

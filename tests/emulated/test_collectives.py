@@ -35,6 +35,9 @@ def reductions(rank: int, size: int) -> None:
     x = npu([float(rank)] * 4)
     dist.all_reduce(x, op=dist.ReduceOp.AVG)
     assert x.tolist() == [(size - 1) / 2] * 4
+    x = npu([-7, 7 + rank], torch.int32)
+    dist.all_reduce(x, op=dist.ReduceOp.AVG)
+    assert x.tolist() == [-7, 7 + (size - 1) // 2]  # truncated
     x = npu([rank + 1.0, 2.0])
     dist.reduce(x, dst=size - 1)
     if rank == size - 1:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+import torch_npu
 
 from tests.time_limits import on_this_machine
 from vllm_npu.emulator.launcher import DEFAULT_EXEC_TIMEOUT
@@ -211,7 +212,7 @@ def use_another_streams_result(rank: int, size: int, waits: bool) -> list[float]
 
 
 def names_both_calls(text: str, rank: int, parts: list[str]) -> bool:
-    return all(part in text for part in [*parts, f"failed on rank {rank}"])
+    return all(part in text for part in [*parts, f"failed on rank {rank}: EI0005: "])
 
 
 DIFFERENT_COUNTS = ["HcclAllReduce", "rank 0: HcclAllReduce count=2 ", "rank 1: HcclAllReduce count=3 "]
@@ -266,13 +267,13 @@ def test_a_message_of_another_length_is_refused(run_in_ranks):
     # Without torch_npu's task queue: an error in it may come out after the wait for the device has returned.
     outcome = run_in_ranks(receive_the_wrong_count, 2, env={"TASK_QUEUE_ENABLE": "0"}, may_fail=True)
     receiver = outcome.returned[1]
-    assert "rank 0 sends count=4 dtype=fp32 to rank 1, which expects count=5 dtype=fp32" in receiver
+    assert "EI0005: rank 0 sends count=4 dtype=fp32 to rank 1, which expects count=5 dtype=fp32" in receiver
 
 
 def test_a_late_rank_is_named_after_the_time_out(run_in_ranks):
     text, seconds = run_in_ranks(be_late, 3, env={"HCCL_EXEC_TIMEOUT": str(EXEC_TIMEOUT)}, may_fail=True).returned[0]
     assert "HcclAllReduce" in text
-    assert "rank 1 did not make the call" in text
+    assert "EI0002: rank 1 did not make the call" in text
     assert EXEC_TIMEOUT - 1 <= seconds < min(on_this_machine(EXEC_TIMEOUT + 4), float(DEFAULT_EXEC_TIMEOUT))
 
 
@@ -340,3 +341,54 @@ def test_asynchronous_streams_show_a_missing_wait_between_streams(run_in_ranks):
     assert run_in_ranks(use_another_streams_result, 1, False, env=env).returned[0] != []
     assert run_in_ranks(use_another_streams_result, 1, True, env=env).returned[0] == []
     assert run_in_ranks(use_another_streams_result, 1, False).returned[0] == []  # synchronous streams hide it
+
+
+def group_with_algorithms(text: str) -> None:
+    options = torch_npu._C._distributed_c10d.ProcessGroupHCCL.Options()
+    options.hccl_config = {"hccl_algo": text}
+    group = dist.new_group([0], pg_options=options)
+    try:
+        dist.all_reduce(torch.ones(1, device="npu"), group=group)
+    finally:
+        dist.destroy_process_group(group)
+
+
+def name_algorithms(rank: int, num_ranks: int) -> list[str]:
+    """The errors of groups whose options name algorithms."""
+    errors = []
+    for text in ALGORITHMS:
+        try:
+            group_with_algorithms(text)
+            errors.append("")
+        except RuntimeError as error:
+            errors.append(str(error))
+    return errors
+
+
+ALGORITHMS = {  # by text: whether HCCL takes it
+    "level0:NA;level1:ring": True,
+    "allreduce=level0:NA;level1:ring/allgather=level0:NA;level1:H-D_R": True,
+    "a" * 1700: False,  # torch_npu keeps 1,599 characters
+    "level1:circle": False,
+    "level4:ring": False,
+    "allsum=level1:ring": False,
+    "level1:ring/allgather=level1:NHR": False,
+}
+
+
+def test_only_algorithms_that_hccl_knows_are_taken(run_in_ranks):
+    [errors] = run_in_ranks(name_algorithms, 1).returned
+    for (text, taken), error in zip(ALGORITHMS.items(), errors, strict=True):
+        assert (error == "") is taken, (text, error)
+        if not taken:
+            assert f"HCCL has no algorithms {text[:100]};" in error
+
+
+def test_hccl_algo_is_checked_too(run_in_ranks):
+    outcome = run_in_ranks(reduce_once, 1, env={"HCCL_ALGO": "level1:circle"}, may_fail=True)
+    assert outcome.code != 0
+    assert "HCCL has no algorithms level1:circle;" in outcome.output
+
+
+def reduce_once(rank: int, num_ranks: int) -> None:
+    dist.all_reduce(torch.ones(1, device="npu"))

@@ -259,14 +259,102 @@ def test_processes_forked_after_a_conftest_are_as_new_interpreters(tmp_path, mon
     assert len((tests / "imports").read_text().split()) == 1, "the files of the suite share one import of conftest.py"
 
 
-def test_a_judged_process_finds_npu_smi(tmp_path):
+SPAWNING = """
+import atexit, multiprocessing, os, pathlib, signal, sys
+import torch, torch_npu
+
+def talk(queue, event, tensor):
+    queue.put({
+        "sum": (tensor.npu() + 3).tolist(),
+        "variables": [os.environ.get("MASTER_PORT"), os.environ.get("TORCH_LOGS_OUT")],
+        "folder": os.getcwd(),
+        "module": __name__,
+        "own parent": os.getppid() == multiprocessing.parent_process().pid,
+    })
+    event.wait()
+    sys.exit(7)
+
+def end_by(number): os.kill(os.getpid(), number)
+def end_late_by(number): atexit.register(end_by, number)
+def fail(message): raise ValueError(message)
+
+def start(function, *arguments):
+    process = multiprocessing.get_context("spawn").Process(target=function, args=arguments)
+    process.start()
+    return process
+
+def hear(variable):
+    context = multiprocessing.get_context("spawn")
+    queue, event = context.Queue(), context.Event()
+    process = start(talk, queue, event, torch.ones(2))
+    told = queue.get(timeout=200)
+    assert process.is_alive() and process.exitcode is None
+    event.set()
+    assert multiprocessing.connection.wait([process.sentinel], 100) == [process.sentinel]
+    process.join()
+    assert process.exitcode == 7
+    process.close()
+    with pathlib.Path(os.environ["HEARD"]).open("a") as file:
+        file.write(f"{told.pop('own parent')}\\n")
+    assert told == {"sum": [4.0, 4.0], "variables": variable, "folder": os.getcwd(), "module": __name__}
+
+def test_arguments_and_results(monkeypatch):
+    monkeypatch.setenv("MASTER_PORT", "12345")
+    hear(["12345", None])
+
+def test_variable_that_the_imports_may_read(monkeypatch):
+    monkeypatch.setenv("TORCH_LOGS_OUT", "x")
+    hear([None, "x"])
+
+def test_ends(capfd):
+    for function, argument, code in (
+        (end_by, signal.SIGKILL, -signal.SIGKILL), (end_late_by, signal.SIGABRT, -signal.SIGABRT), (fail, "on purpose", 1),
+    ):
+        process = start(function, argument)
+        process.join()
+        assert process.exitcode == code
+    assert "ValueError: on purpose" in capfd.readouterr().err
+
+def test_ended_from_outside():
+    event = multiprocessing.get_context("spawn").Event()
+    process = start(event.wait)
+    process.terminate()
+    process.join()
+    assert process.exitcode == -signal.SIGTERM
+
+def test_spawn_of_torch():
+    try:
+        torch.multiprocessing.spawn(fail, nprocs=2)
+    except torch.multiprocessing.ProcessRaisedException as error:
+        assert "fail() " not in str(error) and "ValueError" in str(error)
+    else:
+        raise AssertionError
+"""
+
+
+@pytest.mark.parametrize("fork", [True, False])
+def test_processes_that_a_test_spawns_are_the_same_where_they_are_forked(tmp_path, monkeypatch, fork):
+    (tmp_path / "test_spawning.py").write_text(SPAWNING)
+    monkeypatch.setenv("HEARD", str(tmp_path / "heard"))
+    judged = run_judge("--suite", tmp_path, "--json", tmp_path / "result.json", *([] if fork else ["--no-fork"]))
+    assert "5 passed (" in judged.stderr, judged.stdout
+    # Of a forked process, the parent is the server.
+    assert (tmp_path / "heard").read_text().split() == [str(not fork)] * 2
+
+
+def test_a_judged_process_finds_npu_smi_and_torchrun(tmp_path):
     """vllm-ascend's tests ask `npu-smi info` whether there is a device, and mock torch_npu where it fails."""
+    script = tmp_path / "script.py"
+    script.write_text("import sys, torch, torch_npu; print(sys.executable, torch.ones(1, device='npu').item())")
     (tmp_path / "test_a.py").write_text(
         "import subprocess\n"
         "def test_info(): subprocess.run(['npu-smi', 'info'], check=True)\n"
         "def test_other():\n"
         "    refused = subprocess.run(['npu-smi', 'info', '-m'], capture_output=True, text=True)\n"
         "    assert refused.returncode == 1 and 'npu-smi info -m: not emulated' in refused.stderr\n"
+        "def test_torchrun():\n"
+        f"    run = subprocess.run(['torchrun', {str(script)!r}], check=True, capture_output=True, text=True)\n"
+        "    import sys; assert f'{sys.executable} 1.0' in run.stdout\n"
     )
     judged = run_judge("--suite", tmp_path, "--json", tmp_path / "result.json")
     assert judged.returncode == 0, judged.stdout

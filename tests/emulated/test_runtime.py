@@ -130,6 +130,13 @@ def test_number_of_devices(env, count):
     assert run_python(script, **env).stdout == f"{count}\n"
 
 
+def test_devices_may_be_hidden_until_the_device_starts():
+    count = "acl.aclrtGetDeviceCount(ctypes.byref(n)); print(n.value)"
+    hide = "os.environ['ASCEND_RT_VISIBLE_DEVICES'] = "
+    script = f"import os; n = ctypes.c_uint32(); {count}; {hide}'3,4'; {count}; acl.aclInit(None); {hide}'3'; {count}"
+    assert run_python(script, VLLM_NPU_EMULATOR_DEVICES="8").stdout.split() == ["8", "2", "2"]
+
+
 def test_bad_settings_are_refused_by_name():
     done = run_python("print(acl.aclInit(None))", VLLM_NPU_EMULATOR_MEMORY_GB="lots")
     assert done.stdout == "100000\n"

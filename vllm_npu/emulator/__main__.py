@@ -51,7 +51,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     tests.add_argument(
         "--no-fork",
         action="store_true",
-        help="of vllm-ascend's suite: a new interpreter for each file, which is slower",
+        help="a new interpreter for each process that a test spawns, and for each file of vllm-ascend's suite, which is slower",
     )
     quiet = "on a machine without other load; a load makes it longer"
     tests.add_argument("--test-seconds", type=float, default=300, metavar="S", help=f"limit of a test (300), {quiet}")

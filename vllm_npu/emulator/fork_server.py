@@ -10,6 +10,7 @@ imported. So a server forks only ranks whose variables of that kind are its own:
 
 import contextlib
 import gc
+import importlib
 import logging
 import multiprocessing
 import os
@@ -107,6 +108,10 @@ class ForkedProcess:
             raise ForkServerError("the fork server has ended")
         (self.pid,) = STATUS.unpack(told)
 
+    def fileno(self) -> int:
+        """A file descriptor that is readable once the process has ended. It is closed after the exit code was read."""
+        return self._status
+
     def poll(self) -> int | None:
         """The exit code, minus the signal's number where a signal ended the process. None while the process runs."""
         return self._wait(0)
@@ -144,7 +149,7 @@ class ForkServer:
     def __init__(
         self,
         environment: Mapping[str, str],
-        arguments: Sequence[str] = ("-c", f"from {__name__} import main; main()"),
+        arguments: Sequence[str],
         control_variable: str | None = None,
         folder: Path | None = None,
     ) -> None:
@@ -229,9 +234,13 @@ class ForkServer:
 
 
 class ForkServers:
-    """A ForkServer for each set of variables that the imports of torch and torch_npu may read."""
+    """A ForkServer for each set of variables that the imports of torch and torch_npu may read.
 
-    def __init__(self) -> None:
+    `modules` are imported in each server beside these two.
+    """
+
+    def __init__(self, modules: Sequence[str] = ()) -> None:
+        self._program = f"from {__name__} import main; main({list(modules)!r})"
         self._servers: dict[frozenset[tuple[str, str]], ForkServer] = {}  # the last one used is the last
 
     def server(self, environment: Mapping[str, str]) -> ForkServer:
@@ -241,7 +250,7 @@ class ForkServers:
         if key not in self._servers:
             if len(self._servers) == MOST_SERVERS:
                 self._servers.pop(next(iter(self._servers))).close()
-            self._servers[key] = ForkServer(variables)
+            self._servers[key] = ForkServer(variables, ("-c", self._program))
         self._servers[key] = self._servers.pop(key)
         return self._servers[key]
 
@@ -437,7 +446,9 @@ def serve_on(number: int) -> None:
         serve(control)
 
 
-def main() -> None:
+def main(modules: Sequence[str]) -> None:
     import torch_npu  # noqa: F401
 
+    for module in modules:
+        importlib.import_module(module)
     serve_on(int(sys.argv[1]))

@@ -6,7 +6,8 @@ Each test file has a pytest process of its own. A process that crashes or hangs 
 and a new process runs the rest of the file. RESULT is written after each file. Files in RESULT are not run again.
 
 Where all files of a suite begin with the imports of one conftest.py, their processes are forked from one that has done these
-imports (judge_recorder.py), which take most of a file's time. --no-fork starts an interpreter for each.
+imports (judge_recorder.py), which take most of a file's time. Processes that a test spawns by multiprocessing are forked too
+(forked_spawn.py). --no-fork starts an interpreter for each.
 """
 
 import contextlib
@@ -14,6 +15,7 @@ import importlib.metadata
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -103,7 +105,7 @@ class Job:
     test_seconds: float  # on a machine without other load, as the next
     file_seconds: float
     again: bool
-    fork: bool = True  # processes of a suite with a conftest, after its imports
+    fork: bool = True  # processes that tests spawn, and those of a suite with a conftest: after their imports
     with_plugin: bool = False  # of a suite with a platform of vLLM: with this package's platform in place of that one
 
 
@@ -230,11 +232,17 @@ def vllm_plugins(job: Job) -> dict[str, str]:
     return {"VLLM_PLUGINS": ",".join(sorted(installed - {suite.vllm_platform if job.with_plugin else OURS}))}
 
 
-def write_npu_smi(folder: Path) -> None:
-    """Writes a program npu-smi. Unless `npu-smi info` succeeds, vllm-ascend's tests replace torch_npu by a mock."""
-    path = folder / "npu-smi"
-    path.write_text(NPU_SMI)
-    path.chmod(0o755)
+def write_programs(folder: Path) -> None:
+    """Writes programs that tests call.
+
+    Unless `npu-smi info` succeeds, vllm-ascend's tests replace torch_npu by a mock. The torchrun on the PATH may be that of
+    another interpreter, because judge needs no activated environment.
+    """
+    torchrun = f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m torch.distributed.run "$@"\n'
+    for name, text in {"npu-smi": NPU_SMI, "torchrun": torchrun}.items():
+        path = folder / name
+        path.write_text(text)
+        path.chmod(0o755)
 
 
 # --- running ---
@@ -307,9 +315,10 @@ def processes_of(job: Job, tests: Path, run_from: Path | None) -> Iterator[Proce
     }
     suite = SUITES.get(job.suite)
     with tempfile.TemporaryDirectory(prefix="vllm_npu_judge.") as name:
-        write_npu_smi(Path(name))
+        write_programs(Path(name))
         environment = launcher.device_environment(job.soc_name, job.jobs, launcher.new_run_name(), changes)
         environment["PATH"] = os.pathsep.join((name, environment["PATH"]))
+        environment[judge_recorder.FORK_VARIABLE] = str(int(job.fork))
         server = None
         if job.fork and suite is not None and suite.conftest is not None and run_from is not None:
             command = [*PYTEST, os.path.relpath(tests / suite.conftest, run_from)]

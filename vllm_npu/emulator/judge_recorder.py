@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from vllm_npu.emulator import fork_server
+from vllm_npu.emulator import fork_server, forked_spawn
 
 RECORD_VARIABLE = "VLLM_NPU_JUDGE_RECORD"
 CONTROL_VARIABLE = "VLLM_NPU_JUDGE_CONTROL"  # the file descriptor of the fork server's socket
+FORK_VARIABLE = "VLLM_NPU_JUDGE_FORK"  # 1: processes that a test spawns are forked
 DETAIL_CHARACTERS = 2000
 REASON_CHARACTERS = 300
 
@@ -102,6 +103,11 @@ def run_forked_file(file: str) -> NoReturn:
         config._ensure_unconfigure()
     ctypes.pythonapi.Py_Exit(code)  # with all that an interpreter does at its end, where a process may crash
     raise AssertionError("Py_Exit returned")
+
+
+def pytest_configure() -> None:
+    if os.environ.get(FORK_VARIABLE) == "1":
+        forked_spawn.fork_spawned_processes()
 
 
 def pytest_collectreport(report: Any) -> None:

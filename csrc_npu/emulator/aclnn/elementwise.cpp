@@ -1,4 +1,6 @@
-// Ops that torch_npu's C++ code calls directly and not through the dispatcher, and swiglu.
+// Ops that torch_npu's C++ code calls directly and not through the dispatcher, and activations.
+//
+// Contracts: op-plugin's documents of npu_swiglu and npu_gelu_mul, and its schema of npu_gelu.
 #include "op.h"
 
 namespace vllm_npu::emulator::aclnn {
@@ -41,6 +43,23 @@ Plan swiglu(at::Tensor x, int64_t dim, at::Tensor out) {
   };
 }
 
+Plan gelu(at::Tensor x, int64_t approximate, at::Tensor out) {
+  require_dtype(x, "self", {at::kHalf, at::kBFloat16, at::kFloat});
+  require_one_of(approximate, "approximate", {0, 1});
+  return [=] { out.copy_(at::gelu(x.to(at::kFloat), approximate == 0 ? "none" : "tanh")); };
+}
+
+// gelu(first half) * second half, in float32.
+Plan gelu_mul(at::Tensor x, std::string approximate, at::Tensor out) {
+  require_dtype(x, "input", {at::kHalf, at::kBFloat16, at::kFloat});
+  require(approximate == "none" || approximate == "tanh", "approximate=", approximate, " is neither none nor tanh");
+  require(x.size(-1) % 2 == 0, "the last dimension of ", x.sizes(), " is not even");
+  return [=] {
+    const std::vector<at::Tensor> halves = x.to(at::kFloat).chunk(2, -1);
+    out.copy_(at::gelu(halves[0], approximate) * halves[1]);
+  };
+}
+
 }  // namespace
 
 ACLNN_OP(aclnnInplaceCopy, copy);
@@ -50,5 +69,7 @@ ACLNN_OP(aclnnCast, cast);
 ACLNN_OP(aclnnCat, concatenate);
 ACLNN_OP(aclnnConstantPadNd, constant_pad);
 ACLNN_OP(aclnnSwiGlu, swiglu);
+ACLNN_OP(aclnnGeluV2, gelu);
+ACLNN_OP(aclnnGeluMul, gelu_mul);
 
 }  // namespace vllm_npu::emulator::aclnn

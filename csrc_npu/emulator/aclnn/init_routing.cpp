@@ -1,6 +1,7 @@
 // Init routing: copies the row of each token once for each of its experts, and sorts the rows by expert.
 //
-// Contract: op-plugin's document of npu_moe_init_routing_v2. It rounds like CANN's moe_init_routing_v3 kernels.
+// Contracts: op-plugin's documents of npu_moe_init_routing, npu_moe_init_routing_v2 and npu_moe_compute_expert_tokens. The
+// second op rounds like CANN's moe_init_routing_v3 kernels.
 #include <algorithm>
 #include <limits>
 
@@ -20,6 +21,7 @@ constexpr int64_t kKeyValue = 2;
 constexpr int64_t kGather = 0;
 constexpr int64_t kMaxExperts = 10240;  // 5120 with key-value counts
 constexpr int64_t kMaxExpertsKeyValue = 5120;
+constexpr int64_t kMaxExpertsByTokens = 2048;  // of compute_expert_tokens
 
 struct InitRouting {
   at::Tensor x;           // [N, H]
@@ -247,8 +249,45 @@ Plan init_routing_v2(at::Tensor x, at::Tensor expert_ids, int64_t active_num, in
   };
 }
 
+// Version 1. row_idx [N, K] names the pairs: pair p is a copy of token p % N. The kernel takes any permutation of them.
+Plan init_routing_v1(at::Tensor x, at::Tensor row_idx, at::Tensor expert_ids, int64_t active_num, at::Tensor expanded_x,
+                     at::Tensor expanded_row_idx, at::Tensor expanded_expert_ids) {
+  require_dimensions(x, "x", 2);
+  require_dtype(x, "x", {at::kHalf, at::kBFloat16, at::kFloat});
+  require_dtype(row_idx, "row_idx", {at::kInt});
+  require_dtype(expert_ids, "expert_idx", {at::kInt});
+  require_shape(row_idx, "row_idx", expert_ids.sizes());
+  const int64_t tokens = x.size(0);
+  require(expert_ids.size(0) == tokens, "x has ", tokens, " rows and expert_idx ", expert_ids.size(0));
+  require(expanded_x.size(0) == std::min(active_num, tokens) * expert_ids.size(1), "active_num=", active_num,
+          " does not fit: the output has ", expanded_x.size(0), " rows");
+  return [=] {
+    const auto [ids, order] = expert_ids.flatten().sort(/*stable=*/true, 0, /*descending=*/false);
+    const at::Tensor pairs = row_idx.flatten().to(at::kLong).index_select(0, order);
+    require((pairs >= 0).logical_and(pairs < pairs.numel()).all().item<bool>(), "row_idx is not in 0..",
+            pairs.numel() - 1);
+    expanded_expert_ids.copy_(ids);
+    expanded_row_idx.index_copy_(0, pairs, at::arange(pairs.numel(), at::kInt));
+    expanded_x.copy_(x.index_select(0, pairs.narrow(0, 0, expanded_x.size(0)).remainder(tokens)));
+  };
+}
+
+// The end of each expert's rows.
+Plan compute_expert_tokens(at::Tensor sorted_experts, int64_t num_experts, at::Tensor out) {
+  require_dimensions(sorted_experts, "sorted_expert_for_source_row", 1);
+  require_dtype(sorted_experts, "sorted_expert_for_source_row", {at::kInt});
+  require(num_experts > 0 && num_experts <= kMaxExpertsByTokens, "num_expert=", num_experts, "; it must be in 1..",
+          kMaxExpertsByTokens);
+  return [=] {
+    const at::Tensor experts = at::arange(num_experts, at::kInt);
+    out.copy_(at::searchsorted(sorted_experts, experts, /*out_int32=*/true, /*right=*/true));
+  };
+}
+
 }  // namespace
 
+ACLNN_OP(aclnnMoeInitRouting, init_routing_v1);
+ACLNN_OP(aclnnMoeComputeExpertTokens, compute_expert_tokens);
 ACLNN_OP(aclnnMoeInitRoutingV2, init_routing_v2);
 ACLNN_OP(aclnnMoeInitRoutingV3, init_routing_v3);
 

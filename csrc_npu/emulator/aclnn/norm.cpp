@@ -1,7 +1,7 @@
 // Root-mean-square norms and rotary position embeddings.
 //
-// Contracts: op-plugin's documents of npu_rms_norm, npu_add_rms_norm, npu_rotary_mul, npu_interleave_rope and
-// npu_kv_rmsnorm_rope_cache. The ops compute in float32 and round once.
+// Contracts: op-plugin's documents of npu_rms_norm, npu_add_rms_norm, npu_rotary_mul, npu_apply_rotary_pos_emb,
+// npu_interleave_rope and npu_kv_rmsnorm_rope_cache. The ops compute in float32 and round once.
 #include "op.h"
 #include "rotary.h"
 #include "undefined.h"
@@ -73,6 +73,30 @@ Plan rotary_position_embedding(at::Tensor x, at::Tensor cos, at::Tensor sin, int
     const at::Tensor turned = mode == kHalves ? turned_halves(values) : turned_neighbours(values);
     out.copy_(values * cos.to(at::kFloat) + turned * sin.to(at::kFloat));
   };
+}
+
+// Rotates query and key in place. cos and sin have one head, so they fit every layout.
+Plan apply_rotary_pos_emb(at::Tensor query, at::Tensor key, at::Tensor cos, at::Tensor sin, int64_t layout,
+                          std::string mode) {
+  require_one_of(layout, "layout", {1, 2, 3, 4});
+  require(mode == "half" || mode == "interleave", "rotary_mode=", mode, " is not emulated; use half or interleave");
+  require_shape(sin, "sin", cos.sizes());
+  for (const auto& [x, name] : {std::pair(query, "query"), std::pair(key, "key")}) {
+    require_dtype(x, name, {at::kHalf, at::kBFloat16, at::kFloat});
+    require(x.size(-1) % 2 == 0 && x.size(-1) == cos.size(-1), name, " has the shape ", x.sizes(), " and cos ",
+            cos.sizes());
+  }
+  return [=] {
+    for (const at::Tensor& x : {query, key}) {
+      const at::Tensor values = x.to(at::kFloat);
+      const at::Tensor turned = mode == "half" ? turned_halves(values) : turned_neighbours(values);
+      x.copy_(values * cos.to(at::kFloat) + turned * sin.to(at::kFloat));
+    }
+  };
+}
+
+Plan apply_rotary_pos_emb_of_halves(at::Tensor query, at::Tensor key, at::Tensor cos, at::Tensor sin, int64_t layout) {
+  return apply_rotary_pos_emb(query, key, cos, sin, layout, "half");
 }
 
 Plan interleave_rope(at::Tensor x, at::Tensor cos, at::Tensor sin, at::Tensor out) {
@@ -147,6 +171,8 @@ Plan kv_rms_norm_rope_cache(at::Tensor kv, at::Tensor gamma, at::Tensor cos, at:
 ACLNN_OP(aclnnRmsNorm, rms_norm);
 ACLNN_OP(aclnnAddRmsNorm, add_rms_norm);
 ACLNN_OP(aclnnRotaryPositionEmbedding, rotary_position_embedding);
+ACLNN_OP(aclnnApplyRotaryPosEmb, apply_rotary_pos_emb_of_halves);
+ACLNN_OP(aclnnApplyRotaryPosEmbV2, apply_rotary_pos_emb);
 ACLNN_OP(aclnnInterleaveRope, interleave_rope);
 ACLNN_OP(aclnnKvRmsNormRopeCache, kv_rms_norm_rope_cache);
 

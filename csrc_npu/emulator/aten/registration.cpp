@@ -15,6 +15,7 @@
 #include <ATen/core/enum_tag.h>
 #include <ATen/ops/binary_cross_entropy_with_logits_compositeexplicitautograd_dispatch.h>
 #include <ATen/ops/contiguous_compositeimplicitautograd_dispatch.h>
+#include <ATen/ops/div.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/histc.h>
 #include <c10/util/Exception.h>
@@ -102,6 +103,16 @@ at::Tensor binary_cross_entropy_with_logits(const at::Tensor& self, const at::Te
       .to(self.scalar_type());
 }
 
+// As the npu's, which divides integers in place: in float32, truncated. PyTorch refuses it. ProcessGroupHCCL averages
+// integers so on A2 and A3.
+void divide_in_place(const OperatorHandle& op, torch::jit::Stack* stack) {
+  const at::Tensor self = torch::jit::peek(*stack, 0, 2).toTensor();
+  const at::Tensor other = torch::jit::peek(*stack, 1, 2).toTensor();
+  if (!at::isIntegralType(self.scalar_type(), /*includeBool=*/false)) return run_on_cpu_aliases(op, stack);
+  torch::jit::drop(*stack, 2);
+  torch::jit::push(*stack, at::Tensor(self).copy_(at::div(self, other)));
+}
+
 // As torch_npu's, which has no other memory format.
 at::Tensor contiguous(const at::Tensor& self, at::MemoryFormat format) {
   TORCH_CHECK(format == at::MemoryFormat::Contiguous || self.is_contiguous(format),
@@ -138,6 +149,7 @@ const std::unordered_map<std::string, torch::CppFunction (*)()> kOwnOps = {
     {"aten::binary_cross_entropy_with_logits",
      [] { return torch::CppFunction(TORCH_FN(binary_cross_entropy_with_logits)); }},
     {"aten::contiguous", [] { return torch::CppFunction(TORCH_FN(contiguous)); }},
+    {"aten::div_.Tensor", [] { return torch::CppFunction::makeFromBoxedFunction<divide_in_place>(); }},
     {"aten::copy_", [] { return torch::CppFunction(TORCH_FN(copy_)); }},
     {"aten::histc", [] { return torch::CppFunction(TORCH_FN(histc)); }},
     {"aten::native_dropout", [] { return torch::CppFunction(TORCH_FN(native_dropout)); }},

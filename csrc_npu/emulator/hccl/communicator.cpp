@@ -120,7 +120,7 @@ int Communicator::open(const std::string& segment_name, int rank, int size, cons
     return communicator->declare_failed(
         HCCL_E_PARA, kOperation, "process " + std::to_string(process_before) + " has taken the same rank before");
   }
-  const int code = communicator->wait_for_all(kOperation, connect_timeout);
+  const int code = communicator->wait_for_all(kOperation, connect_timeout, kLateConnection);
   // All ranks have mapped the memory. Remove its name, so that nothing is left when the processes end, or are killed.
   if (code != HCCL_SUCCESS || rank == 0) shm_unlink(segment_name.c_str());
   return code;
@@ -171,7 +171,7 @@ std::string Communicator::ended_processes(const std::vector<int>& ranks) const {
 }
 
 // A barrier. It sleeps, and checks from time to time whether the processes of the missing ranks are alive.
-int Communicator::wait_for_all(const char* operation, std::chrono::seconds timeout) {
+int Communicator::wait_for_all(const char* operation, std::chrono::seconds timeout, const char* late) {
   const auto deadline = Clock::now() + timeout;
   const std::uint32_t generation = segment_->barrier_generation;
   segment_->ranks[rank_].barriers = ++barriers_;
@@ -195,7 +195,7 @@ int Communicator::wait_for_all(const char* operation, std::chrono::seconds timeo
     const std::string missed = list_ranks(missing) + " did not make the call";
     if (!ended.empty()) return declare_failed(HCCL_E_INTERNAL, operation, missed + ended);
     return declare_failed(HCCL_E_TIMEOUT, operation,
-                          missed + " within " + std::to_string(timeout.count()) +
+                          late + missed + " within " + std::to_string(timeout.count()) +
                               " s; look for what they do instead, or raise HCCL_EXEC_TIMEOUT (HCCL_CONNECT_TIMEOUT "
                               "while a group is made)");
   }
@@ -214,7 +214,7 @@ int Communicator::check_agreement(const Call& call, unsigned record_side) {
     for (const auto& [words, ranks] : ranks_by_words) {
       disagreement += (disagreement.empty() ? "" : "; ") + list_ranks(ranks) + ": " + words;
     }
-    return report(HCCL_E_PARA, call.operation.c_str(), "the ranks made different calls: " + disagreement);
+    return report(HCCL_E_PARA, call.operation.c_str(), std::string(kDifferentCalls) + "the ranks made different calls: " + disagreement);
   }
   for (int sender = 0; sender < size_; ++sender) {
     const Record& sent = segment_->ranks[sender].records[record_side];
@@ -227,7 +227,7 @@ int Communicator::check_agreement(const Call& call, unsigned record_side) {
     }
   }
   if (disagreement.empty()) return HCCL_SUCCESS;
-  return report(HCCL_E_PARA, call.operation.c_str(), "the counts do not match: " + disagreement);
+  return report(HCCL_E_PARA, call.operation.c_str(), std::string(kDifferentCalls) + "the counts do not match: " + disagreement);
 }
 
 int Communicator::exchange(const Call& call, const std::vector<Part>& data, const ChunkReader& reader) {

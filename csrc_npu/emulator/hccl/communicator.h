@@ -19,6 +19,11 @@ namespace vllm_npu::emulator {
 
 constexpr int kMaxRanks = 64;
 
+// HCCL's codes in error texts, which programs look for. Source: CANN's list of errors (error_code.json).
+inline constexpr char kLateCall[] = "EI0002: ";
+inline constexpr char kDifferentCalls[] = "EI0005: ";
+inline constexpr char kLateConnection[] = "EI0006: ";
+
 struct Segment;  // the shared memory; segment.h
 
 // What a rank publishes about its call. The ranks compare these before they use any data. If they differ, the call
@@ -100,7 +105,7 @@ class EMULATOR_API Communicator {
  private:
   Communicator(std::string name, std::string segment_name, int rank, int size, std::chrono::seconds timeout);
 
-  int wait_for_all(const char* operation, std::chrono::seconds timeout);
+  int wait_for_all(const char* operation, std::chrono::seconds timeout, const char* late = kLateCall);
   int wait_for_channels(const char* operation, std::uint32_t seen, std::chrono::steady_clock::time_point deadline,
                         const std::vector<int>& waited_for);
   int check_agreement(const Call& call, unsigned record_side);

@@ -1,6 +1,7 @@
 // HCCL's calls that create, describe and destroy communicators.
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstdio>
@@ -8,6 +9,7 @@
 #include <cstring>
 #include <map>
 #include <mutex>
+#include <regex>
 
 #include "communicator.h"
 #include "runtime/device.h"
@@ -43,6 +45,18 @@ std::uint32_t buffer_mb(const HcclCommConfig* config) {
   return mb > 0 ? static_cast<std::uint32_t>(mb) : HCCL_COMM_DEFAULT_BUFFSIZE;
 }
 
+// Whether HCCL takes the text of algorithms, of HCCL_ALGO or of a group: levels of all operations, or of each named one.
+// Contract: HCCL's alg_env_config.cc. The algorithms themselves have no effect here.
+bool names_algorithms(std::string text) {
+  text.erase(std::remove(text.begin(), text.end(), ' '), text.end());
+  const std::string level =
+      "level[0-3]:(null|ring|pipeline|fullmesh|H-D_R|pairwise|NHR|NHR_V1|AHC|AHC_BROKE|NB|NA)";
+  const std::string levels = level + "(;" + level + "){0,3}";
+  const std::string operation =
+      "(broadcast|allreduce|reduce|send|receive|allgather|reducescatter|alltoall|gather|scatter|sendrecv|others)=" + levels;
+  return std::regex_match(text, std::regex(levels + "|" + operation + "(/" + operation + ")*"));
+}
+
 int open_communicator(const char* function, const std::string& segment_name, std::uint32_t rank, std::uint32_t size,
                       const HcclCommConfig* config, HcclComm* handle) {
   if (handle == nullptr) return fail(HCCL_E_PTR, "%s: the place for the communicator is null", function);
@@ -53,6 +67,14 @@ int open_communicator(const char* function, const std::string& segment_name, std
     if (config->hcclCommName[0] != '\0')
       name.assign(config->hcclCommName, strnlen(config->hcclCommName, COMM_NAME_MAX_LENGTH));
     if (config->hcclExecTimeOut > 0) timeout = std::chrono::seconds(config->hcclExecTimeOut);
+  }
+  std::string algorithms = environment("HCCL_ALGO", "");
+  if (config != nullptr && config->hcclAlgo[0] != '\0') {
+    algorithms.assign(config->hcclAlgo, strnlen(config->hcclAlgo, HCCL_COMM_ALGO_MAX_LENGTH));
+  }
+  if (!algorithms.empty() && !names_algorithms(algorithms)) {
+    return fail(HCCL_E_PARA, "%s: HCCL has no algorithms %.100s; write level0:NA;level1:ring, or allreduce=level0:NA;level1:ring/allgather=...",
+                function, algorithms.c_str());
   }
   trace(function, "group=%s rank=%u size=%u", name.c_str(), rank, size);
   std::shared_ptr<Communicator> communicator;

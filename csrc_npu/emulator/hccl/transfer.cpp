@@ -80,7 +80,7 @@ int Communicator::wait_for_channels(const char* operation, std::uint32_t seen, C
   if (!ended.empty()) return declare_failed(HCCL_E_INTERNAL, operation, who + " did not take part" + ended);
   if (Clock::now() < deadline) return HCCL_SUCCESS;
   return declare_failed(HCCL_E_TIMEOUT, operation,
-                        who + " did not take part within " + std::to_string(timeout_.count()) +
+                        kLateCall + who + " did not take part within " + std::to_string(timeout_.count()) +
                             " s; look for what they do instead, or raise HCCL_EXEC_TIMEOUT");
 }
 
@@ -111,7 +111,7 @@ int Communicator::transfer(const char* operation, const std::vector<Transfer>& t
         each.header_was_checked = true;
         if (each.transfer->facts != each.header.facts) {
           return declare_failed(HCCL_E_PARA, operation,
-                                "rank " + std::to_string(each.transfer->peer) + " sends " + each.header.facts +
+                                kDifferentCalls + ("rank " + std::to_string(each.transfer->peer)) + " sends " + each.header.facts +
                                     " to rank " + std::to_string(rank_) + ", which expects " + each.transfer->facts);
         }
       }

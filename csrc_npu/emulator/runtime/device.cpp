@@ -132,8 +132,9 @@ aclError aclFinalize() {
 
 // --- Devices and contexts ---
 
+// torch_npu counts before it starts the device, and a program may hide devices after that count.
 aclError aclrtGetDeviceCount(uint32_t* count) {
-  *count = static_cast<uint32_t>(visible_device_count());
+  *count = static_cast<uint32_t>(initialized ? visible_device_count() : count_devices_now());
   return ACL_SUCCESS;
 }
 

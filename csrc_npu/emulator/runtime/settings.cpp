@@ -14,7 +14,7 @@ constexpr std::uint64_t kMaxMemoryGb = 1024;
 constexpr std::uint64_t kMaxLogLevel = 3;  // errors
 
 struct Settings {
-  int devices = kDefaultDevices;
+  int devices = 0;
   std::size_t memory_bytes = 0;
   std::optional<std::uint64_t> seed;
   std::optional<std::uint64_t> log_level;
@@ -62,16 +62,20 @@ int count_visible(const std::string& list, int existing) {
   return count;
 }
 
-Settings read_settings() {
-  Settings settings;
+int read_devices(std::string& fault) {
   // A launcher may start more ranks than that. The node then has a device for each rank.
-  const auto local_ranks = read_number("LOCAL_WORLD_SIZE", kMaxDevices, settings.fault);
-  settings.devices = std::max(kDefaultDevices, static_cast<int>(local_ranks.value_or(0)));
-  if (const auto devices = read_number("VLLM_NPU_EMULATOR_DEVICES", kMaxDevices, settings.fault)) {
-    settings.devices = static_cast<int>(*devices);
+  const auto local_ranks = read_number("LOCAL_WORLD_SIZE", kMaxDevices, fault);
+  int count = std::max(kDefaultDevices, static_cast<int>(local_ranks.value_or(0)));
+  if (const auto devices = read_number("VLLM_NPU_EMULATOR_DEVICES", kMaxDevices, fault)) {
+    count = static_cast<int>(*devices);
   }
   const std::string visible = environment("ASCEND_RT_VISIBLE_DEVICES", "");
-  if (!visible.empty()) settings.devices = count_visible(visible, settings.devices);
+  return visible.empty() ? count : count_visible(visible, count);
+}
+
+Settings read_settings() {
+  Settings settings;
+  settings.devices = read_devices(settings.fault);
   settings.memory_bytes = read_number("VLLM_NPU_EMULATOR_MEMORY_GB", kMaxMemoryGb, settings.fault).value_or(0) << 30;
   settings.seed = read_number("VLLM_NPU_EMULATOR_ASYNC", UINT64_MAX, settings.fault);
   settings.log_level = read_number("VLLM_NPU_EMULATOR_LOG", kMaxLogLevel, settings.fault);
@@ -93,6 +97,12 @@ std::string environment(const char* name, const char* fallback) {
 }
 
 int visible_device_count() { return settings().devices; }
+
+int count_devices_now() {
+  std::string fault;  // aclInit reports it
+  return read_devices(fault);
+}
+
 std::size_t configured_memory_bytes() { return settings().memory_bytes; }
 std::optional<std::uint64_t> asynchronous_seed() { return settings().seed; }
 std::optional<std::uint64_t> least_log_level() { return settings().log_level; }

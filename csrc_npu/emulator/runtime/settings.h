@@ -16,6 +16,9 @@ EMULATOR_API std::string environment(const char* name, const char* fallback);
 // VLLM_NPU_EMULATOR_DEVICES: the number of devices. ASCEND_RT_VISIBLE_DEVICES hides some of them, as with CANN.
 int visible_device_count();
 
+// The same number, as the variables have it now. visible_device_count() reads them once.
+int count_devices_now();
+
 // VLLM_NPU_EMULATOR_MEMORY_GB: the capacity of one device for one process. 0 is the capacity of the real chip.
 std::size_t configured_memory_bytes();
 

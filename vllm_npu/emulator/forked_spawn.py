@@ -62,9 +62,8 @@ class ForkedPopen:
             raise ForkServerError(
                 f"the process inherits {len(self._fds)} file descriptors, more than a request carries"
             )
-        ended, self._alive = (
-            os.pipe()
-        )  # this process's end closes with it: its child then knows that the parent has ended
+        # This process's end closes with it. Its child then knows that the parent has ended.
+        ended, self._alive = os.pipe()
         tracker: Any = resource_tracker.getfd()  # an int: this call starts the tracker
         passed = [Connection(os.dup(fd)) for fd in (ended, tracker, *self._fds)]
         os.close(ended)

@@ -9,6 +9,7 @@
 #include <cmath>
 
 #include "exchange.h"
+#include "expert_messages.h"
 #include "hccl/communicator.h"
 #include "numerics.h"
 #include "op.h"
@@ -164,10 +165,6 @@ void check(const Fused& op) {
           "expert_token_nums has ", op.expert_token_nums.numel(), " elements for ", op.experts_per_rank(), " experts");
 }
 
-// The tensors of a message to the experts of a rank. They have a row for each pair of a token and an expert, in the
-// order of the pairs.
-enum SentField { kSlot, kPair, kValues, kScales };
-
 std::vector<Message> outgoing(const Fused& op) {
   // The kernel writes into its input too.
   if (op.mask) op.expert_idx.masked_fill_(op.mask->logical_not().unsqueeze(-1), op.num_experts());
@@ -180,21 +177,7 @@ std::vector<Message> outgoing(const Fused& op) {
   }
   Quantized rows{op.x, at::zeros({op.tokens()}, at::kFloat)};
   if (op.is_int8()) rows = quantize_by_quotient(op.x.to(at::kFloat));
-  std::vector<Message> messages;
-  for (int64_t receiver = 0; receiver < op.world_size; ++receiver) {
-    const int64_t first = receiver * op.experts_per_rank();
-    const at::Tensor pairs =
-        (ids >= first).logical_and(ids < first + op.experts_per_rank()).nonzero().squeeze(-1);
-    const at::Tensor tokens = pairs.floor_divide(op.top_k());
-    messages.push_back({ids.index_select(0, pairs) - first, pairs, rows.values.index_select(0, tokens),
-                        rows.scales.index_select(0, tokens)});
-  }
-  return messages;
-}
-
-at::Tensor swiglu(const at::Tensor& products) {  // [n, N] float32
-  const std::vector<at::Tensor> halves = products.chunk(2, -1);
-  return halves[0] / ((-halves[0]).exp() + 1) * halves[1];
+  return messages_to_experts(ids, rows, op.top_k(), op.experts_per_rank(), op.world_size);
 }
 
 // One expert on its rows, [n, K] of x's dtype. The products are rounded to that dtype.
@@ -203,7 +186,7 @@ at::Tensor sixteen_bit_expert(const Fused& op, const at::Tensor& rows, int64_t e
     return at::matmul(left.to(at::kFloat), weight.to(at::kFloat)).to(op.x.scalar_type());
   };
   const at::Tensor first = product(rows, of_expert(op, op.weight1, expert)).to(at::kFloat);
-  return product(swiglu(first).to(op.x.scalar_type()), of_expert(op, op.weight2, expert));
+  return product(swiglu_of(first).to(op.x.scalar_type()), of_expert(op, op.weight2, expert));
 }
 
 // As sixteen_bit_expert. The products are scaled for each column and rounded to float16, and only then scaled for each
@@ -219,7 +202,7 @@ at::Tensor int8_expert(const Fused& op, const at::Tensor& rows, const at::Tensor
     first = first.clamp_max(op.swiglu_limit);
     first.narrow(-1, op.columns() / 2, op.columns() / 2).clamp_min_(-op.swiglu_limit);  // gate has no lower limit
   }
-  const at::Tensor inner = swiglu(first);
+  const at::Tensor inner = swiglu_of(first);
   const at::Tensor largest = inner.abs().amax(-1, /*keepdim=*/true);
   // The kernel would compute 0 * inf for a row of zeros.
   const at::Tensor factor = at::where(largest > 0, at::full_like(largest, 127.0F) / largest, 0.0F);
@@ -227,12 +210,6 @@ at::Tensor int8_expert(const Fused& op, const at::Tensor& rows, const at::Tensor
   const at::Tensor second =
       product(values, of_expert(op, op.weight2, expert), scales_of_expert(op, op.scale2, expert, op.width()));
   return (second * (largest / 127.0F)).to(op.x.scalar_type());
-}
-
-at::Tensor joined(const std::vector<Message>& received, size_t field) {
-  std::vector<at::Tensor> parts;
-  for (const Message& message : received) parts.push_back(message[field]);
-  return at::cat(parts);
 }
 
 // The experts' rows for each rank: its pairs, and their rows. Rows are ordered by expert, then source rank, then pair.

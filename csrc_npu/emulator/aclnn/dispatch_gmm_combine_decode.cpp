@@ -8,6 +8,7 @@
 #include <algorithm>
 
 #include "exchange.h"
+#include "expert_messages.h"
 #include "hccl/communicator.h"
 #include "numerics.h"
 #include "op.h"
@@ -163,9 +164,6 @@ void check(const Decode& op) {
   require_shape(op.expert_token_nums, "expert_token_nums", {op.experts_per_rank()});
 }
 
-// The tensors of a message to the experts of a rank, with a row for each pair of a token and an expert.
-enum SentField { kSlot, kPair, kValues, kScales };
-
 std::vector<Message> outgoing(const Decode& op) {
   const at::Tensor ids = op.expert_ids.narrow(0, 0, op.active_tokens()).to(at::kLong).flatten();
   const at::Tensor bad = ids >= op.num_experts;
@@ -174,16 +172,7 @@ std::vector<Message> outgoing(const Decode& op) {
            "; ids must be below ", op.num_experts);
   }
   const Quantized rows = quantize_by_product(op.x.to(at::kFloat));
-  std::vector<Message> messages;
-  for (int64_t receiver = 0; receiver < op.world_size; ++receiver) {
-    const int64_t first = receiver * op.experts_per_rank();
-    const at::Tensor pairs =
-        (ids >= first).logical_and(ids < first + op.experts_per_rank()).nonzero().squeeze(-1);
-    const at::Tensor tokens = pairs.floor_divide(op.top_k());
-    messages.push_back({ids.index_select(0, pairs) - first, pairs, rows.values.index_select(0, tokens),
-                        rows.scales.index_select(0, tokens)});
-  }
-  return messages;
+  return messages_to_experts(ids, rows, op.top_k(), op.experts_per_rank(), op.world_size);
 }
 
 // One expert on its rows. A product is scaled for each column, then for each row, in float32. The second one is rounded
@@ -194,19 +183,12 @@ at::Tensor expert_output(const Decode& op, const at::Tensor& rows, const at::Ten
     const at::Tensor sums = at::matmul(left.to(at::kInt), of_expert(weights, expert, 2).to(at::kInt)).to(at::kFloat);
     return sums * of_expert(scales, expert, 1).to(at::kFloat) * of_rows.unsqueeze(-1);
   };
-  const std::vector<at::Tensor> halves = product(rows, op.weight1, op.scale1, row_scales).chunk(2, -1);
-  const at::Tensor inner = halves[0] / ((-halves[0]).exp() + 1) * halves[1];
+  const at::Tensor inner = swiglu_of(product(rows, op.weight1, op.scale1, row_scales));
   const at::Tensor largest = inner.abs().amax(-1);
   // The kernel would compute 0 * inf for a row of zeros.
   const at::Tensor factor = at::where(largest > 0, 1.0F / largest, 0.0F);
   const at::Tensor values = (inner * 127.0F * factor.unsqueeze(-1)).round().to(at::kChar);
   return product(values, op.weight2, op.scale2, largest * (1.0F / 127.0F)).to(op.x.scalar_type());
-}
-
-at::Tensor joined(const std::vector<Message>& received, size_t field) {
-  std::vector<at::Tensor> parts;
-  for (const Message& message : received) parts.push_back(message[field]);
-  return at::cat(parts);
 }
 
 // The experts' rows for each rank: its pairs, and their rows.

@@ -214,7 +214,8 @@ int Communicator::check_agreement(const Call& call, unsigned record_side) {
     for (const auto& [words, ranks] : ranks_by_words) {
       disagreement += (disagreement.empty() ? "" : "; ") + list_ranks(ranks) + ": " + words;
     }
-    return report(HCCL_E_PARA, call.operation.c_str(), std::string(kDifferentCalls) + "the ranks made different calls: " + disagreement);
+    return report(HCCL_E_PARA, call.operation.c_str(),
+                  std::string(kDifferentCalls) + "the ranks made different calls: " + disagreement);
   }
   for (int sender = 0; sender < size_; ++sender) {
     const Record& sent = segment_->ranks[sender].records[record_side];
@@ -227,7 +228,8 @@ int Communicator::check_agreement(const Call& call, unsigned record_side) {
     }
   }
   if (disagreement.empty()) return HCCL_SUCCESS;
-  return report(HCCL_E_PARA, call.operation.c_str(), std::string(kDifferentCalls) + "the counts do not match: " + disagreement);
+  return report(HCCL_E_PARA, call.operation.c_str(),
+                std::string(kDifferentCalls) + "the counts do not match: " + disagreement);
 }
 
 int Communicator::exchange(const Call& call, const std::vector<Part>& data, const ChunkReader& reader) {

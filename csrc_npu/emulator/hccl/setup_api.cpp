@@ -73,7 +73,9 @@ int open_communicator(const char* function, const std::string& segment_name, std
     algorithms.assign(config->hcclAlgo, strnlen(config->hcclAlgo, HCCL_COMM_ALGO_MAX_LENGTH));
   }
   if (!algorithms.empty() && !names_algorithms(algorithms)) {
-    return fail(HCCL_E_PARA, "%s: HCCL has no algorithms %.100s; write level0:NA;level1:ring, or allreduce=level0:NA;level1:ring/allgather=...",
+    return fail(HCCL_E_PARA,
+                "%s: HCCL has no algorithms %.100s; write level0:NA;level1:ring, or "
+                "allreduce=level0:NA;level1:ring/allgather=...",
                 function, algorithms.c_str());
   }
   trace(function, "group=%s rank=%u size=%u", name.c_str(), rank, size);

@@ -111,8 +111,9 @@ int Communicator::transfer(const char* operation, const std::vector<Transfer>& t
         each.header_was_checked = true;
         if (each.transfer->facts != each.header.facts) {
           return declare_failed(HCCL_E_PARA, operation,
-                                kDifferentCalls + ("rank " + std::to_string(each.transfer->peer)) + " sends " + each.header.facts +
-                                    " to rank " + std::to_string(rank_) + ", which expects " + each.transfer->facts);
+                                std::string(kDifferentCalls) + "rank " + std::to_string(each.transfer->peer) +
+                                    " sends " + each.header.facts + " to rank " + std::to_string(rank_) +
+                                    ", which expects " + each.transfer->facts);
         }
       }
       if (each.is_done()) continue;

@@ -210,8 +210,8 @@ def to(arguments, device: str) -> list:
 
 
 def test_an_operator_that_is_not_there_is_named(ops):
-    with pytest.raises(AttributeError, match="dispatch_gmm_combine_decode"):
-        print(ops.dispatch_gmm_combine_decode)
+    with pytest.raises(AttributeError, match="matmul_allreduce_add_rmsnorm"):
+        print(ops.matmul_allreduce_add_rmsnorm)
 
 
 def plain_formats(rank: int, num_ranks: int) -> None:

@@ -332,7 +332,9 @@ def test_spawn_of_torch():
 """
 
 
-@pytest.mark.parametrize("fork", [True, False])
+@pytest.mark.parametrize(
+    "fork", [True, pytest.param(False, marks=pytest.mark.nightly)]
+)  # spawned ones take a minute or two
 def test_processes_that_a_test_spawns_are_the_same_where_they_are_forked(tmp_path, monkeypatch, fork):
     (tmp_path / "test_spawning.py").write_text(SPAWNING)
     monkeypatch.setenv("HEARD", str(tmp_path / "heard"))

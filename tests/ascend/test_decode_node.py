@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tests.ascend.layer_program import CONSUMER
 from tests.ascend.test_layer import EMULATED_A3, PLUGINS
 from tests.time_limits import PATIENCE_SECONDS
 from vllm_npu.tools.demo.ascend_demo import DP2_EP, MAX_TOKENS, MODELS
@@ -30,12 +31,7 @@ def run(tmp_path_factory) -> Run:
         role: str, kv: Path, moe_comm: str, logs: Path, *, max_tokens: Any = MAX_TOKENS, **engine_args: Any
     ) -> Generation:
         consumer = role == "kv_consumer"
-        connector = {
-            "kv_connector": "FileKVConnector",
-            "kv_connector_module_path": "tests.ascend.file_connector",
-            "kv_role": role,
-            "kv_connector_extra_config": {"shared_storage_path": str(kv)},
-        }
+        connector = CONSUMER | {"kv_role": role, "kv_connector_extra_config": {"shared_storage_path": str(kv)}}
         # Only a decode node takes the recompute scheduler.
         options = {"recompute_scheduler_enable": True} if consumer else {}
         engines = EngineSet(

@@ -69,7 +69,7 @@ def at_once(engine: HttpEngine, ask: Callable[[Any, int], Any], requests: int) -
         return list(pool.map(lambda number: ask(client, number), range(requests)))
 
 
-def complete(client: Any, model: str, number: int) -> list[int]:
+def complete(client: Any, number: int, model: str = "tiny") -> list[int]:
     """The ids of greedy tokens after TEXTS[number]."""
     answer = client.completions.create(
         model=model,
@@ -105,15 +105,15 @@ def test_adapters_of_attention_and_forms_of_answers(
     adapter = write_adapter(tmp_path / "lora", QWEN3_MOE.config, on_experts=False)
     merged = write_merged(tmp_path / "merged", model, adapter)
     with serving(model, None) as vanilla:
-        plain = at_once(vanilla, lambda client, number: complete(client, "tiny", number), len(TEXTS))
+        plain = at_once(vanilla, complete, len(TEXTS))
         forms = at_once(vanilla, formed, len(TEXTS))
     with serving(merged, None) as vanilla:
-        adapted = at_once(vanilla, lambda client, number: complete(client, "tiny", number), len(TEXTS))
+        adapted = at_once(vanilla, complete, len(TEXTS))
     assert sum(one != other for one, other in zip(plain, adapted, strict=True)) > len(TEXTS) // 2
 
     def ask(client: Any, number: int) -> Any:
         kind, text = divmod(number, len(TEXTS))
-        return formed(client, text) if kind == 2 else complete(client, ("tiny", ADAPTER)[kind], text)
+        return formed(client, text) if kind == 2 else complete(client, text, ("tiny", ADAPTER)[kind])
 
     options = ["--enable-lora", "--lora-modules", f"{ADAPTER}={adapter}", "--max-lora-rank", str(RANK)]
     with serving(model, parallelism, *options, "--lora-target-modules", *ATTENTION) as engine:
@@ -128,17 +128,14 @@ def test_new_weights_in_a_running_server(
     """vLLM's reload_weights with another checkpoint: afterwards, tokens are those of a server that started with it."""
     other = write_tiny_model(replace(QWEN3_MOE, seed=QWEN3_MOE.seed + 1), tmp_path / "other")
 
-    def ask(client: Any, number: int) -> list[int]:
-        return complete(client, "tiny", number)
-
     with serving(other, None) as vanilla:
-        expected = at_once(vanilla, ask, len(TEXTS))
+        expected = at_once(vanilla, complete, len(TEXTS))
     with serving(checkpoint(QWEN3_MOE), parallelism) as engine:
-        assert at_once(engine, ask, len(TEXTS)) != expected
+        assert at_once(engine, complete, len(TEXTS)) != expected
         engine.rpc("reload_weights", weights_path=str(other))
         for strategy in STRATEGIES:
             engine.set_moe_comm(strategy)
-            assert at_once(engine, ask, len(TEXTS)) == expected, strategy
+            assert at_once(engine, complete, len(TEXTS)) == expected, strategy
 
 
 def test_embeddings(parallelism: Parallelism, checkpoint: Callable[[TinyModel], Path], serving: Serve) -> None:

@@ -39,9 +39,8 @@ class FusedMC2Asked:
     """What enable_fused_mc2 asks of vllm-ascend."""
 
     operator: FusedOperator
-    max_rows: (
-        int | None
-    )  # rows that a rank of the operator has room for; more are dropped without an error. None: all fit
+    max_rows: int | None
+    """The rows that a rank of the operator has room for. It drops more without an error. None: all fit."""
 
 
 RANDOM_EPLB_POLICY = 0  # eplb_policy_type of vllm-ascend's RandomLoadBalance

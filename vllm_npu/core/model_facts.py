@@ -39,10 +39,8 @@ DTYPE = ("dtype", "torch_dtype")
 ACTIVATION = ("mlp_hidden_act", "hidden_act", "hidden_activation", "ffn_act_fn")
 SWIGLU_LIMIT = ("swiglu_limit", "swiglu_limits", "expert_swiglu_limit_list")
 QUANTISATION = ("quantization_config", "compression_config")
-MODELSLIM = (
-    "moe_quantize",
-    "quantize",
-)  # the type of experts' weights in ModelSlim's checkpoints, the first key that is there
+# The type of experts' weights in ModelSlim's checkpoints: the first key that is there.
+MODELSLIM = ("moe_quantize", "quantize")
 
 ACTIVATION_NAMES = {"gelu_pytorch_tanh": "gelu_tanh", "swish": "silu"}  # config.json's name: vLLM's name
 # Families whose code in vLLM has another activation than the one that config.json names.

@@ -52,9 +52,8 @@ def findings_of(engine: PlannedEngine) -> list[Finding]:
         )
         topology = ParallelTopology.of_rank(0, tp_size=engine.tp, dp_size=engine.ep // engine.tp)
         check_experts(ExpertsWanted(model=model, lora=engine.lora), topology, device)
-        by_vllm_ascend = (engine.serve_options or {}).get(
-            "quantization"
-        ) == "ascend"  # engine_check takes it for W8A8 too
+        # engine_check takes it for W8A8 too.
+        by_vllm_ascend = (engine.serve_options or {}).get("quantization") == "ascend"
         layer = layer_of_model(
             model, experts=engine.experts, topk=engine.topk, hidden=engine.hidden, w8a8=by_vllm_ascend
         )

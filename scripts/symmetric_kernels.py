@@ -1,22 +1,23 @@
 """Times of the symmetric strategy's kernels on one GPU, without a link.
 
-`python scripts/symmetric_kernels.py OUT.json`. Rank 0 of two runs alone. The window of rank 1 is memory of the same GPU, and
-its flags are set, so no kernel waits: the times are what the multiprocessors and the memory need. A link adds to them. Hidden
-size 7168, 256 experts, top-8, bfloat16, uniform routing. Each row is a CUDA graph of calls in a row: median, p10 and p90 in us
-of a call. Rows of one run may be compared.
+`python scripts/symmetric_kernels.py OUT.json [--parts sort,casts,...]`. Rank 0 of two runs alone. The window of rank 1 is
+memory of the same GPU, and its flags are set, so no kernel waits: the times are what the multiprocessors and the memory need.
+A link adds to them. Hidden size 7168, 256 experts, top-8, bfloat16, uniform routing. Each row is a CUDA graph of calls in a
+row: median, p10 and p90 in us of a call. Rows of one run may be compared.
 """
 
+import argparse
 import json
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from exchange_on_gpus import cast_on_gpu
 
 from vllm_npu.core.token_layout import RowFormat
 from vllm_npu.strategies.dispatch import symmetric_launch
-from vllm_npu.strategies.dispatch.symmetric_layout import SlotLayout
+from vllm_npu.strategies.dispatch.symmetric_layout import FP8_GROUP, SlotLayout
 from vllm_npu.tools.gpu_clock import graph_of, microseconds
 from vllm_npu.transport.symmetric_memory import SymmetricWindows, WindowSize, align, first_epochs
 
@@ -25,6 +26,7 @@ OWN_EXPERTS = EXPERTS // RANKS
 TOKENS = (1, 8, 32, 128, 512, 1024, 4096)
 SMS = (8, 16, 24, 32, 48)
 GEMM = 8192
+PARTS = ("sort", "casts", "sms", "products", "pack")
 REACHED = 1 << 29  # a flag that no epoch passes
 
 
@@ -172,6 +174,40 @@ def few_sms(add: Add, num_tokens: int, max_sms: int | None) -> None:
     exchange.check()
 
 
+def casts(add: Add, num_tokens: int, max_sms: int | None) -> None:
+    """Rows that travel as fp8 with a scale for each 128 columns: cast before, by a kernel, or by dispatch itself."""
+    windows = LoneWindows(num_tokens)
+    layout = SlotLayout(RANKS * num_tokens, HIDDEN, HIDDEN // FP8_GROUP, TOP_K)
+    by_dispatch, as_given = (
+        symmetric_launch.dispatch_launches(
+            windows, layout, num_tokens, OWN_EXPERTS, has_mask=False, max_sms=max_sms, use_fp8=use_fp8
+        )[0]
+        for use_fp8 in (True, False)
+    )
+    x, weights, ids = tokens_of(0, num_tokens)
+    given, given_scales = cast_on_gpu(x)
+    rows, scales, *_ = layout.views(windows.memory[0], torch.float8_e4m3fn)
+
+    def cast_before() -> None:
+        cast, cast_scales = cast_on_gpu(x)
+        as_given((cast, cast_scales, weights, ids, None), current_stream())
+
+    name = "all SMs" if max_sms is None else f"{max_sms} SMs"
+    own = (ids < OWN_EXPERTS).any(1)
+    for what, run in (
+        ("dispatch, rows given", lambda: as_given((given, given_scales, weights, ids, None), current_stream())),
+        ("cast, then dispatch", cast_before),
+        ("dispatch casts", lambda: by_dispatch((x, None, weights, ids, None), current_stream())),
+    ):
+        rows.view(torch.uint8).fill_(0xFF)
+        run()
+        assert torch.equal(rows[:num_tokens].view(torch.uint8)[own], given.view(torch.uint8)[own]), what
+        assert torch.equal(scales[:num_tokens][own], given_scales[own]), what
+        add("fp8", num_tokens, f"{what}, {name}", timed(run))
+    torch.cuda.synchronize()
+    assert not windows.missing.any(), windows.missing
+
+
 def beside_products(add: Add, num_tokens: int, max_sms: int | None) -> None:
     """Exchanges on a stream of their own, of high priority, beside matrix products."""
     exchange = Exchange(num_tokens, max_sms=max_sms)
@@ -236,7 +272,7 @@ def host_time(run: Callable[[], object], calls: int = 20, series: int = 20) -> l
     return [round(float(found.quantile(share)), 2) for share in (0.5, 0.1, 0.9)]
 
 
-def main(path: str) -> None:
+def main(path: str, parts: list[str]) -> None:
     rows: list[dict[str, object]] = []
     device = torch.cuda.get_device_name()
 
@@ -246,16 +282,29 @@ def main(path: str) -> None:
         print(f"{part:16} {num_tokens:5} {what:40} {us[0]:9.2f} ({us[1]:.2f} to {us[2]:.2f})", flush=True)
         Path(path).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
-    for num_tokens in TOKENS:
-        sorting(add, num_tokens)
-    for num_tokens in (512, 4096):
+    if "sort" in parts:
+        for num_tokens in TOKENS:
+            sorting(add, num_tokens)
+    if "casts" in parts:
+        for num_tokens in TOKENS:
+            casts(add, num_tokens, None)
+        for max_sms in SMS:
+            casts(add, 4096, max_sms)
+    if "sms" in parts:
+        for num_tokens in (512, 4096):
+            for max_sms in (None, *SMS):
+                few_sms(add, num_tokens, max_sms)
+    if "products" in parts:
         for max_sms in (None, *SMS):
-            few_sms(add, num_tokens, max_sms)
-    for max_sms in (None, *SMS):
-        beside_products(add, 4096, max_sms)
-    for num_tokens in (8, 128, 4096):
-        packing(add, num_tokens)
+            beside_products(add, 4096, max_sms)
+    if "pack" in parts:
+        for num_tokens in (8, 128, 4096):
+            packing(add, num_tokens)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    parser = argparse.ArgumentParser()
+    parser.add_argument("path")
+    parser.add_argument("--parts", default=",".join(PARTS))
+    options = parser.parse_args()
+    main(options.path, options.parts.split(","))

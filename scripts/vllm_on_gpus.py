@@ -1,11 +1,15 @@
 """Real vLLM on GPUs with every all2all manager and strategy: compares tokens with vLLM's own, and measures steps.
 
 Usage: python scripts/vllm_on_gpus.py [--dp 2] [--tp 1] [--graphs] [--measure] [--choices vllm,agrs,symmetric,...] [--json FILE]
+       [--layers 24] [--sequences 1,8,64,256] [--quantization fp8_per_block]
 
 Starts one engine for each data-parallel rank. The running engines change their manager, so that all choices run on the same
 weights. Each change captures graphs again. "vllm" is vLLM's own allgather_reducescatter. Without --measure, the script compares
 greedy tokens of a tiny Qwen3-MoE in float16 with vLLM's own. The model is that of `demo --ascend-emulated`, whose tokens
-survive rounding. With --measure, it measures a model of Qwen3-30B-A3B's shape with fewer layers and random weights.
+survive rounding. With --measure, it measures a model of Qwen3-30B-A3B's shape with fewer layers and random weights: a prefill
+step of 4096 tokens on each rank, and decode steps of each number of --sequences. --quantization fp8_per_block quantises the
+weights while vLLM loads them; the tiny model then has experts that are wide enough for blocks.
+With VLLM_NPU_SHARE_GPUS=1 all ranks are on the first GPU: tokens mean something then, and times do not.
 --start-with CHOICE selects one choice by additional_config, as a user does, and compares nothing.
 """
 
@@ -18,8 +22,12 @@ import statistics
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from vllm_npu import envs
+from vllm_npu.transport.nccl import NcclTransport
 
 OWN = "vllm"
 STRATEGY_CHOICES = [f"moe_comm={name}" for name in ("allgather", "naive", "symmetric", "mc2", "all2all")]
@@ -33,7 +41,8 @@ QWEN3_30B_A3B = {
     "torch_dtype": "bfloat16",
 }  # fmt: skip
 PREFILL_PROMPTS, PREFILL_TOKENS = 8, 512  # for each rank: one step of 4096 tokens
-DECODE_PROMPTS, DECODE_STEPS = 64, 64
+DECODE_STEPS = 64
+FP8_BLOCK = 128
 ROUNDS = 7
 
 
@@ -76,9 +85,12 @@ def change_manager(worker: Any, choice: str, graphs: bool) -> str:
 
 def rank_main(rank: int, options: argparse.Namespace, model: str, port: int, barrier: Any, answers: Any) -> None:
     """One data-parallel rank's engine."""
+    shared = envs.SHARE_GPUS.read_flag()
+    if shared:
+        NcclTransport.device_of(rank)  # tells NCCL and torch
     if options.dp > 1:
         os.environ.update(
-            VLLM_DP_RANK=str(rank), VLLM_DP_RANK_LOCAL=str(rank), VLLM_DP_SIZE=str(options.dp),
+            VLLM_DP_RANK=str(rank), VLLM_DP_RANK_LOCAL=str(0 if shared else rank), VLLM_DP_SIZE=str(options.dp),
             VLLM_DP_MASTER_IP="127.0.0.1", VLLM_DP_MASTER_PORT=str(port),
         )  # fmt: skip
     from vllm import LLM, SamplingParams
@@ -97,9 +109,11 @@ def rank_main(rank: int, options: argparse.Namespace, model: str, port: int, bar
     llm = LLM(
         model=model, skip_tokenizer_init=True, dtype="bfloat16" if options.measure else "float16",
         tensor_parallel_size=options.tp, enable_expert_parallel=True, enforce_eager=not options.graphs, max_model_len=1024,
-        max_num_seqs=DECODE_PROMPTS, max_num_batched_tokens=4096, kv_cache_memory_bytes=2 << 30, gpu_memory_utilization=0.2,
+        max_num_seqs=max(options.sequences), max_num_batched_tokens=4096, quantization=options.quantization,
+        kv_cache_memory_bytes=2 << 30, gpu_memory_utilization=0.2,
         enable_prefix_caching=False, disable_log_stats=True, load_format="dummy" if options.measure else "auto",
         additional_config={"vllm_npu": section(options.start_with or OWN)},
+        compilation_config={"cudagraph_capture_sizes": sorted({1, 2, 4, 8, *options.sequences})},
     )  # fmt: skip
     results = []
     for choice in [options.start_with] if options.start_with else options.choices.split(","):
@@ -109,7 +123,7 @@ def rank_main(rank: int, options: argparse.Namespace, model: str, port: int, bar
             name = llm.collective_rpc(change_manager, args=(choice, options.graphs))[0]
         result: dict[str, Any] = {"choice": choice, "manager": name, "start_seconds": time.perf_counter() - started}
         if options.measure:
-            result |= measure(generate)
+            result |= measure(generate, options.sequences)
         else:
             from vllm_npu.tools.demo.ascend_demo import MAX_TOKENS
             from vllm_npu.tools.engines.tiny_models import demo_prompts
@@ -134,19 +148,23 @@ def margin(position: dict[int, Any]) -> float:
     return float(best - second)
 
 
-def measure(generate: Any) -> dict[str, Any]:
-    """Milliseconds of a prefill step and of a decode step, including all work of vLLM around the model."""
+def measure(generate: Any, sequences: list[int]) -> dict[str, list[float]]:
+    """Milliseconds of a prefill step and of decode steps, including all work of vLLM around the model: samples by name."""
     prompts = [[(31 * i + 7 * j) % 30000 + 2 for j in range(PREFILL_TOKENS)] for i in range(PREFILL_PROMPTS)]
-    short = [[(31 * i + 7 * j) % 30000 + 2 for j in range(8)] for i in range(DECODE_PROMPTS)]
-    prefill, decode = [], []
+    found: dict[str, list[float]] = {"prefill_ms": []}
     for round_ in range(ROUNDS + 1):
         seconds = generate(prompts, [1] * len(prompts))[1]
-        once = generate(short, [1] * len(short))[1]
-        many = generate(short, [1 + DECODE_STEPS] * len(short))[1]
         if round_:  # the first warms up
-            prefill.append(1e3 * seconds)
-            decode.append(1e3 * (many - once) / DECODE_STEPS)
-    return {"prefill_ms": prefill, "decode_ms": decode}
+            found["prefill_ms"].append(1e3 * seconds)
+    for number in sequences:
+        short = [[(31 * i + 7 * j) % 30000 + 2 for j in range(8)] for i in range(number)]
+        samples = found[f"decode_{number}_ms"] = []
+        for round_ in range(ROUNDS + 1):
+            once = generate(short, [1] * number)[1]
+            many = generate(short, [1 + DECODE_STEPS] * number)[1]
+            if round_:
+                samples.append(1e3 * (many - once) / DECODE_STEPS)
+    return found
 
 
 def main() -> int:
@@ -158,6 +176,8 @@ def main() -> int:
     parser.add_argument("--choices", default=",".join(CHOICES))
     parser.add_argument("--start-with")
     parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--sequences", type=lambda text: [int(each) for each in text.split(",")], default=[64])
+    parser.add_argument("--quantization")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     from vllm_npu.child_processes import free_port
@@ -176,7 +196,11 @@ def main() -> int:
             from vllm_npu.tools.demo.ascend_demo import MODELS
             from vllm_npu.tools.engines.tiny_models import write_tiny_model
 
-            write_tiny_model(MODELS[0], Path(folder))
+            model = MODELS[0]
+            if options.quantization is not None:
+                wide = {"moe_intermediate_size": FP8_BLOCK, "num_experts": 16}  # the router is quantised too
+                model = replace(model, config={**model.config, **wide})
+            write_tiny_model(model, Path(folder))
         port = free_port()
         spawn = mp.get_context("spawn")
         barrier, answers = spawn.Barrier(options.dp), spawn.Queue()
@@ -208,15 +232,13 @@ def report(options: argparse.Namespace, found: list[list[dict[str, Any]]]) -> in
     """Print one line for each choice and write JSON. Return 1 if tokens differ from vLLM's own."""
     differ, rows = False, []
     where = f"DP{options.dp} TP{options.tp} EP {'graphs' if options.graphs else 'eager'}"
+    where += f" {options.quantization}" if options.quantization else ""
     for index, own in enumerate(found[0]):
         row = {"where": where, "choice": own["choice"], "manager": own["manager"]}
         if options.measure:
-            for key in ("prefill_ms", "decode_ms"):
+            for key in ("prefill_ms", *(f"decode_{number}_ms" for number in options.sequences)):
                 samples = [max(ranks) for ranks in zip(*(results[index][key] for results in found), strict=True)]
                 row[key] = [round(statistics.median(samples), 3), round(min(samples), 3), round(max(samples), 3)]
-            tokens = options.dp * PREFILL_PROMPTS * PREFILL_TOKENS
-            row["prefill_tokens_per_s"] = round(tokens / row["prefill_ms"][0] * 1e3)
-            row["decode_tokens_per_s"] = round(options.dp * DECODE_PROMPTS / row["decode_ms"][0] * 1e3)
         else:
             tokens = [results[index]["tokens"] for results in found]
             expected = [results[0]["tokens"] for results in found]

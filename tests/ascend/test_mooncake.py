@@ -32,7 +32,9 @@ def needs_mooncake():
 
 
 @pytest.mark.parametrize(("tp", "dp"), [(2, 1), (1, 2)], ids=["to TP2", "to DP2"])
-def test_tokens_of_two_nodes_are_those_of_vllm_ascend_alone(tmp_path, tp, dp):
+def test_tokens_of_two_nodes_are_those_of_vllm_ascend_alone(tmp_path, monkeypatch, tp, dp):
+    # A transfer waits while the other node computes on this machine's cores; Mooncake gives up after 30 s by default.
+    monkeypatch.setenv("MC_TRANSFER_TIMEOUT", str(int(PATIENCE_SECONDS)))
     (tmp_path / "prefill.sh").write_text(
         SCRIPT.format(tp=2, dp=1, graphs="--enforce-eager", role="kv_producer", port=31000)
     )

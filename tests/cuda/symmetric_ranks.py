@@ -13,7 +13,7 @@ from vllm_npu.core.limits import SymmetricLimits
 from vllm_npu.errors import HandleMismatchError, InvalidInputError, TransportError
 from vllm_npu.strategies.dispatch.base import RoutedTokens
 from vllm_npu.strategies.dispatch.symmetric import DispatchedSlots, SymmetricDispatcher
-from vllm_npu.strategies.dispatch.symmetric_layout import why_not_symmetric
+from vllm_npu.strategies.dispatch.symmetric_layout import FP8_GROUP, why_not_symmetric
 from vllm_npu.tools.launch import Rank
 from vllm_npu.tools.verification import Case, run_case
 from vllm_npu.transport.nccl import NcclTransport
@@ -223,6 +223,45 @@ def quantised_exchange(rank: Rank, num_tokens: int) -> None:
     )
     unscaled = own.hidden_states.float() * scales[rank.rank].repeat_interleave(128, 1)
     assert torch.equal(output, (unscaled * own.weights.sum(1, keepdim=True)).bfloat16())
+
+
+def cast_exchange(rank: Rank, shape: Shape) -> None:
+    """Dispatch rows that the kernel itself casts to fp8: rows and scales have the bits of torch."""
+    dispatcher = opened(rank, shape)
+    poison(dispatcher)
+    batches = [Batch.of(shape, r, rank.num_ranks, 11) for r in range(rank.num_ranks)]
+    groups = []
+    for r, batch in enumerate(batches):
+        x = torch.randn(
+            shape.num_tokens, shape.hidden_size // FP8_GROUP, FP8_GROUP, device="cuda", generator=_seeded(r)
+        )
+        x *= 10.0 ** torch.randint(-4, 4, x.shape[:2], device="cuda", generator=_seeded(r))[..., None]
+        x[0, 0] = 0
+        groups.append(x.to(batch.hidden_states.dtype).float())
+    own, x = batches[rank.rank], groups[rank.rank].flatten(1).to(shape.dtype)
+    slots = dispatcher.dispatch_slots(x, own.weights, own.ids, own.mask, use_fp8=True)
+    ids, every = torch.cat([batch.ids for batch in batches]), torch.cat(groups)
+    filled = (torch.where(ids >= 0, ids // (shape.num_experts // rank.num_ranks), -1) == rank.rank).any(1)
+    largest = every.abs().amax(-1).clamp(min=1e-10)
+    scales = largest * (1 / 448)
+    # torch divides by a number, or a number by a tensor, with one more rounding.
+    rows = (every * torch.full_like(largest, 448).div(largest)[..., None]).flatten(1).to(torch.float8_e4m3fn)
+    assert torch.equal(slots.scales[filled], scales[filled])
+    assert torch.equal(slots.hidden_states.view(torch.uint8)[filled], rows.view(torch.uint8)[filled])
+    assert torch.equal(slots.topk_ids >= 0, (ids // (shape.num_experts // rank.num_ranks) == rank.rank) & (ids >= 0))
+    wide = rows.float() * scales.repeat_interleave(FP8_GROUP, 1)
+    sent = torch.where(filled[:, None], wide, float("nan")).bfloat16()
+    output = dispatcher.combine_slots(sent, slots.handle)
+    mine = slice(rank.rank * shape.num_tokens, (rank.rank + 1) * shape.num_tokens)
+    destinations = torch.stack(
+        [
+            ((own.ids >= 0) & (own.ids // (shape.num_experts // rank.num_ranks) == r)).any(1)
+            for r in range(rank.num_ranks)
+        ]
+    ).sum(0)
+    expected = torch.where(destinations[:, None] > 0, wide[mine].bfloat16().float() * destinations[:, None], 0.0)
+    assert torch.equal(output, expected.bfloat16())
+    dispatcher.check_failed()
 
 
 def _seeded(seed: int) -> torch.Generator:

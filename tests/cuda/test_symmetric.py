@@ -70,6 +70,14 @@ def test_fp8_rows_travel_with_their_scales(gpus, num_tokens):
     gpus.run(ranks.quantised_exchange, num_tokens)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("max_sms", [None, 1, 24])
+def test_dispatch_casts_rows_to_fp8(gpus, max_sms, dtype):
+    base = Shape(num_tokens=1, hidden_size=7168, max_sms=max_sms, dtype=dtype)
+    for shape in (base, replace(base, num_tokens=300), replace(base, num_tokens=40, real_rows=13, hidden_size=384)):
+        gpus.run(ranks.cast_exchange, shape)
+
+
 def test_repetitions_give_the_same_bits(gpus):
     gpus.run(ranks.repeats)
 

@@ -125,6 +125,22 @@ def test_the_times_on_gpus_are_those_of_the_run():
         assert f"| {' | '.join([*(times[name, tokens] for tokens in every[:6]), last])} |" in report
 
 
+def test_the_times_of_casts_are_those_of_the_run():
+    """The tables of the report are of the rows that scripts/symmetric_kernels.py wrote."""
+    rows = json.loads((ROOT / "docs/benchmarks/2026-11-30-fp8-1xH200.json").read_text(encoding="utf-8"))["kernels"]
+    report = (ROOT / "docs/benchmarks/2026-11-30-fp8-1xH200.md").read_text(encoding="utf-8")
+    times = {(row["what"], row["tokens"]): f"{row['us_median']:#.3g}".rstrip(".") for row in rows}
+    for name, what in {
+        "rows given in fp8": "dispatch, rows given",
+        "dispatch casts": "dispatch casts",
+        "a kernel casts before": "cast, then dispatch",
+    }.items():
+        on_all = [times[f"{what}, all SMs", tokens] for tokens in (1, 8, 32, 128, 512, 1024, 4096)]
+        on_some = [times[f"{what}, {sms} SMs", 4096] for sms in (8, 16, 24, 32, 48)]
+        for found in (on_all, on_some):
+            assert f"| {' | '.join([name, *found])} |" in report
+
+
 def test_the_times_of_a_layer_are_those_of_the_run():
     """The tables of the report are of the rows that scripts/layer_on_gpus.py wrote: of several rows, the fastest."""
     rows = json.loads((ROOT / "docs/benchmarks/2026-11-29-layer-2xH200.json").read_text(encoding="utf-8"))

@@ -37,6 +37,7 @@ HIDDEN, TOP_K, EXPERTS_PER_RANK, TOKENS = 8, 2, 2, 3
 TIMEOUT = 2.0  # seconds, of the exchanges that must fail
 SIZE = WindowSize(received_bytes=1 << 16, returned_bytes=1 << 16, rank_flags=32)
 ROW_BYTES = 4 * HIDDEN  # float32
+GROUP = 4  # columns of a scale of fp8 rows
 
 
 class HostWindows(SymmetricWindows):
@@ -87,10 +88,11 @@ class Exchanger:
         self.windows = windows
         windows.timeout_ns = int(timeout * 1e9)
         self.num_tokens = num_tokens
-        self.expert_major, self.global_ids, self.in_window = (
-            bool(options.get(key)) for key in ("expert_major", "global_ids", "in_window")
+        self.expert_major, self.global_ids, self.in_window, self.use_fp8 = (
+            bool(options.get(key)) for key in ("expert_major", "global_ids", "in_window", "use_fp8")
         )
-        self.layout = SlotLayout(windows.num_ranks * num_tokens, ROW_BYTES, 0, TOP_K)
+        row_bytes, scale_width = (HIDDEN, HIDDEN // GROUP) if self.use_fp8 else (ROW_BYTES, 0)
+        self.layout = SlotLayout(windows.num_ranks * num_tokens, row_bytes, scale_width, TOP_K)
         arguments = (windows, self.layout, num_tokens, EXPERTS_PER_RANK)
         sent = {key: value for key, value in options.items() if key not in ("expert_major", "in_window")}
         self.dispatches = symmetric_launch.dispatch_launches(*arguments, has_mask=False, **sent)
@@ -99,7 +101,8 @@ class Exchanger:
             returned["max_sms"] = options.get("max_sms")
             self.combines = symmetric_launch.take_launches(*arguments, **returned)
         else:
-            self.combines = symmetric_launch.combine_launches(*arguments, **returned, **options)
+            back = {key: value for key, value in options.items() if key != "use_fp8"}
+            self.combines = symmetric_launch.combine_launches(*arguments, **returned, **back)
 
     def dispatch(self, seed: int) -> tuple[int, torch.Tensor, torch.Tensor]:
         generator = torch.Generator().manual_seed(100 * seed + self.windows.rank)
@@ -123,7 +126,10 @@ class Exchanger:
         return output
 
     def slot_output(self, window: int) -> torch.Tensor:
-        rows, _, _, ids = self.layout.views(self.windows.memory[window], torch.float32)
+        dtype = torch.float8_e4m3fn if self.use_fp8 else torch.float32
+        rows, scales, _, ids = self.layout.views(self.windows.memory[window], dtype)
+        if self.use_fp8:
+            rows = rows.float() * scales.repeat_interleave(GROUP, 1)
         first = self.windows.rank * EXPERTS_PER_RANK
         if self.global_ids:
             ids = torch.where((ids >= first) & (ids < first + EXPERTS_PER_RANK), ids - first, -1)
@@ -153,7 +159,12 @@ class Exchanger:
     def step(self, seed: int) -> bool:
         """One exchange. Returns whether its output is right."""
         window, x, ids = self.dispatch(seed)
-        return torch.equal(self.combine(window, ids), x * (ids + 1).sum(1, keepdim=True))
+        output, expected = self.combine(window, ids), x * (ids + 1).sum(1, keepdim=True)
+        if (
+            self.use_fp8
+        ):  # a row loses up to half a step of 3 bits, and a magnitude that is not the group's largest is small
+            return torch.allclose(output, expected, rtol=1 / 16, atol=0)
+        return torch.equal(output, expected)
 
 
 def interpret(launch: symmetric_launch.PreparedLaunch, tensors: tuple[torch.Tensor | None, ...]) -> None:
@@ -208,13 +219,15 @@ VARIANTS = (
     {"in_window": True, "global_ids": True, "num_tokens": 11},
     {"in_window": True, "max_sms": 2, "num_tokens": 11},
     {"in_window": True, "max_sms": 1},
+    {"use_fp8": True},
+    {"use_fp8": True, "max_sms": 2, "num_tokens": 11},
 )
 
 
 def variants(windows: HostWindows) -> dict[str, object]:
     """Every way to exchange in turn on the same windows. Chunks hold halves of two rows, so that programs have several."""
     symmetric_launch.CHUNK_BYTES, symmetric_launch.WHOLE_BYTES = ROW_BYTES, ROW_BYTES // 2
-    symmetric_launch.SPLIT_BYTES = ROW_BYTES // 2
+    symmetric_launch.SPLIT_BYTES, symmetric_launch.FP8_GROUP = ROW_BYTES // 2, GROUP
     good = [Exchanger(windows, **options).step(seed) for seed in range(2) for options in VARIANTS]
     return {"good": good, "missing": windows.missing}
 

@@ -52,7 +52,7 @@ def test_a_late_rank_is_named_on_all_ranks_and_names_no_other(seen):
 
 
 def test_sorted_rows_global_ids_few_multiprocessors_and_rows_in_windows_are_exact(seen):
-    assert seen["variants"] == [{"good": [True] * 20, "missing": {}}] * NUM_RANKS
+    assert seen["variants"] == [{"good": [True] * 24, "missing": {}}] * NUM_RANKS
 
 
 def test_the_installed_triton_launches_as_prepared_launch_does():

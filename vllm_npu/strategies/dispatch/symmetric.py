@@ -37,7 +37,7 @@ from vllm_npu.strategies.dispatch.symmetric_launch import (
     take_launches,
     weighted_sum,
 )
-from vllm_npu.strategies.dispatch.symmetric_layout import WORD_BYTES, SlotLayout
+from vllm_npu.strategies.dispatch.symmetric_layout import FP8_GROUP, WORD_BYTES, SlotLayout
 from vllm_npu.transport.base import Groups
 from vllm_npu.transport.kernels.launch import PreparedLaunch
 from vllm_npu.transport.symmetric_memory import NUM_WINDOWS, SymmetricWindows, WindowSize, close_windows, open_windows
@@ -202,10 +202,16 @@ class SymmetricDispatcher(Dispatcher):
         mask: torch.Tensor | None = None,  # [num_tokens] bool; False: goes nowhere
         scales: torch.Tensor | None = None,  # [num_tokens, scale_width] float32, travel with their rows
         global_ids: bool = False,  # of DispatchedSlots.topk_ids. Equal on all ranks
+        use_fp8: bool = False,  # rows travel as float8_e4m3fn with a scale for each FP8_GROUP columns. Equal on all ranks
     ) -> DispatchedSlots:
-        """Send each token once to each rank that has one of its experts. COLLECTIVE over ep: one kernel. Host sync: no."""
+        """Send each token once to each rank that has one of its experts. COLLECTIVE over ep: one kernel. Host sync: no.
+
+        With use_fp8 this kernel casts the rows itself: a group's scale is its largest magnitude, but at least 1e-10, over 448,
+        and its columns are multiplied by the inverse. vLLM's own kernel divides them, which may round otherwise.
+        """
         key = (
             global_ids,
+            use_fp8,
             self.max_sms,
             hidden_states.get_device(),
             hidden_states.shape,
@@ -221,7 +227,9 @@ class SymmetricDispatcher(Dispatcher):
         )
         plan = self._plans.get(key)
         if plan is None:
-            plan = self._plans[key] = self._plan(hidden_states, topk_weights, topk_ids, mask, scales, global_ids)
+            plan = self._plans[key] = self._plan(
+                hidden_states, topk_weights, topk_ids, mask, scales, global_ids, use_fp8
+            )
         windows = plan.windows
         windows.check("dispatch")
         # The kernels take addresses. combine reads ids and mask again.
@@ -246,7 +254,7 @@ class SymmetricDispatcher(Dispatcher):
         rows, row_scales, weights, ids = plan.views[window]
         return DispatchedSlots(
             hidden_states=rows,
-            scales=None if scales is None else row_scales,
+            scales=None if scales is None and not use_fp8 else row_scales,
             topk_weights=weights,
             topk_ids=ids,
             handle=SlotHandle(window=window, plan=plan, topk_ids=topk_ids, mask=mask),
@@ -416,6 +424,7 @@ class SymmetricDispatcher(Dispatcher):
         mask: torch.Tensor | None,
         scales: torch.Tensor | None,
         global_ids: bool,
+        use_fp8: bool,
     ) -> SlotPlan:
         """Check the tensors, open the windows where they are closed, and lay out the slots."""
         if not hidden_states.is_cuda:
@@ -425,7 +434,11 @@ class SymmetricDispatcher(Dispatcher):
             check_device(name, tensor, hidden_states.device)
         check_topk(hidden_states, topk_weights, topk_ids, self.placement.num_experts, mask)
         num_tokens, top_k = topk_ids.shape
-        row_bytes = hidden_states.shape[1] * hidden_states.element_size()
+        dtype, scale_width = hidden_states.dtype, 0 if scales is None else scales.shape[1]
+        if use_fp8:
+            _check_cast(hidden_states, scales)
+            dtype, scale_width = torch.float8_e4m3fn, hidden_states.shape[1] // FP8_GROUP
+        row_bytes = hidden_states.shape[1] * dtype.itemsize
         ep_size = self.placement.ep_size
         if num_tokens > self.limits.max_tokens_per_rank:
             raise InvalidInputError(
@@ -449,7 +462,7 @@ class SymmetricDispatcher(Dispatcher):
             )
         if self.max_sms is not None and self.max_sms < 1:
             raise UnsupportedConfigError(f"max_sms is {self.max_sms}; an exchange needs at least one multiprocessor")
-        layout = SlotLayout(ep_size * num_tokens, row_bytes, 0 if scales is None else scales.shape[1], top_k)
+        layout = SlotLayout(ep_size * num_tokens, row_bytes, scale_width, top_k)
         if self._windows is None:
             self.open(row_bytes=row_bytes, top_k=top_k, scale_width=layout.scale_width)
         windows = self._windows
@@ -461,7 +474,7 @@ class SymmetricDispatcher(Dispatcher):
                 "before the first dispatch"
             )
         experts_per_rank = self.placement.experts_per_rank
-        views = tuple(layout.views(windows.bytes_of(window), hidden_states.dtype) for window in range(NUM_WINDOWS))
+        views = tuple(layout.views(windows.bytes_of(window), dtype) for window in range(NUM_WINDOWS))
         sorts = num_tokens > 0 and not global_ids
         return SlotPlan(
             windows=windows,
@@ -478,6 +491,7 @@ class SymmetricDispatcher(Dispatcher):
                 has_mask=mask is not None,
                 global_ids=global_ids,
                 max_sms=self.max_sms,
+                use_fp8=use_fp8,
             ),
             views=views,
             sorts=tuple(sort_launches(layout, each, experts_per_rank) for each in views) if sorts else (),
@@ -534,6 +548,17 @@ def _why_not_returned(dtype: torch.dtype, shape: tuple[int, int], windows: Symme
             "open(returned_row_bytes=...) before the first dispatch"
         )
     return None
+
+
+def _check_cast(hidden_states: torch.Tensor, scales: torch.Tensor | None) -> None:
+    """Raise InvalidInputError for rows that dispatch cannot cast to fp8."""
+    if hidden_states.dtype not in COMBINE_DTYPES or hidden_states.shape[1] % FP8_GROUP:
+        raise InvalidInputError(
+            f"hidden_states is {hidden_states.dtype} {tuple(hidden_states.shape)}; use_fp8 casts rows of bfloat16, float16 or "
+            f"float32 with a multiple of {FP8_GROUP} columns"
+        )
+    if scales is not None:
+        raise InvalidInputError("use_fp8 makes the scales itself; give scales only with rows that are cast already")
 
 
 def _check_output(output: torch.Tensor, num_tokens: int, rows: torch.Tensor) -> None:

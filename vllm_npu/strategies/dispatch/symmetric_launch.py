@@ -12,7 +12,7 @@ import torch
 
 from vllm_npu.core.token_layout import ceil_div
 from vllm_npu.errors import InvalidInputError
-from vllm_npu.strategies.dispatch.symmetric_layout import WORD_BYTES, SlotLayout
+from vllm_npu.strategies.dispatch.symmetric_layout import FP8_GROUP, WORD_BYTES, SlotLayout
 from vllm_npu.transport.kernels.launch import PreparedLaunch
 from vllm_npu.transport.symmetric_memory import TAKE_FLAGS, SymmetricWindows
 
@@ -31,6 +31,7 @@ ENOUGH_SMS = 24
 """Multiprocessors of an H200 that are enough for a dispatch and for taking rows: with 32 or 48, neither is faster."""
 PARTS_AHEAD = 5
 """The most parts of rows that a taking program for few multiprocessors has on their way to shared memory."""
+CAST_PER_WARP = 1024  # columns of a row that a warp casts to fp8
 PAIRS_AT_ONCE = 4096  # (slot, k) pairs that a program looks at together, to number those of its expert
 WEIGHTED_SUM_TILE = 1024  # the most elements of a row that one program of weighted_sum adds up
 
@@ -108,31 +109,40 @@ def dispatch_launches(
     has_mask: bool,
     global_ids: bool = False,
     max_sms: int | None = None,
+    use_fp8: bool = False,  # whether the kernel casts the rows; layout is of the rows that travel
 ) -> tuple[PreparedLaunch, ...]:
-    """dispatch_kernel for each window. Empty: there is nothing to move."""
-    kernels = _exchange_kernels()
-    chunk_bytes = CHUNK_BYTES
-    if max_sms is not None and max_sms >= ENOUGH_SMS:  # which send single rows faster than several at once
-        max_sms, chunk_bytes = ENOUGH_SMS, WHOLE_BYTES
+    """dispatch's kernel for each window. Empty: there is nothing to move."""
+    sizes: dict[str, int | bool]
+    if use_fp8:
+        kernel = _fp8_kernels().dispatch_fp8_kernel
+        shape = LaunchShape.of(num_tokens, layout.row_bytes, 1, max_sms, WHOLE_BYTES)
+        shape = replace(shape, rows=1, num_warps=max(4, min(16, shape.tile // CAST_PER_WARP)))
+        sizes = {"WIDTH": layout.row_bytes, "GROUP": FP8_GROUP, "SEVERAL": max_sms is not None}
+    else:
+        chunk_bytes = CHUNK_BYTES
+        if max_sms is not None and max_sms >= ENOUGH_SMS:  # which send single rows faster than several at once
+            max_sms, chunk_bytes = ENOUGH_SMS, WHOLE_BYTES
+        kernel = _kernels().dispatch_kernel if max_sms is None else _few_sms_kernels().dispatch_on_few_sms_kernel
+        shape = LaunchShape.of(num_tokens, layout.row_bytes, WORD_BYTES, max_sms, chunk_bytes)
+        sizes = {
+            "HIDDEN_WORDS": layout.row_bytes // WORD_BYTES,
+            "SCALE_WORDS": layout.scale_width,
+            "SCALE_WORDS_PADDED": power_of_two(layout.scale_width),
+        }
+        if max_sms is not None:
+            sizes["ROWS"] = shape.rows
     return _exchange_launches(
-        kernels.dispatch_kernel if max_sms is None else _few_sms_kernels().dispatch_on_few_sms_kernel,
+        kernel,
         windows,
         layout,
         num_tokens,
         experts_per_rank,
-        row_bytes=layout.row_bytes,
-        unit_bytes=WORD_BYTES,
+        shape,
         offsets=(layout.scales_offset, layout.weights_offset, layout.ids_offset, windows.dispatch_flags_offset),
-        sizes={
-            "HIDDEN_WORDS": layout.row_bytes // WORD_BYTES,
-            "SCALE_WORDS": layout.scale_width,
-            "SCALE_WORDS_PADDED": power_of_two(layout.scale_width),
-        },
+        sizes=sizes,
         has_mask=has_mask,
         global_ids=global_ids,
-        max_sms=max_sms,
-        chunk_bytes=chunk_bytes,
-        stage=kernels.DISPATCH_STAGE,
+        stage=_kernels().DISPATCH_STAGE,
     )
 
 
@@ -149,28 +159,26 @@ def combine_launches(
     expert_major: bool = False,  # whether combine gets rows sorted by expert, with their positions
     max_sms: int | None = None,
 ) -> tuple[PreparedLaunch, ...]:
-    """combine_kernel for each window. Empty: there is nothing to move."""
-    kernels = _exchange_kernels()
+    """combine's kernel for each window. Empty: there is nothing to move."""
+    shape = LaunchShape.of(num_tokens, width * element_size, element_size, max_sms)
+    if expert_major:
+        few = num_tokens <= SPLIT_MAX_TOKENS
+        shape = replace(shape, num_warps=8 if few else 16 if num_tokens <= SORTED_WIDE_TOKENS else 4)
+    sizes: dict[str, int | bool] = {"WIDTH": width, "EXPERT_MAJOR": expert_major}
+    if max_sms is not None:
+        sizes["ROWS"] = shape.rows
     return _exchange_launches(
-        kernels.combine_kernel if max_sms is None else _few_sms_kernels().combine_on_few_sms_kernel,
+        _kernels().combine_kernel if max_sms is None else _few_sms_kernels().combine_on_few_sms_kernel,
         windows,
         layout,
         num_tokens,
         experts_per_rank,
-        row_bytes=width * element_size,
-        unit_bytes=element_size,
-        offsets=(
-            layout.weights_offset,
-            layout.ids_offset,
-            windows.returned_offset,
-            windows.combine_flags_offset,
-        ),
-        sizes={"WIDTH": width, "EXPERT_MAJOR": expert_major},
+        shape,
+        offsets=(layout.weights_offset, layout.ids_offset, windows.returned_offset, windows.combine_flags_offset),
+        sizes=sizes,
         has_mask=has_mask,
         global_ids=global_ids,
-        max_sms=max_sms,
-        chunk_bytes=CHUNK_BYTES,
-        stage=kernels.COMBINE_STAGE,
+        stage=_kernels().COMBINE_STAGE,
     )
 
 
@@ -216,7 +224,7 @@ def take_launches(
         "PARTS": parts,
         "TILE": tile,
         "STAGES": stages,
-        "STAGE": _exchange_kernels().COMBINE_STAGE,
+        "STAGE": _kernels().COMBINE_STAGE,
         "DEPENDENT_LAUNCH": starts_early,
     }
     kernel = _take_kernels().take_kernel
@@ -232,27 +240,20 @@ def _exchange_launches(
     layout: SlotLayout,
     num_tokens: int,
     experts_per_rank: int,
+    shape: LaunchShape,
     *,
-    row_bytes: int,
-    unit_bytes: int,
     offsets: Sequence[int],  # of this kernel's parts in a window, the flags last
-    sizes: dict[str, int | bool],  # this kernel's own constants, which stand before those of both kernels
+    sizes: dict[str, int | bool],  # this kernel's own constants, which stand before those of all kernels
     has_mask: bool,
     global_ids: bool,
-    max_sms: int | None,
-    chunk_bytes: int,
     stage: int,
 ) -> tuple[PreparedLaunch, ...]:
-    if not num_tokens or not row_bytes:
+    if not shape.programs:
         return ()
-    shape = LaunchShape.of(num_tokens, row_bytes, unit_bytes, max_sms, chunk_bytes)
-    if sizes.get("EXPERT_MAJOR"):
-        few = num_tokens <= SPLIT_MAX_TOKENS
-        shape = replace(shape, num_warps=8 if few else 16 if num_tokens <= SORTED_WIDE_TOKENS else 4)
     num_flags = ceil_div(num_tokens, shape.rows) * shape.parts
     if num_flags > windows.size.rank_flags:
         raise InvalidInputError(
-            f"{num_tokens} rows of {row_bytes} bytes need {num_flags} flags, the windows hold "
+            f"{num_tokens} rows of {shape.parts} parts need {num_flags} flags, the windows hold "
             f"{windows.size.rank_flags}; call open() for the widest rows before the first dispatch"
         )
     starts_early = _starts_early(windows.device)
@@ -278,8 +279,6 @@ def _exchange_launches(
         "STAGE": stage,
         "DEPENDENT_LAUNCH": starts_early,
     }
-    if max_sms is not None:
-        constants |= {"ROWS": shape.rows}
     return tuple(
         PreparedLaunch(
             kernel, shape.programs, fixed, numbers, constants, num_warps=shape.num_warps, launch_pdl=starts_early
@@ -396,8 +395,8 @@ def _shared_memory(device: torch.device) -> int:
 
 
 @cache
-def _exchange_kernels() -> Any:
-    """The module of the two kernels. It needs Triton, and this file must be importable without."""
+def _kernels() -> Any:
+    """The module of dispatch and combine. It needs Triton, and this file must be importable without."""
     from vllm_npu.transport.kernels import symmetric
 
     return symmetric
@@ -415,6 +414,13 @@ def _take_kernels() -> Any:
     from vllm_npu.transport.kernels import symmetric_take
 
     return symmetric_take
+
+
+@cache
+def _fp8_kernels() -> Any:
+    from vllm_npu.transport.kernels import symmetric_fp8
+
+    return symmetric_fp8
 
 
 @cache

@@ -10,6 +10,9 @@ import torch
 from vllm_npu.core.limits import SYMMETRIC, SymmetricLimits
 from vllm_npu.transport.symmetric_memory import SymmetricFacts, align
 
+FP8_GROUP = 128
+"""Columns of a scale where dispatch casts rows to fp8: those of DeepSeek-V3's blocks, and what DeepEP's use_fp8 and the
+block-quantised experts of vLLM and DeepGEMM take."""
 WORD_BYTES = 4  # the size of a scale, a weight and an id; the kernels also move rows in such words
 
 

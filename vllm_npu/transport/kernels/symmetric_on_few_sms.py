@@ -77,6 +77,7 @@ def dispatch_on_few_sms_kernel(
     HIDDEN_WORDS: tl.constexpr,
     SCALE_WORDS: tl.constexpr,
     SCALE_WORDS_PADDED: tl.constexpr,
+    ROWS: tl.constexpr,
     TOP_K: tl.constexpr,
     TOP_K_PADDED: tl.constexpr,
     EP_SIZE: tl.constexpr,
@@ -87,7 +88,6 @@ def dispatch_on_few_sms_kernel(
     TILE: tl.constexpr,  # words of a row in a chunk
     STAGE: tl.constexpr,
     DEPENDENT_LAUNCH: tl.constexpr,
-    ROWS: tl.constexpr,
 ):
     """Send tokens to the ranks of their experts. A program sends its chunks, and then waits for the program of its number on
     other ranks. The rows of the next chunk are loaded before those of a chunk are stored."""
@@ -161,6 +161,7 @@ def combine_on_few_sms_kernel(
     rank_flags,
     WIDTH: tl.constexpr,
     EXPERT_MAJOR: tl.constexpr,
+    ROWS: tl.constexpr,
     TOP_K: tl.constexpr,
     TOP_K_PADDED: tl.constexpr,
     EP_SIZE: tl.constexpr,
@@ -171,7 +172,6 @@ def combine_on_few_sms_kernel(
     TILE: tl.constexpr,  # elements of a row in a chunk
     STAGE: tl.constexpr,
     DEPENDENT_LAUNCH: tl.constexpr,
-    ROWS: tl.constexpr,
 ):
     """Send the experts' rows back, and add the rows of each own token: float32, ranks ascending.
 

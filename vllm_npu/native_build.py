@@ -10,6 +10,7 @@ import importlib.util
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -19,6 +20,7 @@ from pathlib import Path
 from types import ModuleType
 
 from vllm_npu import envs
+from vllm_npu.child_processes import signal_when_parent_dies
 from vllm_npu.errors import NativeBuildError
 
 fcntl: ModuleType | None
@@ -161,7 +163,7 @@ class Component:
                 ],
                 log,
             )
-            self._run_step([cmake, "--build", building, "--parallel", str(JOBS)], log)
+            self._run_step([ninja, "-C", building, "-j", str(JOBS)], log)
             finished = Path(building, "finished")
             shutil.copytree(Path(building, "lib"), finished / "lib")
             shutil.rmtree(destination, ignore_errors=True)
@@ -171,14 +173,25 @@ class Component:
         # CMake starts this Python. With the emulated device enabled there, that Python would wait for this build.
         environment = {**os.environ, envs.EMULATOR.name: "0"}
         with log.open("a") as output:
-            done = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, check=False, env=environment)
-        code = done.returncode
-        if code != 0:
+            done = subprocess.run(
+                command,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                check=False,
+                env=environment,
+                preexec_fn=_end_with_parent,
+            )
+        if done.returncode != 0:
             tail = "\n".join(log.read_text(errors="replace").splitlines()[-SHOWN_LOG_LINES:])
             raise self.error(
                 f"building {self.what} failed ({' '.join(command[:2])} ...). If the log says that the compiler is too old, "
                 f"set CXX to a C++20 compiler. Otherwise report it with the whole log, {log}, whose end is:\n{tail}"
             )
+
+
+def _end_with_parent() -> None:
+    """In a new process: CMake or ninja, and the compilers that it started, end when this process is killed."""
+    signal_when_parent_dies(signal.SIGTERM)
 
 
 def environment_home() -> Path:

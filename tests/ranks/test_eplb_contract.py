@@ -221,6 +221,11 @@ def usable_after_errors(c: EplbCommunicator) -> None:
     c.add_send([x[:3], x[:4]], other)  # sent twice over is no fault
     filled = [torch.zeros(3), torch.zeros(4)]
     c.add_recv(filled, (c.rank - 1) % c.size)
+    c.prepare()
+    # Each of these calls would lose what is prepared.
+    for call in (c.prepare, lambda: c.add_send(x, other), lambda: c.add_recv(x, other)):
+        with pytest.raises(InvalidInputError, match=f"on rank {c.rank} while .* have not moved; call execute"):
+            call()
     c.execute()
     assert [each.tolist() for each in filled] == [[1] * 3, [1] * 4]
 

@@ -56,7 +56,8 @@ class EplbCommunicator(ABC):
     def add_send(self, tensors: Tensors, dst_rank: int, expert_id: int | None = None) -> None:
         """Queue tensors to send to a rank of the group. LOCAL. The tensors must stay unchanged until execute() is done.
 
-        expert_id appears in error messages only. Raises InvalidInputError, and queues nothing, for a rank that does not exist.
+        expert_id appears in error messages only. Raises InvalidInputError, and queues nothing, for a rank that does not exist,
+        and between prepare() and execute().
         """
         self._add(tensors, dst_rank, expert_id, is_send=True)
 
@@ -70,8 +71,9 @@ class EplbCommunicator(ABC):
         execute() does it, too. A caller that prepares first can agree with the other ranks that all are ready
         (trust.agreement.prepare_on_all), so that a rank without memory is named, and no rank waits for its messages. Sent
         tensors are read from here on. The queue is empty afterwards; after an error nothing is prepared. Raises
-        InvalidInputError as execute() does, and the allocator's RuntimeError or MemoryError.
+        InvalidInputError as execute() does and where it was called before, and the allocator's RuntimeError or MemoryError.
         """
+        self._refuse_prepared("prepare")
         queue, self._queue = self._queue, []
         copies = self._copies_within_rank(queue)
         _check_overlaps(queue)
@@ -98,7 +100,7 @@ class EplbCommunicator(ABC):
         moves, where messages to the rank itself do not pair up, or where a receive overlaps the memory of another message.
         Raises TransportError where a peer does not take part, or sends another number of bytes.
         """
-        if self._prepared is None or self._queue:
+        if self._prepared is None:
             self.prepare()
         prepared, self._prepared = self._prepared, None
         assert prepared is not None  # prepare has set it
@@ -127,7 +129,16 @@ class EplbCommunicator(ABC):
         """Move one or more messages. Each is a contiguous uint8 [n] with n >= 1, and none is for the rank itself. `buffers`
         are those of _allocate."""
 
+    def _refuse_prepared(self, call: str) -> None:
+        """Raise InvalidInputError where messages are prepared: others wait for them, and a further prepare would lose them."""
+        if self._prepared is not None:
+            raise InvalidInputError(
+                f"EPLB on group '{self.group}': {call} on rank {self.rank} while {len(self._prepared.messages)} prepared "
+                "messages have not moved; call execute() or clear() before"
+            )
+
     def _add(self, tensors: Tensors, peer: int, expert_id: int | None, *, is_send: bool) -> None:
+        self._refuse_prepared("add_send" if is_send else "add_recv")
         if not 0 <= peer < self.size:
             raise InvalidInputError(
                 f"EPLB on group '{self.group}': rank {self.rank} {'sends to' if is_send else 'receives from'} rank {peer}"

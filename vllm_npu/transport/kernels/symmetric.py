@@ -50,6 +50,20 @@ def _ids_for(ids, chosen, destination, experts_per_rank, EP_SIZE: tl.constexpr, 
 
 
 @triton.jit
+def _send_choices(
+    addresses, ranks, destination, ids_offset, weights_offset, ids, weights, chosen, slot, experts_per_rank,
+    TOP_K: tl.constexpr, TOP_K_PADDED: tl.constexpr, EP_SIZE: tl.constexpr, GLOBAL_IDS: tl.constexpr,
+):  # fmt: skip
+    """Write a token's ids and weights [TOP_K_PADDED] into its slot on `destination`. chosen: its experts on that rank."""
+    k = tl.arange(0, TOP_K_PADDED)
+    received_ids = _in_window(addresses, ranks, destination, ids_offset, tl.int32)
+    sent_ids = _ids_for(ids, chosen, destination, experts_per_rank, EP_SIZE, GLOBAL_IDS)
+    tl.store(received_ids + slot * TOP_K + k, sent_ids, mask=k < TOP_K)
+    received_weights = _in_window(addresses, ranks, destination, weights_offset, tl.float32)
+    tl.store(received_weights + slot * TOP_K + k, tl.where(chosen, weights, 0.0), mask=k < TOP_K)
+
+
+@triton.jit
 def _is_own(ids, rank, experts_per_rank, GLOBAL_IDS: tl.constexpr):
     """Whether received ids are of experts of this rank. False past TOP_K, where ids are -1."""
     if GLOBAL_IDS:
@@ -164,11 +178,10 @@ def dispatch_kernel(
             rows = _in_window(addresses, ranks, destination, 0, tl.int32)
             tl.store(rows + slot * HIDDEN_WORDS + columns, row, mask=inside)
         if part == 0:
-            received_ids = _in_window(addresses, ranks, destination, ids_offset, tl.int32)
-            sent_ids = _ids_for(ids, chosen, destination, experts_per_rank, EP_SIZE, GLOBAL_IDS)
-            tl.store(received_ids + slot * TOP_K + k, sent_ids, mask=k < TOP_K)
-            received_weights = _in_window(addresses, ranks, destination, weights_offset, tl.float32)
-            tl.store(received_weights + slot * TOP_K + k, tl.where(chosen, weights, 0.0), mask=k < TOP_K)
+            _send_choices(
+                addresses, ranks, destination, ids_offset, weights_offset, ids, weights, chosen, slot, experts_per_rank,
+                TOP_K, TOP_K_PADDED, EP_SIZE, GLOBAL_IDS,
+            )  # fmt: skip
             if SCALE_WORDS > 0:
                 received_scales = _in_window(addresses, ranks, destination, scales_offset, tl.float32)
                 tl.store(received_scales + slot * SCALE_WORDS + s, row_scales, mask=(s < SCALE_WORDS) & addressed)

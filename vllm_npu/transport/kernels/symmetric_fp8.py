@@ -9,7 +9,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
 from vllm_npu.transport.kernels.signals import wait
-from vllm_npu.transport.kernels.symmetric import _ids_for, _in_window, _owners, _signal_others
+from vllm_npu.transport.kernels.symmetric import _in_window, _owners, _send_choices, _signal_others
 
 FP8_MAX = tl.constexpr(448.0)  # of float8_e4m3fn
 SMALLEST = tl.constexpr(1e-10)  # of a group's largest magnitude, so that a group of zeros has a scale
@@ -107,11 +107,10 @@ def dispatch_fp8_kernel(
                 received_scales = _in_window(addresses, ranks, destination, scales_offset, tl.float32)
                 tl.store(received_scales + slot * NUM_GROUPS + groups, row_scales, mask=real)
             if part == 0:
-                received_ids = _in_window(addresses, ranks, destination, ids_offset, tl.int32)
-                sent_ids = _ids_for(ids, chosen, destination, experts_per_rank, EP_SIZE, GLOBAL_IDS)
-                tl.store(received_ids + slot * TOP_K + k, sent_ids, mask=k < TOP_K)
-                received_weights = _in_window(addresses, ranks, destination, weights_offset, tl.float32)
-                tl.store(received_weights + slot * TOP_K + k, tl.where(chosen, weights, 0.0), mask=k < TOP_K)
+                _send_choices(
+                    addresses, ranks, destination, ids_offset, weights_offset, ids, weights, chosen, slot,
+                    experts_per_rank, TOP_K, TOP_K_PADDED, EP_SIZE, GLOBAL_IDS,
+                )  # fmt: skip
     _signal_others(addresses, others, rank, flags_offset, rank_flags, program, epoch, DEPENDENT_LAUNCH)
     if program == 0:
         tl.store(epochs + 1, epoch)

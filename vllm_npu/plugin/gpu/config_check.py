@@ -48,8 +48,8 @@ def required_backend(vllm_config: "VllmConfig") -> str | None:
         )
     if parallel_config.enable_eplb:
         raise UnsupportedConfigError(
-            "EPLB moves experts between ranks, and these exchanges know only the first placement of experts; leave out "
-            "--enable-eplb"
+            "EPLB was never run with these exchanges on GPUs: they count the model's experts, without redundant ones; leave "
+            "out --enable-eplb, or the option of vllm_npu that names an exchange"
         )
     check_expert_placement(parallel_config)
     if parallel_config.prefill_context_parallel_size > 1:

@@ -5,6 +5,7 @@
 
 #include "communicator.h"
 #include "data_types.h"
+#include "group.h"
 
 using namespace vllm_npu::emulator;
 
@@ -61,7 +62,10 @@ class Collective {
     for (const Part& part : data) memory.push_back(part.data);
     const auto exchange = [communicator = communicator_, call = call_, data = std::move(data),
                            reader = std::move(reader)] { return communicator->exchange(call, data, reader); };
-    return HcclResult(enqueue(stream_, function_, exchange, std::move(memory)));
+    const auto start = [stream = stream_, function = function_, exchange, memory = std::move(memory)] {
+      return enqueue(stream, function, exchange, memory);
+    };
+    return HcclResult(group_is_open() ? keep_collective(function_, start) : start());
   }
 
   HcclResult run(const void* data, std::uint64_t bytes, ChunkReader reader) {

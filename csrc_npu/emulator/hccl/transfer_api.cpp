@@ -4,6 +4,7 @@
 
 #include "communicator.h"
 #include "data_types.h"
+#include "group.h"
 
 using namespace vllm_npu::emulator;
 
@@ -33,18 +34,22 @@ HcclResult enqueue_transfers(const char* function, const HcclSendRecvItem* items
       stream, function, [communicator, function, transfers] { return communicator->transfer(function, transfers); }));
 }
 
+HcclResult send_or_receive(const char* function, const HcclSendRecvItem& item, HcclComm communicator,
+                           aclrtStream stream) {
+  if (group_is_open()) return HcclResult(keep_message(function, item, communicator, stream));
+  return enqueue_transfers(function, &item, 1, communicator, stream);
+}
+
 }  // namespace
 
 HcclResult HcclSend(void* buffer, uint64_t count, HcclDataType type, uint32_t peer, HcclComm communicator,
                     aclrtStream stream) {
-  const HcclSendRecvItem item{HCCL_SEND, buffer, count, type, peer};
-  return enqueue_transfers(__func__, &item, 1, communicator, stream);
+  return send_or_receive(__func__, {HCCL_SEND, buffer, count, type, peer}, communicator, stream);
 }
 
 HcclResult HcclRecv(void* buffer, uint64_t count, HcclDataType type, uint32_t peer, HcclComm communicator,
                     aclrtStream stream) {
-  const HcclSendRecvItem item{HCCL_RECV, buffer, count, type, peer};
-  return enqueue_transfers(__func__, &item, 1, communicator, stream);
+  return send_or_receive(__func__, {HCCL_RECV, buffer, count, type, peer}, communicator, stream);
 }
 
 // Messages between the same two ranks travel in the order of the items. CANN's document of the call allows one such
@@ -52,5 +57,6 @@ HcclResult HcclRecv(void* buffer, uint64_t count, HcclDataType type, uint32_t pe
 // items by rank and keeps their order. Source: cann-hccl, CollBatchSendRecvExecutor::GetPairWiseList in
 // coll_batch_send_recv_executor.cc.
 HcclResult HcclBatchSendRecv(HcclSendRecvItem* items, uint32_t count, HcclComm communicator, aclrtStream stream) {
+  if (const int code = refuse_in_group(__func__)) return HcclResult(code);
   return enqueue_transfers(__func__, items, count, communicator, stream);
 }

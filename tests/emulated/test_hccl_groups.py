@@ -1,14 +1,19 @@
 """Groups of HCCL's calls (HcclGroupStart, HcclGroupEnd), and one process with several devices (HcclCommInitAll)."""
 
 import ctypes
+import itertools
 from copy import deepcopy
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch_npu._C._distributed_c10d import ProcessGroupHCCL
 
 pytestmark = pytest.mark.emulated
 
+needs_groups = pytest.mark.skipif(
+    not hasattr(ProcessGroupHCCL, "_group_start"), reason="needs torch_npu 2.13, whose process groups have _group_start"
+)
 LARGE = 300_001  # elements: more than the channel between two ranks holds
 
 
@@ -19,8 +24,20 @@ def group_of_all() -> object:
 # --- What runs in the ranks ---
 
 
+def connect_pairs(rank: int, size: int) -> None:
+    """torch_npu ends a group where it makes a communicator, and each pair of ranks has one of its own."""
+    x = torch.zeros(1, device="npu")
+    dist.all_reduce(x)
+    for first, second in itertools.combinations(range(size), 2):
+        if rank == first:
+            dist.send(x, second)
+        elif rank == second:
+            dist.recv(x, first)
+
+
 def exchange_in_groups(rank: int, size: int) -> None:
     backend = group_of_all()
+    connect_pairs(rank, size)
     # Everyone sends before it receives, two messages to each other rank.
     others = [other for other in range(size) if other != rank]
     sent = {other: [torch.full((LARGE,), 10.0 * rank + i, device="npu") for i in range(2)] for other in others}
@@ -64,8 +81,7 @@ def calls_wait_for_the_end_of_the_group(rank: int, size: int) -> None:
 def mix_in_a_group(rank: int, size: int) -> str:
     backend = group_of_all()
     x = torch.zeros(5, device="npu")
-    dist.all_reduce(x)
-    dist.all_reduce(x)
+    connect_pairs(rank, size)
     backend._group_start()
     dist.all_reduce(x, async_op=True)
     with pytest.raises(RuntimeError) as raised:
@@ -77,15 +93,18 @@ def mix_in_a_group(rank: int, size: int) -> str:
 # --- Tests ---
 
 
+@needs_groups
 @pytest.mark.parametrize("queue", ["0", "1"])
 def test_messages_and_collectives_in_groups(run_in_ranks, queue):
     run_in_ranks(exchange_in_groups, 3, env={"TASK_QUEUE_ENABLE": queue})
 
 
+@needs_groups
 def test_calls_wait_for_the_end_of_the_group(run_in_ranks):
     run_in_ranks(calls_wait_for_the_end_of_the_group, 2)
 
 
+@needs_groups
 def test_a_group_of_messages_and_collectives_is_refused(run_in_ranks):
     for text in run_in_ranks(mix_in_a_group, 2).returned:
         assert "HCCL's group has messages or collectives, not both" in text

@@ -3,23 +3,15 @@
 // Contracts: op-plugin's documents of npu_rms_norm, npu_add_rms_norm, npu_gemma_rms_norm, npu_rotary_mul,
 // npu_apply_rotary_pos_emb, npu_interleave_rope and npu_kv_rmsnorm_rope_cache. The ops compute in float32 and round
 // once.
+#include "norm.h"
+
 #include "op.h"
 #include "rotary.h"
 #include "undefined.h"
 
 namespace vllm_npu::emulator::aclnn {
-namespace {
 
-constexpr int64_t kHalves = 0;       // rotary mode: pairs of an element of the first half and one of the second
-constexpr int64_t kInterleaved = 1;  // rotary mode: pairs of neighbours
-
-struct Normed {
-  at::Tensor values;  // float32, with the shape of x
-  at::Tensor rstd;    // [..., 1] float32
-};
-
-// `more` is added to gamma: Gemma's weights are differences from one.
-Normed rms_normed(const at::Tensor& x, const at::Tensor& gamma, double epsilon, double more = 0) {
+Normed rms_normed(const at::Tensor& x, const at::Tensor& gamma, double epsilon, double more) {
   const at::Tensor values = x.to(at::kFloat);
   std::vector<int64_t> normed;
   for (int64_t dim = x.dim() - gamma.dim(); dim < x.dim(); ++dim) normed.push_back(dim);
@@ -27,11 +19,26 @@ Normed rms_normed(const at::Tensor& x, const at::Tensor& gamma, double epsilon, 
   return {values * rstd * (gamma.to(at::kFloat) + more), rstd};
 }
 
-void check_norm(const at::Tensor& x, const at::Tensor& gamma, const at::Tensor& rstd) {
+void require_norm(const at::Tensor& x, const at::Tensor& gamma) {
   require_dtype(x, "x", {at::kHalf, at::kBFloat16, at::kFloat});
   require_dtype(gamma, "gamma", {x.scalar_type(), at::kFloat});
   require(gamma.dim() <= x.dim() && x.sizes().slice(x.dim() - gamma.dim()) == gamma.sizes(), "x has the shape ",
           x.sizes(), " and gamma ", gamma.sizes(), "; gamma's dimensions must be x's last");
+}
+
+void require_added_norm(const at::Tensor& x1, const at::Tensor& x2, const at::Tensor& gamma) {
+  require_norm(x1, gamma);
+  require_dtype(x2, "x2", {x1.scalar_type()});
+  require_shape(x2, "x2", x1.sizes());
+}
+
+namespace {
+
+constexpr int64_t kHalves = 0;       // rotary mode: pairs of an element of the first half and one of the second
+constexpr int64_t kInterleaved = 1;  // rotary mode: pairs of neighbours
+
+void check_norm(const at::Tensor& x, const at::Tensor& gamma, const at::Tensor& rstd) {
+  require_norm(x, gamma);
   require_dtype(rstd, "rstd", {at::kFloat});
 }
 
@@ -56,9 +63,8 @@ Plan gemma_rms_norm(at::Tensor x, at::Tensor gamma, double epsilon, at::Tensor y
 
 Plan add_rms_norm(at::Tensor x1, at::Tensor x2, at::Tensor gamma, double epsilon, at::Tensor y, at::Tensor rstd,
                   at::Tensor sum) {
-  check_norm(x1, gamma, rstd);
-  require_dtype(x2, "x2", {x1.scalar_type()});
-  require_shape(x2, "x2", x1.sizes());
+  require_added_norm(x1, x2, gamma);
+  require_dtype(rstd, "rstd", {at::kFloat});
   return [=] {
     const at::Tensor added = x1.to(at::kFloat) + x2.to(at::kFloat);
     const Normed normed = rms_normed(added, gamma, epsilon);

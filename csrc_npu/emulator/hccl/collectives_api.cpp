@@ -62,10 +62,8 @@ class Collective {
     for (const Part& part : data) memory.push_back(part.data);
     const auto exchange = [communicator = communicator_, call = call_, data = std::move(data),
                            reader = std::move(reader)] { return communicator->exchange(call, data, reader); };
-    const auto start = [stream = stream_, function = function_, exchange, memory = std::move(memory)] {
-      return enqueue(stream, function, exchange, memory);
-    };
-    return HcclResult(group_is_open() ? keep_collective(function_, start) : start());
+    if (group_is_open()) return HcclResult(enqueue_collective_of_group(function_, stream_, exchange));
+    return HcclResult(enqueue(stream_, function_, exchange, std::move(memory)));
   }
 
   HcclResult run(const void* data, std::uint64_t bytes, ChunkReader reader) {

@@ -30,26 +30,23 @@ HcclResult enqueue_transfers(const char* function, const HcclSendRecvItem* items
     transfers.push_back(
         {sends, static_cast<char*>(item.buf), item.count * element, static_cast<int>(item.remoteRank), facts});
   }
+  if (group_is_open()) return HcclResult(enqueue_messages_of_group(function, stream, communicator, transfers));
   return HcclResult(enqueue_in_background(
       stream, function, [communicator, function, transfers] { return communicator->transfer(function, transfers); }));
-}
-
-HcclResult send_or_receive(const char* function, const HcclSendRecvItem& item, HcclComm communicator,
-                           aclrtStream stream) {
-  if (group_is_open()) return HcclResult(keep_message(function, item, communicator, stream));
-  return enqueue_transfers(function, &item, 1, communicator, stream);
 }
 
 }  // namespace
 
 HcclResult HcclSend(void* buffer, uint64_t count, HcclDataType type, uint32_t peer, HcclComm communicator,
                     aclrtStream stream) {
-  return send_or_receive(__func__, {HCCL_SEND, buffer, count, type, peer}, communicator, stream);
+  const HcclSendRecvItem item{HCCL_SEND, buffer, count, type, peer};
+  return enqueue_transfers(__func__, &item, 1, communicator, stream);
 }
 
 HcclResult HcclRecv(void* buffer, uint64_t count, HcclDataType type, uint32_t peer, HcclComm communicator,
                     aclrtStream stream) {
-  return send_or_receive(__func__, {HCCL_RECV, buffer, count, type, peer}, communicator, stream);
+  const HcclSendRecvItem item{HCCL_RECV, buffer, count, type, peer};
+  return enqueue_transfers(__func__, &item, 1, communicator, stream);
 }
 
 // Messages between the same two ranks travel in the order of the items. CANN's document of the call allows one such

@@ -50,6 +50,19 @@ def test_seed_and_offset_repeat_a_mask():
         assert (kept_by(draw(5000, 0.5, seed, offset), 5000) ^ kept_by(first, 5000)).sum() > 2000
 
 
+def test_a_mask_of_the_devices_generator():
+    """npu_dropout_gen_mask takes its seed from the device (aclnnDropoutGenMask)."""
+    numel, p = 100_001, 0.25
+    made = []
+    for seed in (3, None, 3):
+        if seed is not None:
+            torch.npu.manual_seed(seed)
+        made.append(torch.ops.npu.npu_dropout_gen_mask([numel], p, dtype=torch.float32, device="npu").cpu())
+    assert abs(kept_by(made[0], numel).double().mean() - (1 - p)) < 5 * (p * (1 - p) / numel) ** 0.5
+    assert not torch.equal(made[0], made[1])
+    assert torch.equal(made[0], made[2])
+
+
 def test_nothing_and_everything_dropped():
     assert kept_by(draw(300, 0.0), 300).all()
     assert not kept_by(draw(300, 1.0), 300).any()
@@ -84,6 +97,22 @@ def test_dropout_and_its_gradient(dtype):
 def test_dropout_of_everything_gives_zeros():
     out, _ = torch_npu._npu_dropout(torch.full((5, 5), float("nan"), device="npu"), 1.0)
     assert not out.cpu().any()
+
+
+def test_a_graph_draws_another_mask_at_each_replay():
+    """torch_npu then gives the seed and the offset as tensors (aclnnDropoutGenMaskV2Tensor)."""
+    x, graph, made = torch.ones(300, device="npu"), torch.npu.NPUGraph(), []
+    with torch.npu.graph(graph):
+        out, mask = torch_npu._npu_dropout(x, 0.5)
+    for seed in (5, None, 5):
+        if seed is not None:
+            torch.npu.manual_seed(seed)
+        graph.replay()
+        torch.npu.synchronize()
+        assert torch.equal(out.cpu(), torch.where(kept_by(mask, 300), 2.0, 0.0))
+        made.append(out.cpu())
+    assert not torch.equal(made[0], made[1])
+    assert torch.equal(made[0], made[2])
 
 
 # --- attention ---

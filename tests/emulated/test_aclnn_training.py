@@ -49,6 +49,34 @@ def test_rms_norm(dtype):
     compare(out, wanted, [(x, x64), (gamma, gamma64)])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gemma_rms_norm(dtype):
+    """Its weights are differences from one."""
+    x, x64 = leaf(5, 3, 16, dtype=dtype, seed=1)
+    gamma, gamma64 = leaf(16, dtype=dtype, seed=2)
+    y, rstd = torch_npu.npu_gemma_rms_norm(x.detach(), gamma.detach(), 1e-5)
+    wanted = torch.rsqrt(x64.detach().square().mean(-1, keepdim=True) + 1e-5)
+    same(y, x64.detach() * wanted * (1 + gamma64.detach()), dtype)
+    same(rstd, wanted, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_add_rms_norm_in_place(dtype):
+    """The first argument becomes the norm, the second one the sum. The other form leaves its arguments."""
+    x1, x2 = (random_rows(5, 3, 16, dtype=dtype, seed=seed) for seed in (1, 2))
+    gamma = random_rows(16, dtype=dtype, seed=3)
+    total = x1.double() + x2.double()
+    rstd = torch.rsqrt(total.square().mean(-1, keepdim=True) + 1e-5)
+    wanted = (total * rstd * gamma.double(), total)
+    given = x1.npu(), x2.npu()
+    made_rstd, *made = torch_npu.npu_add_rms_norm_v2_functional(*given, gamma.npu(), 1e-5)
+    assert [torch.equal(x.cpu(), before) for x, before in zip(given, (x1, x2), strict=True)] == [True, True]
+    for rstds, results in [(made_rstd, made), (torch_npu.npu_add_rms_norm_v2(*given, gamma.npu(), 1e-5), given)]:
+        same(rstds, rstd, torch.float32)
+        for result, expected in zip(results, wanted, strict=True):
+            same(result, expected, dtype)
+
+
 @pytest.mark.parametrize(("dtype", "dim"), list(itertools.product(DTYPES, [-1, 0])))
 def test_swiglu(dtype, dim):
     x, x64 = leaf(6, 8, dtype=dtype, seed=1)
@@ -233,20 +261,29 @@ def test_fusion_attention_refuses_what_it_does_not_compute():
     )
 
 
-def show_what_a_range_hides(rank: int, num_ranks: int) -> None:
+WRONG_MASKS = {  # sparse_mode, rows and columns of the mask of zeros: the text
+    (0, 4): "pre_tockens=0.*hide; the document forbids it",
+    (2, 2048): "atten_mask of sparse_mode=2 must be ones above the diagonal",
+    (3, 2048): "atten_mask of sparse_mode=3 must be ones above the diagonal",
+    (4, 2048): "atten_mask of sparse_mode=4 must be ones above the diagonal",
+}
+
+
+def pass_a_wrong_mask(rank: int, num_ranks: int, sparse_mode: int, size: int, text: str) -> None:
     x = torch.ones(1, 1, 4, 8, dtype=torch.float16, device="npu")
-    mask = torch.zeros(4, 4, dtype=torch.bool, device="npu")
+    mask = torch.zeros(size, size, dtype=torch.bool, device="npu")
     refused(
-        "pre_tockens=0.*hide; the document forbids it",
+        text,
         lambda: torch_npu.npu_fusion_attention(
-            x, x, x, 1, "BNSD", atten_mask=mask, sparse_mode=0, pre_tockens=0, next_tockens=0
+            x, x, x, 1, "BNSD", atten_mask=mask, sparse_mode=sparse_mode, pre_tockens=0, next_tockens=0
         )[0].cpu(),
     )
 
 
-def test_a_mask_that_shows_what_its_range_hides_is_refused(run_in_ranks):
+@pytest.mark.parametrize(("mode", "size"), WRONG_MASKS)
+def test_a_mask_that_its_mode_does_not_allow_is_refused(run_in_ranks, mode, size):
     """In a rank: torch_npu's queue takes no more work after an error that comes while an op runs."""
-    run_in_ranks(show_what_a_range_hides, 1)
+    run_in_ranks(pass_a_wrong_mask, 1, mode, size, WRONG_MASKS[mode, size])
 
 
 # --- products with collectives ---

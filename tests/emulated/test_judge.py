@@ -171,29 +171,43 @@ def test_a_suite_with_every_fault_has_every_outcome(tmp_path):
     assert "1 mended\n  test_kills.py::test_segfault" in third.stdout
 
 
-@pytest.mark.parametrize(("processes_per_core", "outcome"), [(0, "killed"), (1000, "passed")])
-def test_time_limits_follow_the_load(tmp_path, monkeypatch, processes_per_core, outcome):
-    """A load average is told to `judge`, because a true one takes minutes to rise and others would pay for it."""
-    load = processes_per_core * len(os.sched_getaffinity(0))
-    monkeypatch.setattr(os, "getloadavg", lambda: (load, load, load))
-    (tmp_path / "test_a.py").write_text("import time\ndef test_waits(): time.sleep(15)\n")
-    job = judge.Job(
-        suite=str(tmp_path),
+def job_of(folder: Path) -> judge.Job:
+    return judge.Job(
+        suite=str(folder),
         folder=None,
         only=(),
         skip=(),
         jobs=1,
-        json=tmp_path / "result.json",
+        json=folder / "result.json",
         compare=None,
         soc_name="A2",
         test_seconds=10,  # a process starts in less
         file_seconds=60,
         again=False,
     )
+
+
+@pytest.mark.parametrize(("processes_per_core", "outcome"), [(0, "killed"), (1000, "passed")])
+def test_time_limits_follow_the_load(tmp_path, monkeypatch, processes_per_core, outcome):
+    """A load average is told to `judge`, because a true one takes minutes to rise and others would pay for it."""
+    load = processes_per_core * len(os.sched_getaffinity(0))
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, load, load))
+    (tmp_path / "test_a.py").write_text("import time\ndef test_waits(): time.sleep(15)\n")
+    job = job_of(tmp_path)
     with judge.processes_of(job, tmp_path, None) as processes:
         made = judge.run_file(job, processes, tmp_path / "test_a.py", tmp_path, threading.Event())
     assert made.tests["test_waits"].outcome == outcome, made
     assert set(made.tests) == {"test_waits"}
+
+
+@pytest.mark.parametrize("named", [None, "7"])
+def test_hccl_has_its_own_time_out_where_none_is_named(tmp_path, monkeypatch, named):
+    """torch_npu computes its watchdog's time-out from it, and tests of torch_npu compare that."""
+    monkeypatch.delenv("HCCL_EXEC_TIMEOUT", raising=False)
+    if named:
+        monkeypatch.setenv("HCCL_EXEC_TIMEOUT", named)
+    with judge.processes_of(job_of(tmp_path), tmp_path, None) as processes:
+        assert processes.environment["HCCL_EXEC_TIMEOUT"] == (named or "1836")
 
 
 CONFTEST = """

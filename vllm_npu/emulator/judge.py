@@ -36,6 +36,7 @@ OUTCOMES = ("passed", "skipped", "failed", "error", "killed")  # from the best t
 FAILURES = ("failed", "error", "killed")
 PROCESS = "(the process itself)"  # in place of a test's name, where the process died outside of every test
 POLL_SECONDS = 0.1
+HCCL_EXEC_TIMEOUT = "1836"  # HCCL's own default, in seconds
 OUTPUT_CHARACTERS = 2000  # of a killed process, its last
 OURS = "vllm_npu"  # the name of this package's entry points in vLLM's plugins
 NPU_SMI = """#!/bin/sh
@@ -310,6 +311,8 @@ def processes_of(job: Job, tests: Path, run_from: Path | None) -> Iterator[Proce
     """What starts the processes of a run. It ends them all, at the latest with this process."""
     changes = {
         "TASK_QUEUE_ENABLE": os.environ.get("TASK_QUEUE_ENABLE", "1"),  # torch_npu's own default
+        # torch_npu computes its watchdog's time-out from it, and tests compare that. `run` shortens it.
+        "HCCL_EXEC_TIMEOUT": os.environ.get("HCCL_EXEC_TIMEOUT", HCCL_EXEC_TIMEOUT),
         envs.EMULATOR_LIBRARIES.name: str(build.build()),  # for all processes those of the run's start
         **vllm_plugins(job),
     }

@@ -19,6 +19,7 @@ from vllm_npu.errors import EmulatorBuildError, UnsupportedConfigError
 BEFORE_TORCH = (
     "libascendcl.so",
     "libhccl.so",
+    "libhcomm.so",
     "libge_runner.so",
     "libgraph.so",
     "libacl_op_compiler.so",

@@ -1,5 +1,6 @@
 #include "attention.h"
 
+#include <algorithm>
 #include <limits>
 
 #include "refusal.h"
@@ -30,6 +31,20 @@ at::Tensor gather_blocks(const at::Tensor& cache, const at::Tensor& blocks, int6
   require(count == 0 || used.ge(0).logical_and(used < cache.size(0)).all().item<bool>(),
           "the block table names a block outside 0..", cache.size(0) - 1);
   return cache.index_select(0, used).flatten(0, 1).narrow(0, 0, length);
+}
+
+void require_compressed_mask(const at::Tensor& mask, int64_t sparse_mode) {
+  require_dtype(mask, "atten_mask", {at::kBool, at::kChar, at::kByte});
+  require(mask.numel() == kCompressedMask * kCompressedMask && mask.size(-1) == kCompressedMask,
+          "atten_mask has the shape ", mask.sizes(), "; sparse_mode=", sparse_mode, " needs 2048 x 2048");
+}
+
+void require_causal_values(const at::Tensor& mask, int64_t sparse_mode, int64_t size) {
+  const int64_t read = std::min(size, kCompressedMask);
+  const at::Tensor corner =
+      mask.view({kCompressedMask, kCompressedMask}).narrow(0, 0, read).narrow(1, 0, read).to(at::kBool);
+  require(at::equal(corner, at::ones({read, read}, at::kBool).triu(1)), "atten_mask of sparse_mode=", sparse_mode,
+          " must be ones above the diagonal and zeros elsewhere");
 }
 
 void require_attention_dtype(const at::Tensor& tensor, const char* name) {

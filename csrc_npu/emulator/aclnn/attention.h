@@ -24,6 +24,15 @@ EMULATOR_API Attended attend(const at::Tensor& query, const at::Tensor& key, con
 // the sequence's row of the block table. Refuses blocks that the cache does not have.
 EMULATOR_API at::Tensor gather_blocks(const at::Tensor& cache, const at::Tensor& blocks, int64_t length);
 
+constexpr int64_t kCompressedMask = 2048;  // rows and columns of the mask that all causal sequences share
+
+// Refuses a mask of the causal modes (sparse_mode 2 to 4) that is not one of 2048 x 2048.
+EMULATOR_API void require_compressed_mask(const at::Tensor& mask, int64_t sparse_mode);
+
+// Refuses such a mask whose part for a sequence is not ones above the diagonal and zeros elsewhere. `size` is the
+// larger number of the sequence's queries and keys. Reads the mask's values: call it on the stream.
+EMULATOR_API void require_causal_values(const at::Tensor& mask, int64_t sparse_mode, int64_t size);
+
 // Refuses a type that attention does not take. With VLLM_NPU_EMULATOR_LIMITS=none it takes float32, which no chip
 // takes.
 EMULATOR_API void require_attention_dtype(const at::Tensor& tensor, const char* name);

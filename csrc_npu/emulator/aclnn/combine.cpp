@@ -106,9 +106,9 @@ at::Tensor constant_rows(const Combine& op, const at::Tensor& x, const at::Tenso
          op.constants.value->to(at::kFloat).index_select(0, index) * coefficient(*op.constants.alpha_2);
 }
 
-// Adds the rows of each server in float32, by ascending expert id, and rounds after the multiply and after the add. The sums
-// of the servers are rounded to the rows' type, or go through int8, and are added up: in float32, but int8 sums of float16
-// in float16. Source: the golden script of A2's combine. No document states this for A3.
+// Adds the rows of each server in float32, by ascending expert id, and rounds after the multiply and after the add. The
+// sums of the servers are rounded to the rows' type, or go through int8, and are added up: in float32, but int8 sums of
+// float16 in float16. Source: the golden script of A2's combine. No document states this for A3.
 at::Tensor sum_by_server(const Combine& op, const at::Tensor& rows, const at::Tensor& active) {
   constexpr int64_t kRanksOfServer = 8;
   const at::ScalarType type = op.expand_x.scalar_type();

@@ -114,8 +114,8 @@ void check_tokens_of_ranks(const Dispatch& op, const std::vector<Message>& recei
   }
   const auto [least, most] = std::minmax_element(tokens.begin(), tokens.end());
   require(*least == *most || !op.place.is_hierarchical() || current_soc().family == Family::kA2,
-          "comm_alg=hierarchy on ", current_soc().name, " needs the same number of tokens on all ranks; the ranks have ",
-          at::IntArrayRef(tokens));
+          "comm_alg=hierarchy on ", current_soc().name,
+          " needs the same number of tokens on all ranks; the ranks have ", at::IntArrayRef(tokens));
   require(*least == *most || !any_mask, "x_active_mask needs the same number of tokens on all ranks; the ranks have ",
           at::IntArrayRef(tokens));
   require(*most <= op.place.max_tokens(), "global_bs=", op.place.global_bs, " allows ", op.place.max_tokens(),

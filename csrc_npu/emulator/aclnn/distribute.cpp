@@ -23,9 +23,9 @@ Placement make_placement(const Members& members, int64_t global_bs, const std::s
   require_absent(elastic_info, "elastic_info", "it is not emulated");
   require_absent(performance_info, "performance_info", "it is not emulated");
   const bool hierarchy = comm_alg == "hierarchy";
-  const std::vector<std::string> algorithms = current_soc().family == Family::kA2
-                                                  ? std::vector<std::string>{"", "fullmesh", "hierarchy"}
-                                                  : std::vector<std::string>{"", "fullmesh_v1", "fullmesh_v2", "hierarchy"};
+  const std::vector<std::string> algorithms =
+      current_soc().family == Family::kA2 ? std::vector<std::string>{"", "fullmesh", "hierarchy"}
+                                          : std::vector<std::string>{"", "fullmesh_v1", "fullmesh_v2", "hierarchy"};
   require(std::find(algorithms.begin(), algorithms.end(), comm_alg) != algorithms.end(), "comm_alg=", comm_alg,
           " is refused: ", current_soc().name, " takes one of ", algorithms);
   require(!hierarchy || shared_ranks == 0, "comm_alg=hierarchy takes shared_expert_rank_num=0 only, not ",
@@ -65,8 +65,10 @@ void check_special(const Placement& place, const SpecialExperts& special) {
           "zero_expert_num, copy_expert_num and const_expert_num must not be negative");
   require(special.constant == 0 || current_soc().family != Family::kA2, "const_expert_num=", special.constant, ": ",
           current_soc().name, " takes 0 only");
-  require(special.total() == 0 || !place.is_hierarchical(), "comm_alg=hierarchy takes no special experts, and the sum of "
-          "zero_expert_num, copy_expert_num and const_expert_num is ", special.total());
+  require(special.total() == 0 || !place.is_hierarchical(),
+          "comm_alg=hierarchy takes no special experts, and the sum of "
+          "zero_expert_num, copy_expert_num and const_expert_num is ",
+          special.total());
 }
 
 void check_mask(const Placement& place, const at::Tensor& expert_ids, const OptionalTensor& mask) {

@@ -18,7 +18,6 @@ using Ints = std::vector<int64_t>;
 
 constexpr int64_t kNoMask = 0;           // sparse_mode
 constexpr int64_t kRightDownCausal = 3;  // the last query sees all keys
-constexpr int64_t kMaskSize = 2048;      // rows and columns of the mask that all causal sequences share
 
 // The layouts of the query and of the output, which input_layout names together.
 struct Layouts {
@@ -254,30 +253,19 @@ class Attention {
     }
   }
 
-  // The causal mode reads one mask for all sequences, with ones above the diagonal. The part that is read must have
-  // them.
+  // The causal mode reads one mask for all sequences.
   void check_mask() const {
     if (attributes_.sparse_mode == kNoMask) {
       require_absent(in_.mask, "atten_mask", "sparse_mode=0 is emulated without a mask");
       return;
     }
     if (!in_.mask) refuse(Code::kMissing, "atten_mask is missing: sparse_mode=3 needs the one of 2048 x 2048");
-    require_dtype(*in_.mask, "atten_mask", {at::kBool, at::kChar, at::kByte});
-    require(in_.mask->numel() == kMaskSize * kMaskSize, "atten_mask has the shape ", in_.mask->sizes(),
-            "; sparse_mode=3 needs 2048 x 2048");
-  }
-
-  void check_mask_content(int64_t size) const {
-    const at::Tensor mask = in_.mask->view({kMaskSize, kMaskSize});
-    const int64_t read = std::min(size, kMaskSize);
-    const at::Tensor corner = mask.narrow(0, 0, read).narrow(1, 0, read).to(at::kBool);
-    require(at::equal(corner, at::ones({read, read}, at::kBool).triu(1)),
-            "atten_mask of sparse_mode=3 must be ones above the diagonal and zeros elsewhere");
+    require_compressed_mask(*in_.mask, attributes_.sparse_mode);
   }
 
   OptionalTensor hidden(int64_t rows, int64_t columns) const {
     if (attributes_.sparse_mode == kNoMask) return std::nullopt;
-    check_mask_content(std::max(rows, columns));
+    require_causal_values(*in_.mask, attributes_.sparse_mode, std::max(rows, columns));
     return at::ones({rows, columns}, at::kBool).triu(columns - rows + 1);
   }
 

@@ -1,35 +1,44 @@
 // Root-mean-square norms and rotary position embeddings.
 //
-// Contracts: op-plugin's documents of npu_rms_norm, npu_add_rms_norm, npu_rotary_mul, npu_apply_rotary_pos_emb,
-// npu_interleave_rope and npu_kv_rmsnorm_rope_cache. The ops compute in float32 and round once.
+// Contracts: op-plugin's documents of npu_rms_norm, npu_add_rms_norm, npu_gemma_rms_norm, npu_rotary_mul,
+// npu_apply_rotary_pos_emb, npu_interleave_rope and npu_kv_rmsnorm_rope_cache. The ops compute in float32 and round
+// once.
+#include "norm.h"
+
 #include "op.h"
 #include "rotary.h"
 #include "undefined.h"
 
 namespace vllm_npu::emulator::aclnn {
+
+Normed rms_normed(const at::Tensor& x, const at::Tensor& gamma, double epsilon, double more) {
+  const at::Tensor values = x.to(at::kFloat);
+  std::vector<int64_t> normed;
+  for (int64_t dim = x.dim() - gamma.dim(); dim < x.dim(); ++dim) normed.push_back(dim);
+  const at::Tensor rstd = at::rsqrt(values.square().mean(normed, /*keepdim=*/true) + epsilon);
+  return {values * rstd * (gamma.to(at::kFloat) + more), rstd};
+}
+
+void require_norm(const at::Tensor& x, const at::Tensor& gamma) {
+  require_dtype(x, "x", {at::kHalf, at::kBFloat16, at::kFloat});
+  require_dtype(gamma, "gamma", {x.scalar_type(), at::kFloat});
+  require(gamma.dim() <= x.dim() && x.sizes().slice(x.dim() - gamma.dim()) == gamma.sizes(), "x has the shape ",
+          x.sizes(), " and gamma ", gamma.sizes(), "; gamma's dimensions must be x's last");
+}
+
+void require_added_norm(const at::Tensor& x1, const at::Tensor& x2, const at::Tensor& gamma) {
+  require_norm(x1, gamma);
+  require_dtype(x2, "x2", {x1.scalar_type()});
+  require_shape(x2, "x2", x1.sizes());
+}
+
 namespace {
 
 constexpr int64_t kHalves = 0;       // rotary mode: pairs of an element of the first half and one of the second
 constexpr int64_t kInterleaved = 1;  // rotary mode: pairs of neighbours
 
-struct Normed {
-  at::Tensor values;  // float32, with the shape of x
-  at::Tensor rstd;    // [..., 1] float32
-};
-
-Normed rms_normed(const at::Tensor& x, const at::Tensor& gamma, double epsilon) {
-  const at::Tensor values = x.to(at::kFloat);
-  std::vector<int64_t> normed;
-  for (int64_t dim = x.dim() - gamma.dim(); dim < x.dim(); ++dim) normed.push_back(dim);
-  const at::Tensor rstd = at::rsqrt(values.square().mean(normed, /*keepdim=*/true) + epsilon);
-  return {values * rstd * gamma.to(at::kFloat), rstd};
-}
-
 void check_norm(const at::Tensor& x, const at::Tensor& gamma, const at::Tensor& rstd) {
-  require_dtype(x, "x", {at::kHalf, at::kBFloat16, at::kFloat});
-  require_dtype(gamma, "gamma", {x.scalar_type(), at::kFloat});
-  require(gamma.dim() <= x.dim() && x.sizes().slice(x.dim() - gamma.dim()) == gamma.sizes(), "x has the shape ",
-          x.sizes(), " and gamma ", gamma.sizes(), "; gamma's dimensions must be x's last");
+  require_norm(x, gamma);
   require_dtype(rstd, "rstd", {at::kFloat});
 }
 
@@ -42,11 +51,20 @@ Plan rms_norm(at::Tensor x, at::Tensor gamma, double epsilon, at::Tensor y, at::
   };
 }
 
+Plan gemma_rms_norm(at::Tensor x, at::Tensor gamma, double epsilon, at::Tensor y, at::Tensor rstd) {
+  refuse_on_310p("npu_gemma_rms_norm");
+  check_norm(x, gamma, rstd);
+  return [=] {
+    const Normed normed = rms_normed(x, gamma, epsilon, 1);
+    y.copy_(normed.values);
+    rstd.copy_(normed.rstd.view(rstd.sizes()));
+  };
+}
+
 Plan add_rms_norm(at::Tensor x1, at::Tensor x2, at::Tensor gamma, double epsilon, at::Tensor y, at::Tensor rstd,
                   at::Tensor sum) {
-  check_norm(x1, gamma, rstd);
-  require_dtype(x2, "x2", {x1.scalar_type()});
-  require_shape(x2, "x2", x1.sizes());
+  require_added_norm(x1, x2, gamma);
+  require_dtype(rstd, "rstd", {at::kFloat});
   return [=] {
     const at::Tensor added = x1.to(at::kFloat) + x2.to(at::kFloat);
     const Normed normed = rms_normed(added, gamma, epsilon);
@@ -54,6 +72,11 @@ Plan add_rms_norm(at::Tensor x1, at::Tensor x2, at::Tensor gamma, double epsilon
     rstd.copy_(normed.rstd.view(rstd.sizes()));
     sum.copy_(added);
   };
+}
+
+// Writes the norm to x1 and the sum to x2.
+Plan inplace_add_rms_norm(at::Tensor x1, at::Tensor x2, at::Tensor gamma, double epsilon, at::Tensor rstd) {
+  return add_rms_norm(x1, x2, gamma, epsilon, x1, rstd, x2);
 }
 
 // Rotates as DeepSeek's models do. Moves the first elements of the pairs of neighbours to the first half and the second
@@ -170,6 +193,8 @@ Plan kv_rms_norm_rope_cache(at::Tensor kv, at::Tensor gamma, at::Tensor cos, at:
 
 ACLNN_OP(aclnnRmsNorm, rms_norm);
 ACLNN_OP(aclnnAddRmsNorm, add_rms_norm);
+ACLNN_OP(aclnnInplaceAddRmsNorm, inplace_add_rms_norm);
+ACLNN_OP(aclnnGemmaRmsNorm, gemma_rms_norm);
 ACLNN_OP(aclnnRotaryPositionEmbedding, rotary_position_embedding);
 ACLNN_OP(aclnnApplyRotaryPosEmb, apply_rotary_pos_emb_of_halves);
 ACLNN_OP(aclnnApplyRotaryPosEmbV2, apply_rotary_pos_emb);

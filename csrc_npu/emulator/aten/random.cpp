@@ -1,6 +1,5 @@
 #include "random.h"
 
-#include <ATen/CPUGeneratorImpl.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/ones_like.h>
@@ -8,19 +7,13 @@
 
 #include <mutex>
 
+#include "cpu_generator.h"
+
 namespace vllm_npu::emulator {
 namespace {
 
 // torch_npu accepts only multiples of four.
 constexpr uint64_t kOffsetPerOp = 4;
-
-// splitmix64, so that neighbouring seeds and offsets give unrelated seeds.
-uint64_t mixed(uint64_t value) {
-  value += 0x9e3779b97f4a7c15;
-  value = (value ^ (value >> 30)) * 0xbf58476d1ce4e5b9;
-  value = (value ^ (value >> 27)) * 0x94d049bb133111eb;
-  return value ^ (value >> 31);
-}
 
 at::Generator npu_generator(const std::optional<at::Generator>& generator, c10::Device device) {
   // Use torch_npu's own function, because torch_npu 2.10 does not support the one of at::globalContext().
@@ -35,10 +28,6 @@ at::Generator npu_generator(const std::optional<at::Generator>& generator, c10::
 at_npu::PhiloxNpuState take_state(at::Generator source) {
   const std::lock_guard<std::mutex> lock(source.mutex());
   return at::check_generator<at_npu::NPUGeneratorImpl>(source)->philox_npu_state(kOffsetPerOp);
-}
-
-at::Generator cpu_generator(uint64_t seed, uint64_t offset) {
-  return at::detail::createCPUGenerator(mixed(mixed(seed) + offset));
 }
 
 }  // namespace

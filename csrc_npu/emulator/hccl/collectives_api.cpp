@@ -5,6 +5,7 @@
 
 #include "communicator.h"
 #include "data_types.h"
+#include "group.h"
 
 using namespace vllm_npu::emulator;
 
@@ -61,6 +62,7 @@ class Collective {
     for (const Part& part : data) memory.push_back(part.data);
     const auto exchange = [communicator = communicator_, call = call_, data = std::move(data),
                            reader = std::move(reader)] { return communicator->exchange(call, data, reader); };
+    if (group_is_open()) return HcclResult(enqueue_collective_of_group(function_, stream_, exchange));
     return HcclResult(enqueue(stream_, function_, exchange, std::move(memory)));
   }
 

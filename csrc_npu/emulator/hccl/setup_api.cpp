@@ -10,8 +10,11 @@
 #include <map>
 #include <mutex>
 #include <regex>
+#include <thread>
+#include <vector>
 
 #include "communicator.h"
+#include "group.h"
 #include "runtime/device.h"
 #include "runtime/settings.h"
 
@@ -45,21 +48,22 @@ std::uint32_t buffer_mb(const HcclCommConfig* config) {
   return mb > 0 ? static_cast<std::uint32_t>(mb) : HCCL_COMM_DEFAULT_BUFFSIZE;
 }
 
-// Whether HCCL takes the text of algorithms, of HCCL_ALGO or of a group: levels of all operations, or of each named one.
-// Contract: HCCL's alg_env_config.cc. The algorithms themselves have no effect here.
+// Whether HCCL takes the text of algorithms, of HCCL_ALGO or of a group: levels of all operations, or of each named
+// one. Contract: HCCL's alg_env_config.cc. The algorithms themselves have no effect here.
 bool names_algorithms(std::string text) {
   text.erase(std::remove(text.begin(), text.end(), ' '), text.end());
-  const std::string level =
-      "level[0-3]:(null|ring|pipeline|fullmesh|H-D_R|pairwise|NHR|NHR_V1|AHC|AHC_BROKE|NB|NA)";
+  const std::string level = "level[0-3]:(null|ring|pipeline|fullmesh|H-D_R|pairwise|NHR|NHR_V1|AHC|AHC_BROKE|NB|NA)";
   const std::string levels = level + "(;" + level + "){0,3}";
   const std::string operation =
-      "(broadcast|allreduce|reduce|send|receive|allgather|reducescatter|alltoall|gather|scatter|sendrecv|others)=" + levels;
+      "(broadcast|allreduce|reduce|send|receive|allgather|reducescatter|alltoall|gather|scatter|sendrecv|others)=" +
+      levels;
   return std::regex_match(text, std::regex(levels + "|" + operation + "(/" + operation + ")*"));
 }
 
 int open_communicator(const char* function, const std::string& segment_name, std::uint32_t rank, std::uint32_t size,
                       const HcclCommConfig* config, HcclComm* handle) {
   if (handle == nullptr) return fail(HCCL_E_PTR, "%s: the place for the communicator is null", function);
+  if (const int code = refuse_in_group(function)) return code;
   if (require_device(function) != ACL_SUCCESS) return HCCL_E_RUNTIME;
   std::string name = segment_name.substr(1);  // without the slash of shared memory's names
   auto timeout = seconds_from("HCCL_EXEC_TIMEOUT", kDefaultExecutionTimeout);
@@ -138,6 +142,37 @@ HcclResult HcclCommInitRootInfoConfig(uint32_t size, const HcclRootInfo* root, u
                                       const HcclCommConfig* config, HcclComm* communicator) {
   if (root == nullptr) return HcclResult(fail(HCCL_E_PTR, "%s: the root info is null", __func__));
   return HcclResult(open_communicator(__func__, segment_of(*root), rank, size, config, communicator));
+}
+
+// Creates a group of this process's devices, with a communicator for each. A thread for each device connects it, as a
+// thread for each device must make each later call: with synchronous streams, a collective waits for the other devices'
+// calls.
+HcclResult HcclCommInitAll(uint32_t count, int32_t* devices, HcclComm* communicators) {
+  if (devices == nullptr || communicators == nullptr || count == 0) {
+    return HcclResult(fail(HCCL_E_PTR, "%s: %u devices, or a null pointer", __func__, count));
+  }
+  HcclRootInfo root;
+  HcclGetRootInfo(&root);
+  struct Outcome {
+    int code;
+    std::string text;
+  };
+  std::vector<Outcome> outcomes(count);
+  std::vector<std::thread> threads;
+  for (uint32_t rank = 0; rank < count; ++rank) {
+    threads.emplace_back([&, rank, function = __func__] {
+      int code = aclrtSetDevice(devices[rank]);
+      if (code == ACL_SUCCESS) {
+        code = open_communicator(function, segment_of(root), rank, count, nullptr, &communicators[rank]);
+      }
+      outcomes[rank] = {code, code == HCCL_SUCCESS ? "" : last_error_text()};
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  for (const Outcome& outcome : outcomes) {
+    if (outcome.code != HCCL_SUCCESS) return HcclResult(fail(outcome.code, "%s", outcome.text.c_str()));
+  }
+  return HCCL_SUCCESS;
 }
 
 // Creates a group of some ranks of the parent. All of these ranks make the call, with the same `ranks` and `id`.

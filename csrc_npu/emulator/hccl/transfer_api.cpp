@@ -4,6 +4,7 @@
 
 #include "communicator.h"
 #include "data_types.h"
+#include "group.h"
 
 using namespace vllm_npu::emulator;
 
@@ -29,6 +30,7 @@ HcclResult enqueue_transfers(const char* function, const HcclSendRecvItem* items
     transfers.push_back(
         {sends, static_cast<char*>(item.buf), item.count * element, static_cast<int>(item.remoteRank), facts});
   }
+  if (group_is_open()) return HcclResult(enqueue_messages_of_group(function, stream, communicator, transfers));
   return HcclResult(enqueue_in_background(
       stream, function, [communicator, function, transfers] { return communicator->transfer(function, transfers); }));
 }
@@ -52,5 +54,6 @@ HcclResult HcclRecv(void* buffer, uint64_t count, HcclDataType type, uint32_t pe
 // items by rank and keeps their order. Source: cann-hccl, CollBatchSendRecvExecutor::GetPairWiseList in
 // coll_batch_send_recv_executor.cc.
 HcclResult HcclBatchSendRecv(HcclSendRecvItem* items, uint32_t count, HcclComm communicator, aclrtStream stream) {
+  if (const int code = refuse_in_group(__func__)) return HcclResult(code);
   return enqueue_transfers(__func__, items, count, communicator, stream);
 }

@@ -460,10 +460,22 @@ def test_rows_of_a_paged_cache_are_joined() -> None:
         torch_npu.atb.npu_paged_cache_load(
             *(cache.npu() for cache in caches), table.npu(), lengths, seq_starts=begin, key=again[0], value=again[1]
         )
-    for cache, loaded, into in zip(caches, (key, value), again, strict=True):
+    for cumulative in (False, True):
+        gathered = [torch.full_like(each, float("nan")) for each in (key, value)]
+        sums = torch.tensor([0, 6, 6, 9], dtype=torch.int32).npu()
+        torch_npu.npu_gather_pa_kv_cache(
+            *(cache.npu() for cache in caches),
+            table.npu(),
+            sums if cumulative else lengths,
+            *gathered,
+            seq_offset=begin,
+            is_seq_lens_cumsum=cumulative,
+        )
+        again += gathered
+    for i, cache in enumerate(caches):
         wanted = torch.stack([cache[block, row] for block, row in rows])
-        torch.testing.assert_close(loaded.cpu(), wanted, rtol=0, atol=0)
-        torch.testing.assert_close(into.cpu(), wanted, rtol=0, atol=0)
+        for loaded in ((key, value)[i], *again[i::2]):
+            torch.testing.assert_close(loaded.cpu(), wanted, rtol=0, atol=0)
 
 
 def refused_while_running(rank: int, num_ranks: int) -> None:
@@ -491,7 +503,7 @@ def refused_while_running(rank: int, num_ranks: int) -> None:
     load, lengths = torch_npu.atb.npu_paged_cache_load, table[0] + 2
     for arguments, options, fault in (
         ((cache, cache, table.long(), lengths), {}, "ATB PagedCacheLoad: block_table is Long"),
-        ((cache, cache, table, lengths), {"cumsum": True}, "cumsum=True is not emulated"),
+        ((cache, cache, table, lengths), {"cumsum": True}, r"context_lens has the shape \[1\].*\[2\]"),
         ((cache, cache[:, :2].contiguous(), table, lengths), {}, "their blocks differ"),
         (
             (cache, cache, table, lengths),

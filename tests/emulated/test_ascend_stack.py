@@ -252,6 +252,12 @@ def test_inputs_of_a_parallel_draft(ops, shifted, ids, positions, rejected, draf
     out = call(*(tensor.npu() for tensor in tensors), 6, -5, 2, shifted, len(ids))
     assert [each.tolist() for each in out] == [ids, positions, rejected, drafting, places, moved]
     assert [each.dtype for each in out] == [torch.int32] * 2 + [torch.int8] * 2 + [torch.int32] * 2
+    # vllm-ascend without Triton computes the last one, query_end_loc, as int64.
+    on_device = [tensor.npu() for tensor in tensors]
+    again = call(*on_device[:-1], on_device[-1].long(), 6, -5, 2, shifted, len(ids))
+    assert [each.tolist() for each in again] == [ids, positions, rejected, drafting, places, moved]
+    with pytest.raises(NotImplementedError, match=r"int32 tensors only, and got torch\.int64"):
+        call(on_device[0].long(), *on_device[1:], 6, -5, 2, shifted, len(ids))
     shapes = call(*(tensor.to("meta") for tensor in tensors), 6, -5, 2, shifted, len(ids))
     assert [(each.shape, each.dtype) for each in shapes] == [(each.shape, each.dtype) for each in out]
     with pytest.raises(ValueError, match=r"request 1 fills places \d to \d, and total_draft_tokens is"):

@@ -19,7 +19,7 @@ def npu_copy_and_expand_eagle_inputs(
     target_positions: torch.Tensor,  # [num_tokens] int32
     next_token_ids: torch.Tensor,  # [num_requests] int32
     query_start_loc: torch.Tensor,  # [num_requests + 1] int32
-    query_end_loc: torch.Tensor,  # [num_requests] int32: of each request the last token that was accepted
+    query_end_loc: torch.Tensor,  # [num_requests] int32 or int64: of each request the last token that was accepted
     padding_token_id: int,
     parallel_drafting_token_id: int,
     num_padding_slots_per_request: int,
@@ -33,8 +33,11 @@ def npu_copy_and_expand_eagle_inputs(
     [num_requests * num_padding_slots_per_request] int32, and with shift_input_ids the new place of each token
     [num_tokens] int32. Places that no request fills hold 0. LOCAL. A host sync.
 
-    Raises NotImplementedError for other dtypes than int32, and ValueError where total_draft_tokens is too small: the kernel
-    would read or write other memory.
+    The kernel is registered for int32 alone. query_end_loc may be int64 here, because vllm-ascend computes it so where there is
+    no Triton, as on the emulated device; with Triton it has int32.
+
+    Raises NotImplementedError for other dtypes, and ValueError where total_draft_tokens is too small: the kernel would read or
+    write other memory.
     """
     device, slots, skipped = target_token_ids.device, num_padding_slots_per_request, int(shift_input_ids)
     num_tokens, num_requests = len(target_token_ids), len(query_start_loc) - 1
@@ -45,7 +48,7 @@ def npu_copy_and_expand_eagle_inputs(
         return ids, positions, rejected, drafting, places, moved
     inputs = (target_token_ids, target_positions, next_token_ids, query_start_loc, query_end_loc)
     for tensor in inputs:
-        if tensor.dtype != torch.int32:
+        if tensor.dtype != torch.int32 and not (tensor is query_end_loc and tensor.dtype == torch.int64):
             raise NotImplementedError(
                 f"npu_copy_and_expand_eagle_inputs takes int32 tensors only, and got {tensor.dtype}"
             )

@@ -1,0 +1,235 @@
+"""A server under load whose workers are stopped with SIGSTOP and continued, and what its clients see of that.
+
+As a program it measures: python -m tests.vllm.stopped_workers --stops 10 --ranks 2
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import statistics
+import tempfile
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tests.vllm.processes import processes_of
+from vllm_npu import envs
+
+DEADLINE = 4.0  # seconds for a collective
+STOP_BEYOND = 2.0  # seconds for which a stop outlasts the deadline
+QUIET_SECONDS = 3.0  # between two stops, so that a request of each client ends
+MAX_TOKENS = 120
+PROMPTS = [
+    "Experts meet at the gate.",
+    "0123456789 " * 8,
+    "the longest prompt of them all is this one, with more than a hundred bytes in it, so that one rank prefills more",
+    "tokens",
+]
+
+
+def options(ranks: int = 2) -> list[str]:
+    """Beside those of starting_server. Prefix caching is on, so that a block that a broken step left empty shows in tokens."""
+    section = {"vllm_npu": {"fault_tolerance": "retry"}}
+    return [
+        *("--data-parallel-size", str(ranks)),
+        "--enable-prefix-caching",
+        *("--additional-config", json.dumps(section)),
+    ]
+
+
+@dataclass
+class Answer:
+    """What a client got for one prompt."""
+
+    prompt: str
+    sent_at: float
+    tokens: list[int] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)  # of each token
+    finish_reason: str | None = None
+    error: str | None = None
+
+
+def ask(port: int, prompt: str, answers: list[Answer] | None = None) -> Answer:
+    """Stream one completion. `answers` gets it at once, and its tokens as they come."""
+    answer = Answer(prompt, time.monotonic())
+    if answers is not None:
+        answers.append(answer)
+    body = {
+        "model": "tiny",
+        "prompt": prompt,
+        "max_tokens": MAX_TOKENS,
+        "temperature": 0,
+        "stream": True,
+        "ignore_eos": True,
+        "return_token_ids": True,
+    }
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/v1/completions",
+        json.dumps(body).encode(),
+        {"Content-Type": "application/json"},
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=120) as response:
+            for line in response:
+                text = line.decode().removeprefix("data: ").strip()
+                if not text or text == "[DONE]":
+                    continue
+                chunk = json.loads(text)
+                if "error" in chunk:
+                    answer.error = str(chunk["error"])
+                    continue
+                for choice in chunk["choices"]:
+                    new = choice.get("token_ids") or []
+                    answer.tokens += new
+                    answer.times += [time.monotonic()] * len(new)
+                    answer.finish_reason = choice["finish_reason"] or answer.finish_reason
+    except OSError as error:
+        answer.error = f"{type(error).__name__}: {error}"
+    return answer
+
+
+class Load:
+    """Clients that each ask for one prompt after another."""
+
+    def __init__(self, port: int, clients: int = len(PROMPTS)) -> None:
+        self.answers: list[Answer] = []
+        self._port = port
+        self._end = threading.Event()
+        self._threads = [threading.Thread(target=self._ask, args=(client,), daemon=True) for client in range(clients)]
+
+    def _ask(self, client: int) -> None:
+        turn = client
+        while not self._end.is_set():
+            ask(self._port, PROMPTS[turn % len(PROMPTS)], self.answers)
+            turn += 1
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        for thread in self._threads:
+            thread.start()
+        try:
+            yield
+        finally:
+            self._end.set()
+            for thread in self._threads:
+                thread.join(180)
+
+
+@dataclass(frozen=True)
+class Stop:
+    """One stop of a worker."""
+
+    worker: int
+    stopped_at: float
+    continued_at: float
+
+
+def workers_of(folder: Path) -> list[int]:
+    """Process ids of the workers, by data-parallel rank."""
+    found: dict[str, int] = {}
+    for pid in processes_of(folder):
+        title = Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0").decode(errors="replace")
+        if "::Worker" in title:
+            found[title] = pid
+    return [found[title] for title in sorted(found)]
+
+
+def stop(pid: int, worker: int, seconds: float) -> Stop:
+    """SIGSTOP, and SIGCONT after so many seconds."""
+    began = time.monotonic()
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        time.sleep(seconds)
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    return Stop(worker, began, time.monotonic())
+
+
+def pauses(stops: list[Stop], answers: list[Answer]) -> list[float]:
+    """Seconds from each SIGCONT to the first token after it."""
+    times = sorted(each for answer in answers for each in answer.times)
+    return [next((each for each in times if each > stop.continued_at), float("inf")) - stop.continued_at for stop in stops]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of all stops."""
+
+    pauses: list[float]  # seconds from each SIGCONT to the first token after it
+    answers: list[Answer]
+    wrong: list[Answer]  # with a token that differs from those before the first stop
+    failed: list[Answer]  # without all their tokens
+
+    def __str__(self) -> str:
+        finished = len(self.answers) - len(self.failed)
+        return (
+            f"{len(self.pauses)} stops: {finished} of {len(self.answers)} requests finished, {len(self.wrong)} with wrong "
+            f"tokens; from SIGCONT to the next token {statistics.median(self.pauses):.2f} s (median), {max(self.pauses):.2f} s "
+            f"(worst): {', '.join(f'{pause:.2f}' for pause in self.pauses)}"
+        )
+
+
+def expected_tokens(port: int) -> dict[str, list[int]]:
+    """What the server answers before the first stop."""
+    return {prompt: ask(port, prompt).tokens for prompt in PROMPTS}
+
+
+def stop_workers(port: int, folder: Path, number: int, seconds: float, seed: int = 0) -> Outcome:
+    """Stop a random worker under load, `number` times, and compare all tokens."""
+    expected, chosen = expected_tokens(port), random.Random(seed)
+    assert all(len(tokens) == MAX_TOKENS for tokens in expected.values())
+    load, stops = Load(port), []
+    with load.running():
+        for _ in range(number):
+            time.sleep(QUIET_SECONDS + chosen.random())
+            pids = workers_of(folder)
+            worker = chosen.randrange(len(pids))
+            stops.append(stop(pids[worker], worker, seconds))
+            while pauses(stops[-1:], load.answers)[0] == float("inf"):
+                assert time.monotonic() - stops[-1].continued_at < 120, "no token for 120 s"
+                time.sleep(0.2)
+        time.sleep(QUIET_SECONDS)
+    answers = load.answers
+    return Outcome(
+        pauses(stops, answers),
+        answers,
+        [each for each in answers if each.tokens != expected[each.prompt][: len(each.tokens)]],
+        [each for each in answers if len(each.tokens) < MAX_TOKENS],
+    )
+
+
+def main() -> None:
+    from tests.vllm.test_serve import Server, starting_server, wait_until_healthy
+    from vllm_npu.child_processes import free_port
+    from vllm_npu.tools.engines.tiny_models import QWEN3_MOE, write_tiny_model
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--stops", type=int, default=10)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--seconds", type=float, default=DEADLINE + STOP_BEYOND)
+    parser.add_argument("--log", type=Path)
+    arguments = parser.parse_args()
+    os.environ[envs.COLLECTIVE_DEADLINE.name] = str(DEADLINE)
+    port = free_port()
+    with tempfile.TemporaryDirectory(prefix="t-") as name:
+        folder = Path(name)
+        model = write_tiny_model(QWEN3_MOE, folder / "model")
+        server: Server
+        with starting_server(model, Path("/tmp/vllm_npu_caches"), folder, "--port", str(port), *options(arguments.ranks)) as server:
+            try:
+                wait_until_healthy(port, server)
+                print(stop_workers(port, folder, arguments.stops, arguments.seconds))
+                print("exit status", server.stop(signal.SIGTERM))
+            finally:
+                if arguments.log:
+                    arguments.log.write_text(server.log())
+
+
+if __name__ == "__main__":
+    main()

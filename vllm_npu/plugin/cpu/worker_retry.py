@@ -95,42 +95,14 @@ class RetryingWorkerSentinel(WorkerSentinel):
         if self._process_groups is None:
             self._process_groups = ProcessGroups(timeout=watchdog.deadline)
         try:
-            self._leave(self._process_groups)
+            leave_epoch(self._process_groups)
             watchdog = self._watchdog = watchdog.next_epoch()
-            self._open(self._process_groups, watchdog)
+            open_epoch(self._process_groups, watchdog, use_all2all=self.worker.parallel_config.use_all2all)
         except RuntimeError as error:  # RankFailureError is one, and so are all errors of torch.distributed
             drop_frames(error)
             return answer | {"why_not": f"{type(error).__name__}: {error}", "hopeless": bool(watchdog.ended())}
         self._fault, self._own_fault = None, False
         return answer | {"epoch": watchdog.epoch}
-
-    @staticmethod
-    def _leave(process_groups: ProcessGroups) -> None:
-        """Drop every reference to the groups of the present epoch. LOCAL, safe to call twice."""
-        leave_groups()
-        for coordinator in _coordinators():
-            coordinator.device_communicator = None
-            for group in ("device_group", "cpu_group"):
-                coordinator.__dict__.pop(group, None)
-        process_groups.leave()
-
-    def _open(self, process_groups: ProcessGroups, watchdog: Watchdog) -> None:
-        """Make the groups of all of vLLM's coordinators anew, as their constructors do. COLLECTIVE over all workers."""
-        process_groups.open_world(watchdog.epoch)
-        communicator_class = resolve_obj_by_qualname(current_platform.get_device_communicator_cls())
-        for coordinator in _coordinators():
-            coordinator.device_group = process_groups.subgroup(coordinator.group_ranks)
-            coordinator.cpu_group = process_groups.subgroup(coordinator.group_ranks)
-            if coordinator.use_device_communicator and coordinator.world_size > 1:
-                coordinator.device_communicator = communicator_class(
-                    cpu_group=coordinator.cpu_group,
-                    device=coordinator.device,
-                    device_group=coordinator.device_group,
-                    unique_name=coordinator.unique_name,
-                    use_all2all=self.worker.parallel_config.use_all2all,  # heeded by the group of ep only
-                )
-        follow_new_groups(watchdog)
-        restart_planners()
 
     def _forget_requests(self, kept: Sequence[str]) -> None:
         """Take all requests out of the batch, and forget those that the scheduler will send as new ones. LOCAL."""
@@ -146,6 +118,38 @@ class RetryingWorkerSentinel(WorkerSentinel):
         runner.requests.update(states)
         runner.num_prompt_logprobs.clear()
         runner.num_prompt_logprobs.update(logprobs)
+
+
+def leave_epoch(process_groups: ProcessGroups) -> None:
+    """Drop every reference to the groups of the present epoch, vLLM's and ours. LOCAL, safe to call twice."""
+    leave_groups()
+    for coordinator in _coordinators():
+        coordinator.device_communicator = None
+        for group in ("device_group", "cpu_group"):
+            coordinator.__dict__.pop(group, None)
+    process_groups.leave()
+
+
+def open_epoch(process_groups: ProcessGroups, watchdog: Watchdog, *, use_all2all: bool) -> None:
+    """Make the groups of all of vLLM's coordinators anew, as their constructors do. COLLECTIVE over all workers.
+
+    watchdog: of the epoch. use_all2all: ParallelConfig's. Raises RuntimeError if a rank does not come in time.
+    """
+    process_groups.open_world(watchdog.epoch)
+    communicator_class = resolve_obj_by_qualname(current_platform.get_device_communicator_cls())
+    for coordinator in _coordinators():
+        coordinator.device_group = process_groups.subgroup(coordinator.group_ranks)
+        coordinator.cpu_group = process_groups.subgroup(coordinator.group_ranks)
+        if coordinator.use_device_communicator and coordinator.world_size > 1:
+            coordinator.device_communicator = communicator_class(
+                cpu_group=coordinator.cpu_group,
+                device=coordinator.device,
+                device_group=coordinator.device_group,
+                unique_name=coordinator.unique_name,
+                use_all2all=use_all2all,  # heeded by the group of ep only
+            )
+    follow_new_groups(watchdog)
+    restart_planners()
 
 
 def _coordinators() -> list[parallel_state.GroupCoordinator]:

@@ -18,7 +18,7 @@ from vllm.v1.worker.sentinel.gpu_worker_sentinel import WorkerSentinel
 from vllm_npu.errors import LyingCollectiveError, PlanDisagreementError, TransportError, UnsupportedConfigError
 from vllm_npu.plugin.groups import follow_new_groups, leave_groups, present_watchdog
 from vllm_npu.plugin.step_planner import restart_planners
-from vllm_npu.transport.renewal import ProcessGroups, came_from_a_collective, drop_frames
+from vllm_npu.transport.renewal import ProcessGroups, came_from_a_collective, drop_frames, set_time_out
 from vllm_npu.trust.watchdog import Watchdog
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ class RetryingWorkerSentinel(WorkerSentinel):
         self._fruitless = 0  # epochs one after another in which no step ended
         self._watchdog: Watchdog | None = None  # of the newest epoch that this rank has entered
         self._process_groups: ProcessGroups | None = None
+        self._watches_vllm = False
 
     @contextmanager
     def step(self) -> Iterator[None]:
@@ -62,6 +63,9 @@ class RetryingWorkerSentinel(WorkerSentinel):
                 raise
             raise named from error
         self._steps += 1
+        if not self._watches_vllm and (watchdog := present_watchdog()) is not None:
+            watch_vllms_groups(watchdog.deadline)
+            self._watches_vllm = True
 
     def _named(self, error: Exception) -> Exception:
         """The error, or one that names ranks where a collective of vLLM's own failed. Tells other ranks of an own fault."""
@@ -118,6 +122,17 @@ class RetryingWorkerSentinel(WorkerSentinel):
         runner.requests.update(states)
         runner.num_prompt_logprobs.clear()
         runner.num_prompt_logprobs.update(logprobs)
+
+
+def watch_vllms_groups(deadline: float) -> None:
+    """Let the collectives of vLLM's own groups of the first epoch fail after the deadline, in seconds. LOCAL.
+
+    The transports set it for the groups that they use. vLLM agrees on token counts in a group that none of them uses.
+    """
+    for coordinator in _coordinators():
+        if coordinator.world_size > 1:
+            set_time_out(coordinator.device_group, deadline)
+            set_time_out(coordinator.cpu_group, deadline)
 
 
 def leave_epoch(process_groups: ProcessGroups) -> None:

@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import random
+import re
 import signal
 import statistics
 import tempfile
@@ -195,16 +196,21 @@ def expected_tokens(port: int) -> dict[str, list[int]]:
     return {answer.prompt: answer.tokens for answer in answers}
 
 
-def stop_workers(port: int, folder: Path, number: int, seed: int = 0) -> Outcome:
-    """Stop a random worker under load, `number` times, and compare all tokens with those from before."""
+def stop_workers(port: int, folder: Path, number: int, *, twice: bool = False, seed: int = 0) -> Outcome:
+    """Stop a random worker under load, `number` times, and compare all tokens with those from before.
+
+    twice: stop a random worker again within a second after each stop, while the ranks recover.
+    """
     expected, chosen = expected_tokens(port), random.Random(seed)
     load, stops = Load(port), []
     with load.running():
         for _ in range(number):
             time.sleep(QUIET_SECONDS + chosen.random())
             pids = workers_of(folder)
-            worker = chosen.randrange(len(pids))
-            stops.append(stop(pids[worker], worker, DEADLINE + chosen.uniform(*BEYOND)))
+            for again in range(1 + twice):
+                time.sleep(chosen.uniform(0.1, 1.0) * again)
+                worker = chosen.randrange(len(pids))
+                stops.append(stop(pids[worker], worker, DEADLINE + chosen.uniform(*BEYOND)))
             while pauses(stops[-1:], load.answers)[0] == float("inf"):
                 assert time.monotonic() - stops[-1].continued_at < PATIENCE_SECONDS, "no token comes any more"
                 time.sleep(0.2)
@@ -212,11 +218,16 @@ def stop_workers(port: int, folder: Path, number: int, seed: int = 0) -> Outcome
     answers = load.answers
     return Outcome(
         stops,
-        pauses(stops, answers),
+        pauses(stops[twice :: 1 + twice], answers),  # a second stop lies in the pause after the first
         answers,
         [each for each in answers if each.tokens != expected[each.prompt][: len(each.tokens)]],
         [each for each in answers if len(each.tokens) < MAX_TOKENS],
     )
+
+
+def epochs(log: str) -> int:
+    """The number of the last epoch that began."""
+    return max([0, *map(int, re.findall(r"Epoch (\d+) begins", log))])
 
 
 def main() -> None:
@@ -227,6 +238,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--stops", type=int, default=10)
     parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--twice", action="store_true", help="stop again while the ranks recover")
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--log", type=Path)
     arguments = parser.parse_args()
     os.environ |= ENVIRONMENT
@@ -240,7 +253,8 @@ def main() -> None:
         ) as server:
             try:
                 wait_until_healthy(port, server)
-                print(stop_workers(port, folder, arguments.stops))
+                print(stop_workers(port, folder, arguments.stops, twice=arguments.twice, seed=arguments.seed))
+                print("last epoch", epochs(server.log()))
                 print("exit status", server.stop(signal.SIGTERM))
             finally:
                 if arguments.log:

@@ -17,6 +17,7 @@ from tests.vllm.stopped_workers import (
     ENVIRONMENT,
     Answer,
     ask,
+    epochs,
     options,
     pauses,
     stop,
@@ -80,6 +81,7 @@ def test_a_stop_costs_a_pause_and_an_exception_costs_its_step(
         print(outcome)
         assert outcome.wrong == outcome.failed == [], server.log()
         assert max(outcome.pauses) < on_this_machine(PAUSE_SECONDS)
+        assert epochs(server.log()) >= 3, "a stop was not noticed"
 
         with ThreadPoolExecutor(1) as pool:
             poison = pool.submit(ask, port, "raise", max_tokens=60, vllm_xargs={raising_processor.RAISE_AFTER: 20})

@@ -58,7 +58,8 @@ class RetryingWorkerSentinel(WorkerSentinel):
         except Exception as error:
             named = self._named(error)
             self._fault = f"{type(named).__name__}: {named}"
-            self._hopeless = isinstance(named, NO_RETRY_HELPS)
+            self._fruitless = 0 if self._steps else self._fruitless + 1
+            self._hopeless = isinstance(named, NO_RETRY_HELPS) or self._fruitless > MOST_FRUITLESS
             if named is error:
                 raise
             raise named from error
@@ -89,12 +90,7 @@ class RetryingWorkerSentinel(WorkerSentinel):
         if watchdog is None:
             return answer | {"why_not": "the first step had not begun", "hopeless": True}
         if self._hopeless:
-            return answer | {"why_not": self._fault, "hopeless": True}
-        self._fruitless = 0 if self._steps else self._fruitless + 1
-        self._steps = 0
-        if self._fruitless > MOST_FRUITLESS:
-            why_not = f"no step has ended in the last {self._fruitless} epochs: {self._fault}"
-            return answer | {"why_not": why_not, "hopeless": True}
+            return answer | {"why_not": f"{self._fault} (epochs without a step: {self._fruitless})", "hopeless": True}
         self._forget_requests(ft_request.params["kept"])
         if self._process_groups is None:
             self._process_groups = ProcessGroups(timeout=watchdog.deadline)
@@ -105,7 +101,7 @@ class RetryingWorkerSentinel(WorkerSentinel):
         except RuntimeError as error:  # RankFailureError is one, and so are all errors of torch.distributed
             drop_frames(error)
             return answer | {"why_not": f"{type(error).__name__}: {error}", "hopeless": bool(watchdog.ended())}
-        self._fault, self._own_fault = None, False
+        self._fault, self._own_fault, self._steps = None, False, 0
         return answer | {"epoch": watchdog.epoch}
 
     def _forget_requests(self, kept: Sequence[str]) -> None:

@@ -238,7 +238,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--stops", type=int, default=10)
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--twice", action="store_true", help="stop again while the ranks recover")
+    parser.add_argument("--pairs", type=int, default=0, help="stops after which another one follows within a second")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--log", type=Path)
     arguments = parser.parse_args()
@@ -253,8 +253,11 @@ def main() -> None:
         ) as server:
             try:
                 wait_until_healthy(port, server)
-                print(stop_workers(port, folder, arguments.stops, twice=arguments.twice, seed=arguments.seed))
-                print("last epoch", epochs(server.log()))
+                for number, twice in ((arguments.stops, False), (arguments.pairs, True)):
+                    if number:
+                        before = epochs(server.log())
+                        outcome = stop_workers(port, folder, number, twice=twice, seed=arguments.seed)
+                        print(outcome, f"{epochs(server.log()) - before} epochs", sep="; ", flush=True)
                 print("exit status", server.stop(signal.SIGTERM))
             finally:
                 if arguments.log:

@@ -46,6 +46,8 @@ def on_fault(sentinel: "EngineCoreSentinel", error: Exception) -> None:
     if a rank has ended, if a worker says that no retry can help, or after vLLM's engine_recovery_timeout_sec.
     """
     began, engine, ended = time.monotonic(), sentinel.engine, 0
+    if not engine.is_running():
+        raise error  # the others may have shut down already
     sentinel.resumed.clear()
     _set_status(sentinel, EngineStatusType.UNHEALTHY, type(error).__name__)
     logger.warning("A step failed, and all ranks will meet in a new epoch: %s", error)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip("vllm")
+
 from tests.time_limits import on_this_machine
 from tests.vllm import raising_processor
 from tests.vllm.processes import processes_of
@@ -68,7 +70,7 @@ def test_a_stop_costs_a_pause_and_an_exception_costs_its_step(
         wait_until_healthy(port, server)
 
         with ThreadPoolExecutor(1) as pool:
-            stopping = pool.submit(stop, workers_of(short_folder)[STOPPED], STOPPED, DEADLINE + 5)
+            stopping = pool.submit(stop, workers_of(short_folder)[STOPPED], STOPPED, DEADLINE + 8)
             time.sleep(0.5)
             answers = ask_all(port)  # their first step breaks
             [pause] = pauses([stopping.result()], answers)

@@ -68,6 +68,7 @@ def test_a_stop_costs_a_pause_and_an_exception_costs_its_step(
     own = ["--port", str(port), *options(), "--logits-processors", raising_processor.PATH]
     with starting_server(checkpoint(QWEN3_MOE), caches, short_folder, *own) as server:
         wait_until_healthy(port, server)
+        assert ask(port, "the first step makes the groups").finish_reason == "length"
 
         with ThreadPoolExecutor(1) as pool:
             stopping = pool.submit(stop, workers_of(short_folder)[STOPPED], STOPPED, DEADLINE + 8)

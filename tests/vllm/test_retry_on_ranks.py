@@ -31,6 +31,8 @@ def own_ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[VllmRanks]:
 
 def break_a_step_and_go_on(grid: Grid, times: int) -> dict[str, Any]:
     """The victim raises an exception before its step begins, so it has planned fewer steps than the others."""
+    from vllm.config import set_current_vllm_config
+
     from vllm_npu.plugin.cpu.worker_retry import leave_epoch, open_epoch
     from vllm_npu.plugin.groups import collective_counter, present_watchdog
     from vllm_npu.plugin.step_planner import planner_of
@@ -57,7 +59,8 @@ def break_a_step_and_go_on(grid: Grid, times: int) -> dict[str, Any]:
                 del error
             leave_epoch(process_groups)
             assert windows() == 0, "shared memory of the old epoch"
-            open_epoch(process_groups, watchdog.next_epoch(), use_all2all=config.parallel_config.use_all2all)
+            with set_current_vllm_config(config):  # as the sentinel's handle_command does
+                open_epoch(process_groups, watchdog.next_epoch(), use_all2all=config.parallel_config.use_all2all)
             for strategy in STRATEGIES:
                 run_step(grid, config, layer, strategy, counts=LARGE)
             assert collective_counter().bytes_sent.total() > counted, "the counts of the old epoch are lost"

@@ -1,13 +1,16 @@
 """What a worker makes anew after a failed step, on ranks without an engine: vLLM's groups, ours, and what planners agree on."""
 
 import gc
+import time
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
 
 from tests.time_limits import on_this_machine
-from tests.vllm.test_group_life import count_descriptors, run_step, windows
+from tests.vllm.test_group_life import DESCRIPTORS, run_step, windows
 from tests.vllm.vllm_ranks import DP2, DP4, Grid, VllmRanks, build_layer, make_config
 from vllm_npu import envs
 from vllm_npu.errors import RankFailureError
@@ -16,6 +19,7 @@ from vllm_npu.strategies.table import STRATEGIES
 pytest.importorskip("vllm")
 
 VICTIM = 1
+CLOSING_SECONDS = 5.0
 QUIET_DEADLINE = 3.0  # seconds for a collective on a quiet machine
 LARGE = (90, 40, 70, 5)  # tokens of each rank: their messages go through shared memory
 
@@ -27,6 +31,20 @@ def own_ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[VllmRanks]:
     started = VllmRanks()
     yield started
     started.close()
+
+
+def settled_descriptors(expected: Counter[str] | None) -> Counter[str]:
+    """Open descriptors by kind. Waits for those of closed connections, which gloo's threads close at their own time."""
+    give_up = time.monotonic() + CLOSING_SECONDS
+    while True:
+        gc.collect()
+        found: Counter[str] = Counter()
+        for descriptor in DESCRIPTORS.iterdir():
+            with suppress(FileNotFoundError):  # that of this listing
+                found[str(descriptor.readlink()).split("[")[0].split("(")[0].rstrip(":")] += 1
+        if found == expected or time.monotonic() > give_up:
+            return found
+        time.sleep(0.1)
 
 
 def break_a_step_and_go_on(grid: Grid, times: int) -> dict[str, Any]:
@@ -64,8 +82,7 @@ def break_a_step_and_go_on(grid: Grid, times: int) -> dict[str, Any]:
             for strategy in STRATEGIES:
                 run_step(grid, config, layer, strategy, counts=LARGE)
             assert collective_counter().bytes_sent.total() > counted, "the counts of the old epoch are lost"
-            gc.collect()
-            descriptors.append(count_descriptors(grid))
+            descriptors.append(settled_descriptors(descriptors[0] if descriptors else None))
     return {
         "culprits": culprits,
         "descriptors": descriptors,

@@ -249,7 +249,7 @@ def main() -> None:
         model = write_tiny_model(QWEN3_MOE, folder / "model")
         server: Server
         with starting_server(
-            model, Path("/tmp/vllm_npu_caches"), folder, "--port", str(port), *options(arguments.ranks)
+            model, folder / "caches", folder, "--port", str(port), *options(arguments.ranks)
         ) as server:
             try:
                 wait_until_healthy(port, server)

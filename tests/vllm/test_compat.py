@@ -291,3 +291,36 @@ def test_the_step_reaches_the_platform_with_these_arguments(ranks: VllmRanks):  
         "vllm_config",
     ]
     assert ranks.run(run_step, TP2) == [[(0, keywords)]] * NUM_RANKS
+
+
+def test_the_frame_of_fault_tolerance_is_the_one_that_retries_take_hold_of():
+    """Methods that are replaced take the same arguments, and vLLM calls them by the names that are replaced."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.engine import core
+    from vllm.v1.fault_tolerance import EngineCoreSentinel, engine_core_sentinel
+    from vllm.v1.request import Request
+    from vllm.v1.worker import gpu_worker
+    from vllm.v1.worker.sentinel.gpu_worker_sentinel import WorkerSentinel
+
+    from vllm_npu.plugin.cpu import engine_retry
+    from vllm_npu.plugin.cpu.worker_retry import RetryingWorkerSentinel
+
+    theirs = ast.parse(inspect.getsource(engine_core_sentinel))
+    arguments = {
+        node.name: [argument.arg for argument in node.args.args]
+        for node in ast.walk(theirs)
+        if isinstance(node, ast.FunctionDef)
+    }
+    for name, ours in (("on_fault", engine_retry.on_fault), ("retry", engine_retry.refuse_instruction)):
+        assert len(inspect.signature(ours).parameters) == len(arguments[name]), name
+    assert core.EngineCoreSentinel is EngineCoreSentinel
+    assert "self.ft_sentinel.on_fault(exc)" in inspect.getsource(engine_core_sentinel.fault_tolerant_wrapper)
+    assert "WorkerSentinel(worker=self)" in inspect.getsource(gpu_worker.Worker.__init__)
+    assert "self.worker_sentinel.handle_command" in inspect.getsource(gpu_worker.Worker.handle_ft_command)
+    assert issubclass(RetryingWorkerSentinel, WorkerSentinel)
+    parameters = inspect.signature(RetryingWorkerSentinel.retry).parameters
+    assert list(parameters) == list(inspect.signature(WorkerSentinel.retry).parameters)
+    assert "reset_running_requests" in inspect.signature(Scheduler.reset_prefix_cache).parameters
+    fields = inspect.getsource(Request.__init__)
+    for name in ("num_in_flight_tokens", "num_stale_output_tokens", "drop_stale_output"):
+        assert f"self.{name} = " in fields

@@ -111,6 +111,7 @@ def test_other_plugins_sections_are_not_ours(model):
         ({"moe_comm": "fastest"}, "unknown moe_comm 'fastest'; there are: auto, mc2, all2all, allgather, naive"),
         ({"moe_com": "mc2"}, "has unknown keys ['moe_com']; there are: moe_comm, all2all, flashinfer_all_reduce"),
         ({"self_test": "slow"}, "has self_test='slow'; there are: quick, full, off"),
+        ({"fault_tolerance": "always"}, "has fault_tolerance='always'; there are: off, retry"),
         ({"moe_comm": "mc2", "depth": 1, "age": 2}, "has unknown keys ['age', 'depth']"),
         ("mc2", "additional_config['vllm_npu'] is 'mc2'; it must be a dictionary"),
         (["mc2"], "additional_config['vllm_npu'] is ['mc2']; it must be a dictionary"),
@@ -189,6 +190,67 @@ def test_routing_that_cannot_run_is_refused_by_name(model, settings, message):
     with pytest.raises(ValueError, match=re.escape(message)):  # pydantic's, around ours
         engine_config(model, hf_overrides=settings, **grid)
     engine_config(model, hf_overrides=settings)  # one rank runs vLLM's own layer
+
+
+DP2 = {"data_parallel_size": 2, "enable_expert_parallel": True}
+RETRY = {"fault_tolerance": "retry"}
+
+
+@pytest.mark.parametrize("arguments", [DP2, DP2 | {"data_parallel_size": 4}, DP2 | EXTERNAL_DP2], ids=str)
+def test_retries_run_in_vllms_frame_and_in_our_worker(model, arguments):
+    config = engine_config(model, RETRY, **arguments)
+    assert config.parallel_config.enable_fault_tolerance
+    assert config.parallel_config.worker_cls == WORKER
+    config.__post_init__()  # as each engine core does it
+    assert config.parallel_config.enable_fault_tolerance
+
+
+@pytest.mark.parametrize("section", [None, {"fault_tolerance": "off"}])
+def test_without_retries_nothing_of_it_is_on(model, section):
+    config = engine_config(model, section, **DP2)
+    assert not config.parallel_config.enable_fault_tolerance
+    assert config.parallel_config.worker_cls != WORKER
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (EP2, "it needs data-parallel ranks of an MoE model"),
+        ({}, "it needs data-parallel ranks of an MoE model"),
+        (DP2 | {"tensor_parallel_size": 2}, "set --tensor-parallel-size 1"),
+        (DP2 | {"pipeline_parallel_size": 2}, "set --pipeline-parallel-size 1"),
+        (DP2 | {"enable_eplb": True}, "leave out --enable-eplb"),
+        (DP2 | {"worker_cls": "some.other.Worker"}, "--worker-cls names some.other.Worker; leave it out"),
+        (
+            DP2 | {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
+            "leave out --kv-transfer-config",
+        ),
+        (
+            DP2 | {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}},
+            "leave out --speculative-config",
+        ),
+    ],
+    ids=str,
+)
+def test_retries_are_refused_before_the_start_where_they_cannot_run(model, arguments, message):
+    with pytest.raises(ValueError) as error:
+        engine_config(model, RETRY, **arguments)
+    assert message in str(error.value)
+
+
+def test_retries_are_refused_with_ranks_of_torchrun(model, environment):
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}.items():
+        environment.setenv(name, value)
+    environment.setenv(CPU_OMP_THREADS_BIND, "nobind")  # this process stays unbound
+    with pytest.raises(ValueError, match="start the ranks with vllm serve"):
+        engine_config(model, RETRY, **DP2, distributed_executor_backend="external_launcher")
+
+
+def test_retries_are_refused_on_gpus(model):
+    config = engine_config(model, {}, **EP2)
+    config.additional_config = {"vllm_npu": RETRY}
+    with pytest.raises(UnsupportedConfigError, match="fault_tolerance=retry cannot run here: it makes gloo's groups"):
+        required_backend(config)
 
 
 EPLB = {"enable_eplb": True, "eplb_config": {"num_redundant_experts": 2, "use_async": False}}

@@ -62,6 +62,7 @@ def register_layers() -> None:
     from vllm.model_executor.models.transformers.moe import TransformersMoERunner
 
     from vllm_npu.plugin import compat, custom_ops
+    from vllm_npu.plugin.compat import fault_tolerance
     from vllm_npu.plugin.cpu.experts import CpuUnquantizedFusedMoEMethod
     from vllm_npu.plugin.cpu.moe_runner import CpuMoERunner, CpuTransformersMoERunner
 
@@ -72,3 +73,4 @@ def register_layers() -> None:
     release.register_out_of_tree(TransformersMoERunner, CpuTransformersMoERunner)
     release.mend_rotary_embeddings()
     release.open_eplb()
+    fault_tolerance.take_engine_sentinel()

@@ -12,7 +12,7 @@ from vllm_npu.strategies.pipelines import Pipelines
 from vllm_npu.transport.base import Groups, Transport, gather_texts
 from vllm_npu.transport.gloo import GlooTransport
 from vllm_npu.trust.recording import CollectiveCounter, record
-from vllm_npu.trust.settings import agree_on_settings
+from vllm_npu.trust.settings import Settings, agree_on_settings
 from vllm_npu.trust.trace import TraceRing
 from vllm_npu.trust.watchdog import Watchdog
 
@@ -20,15 +20,26 @@ MAX_ADDRESS_BYTES = 512
 
 
 class _OpenGroups:
-    """What this package keeps for one set of vLLM's groups. The constructor is COLLECTIVE over the grid."""
+    """What this package keeps for one set of vLLM's groups.
 
-    def __init__(self, tp: GroupCoordinator, dp: GroupCoordinator, ep: GroupCoordinator) -> None:
+    The constructor is COLLECTIVE over the grid in the first epoch, and LOCAL in later ones, which keep the settings.
+    """
+
+    def __init__(
+        self,
+        tp: GroupCoordinator,
+        dp: GroupCoordinator,
+        ep: GroupCoordinator,
+        *,
+        settings: Settings | None = None,  # that the ranks have agreed on in the first epoch
+        watchdog: Watchdog | None = None,  # of the epoch of these groups; None: the first epoch, before its first step
+    ) -> None:
         vote, world = GlooTransport(ep.cpu_group, "ep-vote"), get_world_group()
-        self.settings = agree_on_settings(vote, world.rank, world.world_size)
-        ring = self.settings.ring
-        self.vote = record(vote, None, ring, ep.ranks)
+        self.settings = agree_on_settings(vote, world.rank, world.world_size) if settings is None else settings
+        ring, epoch = self.settings.ring, 0 if watchdog is None else watchdog.epoch
+        self.vote = record(vote, None, ring, ep.ranks, epoch)
         tp_transport, dp_transport, ep_transport = (
-            record(transport, self.settings.counter, ring, group.ranks)
+            record(transport, self.settings.counter, ring, group.ranks, epoch)
             for transport, group in zip(compat.current().transports(tp, dp, ep), (tp, dp, ep), strict=True)
         )
         # Both have the same transports: whether ranks own whole experts changes no group.
@@ -49,7 +60,21 @@ class _OpenGroups:
             )
             for expert_parallel in (False, True)
         }
-        self.watchdog: Watchdog | None = None
+        self.watchdog = watchdog
+        if watchdog is not None:
+            self._groups.watch(watchdog)
+            self.vote.watch(watchdog)
+
+    @property
+    def _groups(self) -> Groups:
+        return self.pipelines[True].groups
+
+    def leave(self) -> None:
+        """Leave all groups after a failure, so that other ranks' calls on them fail at once. LOCAL."""
+        for pipelines in self.pipelines.values():
+            pipelines.close()
+        self._groups.leave()
+        self.vote.leave()
 
 
 # An entry ends with vLLM's group: its value holds process groups, and not the coordinator of the key.
@@ -100,6 +125,24 @@ def watch_groups() -> None:
     if opened.watchdog is not None:
         return
     opened.watchdog = open_watchdog(opened.pipelines[True].groups, opened.vote, opened.settings.deadline)
+
+
+def present_watchdog() -> Watchdog | None:
+    """The watchdog of vLLM's present groups. None before the first step. LOCAL."""
+    opened = _OPEN.get(get_ep_group())
+    return None if opened is None else opened.watchdog
+
+
+def leave_groups() -> None:
+    """Leave this package's transports on vLLM's present groups after a failure. LOCAL, safe to call twice."""
+    _OPEN[get_ep_group()].leave()
+
+
+def follow_new_groups(watchdog: Watchdog) -> None:
+    """Open this package's transports on the process groups that vLLM's coordinators hold now, in the watchdog's epoch. LOCAL.
+    The planners of the coordinators have to restart."""
+    ep = get_ep_group()
+    _OPEN[ep] = _OpenGroups(get_tp_group(), get_dp_group(), ep, settings=_OPEN[ep].settings, watchdog=watchdog)
 
 
 def open_watchdog(

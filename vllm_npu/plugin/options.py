@@ -23,7 +23,10 @@ KEYS: dict[str, tuple[type, str]] = {
     "all2all": (str, f"a string, one of {', '.join(MANAGERS)}"),
     "flashinfer_all_reduce": (bool, "true or false"),
     "self_test": (str, f"a string, one of {', '.join(MODES)}"),
+    "fault_tolerance": (str, "a string, off or retry"),
 }
+RETRY = "retry"
+FAULT_TOLERANCES = ("off", RETRY)
 
 
 # Refuses no strategy that an NPU can run beside vllm-ascend. check_engine knows the chip, and what vllm-ascend prepared.
@@ -53,11 +56,12 @@ class Options:
     all2all: str | None  # a name in all2all.MANAGERS; GPUs only
     flashinfer_all_reduce: bool  # GPUs only
     self_test: str  # the test of collectives at the first step: quick, full or off
+    retries: bool = False  # fault_tolerance=retry: all ranks meet in a new epoch after a failed step; CPUs only
 
     @classmethod
     def of(cls, vllm_config: "VllmConfig") -> "Options":
         """Read the `vllm_npu` section of additional_config. Raises UnsupportedConfigError for an unknown key, for a value of
-        another type, and for an unknown self_test."""
+        another type, and for an unknown self_test or fault_tolerance."""
         section: Any = (vllm_config.additional_config or {}).get(SECTION, {})
         if not isinstance(section, dict):
             raise UnsupportedConfigError(f"additional_config[{SECTION!r}] is {section!r}; it must be a dictionary")
@@ -76,6 +80,12 @@ class Options:
             raise UnsupportedConfigError(
                 f"additional_config[{SECTION!r}] has self_test={self_test!r}; there are: {', '.join(MODES)}"
             )
+        fault_tolerance = section.get("fault_tolerance") or FAULT_TOLERANCES[0]
+        if fault_tolerance not in FAULT_TOLERANCES:
+            raise UnsupportedConfigError(
+                f"additional_config[{SECTION!r}] has fault_tolerance={fault_tolerance!r}; there are: "
+                f"{', '.join(FAULT_TOLERANCES)}"
+            )
         named = section.get("moe_comm") or None
         moe_comm, mode = parse_moe_comm(named or envs.MOE_COMM.read())
         return cls(
@@ -85,6 +95,7 @@ class Options:
             all2all=section.get("all2all") or None,
             flashinfer_all_reduce=bool(section.get("flashinfer_all_reduce")),
             self_test=self_test,
+            retries=fault_tolerance == RETRY,
         )
 
 
@@ -130,9 +141,13 @@ def check_config(vllm_config: "VllmConfig", *, beside_vllm_ascend: bool = False)
             "vllm-ascend; name a strategy, or auto"
         )
     if options.mode is not Mode.OFF:
-        from vllm_npu.plugin.compat.fault_tolerance import refuse_fault_tolerance  # not at the top: it imports vLLM
+        # Not at the top: it imports vLLM.
+        from vllm_npu.plugin.compat.fault_tolerance import check_retry, refuse_fault_tolerance
 
-        refuse_fault_tolerance(parallel_config)
+        if options.retries:
+            check_retry(vllm_config, on_cpus=not beside_vllm_ascend)
+        else:
+            refuse_fault_tolerance(parallel_config)
     if options.mode is Mode.OFF or vllm_config.model_config is None or not vllm_config.model_config.is_moe:
         return options
     check_strategy(options.moe_comm, topology, device=SOME_NPU if beside_vllm_ascend else PORTABLE)

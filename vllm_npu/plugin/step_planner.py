@@ -68,12 +68,13 @@ class StepPlanner:
         """Counters that a platform adds to moe_comm_counters, by name. Each function returns the counts since its last call."""
         self.calls_reported: Counter[str] = Counter()  # collectives that moe_comm_counters has reported
         self.bytes_reported: Counter[str] = Counter()  # bytes sent that moe_comm_counters has reported
-        self._planned = 0  # steps since the start
+        self._planned = 0  # steps since the start of this epoch of the groups
         self._agreed: str | None = None  # the strategy in force
         self._vote: Pending[int | None] | None = None  # on the last plan, until confirm
         self._layers = tuple(dict.fromkeys(layer.moe_layer for layer in layers))  # one for each size
         self._sharding: TokenSharding = _same_in_all(layers, "sharding")
-        self._groups = model_groups(expert_parallel=_same_in_all(layers, "use_ep"))
+        self._expert_parallel: bool = _same_in_all(layers, "use_ep")
+        self._groups = model_groups(expert_parallel=self._expert_parallel)
         self._topology = self._groups.topology
         self._device = compat.current().device_limits(vllm_config, layers, self._topology, options.moe_comm)
         self.counts_bound = self._bound_of_counts(compat.current().unagreed_tokens(vllm_config))
@@ -90,6 +91,17 @@ class StepPlanner:
             "device": f"{self._device.family} {capacities} {fused}",
             "self_test": options.self_test,
         }
+
+    def restart(self) -> None:
+        """Go on with vLLM's present groups, which are new. LOCAL. Call it on every rank before the next step.
+
+        Ranks may have failed in different steps, so they count steps from 0 again, and forget the strategy in force and a vote
+        that has not ended. The next step tests the new groups, as the first one did. What the user asked for stays.
+        """
+        self._groups = model_groups(expert_parallel=self._expert_parallel)
+        self._planned = 0
+        self._agreed = None
+        self._vote = None
 
     def propose(self, name: str) -> None:
         """Ask for another strategy from the next step on. LOCAL.
@@ -220,9 +232,11 @@ class StepPlanner:
         mode = self.options.self_test
         if mode == OFF:
             return
+        counter = collective_counter()
+        before = None if counter is None else (counter.calls.copy(), counter.bytes_sent.copy())
         seconds = run_self_test(self._groups, vote_transport(), torch.device(current_platform.device_type), mode)
-        if (counter := collective_counter()) is not None:
-            counter.reset()
+        if counter is not None and before is not None:
+            counter.calls, counter.bytes_sent = before
         logger.info("Self-test (%s) of collectives on %s: passed in %.0f ms", mode, self._topology, seconds * 1e3)
 
     def _start_vote(self, plan: StepPlan) -> None:
@@ -288,6 +302,13 @@ def _make_planner(vllm_config: "VllmConfig") -> StepPlanner | None:
     counts = "agreed" if planner.counts_bound is None else f"up to {planner.counts_bound}, not agreed"
     agree({"token counts of a step": counts}, vote_transport(), difference=DIFFERENT_COUNTS)
     return planner
+
+
+def restart_planners() -> None:
+    """Restart all planners on vLLM's present groups. LOCAL, as StepPlanner.restart."""
+    for _, planner in _PLANNERS.get(get_dp_group(), {}).values():
+        if planner is not None:
+            planner.restart()
 
 
 def plan_step(

@@ -104,16 +104,17 @@ WORKER = "vllm_npu.plugin.cpu.worker.CpuMoEWorker"
 DEFAULT_WORKERS = ("auto", "vllm.v1.worker.cpu_worker.CPUWorker", WORKER)
 
 
-def set_worker(vllm_config: VllmConfig) -> None:
-    """Choose the worker class that starts EPLB, calls keep_rows_whole and makes room for pipeline stages, if the engine needs
-    one of them.
+def set_worker(vllm_config: VllmConfig, *, retries: bool) -> None:
+    """Choose the worker class that starts EPLB, calls keep_rows_whole, makes room for pipeline stages and survives a failed
+    step, if the engine needs one of them.
 
-    Raises UnsupportedConfigError if EPLB is on and the user chose another class. Without EPLB, the user's class stays, and
-    sequence parallelism is off.
+    Raises UnsupportedConfigError if EPLB or fault_tolerance=retry is on and the user chose another class. Without them, the
+    user's class stays, and sequence parallelism is off.
     """
     parallel_config = vllm_config.parallel_config
     has_stages = parallel_config.pipeline_parallel_size > 1
-    if not parallel_config.enable_eplb and not parallel_config.use_sequence_parallel_moe and not has_stages:
+    needed = parallel_config.enable_eplb or parallel_config.use_sequence_parallel_moe or has_stages or retries
+    if not needed:
         return
     if parallel_config.worker_cls in DEFAULT_WORKERS:
         parallel_config.worker_cls = WORKER
@@ -121,6 +122,10 @@ def set_worker(vllm_config: VllmConfig) -> None:
     if parallel_config.enable_eplb:
         raise UnsupportedConfigError(
             f"EPLB on a CPU is started by {WORKER}, and --worker-cls names {parallel_config.worker_cls}; leave it out"
+        )
+    if retries:
+        raise UnsupportedConfigError(
+            f"fault_tolerance=retry runs in {WORKER}, and --worker-cls names {parallel_config.worker_cls}; leave it out"
         )
     if not parallel_config.use_sequence_parallel_moe:
         return

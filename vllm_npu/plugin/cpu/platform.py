@@ -11,6 +11,7 @@ from vllm.platforms.cpu import CpuPlatform
 from vllm_npu import envs
 from vllm_npu.core.limits import PORTABLE
 from vllm_npu.plugin import compat
+from vllm_npu.plugin.compat.fault_tolerance import start_retries
 from vllm_npu.plugin.cpu.placement import LocalRanks, RankPlace, bind_this_process, nodes_in_use, place_ranks
 from vllm_npu.plugin.engine_check import check_engine
 from vllm_npu.plugin.options import check_config
@@ -37,7 +38,7 @@ class CpuMoEPlatform(CpuPlatform):
         options = check_config(vllm_config)
         release = compat.current()
         check_eplb(vllm_config)
-        release.set_worker(vllm_config)
+        release.set_worker(vllm_config, retries=options.retries)
         _forget_own_binding()
         ranks = LocalRanks.of(vllm_config.parallel_config, os.environ)  # before vLLM, which changes LOCAL_WORLD_SIZE
         cpus_of_nodes = release.cpus_of_nodes()
@@ -45,6 +46,8 @@ class CpuMoEPlatform(CpuPlatform):
         nodes = nodes_in_use(os.environ.get(envs.CPU_OMP_THREADS_BIND, "auto"), ranks, places, cpus_of_nodes)
         super().check_and_update_config(vllm_config)
         check_engine(vllm_config, options, PORTABLE)
+        if options.retries:
+            start_retries(vllm_config)
         parallel_config = vllm_config.parallel_config
         if not parallel_config.worker_extension_cls:
             parallel_config.worker_extension_cls = "vllm_npu.plugin.worker_extension.MoECommWorkerExtension"

@@ -11,7 +11,7 @@ from vllm_npu.all2all.pplx import PPLXSizes
 from vllm_npu.core.limits import NVLINK, MoELayer
 from vllm_npu.core.topology import ExpertPlacement, ParallelTopology
 from vllm_npu.errors import UnsupportedConfigError
-from vllm_npu.plugin.compat.fault_tolerance import refuse_fault_tolerance
+from vllm_npu.plugin.compat.fault_tolerance import check_retry, refuse_fault_tolerance
 from vllm_npu.plugin.options import Options, check_expert_placement, topology_of
 from vllm_npu.strategies.select import check_strategy
 from vllm_npu.strategies.table import AUTO
@@ -33,6 +33,8 @@ def required_backend(vllm_config: "VllmConfig") -> str | None:
     envs.check_variables()
     parallel_config, model_config = vllm_config.parallel_config, vllm_config.model_config
     options, topology = Options.of(vllm_config), topology_of(parallel_config)
+    if options.retries:
+        check_retry(vllm_config, on_cpus=False)
     if options.flashinfer_all_reduce:
         FLASHINFER.require("flashinfer_all_reduce")
         if topology.tp_size > 1 and topology.tp_size not in ALL_REDUCE_RANKS:

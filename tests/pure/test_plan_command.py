@@ -39,7 +39,7 @@ def test_a_model_gives_what_is_not_typed_and_a_buffer_that_is_set_is_enough(tmp_
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"soc": "H100", "ep": 2}, "unknown --soc 'H100'; there are: A2, A3, 310P, A5"),
+        ({"soc": "H100", "ep": 2}, "there is no --soc H100; name one of A2, A3, 310P, A5"),
         ({"soc": "A3", "ep": 2}, "--experts, --topk, --hidden not given, nor in --model's config.json"),
         (LAYER | {"tp": 4}, "--ep 2 is not a multiple of --tp 4"),
         (LAYER | {"ep": 3, "soc": "A3"}, "128 experts do not divide over ep_size=3"),

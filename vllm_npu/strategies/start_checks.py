@@ -182,8 +182,19 @@ def describe_capacity(device: DeviceLimits, topology: ParallelTopology, layers: 
         reason = why_not("mc2", topology, layer, device)
         if reason is not None:
             return f"no mc2: {reason}{_describe_fused(device, topology, layers)}"
-    capacity = min(device.for_layer(layer, topology.ep_size).capacities["mc2"] for layer in layers)
-    return f"mc2 takes up to {capacity} tokens a rank{_describe_fused(device, topology, layers)}"
+    by_layer = [device.for_layer(layer, topology.ep_size) for layer in layers]
+    capacity = min(limits.capacities["mc2"] for limits in by_layer)
+    asked = {_arguments(limits.mc2) for limits in by_layer if limits.mc2 is not None}
+    return (
+        f"mc2{''.join(sorted(asked))} takes up to {capacity} tokens a rank{_describe_fused(device, topology, layers)}"
+    )
+
+
+def _arguments(mc2: MC2Limits) -> str:
+    """The arguments of MC2's ops that are not their defaults, in brackets."""
+    arguments = [f"comm_alg={mc2.comm_alg}"] if mc2.comm_alg else []
+    arguments += [f"comm_quant_mode={mc2.combine_quant_mode}"] if mc2.combine_quant_mode else []
+    return f" ({', '.join(arguments)})" if arguments else ""
 
 
 def _describe_fused(device: DeviceLimits, topology: ParallelTopology, layers: Sequence[MoELayer]) -> str:

@@ -1,12 +1,17 @@
-"""A mixture-of-experts layer from options of the command line, for bench, plan, simulate and doctor."""
+"""A mixture-of-experts layer and its device from options of the command line, for bench, plan, simulate and doctor."""
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 
-from vllm_npu.core.limits import MoELayer, QuantMode
+from vllm_npu.core.ascend_recipes import fused_mc2_asked, mc2_asked
+from vllm_npu.core.limits import DEVICES, PORTABLE, DeviceLimits, MoELayer, QuantMode
 from vllm_npu.core.model_facts import ModelFacts
 from vllm_npu.errors import UnsupportedConfigError
+from vllm_npu.plugin.entry_points import vllm_ascend_version
+from vllm_npu.plugin.release_lines import ascend_line
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -41,3 +46,17 @@ def layer_of_model(
         raise UnsupportedConfigError(f"{', '.join(missing)} not given, nor in --model's config.json; give them")
     layer = moe_layer(experts, topk, hidden, dtype or model.dtype or "bfloat16")
     return replace(layer, quant_mode=QuantMode.INT8_PER_TOKEN) if w8a8 or model.w8a8_experts else layer
+
+
+def device_of_engine(soc: str | None, additional_config: Mapping[str, Any], *, ep_size: int) -> DeviceLimits:
+    """The limits of these chips for an engine of the installed vllm-ascend with these options; without one, for 0.23. `soc`
+    None: of a machine without an NPU.
+
+    Raises UnsupportedConfigError for an unknown family, and as DeviceLimits.with_mc2.
+    """
+    if soc is not None and soc not in DEVICES:
+        raise UnsupportedConfigError(f"there is no --soc {soc}; name one of {', '.join(DEVICES)}")
+    device, line = PORTABLE if soc is None else DEVICES[soc], ascend_line(vllm_ascend_version())
+    if ep_size > 1:
+        device = device.with_mc2(mc2_asked(additional_config, line))
+    return replace(device, fused_mc2_asked=fused_mc2_asked(additional_config, line))

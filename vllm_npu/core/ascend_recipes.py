@@ -32,6 +32,7 @@ class MC2Asked:
     npu_moe_distribute_dispatch_v2)."""
 
 
+ASKED_NOTHING = MC2Asked()
 FUSED_MC2, MAX_FUSED_ROWS = "enable_fused_mc2", "mega_moe_max_tokens"
 MAX_FUSED_ROWS_IF_UNSET = 65536  # vllm-ascend's default
 

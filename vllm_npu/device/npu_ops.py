@@ -10,7 +10,7 @@ from weakref import WeakValueDictionary
 
 import torch
 
-from vllm_npu.core.ascend_recipes import INT8_GROUPS, MC2Asked
+from vllm_npu.core.ascend_recipes import ASKED_NOTHING, INT8_GROUPS, MC2Asked
 from vllm_npu.core.limits import INT8_GROUP, UNPERMUTE_MAX_TOP_K, BalanceMode, DeviceLimits, MC2Limits, MoELayer
 from vllm_npu.device import portable_ops
 from vllm_npu.device.portable_ops import DistributeDispatchOutput, InitRoutingOutput
@@ -174,7 +174,7 @@ def distribute_dispatch(
     x_active_mask: torch.Tensor | None = None,
     quant_mode: int = 0,
     global_bs: int = 0,
-    asked: MC2Asked = MC2Asked(),  # noqa: B008 a frozen value
+    asked: MC2Asked = ASKED_NOTHING,
 ) -> DistributeDispatchOutput:
     """portable_ops.distribute_dispatch by the newest version of the op that torch_npu has.
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from vllm_npu.core.ascend_recipes import INT8_GROUPS, MC2Asked
+from vllm_npu.core.ascend_recipes import ASKED_NOTHING, INT8_GROUPS, MC2Asked
 from vllm_npu.core.limits import INT8_GROUP, PORTABLE, BalanceMode, DeviceLimits, QuantMode
 from vllm_npu.core.routing import ExpertPermutation, expert_ranges, local_expert_ids, sum_rows
 from vllm_npu.core.token_layout import pack, pad_rows
@@ -191,7 +191,7 @@ def distribute_dispatch(
     x_active_mask: torch.Tensor | None = None,  # [B] bool, True for active tokens, which come first
     quant_mode: int = 0,  # QuantMode
     global_bs: int = 0,  # the most rows of any rank, times W; 0: every rank brings B rows
-    asked: MC2Asked = MC2Asked(),  # noqa: B008 a frozen value. The way that rows take; only Ascend's kernels read it
+    asked: MC2Asked = ASKED_NOTHING,  # The way that rows take; only Ascend's kernels read it
 ) -> DistributeDispatchOutput:
     """Send each active token to the ranks of its experts, in slots of fixed size.
 

@@ -1,6 +1,6 @@
 """The pipelines of a process: one for all layers that have the same strategy and the same sizes."""
 
-from vllm_npu.core.ascend_recipes import FusedOperator, MC2Asked
+from vllm_npu.core.ascend_recipes import ASKED_NOTHING, FusedOperator, MC2Asked
 from vllm_npu.core.limits import QuantMode
 from vllm_npu.strategies.pipeline import FusedPipeline, MoEPipeline
 from vllm_npu.strategies.select import build, build_fused
@@ -21,7 +21,7 @@ class Pipelines:
         strategy: str,
         num_experts: int,  # over all ranks, redundant ones included
         quant_mode: QuantMode = QuantMode.NONE,
-        asked: MC2Asked = MC2Asked(),  # noqa: B008 a frozen value
+        asked: MC2Asked = ASKED_NOTHING,
     ) -> MoEPipeline:
         """Return the pipeline, and build it at the first call. LOCAL. Raises UnsupportedConfigError as build does."""
         key = strategy, num_experts, quant_mode, asked

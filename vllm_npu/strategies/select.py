@@ -6,7 +6,7 @@ from functools import cache
 from importlib import import_module
 from typing import Any
 
-from vllm_npu.core.ascend_recipes import HIERARCHY, FusedOperator, MC2Asked
+from vllm_npu.core.ascend_recipes import ASKED_NOTHING, HIERARCHY, FusedOperator, MC2Asked
 from vllm_npu.core.limits import NVLINK, PORTABLE, DeviceLimits, MC2Limits, MoELayer, QuantMode
 from vllm_npu.core.step_plan import StepPlan
 from vllm_npu.core.topology import ParallelTopology
@@ -254,7 +254,7 @@ def build(
     groups: Groups,
     num_experts: int,
     quant_mode: QuantMode = QuantMode.NONE,
-    asked: MC2Asked = MC2Asked(),  # noqa: B008 a frozen value
+    asked: MC2Asked = ASKED_NOTHING,
 ) -> MoEPipeline:
     """Build the pipeline of a strategy on these groups. LOCAL. `asked`: what options ask of MC2's ops.
 

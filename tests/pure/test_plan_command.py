@@ -7,7 +7,7 @@ import pytest
 
 from tests.command_line import vllm_npu
 from vllm_npu.cli import plan as command
-from vllm_npu.errors import UnsupportedConfigError
+from vllm_npu.errors import VllmNpuError
 
 LAYER = {"soc": "A3", "ep": 2, "experts": 128, "topk": 8, "hidden": 2048}
 A3_CASE = ["--soc", "A3", "--ep", "2", "--experts", "128", "--topk", "8", "--hidden", "2048", "--tokens", "512"]
@@ -47,8 +47,10 @@ def test_a_model_gives_what_is_not_typed_and_a_buffer_that_is_set_is_enough(tmp_
         (LAYER | {"topk": 200}, "--topk 200 of --experts 128"),
         (LAYER | {"dtype": "int8"}, "unknown --dtype 'int8'"),
         ({"soc": "A3", "ep": 2, "model": Path("nowhere")}, "--model nowhere cannot be read as a config.json"),
+        (LAYER | {"additional_config": "{"}, "--additional-config { is no JSON"),
+        (LAYER | {"additional_config": "[]"}, r"--additional-config \[\] is no JSON object"),
     ],
 )
 def test_numbers_that_cannot_be_are_refused(options, message):
-    with pytest.raises(UnsupportedConfigError, match=message):
+    with pytest.raises(VllmNpuError, match=message):
         command.plan(**options)

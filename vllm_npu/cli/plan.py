@@ -3,7 +3,7 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -18,6 +18,7 @@ from vllm_npu.envs import HCCL_BUFFSIZE
 from vllm_npu.errors import UnsupportedConfigError
 from vllm_npu.strategies.planning import LayerPlan, plan_layer
 from vllm_npu.strategies.start_checks import check_experts
+from vllm_npu.tools.json_option import read_object
 from vllm_npu.tools.layers import DTYPES, device_of_engine, layer_of_model
 
 
@@ -53,7 +54,7 @@ def plan(
         raise UnsupportedConfigError(
             f"--ep {ep} is not a multiple of --tp {tp}; the experts lie on all ranks of the grid"
         )
-    device = device_of_engine(soc, _read_object(additional_config), ep_size=ep)
+    device = device_of_engine(soc, read_object("--additional-config", additional_config), ep_size=ep)
     topology = ParallelTopology.of_rank(0, tp_size=tp, dp_size=ep // tp)
     facts = ModelFacts() if model is None else read_config(model)
     check_experts(ExpertsWanted(model=facts), topology, device)
@@ -69,16 +70,6 @@ def plan(
         todo,
         f"{device.family}, {topology}, {layer.num_experts} experts top {layer.top_k}, {tokens} tokens a DP rank",
     )
-
-
-def _read_object(text: str) -> dict[str, Any]:
-    try:
-        content = json.loads(text)
-    except ValueError as error:
-        raise UnsupportedConfigError(f"--additional-config {text} is no JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise UnsupportedConfigError(f"--additional-config {text} is a JSON object, as for vllm serve")
-    return content
 
 
 def advice(planned: LayerPlan, buffer_mb: int) -> list[str]:

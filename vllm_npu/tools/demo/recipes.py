@@ -15,6 +15,7 @@ from vllm_npu.tools.demo.ascend_demo import FEWER_TOKENS, MAX_TOKENS, MODELS, QW
 from vllm_npu.tools.engines.engine_processes import Parallelism
 from vllm_npu.tools.engines.http_engine import CAPTURE_SIZES
 from vllm_npu.tools.engines.tiny_models import DEEPSEEK_V3, GLM4_MOE, QWEN3_MOE, TinyModel
+from vllm_npu.tools.json_option import read_object
 from vllm_npu.tools.serve_script import ServeScript
 
 RANKS = 2  # of each kind of parallelism that the recipe has more of
@@ -261,11 +262,4 @@ def _few(given: Mapping[str, tuple[str, ...]], option: str, for_connector: objec
 
 
 def _json(given: Mapping[str, tuple[str, ...]], option: str) -> dict[str, Any]:
-    text = _value(given, option) or "{}"
-    try:
-        content = json.loads(text)
-    except ValueError as error:
-        raise InvalidInputError(f"{option} {text[:80]} is no JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise InvalidInputError(f"{option} {text[:80]} is no JSON object")
-    return content
+    return read_object(option, _value(given, option) or "{}")

@@ -186,7 +186,7 @@ def make_small(name: str, script: ServeScript) -> SmallRecipe:
         )
     eager = "--enforce-eager" in given
     if not eager:
-        drafts = int(speculative.get("num_speculative_tokens", 0))
+        drafts = _sizes("--speculative-config", speculative, "num_speculative_tokens").get("num_speculative_tokens", 0)
         sizes = [size * (1 + drafts) for size in CAPTURE_SIZES]
         options += ["--compilation-config", json.dumps(compilation | {"cudagraph_capture_sizes": sizes})]
     machines = [variable for variable in script.variables if VARIABLES_OF_THE_MACHINES.fullmatch(variable)]
@@ -196,7 +196,7 @@ def make_small(name: str, script: ServeScript) -> SmallRecipe:
         expert_parallel="--enable-expert-parallel" in given,
     )
     if finer := additional_config.get(FINER_TP):  # these groups are made of data-parallel ranks
-        few = {size: min(value, parallelism.data_parallel_size) for size, value in finer.items()}
+        few = {size: min(value, parallelism.data_parallel_size) for size, value in _sizes(FINER_TP, finer).items()}
         additional_config = {**additional_config, FINER_TP: few}
     return SmallRecipe(
         name=name,
@@ -259,6 +259,16 @@ def _few(given: Mapping[str, tuple[str, ...]], option: str, for_connector: objec
     if for_connector is not None and not value.isdecimal():
         value = str(for_connector)
     return 1 if value in ("", "1") else RANKS
+
+
+def _sizes(option: str, value: object, *names: str) -> dict[str, int]:
+    """The object of numbers that an option has; of the given names only, if there are any. Raises InvalidInputError."""
+    found = (
+        {name: size for name, size in value.items() if name in names or not names} if isinstance(value, dict) else None
+    )
+    if found is None or not all(isinstance(size, int) for size in found.values()):
+        raise InvalidInputError(f"{option} {str(value)[:80]} is no JSON object of numbers")
+    return found
 
 
 def _json(given: Mapping[str, tuple[str, ...]], option: str) -> dict[str, Any]:

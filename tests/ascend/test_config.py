@@ -137,6 +137,12 @@ def test_an_engine_without_such_settings_is_built_and_vllm_ascends_own_with_them
     assert "BUILT" in done.stdout, done.stderr[-2000:]
 
 
+def test_more_experts_for_a_token_than_there_are_are_refused_before_a_process_starts(tmp_path):
+    done = build(tmp_path, hf_overrides={"num_experts_per_tok": 9})
+    assert "BUILT" not in done.stdout
+    assert "a token chooses 9 experts of 8; correct config.json" in done.stderr, done.stderr[-2000:]
+
+
 def test_the_hierarchy_is_refused_for_mc2_on_fewer_ranks_than_it_takes(tmp_path):
     options = {"enable_mc2_hierarchy_comm": True, **asks_for("mc2")["additional_config"]}
     done = build(tmp_path, ON_A3, additional_config=options)

@@ -44,7 +44,7 @@ def test_a_model_gives_what_is_not_typed_and_a_buffer_that_is_set_is_enough(tmp_
         (LAYER | {"tp": 4}, "--ep 2 is not a multiple of --tp 4"),
         (LAYER | {"ep": 3, "soc": "A3"}, "128 experts do not divide over ep_size=3"),
         (LAYER | {"ep": 256}, "128 experts do not divide over ep_size=256"),
-        (LAYER | {"topk": 200}, "--topk 200 of --experts 128"),
+        (LAYER | {"topk": 200}, "a token chooses 200 experts of 128"),
         (LAYER | {"dtype": "int8"}, "unknown --dtype 'int8'"),
         ({"soc": "A3", "ep": 2, "model": Path("nowhere")}, "--model nowhere cannot be read as a config.json"),
         (LAYER | {"additional_config": "{"}, "--additional-config { is no JSON"),

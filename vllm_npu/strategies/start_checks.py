@@ -25,6 +25,19 @@ class PlannedShape:
     graph_tokens: tuple[int, ...] = ()  # sizes of the steps that run as captured graphs; empty: all steps run eagerly
 
 
+def check_choice(top_k: int | None, num_experts: int | None) -> None:
+    """Raise UnsupportedConfigError for tokens that choose more experts than a layer has. LOCAL. None: not known, which passes.
+
+    An engine on any device, `vllm-npu doctor` and `vllm-npu plan` call it. Without it, top-k fails in the first step, or an op
+    reads past the scores.
+    """
+    if top_k is not None and num_experts is not None and top_k > num_experts:
+        raise UnsupportedConfigError(
+            f"a token chooses {top_k} experts of {num_experts}; correct config.json (num_experts_per_tok and the number of "
+            "experts), --hf-overrides, or --topk and --experts"
+        )
+
+
 def check_experts(wanted: ExpertsWanted, topology: ParallelTopology, device: DeviceLimits) -> None:
     """Raise UnsupportedConfigError for experts that the device cannot compute where tokens travel. LOCAL.
 

@@ -12,6 +12,7 @@ from vllm_npu.core.model_facts import ModelFacts
 from vllm_npu.errors import UnsupportedConfigError
 from vllm_npu.plugin.entry_points import vllm_ascend_version
 from vllm_npu.plugin.release_lines import ascend_line
+from vllm_npu.strategies.start_checks import check_choice
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -20,8 +21,7 @@ def moe_layer(experts: int, topk: int, hidden: int, dtype: str) -> MoELayer:
     """The layer with these numbers. Raises UnsupportedConfigError, which names the option, if no layer can have them."""
     if dtype not in DTYPES:
         raise UnsupportedConfigError(f"unknown --dtype {dtype!r}; there are: {', '.join(DTYPES)}")
-    if topk > experts:
-        raise UnsupportedConfigError(f"--topk {topk} of --experts {experts}: a token has fewer to choose")
+    check_choice(topk, experts)
     return MoELayer(num_experts=experts, top_k=topk, hidden_size=hidden, dtype=DTYPES[dtype])
 
 

@@ -52,8 +52,8 @@ def run(soc: str, tp: int, dp: int, **given: Any) -> tuple[Outcome, list[dict[st
     wanted = {"tp": tp, "dp": dp, "hidden": 1024, "experts": 8, "top_k": 2, "strategies": STRATEGIES} | given
     env = {"PYTHONPATH": str(ROOT), "VLLM_PLUGINS": PLUGINS, "TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1"}
     env |= wanted.pop("env", {})
-    program = wanted.pop("program", PROGRAM)
-    outcome = launch([str(program), json.dumps(wanted)], tp * dp, soc, env, 300)
+    program, seconds = wanted.pop("program", PROGRAM), wanted.pop("seconds", 300)
+    outcome = launch([str(program), json.dumps(wanted)], tp * dp, soc, env, seconds)
     starts = [
         found.start() for found in re.finditer(r'\{"rank": \d', outcome.output)
     ]  # two ranks may print on one line
@@ -233,6 +233,22 @@ def test_mc2_takes_the_way_that_vllm_ascends_options_name(case):
                 assert dtype != "float16" or row["rms_from_dense"] > ROUNDINGS[dtype], row  # int8 rounds more
             else:
                 check_near_dense(row, dtype, int8=quantised is not None)
+
+
+@pytest.mark.nightly  # size: 16 interpreters, the least that the hierarchy takes; test_hccl.py runs our part of it in forks
+def test_the_hierarchy_gives_what_vllm_ascend_gives():
+    options = {"enable_mc2_hierarchy_comm": True}
+    given = {"dtype": "bfloat16", "experts": 32, "options": options, "own": ["MC2"], "strategies": ["mc2", "auto"]}
+    steps = [[3] * 16, [1 + rank % 4 for rank in range(16)]]
+    outcome, reports = run("A3", 1, 16, **given, steps=steps, env={"HCCL_BUFFSIZE": "450"}, seconds=450)
+    assert outcome.code == 0, outcome.output
+    assert len(reports) == 16
+    for report in reports:
+        assert report["refused"] == {}
+        for row in report["rows"]:
+            assert (row["ran"], [way for way in row["ways"] if way]) == ("MC2", ["comm_alg=hierarchy"] * 2), row
+            check_near_dense(row, "bfloat16")
+            assert row["from_own"] < TOLERANCES["bfloat16"], row
 
 
 def test_experts_stand_where_a_static_map_puts_them(tmp_path):

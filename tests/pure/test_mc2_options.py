@@ -30,6 +30,7 @@ PLENTY = 1 << 20
         ({"mc2_comm_alg": "fullmesh_v2", "combine_quant_mode": 2}, "0.30", MC2Asked("fullmesh_v2", 2)),
         ({"mc2_comm_alg": "fullmesh_v2", "combine_quant_mode": 2}, "0.23", MC2Asked()),  # it ignores unknown keys
         ({"mc2_comm_alg": None, "combine_quant_mode": None}, "0.30", MC2Asked()),
+        ({"mc2_comm_alg": ["fullmesh"], "combine_quant_mode": "true"}, "0.30", MC2Asked()),  # vllm-ascend refuses both
     ],
     ids=str,
 )
@@ -203,6 +204,8 @@ def test_the_hierarchy_takes_as_many_rows_from_each_rank(family, counts, strateg
         ({"mc2_comm_alg": "ring"}, "0.30", (True, "vllm-ascend knows no value ring")),
         ({"mc2_comm_alg": "ring"}, "0.23", (False, "vllm-ascend 0.23 has no such option")),
         ({"combine_quant_mode": 1}, "0.30", (True, "vllm-ascend knows no value 1")),
+        ({"combine_quant_mode": "2"}, "0.30", (True, "vllm-ascend knows no value 2")),
+        ({"mc2_comm_alg": ["fullmesh"]}, "0.30", (True, "vllm-ascend knows no value ['fullmesh']")),
         ({"combine_quant_mode": 2}, "0.30", (False, "mc2's rows come back in this form")),
         ({"enable_mc2_hierarchy_comm": True}, "0.23", (False, "mc2's ops take the hierarchy")),
         (

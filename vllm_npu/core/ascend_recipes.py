@@ -9,6 +9,7 @@ from enum import Enum
 from typing import Any
 
 from vllm_npu.envs import HCCL_INTRA_PCIE_ENABLE, HCCL_INTRA_ROCE_ENABLE
+from vllm_npu.errors import UnsupportedConfigError
 
 MC2_ALGORITHM, HIERARCHY_COMM, COMBINE_QUANT_MODE = "mc2_comm_alg", "enable_mc2_hierarchy_comm", "combine_quant_mode"
 FULL_MESH, FULL_MESH_V2, HIERARCHY = "fullmesh", "fullmesh_v2", "hierarchy"
@@ -125,22 +126,29 @@ def rows_of_recipe(additional_config: Mapping[str, Any], release_line: str) -> l
 
 
 def mc2_asked(additional_config: Mapping[str, Any], release_line: str) -> MC2Asked:
-    """What the options ask of MC2's ops on this line of vllm-ascend. Reads two environment variables of HCCL."""
+    """What the options ask of MC2's ops on this line of vllm-ascend. Reads two environment variables of HCCL.
+
+    vllm-ascend refuses values of another type than an option's. Here they ask for nothing, and rows_of_recipe names them.
+    """
     given = {
         option: additional_config.get(option)
         for option in (MC2_ALGORITHM, HIERARCHY_COMM, COMBINE_QUANT_MODE)
         if ONLY_IN_LINE.get(option, release_line) == release_line
     }
-    algorithm = HIERARCHY if given[HIERARCHY_COMM] else given.get(MC2_ALGORITHM) or ""
+    named, mode = given.get(MC2_ALGORITHM), given.get(COMBINE_QUANT_MODE)
+    algorithm = HIERARCHY if given[HIERARCHY_COMM] else named if isinstance(named, str) else ""
     by_variables = (HCCL_INTRA_PCIE_ENABLE.read(), HCCL_INTRA_ROCE_ENABLE.read()) == ("1", "0")
-    return MC2Asked(algorithm, int(given.get(COMBINE_QUANT_MODE) or 0), by_variables)
+    return MC2Asked(algorithm, mode if isinstance(mode, int) else 0, by_variables)
 
 
 def fused_mc2_asked(additional_config: Mapping[str, Any], release_line: str = "0.23") -> FusedMC2Asked | None:
     """The operator that the options ask for on this line of vllm-ascend. None: they ask for none, and vllm-ascend prepares no
-    weights for one."""
-    operator = FUSED_OPERATORS[release_line].get(additional_config.get(FUSED_MC2, 0))
+    weights for one. Raises UnsupportedConfigError for a number of rows that is none."""
+    value = additional_config.get(FUSED_MC2, 0)
+    operator = FUSED_OPERATORS[release_line].get(value) if isinstance(value, int) else None
     if operator is None:
         return None
-    rows = int(additional_config.get(MAX_FUSED_ROWS, MAX_FUSED_ROWS_IF_UNSET))
+    rows = additional_config.get(MAX_FUSED_ROWS, MAX_FUSED_ROWS_IF_UNSET)
+    if not isinstance(rows, int):
+        raise UnsupportedConfigError(f"additional_config {MAX_FUSED_ROWS} is {rows!r}, which is no number of rows")
     return FusedMC2Asked(operator, rows if operator is FusedOperator.FFN_COMBINE else None)

@@ -109,7 +109,10 @@ def device_limits(
     vllm_config: VllmConfig, layers: list[LayerFacts], topology: ParallelTopology, moe_comm: str
 ) -> DeviceLimits:
     """The limits of this NPU for these layers. Raises the errors of start_checks.check_start."""
-    limits = replace(limits_of_this_npu().with_mc2(asked_mc2()), fused_mc2_asked=asked_fused_mc2())
+    limits = limits_of_this_npu()
+    if topology.ep_size > 1:
+        limits = limits.with_mc2(asked_mc2())
+    limits = replace(limits, fused_mc2_asked=asked_fused_mc2())
     for layer in layers:
         limits = check_start(
             moe_comm,

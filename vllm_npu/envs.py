@@ -138,6 +138,14 @@ HCCL_OPS = Variable(
 HCCL_BUFFSIZE = Variable(
     "HCCL_BUFFSIZE", "200", "HCCL's own variable: MiB of the buffer that MC2's ops use.", Kind.WHOLE_NUMBER
 )
+HCCL_INTRA_PCIE_ENABLE = Variable(
+    "HCCL_INTRA_PCIE_ENABLE",
+    "",
+    "HCCL's own variable: 1, beside HCCL_INTRA_ROCE_ENABLE=0, makes MC2's ops on A2 take their hierarchy.",
+)
+HCCL_INTRA_ROCE_ENABLE = Variable(
+    "HCCL_INTRA_ROCE_ENABLE", "", "HCCL's own variable: 0 has an effect beside HCCL_INTRA_PCIE_ENABLE=1 only."
+)
 EMULATOR = Variable(
     "VLLM_NPU_EMULATOR", "0", "1: torch_npu finds the emulated Ascend device in every Python process.", Kind.SWITCH
 )
@@ -192,6 +200,8 @@ RANK_VARIABLES = (
     SHARE_GPUS,
     HCCL_OPS,
     HCCL_BUFFSIZE,
+    HCCL_INTRA_PCIE_ENABLE,
+    HCCL_INTRA_ROCE_ENABLE,
     EMULATOR,
 )
 """Every rank reads all of them before the first collective of its groups (trust/settings.py)."""
@@ -200,6 +210,8 @@ EQUAL_ON_ALL_RANKS = (
     MOE_COMM,  # the strategy decides which collectives run
     CUDA_PLATFORM,  # the platform decides which exchange runs
     HCCL_BUFFSIZE,  # MC2's capacity follows from it, and auto's choice from the capacity
+    HCCL_INTRA_PCIE_ENABLE,  # MC2's algorithm on A2 follows from it and the next one
+    HCCL_INTRA_ROCE_ENABLE,
     TRANSPORT_TIMEOUT,  # a rank that gives up before the others accuses ranks that still wait for it
     COLLECTIVE_DEADLINE,  # as TRANSPORT_TIMEOUT
 )

@@ -16,6 +16,7 @@ class LoggedCollective:
 
     operation: str
     sent: int  # bytes to other ranks, counted as RecordingTransport counts them
+    way: str = ""  # of MC2's ops: the arguments for the algorithm and the form of rows that are not the defaults
 
 
 class CollectiveLog(TorchDispatchMode):
@@ -67,7 +68,7 @@ class CollectiveLog(TorchDispatchMode):
         if name.startswith("npu::npu_moe_distribute_dispatch"):
             self._note_dispatch(args, kwargs)
         elif name.startswith("npu::npu_moe_distribute_combine"):
-            self.calls.append(LoggedCollective("combine", self._returned))
+            self._note_combine(args, kwargs)
         return result
 
     def _through_our_operator(self, name: str, func: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
@@ -134,8 +135,20 @@ class CollectiveLog(TorchDispatchMode):
         active = ids.cpu() if mask is None else ids.cpu()[mask.cpu()]
         rows = int((active // self._per_rank != self._ep_rank).sum())
         element = 1 if kwargs.get("quant_mode") else x.element_size()
-        self.calls.append(LoggedCollective("dispatch", rows * x.shape[1] * element))
-        self._returned = rows * x.shape[1] * x.element_size()
+        self.calls.append(LoggedCollective("dispatch", rows * x.shape[1] * element, _way(kwargs)))
+        self._returned = rows
+
+    def _note_combine(self, args: tuple[Any, ...], kwargs: Any) -> None:
+        x = args[0] if args else kwargs["expand_x"]
+        row = x.shape[1] * x.element_size()
+        if kwargs.get("comm_quant_mode"):  # int8, and a scale for each 8 numbers
+            row = x.shape[1] + row // 8
+        self.calls.append(LoggedCollective("combine", self._returned * row, _way(kwargs)))
+
+
+def _way(kwargs: Any) -> str:
+    names = ("comm_alg", "quant_mode", "comm_quant_mode")
+    return " ".join(f"{name}={kwargs[name]}" for name in names if kwargs.get(name))
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:

@@ -12,9 +12,9 @@ the rows that a rank of it has room for; "unagreed": the engine is a decode node
 table gives the experts of each token id; "latent": the width of the experts' rows, with a matrix before and, on 0.30, another
 one after them;
 "later": the layer runs a second time in each step, on so many tokens of each data-parallel rank, and this output counts;
-"own": the communication methods that vllm-ascend is held to; "graph": each step is captured and replayed with other tokens, and
-the line also holds the device's operations in the graph; "rounds": with "graph", the line also holds the host's processor time
-of the layer in so many rounds, eager and replayed.
+"options": further options of vllm-ascend; "own": the communication methods that vllm-ascend is held to; "graph": each step is
+captured and replayed with other tokens, and the line also holds the device's operations in the graph; "rounds": with "graph",
+the line also holds the host's processor time of the layer in so many rounds, eager and replayed.
 """
 
 import json
@@ -301,6 +301,7 @@ def make_layers(given: dict[str, Any], sizes: Sequence[Sizes]) -> tuple[Any, lis
                 "enable_flashcomm1": bool(given.get("flashcomm1")),
                 **({"mix_placement": True} if shared else {}),
                 "enable_fused_mc2": given.get("fused", 0),
+                **given.get("options", {}),
                 **({"recompute_scheduler_enable": True} if given.get("unagreed") else {}),
                 **({"mega_moe_max_tokens": given["fused_rows"]} if "fused_rows" in given else {}),
                 **({"eplb_config": {"dynamic_eplb": True, "num_redundant_experts": redundant}} if redundant else {}),
@@ -524,6 +525,7 @@ def main(given: dict[str, Any]) -> None:
                     "ran": ran,
                     "calls": [each.operation for each in calls],
                     "bytes": sum(each.sent for each in calls),
+                    "ways": [each.way for each in calls],
                     "from_dense": float((output - expected).abs().amax() / scale) if output.numel() else 0.0,
                     "rms_from_dense": rms(output - expected) / max(rms(expected), 1e-9) if output.numel() else 0.0,
                     "from_own": float((output - own).abs().amax() / scale) if output.numel() else 0.0,

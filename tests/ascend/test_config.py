@@ -83,7 +83,6 @@ def test_a_configuration_that_is_no_engine_on_npus_is_vllm_ascends_alone(tmp_pat
             "eplb_policy_type 0, which exchanges experts of ranks 1 and 3, on fewer ranks",
         ),
         ({"hf_overrides": {"zero_expert_num": 4}}, "zero experts (zero_expert_num)"),
-        ({"additional_config": {"enable_mc2_hierarchy_comm": True}}, "additional_config enable_mc2_hierarchy_comm"),
         ({"additional_config": {"mix_placement": True}}, "mix_placement with quantization=None"),
         ({**GRAPHS, **asks_for("compare")}, "moe_comm=compare in graphs"),
         ({"environment": {"VLLM_USE_V2_MODEL_RUNNER": "1"}}, "model runner V2 (VLLM_USE_V2_MODEL_RUNNER)"),
@@ -117,6 +116,8 @@ def test_an_expert_map_without_a_placement_is_refused_before_a_process_starts(tm
         {"enable_lora": True, "data_parallel_size": 2, "lora_target_modules": ["q_proj", "o_proj"]},
         {**GRAPHS, **asks_for("auto")},
         {**GRAPHS, **asks_for("all2all")},
+        {"additional_config": {"enable_mc2_hierarchy_comm": True}},  # auto takes no mc2 on two ranks
+        {"additional_config": {"combine_quant_mode": 2, **OFF}},
     ],
     ids=[
         "none",
@@ -127,11 +128,46 @@ def test_an_expert_map_without_a_placement_is_refused_before_a_process_starts(tm
         "adapters beside experts",
         "graphs",
         "all2all in graphs",
+        "hierarchy",
+        "a form of rows with off",
     ],
 )
 def test_an_engine_without_such_settings_is_built_and_vllm_ascends_own_with_them(tmp_path, arguments):
     done = build(tmp_path, **arguments)
     assert "BUILT" in done.stdout, done.stderr[-2000:]
+
+
+def test_more_experts_for_a_token_than_there_are_are_refused_before_a_process_starts(tmp_path):
+    done = build(tmp_path, hf_overrides={"num_experts_per_tok": 9})
+    assert "BUILT" not in done.stdout
+    assert "a token chooses 9 experts of 8; correct config.json" in done.stderr, done.stderr[-2000:]
+
+
+def test_the_hierarchy_is_refused_for_mc2_on_fewer_ranks_than_it_takes(tmp_path):
+    options = {"enable_mc2_hierarchy_comm": True, **asks_for("mc2")["additional_config"]}
+    done = build(tmp_path, ON_A3, additional_config=options)
+    assert "BUILT" not in done.stdout
+    assert "mc2 on A3, hierarchy takes ep_size 16 to 256 in steps of 16, not 2; use all2all" in done.stderr
+
+
+@pytest.mark.skipif(LINE == "0.23", reason="vllm-ascend 0.23 has no such options, and ignores them")
+@pytest.mark.parametrize(
+    ("environment", "options", "reason"),
+    [
+        ({}, {"combine_quant_mode": 2}, "combine_quant_mode: mc2 on A2, full mesh takes 0, not 2"),
+        (ON_A3, {"combine_quant_mode": 4}, "combine_quant_mode: mc2 on A3, full mesh takes 0 or 2, not 4"),
+        (
+            ON_A3,
+            {"combine_quant_mode": 2, "mc2_comm_alg": "hierarchy"},
+            "combine_quant_mode: mc2 on A3, hierarchy takes 0, not 2",
+        ),
+    ],
+    ids=["A2", "A5's numbers", "hierarchy"],
+)
+def test_a_form_of_rows_that_the_chips_combine_does_not_take_is_refused(tmp_path, environment, options, reason):
+    done = build(tmp_path, environment, additional_config=options)
+    assert "BUILT" not in done.stdout
+    assert f"additional_config {reason}" in done.stderr, done.stderr[-2000:]
 
 
 @pytest.mark.skipif(LINE == "0.23", reason="vllm-ascend 0.23 does not know MegaMoe")

@@ -52,8 +52,8 @@ def run(soc: str, tp: int, dp: int, **given: Any) -> tuple[Outcome, list[dict[st
     wanted = {"tp": tp, "dp": dp, "hidden": 1024, "experts": 8, "top_k": 2, "strategies": STRATEGIES} | given
     env = {"PYTHONPATH": str(ROOT), "VLLM_PLUGINS": PLUGINS, "TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1"}
     env |= wanted.pop("env", {})
-    program = wanted.pop("program", PROGRAM)
-    outcome = launch([str(program), json.dumps(wanted)], tp * dp, soc, env, 300)
+    program, seconds = wanted.pop("program", PROGRAM), wanted.pop("seconds", 300)
+    outcome = launch([str(program), json.dumps(wanted)], tp * dp, soc, env, seconds)
     starts = [
         found.start() for found in re.finditer(r'\{"rank": \d', outcome.output)
     ]  # two ranks may print on one line
@@ -167,6 +167,88 @@ def test_every_strategy_gives_what_vllm_ascend_gives(case):
             if row["counts"] == [5, 5] and row["path"] in ("mc2", "all2all", "allgather"):
                 shown = re.search(rf"\| 5, 5 \| {row['path']} \| (.+) \| ([\d,]+) \|\n", document)
                 assert (len(shown[1].split(", ")), shown[2]) == (len(row["calls"]), f"{row['bytes']:,}")
+
+
+# vllm-ascend's options for MC2's ops, and the arguments of dispatch and combine that they become.
+ALGORITHMS = {
+    "A3 DP2, fullmesh": ("A3", 1, 2, {"mc2_comm_alg": "fullmesh"}, "bfloat16", None, ("comm_alg=fullmesh_v1",) * 2),
+    "A3 DP2, fullmesh_v2": (
+        "A3",
+        1,
+        2,
+        {"mc2_comm_alg": "fullmesh_v2"},
+        "bfloat16",
+        None,
+        ("comm_alg=fullmesh_v2",) * 2,
+    ),
+    "A3 TP2, fullmesh_v2": (
+        "A3",
+        2,
+        1,
+        {"mc2_comm_alg": "fullmesh_v2"},
+        "float16",
+        None,
+        ("comm_alg=fullmesh_v2",) * 2,
+    ),
+    "A3 DP2, int8 rows": ("A3", 1, 2, {"combine_quant_mode": 2}, "bfloat16", None, ("", "comm_quant_mode=2")),
+    "A3 TP2, int8 rows": ("A3", 2, 1, {"combine_quant_mode": 2}, "float16", None, ("", "comm_quant_mode=2")),
+    "A3 DP2, W8A8, both": (
+        *("A3", 1, 2, {"mc2_comm_alg": "fullmesh_v2", "combine_quant_mode": 2}, "bfloat16", "W8A8"),
+        ("comm_alg=fullmesh_v2 quant_mode=2", "comm_alg=fullmesh_v2 comm_quant_mode=2"),
+    ),
+    "A2 DP2, fullmesh": ("A2", 1, 2, {"mc2_comm_alg": "fullmesh"}, "bfloat16", None, ("comm_alg=fullmesh",) * 2),
+}
+# A number is rounded to at most half of a 127th of the largest of its group of 8, and the scale to the dtype. Of an output,
+# these are the experts' rows: their errors are independent, so the sum has the relative error of one row. 8 numbers of a normal
+# distribution have a largest one of less than 3 times their root mean square: 3 / 127 / sqrt(12).
+RMS_OF_INT8_ROWS = 3 / 127 / 12**0.5
+
+
+@pytest.mark.skipif(LINE == "0.23", reason="vllm-ascend 0.23 has enable_mc2_hierarchy_comm alone, which takes 16 ranks")
+@pytest.mark.parametrize("case", ALGORITHMS)
+def test_mc2_takes_the_way_that_vllm_ascends_options_name(case):
+    soc, tp, dp, options, dtype, quantised, ways = ALGORITHMS[case]
+    steps = [[5], [16], [1]] if tp == 2 else [[5, 5], [3, 7]]
+    outcome, reports = run(
+        soc,
+        tp,
+        dp,
+        dtype=dtype,
+        quantised=quantised,
+        options=options,
+        steps=steps,
+        own=["MC2"],
+        strategies=["mc2", "auto"],
+    )
+    assert outcome.code == 0, outcome.output
+    for report in reports:
+        assert report["refused"] == {}
+        for row in report["rows"]:
+            assert (row["ran"], [way for way in row["ways"] if way]) == ("MC2", [way for way in ways if way]), row
+            assert row["from_own"] == 0.0, row  # the same rows by the same ops
+            if "combine_quant_mode" in options:
+                assert row["rms_from_dense"] < RMS_OF_INT8_ROWS + (
+                    INT8_FROM_DENSE if quantised else ROUNDINGS[dtype]
+                ), row
+                assert dtype != "float16" or row["rms_from_dense"] > ROUNDINGS[dtype], row  # int8 rounds more
+            else:
+                check_near_dense(row, dtype, int8=quantised is not None)
+
+
+@pytest.mark.nightly  # size: 16 interpreters, the least that the hierarchy takes; test_hccl.py runs our part of it in forks
+def test_the_hierarchy_gives_what_vllm_ascend_gives():
+    options = {"enable_mc2_hierarchy_comm": True}
+    given = {"dtype": "bfloat16", "experts": 32, "options": options, "own": ["MC2"], "strategies": ["mc2", "auto"]}
+    steps = [[3] * 16, [1 + rank % 4 for rank in range(16)]]
+    outcome, reports = run("A3", 1, 16, **given, steps=steps, env={"HCCL_BUFFSIZE": "450"}, seconds=450)
+    assert outcome.code == 0, outcome.output
+    assert len(reports) == 16
+    for report in reports:
+        assert report["refused"] == {}
+        for row in report["rows"]:
+            assert (row["ran"], [way for way in row["ways"] if way]) == ("MC2", ["comm_alg=hierarchy"] * 2), row
+            check_near_dense(row, "bfloat16")
+            assert row["from_own"] < TOLERANCES["bfloat16"], row
 
 
 def test_experts_stand_where_a_static_map_puts_them(tmp_path):

@@ -269,16 +269,20 @@ def same_as_portable_ops(rank: int, num_ranks: int, quant_mode: int) -> None:
     if wanted.dynamic_scales is not None:
         torch.testing.assert_close(sent.dynamic_scales.cpu(), wanted.dynamic_scales, rtol=2e-7, atol=0, equal_nan=True)
     rows = random_rows(*sent.expand_x.shape, seed=rank, dtype=case.dtype)
-    out = combine(case, rank, rows.npu(), sent).cpu()
-    wanted_out = portable_ops.distribute_combine(
-        rows,
-        case.ids[rank],
-        wanted.combine_index,
-        wanted.ep_recv_counts,
-        case.weights[rank],
-        **arguments,
-    )
-    torch.testing.assert_close(out, wanted_out, rtol=0, atol=0, equal_nan=True)
+    for comm_quant_mode in (0, 2):
+        if comm_quant_mode:  # a group dispatches anew before it combines again
+            sent = dispatch(case, rank, quant_mode=quant_mode)
+        out = combine(case, rank, rows.npu(), sent, comm_quant_mode=comm_quant_mode).cpu()
+        wanted_out = portable_ops.distribute_combine(
+            rows,
+            case.ids[rank],
+            wanted.combine_index,
+            wanted.ep_recv_counts,
+            case.weights[rank],
+            comm_quant_mode=comm_quant_mode,
+            **arguments,
+        )
+        torch.testing.assert_close(out, wanted_out, rtol=0, atol=0, equal_nan=True)
 
 
 def add_rms_norm(rank: int, num_ranks: int) -> None:

@@ -77,7 +77,8 @@ def test_norm_with_bias(ops):
     torch.testing.assert_close(y.cpu(), torch.nn.functional.rms_norm(x1 + x2, (8,), gamma, 1e-6) + beta)
 
 
-def test_int8_swiglu_of_experts(ops):
+@pytest.mark.parametrize("limit", [0.0, 0.5])
+def test_int8_swiglu_of_experts(ops, limit):
     """The operators that multiply, by one tensor of all weights and by one for each expert, and the one that is given sums."""
     counts, inner, width = torch.tensor([3, 0, 2]), 16, 12
     generator = torch.Generator().manual_seed(1)
@@ -87,16 +88,25 @@ def test_int8_swiglu_of_experts(ops):
     groups = torch.repeat_interleave(torch.arange(3), counts)
     sums = torch.stack([x[row].int() @ weight[group].int() for row, group in enumerate(groups)])
     gate, up = (sums.float() * scale[groups] * x_scale[:5, None]).chunk(2, -1)
+    if limit:
+        assert all(bool((half > limit).any() and (half < -limit).any()) for half in (gate, up))
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
     wanted = torch.nn.functional.silu(gate) * up
     fused = ops.grouped_matmul_swiglu_quant_weight_nz(
-        x.npu(), weight.npu(), scale.npu(), x_scale.npu(), counts.cumsum(0).npu()
+        x.npu(), weight.npu(), scale.npu(), x_scale.npu(), counts.cumsum(0).npu(), swiglu_limit=limit
     )
     of_lists = ops.grouped_matmul_swiglu_quant_weight_nz_tensor_list(
-        x.npu(), list(weight.npu()), list(scale.npu()), x_scale.npu(), counts.cumsum(0).npu()
+        x.npu(), list(weight.npu()), list(scale.npu()), x_scale.npu(), counts.cumsum(0).npu(), swiglu_limit=limit
     )
     padded = torch.cat([sums, torch.full((1, width), 9, dtype=torch.int32)])
     apart = ops.npu_dequant_swiglu_quant(
-        padded.npu(), weight_scale=scale.npu(), activation_scale=x_scale.npu(), group_index=counts.npu(), quant_mode=1
+        padded.npu(),
+        weight_scale=scale.npu(),
+        activation_scale=x_scale.npu(),
+        group_index=counts.npu(),
+        quant_mode=1,
+        swiglu_mode=int(limit > 0),
+        clamp_limit=limit,
     )
     for values, scales in (fused[:2], of_lists[:2], apart):
         assert values.dtype == torch.int8
@@ -104,9 +114,9 @@ def test_int8_swiglu_of_experts(ops):
         assert steps.max() <= 0.5 + 1e-4
         torch.testing.assert_close(scales[:5].cpu(), wanted.abs().amax(-1) / 127)
         assert bool(scales[5:].isnan().all())
-    with pytest.raises(NotImplementedError, match="swiglu_limit are not emulated"):
+    with pytest.raises(NotImplementedError, match="bias and offset are not emulated"):
         ops.grouped_matmul_swiglu_quant_weight_nz(
-            x.npu(), weight.npu(), scale.npu(), x_scale.npu(), counts.cumsum(0).npu(), swiglu_limit=7.0
+            x.npu(), weight.npu(), scale.npu(), x_scale.npu(), counts.cumsum(0).npu(), bias=scale.npu()
         )
     with pytest.raises(NotImplementedError, match="quant_mode=0"):
         ops.npu_dequant_swiglu_quant(

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from tests.ranks.test_transport_contract import CONTRACT, REFUSED, is_refused, with_tensors_on_its_device
 from tests.time_limits import PATIENCE_SECONDS
+from vllm_npu.core.ascend_recipes import MC2Asked
 from vllm_npu.core.limits import DEVICES, QuantMode
 from vllm_npu.core.step_plan import StepPlan, TokenSharding
 from vllm_npu.emulator import launcher, soc
@@ -105,13 +106,47 @@ def test_layers_that_only_the_hierarchy_takes_run_by_it_on_a2(warm):
     ):
         for each in (
             case,
-            uneven,
-            replace(uneven, integer=False),
-            replace(uneven, quant_mode=QuantMode.INT8_PER_TOKEN),
+            replace(case, integer=False),
+            replace(case, quant_mode=QuantMode.INT8_PER_TOKEN),
         ):
             assert [fault for fault in pool.run(run_case, each) if fault] == []
+        with pytest.raises(UnsupportedConfigError, match="hierarchy takes as many rows from each rank"):
+            pool.run(run_case, uneven)
         with pytest.raises(UnsupportedConfigError, match="hierarchy takes no mask"):  # prepare masks idle ranks
             pool.run(run_case, replace(case, num_tokens_across_dp=(0, *[3] * 15)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["A2", "A3"])
+def test_the_hierarchy_runs_where_an_option_asks_for_it(family, warm, monkeypatch):
+    """Layers that the full mesh takes too; 16 ranks, the least that the hierarchy takes. With a mask on A3 alone."""
+    monkeypatch.setenv("VLLM_NPU_EMULATOR_SOC", family)
+    monkeypatch.setenv("HCCL_BUFFSIZE", "450")
+    case = Case(
+        strategy="mc2",
+        tp_size=1,
+        dp_size=16,
+        num_tokens_across_dp=(3,) * 16,
+        hidden_size=1024,
+        width=1024,
+        asked=MC2Asked("hierarchy"),
+    )
+    masked = (
+        replace(case, num_tokens_across_dp=tuple(rank % 4 for rank in range(16))),
+        replace(case, tp_size=2, dp_size=8, num_tokens_across_dp=(3,) * 8),
+    )
+    with (
+        launcher.emulated_devices(16),
+        ProcessRankPool(16, transport="hccl", timeout=300, start_method=warm) as pool,
+    ):
+        for each in (case, replace(case, integer=False), replace(case, quant_mode=QuantMode.INT8_PER_TOKEN)):
+            assert [fault for fault in pool.run(run_case, each) if fault] == []
+        for each in masked:
+            if family == "A3":
+                assert [fault for fault in pool.run(run_case, each) if fault] == []
+            else:
+                with pytest.raises(UnsupportedConfigError, match="hierarchy takes no mask"):
+                    pool.run(run_case, each)
 
 
 def family_of(rank: Rank) -> str:

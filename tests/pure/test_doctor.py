@@ -456,7 +456,7 @@ def test_a_recipe_is_read_option_by_option(tmp_path):
     recipe = {
         "multistream_overlap_shared_expert": True,
         "enable_fused_mc2": 1,
-        "mc2_comm_alg": "hierarchy",
+        "enable_mc2_hierarchy_comm": True,
         "combine_quant_mode": 0,
         "weight_prefetch_config": {"enabled": True},
     }
@@ -468,11 +468,11 @@ def test_a_recipe_is_read_option_by_option(tmp_path):
 
     *rows, last = found(recipe)
     assert last[:2] == ("engine", "ok")
-    assert [row[:2] for row in rows] == [("recipe", "ok"), ("recipe", "ok"), ("recipe", "problem"), ("recipe", "ok")]
+    assert [row[:2] for row in rows] == [("recipe", "ok"), ("recipe", "problem"), ("recipe", "ok"), ("recipe", "ok")]
     assert [row[2].partition(":")[0] for row in rows] == [
         "multistream_overlap_shared_expert",
         "enable_fused_mc2",
-        "mc2_comm_alg",
+        "enable_mc2_hierarchy_comm",
         "weight_prefetch_config",
     ]
 

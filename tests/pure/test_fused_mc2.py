@@ -239,8 +239,15 @@ def test_plan_shows_the_strategy_and_its_buffer_on_chips_that_have_it():
 )
 def test_the_recipe_says_which_operator_vllm_ascend_prepares_the_weights_for(options, line, asked):
     assert fused_mc2_asked(options, line) == asked
-    refused = [row.option for row in rows_of_recipe(options) if row.is_refused]
+    refused = [row.option for row in rows_of_recipe(options, line) if row.is_refused]
     assert refused == (["enable_fused_mc2"] if options.get("enable_fused_mc2") == 3 else [])
+
+
+@pytest.mark.parametrize("rows", ["100", None, [1]])
+def test_rows_that_are_no_number_are_refused_by_name(rows):
+    with pytest.raises(UnsupportedConfigError, match=r"mega_moe_max_tokens is .* no number of rows"):
+        fused_mc2_asked({"enable_fused_mc2": 1, "mega_moe_max_tokens": rows})
+    assert fused_mc2_asked({"enable_fused_mc2": [1]}) is None
 
 
 # --- dispatch_gmm_combine_decode ---

@@ -10,6 +10,7 @@ from vllm_npu.core.limits import (
     A2_HIERARCHY,
     A2_VERSION_1,
     A3_FULL_MESH,
+    A3_FULL_MESH_V2,
     A3_HIERARCHY,
     A3_VERSION_1,
     DEVICES,
@@ -18,7 +19,7 @@ from vllm_npu.core.limits import (
 )
 
 LAYER = MoELayer(num_experts=256, top_k=8, hidden_size=7168, dtype=torch.bfloat16)
-NATIVE = [A2_FULL_MESH, A2_HIERARCHY, A2_VERSION_1, A3_FULL_MESH, A3_HIERARCHY, A3_VERSION_1]
+NATIVE = [A2_FULL_MESH, A2_HIERARCHY, A2_VERSION_1, A3_FULL_MESH, A3_FULL_MESH_V2, A3_HIERARCHY, A3_VERSION_1]
 
 
 def test_the_portable_ops_take_any_layer():
@@ -50,6 +51,9 @@ def test_a_usual_layer_is_taken(limits):
         (A3_VERSION_1, {"hidden_size": 7136}, 16, "takes hidden_size 7168, not 7136"),
         (A3_VERSION_1, {"top_k": 9}, 16, "takes at most 8 experts a token, not 9"),
         (A3_HIERARCHY, {"num_experts": 1024}, 32, "takes at most 512 experts, not 1024"),
+        (A3_HIERARCHY, {"num_experts": 400}, 16, "takes at most 24 experts a rank, not 25"),
+        (A3_HIERARCHY, {"hidden_size": 7200}, 16, "takes hidden_size 1024 to 7168 in steps of 32, not 7200"),
+        (A3_FULL_MESH_V2, {"hidden_size": 8224}, 16, "takes hidden_size 1024 to 8192, not 8224"),
     ],
 )
 def test_the_first_limit_that_is_broken_is_named(limits, changes, ep_size, reason):
@@ -65,6 +69,8 @@ def test_the_first_limit_that_is_broken_is_named(limits, changes, ep_size, reaso
         (A2_HIERARCHY, "top_k", 16, "experts a token"),
         (A3_FULL_MESH, "num_experts", 1024, "experts"),
         (A3_FULL_MESH, "top_k", 16, "experts a token"),
+        (A3_FULL_MESH_V2, "num_experts", 1024, "experts"),
+        (A3_FULL_MESH_V2, "top_k", 12, "experts a token"),
         (A3_HIERARCHY, "num_experts", 512, "experts"),
         (A3_HIERARCHY, "top_k", 16, "experts a token"),
     ],
@@ -87,7 +93,8 @@ def test_the_experts_of_a_rank_that_the_full_mesh_of_a2_takes():
         (A2_FULL_MESH, 2 * (33 * 16 * 6 * 14336 + 2 * 2**20)),
         (A2_HIERARCHY, (256 + 4) * 933 * 512 + 8 * 2**20),  # 933 * 512 holds 33 * (14336 + 16 * 8)
         (A3_FULL_MESH, 2 * 33 * (16 * 16 * 14848 + 6 * 14336)),  # 14848 = 29 * 512 holds 14336 + 64
-        (A3_HIERARCHY, 256 * 33 * (14336 + 16 * 8) + 404 * 2**20),
+        (A3_FULL_MESH_V2, 2 * 33 * (16 * 16 * 15360 + 6 * 14336)),  # 30 blocks of 480 bytes hold 14336 + 64
+        (A3_HIERARCHY, 256 * 33 * (14336 + 12 * 8 + 64) + 404 * 2**20),
     ],
 )
 def test_buffers_to_the_byte(limits, num_bytes):

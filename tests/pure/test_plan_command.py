@@ -7,7 +7,7 @@ import pytest
 
 from tests.command_line import vllm_npu
 from vllm_npu.cli import plan as command
-from vllm_npu.errors import UnsupportedConfigError
+from vllm_npu.errors import VllmNpuError
 
 LAYER = {"soc": "A3", "ep": 2, "experts": 128, "topk": 8, "hidden": 2048}
 A3_CASE = ["--soc", "A3", "--ep", "2", "--experts", "128", "--topk", "8", "--hidden", "2048", "--tokens", "512"]
@@ -39,16 +39,18 @@ def test_a_model_gives_what_is_not_typed_and_a_buffer_that_is_set_is_enough(tmp_
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"soc": "H100", "ep": 2}, "unknown --soc 'H100'; there are: A2, A3, 310P, A5"),
+        ({"soc": "H100", "ep": 2}, "there is no --soc H100; name one of A2, A3, 310P, A5"),
         ({"soc": "A3", "ep": 2}, "--experts, --topk, --hidden not given, nor in --model's config.json"),
         (LAYER | {"tp": 4}, "--ep 2 is not a multiple of --tp 4"),
         (LAYER | {"ep": 3, "soc": "A3"}, "128 experts do not divide over ep_size=3"),
         (LAYER | {"ep": 256}, "128 experts do not divide over ep_size=256"),
-        (LAYER | {"topk": 200}, "--topk 200 of --experts 128"),
+        (LAYER | {"topk": 200}, "a token chooses 200 experts of 128"),
         (LAYER | {"dtype": "int8"}, "unknown --dtype 'int8'"),
         ({"soc": "A3", "ep": 2, "model": Path("nowhere")}, "--model nowhere cannot be read as a config.json"),
+        (LAYER | {"additional_config": "{"}, "--additional-config { is no JSON"),
+        (LAYER | {"additional_config": "[]"}, r"--additional-config \[\] is no JSON object"),
     ],
 )
 def test_numbers_that_cannot_be_are_refused(options, message):
-    with pytest.raises(UnsupportedConfigError, match=message):
+    with pytest.raises(VllmNpuError, match=message):
         command.plan(**options)

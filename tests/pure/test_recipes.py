@@ -42,6 +42,12 @@ def node(role: str, **changes: str) -> str:
     return script
 
 
+def with_extra(value: str) -> tuple[str, str]:
+    """The change that makes a prefill node with this kv_connector_extra_config of the script."""
+    given = f'{{"kv_connector": "MooncakeConnectorV1", "kv_role": "kv_producer", "kv_connector_extra_config": {value}}}'
+    return "--headless", f"--kv-transfer-config '{given}'"
+
+
 def small(change: tuple[str, str] = ("", ""), name: str = "run.sh") -> SmallRecipe:
     return make_small(name, read_script(SCRIPT.replace(*change)))
 
@@ -107,6 +113,14 @@ def test_a_drafter_that_has_no_tiny_model_is_left_out():
             ),
             "no JSON",
         ),
+        (with_extra("8"), "kv_connector_extra_config 8 is no JSON object with the sizes of 'prefill'"),
+        (with_extra('"a.json"'), "kv_connector_extra_config a.json is no JSON object"),
+        (with_extra("null"), "kv_connector_extra_config None is no JSON object"),
+        (
+            ('"multistream_overlap_shared_expert": true', '"finegrained_tp_config": 8'),
+            "finegrained_tp_config 8 is no JSON",
+        ),
+        (('"multistream_overlap_shared_expert": true', '"finegrained_tp_config": {"oproj": "8"}'), "of numbers"),
         (("'{\"multi", "'{multi"), "--additional-config {multi"),
         (("'{\"multistream_overlap_shared_expert\": true}'", "[]"), "is no JSON object"),
     ],

@@ -239,7 +239,7 @@ def test_the_command_writes_every_number_and_draws(tmp_path, capsys):
         ({"fabric": "h100,tpu"}, "unknown --fabric 'tpu'; there are: h100, h800, a2, a3"),
         ({"ep": "8,1024"}, "--ep '8,1024': give sizes from 2 to 768"),
         ({"ep": "8,x"}, "--ep '8,x': give sizes from 2 to 768"),
-        ({"topk": 300}, "--topk 300 of --experts 256"),
+        ({"topk": 300}, "a token chooses 300 experts of 256"),
     ],
 )
 def test_numbers_that_cannot_be_are_refused(options, message):

@@ -213,9 +213,10 @@ def test_mc2_takes_the_hierarchy_for_a_layer_that_only_it_takes_and_then_no_mask
     even, uneven, idle = plan(*[300] * 16), plan(*range(1, 17)), plan(0, *[4] * 15)
     for requested in (AUTO, "mc2"):
         assert chosen(requested, topology, even, device=device, layer=layer).strategy == "mc2"
-        assert chosen(requested, topology, uneven, device=device, layer=layer).strategy == "mc2"
+        assert chosen(requested, topology, uneven, device=device, layer=layer).strategy == "all2all"
         assert chosen(requested, topology, idle, device=device, layer=layer).strategy == "all2all"
     assert "takes no mask" in chosen("mc2", topology, idle, device=device, layer=layer).reason
+    assert "as many rows from each rank" in chosen("mc2", topology, uneven, device=device, layer=layer).reason
 
 
 @pytest.mark.parametrize("order", [1, -1])

@@ -318,6 +318,23 @@ def test_a_model_that_the_planner_forbids_is_refused_before_a_process_starts(tmp
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_more_experts_for_a_token_than_there_are_are_refused_on_cpus(tmp_path, ranks):
+    folder = write_tiny_model(QWEN3_MOE, tmp_path / "model")
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"num_experts": 8, "num_experts_per_tok": 9}))
+    message = "a token chooses 9 experts of 8; correct config.json"
+    with pytest.raises(ValueError, match=message):
+        engine_config(str(folder), tensor_parallel_size=ranks, enable_expert_parallel=True)
+
+
+def test_more_experts_for_a_token_than_there_are_are_refused_on_gpus(model):
+    config = gpu_config(model, {}, {})
+    config.model_config.hf_text_config.num_experts_per_tok = 99
+    with pytest.raises(UnsupportedConfigError, match="a token chooses 99 experts of"):
+        required_backend(config)
+
+
 def test_the_planner_sees_the_steps_that_vllm_is_configured_for(model):
     config = engine_config(model, max_num_seqs=24, max_num_batched_tokens=256, **EP2)
     assert engine_check.planned_shape(config) == PlannedShape(decode_tokens=24)
@@ -372,6 +389,7 @@ REFUSED_EXPERTS = {
     "limit": ({"swiglu_limit": 7.0}, {}, [], "the experts' activation 'silu' with limit 7 is not supported"),
     "adapters": ({}, {"enable_lora": True}, ["--enable-lora"], "LoRA adapters on experts are not supported"),
     "experts": ({"num_experts": 1, "num_experts_per_tok": 1}, {}, [], "1 experts do not divide over ep_size=2"),
+    "top-k": ({"num_experts": 8, "num_experts_per_tok": 9}, {}, [], "a token chooses 9 experts of 8"),
 }
 
 

@@ -17,6 +17,7 @@ from vllm_npu.errors import InvalidInputError, UnsupportedConfigError
 from vllm_npu.tools.doctor.examination import PlannedEngine, examine
 from vllm_npu.tools.doctor.findings import OK, PROBLEM, WARNING, Finding
 from vllm_npu.tools.doctor.serve_recipe import read_recipe
+from vllm_npu.tools.json_option import read_object
 from vllm_npu.trust.timeline import timeline
 from vllm_npu.trust.trace import read_traces
 from vllm_npu.trust.trace_comparison import compare, report
@@ -89,8 +90,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     engine.add_argument(
         "--additional-config",
         metavar="JSON",
-        type=json.loads,
-        default={},
+        default="{}",
         help="vLLM's option of this name, with vllm-ascend's options: say what happens to each of them.",
     )
     engine.add_argument("--enable-lora", action="store_true", help="vLLM's option of this name.")
@@ -98,6 +98,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     engine.add_argument("--topk", type=int, help="Experts for each token, in place of config.json's.")
     engine.add_argument("--hidden", type=int, help="hidden_size of the model, in place of config.json's.")
     given = parser.parse_args(arguments)
+    try:
+        given.additional_config = read_object("--additional-config", given.additional_config)
+    except InvalidInputError as error:
+        parser.error(str(error))
     if given.recipe is not None:
         _take_recipe(given, parser)
     if (given.model is None) != (given.ep is None) or (given.model is None and given.soc is not None):
@@ -105,8 +109,6 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     sizes = (given.ep, given.tp, given.max_num_seqs, given.experts, given.topk, given.hidden)
     if any(size is not None and size < 1 for size in sizes):
         parser.error("--ep, --tp, --max-num-seqs, --experts, --topk and --hidden are 1 or more")
-    if not isinstance(given.additional_config, dict):
-        parser.error("--additional-config is a JSON object, as for vllm serve")
     if given.additional_config and given.model is None:
         parser.error("--additional-config describes an engine: give --model and --ep too")
     if given.timeline is not None and given.trace is None:

@@ -1,27 +1,25 @@
 """`vllm-npu plan`: the strategies that a layer may use on a device, the choice of auto, and the buffer to set."""
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from vllm_npu.cli.outputs import JsonPath
-from vllm_npu.core.ascend_recipes import fused_mc2_asked
 from vllm_npu.core.expert_limits import ExpertsWanted
-from vllm_npu.core.limits import DEVICES, PORTABLE
+from vllm_npu.core.limits import DEVICES
 from vllm_npu.core.model_facts import ModelFacts, read_config
 from vllm_npu.core.topology import ExpertPlacement, ParallelTopology
 from vllm_npu.envs import HCCL_BUFFSIZE
 from vllm_npu.errors import UnsupportedConfigError
-from vllm_npu.plugin.entry_points import vllm_ascend_version
-from vllm_npu.plugin.release_lines import ascend_line
 from vllm_npu.strategies.planning import LayerPlan, plan_layer
 from vllm_npu.strategies.start_checks import check_experts
-from vllm_npu.tools.layers import DTYPES, layer_of_model
+from vllm_npu.tools.json_option import read_object
+from vllm_npu.tools.layers import DTYPES, device_of_engine, layer_of_model
 
 
 def plan(
@@ -42,7 +40,7 @@ def plan(
     ] = None,
     additional_config: Annotated[
         str,
-        typer.Option(help="vLLM's option of this name: enable_fused_mc2 and mega_moe_max_tokens of vllm-ascend count."),
+        typer.Option(help="vLLM's option of this name: vllm-ascend's options for MC2 and fused MC2 count."),
     ] = "{}",
     json_path: JsonPath = None,
 ) -> None:
@@ -52,16 +50,11 @@ def plan(
     Nothing runs, and no device is needed. Bytes are computed for uniform routing, without headers. Exit status 1 if no layer
     can have these numbers, and if an engine would refuse the model.
     """
-    if soc is not None and soc not in DEVICES:
-        raise UnsupportedConfigError(f"unknown --soc {soc!r}; there are: {', '.join(DEVICES)}")
     if ep % tp:
         raise UnsupportedConfigError(
             f"--ep {ep} is not a multiple of --tp {tp}; the experts lie on all ranks of the grid"
         )
-    device = PORTABLE if soc is None else DEVICES[soc]
-    device = replace(
-        device, fused_mc2_asked=fused_mc2_asked(_read_object(additional_config), ascend_line(vllm_ascend_version()))
-    )
+    device = device_of_engine(soc, read_object("--additional-config", additional_config), ep_size=ep)
     topology = ParallelTopology.of_rank(0, tp_size=tp, dp_size=ep // tp)
     facts = ModelFacts() if model is None else read_config(model)
     check_experts(ExpertsWanted(model=facts), topology, device)
@@ -77,16 +70,6 @@ def plan(
         todo,
         f"{device.family}, {topology}, {layer.num_experts} experts top {layer.top_k}, {tokens} tokens a DP rank",
     )
-
-
-def _read_object(text: str) -> dict[str, Any]:
-    try:
-        content = json.loads(text)
-    except ValueError as error:
-        raise UnsupportedConfigError(f"--additional-config {text} is no JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise UnsupportedConfigError(f"--additional-config {text} is a JSON object, as for vllm serve")
-    return content
 
 
 def advice(planned: LayerPlan, buffer_mb: int) -> list[str]:

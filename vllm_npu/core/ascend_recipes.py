@@ -1,6 +1,6 @@
 """What happens to each option of vllm-ascend that touches MoE communication. The options stand in --additional-config.
 
-Standard library only. An engine and `vllm-npu doctor --additional-config` read these tables.
+Standard library and envs only. An engine and `vllm-npu doctor --additional-config` read these tables.
 """
 
 from collections.abc import Mapping
@@ -8,12 +8,32 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-# Never run with other communication. Some of them exist in one release line only.
-REFUSED_OPTIONS = (
-    "enable_mc2_hierarchy_comm",
-    "mc2_comm_alg",
-    "combine_quant_mode",
-)
+from vllm_npu.envs import HCCL_INTRA_PCIE_ENABLE, HCCL_INTRA_ROCE_ENABLE
+from vllm_npu.errors import UnsupportedConfigError
+
+MC2_ALGORITHM, HIERARCHY_COMM, COMBINE_QUANT_MODE = "mc2_comm_alg", "enable_mc2_hierarchy_comm", "combine_quant_mode"
+FULL_MESH, FULL_MESH_V2, HIERARCHY = "fullmesh", "fullmesh_v2", "hierarchy"
+ONLY_IN_LINE = {
+    MC2_ALGORITHM: "0.30",
+    COMBINE_QUANT_MODE: "0.30",
+}  # vllm-ascend 0.23 ignores keys that it does not know
+INT8_GROUPS = 2  # combine_quant_mode with which a row comes back as int8 numbers, with a scale for each group of them
+
+
+@dataclass(frozen=True, slots=True)
+class MC2Asked:
+    """What vllm-ascend's options ask of MC2's two ops."""
+
+    algorithm: str = ""
+    """A value of mc2_comm_alg. Empty: the ops choose, which take the full mesh."""
+    combine_quant_mode: int = 0
+    """The form in which rows come back: comm_quant_mode of the combine. 0: as the experts give them."""
+    hierarchy_by_variables: bool = False
+    """Whether HCCL's two variables ask for the hierarchy. A2's ops obey them where no algorithm is named (document of
+    npu_moe_distribute_dispatch_v2)."""
+
+
+ASKED_NOTHING = MC2Asked()
 FUSED_MC2, MAX_FUSED_ROWS = "enable_fused_mc2", "mega_moe_max_tokens"
 MAX_FUSED_ROWS_IF_UNSET = 65536  # vllm-ascend's default
 
@@ -32,6 +52,12 @@ FUSED_OPERATORS = {
     "0.30": {1: FusedOperator.FFN_COMBINE, 2: FusedOperator.FFN_COMBINE},
 }
 FUSED_MC2_VALUES = (0, 1, 2)
+# Of options whose other values vllm-ascend refuses, or runs as something else.
+KNOWN_VALUES: dict[str, tuple[Any, ...]] = {
+    FUSED_MC2: FUSED_MC2_VALUES,
+    MC2_ALGORITHM: ("", FULL_MESH, FULL_MESH_V2, HIERARCHY),
+    COMBINE_QUANT_MODE: (0, INT8_GROUPS, 3, 4),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +77,9 @@ TAKEN_OPTIONS = {
     FUSED_MC2: "moe_comm may be fused_mc2, and auto takes it where it fits; other steps take mc2, all2all or allgather. With "
     "2, vllm-ascend 0.23 has it for W8A8 and up to 256 tokens a rank; on 0.30, 2 is as 1, and is refused with CANN's MegaMoe",
     MAX_FUSED_ROWS: "the rows that a rank of fused_mc2 has room for; a step that may bring more goes another way",
+    MC2_ALGORITHM: "mc2's ops take this algorithm, and mc2 has its limits; a chip that has no such algorithm is refused",
+    HIERARCHY_COMM: "mc2's ops take the hierarchy, and mc2 has its limits",
+    COMBINE_QUANT_MODE: "mc2's rows come back in this form, where the chip's op has it: 2 is int8",
     "vllm_npu": "the options of this package",
     "enable_flashcomm1": "each TP rank brings its slice of the tokens",
     "eplb_config": "vllm-ascend balances and moves the experts; tokens go to the replicas that it names. eplb_policy_type "
@@ -74,28 +103,52 @@ class RecipeRow:
     what: str
 
 
-def rows_of_recipe(additional_config: Mapping[str, Any]) -> list[RecipeRow]:
+def rows_of_recipe(additional_config: Mapping[str, Any], release_line: str) -> list[RecipeRow]:
     """What happens to each option of --additional-config, in its order. An option that is off (false, 0, null) is no row."""
     rows = []
+    takes_no_fused = mc2_asked(additional_config, release_line).algorithm == HIERARCHY
     for option, value in additional_config.items():
         if not value:
             continue
-        unknown_value = option == FUSED_MC2 and value not in FUSED_MC2_VALUES
-        if unknown_value:
+        is_there = ONLY_IN_LINE.get(option, release_line) == release_line
+        is_refused = is_there and option in KNOWN_VALUES and value not in KNOWN_VALUES[option]
+        if not is_there:
+            what = f"vllm-ascend {release_line} has no such option, so it has no effect"
+        elif is_refused:
             what = f"vllm-ascend knows no value {value}, so the engine does not start"
-        elif option in REFUSED_OPTIONS:
-            what = "never run with the strategies of this package, so the engine does not start"
+        elif takes_no_fused and option == FUSED_MC2:
+            is_refused = True
+            what = f"vllm-ascend takes no fused MC2 beside MC2's {HIERARCHY}, so the engine does not start"
         else:
             what = TAKEN_OPTIONS.get(option, "vllm-ascend's own; this package does not read it")
-        rows.append(RecipeRow(option, option in REFUSED_OPTIONS or unknown_value, what))
+        rows.append(RecipeRow(option, is_refused, what))
     return rows
+
+
+def mc2_asked(additional_config: Mapping[str, Any], release_line: str) -> MC2Asked:
+    """What the options ask of MC2's ops on this line of vllm-ascend. Reads two environment variables of HCCL.
+
+    vllm-ascend refuses values of another type than an option's. Here they ask for nothing, and rows_of_recipe names them.
+    """
+    given = {
+        option: additional_config.get(option)
+        for option in (MC2_ALGORITHM, HIERARCHY_COMM, COMBINE_QUANT_MODE)
+        if ONLY_IN_LINE.get(option, release_line) == release_line
+    }
+    named, mode = given.get(MC2_ALGORITHM), given.get(COMBINE_QUANT_MODE)
+    algorithm = HIERARCHY if given[HIERARCHY_COMM] else named if isinstance(named, str) else ""
+    by_variables = (HCCL_INTRA_PCIE_ENABLE.read(), HCCL_INTRA_ROCE_ENABLE.read()) == ("1", "0")
+    return MC2Asked(algorithm, mode if isinstance(mode, int) else 0, by_variables)
 
 
 def fused_mc2_asked(additional_config: Mapping[str, Any], release_line: str = "0.23") -> FusedMC2Asked | None:
     """The operator that the options ask for on this line of vllm-ascend. None: they ask for none, and vllm-ascend prepares no
-    weights for one."""
-    operator = FUSED_OPERATORS[release_line].get(additional_config.get(FUSED_MC2, 0))
+    weights for one. Raises UnsupportedConfigError for a number of rows that is none."""
+    value = additional_config.get(FUSED_MC2, 0)
+    operator = FUSED_OPERATORS[release_line].get(value) if isinstance(value, int) else None
     if operator is None:
         return None
-    rows = int(additional_config.get(MAX_FUSED_ROWS, MAX_FUSED_ROWS_IF_UNSET))
+    rows = additional_config.get(MAX_FUSED_ROWS, MAX_FUSED_ROWS_IF_UNSET)
+    if not isinstance(rows, int):
+        raise UnsupportedConfigError(f"additional_config {MAX_FUSED_ROWS} is {rows!r}, which is no number of rows")
     return FusedMC2Asked(operator, rows if operator is FusedOperator.FFN_COMBINE else None)

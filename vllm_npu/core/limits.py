@@ -1,18 +1,30 @@
 """Limits of each implementation of a strategy, with their sources. strategies.select() enforces them."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 
 import torch
 
-from vllm_npu.core.ascend_recipes import FusedMC2Asked, FusedOperator
+from vllm_npu.core.ascend_recipes import (
+    COMBINE_QUANT_MODE,
+    FULL_MESH,
+    FULL_MESH_V2,
+    HIERARCHY,
+    INT8_GROUPS,
+    MC2_ALGORITHM,
+    FusedMC2Asked,
+    FusedOperator,
+    MC2Asked,
+)
 from vllm_npu.core.expert_limits import ExpertLimits
 from vllm_npu.core.token_layout import ceil_div
 from vllm_npu.core.topology import places_of_experts
+from vllm_npu.errors import UnsupportedConfigError
 
 MIB = 1 << 20
 VECTOR_CORE_BYTES = 192 << 10  # memory of one vector core of A2 and A3
+INT8_GROUP = 8  # numbers with one scale in rows that come back as int8: combine_v2's kernel for quantised rows
 MAX_FUSED_TOKENS = 1 << 20  # the fused operators have no limit of their own; HCCL's buffer ends far below
 
 
@@ -76,6 +88,9 @@ class MC2Limits:
     comm_alg: str = ""  # argument of the ops; empty: full mesh
     takes_mask: bool = True  # whether the ops take x_active_mask
     takes_weights: bool = False  # whether dispatch needs the top-k weights
+    takes_uneven_ranks: bool = True  # whether each rank may bring another number of rows
+    combine_quant_modes: tuple[int, ...] = (0,)  # values of comm_quant_mode that the combine takes
+    combine_quant_mode: int = 0  # the one that it gets
     dtypes: tuple[torch.dtype, ...] | None = None
     buffer_bytes: BufferBytes | None = None
 
@@ -87,6 +102,8 @@ class MC2Limits:
             return f"{self.name} takes ep_size {_spans(self.ep_sizes)}, not {ep_size}"
         if self.hidden_sizes is not None and layer.hidden_size not in self.hidden_sizes:
             return f"{self.name} takes hidden_size {_spans([self.hidden_sizes])}, not {layer.hidden_size}"
+        if self.combine_quant_mode == INT8_GROUPS and layer.hidden_size % INT8_GROUP:
+            return f"{self.name} with int8 rows takes hidden_size in steps of {INT8_GROUP}, not {layer.hidden_size}"
         return _too_many_experts(self, layer, ep_size)
 
     def buffer_mb(self, layer: MoELayer, ep_size: int, max_tokens_per_rank: int) -> int | None:
@@ -190,6 +207,10 @@ def _spans(sizes: tuple[range, ...] | list[range]) -> str:
     return ", ".join(texts)
 
 
+def _either(values: Sequence[object]) -> str:
+    return " or ".join(map(str, values))
+
+
 def _one(*sizes: int) -> tuple[range, ...]:
     return tuple(range(size, size + 1) for size in sizes)
 
@@ -199,7 +220,7 @@ def _aligned(value: int, alignment: int) -> int:
 
 
 # Formulas of the documents of aclnnMoeDistributeDispatchV2 (CANN 8.5): 2 bytes for each element of a row, 4 bytes for each id
-# and each weight.
+# and each weight. fullmesh_v2 sends a row in blocks of 512 bytes, of which 480 are the row's.
 
 
 def _a2_full_mesh_bytes(layer: MoELayer, ep_size: int, tokens: int) -> int:
@@ -218,6 +239,12 @@ def _a3_full_mesh_bytes(layer: MoELayer, ep_size: int, tokens: int) -> int:
     return 2 * tokens * (_a3_slots(layer, ep_size) * sent + layer.top_k * returned)
 
 
+def _a3_full_mesh_v2_bytes(layer: MoELayer, ep_size: int, tokens: int) -> int:
+    sent = ceil_div(_aligned(2 * layer.hidden_size, 32) + 64, 480) * 512
+    returned = _aligned(2 * layer.hidden_size, 512)
+    return 2 * tokens * (_a3_slots(layer, ep_size) * sent + layer.top_k * returned)
+
+
 def _a3_version_1_bytes(layer: MoELayer, ep_size: int, tokens: int) -> int:
     row = 2 * (layer.hidden_size + 128)
     return 2 * MIB + 2 * tokens * row * (_a3_slots(layer, ep_size) + layer.top_k + 1)
@@ -228,8 +255,9 @@ def _a3_slots(layer: MoELayer, ep_size: int) -> int:
 
 
 def _a3_hierarchy_bytes(layer: MoELayer, ep_size: int, tokens: int) -> int:
-    row = 2 * layer.hidden_size + 4 * 4 * _aligned(layer.top_k, 8)
-    return layer.num_experts * tokens * row + 404 * MIB
+    # The two documents of A3_HIERARCHY give different values for a row: the larger one counts.
+    facts = max(4 * 4 * _aligned(layer.top_k, 8), 3 * 4 * _aligned(layer.top_k, 8) + 64)
+    return layer.num_experts * tokens * (2 * layer.hidden_size + facts) + 404 * MIB
 
 
 # The fused operators' use of HCCL's buffer (PeermemInfo in their kernels): rows sent in the first third, 1 MiB, rows that come
@@ -297,15 +325,17 @@ A2_FULL_MESH = MC2Limits(
 A2_HIERARCHY = MC2Limits(
     name="mc2 on A2, hierarchy",
     native=True,
-    source=_A2_DOCUMENT,
+    source=f"{_A2_DOCUMENT}; vllm-ascend 0.30.0rc2, should_skip_allreduce_across_dp_group: as many rows from each rank",
     max_tokens_per_rank=512,
     ep_sizes=_one(16, 32, 64),
     hidden_sizes=range(32, 10240 + 1, 32),
     max_experts=512,
     max_top_k=16,
-    comm_alg="hierarchy",
+    comm_alg=HIERARCHY,
     takes_mask=False,
     takes_weights=True,
+    takes_uneven_ranks=False,
+    combine_quant_modes=(0, INT8_GROUPS),
     dtypes=SIXTEEN_BIT,
     buffer_bytes=_a2_hierarchy_bytes,
 )
@@ -318,20 +348,34 @@ A3_FULL_MESH = MC2Limits(
     hidden_sizes=range(1024, 8192 + 1),
     max_experts=1024,
     max_top_k=16,
+    combine_quant_modes=(0, INT8_GROUPS),
     dtypes=SIXTEEN_BIT,
     buffer_bytes=_a3_full_mesh_bytes,
+)
+A3_FULL_MESH_V2 = replace(
+    A3_FULL_MESH,
+    name="mc2 on A3, fullmesh_v2",
+    source=f"{_A3_DOCUMENT}; op-plugin's document of npu_moe_distribute_dispatch_v2 for 256 tokens (CANN's has 512)",
+    max_tokens_per_rank=256,
+    max_top_k=12,
+    comm_alg="fullmesh_v2",
+    buffer_bytes=_a3_full_mesh_v2_bytes,
 )
 A3_HIERARCHY = MC2Limits(
     name="mc2 on A3, hierarchy",
     native=True,
-    source=_A3_DOCUMENT,
+    source="op-plugin's document of npu_moe_distribute_dispatch_v2, and CANN's of aclnnMoeDistributeDispatchV4, where they "
+    "differ the smaller number: 256 tokens (512), hidden size up to 7168 in steps of 32 (8192), 24 experts a rank (none). No "
+    "public source says how its combine rounds int8 rows, which were never run",
     max_tokens_per_rank=256,
     ep_sizes=(range(16, 256 + 1, 16),),
-    hidden_sizes=range(1024, 8192 + 1),
+    hidden_sizes=range(1024, 7168 + 1, 32),
     max_experts=512,
+    max_experts_per_rank=24,
     max_top_k=16,
-    comm_alg="hierarchy",
+    comm_alg=HIERARCHY,
     takes_weights=True,
+    takes_uneven_ranks=False,
     dtypes=SIXTEEN_BIT,
     buffer_bytes=_a3_hierarchy_bytes,
 )
@@ -355,6 +399,7 @@ A3_VERSION_1 = replace(
     max_top_k=8,
     version=1,
     takes_mask=False,
+    combine_quant_modes=(0,),
     buffer_bytes=_a3_version_1_bytes,
 )
 
@@ -441,6 +486,8 @@ class DeviceLimits:
     socs: tuple[str, ...] = ()  # prefixes of the chips' names
     mc2_hierarchy: MC2Limits | None = None  # MC2's other algorithm, for layers that the first one cannot run
     mc2_version_1: MC2Limits | None = None  # replaces both if torch_npu has only version 1 of MC2's ops
+    mc2_algorithms: Mapping[str, MC2Limits] = field(default_factory=dict)  # by value of vllm-ascend's mc2_comm_alg
+    mc2_reads_variables: bool = False  # whether HCCL's variables choose where no algorithm is named
     fused_mc2: tuple[FusedMC2Limits, ...] = ()  # one for each operator and quantisation; empty: the chips have none
     fused_mc2_asked: FusedMC2Asked | None = None  # None: vllm-ascend prepares no weights, since enable_fused_mc2 is 0
     all2all: bool = True
@@ -467,7 +514,52 @@ class DeviceLimits:
         """These limits for a torch_npu whose newest MC2 ops have this version. 0: it has no MC2 ops."""
         if version == 2:
             return self
-        return replace(self, mc2=self.mc2_version_1 if version == 1 else None, mc2_hierarchy=None)
+        return replace(self, mc2=self.mc2_version_1 if version == 1 else None, mc2_hierarchy=None, mc2_algorithms={})
+
+    def with_mc2(self, asked: MC2Asked) -> "DeviceLimits":
+        """These limits with what vllm-ascend's options ask of MC2's ops. LOCAL.
+
+        An algorithm that was asked for is the only one: no layer goes back to another. Raises UnsupportedConfigError that names
+        the option for an algorithm or a form of rows that these chips' ops do not take, or that was never run.
+        """
+        if self.mc2 is None or not self.mc2.native:
+            return self
+        by_variables = asked.hierarchy_by_variables and self.mc2_reads_variables
+        algorithm = asked.algorithm or (HIERARCHY if by_variables else "")
+        device = self
+        if algorithm:
+            limits = self.mc2_algorithms.get(algorithm)
+            if limits is None:
+                raise UnsupportedConfigError(
+                    f"additional_config {MC2_ALGORITHM}: MC2 on {self.family} was never run with {algorithm} (as version "
+                    f"{self.mc2.version} of its ops, it takes {' or '.join(self.mc2_algorithms) or 'none by name'}); leave the "
+                    'option out, or keep vllm-ascend\'s own communication: {"vllm_npu": {"moe_comm": "off"}}'
+                )
+            device = replace(self, mc2=limits, mc2_hierarchy=None)
+        return device._with_combine(asked.combine_quant_mode)
+
+    def _with_combine(self, mode: int) -> "DeviceLimits":
+        """These limits for rows that come back in this form. Raises UnsupportedConfigError as with_mc2."""
+        if mode == 0 or self.mc2 is None:
+            return self
+        if mode not in self.mc2.combine_quant_modes:
+            raise UnsupportedConfigError(
+                f"additional_config {COMBINE_QUANT_MODE}: {self.mc2.name} takes {_either(self.mc2.combine_quant_modes)}, not "
+                f"{mode} ({self._why_no_form(mode)}); leave the option out, or keep vllm-ascend's own communication: "
+                '{"vllm_npu": {"moe_comm": "off"}}'
+            )
+        other = self.mc2_hierarchy
+        if other is not None:
+            other = replace(other, combine_quant_mode=mode) if mode in other.combine_quant_modes else None
+        return replace(self, mc2=replace(self.mc2, combine_quant_mode=mode), mc2_hierarchy=other)
+
+    def _why_no_form(self, mode: int) -> str:
+        if mode != INT8_GROUPS:
+            return "CANN's document names it for A5 alone, and nothing of A5 was run"
+        if any(mode in limits.combine_quant_modes for limits in self.mc2_algorithms.values()):
+            names = [name for name, limits in self.mc2_algorithms.items() if mode in limits.combine_quant_modes]
+            return f"it was run with {MC2_ALGORITHM} {_either(names)} only"
+        return "it was never run there"
 
     def for_layer(self, layer: MoELayer | None, ep_size: int) -> "DeviceLimits":
         """These limits with the MC2 algorithm for the layer: the hierarchy if only the hierarchy can run it."""
@@ -531,6 +623,8 @@ DEVICES = {
         mc2=A2_FULL_MESH,
         mc2_hierarchy=A2_HIERARCHY,
         mc2_version_1=A2_VERSION_1,
+        mc2_algorithms={FULL_MESH: replace(A2_FULL_MESH, comm_alg="fullmesh"), HIERARCHY: A2_HIERARCHY},
+        mc2_reads_variables=True,
         socs=("Ascend910B",),
         captures=_NPU_CAPTURES,
     ),
@@ -539,6 +633,11 @@ DEVICES = {
         mc2=A3_FULL_MESH,
         mc2_hierarchy=A3_HIERARCHY,
         mc2_version_1=A3_VERSION_1,
+        mc2_algorithms={  # vllm-ascend's fullmesh is fullmesh_v1 for A3's ops
+            FULL_MESH: replace(A3_FULL_MESH, comm_alg="fullmesh_v1"),
+            FULL_MESH_V2: A3_FULL_MESH_V2,
+            HIERARCHY: A3_HIERARCHY,
+        },
         uneven_collectives=True,
         update_expert=True,
         fused_mc2=A3_FUSED_MC2,
@@ -551,5 +650,11 @@ DEVICES = {
         family="310P", mc2=None, all2all=False, uneven_collectives=True, routing_ops=False, socs=("Ascend310P",)
     ),
     # No public document states A5's limits. Its op has A3's arguments.
-    "A5": DeviceLimits(family="A5", mc2=A3_FULL_MESH, update_expert=True, socs=("Ascend950",), captures=_NPU_CAPTURES),
+    "A5": DeviceLimits(
+        family="A5",
+        mc2=replace(A3_FULL_MESH, combine_quant_modes=(0,)),
+        update_expert=True,
+        socs=("Ascend950",),
+        captures=_NPU_CAPTURES,
+    ),
 }

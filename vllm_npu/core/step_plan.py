@@ -9,7 +9,12 @@ from vllm_npu.errors import InvalidInputError
 
 
 class TokenSharding(Enum):
-    """How the tokens of a DP rank are divided over its tensor-parallel ranks."""
+    """How the tokens of a DP rank are divided over its tensor-parallel ranks.
+
+    Decode context parallelism divides the KV cache over TP ranks, and no tokens: they stay as without it. With prefill context
+    parallelism each rank of that group has tokens of its own, as a DP rank has. The expert-parallel group then has dp * pcp *
+    tp ranks, and no topology here says so: such an engine is refused.
+    """
 
     REPLICATED = "replicated"
     """Every TP rank holds all tokens of its DP rank."""

@@ -10,7 +10,8 @@ from weakref import WeakValueDictionary
 
 import torch
 
-from vllm_npu.core.limits import UNPERMUTE_MAX_TOP_K, BalanceMode, DeviceLimits, MC2Limits, MoELayer
+from vllm_npu.core.ascend_recipes import ASKED_NOTHING, INT8_GROUPS, MC2Asked
+from vllm_npu.core.limits import INT8_GROUP, UNPERMUTE_MAX_TOP_K, BalanceMode, DeviceLimits, MC2Limits, MoELayer
 from vllm_npu.device import portable_ops
 from vllm_npu.device.portable_ops import DistributeDispatchOutput, InitRoutingOutput
 from vllm_npu.errors import InvalidInputError, UnsupportedConfigError
@@ -173,15 +174,23 @@ def distribute_dispatch(
     x_active_mask: torch.Tensor | None = None,
     quant_mode: int = 0,
     global_bs: int = 0,
+    asked: MC2Asked = ASKED_NOTHING,
 ) -> DistributeDispatchOutput:
     """portable_ops.distribute_dispatch by the newest version of the op that torch_npu has.
 
-    The op's algorithm is the full mesh, or the hierarchy for a layer that only the hierarchy takes. COLLECTIVE over group_ep,
-    in one kernel. Host sync: no. Graph capture: yes. Raises UnsupportedConfigError for a chip without the op, and for a mask
-    where the op takes none. Raises InvalidInputError where the last dispatch of the group still waits for its combine: the
-    kernels of a group share one window and switch its halves at each call, so op-plugin's documents call the two ops in pairs.
+    The op's algorithm is the one that was asked for. If none was, it is the full mesh, or the hierarchy for a layer that only
+    the hierarchy takes. COLLECTIVE over group_ep, in one kernel. Host sync: no. Graph capture: yes. Raises
+    UnsupportedConfigError for a chip without the op or the algorithm, for a mask where the op takes none, and for ranks that
+    differ where the op wants as many rows from each. Raises InvalidInputError where the last dispatch of the group still waits
+    for its combine: the kernels of a group share one window and switch its halves at each call, so op-plugin's documents call
+    the two ops in pairs.
     """
-    mc2 = _mc2_of(moe_expert_num, expert_ids.shape[1], x.shape[1], x.dtype, group_ep.size)
+    mc2 = _mc2_of(moe_expert_num, expert_ids.shape[1], x.shape[1], x.dtype, group_ep.size, asked)
+    if global_bs and not mc2.takes_uneven_ranks:
+        raise UnsupportedConfigError(
+            f"{mc2.name} takes as many rows from each rank, and these ranks bring up to {global_bs // group_ep.size}; pad the "
+            "rows, or send such a step by all2all or allgather"
+        )
     if x_active_mask is not None and not mc2.takes_mask:
         raise UnsupportedConfigError(
             f"{mc2.name} takes no mask, and a step needs one where a rank has no token or TP ranks have different numbers of "
@@ -231,6 +240,7 @@ def distribute_combine(
     x_active_mask: torch.Tensor | None = None,
     expand_scales: torch.Tensor | None = None,
     comm_alg: str = "",
+    comm_quant_mode: int = 0,
     global_bs: int = 0,
 ) -> torch.Tensor:
     """portable_ops.distribute_combine by the same version of the op as the dispatch. COLLECTIVE over group_ep, in one kernel.
@@ -238,7 +248,10 @@ def distribute_combine(
     version = distribute_version()
     group = group_ep.name_for_ops
     _UNCOMBINED.pop(group, None)  # also where the op raises: its handle is used up then
-    group_ep.note_op("combine", expert_ids.numel() * expand_x.shape[1] * expand_x.element_size())
+    row_bytes = expand_x.shape[1] * expand_x.element_size()
+    if comm_quant_mode == INT8_GROUPS:
+        row_bytes = expand_x.shape[1] + row_bytes // INT8_GROUP
+    group_ep.note_op("combine", expert_ids.numel() * row_bytes)
     combined: torch.Tensor = getattr(torch_npu, DISTRIBUTE_OPS[version].combine)(
         expand_x,
         expert_ids.int(),
@@ -250,6 +263,7 @@ def distribute_combine(
         x_active_mask=x_active_mask,
         expand_scales=expand_scales,
         global_bs=global_bs,
+        comm_quant_mode=comm_quant_mode,
     )
     return combined
 
@@ -355,10 +369,13 @@ def _arguments_of_group(group_ep: Transport, group: str, version: int, comm_alg:
 
 
 @cache
-def _mc2_of(num_experts: int, top_k: int, hidden_size: int, dtype: torch.dtype, ep_size: int) -> MC2Limits:
-    """Limits of the MC2 algorithm that takes a layer of these sizes. Raises UnsupportedConfigError where there is no MC2."""
+def _mc2_of(
+    num_experts: int, top_k: int, hidden_size: int, dtype: torch.dtype, ep_size: int, asked: MC2Asked
+) -> MC2Limits:
+    """Limits of the MC2 algorithm that takes a layer of these sizes. Raises UnsupportedConfigError where there is no MC2, and
+    as DeviceLimits.with_mc2."""
     layer = MoELayer(num_experts=num_experts, top_k=top_k, hidden_size=hidden_size, dtype=dtype)
-    limits = device_limits()
+    limits = device_limits().with_mc2(asked)
     mc2 = limits.for_layer(layer, ep_size).mc2
     if mc2 is None:
         raise UnsupportedConfigError(

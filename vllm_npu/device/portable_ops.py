@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 import torch
 
-from vllm_npu.core.limits import PORTABLE, BalanceMode, DeviceLimits, QuantMode
+from vllm_npu.core.ascend_recipes import ASKED_NOTHING, INT8_GROUPS, MC2Asked
+from vllm_npu.core.limits import INT8_GROUP, PORTABLE, BalanceMode, DeviceLimits, QuantMode
 from vllm_npu.core.routing import ExpertPermutation, expert_ranges, local_expert_ids, sum_rows
 from vllm_npu.core.token_layout import pack, pad_rows
 from vllm_npu.core.topology import ExpertPlacement
@@ -190,6 +191,7 @@ def distribute_dispatch(
     x_active_mask: torch.Tensor | None = None,  # [B] bool, True for active tokens, which come first
     quant_mode: int = 0,  # QuantMode
     global_bs: int = 0,  # the most rows of any rank, times W; 0: every rank brings B rows
+    asked: MC2Asked = ASKED_NOTHING,  # The way that rows take; only Ascend's kernels read it
 ) -> DistributeDispatchOutput:
     """Send each active token to the ranks of its experts, in slots of fixed size.
 
@@ -266,13 +268,22 @@ def distribute_combine(
     x_active_mask: torch.Tensor | None = None,  # as given to dispatch
     expand_scales: torch.Tensor | None = None,  # as dispatch returned it; only A2's kernel reads it
     comm_alg: str = "",  # as dispatch returned it; only Ascend's kernels read it
+    comm_quant_mode: int = 0,  # 2: rows come back as int8 in groups of INT8_GROUP numbers, each with a scale of x's dtype
     global_bs: int = 0,  # as given to dispatch
 ) -> torch.Tensor:  # [B, H], dtype of expand_x; rows of inactive tokens are NaN
     """Send each row back to the rank of its token, and return each token's weighted sum in float32, k ascending.
 
     The product and the sum of each step are rounded separately.
-    COLLECTIVE over group_ep: one all-to-all of G / W * K rows for each pair of ranks. Host sync: no. Graph capture: yes.
+    COLLECTIVE over group_ep: one all-to-all of G / W * K rows for each pair of ranks. Host sync: no. Graph capture: yes. With
+    comm_quant_mode 2, the sum has the rows that int8 gives, which travel in x's dtype here. Raises InvalidInputError for
+    another comm_quant_mode than 0 and 2.
     """
+    if comm_quant_mode not in (0, INT8_GROUPS):
+        raise InvalidInputError(
+            f"comm_quant_mode={comm_quant_mode} is not supported; there are 0 and {INT8_GROUPS} (int8)"
+        )
+    if comm_quant_mode == INT8_GROUPS:
+        expand_x = _through_int8_groups(expand_x)
     num_tokens, top_k = expert_ids.shape
     width = expand_x.shape[1]
     placement = ExpertPlacement(moe_expert_num, group_ep.size)
@@ -298,6 +309,15 @@ def distribute_combine(
         row = returned[owner[:, k_index], tokens, k_index].float()
         total = total + row * expert_scales[:, k_index, None]
     return torch.where(active[:, None], total, float("nan")).to(expand_x.dtype)
+
+
+def _through_int8_groups(rows: torch.Tensor) -> torch.Tensor:
+    """The rows after int8 and back: each group of INT8_GROUP numbers has a scale, a 127th of the largest. A number is divided
+    by the float32 scale, and multiplied by the scale in the rows' dtype."""
+    groups = rows.float().unflatten(-1, (-1, INT8_GROUP))
+    scales = groups.abs().amax(-1, keepdim=True) * (1 / 127)
+    values = torch.where(scales > 0, groups / scales, 0.0).half().round()
+    return (values.float() * scales.to(rows.dtype).float()).flatten(-2).to(rows.dtype)
 
 
 def forget_dispatch(combine_index: torch.Tensor, *, group_ep: Transport) -> None:

@@ -13,7 +13,7 @@ from vllm_npu.core.topology import ExpertPlacement
 from vllm_npu.envs import HCCL_BUFFSIZE
 from vllm_npu.errors import UnsupportedConfigError
 from vllm_npu.plugin.options import Mode, Options, topology_of
-from vllm_npu.strategies.start_checks import PlannedShape, check_experts, check_start
+from vllm_npu.strategies.start_checks import PlannedShape, check_choice, check_experts, check_start
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -42,7 +42,10 @@ def check_engine(
     """
     topology = topology_of(vllm_config.parallel_config)
     model_config = vllm_config.model_config
-    if options.mode is Mode.OFF or model_config is None or not model_config.is_moe or topology.world_size == 1:
+    if options.mode is Mode.OFF or model_config is None or not model_config.is_moe:
+        return
+    check_routing(vllm_config)
+    if topology.world_size == 1:
         return
     facts = model_facts(vllm_config)
     check_experts(ExpertsWanted(model=facts, lora=adapters_on_experts(vllm_config)), topology, device)
@@ -64,6 +67,14 @@ def check_engine(
         shape=planned_shape(vllm_config),
         hccl_buffer_mb=HCCL_BUFFSIZE.read_whole_number(),
     )
+
+
+def check_routing(vllm_config: "VllmConfig") -> None:
+    """Raise UnsupportedConfigError for tokens that choose more experts than the model has. Runs before any process starts."""
+    model_config = vllm_config.model_config
+    if model_config is not None and model_config.is_moe:
+        facts = model_facts(vllm_config)
+        check_choice(facts.top_k, facts.num_experts)
 
 
 def model_facts(vllm_config: "VllmConfig") -> ModelFacts:

@@ -82,13 +82,15 @@ class StepPlanner:
         self._check(options.moe_comm)
         self._captured_steps = CapturedSteps(collective_counter())
         self._metrics = StepMetrics.if_wanted(self._topology, collective_counter())
-        capacities = [self._device.for_layer(layer, self._topology.ep_size).capacities for layer in self._layers]
+        by_layer = [self._device.for_layer(layer, self._topology.ep_size) for layer in self._layers]
+        capacities = [limits.capacities for limits in by_layer]
+        mc2 = [(limits.mc2.comm_alg, limits.mc2.combine_quant_mode) for limits in by_layer if limits.mc2 is not None]
         fused = [self._device.fused_mc2_asked, *(limits.max_tokens_per_rank for limits in self._device.fused_mc2)]
         self._fixed_fields = {  # the part of each vote that no step changes
             "vllm_npu": __version__,
             "topology": str(self._topology),
             "layers": "; ".join(sorted({str(layer) for layer in layers})),  # sizes, dtype, quantisation
-            "device": f"{self._device.family} {capacities} {fused}",
+            "device": f"{self._device.family} {capacities} {mc2} {fused}",
             "self_test": options.self_test,
         }
 
@@ -123,7 +125,7 @@ class StepPlanner:
         mc2_takes_all = all(
             why_not("mc2", self._topology, layer, self._device) is None
             and (limits := self._device.for_layer(layer, self._topology.ep_size).mc2) is not None
-            and not limits.comm_alg  # the hierarchy takes as many rows from each rank
+            and limits.takes_uneven_ranks
             and theirs is not None
             and theirs <= limits.max_tokens_per_rank * self._topology.tp_size
             for layer in self._layers

@@ -1,6 +1,6 @@
 """The pipelines of a process: one for all layers that have the same strategy and the same sizes."""
 
-from vllm_npu.core.ascend_recipes import FusedOperator
+from vllm_npu.core.ascend_recipes import ASKED_NOTHING, FusedOperator, MC2Asked
 from vllm_npu.core.limits import QuantMode
 from vllm_npu.strategies.pipeline import FusedPipeline, MoEPipeline
 from vllm_npu.strategies.select import build, build_fused
@@ -13,7 +13,7 @@ class Pipelines:
     def __init__(self, groups: Groups) -> None:
         self.groups = groups
         self.max_sms: int | None = None
-        self._pipelines: dict[tuple[str, int, QuantMode], MoEPipeline] = {}
+        self._pipelines: dict[tuple[str, int, QuantMode, MC2Asked], MoEPipeline] = {}
         self._fused: dict[tuple[FusedOperator, int, QuantMode], FusedPipeline] = {}
 
     def get(
@@ -21,13 +21,14 @@ class Pipelines:
         strategy: str,
         num_experts: int,  # over all ranks, redundant ones included
         quant_mode: QuantMode = QuantMode.NONE,
+        asked: MC2Asked = ASKED_NOTHING,
     ) -> MoEPipeline:
         """Return the pipeline, and build it at the first call. LOCAL. Raises UnsupportedConfigError as build does."""
-        key = strategy, num_experts, quant_mode
+        key = strategy, num_experts, quant_mode, asked
         found = self._pipelines.get(key)
         if found is None:
             # Micro-batches may ask from several threads: setdefault returns the same pipeline to all of them.
-            found = self._pipelines.setdefault(key, build(strategy, self.groups, num_experts, quant_mode))
+            found = self._pipelines.setdefault(key, build(strategy, self.groups, num_experts, quant_mode, asked))
             found.dispatcher.max_sms = self.max_sms
         return found
 

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from vllm_npu.core.limits import DeviceLimits, FusedMC2Limits, MC2Limits, MoELayer, QuantMode
+from vllm_npu.core.ascend_recipes import INT8_GROUPS
+from vllm_npu.core.limits import INT8_GROUP, DeviceLimits, FusedMC2Limits, MC2Limits, MoELayer, QuantMode
 from vllm_npu.core.step_plan import StepPlan, TokenSharding
 from vllm_npu.core.token_layout import ceil_div
 from vllm_npu.core.topology import ParallelTopology
@@ -62,7 +63,12 @@ def plan_layer(layer: MoELayer, topology: ParallelTopology, device: DeviceLimits
             reason=why_not(name, topology, layer, device),
             collectives=collectives(name, topology),
             bytes_sent=bytes_sent(
-                name, layer, topology, num_tokens, native_mc2=device.mc2 is not None and device.mc2.native
+                name,
+                layer,
+                topology,
+                num_tokens,
+                native_mc2=device.mc2 is not None and device.mc2.native,
+                combine_quant_mode=0 if device.mc2 is None else device.mc2.combine_quant_mode,
             ),
         )
         for name in (*STRATEGIES, *(FUSED_STRATEGIES if device.fused_mc2 else ()))
@@ -108,14 +114,22 @@ def collectives(strategy: str, topology: ParallelTopology) -> int:
     return over_ranks[strategy] + (tp > 1)
 
 
-def bytes_sent(strategy: str, layer: MoELayer, topology: ParallelTopology, num_tokens: int, *, native_mc2: bool) -> int:
+def bytes_sent(
+    strategy: str,
+    layer: MoELayer,
+    topology: ParallelTopology,
+    num_tokens: int,
+    *,
+    native_mc2: bool,
+    combine_quant_mode: int = 0,  # of native mc2
+) -> int:
     """Bytes that one rank sends to others for one layer, for num_tokens real tokens on each DP rank, replicated over TP.
 
     RecordingTransport counts the same bytes. For all2all and native mc2 the number is the mean over uniform routing.
     """
     tp, dp, world = topology.tp_size, topology.dp_size, topology.world_size
     hidden = layer.hidden_size * layer.dtype.itemsize
-    there_and_back = sum(row_bytes(strategy, layer, native_mc2=native_mc2))
+    there_and_back = sum(row_bytes(strategy, layer, native_mc2=native_mc2, combine_quant_mode=combine_quant_mode))
     if strategy in ("allgather", "naive"):
         return (dp - 1) * num_tokens * there_and_back + 2 * (tp - 1) * num_tokens * hidden // tp
     rows = ceil_div(num_tokens, tp)
@@ -128,7 +142,7 @@ def bytes_sent(strategy: str, layer: MoELayer, topology: ParallelTopology, num_t
     return rows * (world - 1) * there_and_back + gather_over_tp
 
 
-def row_bytes(strategy: str, layer: MoELayer, *, native_mc2: bool) -> tuple[int, int]:
+def row_bytes(strategy: str, layer: MoELayer, *, native_mc2: bool, combine_quant_mode: int = 0) -> tuple[int, int]:
     """Bytes that travel to the experts for one row, with its ids, weights and scale, and bytes that travel back.
 
     A row is one token for one destination rank. In native mc2 it is one token for one expert. In portable mc2 it is one slot of
@@ -140,6 +154,8 @@ def row_bytes(strategy: str, layer: MoELayer, *, native_mc2: bool) -> tuple[int,
         return there, back
     if strategy != "mc2":
         return there + layer.top_k * ROUTING_BYTES, back
+    if native_mc2 and combine_quant_mode == INT8_GROUPS:
+        back = layer.hidden_size + back // INT8_GROUP
     return (there, back) if native_mc2 else (there + layer.top_k * ID_BYTES, layer.top_k * back)
 
 

@@ -6,14 +6,15 @@ from functools import cache
 from importlib import import_module
 from typing import Any
 
-from vllm_npu.core.ascend_recipes import FusedOperator
-from vllm_npu.core.limits import NVLINK, PORTABLE, DeviceLimits, MoELayer, QuantMode
+from vllm_npu.core.ascend_recipes import ASKED_NOTHING, HIERARCHY, FusedOperator, MC2Asked
+from vllm_npu.core.limits import NVLINK, PORTABLE, DeviceLimits, MC2Limits, MoELayer, QuantMode
 from vllm_npu.core.step_plan import StepPlan
 from vllm_npu.core.topology import ParallelTopology
 from vllm_npu.errors import UnsupportedConfigError
 from vllm_npu.strategies.dispatch.base import Dispatcher
 from vllm_npu.strategies.pipeline import FusedPipeline, MoEPipeline
 from vllm_npu.strategies.prepare_finalize.base import PrepareAndFinalize
+from vllm_npu.strategies.prepare_finalize.mc2 import EvenPrepareAndFinalize
 from vllm_npu.strategies.table import ALL_STRATEGIES, AUTO, FUSED_OPERATORS, FUSED_STRATEGIES
 from vllm_npu.transport.base import Groups
 
@@ -210,12 +211,9 @@ def _select_apart(
     if not device.fits(requested, tokens_per_rank):
         most = device.capacities[requested]
         return Selection(instead, f"{requested} takes {most} tokens a rank, this step brings {tokens_per_rank}")
-    lacks_mask = device.mc2 is not None and not device.mc2.takes_mask and not step.divides_over_tp(topology.tp_size)
-    if requested == "mc2" and lacks_mask:
-        return Selection(
-            instead,
-            f"mc2 takes no mask here, and in {step} a rank has no token, or TP ranks have different numbers of tokens",
-        )
+    no_mc2 = None if device.mc2 is None else _why_not_mc2_step(device.mc2, step, topology.tp_size)
+    if requested == "mc2" and no_mc2 is not None:
+        return Selection(instead, no_mc2)
     if requested == "all2all" and step.captured and "allgather" in device.captures:
         return Selection("allgather", "in a graph, all2all needs room for every token on every rank, as allgather does")
     if requested != AUTO:
@@ -226,7 +224,7 @@ def _select_apart(
         return Selection("allgather", f"auto: {device.family} runs allgather and naive only")
     kernels = ("symmetric", "mc2") if device.mc2 is not None and device.mc2.native else ("symmetric",)
     for name in kernels:
-        if name == "mc2" and lacks_mask:
+        if name == "mc2" and no_mc2 is not None:
             continue
         if device.fits(name, tokens_per_rank) and why_not(name, topology, layer, device) is None:
             return Selection(name, f"auto: {tokens_per_rank} tokens a rank fit {device.capacities[name]}")
@@ -238,23 +236,41 @@ def _select_apart(
     return Selection("allgather", f"auto: a token needs {share:.0%} of the {topology.ep_size} ranks")
 
 
+def _why_not_mc2_step(mc2: MC2Limits, step: StepPlan, tp_size: int) -> str | None:
+    """The reason why the ops cannot take the rows of this step, or None. A mask marks padding, which makes ranks even."""
+    if mc2.takes_mask:
+        return None
+    if not step.divides_over_tp(tp_size):
+        return (
+            f"mc2 takes no mask here, and in {step} a rank has no token, or TP ranks have different numbers of tokens"
+        )
+    if not mc2.takes_uneven_ranks and not step.is_full(tp_size):
+        return f"mc2 takes no mask here and as many rows from each rank, and in {step} ranks differ"
+    return None
+
+
 def build(
     name: str,
     groups: Groups,
     num_experts: int,
     quant_mode: QuantMode = QuantMode.NONE,
+    asked: MC2Asked = ASKED_NOTHING,
 ) -> MoEPipeline:
-    """Build the pipeline of a strategy on these groups. LOCAL.
+    """Build the pipeline of a strategy on these groups. LOCAL. `asked`: what options ask of MC2's ops.
 
     Raises UnsupportedConfigError for an unknown name, and where the topology or the transport cannot carry the strategy.
     """
     # NVLINK refuses nothing that PORTABLE takes. Whether GPUs share memory, SymmetricDispatcher finds out when it opens it.
     check_strategy(name, groups.topology, device=NVLINK)
     prepare_finalize, dispatcher = classes_of(name)
-    return MoEPipeline(
+    if name == "mc2" and asked.algorithm == HIERARCHY:  # it takes as many rows from each rank
+        prepare_finalize = EvenPrepareAndFinalize
+    pipeline = MoEPipeline(
         prepare_finalize=prepare_finalize(groups),
         dispatcher=dispatcher(groups, num_experts, quant_mode),
     )
+    pipeline.dispatcher.asked = asked
+    return pipeline
 
 
 def build_fused(

@@ -25,6 +25,19 @@ class PlannedShape:
     graph_tokens: tuple[int, ...] = ()  # sizes of the steps that run as captured graphs; empty: all steps run eagerly
 
 
+def check_choice(top_k: int | None, num_experts: int | None) -> None:
+    """Raise UnsupportedConfigError for tokens that choose more experts than a layer has. LOCAL. None: not known, which passes.
+
+    An engine on any device, `vllm-npu doctor` and `vllm-npu plan` call it. Without it, top-k fails in the first step, or an op
+    reads past the scores.
+    """
+    if top_k is not None and num_experts is not None and top_k > num_experts:
+        raise UnsupportedConfigError(
+            f"a token chooses {top_k} experts of {num_experts}; correct config.json (num_experts_per_tok and the number of "
+            "experts), --hf-overrides, or --topk and --experts"
+        )
+
+
 def check_experts(wanted: ExpertsWanted, topology: ParallelTopology, device: DeviceLimits) -> None:
     """Raise UnsupportedConfigError for experts that the device cannot compute where tokens travel. LOCAL.
 
@@ -182,8 +195,19 @@ def describe_capacity(device: DeviceLimits, topology: ParallelTopology, layers: 
         reason = why_not("mc2", topology, layer, device)
         if reason is not None:
             return f"no mc2: {reason}{_describe_fused(device, topology, layers)}"
-    capacity = min(device.for_layer(layer, topology.ep_size).capacities["mc2"] for layer in layers)
-    return f"mc2 takes up to {capacity} tokens a rank{_describe_fused(device, topology, layers)}"
+    by_layer = [device.for_layer(layer, topology.ep_size) for layer in layers]
+    capacity = min(limits.capacities["mc2"] for limits in by_layer)
+    asked = {_arguments(limits.mc2) for limits in by_layer if limits.mc2 is not None}
+    return (
+        f"mc2{''.join(sorted(asked))} takes up to {capacity} tokens a rank{_describe_fused(device, topology, layers)}"
+    )
+
+
+def _arguments(mc2: MC2Limits) -> str:
+    """The arguments of MC2's ops that are not their defaults, in brackets."""
+    arguments = [f"comm_alg={mc2.comm_alg}"] if mc2.comm_alg else []
+    arguments += [f"comm_quant_mode={mc2.combine_quant_mode}"] if mc2.combine_quant_mode else []
+    return f" ({', '.join(arguments)})" if arguments else ""
 
 
 def _describe_fused(device: DeviceLimits, topology: ParallelTopology, layers: Sequence[MoELayer]) -> str:

@@ -1,12 +1,18 @@
-"""A mixture-of-experts layer from options of the command line, for bench, plan, simulate and doctor."""
+"""A mixture-of-experts layer and its device from options of the command line, for bench, plan, simulate and doctor."""
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 
-from vllm_npu.core.limits import MoELayer, QuantMode
+from vllm_npu.core.ascend_recipes import fused_mc2_asked, mc2_asked
+from vllm_npu.core.limits import DEVICES, PORTABLE, DeviceLimits, MoELayer, QuantMode
 from vllm_npu.core.model_facts import ModelFacts
 from vllm_npu.errors import UnsupportedConfigError
+from vllm_npu.plugin.entry_points import vllm_ascend_version
+from vllm_npu.plugin.release_lines import ascend_line
+from vllm_npu.strategies.start_checks import check_choice
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -15,8 +21,7 @@ def moe_layer(experts: int, topk: int, hidden: int, dtype: str) -> MoELayer:
     """The layer with these numbers. Raises UnsupportedConfigError, which names the option, if no layer can have them."""
     if dtype not in DTYPES:
         raise UnsupportedConfigError(f"unknown --dtype {dtype!r}; there are: {', '.join(DTYPES)}")
-    if topk > experts:
-        raise UnsupportedConfigError(f"--topk {topk} of --experts {experts}: a token has fewer to choose")
+    check_choice(topk, experts)
     return MoELayer(num_experts=experts, top_k=topk, hidden_size=hidden, dtype=DTYPES[dtype])
 
 
@@ -41,3 +46,17 @@ def layer_of_model(
         raise UnsupportedConfigError(f"{', '.join(missing)} not given, nor in --model's config.json; give them")
     layer = moe_layer(experts, topk, hidden, dtype or model.dtype or "bfloat16")
     return replace(layer, quant_mode=QuantMode.INT8_PER_TOKEN) if w8a8 or model.w8a8_experts else layer
+
+
+def device_of_engine(soc: str | None, additional_config: Mapping[str, Any], *, ep_size: int) -> DeviceLimits:
+    """The limits of these chips for an engine of the installed vllm-ascend with these options; without one, for 0.23. `soc`
+    None: of a machine without an NPU.
+
+    Raises UnsupportedConfigError for an unknown family, and as DeviceLimits.with_mc2.
+    """
+    if soc is not None and soc not in DEVICES:
+        raise UnsupportedConfigError(f"there is no --soc {soc}; name one of {', '.join(DEVICES)}")
+    device, line = PORTABLE if soc is None else DEVICES[soc], ascend_line(vllm_ascend_version())
+    if ep_size > 1:
+        device = device.with_mc2(mc2_asked(additional_config, line))
+    return replace(device, fused_mc2_asked=fused_mc2_asked(additional_config, line))

@@ -12,6 +12,7 @@ from itertools import product
 
 import torch
 
+from vllm_npu.core.ascend_recipes import ASKED_NOTHING, MC2Asked
 from vllm_npu.core.limits import NVLINK, PORTABLE, BalanceMode, DeviceLimits, MoELayer, QuantMode
 from vllm_npu.core.step_plan import StepPlan, TokenSharding
 from vllm_npu.core.token_layout import TokenSlice
@@ -54,6 +55,7 @@ class Case:
     quant_mode: QuantMode = QuantMode.NONE
     redundant_per_rank: int = 0  # slots of each rank that hold replicas; the seed gives the placement
     balance_mode: BalanceMode = BalanceMode.BY_RANK  # how tokens choose a replica
+    asked: MC2Asked = ASKED_NOTHING  # of MC2's ops
     counts_bound: int | None = None  # the ranks know this bound, and each its own count; None: they know all counts
     seed: int = 0
 
@@ -445,7 +447,7 @@ def run_case(rank: Rank, case: Case, between: Callable[[], None] | None = None) 
     before = [tensor.clone() for tensor in (hidden_states, weights, ids)]
     step = case.step_on(groups.topology.dp_rank)
 
-    pipeline = build(case.strategy, groups, case.num_physical_experts, case.quant_mode)
+    pipeline = build(case.strategy, groups, case.num_physical_experts, case.quant_mode, case.asked)
     experts = poisoned(tensors.experts_of(groups.topology, rank.device), between)
     physical_ids = ids
     if tensors.replicas is not None:

@@ -203,19 +203,18 @@ def grouped_matmul_swiglu_quant_weight_nz(
 ) -> Tensors:
     """Multiply int8 rows by the gate and up weights of their experts, apply swiglu, and quantise to int8.
 
-    `group_list` has running sums of the rows of experts. The emulated device has plain formats only.
+    `group_list` has running sums of the rows of experts. The emulated device has plain formats only. A positive `swiglu_limit`
+    clamps the activation: `limited` of csrc/gmm/grouped_matmul_swiglu_quant.
     """
     import torch_npu
 
-    if bias is not None or offset is not None or swiglu_limit:
-        raise NotImplementedError(
-            "grouped_matmul_swiglu_quant_weight_nz: bias, offset and swiglu_limit are not emulated"
-        )
+    if bias is not None or offset is not None:
+        raise NotImplementedError("grouped_matmul_swiglu_quant_weight_nz: bias and offset are not emulated")
     sums = torch_npu.npu_grouped_matmul(
         [x], [weight], group_list=group_list, split_item=2, group_type=0, group_list_type=0, output_dtype=torch.int32
     )[0]
     counts = torch.diff(group_list, prepend=group_list.new_zeros(1))
-    return *_swiglu_quantised(sums, counts, weight_scale, x_scale), x_scale.new_empty(0)
+    return *_swiglu_quantised(sums, counts, weight_scale, x_scale, limit=swiglu_limit), x_scale.new_empty(0)
 
 
 def grouped_matmul_swiglu_quant_weight_nz_tensor_list(

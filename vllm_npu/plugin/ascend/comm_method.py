@@ -9,7 +9,7 @@ from vllm_npu.core.limits import QuantMode
 from vllm_npu.core.step_plan import TokenSharding
 from vllm_npu.plugin import compat
 from vllm_npu.plugin.ascend.adapters import ExpertAdapters
-from vllm_npu.plugin.ascend.config_check import asked_fused_mc2
+from vllm_npu.plugin.ascend.config_check import asked_fused_mc2, asked_mc2
 from vllm_npu.plugin.forward_context import PlannedStep, current_step
 from vllm_npu.plugin.groups import model_pipelines, trace_ring
 from vllm_npu.strategies.dispatch.fused_mc2 import FusedExperts
@@ -37,6 +37,7 @@ class PipelineCommMethod(RELEASE.MoECommMethod):  # type: ignore[name-defined]
         # the objects of the method that this one replaces.
         RELEASE.take_attributes(self, theirs)
         self.prepare_finalize = _OwnTokenIds(theirs.prepare_finalize)
+        self._asked = asked_mc2()
 
     def prepare(
         self,
@@ -101,7 +102,7 @@ class PipelineCommMethod(RELEASE.MoECommMethod):  # type: ignore[name-defined]
         if step.strategy in FUSED_STRATEGIES:
             tokens = hidden_states, topk_weights
             return _fused(fused_experts_input, quant_method, tokens, step, pipelines, num_experts, quant_mode)
-        pipeline = pipelines.get(step.strategy, num_experts, quant_mode)
+        pipeline = pipelines.get(step.strategy, num_experts, quant_mode, self._asked)
         topk_ids, by_own_table = RELEASE.replicas_of(fused_experts_input)
         replicated = step.plan.sharding is TokenSharding.REPLICATED
         if by_own_table and pipeline.prepare_finalize.gathers_tokens and replicated:

@@ -13,14 +13,18 @@ from vllm_ascend import ascend_config as ascend_options
 from vllm_ascend.ascend_config import get_ascend_config
 
 from vllm_npu.core.ascend_recipes import (
+    COMBINE_QUANT_MODE,
     FUSED_MC2,
     FUSED_MC2_VALUES,
+    HIERARCHY_COMM,
     MAX_FUSED_ROWS,
+    MC2_ALGORITHM,
     RANDOM_EPLB_POLICY,
     RANDOM_EPLB_RANKS,
-    REFUSED_OPTIONS,
     FusedMC2Asked,
+    MC2Asked,
     fused_mc2_asked,
+    mc2_asked,
 )
 from vllm_npu.errors import UnsupportedConfigError
 from vllm_npu.plugin.engine_check import AddedExperts, adapters_on_experts, planned_shape, redundant_experts
@@ -34,8 +38,7 @@ if TYPE_CHECKING:
 def check_settings(vllm_config: "VllmConfig", options: Options) -> None:
     """Raise UnsupportedConfigError that names every refused setting. vllm-ascend must have read its options."""
     ascend_config = get_ascend_config()
-    refused = {f"additional_config {option}": bool(getattr(ascend_config, option, False)) for option in REFUSED_OPTIONS}
-    refused |= {
+    refused = {
         f"additional_config {FUSED_MC2}, which is none of {FUSED_MC2_VALUES}": ascend_config.enable_fused_mc2
         not in FUSED_MC2_VALUES,
         # vllm-ascend 0.30 runs it for 2 where its package is installed, and the operators of 1 elsewhere.
@@ -91,6 +94,13 @@ def asked_fused_mc2() -> FusedMC2Asked | None:
     ascend_config = get_ascend_config()
     options = {name: getattr(ascend_config, name) for name in (FUSED_MC2, MAX_FUSED_ROWS)}
     return fused_mc2_asked(options, release_line(vllm_version))
+
+
+def asked_mc2() -> MC2Asked:
+    """What vllm-ascend was asked of MC2's ops. It must have read its options."""
+    ascend_config = get_ascend_config()
+    options = {name: getattr(ascend_config, name, None) for name in (MC2_ALGORITHM, HIERARCHY_COMM, COMBINE_QUANT_MODE)}
+    return mc2_asked(options, release_line(vllm_version))
 
 
 def added_experts(vllm_config: "VllmConfig") -> AddedExperts:

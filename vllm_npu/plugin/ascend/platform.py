@@ -9,7 +9,7 @@ from vllm_ascend.utils import get_ascend_device_type
 
 from vllm_npu.core.limits import DEVICES
 from vllm_npu.errors import UnsupportedConfigError
-from vllm_npu.plugin.ascend.config_check import added_experts, asked_fused_mc2, check_settings
+from vllm_npu.plugin.ascend.config_check import added_experts, asked_fused_mc2, asked_mc2, check_settings
 from vllm_npu.plugin.compat.ascend_options import hide_our_section
 from vllm_npu.plugin.engine_check import check_engine
 from vllm_npu.plugin.options import Mode, check_config, topology_of
@@ -44,14 +44,16 @@ class AscendMoEPlatform(NPUPlatform):
         super().check_and_update_config(vllm_config)
         if vllm_config.model_config is None:  # no engine; vllm-ascend 0.30 then reads none of its options
             return
-        device = replace(DEVICES[get_ascend_device_type().name.strip("_")], fused_mc2_asked=asked_fused_mc2())
-        check_engine(vllm_config, options, device, added_experts(vllm_config))
         parallel_config = vllm_config.parallel_config
+        topology = topology_of(parallel_config)
+        device = replace(DEVICES[get_ascend_device_type().name.strip("_")], fused_mc2_asked=asked_fused_mc2())
+        if options.mode is not Mode.OFF and vllm_config.model_config.is_moe and topology.ep_size > 1:
+            device = device.with_mc2(asked_mc2())
+        check_engine(vllm_config, options, device, added_experts(vllm_config))
         if options.mode is Mode.OFF or parallel_config.worker_cls == OUR_WORKER:
             return
         if not vllm_config.model_config.is_moe:
             return
-        topology = topology_of(parallel_config)
         if topology.ep_size > 1 or topology.dp_size > 1:
             check_settings(vllm_config, options)
         if parallel_config.worker_cls != THEIR_WORKER:

@@ -28,7 +28,7 @@ from vllm_npu.core.topology import ParallelTopology
 from vllm_npu.device.npu_capture import join_capture
 from vllm_npu.device.npu_ops import device_limits as limits_of_this_npu
 from vllm_npu.envs import HCCL_BUFFSIZE
-from vllm_npu.plugin.ascend.config_check import asked_fused_mc2, refuse
+from vllm_npu.plugin.ascend.config_check import asked_fused_mc2, asked_mc2, refuse
 from vllm_npu.plugin.engine_check import planned_shape
 from vllm_npu.plugin.layer_facts import LayerFacts, exchanges_tokens
 from vllm_npu.strategies.start_checks import check_start
@@ -109,7 +109,10 @@ def device_limits(
     vllm_config: VllmConfig, layers: list[LayerFacts], topology: ParallelTopology, moe_comm: str
 ) -> DeviceLimits:
     """The limits of this NPU for these layers. Raises the errors of start_checks.check_start."""
-    limits = replace(limits_of_this_npu(), fused_mc2_asked=asked_fused_mc2())
+    limits = limits_of_this_npu()
+    if topology.ep_size > 1:
+        limits = limits.with_mc2(asked_mc2())
+    limits = replace(limits, fused_mc2_asked=asked_fused_mc2())
     for layer in layers:
         limits = check_start(
             moe_comm,

@@ -12,6 +12,7 @@ from vllm_npu.core.limits import NVLINK, MoELayer
 from vllm_npu.core.topology import ExpertPlacement, ParallelTopology
 from vllm_npu.errors import UnsupportedConfigError
 from vllm_npu.plugin.compat.fault_tolerance import check_retry, refuse_fault_tolerance
+from vllm_npu.plugin.engine_check import check_routing
 from vllm_npu.plugin.options import Options, check_expert_placement, topology_of
 from vllm_npu.strategies.select import check_strategy
 from vllm_npu.strategies.table import AUTO
@@ -28,9 +29,11 @@ ALL_REDUCE_RANKS = sorted({ranks for by_ranks in ALL_REDUCE_MAX_BYTES.values() f
 def required_backend(vllm_config: "VllmConfig") -> str | None:
     """The all2all_backend of vLLM that the options need. None if vLLM's own choice stays.
 
-    Raises UnsupportedConfigError for options and environment variables that this package cannot serve.
+    Raises UnsupportedConfigError for options and environment variables that this package cannot serve, and for tokens that
+    choose more experts than there are.
     """
     envs.check_variables()
+    check_routing(vllm_config)
     parallel_config, model_config = vllm_config.parallel_config, vllm_config.model_config
     options, topology = Options.of(vllm_config), topology_of(parallel_config)
     if options.retries:

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import torch
 
+from vllm_npu.core.ascend_recipes import ASKED_NOTHING, MC2Asked
 from vllm_npu.core.handles import Handle, Pending, check_handle
 from vllm_npu.core.limits import QuantMode
 from vllm_npu.core.routing import check_topk
@@ -91,6 +92,9 @@ class Dispatcher(ABC):
     max_sms: int | None = None
     """The most multiprocessors of a GPU that an exchange by this package's kernels takes, from the next dispatch on. None: all.
     Equal on all ranks. A captured graph keeps the number of its capture."""
+
+    asked: MC2Asked = ASKED_NOTHING
+    """What vllm-ascend's options ask of MC2's ops. Equal on all ranks."""
 
     def __init__(
         self,

@@ -48,6 +48,7 @@ class MC2Dispatcher(Dispatcher):
             x_active_mask=tokens.mask,
             quant_mode=self.quant_mode,
             global_bs=global_bs,
+            asked=self.asked,
         )
         handle = MC2DispatchHandle(
             rows=output.expand_x.shape[0],
@@ -84,6 +85,7 @@ class MC2Dispatcher(Dispatcher):
             x_active_mask=handle.mask,
             expand_scales=handle.expand_scales,
             comm_alg=handle.comm_alg,
+            comm_quant_mode=self.asked.combine_quant_mode,
             global_bs=handle.global_bs,
         )
         return combined

@@ -159,8 +159,8 @@ class RecipeDemo:
                 if node is not None
             ]
             with show(f"{recipe.name}: starting {recipe} with moe_comm={moe_comm}"):
-                for node in nodes:
-                    node.wait_until_ready()
+                for number, node in enumerate(nodes):
+                    node.wait_until_ready(beside=nodes[number + 1 :])
             *prefill_node, server = nodes
             with show(f"{recipe.name}: generating with moe_comm={moe_comm}"):
                 transfers = prefill_node[0].prefill(prompts) if prefill_node else None

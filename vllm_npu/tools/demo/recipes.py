@@ -15,6 +15,7 @@ from vllm_npu.tools.demo.ascend_demo import FEWER_TOKENS, MAX_TOKENS, MODELS, QW
 from vllm_npu.tools.engines.engine_processes import Parallelism
 from vllm_npu.tools.engines.http_engine import CAPTURE_SIZES
 from vllm_npu.tools.engines.tiny_models import DEEPSEEK_V3, GLM4_MOE, QWEN3_MOE, TinyModel
+from vllm_npu.tools.json_option import read_object
 from vllm_npu.tools.serve_script import ServeScript
 
 RANKS = 2  # of each kind of parallelism that the recipe has more of
@@ -185,7 +186,7 @@ def make_small(name: str, script: ServeScript) -> SmallRecipe:
         )
     eager = "--enforce-eager" in given
     if not eager:
-        drafts = int(speculative.get("num_speculative_tokens", 0))
+        drafts = _sizes("--speculative-config", speculative, "num_speculative_tokens").get("num_speculative_tokens", 0)
         sizes = [size * (1 + drafts) for size in CAPTURE_SIZES]
         options += ["--compilation-config", json.dumps(compilation | {"cudagraph_capture_sizes": sizes})]
     machines = [variable for variable in script.variables if VARIABLES_OF_THE_MACHINES.fullmatch(variable)]
@@ -195,7 +196,7 @@ def make_small(name: str, script: ServeScript) -> SmallRecipe:
         expert_parallel="--enable-expert-parallel" in given,
     )
     if finer := additional_config.get(FINER_TP):  # these groups are made of data-parallel ranks
-        few = {size: min(value, parallelism.data_parallel_size) for size, value in finer.items()}
+        few = {size: min(value, parallelism.data_parallel_size) for size, value in _sizes(FINER_TP, finer).items()}
         additional_config = {**additional_config, FINER_TP: few}
     return SmallRecipe(
         name=name,
@@ -260,12 +261,15 @@ def _few(given: Mapping[str, tuple[str, ...]], option: str, for_connector: objec
     return 1 if value in ("", "1") else RANKS
 
 
+def _sizes(option: str, value: object, *names: str) -> dict[str, int]:
+    """The object of numbers that an option has; of the given names only, if there are any. Raises InvalidInputError."""
+    found = (
+        {name: size for name, size in value.items() if name in names or not names} if isinstance(value, dict) else None
+    )
+    if found is None or not all(isinstance(size, int) for size in found.values()):
+        raise InvalidInputError(f"{option} {str(value)[:80]} is no JSON object of numbers")
+    return found
+
+
 def _json(given: Mapping[str, tuple[str, ...]], option: str) -> dict[str, Any]:
-    text = _value(given, option) or "{}"
-    try:
-        content = json.loads(text)
-    except ValueError as error:
-        raise InvalidInputError(f"{option} {text[:80]} is no JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise InvalidInputError(f"{option} {text[:80]} is no JSON object")
-    return content
+    return read_object(option, _value(given, option) or "{}")

@@ -8,17 +8,17 @@ JSON is a PlannedEngine. Prints a list of Findings as JSON. This is a program of
 import json
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from contextlib import AbstractContextManager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from vllm_npu.child_processes import changed_environment
-from vllm_npu.core.ascend_recipes import fused_mc2_asked, rows_of_recipe
+from vllm_npu.core.ascend_recipes import rows_of_recipe
 from vllm_npu.core.expert_limits import ExpertsWanted
-from vllm_npu.core.limits import DEVICES, PORTABLE
 from vllm_npu.core.model_facts import read_config
 from vllm_npu.core.topology import ParallelTopology
-from vllm_npu.envs import HCCL_BUFFSIZE
+from vllm_npu.envs import HCCL_BUFFSIZE, HCCL_INTRA_PCIE_ENABLE, HCCL_INTRA_ROCE_ENABLE
 from vllm_npu.errors import UnsupportedConfigError, VllmNpuError
 from vllm_npu.plugin.entry_points import vllm_ascend_version
 from vllm_npu.plugin.options import Mode, parse_moe_comm
@@ -27,9 +27,10 @@ from vllm_npu.strategies.start_checks import PlannedShape, check_experts, check_
 from vllm_npu.tools.doctor.examination import PlannedEngine
 from vllm_npu.tools.doctor.findings import OK, PROBLEM, Finding
 from vllm_npu.tools.doctor.serve_recipe import LEAVE_OUT, recipe_rows
-from vllm_npu.tools.layers import layer_of_model
+from vllm_npu.tools.layers import device_of_engine, layer_of_model
 
 CHECK = "engine"
+HCCL_VARIABLES = [each.name for each in (HCCL_BUFFSIZE, HCCL_INTRA_PCIE_ENABLE, HCCL_INTRA_ROCE_ENABLE)]
 
 
 def findings_of(engine: PlannedEngine) -> list[Finding]:
@@ -41,15 +42,12 @@ def findings_of(engine: PlannedEngine) -> list[Finding]:
     if engine.serve_options is not None:
         recipe += recipe_rows(engine.serve_options, engine.variables)
     try:
-        if engine.soc is not None and engine.soc not in DEVICES:
-            raise UnsupportedConfigError(f"there is no --soc {engine.soc}; name one of {', '.join(DEVICES)}")
         if engine.ep % engine.tp:
             raise UnsupportedConfigError(f"--ep {engine.ep} is no multiple of --tp {engine.tp}; choose ep = tp * dp")
         model = read_config(Path(engine.model))
-        device = PORTABLE if engine.soc is None else DEVICES[engine.soc]
-        device = replace(
-            device, fused_mc2_asked=fused_mc2_asked(engine.additional_config, ascend_line(vllm_ascend_version()))
-        )
+        with _hccl_variables(engine.variables):
+            device = device_of_engine(engine.soc, engine.additional_config, ep_size=engine.ep)
+            buffer_mb = HCCL_BUFFSIZE.read_whole_number()
         topology = ParallelTopology.of_rank(0, tp_size=engine.tp, dp_size=engine.ep // engine.tp)
         check_experts(ExpertsWanted(model=model, lora=engine.lora), topology, device)
         # engine_check takes it for W8A8 too.
@@ -63,7 +61,7 @@ def findings_of(engine: PlannedEngine) -> list[Finding]:
             layer,
             device,
             shape=PlannedShape(decode_tokens=engine.max_num_seqs),
-            hccl_buffer_mb=_buffer_mb(engine.variables),
+            hccl_buffer_mb=buffer_mb,
         )
     except VllmNpuError as error:
         return [*recipe, Finding.refusal(CHECK, f"{type(error).__name__}: {error}")]
@@ -78,14 +76,13 @@ def recipe_findings(additional_config: Mapping[str, Any]) -> list[Finding]:
         Finding("recipe", PROBLEM, f"{row.option}: {row.what}", LEAVE_OUT)
         if row.is_refused
         else Finding("recipe", OK, f"{row.option}: {row.what}")
-        for row in rows_of_recipe(additional_config)
+        for row in rows_of_recipe(additional_config, ascend_line(vllm_ascend_version()))
     ]
 
 
-def _buffer_mb(variables: Mapping[str, str]) -> int:
-    """HCCL's buffer in MiB, as a recipe sets it, or else as this process has it."""
-    with changed_environment({name: value for name, value in variables.items() if name == HCCL_BUFFSIZE.name}):
-        return HCCL_BUFFSIZE.read_whole_number()
+def _hccl_variables(variables: Mapping[str, str]) -> AbstractContextManager[None]:
+    """HCCL's variables as a recipe sets them, or else as this process has them."""
+    return changed_environment({name: value for name, value in variables.items() if name in HCCL_VARIABLES})
 
 
 if __name__ == "__main__":

@@ -4,13 +4,13 @@ Variables of the shell stay as they are written, so an option that doctor reads 
 """
 
 import argparse
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from vllm_npu.errors import InvalidInputError
 from vllm_npu.tools.doctor.findings import OK, PROBLEM, Finding
+from vllm_npu.tools.json_option import read_object
 from vllm_npu.tools.serve_script import read_script
 
 LEAVE_OUT = 'leave it out, or keep vllm-ascend\'s own communication: {"vllm_npu": {"moe_comm": "off"}}'
@@ -76,7 +76,7 @@ def read_recipe(script: str) -> ServeRecipe:
         tp=given.tensor_parallel_size,
         dp=given.data_parallel_size,
         max_num_seqs=given.max_num_seqs,
-        additional_config=additional | given.additional_config,
+        additional_config=additional | read_object("--additional-config", given.additional_config),
         enable_lora=given.enable_lora,
         options={name: str(chosen[name]) for name in (*TAKEN, *REFUSED) if chosen[name] not in (None, False)},
         variables=variables,
@@ -126,7 +126,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--tensor-parallel-size", "-tp", type=int, default=1)
     parser.add_argument("--data-parallel-size", "-dp", type=int, default=1)
     parser.add_argument("--max-num-seqs", type=int)
-    parser.add_argument("--additional-config", type=_json_object, default={})
+    parser.add_argument("--additional-config", default="{}")
     for flag in (
         "--enable-lora",
         "--enable-expert-parallel",
@@ -148,16 +148,6 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--lora-target-modules", nargs="+")
     given, _ = parser.parse_known_args(arguments)
     return given
-
-
-def _json_object(text: str) -> dict[str, Any]:
-    try:
-        content = json.loads(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text[:80]} is no JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise argparse.ArgumentTypeError(f"{text[:80]} is no JSON object")
-    return content
 
 
 def _number(name: str, value: str) -> int:

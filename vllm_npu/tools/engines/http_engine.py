@@ -94,8 +94,26 @@ class HttpEngine(EngineProcesses):
             self._tree.terminate()  # SIGTERM is also the orderly way to end a server
             self._tree.stop(grace_seconds=STOP_SECONDS)
 
-    def wait_until_ready(self) -> None:
-        """Wait until the server answers /health. Raises EngineFailedError if the server ends first or takes too long."""
+    def wait_until_ready(self, beside: Sequence["HttpEngine"] = ()) -> None:
+        """Wait until the server answers /health. Raises EngineFailedError if the server ends first or takes too long.
+
+        `beside`: servers that start meanwhile. If one of them ends before it is ready, an EngineFailedError says so at once.
+        """
+        starts = [each._start_check() for each in (self, *beside)]
+
+        def check_processes() -> None:
+            for check in starts:
+                check()
+
+        assert self._tree is not None
+        try:
+            wait_for_health(self.port, START_SECONDS, check_processes)
+        except TimeoutError:
+            raise self._failure(f"was not ready after {START_SECONDS:.0f} s") from None
+        self._tree.note_shared_memory()
+
+    def _start_check(self) -> Callable[[], None]:
+        """A function that raises EngineFailedError if the server has ended while it starts."""
         assert self._tree is not None
         tree = self._tree
         watch = StartWatch(tree, self.log)
@@ -103,14 +121,19 @@ class HttpEngine(EngineProcesses):
         def check_process() -> None:
             if tree.process.poll() is not None:
                 raise self._failure(f"ended with exit status {tree.process.returncode} while starting")
-            if (failure := watch.failure()) is not None:
+            failure = watch.failure()
+            if failure is not None and not self._is_up():  # a server that is up may end processes in good order
                 raise self._failure(f"did not start: {failure}")
 
+        return check_process
+
+    def _is_up(self) -> bool:
+        """Whether the server answers /health."""
         try:
-            wait_for_health(self.port, START_SECONDS, check_process)
-        except TimeoutError:
-            raise self._failure(f"was not ready after {START_SECONDS:.0f} s") from None
-        tree.note_shared_memory()
+            ask_server(self.port, "/health", None, POLL_SECONDS)
+        except OSError:
+            return False
+        return True
 
     def set_moe_comm(self, name: str) -> None:
         """Change the strategy of all engines. Raises EngineFailedError if a worker refuses it."""

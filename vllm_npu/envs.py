@@ -12,6 +12,7 @@ class Kind(Enum):
 
     TEXT = "text"
     SWITCH = "0 or 1"
+    SWITCH_OR_UNSET = "0, 1 or unset"
     WHOLE_NUMBER = "whole number, 0 or more"
     SECONDS = "positive number of seconds"
 
@@ -40,6 +41,8 @@ class Variable:
                 return self.read()
             case Kind.SWITCH:
                 return self.read_flag()
+            case Kind.SWITCH_OR_UNSET:
+                return str(int(self.read_flag())) if self.read_if_set() else ""
             case Kind.WHOLE_NUMBER:
                 return self.read_whole_number()
             case Kind.SECONDS:
@@ -142,9 +145,13 @@ HCCL_INTRA_PCIE_ENABLE = Variable(
     "HCCL_INTRA_PCIE_ENABLE",
     "",
     "HCCL's own variable: 1, beside HCCL_INTRA_ROCE_ENABLE=0, makes MC2's ops on A2 take their hierarchy.",
+    Kind.SWITCH_OR_UNSET,
 )
 HCCL_INTRA_ROCE_ENABLE = Variable(
-    "HCCL_INTRA_ROCE_ENABLE", "", "HCCL's own variable: 0 has an effect beside HCCL_INTRA_PCIE_ENABLE=1 only."
+    "HCCL_INTRA_ROCE_ENABLE",
+    "",
+    "HCCL's own variable: 0 has an effect beside HCCL_INTRA_PCIE_ENABLE=1 only.",
+    Kind.SWITCH_OR_UNSET,
 )
 EMULATOR = Variable(
     "VLLM_NPU_EMULATOR", "0", "1: torch_npu finds the emulated Ascend device in every Python process.", Kind.SWITCH

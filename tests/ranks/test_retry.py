@@ -132,7 +132,8 @@ def test_a_stopped_rank_is_named_and_all_serve_on_when_it_continues(
         if rank != VICTIM:
             assert seconds < deadline + FAILURE_SECONDS
     others = [seen for rank, seen in enumerate(lives) if rank != VICTIM]
-    assert any("is stopped: it accepts connections" in str(seen.errors[0][0]) for seen in others)
+    texts = [str(seen.errors[0][0]) for seen in others]
+    assert any("is stopped: it accepts connections" in text for text in texts), texts
     assert max(seen.recovered_in for seen in others) < stopped_for + FAILURE_SECONDS
     print(f"named after {max(seen.errors[0][1] for seen in others):.1f} s; "
           f"serving again {max(seen.recovered_in for seen in others):.1f} s later")  # fmt: skip

@@ -74,6 +74,7 @@ def _read_version(variable: Variable) -> None:
 
 OF_KIND = {
     Kind.SWITCH: Rule(Variable.value, "set it to 0 or 1"),
+    Kind.SWITCH_OR_UNSET: Rule(Variable.value, "set it to 0 or 1, or unset it"),
     Kind.SECONDS: Rule(Variable.value, "set it to a positive number of seconds"),
     Kind.TEXT: Rule(Variable.value),
 }

@@ -184,7 +184,8 @@ def votes_with_one_late(rank: Rank, late: int, seconds: float) -> tuple[RankFail
 def test_a_late_rank_is_named_by_all_that_wait_for_its_vote(num_ranks):
     """Also by ranks that wait for it only through others: with 9 ranks a vote has two rounds. A busy machine may make more
     ranks late, and give the late rank no time to take a letter: its error then says so."""
-    deadline, late, asleep = 3.0, 2, 30.0
+    deadline, late = on_this_machine(3.0), 2
+    asleep = 2 * deadline + 24
     with ProcessRankPool(num_ranks, timeout=deadline, start_method="forkserver") as pool:
         outcomes = pool.run(votes_with_one_late, late, asleep)
     for rank, (error, seconds) in enumerate(outcomes):

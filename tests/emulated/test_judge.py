@@ -181,7 +181,7 @@ def job_of(folder: Path) -> judge.Job:
         json=folder / "result.json",
         compare=None,
         soc_name="A2",
-        test_seconds=10,  # a process starts in less
+        test_seconds=20,  # a process starts in less, also on a busy host
         file_seconds=60,
         again=False,
     )
@@ -192,7 +192,7 @@ def test_time_limits_follow_the_load(tmp_path, monkeypatch, processes_per_core, 
     """A load average is told to `judge`, because a true one takes minutes to rise and others would pay for it."""
     load = processes_per_core * len(os.sched_getaffinity(0))
     monkeypatch.setattr(os, "getloadavg", lambda: (load, load, load))
-    (tmp_path / "test_a.py").write_text("import time\ndef test_waits(): time.sleep(15)\n")
+    (tmp_path / "test_a.py").write_text("import time\ndef test_waits(): time.sleep(30)\n")
     job = job_of(tmp_path)
     with judge.processes_of(job, tmp_path, None) as processes:
         made = judge.run_file(job, processes, tmp_path / "test_a.py", tmp_path, threading.Event())

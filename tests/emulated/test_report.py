@@ -61,7 +61,7 @@ LOOKED_UP = {
     "HcclCommResume": "absent",
     "aclnnMoeDistributeDispatchV4": "emulated",
     "aclnnMoeDistributeDispatchV4GetWorkspaceSize": "emulated",
-    "aclnnFlashAttentionScoreV2": "absent",
+    "aclnnThnnFusedLstmCell": "absent",
 }
 OPERATORS = {
     "npu::npu_moe_distribute_dispatch_v2": "provided",

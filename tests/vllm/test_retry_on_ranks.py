@@ -95,7 +95,7 @@ def break_a_step_and_go_on(grid: Grid, times: int) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("grid", [DP2, DP4], ids=str)
+@pytest.mark.parametrize("grid", [DP2, pytest.param(DP4, marks=pytest.mark.nightly)], ids=str)
 def test_ranks_that_failed_in_different_steps_go_on_together(own_ranks: VllmRanks, grid: Grid):
     times = 3
     seen = own_ranks.run(break_a_step_and_go_on, grid, times)

@@ -8,7 +8,7 @@ import torch
 import torch_npu
 
 from tests.emulated.references import random_rows, refused
-from tests.emulated.test_aclnn_training import BATCH, HEADS, QUERIES, SCALE, TO_LAYOUT, WIDTH, same
+from tests.emulated.test_aclnn_training import BATCH, HEADS, QUERIES, SCALE, TO_LAYOUT, WIDTH, same, same_with_gradients
 
 pytestmark = pytest.mark.emulated
 
@@ -140,13 +140,7 @@ def test_attention_with_dropout(function, layout, dtype):
     kept = kept_by(draw(numel, 1 - keep, seed, offset, dtype), numel).view(BATCH, HEADS, QUERIES, 9)
     assert 0 < kept.sum() < numel
     expected = put(attended(*wanted, kept, keep))
-    same(out.detach(), expected.detach(), dtype)
-    gradient = random_rows(*out.shape, dtype=dtype, seed=9)
-    out.backward(gradient.npu())
-    expected.backward(gradient.double())
-    for made, leaf64 in zip(given, wanted, strict=True):
-        assert leaf64.grad is not None
-        same(made.grad, put(leaf64.grad), dtype)
+    same_with_gradients(out, expected, given, wanted, put, dtype)
 
 
 @pytest.mark.parametrize("softmax_layout", ["", "TND"])

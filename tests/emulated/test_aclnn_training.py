@@ -195,6 +195,17 @@ def hidden_pairs(mode: str, queries: int, keys: int) -> tuple[dict[str, Any], to
 MODES = ["none", "mask", "default with a range", "left up", "right down", "band"]
 
 
+def same_with_gradients(out, expected, given, wanted, put, dtype):
+    """Compare an output with its float64 twin, and the gradients of the inputs. put: from the twin's layout to the op's."""
+    same(out.detach(), expected.detach(), dtype)
+    gradient = random_rows(*out.shape, dtype=dtype, seed=9)
+    out.backward(gradient.npu())
+    expected.backward(gradient.double())
+    for made, leaf64 in zip(given, wanted, strict=True):
+        assert leaf64.grad is not None
+        same(made.grad, put(leaf64.grad), dtype)
+
+
 @pytest.mark.parametrize(
     ("layout", "mode", "kv_heads", "keys", "dtype"),
     [
@@ -212,13 +223,7 @@ def test_fusion_attention(layout, mode, kv_heads, keys, dtype):
     arguments, hidden = hidden_pairs(mode, QUERIES, keys)
     out = torch_npu.npu_fusion_attention(*given, HEADS, layout, scale=SCALE, **arguments)[0]
     expected = put(attended(*wanted, hidden))
-    same(out.detach(), expected.detach(), dtype)
-    gradient = random_rows(*out.shape, dtype=dtype, seed=9)
-    out.backward(gradient.npu())
-    expected.backward(gradient.double())
-    for made, leaf64 in zip(given, wanted, strict=True):
-        assert leaf64.grad is not None
-        same(made.grad, put(leaf64.grad), dtype)
+    same_with_gradients(out, expected, given, wanted, put, dtype)
 
 
 @pytest.mark.parametrize("mode", ["none", "left up", "right down"])

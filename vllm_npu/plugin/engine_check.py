@@ -44,10 +44,10 @@ def check_engine(
     model_config = vllm_config.model_config
     if options.mode is Mode.OFF or model_config is None or not model_config.is_moe:
         return
-    check_routing(vllm_config)
+    facts = model_facts(vllm_config)
+    check_choice(facts.top_k, facts.num_experts)
     if topology.world_size == 1:
         return
-    facts = model_facts(vllm_config)
     check_experts(ExpertsWanted(model=facts, lora=adapters_on_experts(vllm_config)), topology, device)
     added = AddedExperts(redundant=redundant_experts(vllm_config)) if added is None else added
     layer = configured_layer(vllm_config, facts, added)

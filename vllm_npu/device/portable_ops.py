@@ -110,11 +110,17 @@ def npu_grouped_matmul(
     output = x.new_full((x.shape[0], weight.shape[2]), float("nan"), dtype=dtype)
     for group, start, stop in expert_ranges(group_list.tolist()):
         if scale is None or per_token_scale is None:
-            output[start:stop] = x[start:stop] @ weight[group]
+            output[start:stop] = _product(x[start:stop], weight[group])
         else:
             product = _int8_product(x[start:stop], weight[group])
             output[start:stop] = product.float() * scale[group].float() * per_token_scale[start:stop, None]
     return output
+
+
+def _product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x @ weight with sums in float32, rounded once. torch's own product of 16-bit floats is a plain loop on a CPU without
+    AVX-512: 5 s, where float32 takes 0.03 s (150 rows, 2048 x 2048, one thread)."""
+    return (x.float() @ weight.float()).to(x.dtype)
 
 
 def _int8_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -87,11 +87,11 @@ def reference_moe(
     topk_ids: torch.Tensor,  # [num_tokens, top_k], global expert ids
     experts: LinearExperts,
 ) -> torch.Tensor:  # [num_tokens, width], dtype of hidden_states
-    """Sum over k of weight * expert(token). Experts compute in the dtype of the tokens, the sum is float32, in order of k."""
+    """Sum over k of weight * expert(token). An expert's output has the dtype of the tokens, the sum is float32, in order of k."""
     total = torch.zeros(hidden_states.shape[0], experts.weights.shape[2])
     for k in range(topk_ids.shape[1]):
         for expert in topk_ids[:, k].unique().tolist():
             rows = (topk_ids[:, k] == expert).nonzero().squeeze(1)
-            output = (hidden_states[rows] @ experts.weights[expert]).float()
+            output = (hidden_states[rows].float() @ experts.weights[expert].float()).to(hidden_states.dtype).float()
             total[rows] += output * topk_weights[rows, k, None]
     return total.to(hidden_states.dtype)

@@ -79,7 +79,7 @@ CONFINED = {
         allowed_for_type_checking=False,
     ),
     "torch.distributed": Confined(
-        ("transport/", "trust/mailboxes.py", "eplb/", "all2all/", "tools/", "emulator/rank_program.py"),
+        ("transport/", "eplb/", "all2all/", "tools/", "emulator/rank_program.py"),
         allowed_for_type_checking=True,
     ),
     "torch._C._distributed_c10d": Confined(("transport/", "eplb/", "all2all/"), allowed_for_type_checking=True),

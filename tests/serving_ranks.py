@@ -3,6 +3,7 @@
 import os
 import random
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -27,6 +28,12 @@ NUM_RANKS = TP * DP
 STEPS, LAYERS = 12, 3
 DEADLINE = 10.0  # seconds: of a collective
 REPORT_SECONDS = 1.0  # for a failed rank's report to reach the test
+
+
+def stop_this_process(seconds: float) -> None:
+    """SIGSTOP, and SIGCONT from another process."""
+    subprocess.Popen(["sh", "-c", f"sleep {seconds}; kill -CONT {os.getpid()}"])
+    os.kill(os.getpid(), signal.SIGSTOP)
 
 
 @dataclass(frozen=True)

@@ -6,15 +6,13 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.emulated.test_launcher import is_running
-from tests.time_limits import PATIENCE_SECONDS
+from tests.time_limits import wait_until
 from vllm_npu import envs
 from vllm_npu.emulator import judge
 from vllm_npu.emulator.build import library_folder
@@ -112,13 +110,6 @@ JUDGE = [sys.executable, "-m", "vllm_npu.emulator", "judge"]
 
 def environment() -> dict[str, str]:
     return {**os.environ, envs.EMULATOR_LIBRARIES.name: str(library_folder())}
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
 
 
 def run_judge(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -389,10 +380,10 @@ def test_a_stopped_run_ends_what_it_started_and_keeps_what_is_done(tmp_path):
     result = tmp_path / "result.json"
     command = [*JUDGE, "--suite", str(tmp_path), "--json", str(result)]
     process = subprocess.Popen(command, env=environment())
-    wait_until(pid.exists)
+    wait_until(pid.exists, "the judged file starts")
     process.terminate()
     assert process.wait(60) == 128 + signal.SIGTERM
-    wait_until(lambda: not is_running(int(pid.read_text())))
+    wait_until(lambda: not is_running(int(pid.read_text())), "the judged process ends")
     assert list(json.loads(result.read_text())["files"]) == ["test_a.py"]
 
 

@@ -4,12 +4,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
-from tests.time_limits import PATIENCE_SECONDS
+from tests.time_limits import wait_until
 
 pytestmark = pytest.mark.emulated
 
@@ -27,13 +26,6 @@ Component.source_folder = lambda self: Path(sys.argv[1])
 Component.cache_key = lambda self: "slow"
 DEVICE.build()
 """
-
-
-def wait_until(reached, what: str) -> None:
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not reached():
-        assert time.monotonic() < deadline, f"{what}: not within {PATIENCE_SECONDS} s"
-        time.sleep(0.05)
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])

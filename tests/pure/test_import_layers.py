@@ -52,7 +52,7 @@ def test_a_tree_that_keeps_the_rules_passes(tmp_path):
             "transport/gloo.py": "import torch.distributed as dist\nfrom ..core.routing import X\n",
             "transport/hccl_direct/library.py": "import torch_npu\nfrom vllm_npu import native_build\n",
             "device/npu_ops.py": "from vllm_npu.transport import base\ndef load():\n    import torch_npu\n",
-            "trust/mailboxes.py": "import torch.distributed as dist\nfrom vllm_npu.transport import base\n",
+            "trust/mailboxes.py": "import socketserver\nfrom vllm_npu.transport import base\n",
             "native_build.py": "import subprocess\nfrom vllm_npu import errors\n",
             "child_processes.py": "import ctypes\n",
             "strategies/select.py": (

@@ -1,8 +1,6 @@
 """Ranks that survive: a stopped process is named on all others in seconds, and after SIGCONT all go on in a new epoch."""
 
 import os
-import signal
-import subprocess
 import threading
 import time
 from dataclasses import dataclass, field
@@ -10,6 +8,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
+from tests.serving_ranks import stop_this_process
 from tests.time_limits import on_this_machine
 from vllm_npu import envs
 from vllm_npu.core.step_plan import StepPlan, TokenSharding
@@ -41,12 +40,6 @@ class Life:
     errors: list[tuple[RankFailureError, float]] = field(default_factory=list)  # with seconds from the step's begin
     epoch: int = 0
     recovered_in: float = 0.0  # seconds from the last error to a step in the new epoch
-
-
-def stop_this_process(seconds: float) -> None:
-    """SIGSTOP, and SIGCONT from another process."""
-    subprocess.Popen(["sh", "-c", f"sleep {seconds}; kill -CONT {os.getpid()}"])
-    os.kill(os.getpid(), signal.SIGSTOP)
 
 
 def one_step(rank: Rank, groups: Groups, step: int) -> str | None:

@@ -7,22 +7,22 @@ import sys
 import threading
 import time
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
-from tests.serving_ranks import DEADLINE, NUM_RANKS, kill_and_restart
-from tests.time_limits import PATIENCE_SECONDS
+from tests.serving_ranks import DEADLINE, NUM_RANKS, kill_and_restart, stop_this_process
+from tests.time_limits import PATIENCE_SECONDS, wait_until
 from vllm_npu.errors import RankFailureError
 from vllm_npu.tools.launch import ProcessRankPool, Rank
 from vllm_npu.transport import host
 from vllm_npu.transport.gloo import GlooTransport
 from vllm_npu.transport.host import host_identity
-from vllm_npu.trust.mailboxes import LOOPBACK, Mailbox
+from vllm_npu.trust.mailboxes import EPOCH, LARGEST_LETTER, LOOPBACK, TAKEN, Mailbox
 from vllm_npu.trust.step_lookout import StepLookout
-from vllm_npu.trust.watchdog import REPORT_CHARACTERS, Watchdog
+from vllm_npu.trust.watchdog import LETTER_SECONDS, REPORT_CHARACTERS, Watchdog
 
 KILLS = int(os.environ.get("KILLS", "2"))  # 50 in the long form
 
@@ -57,6 +57,36 @@ def test_a_late_rank_is_named_at_the_deadline_also_to_itself():
         assert deadline <= seconds < deadline + 9
     error, _ = outcomes[1]
     assert "rank 0 reports: send_recv on group 'ep'" in str(error)
+
+
+def is_stopped(pid: str) -> bool:
+    return bool(pid) and Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+
+
+def look_for_culprits(rank: Rank, folder: Path, stopped_for: float) -> RankFailureError | None:
+    """Rank 1 is late. Rank 2 stands for a while, and then is late. Neither reports a failure."""
+    rank.groups(tp_size=1, dp_size=rank.num_ranks).ep.barrier()
+    number, done = folder / "pid", folder / "done"
+    if rank.rank == 2:
+        number.write_text(str(os.getpid()))
+        stop_this_process(stopped_for)
+    if rank.rank > 0:
+        wait_until(done.exists, "rank 0 names the culprits")
+        return None
+    wait_until(lambda: number.exists() and is_stopped(number.read_text()), "rank 2 is stopped")
+    assert rank.watchdog is not None
+    error = rank.watchdog.failure("all_gather", "ep", 0, "Timed out")
+    done.touch()
+    return error
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc to see that a process is stopped: Linux")
+def test_a_rank_that_takes_a_letter_late_is_no_more_stopped_than_the_late_rank(tmp_path):
+    """As on a host that has no time for a rank: it must not be blamed alone, in place of the rank that did not come."""
+    with ProcessRankPool(3, timeout=PATIENCE_SECONDS, start_method="forkserver") as pool:
+        error, _, _ = pool.outcomes(look_for_culprits, tmp_path, LETTER_SECONDS + 2)
+    assert error.ranks == (1, 2)
+    assert all(f"rank {rank} is late (process " in str(error) for rank in (1, 2))
 
 
 class WaitsForADevice(GlooTransport):
@@ -137,14 +167,52 @@ def test_a_mailbox_has_the_identity_of_its_host(monkeypatch, tmp_path):
     assert (first.reachable_address, second.reachable_address) == ("10.0.0.1", LOOPBACK)
 
 
-def test_whatever_lies_in_a_mailbox_the_error_is_short_and_readable():
+def watchdog_of_two_ranks() -> tuple[Watchdog, int]:
+    """The watchdog of rank 0, and the port of its mailbox, which is that of rank 1 too."""
     ports = []
 
-    def two_ranks(text: str) -> list[str]:
+    def exchange(text: str) -> list[str]:
         ports.append(json.loads(text)["port"])
         return [text, text]
 
-    watchdog = Watchdog.open(0, two_ranks, address=LOOPBACK, deadline=1.0)
-    dist.TCPStore(LOOPBACK, ports[0], is_master=False).set("failed in epoch 0 of 1", b"\x1b\n" + b"\xff" * 100_000)
+    return Watchdog.open(0, exchange, address=LOOPBACK, deadline=1.0), ports[0]
+
+
+def hand_in(port: int, sent: bytes) -> bytes:
+    """Send bytes to a mailbox, and return its answer."""
+    with socket.create_connection((LOOPBACK, port), PATIENCE_SECONDS) as connection:
+        connection.sendall(sent)
+        connection.shutdown(socket.SHUT_WR)
+        return connection.recv(1)
+
+
+NO_LETTERS = (
+    b"",
+    b"half a letter",
+    b"\n",
+    b"\xff\n",
+    b"[1, 2]\n",
+    b"[[], {}, 3]\n",
+    b'[1, "epoch", "x"]\n',
+    b"[" * 60_000 + b"\n",
+    b"x" * (LARGEST_LETTER - 1) + b"\n",
+)
+
+
+def test_whatever_lies_in_a_mailbox_the_error_is_short_and_readable():
+    watchdog, port = watchdog_of_two_ranks()
+    for sent in NO_LETTERS:
+        assert hand_in(port, sent) == b"", sent[:40]
+    assert not watchdog.is_left()
+    letter = json.dumps([1, "failed in epoch 0", "\x1b\n" + "\N{REPLACEMENT CHARACTER}" * 9_000])
+    assert hand_in(port, letter.encode() + b"\n") == TAKEN
     error = watchdog.failure("all_gather", "ep", 0, "cut")
     assert str(error).endswith("rank 1 reports:   " + "\N{REPLACEMENT CHARACTER}" * (REPORT_CHARACTERS - 2))
+
+
+def test_of_announcements_that_overtake_one_another_the_highest_stays():
+    watchdog, port = watchdog_of_two_ranks()
+    for epoch in (2, 3, 1):
+        assert hand_in(port, json.dumps([1, EPOCH, epoch]).encode() + b"\n") == TAKEN
+    assert watchdog.is_left()
+    assert watchdog.next_epoch().epoch == 3

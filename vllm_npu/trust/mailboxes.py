@@ -1,25 +1,28 @@
 """Letters between ranks beside their groups: how a failed rank reaches the others when no collective works.
 
-Every rank serves a mailbox, a store of torch.distributed. The end of one rank loses no letter of another rank, since each rank
-serves its own mailbox. Letters name the epoch of the groups that they are about (watchdog.py).
+Every rank serves a mailbox: a thread that takes letters, one line of JSON for each connection, and answers each with one byte.
+The end of one rank loses no letter of another rank, since each rank serves its own mailbox. Letters name the epoch of the
+groups that they are about (watchdog.py).
+
+A mailbox asks no name server. torch's TCPStore does, on both sides of each connection, to have names for its log lines (seen
+with torch 2.13; formatSockAddr in torch/csrc/distributed/c10d/socket.cpp). While the name server is slow, such a store takes no
+letter. The thread needs Python's global lock, which torch releases in its operators and waits.
 """
 
-import datetime
 import json
 import os
 import socket
+import socketserver
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from enum import Enum
 from queue import SimpleQueue
 from typing import Protocol
-
-import torch.distributed as dist
 
 from vllm_npu.transport.host import host_identity
 
@@ -30,6 +33,10 @@ MOST_AT_ONCE = 32  # mailboxes, so that a dead host of 16 ranks does not cost 16
 PULSE_SECONDS = 0.5  # between two beats of a rank's pulse
 STILL_SECONDS = 2.0  # a gap between beats from which a process counts as having stood still
 KEPT_GAPS = 8
+LARGEST_LETTER = 65536  # bytes
+QUEUE = 1024  # connections that the host accepts for a mailbox before the mailbox does
+TAKEN = b"+"
+EPOCH = "epoch"  # the subject of announcements
 
 
 class Answer(Enum):
@@ -41,7 +48,7 @@ class Answer(Enum):
 
 
 class Mailboxes(Protocol):
-    """The mailboxes of all ranks, as one rank sees them. StoreMailboxes implements it, and the fault campaign simulates it."""
+    """The mailboxes of all ranks, as one rank sees them. ServedMailboxes implements it, and the fault campaign simulates it."""
 
     rank: int
     size: int
@@ -52,6 +59,10 @@ class Mailboxes(Protocol):
 
     def announce(self, to: Sequence[int], epoch: int) -> dict[int, Answer]:
         """Leave the number of an epoch. The receiver keeps the highest one, in whatever order they arrive. LOCAL."""
+        ...
+
+    def has_taken(self, rank: int) -> bool:
+        """Whether the mailbox of `rank` has taken this rank's last letter, at once or after send() returned MUTE. LOCAL."""
         ...
 
     def look(self, ranks: Sequence[int]) -> dict[int, bool]:
@@ -104,16 +115,19 @@ class Mailbox:
             return False
         return True
 
-    def give(self, write: Callable[[dist.Store], None]) -> Answer:
-        """Let `write` change the store, and return what became of that. Waits without end for a process that is stopped, since
-        torch's store heeds its time-out only while it connects."""
-        if not self.is_there():
-            return Answer.GONE  # torch's store would retry until its time-out
-        with suppress(RuntimeError, dist.DistStoreError):
-            timeout = datetime.timedelta(seconds=ANSWER_SECONDS)
-            write(dist.TCPStore(self.reachable_address, self.port, is_master=False, timeout=timeout))
-            return Answer.TOOK
-        return Answer.MUTE
+    def give(self, letter: bytes) -> Answer:
+        """Deliver a letter, and return what became of that. Waits without end for a process that is stopped."""
+        try:
+            connection = socket.create_connection((self.reachable_address, self.port), KNOCK_SECONDS)
+        except OSError:
+            return Answer.GONE
+        try:
+            with connection:
+                connection.settimeout(None)
+                connection.sendall(letter)
+                return Answer.TOOK if connection.recv(len(TAKEN)) == TAKEN else Answer.MUTE
+        except OSError:  # the process has ended meanwhile
+            return Answer.GONE
 
     @property
     def reachable_address(self) -> str:
@@ -121,34 +135,87 @@ class Mailbox:
         return LOOPBACK if self.host_identity == host_identity() else self.address
 
 
-class StoreMailboxes:
+class _OwnMailbox(socketserver.ThreadingTCPServer):
+    """Takes letters in threads of its own, so that a sender that is stopped amid its letter keeps no other one waiting."""
+
+    address_family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
+    daemon_threads = True
+    request_queue_size = QUEUE
+
+    def __init__(self) -> None:
+        super().__init__(("", 0), _TakeLetter)
+        self.letters: dict[tuple[int, str], str] = {}  # by sender and subject
+        self.epochs: dict[int, int] = {}  # by sender, the highest one
+        self._raising = threading.Lock()
+        threading.Thread(target=self.serve_forever, name="vllm_npu_mailbox", daemon=True).start()
+
+    def server_bind(self) -> None:
+        """Listen for IPv4 and IPv6, where the host has both."""
+        if self.address_family == socket.AF_INET6:
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        super().server_bind()
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A connection that is no letter, or that broke, changes nothing."""
+
+    def take(self, sender: int, subject: str, text: str | int) -> None:
+        if subject != EPOCH:
+            self.letters[sender, subject] = str(text)
+            return
+        with self._raising:
+            self.epochs[sender] = max(self.epochs.get(sender, 0), int(text))
+
+    def close(self) -> None:
+        """Take no more letters."""
+        self.shutdown()
+        self.server_close()
+
+
+class _TakeLetter(socketserver.StreamRequestHandler):
+    server: _OwnMailbox
+
+    def handle(self) -> None:
+        line = self.rfile.readline(LARGEST_LETTER)
+        if line.endswith(b"\n"):  # otherwise somebody only looked whether this mailbox is there
+            sender, subject, text = json.loads(line.decode(errors="replace"))
+            self.server.take(sender, subject, text)
+            self.wfile.write(TAKEN)
+
+
+class ServedMailboxes:
     """One rank's own mailbox, and the addresses of all mailboxes."""
 
-    def __init__(self, rank: int, mailboxes: list[Mailbox], own: dist.Store) -> None:
+    def __init__(self, rank: int, mailboxes: list[Mailbox], own: _OwnMailbox) -> None:
         self.rank = rank
         self.size = len(mailboxes)
         self._mailboxes = mailboxes
         self._own = own
         self._couriers = {other: _Courier(mailbox) for other, mailbox in enumerate(mailboxes) if other != rank}
+        self._last_letters: dict[int, _Letter] = {}
         self._pulse = _Pulse()
+        weakref.finalize(self, own.close).atexit = False
 
     @classmethod
-    def open(cls, rank: int, exchange: Callable[[str], list[str]], *, address: str) -> "StoreMailboxes":
+    def open(cls, rank: int, exchange: Callable[[str], list[str]], *, address: str) -> "ServedMailboxes":
         """Open this rank's mailbox. COLLECTIVE: `exchange` returns every rank's text, in rank order.
 
         address: at which ranks of other hosts reach this one.
         """
-        own = dist.TCPStore(LOOPBACK, 0, is_master=True, wait_for_workers=False)
-        mailbox = Mailbox(address, own.port, socket.gethostname(), host_identity(), os.getpid())
+        own = _OwnMailbox()
+        mailbox = Mailbox(address, own.server_address[1], socket.gethostname(), host_identity(), os.getpid())
         return cls(rank, [Mailbox(**json.loads(text)) for text in exchange(json.dumps(asdict(mailbox)))], own)
 
     def send(self, to: Sequence[int], subject: str, text: str) -> dict[int, Answer]:
         """Leave a letter in the mailboxes of these ranks. Takes up to KNOCK_SECONDS + ANSWER_SECONDS."""
-        return self._give(to, lambda store: store.set(_key(self.rank, subject), text))
+        return self._give(to, subject, text)
 
     def announce(self, to: Sequence[int], epoch: int) -> dict[int, Answer]:
         """Raise this rank's number in the mailboxes of these ranks. Takes as long as send()."""
-        return self._give(to, lambda store: _raise_to(store, _key(self.rank, EPOCH), epoch))
+        return self._give(to, EPOCH, epoch)
+
+    def has_taken(self, rank: int) -> bool:
+        """Whether the mailbox has taken the last letter."""
+        return self._last_letters[rank].answer is Answer.TOOK
 
     def look(self, ranks: Sequence[int]) -> dict[int, bool]:
         """Whether each mailbox accepts a connection. Takes KNOCK_SECONDS where a host does not answer."""
@@ -157,13 +224,11 @@ class StoreMailboxes:
 
     def letter(self, sender: int, subject: str) -> str | None:
         """A letter in this rank's mailbox. Any process can write to it."""
-        key = _key(sender, subject)
-        return self._own.get(key).decode(errors="replace") if self._own.check([key]) else None
+        return self._own.letters.get((sender, subject))
 
     def announced(self, sender: int) -> int:
-        """The number in this rank's mailbox. A text that is no number counts as none."""
-        text = self.letter(sender, EPOCH) or ""
-        return int(text) if text.isascii() and text.isdecimal() else 0
+        """The number in this rank's mailbox."""
+        return self._own.epochs.get(sender, 0)
 
     def owner(self, rank: int) -> str:
         """Process and host of a rank."""
@@ -181,17 +246,19 @@ class StoreMailboxes:
         """Sleep."""
         time.sleep(seconds)
 
-    def _give(self, to: Sequence[int], write: Callable[[dist.Store], None]) -> dict[int, Answer]:
+    def _give(self, to: Sequence[int], subject: str, text: str | int) -> dict[int, Answer]:
         give_up = time.monotonic() + KNOCK_SECONDS + ANSWER_SECONDS
-        letters = {rank: self._couriers[rank].take(write) for rank in to}
+        line = json.dumps([self.rank, subject, text]).encode() + b"\n"
+        letters = {rank: self._couriers[rank].take(line) for rank in to}
+        self._last_letters |= letters
         return {rank: letter.answer_until(give_up) for rank, letter in letters.items()}
 
 
 class _Letter:
     """What a courier has to deliver."""
 
-    def __init__(self, write: Callable[[dist.Store], None]) -> None:
-        self.write = write
+    def __init__(self, line: bytes) -> None:
+        self.line = line
         self.answer = Answer.MUTE
         self.delivered = threading.Event()
 
@@ -210,8 +277,8 @@ class _Courier:
         self._start = threading.Lock()
         self._thread: threading.Thread | None = None
 
-    def take(self, write: Callable[[dist.Store], None]) -> _Letter:
-        letter = _Letter(write)
+    def take(self, line: bytes) -> _Letter:
+        letter = _Letter(line)
         self._letters.put(letter)
         with self._start:
             if self._thread is None:
@@ -222,22 +289,8 @@ class _Courier:
     def _run(self) -> None:
         while True:
             letter = self._letters.get()
-            letter.answer = self._mailbox.give(letter.write)
+            letter.answer = self._mailbox.give(letter.line)
             letter.delivered.set()
-
-
-EPOCH = "epoch"
-
-
-def _key(sender: int, subject: str) -> str:
-    return f"{subject} of {sender}"
-
-
-def _raise_to(store: dist.Store, key: str, number: int) -> None:
-    """Set the number, unless a higher one is there. A compare-and-set that arrives late changes nothing."""
-    found = store.compare_set(key, "", str(number)).decode()
-    while int(found) < number:
-        found = store.compare_set(key, found, str(number)).decode()
 
 
 class _Pulse:

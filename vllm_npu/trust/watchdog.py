@@ -24,7 +24,7 @@ from enum import Enum
 from typing import Any
 
 from vllm_npu.errors import RankFailureError
-from vllm_npu.trust.mailboxes import ANSWER_SECONDS, KNOCK_SECONDS, Answer, Mailboxes, StoreMailboxes
+from vllm_npu.trust.mailboxes import ANSWER_SECONDS, KNOCK_SECONDS, Answer, Mailboxes, ServedMailboxes
 
 GRACE_SECONDS = 5.0  # for living ranks to report; the wait stops when an ended rank is found
 POLL_SECONDS = 0.1
@@ -97,7 +97,7 @@ class Watchdog:
 
         address: at which ranks of other hosts reach this one. deadline: seconds that a collective may take.
         """
-        return cls(StoreMailboxes.open(rank, exchange, address=address), deadline)
+        return cls(ServedMailboxes.open(rank, exchange, address=address), deadline)
 
     def begin(self, operation: str, group: str) -> None:
         """Note that a collective of this rank begins. LOCAL. Host sync: no."""
@@ -227,6 +227,10 @@ class Watchdog:
         give_up = post.now() + GRACE_SECONDS  # a letter to a rank that is ending may take long, so it starts here
         while True:
             silent = [other for other in self._others if not self._has_failed(other)]
+            # A rank whose host had no time for it may take the letter now: it is not stopped.
+            answers |= {
+                other: Answer.TOOK for other in silent if answers[other] is Answer.MUTE and post.has_taken(other)
+            }
             decided = all(answers[other] is Answer.MUTE for other in silent)
             if decided or any(answers[other] is Answer.GONE for other in silent) or post.now() > give_up:
                 return silent

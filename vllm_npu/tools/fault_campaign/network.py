@@ -219,6 +219,7 @@ class SimulatedMailboxes:
         self.size = network.simulation.num_ranks
         self._network = network
         self._simulation = network.simulation
+        self._taken = [False] * self.size  # by rank, this rank's last letter
 
     def send(self, to: Sequence[int], subject: str, text: str) -> dict[int, Answer]:
         """Leave a letter. One to a stopped rank may be lost, or arrive when the rank continues."""
@@ -236,6 +237,10 @@ class SimulatedMailboxes:
             announced[self.rank] = max(announced[self.rank], epoch)
 
         return self._give(to, store)
+
+    def has_taken(self, rank: int) -> bool:
+        """Whether the last letter has arrived."""
+        return self._taken[rank]
 
     def look(self, ranks: Sequence[int]) -> dict[int, bool]:
         """Whether each rank lives and can be reached."""

@@ -503,6 +503,7 @@ def refused_while_running(rank: int, num_ranks: int) -> None:
     load, lengths = torch_npu.atb.npu_paged_cache_load, table[0] + 2
     for arguments, options, fault in (
         ((cache, cache, table.long(), lengths), {}, "ATB PagedCacheLoad: block_table is Long"),
+        ((cache, cache, table[0, 0], lengths), {}, r"block_table has the shape \[\]; it must have 2 dimensions"),
         ((cache, cache, table, lengths), {"cumsum": True}, r"context_lens has the shape \[1\].*\[2\]"),
         ((cache, cache[:, :2].contiguous(), table, lengths), {}, "their blocks differ"),
         (

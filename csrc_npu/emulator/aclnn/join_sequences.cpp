@@ -9,10 +9,11 @@ namespace vllm_npu::emulator::aclnn {
 
 std::function<void()> join_sequences(const at::Tensor (&caches)[2], const Named& table, const Named& lengths,
                                      const Named& starts, const at::Tensor (&out)[2], bool cumulative) {
-  const int64_t batch = table.tensor.size(0);
   require_dtype(table.tensor, table.name, {at::kInt});
   require_dtype(lengths.tensor, lengths.name, {at::kInt});
   require_dimensions(table.tensor, table.name, 2);
+  require_dimensions(out[0], "key", 3);
+  const int64_t batch = table.tensor.size(0);
   require_shape(lengths.tensor, lengths.name, {cumulative ? batch + 1 : batch});
   if (starts.tensor.defined()) {
     require_dtype(starts.tensor, starts.name, {at::kInt});

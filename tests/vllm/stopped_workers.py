@@ -11,6 +11,7 @@ import random
 import re
 import signal
 import statistics
+import sys
 import tempfile
 import threading
 import time
@@ -239,18 +240,21 @@ def main() -> None:
     parser.add_argument("--stops", type=int, default=10)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--pairs", type=int, default=0, help="stops after which another one follows within a second")
+    parser.add_argument("--api-servers", type=int, help="vLLM starts one for each rank, which takes minutes on 2 cores")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--log", type=Path)
     arguments = parser.parse_args()
     os.environ |= ENVIRONMENT
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))  # so that the server ends too
     port = free_port()
+    own = ["--port", str(port), *options(arguments.ranks)]
+    if arguments.api_servers:
+        own += ["--api-server-count", str(arguments.api_servers)]
     with tempfile.TemporaryDirectory(prefix="t-") as name:
         folder = Path(name)
         model = write_tiny_model(QWEN3_MOE, folder / "model")
         server: Server
-        with starting_server(
-            model, folder / "caches", folder, "--port", str(port), *options(arguments.ranks)
-        ) as server:
+        with starting_server(model, folder / "caches", folder, *own) as server:
             try:
                 wait_until_healthy(port, server)
                 for number, twice in ((arguments.stops, False), (arguments.pairs, True)):

@@ -78,7 +78,7 @@ def test_a_stop_costs_a_pause_and_an_exception_costs_its_step(
         assert [answer.tokens for answer in answers] == expected, server.log()
         assert "rank 1 is stopped: it accepts connections" in server.log(), server.log()
         assert pause < on_this_machine(PAUSE_SECONDS)
-        assert [answer.tokens for answer in ask_all(port)] == expected, "blocks of the broken step count as cached"
+        assert [answer.tokens for answer in ask_all(port)] == expected, server.log()
 
         outcome = stop_workers(port, short_folder, number=2)
         print(outcome)

@@ -18,7 +18,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -137,12 +137,31 @@ class Stop:
 
 def workers_of(folder: Path) -> list[int]:
     """Process ids of the workers, by data-parallel rank."""
+    return list(_titled(folder, "::Worker").values())
+
+
+def sockets(folder: Path) -> dict[str, int]:
+    """How many sockets each worker and each engine core has, by the title of the process."""
+    found = _titled(folder, "::Worker") | _titled(folder, "::EngineCore")
+    return {title: _sockets_of(pid) for title, pid in found.items()}
+
+
+def _titled(folder: Path, part: str) -> dict[str, int]:
+    """Process ids by title, in its order, of those whose titles have this part."""
     found: dict[str, int] = {}
     for pid in processes_of(folder):
         title = Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0").decode(errors="replace")
-        if "::Worker" in title:
+        if part in title:
             found[title] = pid
-    return [found[title] for title in sorted(found)]
+    return {title: found[title] for title in sorted(found)}
+
+
+def _sockets_of(pid: int) -> int:
+    count = 0
+    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):  # closed meanwhile
+            count += descriptor.readlink().name.startswith("socket:")
+    return count
 
 
 def stop(pid: int, worker: int, seconds: float) -> Stop:

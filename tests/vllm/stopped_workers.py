@@ -11,13 +11,14 @@ import random
 import re
 import signal
 import statistics
+import sys
 import tempfile
 import threading
 import time
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -136,12 +137,31 @@ class Stop:
 
 def workers_of(folder: Path) -> list[int]:
     """Process ids of the workers, by data-parallel rank."""
+    return list(_titled(folder, "::Worker").values())
+
+
+def sockets(folder: Path) -> dict[str, int]:
+    """How many sockets each worker and each engine core has, by the title of the process."""
+    found = _titled(folder, "::Worker") | _titled(folder, "::EngineCore")
+    return {title: _sockets_of(pid) for title, pid in found.items()}
+
+
+def _titled(folder: Path, part: str) -> dict[str, int]:
+    """Process ids by title, in its order, of those whose titles have this part."""
     found: dict[str, int] = {}
     for pid in processes_of(folder):
         title = Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0").decode(errors="replace")
-        if "::Worker" in title:
+        if part in title:
             found[title] = pid
-    return [found[title] for title in sorted(found)]
+    return {title: found[title] for title in sorted(found)}
+
+
+def _sockets_of(pid: int) -> int:
+    count = 0
+    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):  # closed meanwhile
+            count += descriptor.readlink().name.startswith("socket:")
+    return count
 
 
 def stop(pid: int, worker: int, seconds: float) -> Stop:
@@ -239,18 +259,21 @@ def main() -> None:
     parser.add_argument("--stops", type=int, default=10)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--pairs", type=int, default=0, help="stops after which another one follows within a second")
+    parser.add_argument("--api-servers", type=int, help="vLLM starts one for each rank, which takes minutes on 2 cores")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--log", type=Path)
     arguments = parser.parse_args()
     os.environ |= ENVIRONMENT
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))  # so that the server ends too
     port = free_port()
+    own = ["--port", str(port), *options(arguments.ranks)]
+    if arguments.api_servers:
+        own += ["--api-server-count", str(arguments.api_servers)]
     with tempfile.TemporaryDirectory(prefix="t-") as name:
         folder = Path(name)
         model = write_tiny_model(QWEN3_MOE, folder / "model")
         server: Server
-        with starting_server(
-            model, folder / "caches", folder, "--port", str(port), *options(arguments.ranks)
-        ) as server:
+        with starting_server(model, folder / "caches", folder, *own) as server:
             try:
                 wait_until_healthy(port, server)
                 for number, twice in ((arguments.stops, False), (arguments.pairs, True)):

@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +23,7 @@ from tests.vllm.stopped_workers import (
     epochs,
     options,
     pauses,
+    sockets,
     stop,
     stop_workers,
     workers_of,
@@ -43,6 +45,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.nightly]  # its start takes a minute
 
 STOPPED = 1  # rank
 PAUSE_SECONDS = 10.0  # the longest pause after a stop on a quiet machine
+CLOSING_SECONDS = 5.0  # for connections to mailboxes, and for gloo's threads
 ROOT = str(Path(__file__).parents[2])  # the server imports the processor
 
 
@@ -78,7 +81,8 @@ def test_a_stop_costs_a_pause_and_an_exception_costs_its_step(
         assert [answer.tokens for answer in answers] == expected, server.log()
         assert "rank 1 is stopped: it accepts connections" in server.log(), server.log()
         assert pause < on_this_machine(PAUSE_SECONDS)
-        assert [answer.tokens for answer in ask_all(port)] == expected, "blocks of the broken step count as cached"
+        assert [answer.tokens for answer in ask_all(port)] == expected, server.log()
+        of_one_epoch = Counter(sockets(short_folder))
 
         outcome = stop_workers(port, short_folder, number=2)
         print(outcome)
@@ -95,6 +99,10 @@ def test_a_stop_costs_a_pause_and_an_exception_costs_its_step(
             assert whole or (answer.finish_reason == "abort" and answer.tokens == tokens[: len(answer.tokens)])
         assert "ValueError: this request asked for an exception" in server.log()
         assert [answer.tokens for answer in ask_all(port)] == expected, server.log()
+        give_up = time.monotonic() + on_this_machine(CLOSING_SECONDS)
+        while (more := Counter(sockets(short_folder)) - of_one_epoch) and time.monotonic() < give_up:
+            time.sleep(0.2)
+        assert not more, "sockets of old epochs stay open"
 
         assert server.stop(signal.SIGTERM) == 0, server.log()
     assert processes_of(short_folder) == []

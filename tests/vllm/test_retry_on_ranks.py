@@ -19,8 +19,9 @@ from vllm_npu.strategies.table import STRATEGIES
 pytest.importorskip("vllm")
 
 VICTIM = 1
-CLOSING_SECONDS = 5.0
 QUIET_DEADLINE = 3.0  # seconds for a collective on a quiet machine
+CLOSING_SECONDS = 2.0  # for gloo's threads; below the deadline, since ranks wait for one another meanwhile
+KINDS = ("socket", "pipe", "eventpoll")  # of which every gloo group has some
 LARGE = (90, 40, 70, 5)  # tokens of each rank: their messages go through shared memory
 
 
@@ -34,10 +35,14 @@ def own_ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[VllmRanks]:
 
 
 def settled_descriptors(expected: Counter[str] | None) -> Counter[str]:
-    """Pipes and event polls, of which every gloo group has its own. Waits for gloo's threads, which close them at their time.
+    """Sockets, pipes and event polls of this rank. Waits for gloo's threads, which close those of an old epoch at their time.
 
-    Sockets are not compared: a rank had 2 more of them after three epochs than after one, and the cause is not known.
+    COLLECTIVE over all processes: gloo also closes the sockets to a rank that has left its groups, so none may leave before all
+    have counted.
     """
+    from vllm.distributed.parallel_state import get_world_group
+
+    get_world_group().barrier()
     give_up = time.monotonic() + CLOSING_SECONDS
     while True:
         gc.collect()
@@ -45,10 +50,12 @@ def settled_descriptors(expected: Counter[str] | None) -> Counter[str]:
         for descriptor in DESCRIPTORS.iterdir():
             with suppress(FileNotFoundError):  # that of this listing
                 target = str(descriptor.readlink())
-                found += Counter(kind for kind in ("pipe", "eventpoll") if kind in target)
+                found += Counter(kind for kind in KINDS if kind in target)
         if found == expected or time.monotonic() > give_up:
-            return found
+            break
         time.sleep(0.1)
+    get_world_group().barrier()
+    return found
 
 
 def break_a_step_and_go_on(grid: Grid, times: int) -> dict[str, Any]:

@@ -4,8 +4,10 @@ vLLM's engine core calls WorkerSentinel.retry through Worker.handle_ft_command. 
 only, and makes one group anew (plugin/compat/fault_tolerance.py).
 """
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from vllm.distributed import parallel_state
@@ -94,14 +96,23 @@ class RetryingWorkerSentinel(WorkerSentinel):
         self._forget_requests(ft_request.params["kept"])
         if self._process_groups is None:
             self._process_groups = ProcessGroups(timeout=watchdog.deadline)
+        times = [time.monotonic()]
         try:
             leave_epoch(self._process_groups)
+            times.append(time.monotonic())
             watchdog = self._watchdog = watchdog.next_epoch()
+            times.append(time.monotonic())
             open_epoch(self._process_groups, watchdog, use_all2all=self.worker.parallel_config.use_all2all)
         except RuntimeError as error:  # RankFailureError is one, and so are all errors of torch.distributed
             drop_frames(error)
             return answer | {"why_not": f"{type(error).__name__}: {error}", "hopeless": bool(watchdog.ended())}
         self._fault, self._own_fault, self._steps = None, False, 0
+        seconds = [end - begin for begin, end in pairwise([*times, time.monotonic()])]
+        logger.info(
+            "Epoch %d: left the old groups in %.1f s, met all ranks after %.1f s, opened groups in %.1f s",
+            watchdog.epoch,
+            *seconds,
+        )
         return answer | {"epoch": watchdog.epoch}
 
     def _forget_requests(self, kept: Sequence[str]) -> None:

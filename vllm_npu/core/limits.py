@@ -564,7 +564,7 @@ class DeviceLimits:
 
     def _why_no_form(self, mode: int) -> str:
         if mode != INT8_GROUPS:
-            return "CANN's document names it for A5 alone, and nothing of A5 was run"
+            return "CANN's document names it for A5 alone, where it was never run"
         if any(mode in limits.combine_quant_modes for limits in self.mc2_algorithms.values()):
             names = [name for name, limits in self.mc2_algorithms.items() if mode in limits.combine_quant_modes]
             return f"it was run with {MC2_ALGORITHM} {_either(names)} only"

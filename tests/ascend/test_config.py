@@ -16,10 +16,9 @@ import json, sys
 from vllm.engine.arg_utils import EngineArgs
 from vllm.plugins import load_general_plugins
 load_general_plugins()
-EngineArgs(
-    tensor_parallel_size=2, enable_expert_parallel=True, skip_tokenizer_init=True, dtype="bfloat16",
-    **{"enforce_eager": True, **json.loads(sys.argv[1])},
-).create_engine_config()
+given = {"enforce_eager": True, "enable_expert_parallel": True, "dtype": "bfloat16", **json.loads(sys.argv[1])}
+config = EngineArgs(tensor_parallel_size=2, skip_tokenizer_init=True, **given).create_engine_config()
+print(config.parallel_config.worker_cls)
 print("BUILT")
 """
 BUILD_WITHOUT_A_MODEL = """
@@ -41,6 +40,8 @@ print("BUILT")
 """
 OFF = {"vllm_npu": {"moe_comm": "off"}}
 ON_A3 = {"VLLM_NPU_EMULATOR_SOC": "A3"}
+ON_310P = {"VLLM_NPU_EMULATOR_SOC": "310P"}
+OTHER_WORKER = {"worker_cls": "other.package.Worker"}
 GRAPHS = {"enforce_eager": False, "compilation_config": {"cudagraph_mode": "FULL_DECODE_ONLY"}}
 
 
@@ -111,6 +112,7 @@ def test_an_expert_map_without_a_placement_is_refused_before_a_process_starts(tm
         {},
         {"environment": ON_A3, "additional_config": {"enable_fused_mc2": 1, "vllm_npu": {"moe_comm": "fused_mc2"}}},
         {"environment": ON_A3, "additional_config": {"enable_fused_mc2": 2}},
+        {"enable_dbo": True, "data_parallel_size": 2},  # vllm-ascend turns it off; vLLM refuses it if on
         {"enable_lora": True},
         {"enable_lora": True, "data_parallel_size": 2, "additional_config": OFF},
         {"enable_lora": True, "data_parallel_size": 2, "lora_target_modules": ["q_proj", "o_proj"]},
@@ -123,6 +125,7 @@ def test_an_expert_map_without_a_placement_is_refused_before_a_process_starts(tm
         "none",
         "fused_mc2",
         "fused_mc2 by 2",
+        "dual batch overlap",
         "adapters",
         "off",
         "adapters beside experts",
@@ -135,6 +138,25 @@ def test_an_expert_map_without_a_placement_is_refused_before_a_process_starts(tm
 def test_an_engine_without_such_settings_is_built_and_vllm_ascends_own_with_them(tmp_path, arguments):
     done = build(tmp_path, **arguments)
     assert "BUILT" in done.stdout, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize(
+    ("environment", "arguments", "reason"),
+    [
+        (ON_310P, {"dtype": "float16"}, "vllm-ascend has no expert parallelism there"),
+        ({}, OTHER_WORKER, "replaces only vllm_ascend.worker.worker.NPUWorker, and this engine has worker_cls=other"),
+    ],
+    ids=["310P", "other worker"],
+)
+def test_another_worker_is_refused_where_tokens_travel_and_stays_where_none_does(
+    tmp_path, environment, arguments, reason
+):
+    refused = build(tmp_path, environment, **arguments)
+    assert "BUILT" not in refused.stdout
+    assert reason in refused.stderr, refused.stderr[-2000:]
+    done = build(tmp_path, environment, **arguments, enable_expert_parallel=False)
+    theirs = arguments.get("worker_cls", "vllm_ascend._310p.worker_310p.NPUWorker310")
+    assert done.stdout.endswith(f"{theirs}\nBUILT\n"), done.stderr[-2000:]
 
 
 def test_more_experts_for_a_token_than_there_are_are_refused_before_a_process_starts(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -173,6 +174,59 @@ def test_fused_mc2_gives_the_tokens_of_vllm_ascend_with_and_without_it(qwen3_moe
     assert ours["tokens"] == dict.fromkeys(ours["ran"], theirs)
 
 
+# vllm-ascend's options for MC2's ops that two ranks of A3 take (the hierarchy takes 16), whether the model is in W8A8, and the
+# arguments that dispatch and combine then get. Prompts travel by MC2 too, since ALLTOALL has no int8 rows on the way back.
+MC2_OPTIONS = {
+    "fullmesh_v2": ({"mc2_comm_alg": "fullmesh_v2"}, False, ("fullmesh_v2", 0, 0)),
+    "int8 rows": ({"combine_quant_mode": 2}, False, ("", 0, 2)),
+    "both, W8A8": ({"mc2_comm_alg": "fullmesh_v2", "combine_quant_mode": 2}, True, ("fullmesh_v2", 2, 2)),
+}
+DECODE_GRAPHS = {"cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2, 4, 8]}
+
+
+INT8: dict[str, Any] = {"dtype": "bfloat16", "quantization": "ascend"}
+
+
+@pytest.fixture(scope="module")
+def qwen3_moe_int8(tmp_path_factory):
+    """A checkpoint in W8A8, and the FEWER_TOKENS that vllm-ascend alone generates from it on two TP ranks."""
+    folder = write_tiny_model(QWEN3_MOE_INT8, tmp_path_factory.mktemp("w8a8") / "model", quantised="W8A8")
+    return folder, alone(folder, options=INT8, max_tokens=list(FEWER_TOKENS))["tokens"][OWN]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(6 * PATIENCE_SECONDS)
+@pytest.mark.parametrize("case", MC2_OPTIONS)
+@pytest.mark.skipif(LINE == "0.23", reason="vllm-ascend 0.23 has enable_mc2_hierarchy_comm alone, which takes 16 ranks")
+def test_mc2_with_vllm_ascends_options_gives_its_tokens_eagerly_and_in_graphs(request, case):
+    options, is_int8, (algorithm, sent, returned) = MC2_OPTIONS[case]
+    folder, without = request.getfixturevalue("qwen3_moe_int8" if is_int8 else "qwen3_moe")
+    given = {"model": str(folder), "tp": 2} | ({"max_tokens": list(FEWER_TOKENS)} if is_int8 else {})
+    eager = (INT8 if is_int8 else {}) | {"additional_config": options | {"enable_prefill_mc2": True}}
+    calls = {
+        f"MoeDistributeDispatch comm_alg={algorithm} quant_mode={sent}",
+        f"MoeDistributeCombine comm_alg={algorithm} comm_quant_mode={returned}",
+    }
+
+    def serve(plugins: str, env: Mapping[str, str] | None = None, **more: Any) -> dict[str, Any]:
+        """What the engine reports. Every call of MC2's ops had these arguments, and there were such calls."""
+        process = run_engine(plugins, env={"VLLM_NPU_EMULATOR_TRACE": "1", **(env or {})}, **given, **more)
+        report = report_of(process)
+        assert set(re.findall(r"MoeDistribute\w+ comm_alg.*", process.stdout + process.stderr)) == calls
+        return report
+
+    theirs = serve(PLUGINS.replace("vllm_npu", "ascend"), options=eager)["tokens"][OWN]
+    if not returned:
+        assert theirs == without  # the algorithms of the full mesh add up the same rows
+    ours = serve(PLUGINS, options=eager, strategies=["mc2", "auto"])
+    assert ours["ran"] == {name: ["mc2"] * 2 for name in ("mc2", "auto")}
+    assert ours["tokens"] == dict.fromkeys(("mc2", "auto"), theirs)
+    in_graphs = eager | {"enforce_eager": False, "compilation_config": DECODE_GRAPHS}
+    compiled = {"TORCHDYNAMO_DISABLE": "0", "TORCHINDUCTOR_AUTOGRAD_CACHE": "0"}
+    ours = serve(PLUGINS, compiled, options=in_graphs, strategies=["mc2"], moe_comm="mc2")
+    assert (ours["ran"], ours["tokens"]) == ({"mc2": ["mc2"] * 2}, {"mc2": theirs})
+
+
 # One MoE layer, and a drafter that is a copy of it.
 MTP = for_ascend(
     DEEPSEEK_V3,
@@ -260,12 +314,10 @@ def test_tokens_stay_the_same_while_vllm_ascend_moves_experts(qwen3_moe):
 
 @pytest.mark.slow
 @pytest.mark.timeout(4 * PATIENCE_SECONDS)
-def test_tokens_stay_the_same_while_vllm_ascend_moves_int8_experts(tmp_path):
-    folder = write_tiny_model(QWEN3_MOE_INT8, tmp_path / "model", quantised="W8A8")
-    int8, max_tokens = {"dtype": "bfloat16", "quantization": "ascend"}, list(FEWER_TOKENS)
-    theirs = alone(folder, options=int8, max_tokens=max_tokens)["tokens"][OWN]
-    given = balanced() | {"max_tokens": max_tokens}
-    given["options"] |= int8
+def test_tokens_stay_the_same_while_vllm_ascend_moves_int8_experts(qwen3_moe_int8):
+    folder, theirs = qwen3_moe_int8
+    given = balanced() | {"max_tokens": list(FEWER_TOKENS)}
+    given["options"] |= INT8
     ours = generate(PLUGINS, model=str(folder), tp=2, **given, strategies=STRATEGIES, rounds=3)
     check_moves(ours, STRATEGIES, theirs)
 
@@ -276,8 +328,7 @@ def test_tokens_stay_the_same_while_experts_move_under_captured_graphs(qwen3_moe
     folder, theirs = qwen3_moe
     given = balanced()
     given["env"] |= {"TORCHDYNAMO_DISABLE": "0", "TORCHINDUCTOR_AUTOGRAD_CACHE": "0"}
-    captured = {"cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2, 4, 8]}
-    given["options"] |= {"enforce_eager": False, "compilation_config": captured}
+    given["options"] |= {"enforce_eager": False, "compilation_config": DECODE_GRAPHS}
     # allgather: the broadcast of the chosen replicas is in the graph too.
     ours = generate(PLUGINS, model=str(folder), tp=2, **given, strategies=["allgather"], moe_comm="allgather", rounds=3)
     check_moves(ours, ["allgather"], theirs)

@@ -70,6 +70,9 @@ def on_310p(rank: int, size: int) -> None:
     refused(r"161002.*its dtype follows quant_mode\) is Char", lambda: init_routing(x, quant_mode=1))
     text = r"561002.*its size follows active_expert_range\) has the shape"
     refused(text, lambda: init_routing(x, active_expert_range=[0, 2]))
+    # Nor a range: as vllm-ascend 0.30 calls it, the second of two ranks gets the rows of the first one's experts.
+    first, second = (init_routing(x, expert_num=2, active_expert_range=own) for own in ([0, 2], [2, 4]))
+    assert all(torch.equal(first[output], second[output]) for output in (1, 2))
     device = x.npu()
     refused("561002.*Ascend310P3 has no npu_moe_gating_top_k", lambda: npu.npu_moe_gating_top_k(device, 2))
     refused("561002.*Ascend310P3 has no npu_moe_gating", lambda: npu.npu_moe_gating_top_k_softmax(device, None, 2))

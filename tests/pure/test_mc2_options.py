@@ -96,7 +96,8 @@ def test_an_algorithm_that_was_asked_for_is_the_only_one(family, algorithm, comm
         ),
         ("A3", MC2Asked("", 4), "mc2 on A3, full mesh takes 0 or 2, not 4 (CANN's document names it for A5 alone"),
         ("A3", MC2Asked("", 3), "not 3 (CANN's document names it for A5 alone"),
-        ("A5", MC2Asked("", 2), "not 2 (it was never run there)"),
+        ("A5", MC2Asked("", 2), "mc2 on A5, full mesh takes 0, not 2 (it was never run there)"),
+        ("A5", MC2Asked("", 4), "not 4 (CANN's document names it for A5 alone, where it was never run)"),
     ],
     ids=str,
 )

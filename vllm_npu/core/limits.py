@@ -361,6 +361,14 @@ A3_FULL_MESH_V2 = replace(
     comm_alg="fullmesh_v2",
     buffer_bytes=_a3_full_mesh_v2_bytes,
 )
+A5_FULL_MESH = replace(
+    A3_FULL_MESH,
+    name="mc2 on A5, full mesh",
+    source="documents of aclnnMoeDistributeDispatchV4 and CombineV4 for Ascend 950PR and 950DT (CANN's ops-transformer, commit "
+    "01a1a43f): numbers and buffer of A3, no comm_alg in the combine, no top-k weights in the dispatch. op-plugin's document "
+    "does not name the chip. The forms 2, 3 and 4 of rows that come back were never run",
+    combine_quant_modes=(0,),
+)
 A3_HIERARCHY = MC2Limits(
     name="mc2 on A3, hierarchy",
     native=True,
@@ -509,6 +517,7 @@ class DeviceLimits:
     captures: tuple[str, ...] = ()  # strategies without host syncs, which a graph can capture
     experts: ExpertLimits | None = None  # None: the experts are not this package's
     uneven_experts: bool = False  # whether the plugin for this device serves ranks of which some have one expert more
+    no_engine: str | None = None  # why no engine on these chips has tokens that the plugin could move. None: one has
 
     def of_version(self, version: int) -> "DeviceLimits":
         """These limits for a torch_npu whose newest MC2 ops have this version. 0: it has no MC2 ops."""
@@ -555,7 +564,7 @@ class DeviceLimits:
 
     def _why_no_form(self, mode: int) -> str:
         if mode != INT8_GROUPS:
-            return "CANN's document names it for A5 alone, and nothing of A5 was run"
+            return "CANN's document names it for A5 alone, where it was never run"
         if any(mode in limits.combine_quant_modes for limits in self.mc2_algorithms.values()):
             names = [name for name, limits in self.mc2_algorithms.items() if mode in limits.combine_quant_modes]
             return f"it was run with {MC2_ALGORITHM} {_either(names)} only"
@@ -644,15 +653,24 @@ DEVICES = {
         socs=("Ascend910_93",),
         captures=(*_NPU_CAPTURES, "fused_mc2"),
     ),
-    # vllm-ascend 0.23 has all-gather only for 310P. op-plugin's document of npu_moe_token_unpermute does not name 310P. CANN's
-    # does, without bfloat16, and only for hidden sizes that 128 divides.
+    # op-plugin's document of npu_moe_token_unpermute does not name 310P. CANN's does, without bfloat16, and only for hidden
+    # sizes that 128 divides. no_engine: _310p/fused_moe of vllm-ascend 0.23.0.post1 (fused_moe.py) and 0.30.0rc2
+    # (token_dispatcher.py; its model runner V2 refuses expert parallelism by name). On 310P, op-plugin calls
+    # aclnnMoeInitRoutingV2 (MoeInitRoutingV2KernelNpuOpApi.cpp), which has no active_expert_range.
     "310P": DeviceLimits(
-        family="310P", mc2=None, all2all=False, uneven_collectives=True, routing_ops=False, socs=("Ascend310P",)
+        family="310P",
+        mc2=None,
+        all2all=False,
+        uneven_collectives=True,
+        routing_ops=False,
+        socs=("Ascend310P",),
+        no_engine="vllm-ascend has no expert parallelism there: the layer of 0.23 refuses it, and that of 0.30 names a rank's "
+        "experts by a range, which torch_npu does not pass to this chip's npu_moe_init_routing_v2. Data parallelism alone was "
+        "never run with other communication",
     ),
-    # No public document states A5's limits. Its op has A3's arguments.
     "A5": DeviceLimits(
         family="A5",
-        mc2=replace(A3_FULL_MESH, combine_quant_modes=(0,)),
+        mc2=A5_FULL_MESH,  # no mc2_algorithms: its combine takes no comm_alg, and vllm-ascend would pass one
         update_expert=True,
         socs=("Ascend950",),
         captures=_NPU_CAPTURES,

@@ -157,7 +157,8 @@ def check_config(vllm_config: "VllmConfig", *, beside_vllm_ascend: bool = False)
         )
     if topology.world_size == 1:
         return options
-    if parallel_config.enable_dbo:
+    # vllm-ascend turns it off afterwards, with a warning, so beside it no step has two micro-batches.
+    if parallel_config.enable_dbo and not beside_vllm_ascend:
         raise UnsupportedConfigError("dual batch overlap is not supported; start vLLM without --enable-dbo")
     check_expert_placement(parallel_config)
     return options

@@ -38,6 +38,19 @@ def check_choice(top_k: int | None, num_experts: int | None) -> None:
         )
 
 
+def check_chip(topology: ParallelTopology, device: DeviceLimits) -> None:
+    """Raise UnsupportedDeviceError where tokens would travel between chips on which no engine can have that. LOCAL.
+
+    An engine and `vllm-npu doctor --model` call it.
+    """
+    if device.no_engine is not None and (topology.ep_size > 1 or topology.dp_size > 1):
+        raise UnsupportedDeviceError(
+            f"vllm_npu moves no tokens between chips of {device.family}: {device.no_engine}. Leave out "
+            "--enable-expert-parallel and --data-parallel-size, or keep vllm-ascend's own communication: --additional-config "
+            '\'{"vllm_npu": {"moe_comm": "off"}}\''
+        )
+
+
 def check_experts(wanted: ExpertsWanted, topology: ParallelTopology, device: DeviceLimits) -> None:
     """Raise UnsupportedConfigError for experts that the device cannot compute where tokens travel. LOCAL.
 

@@ -87,7 +87,7 @@ def reference_moe(
     topk_ids: torch.Tensor,  # [num_tokens, top_k], global expert ids
     experts: LinearExperts,
 ) -> torch.Tensor:  # [num_tokens, width], dtype of hidden_states
-    """Sum over k of weight * expert(token), in float32 and in order of k. An expert's output has the dtype of the tokens."""
+    """Sum over k of weight * expert(token), in float32 and in order of k. An expert's output has the tokens' dtype."""
     total = torch.zeros(hidden_states.shape[0], experts.weights.shape[2])
     for k in range(topk_ids.shape[1]):
         for expert in topk_ids[:, k].unique().tolist():

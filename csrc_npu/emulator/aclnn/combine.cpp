@@ -228,6 +228,8 @@ void check(const Combine& op) {
 
 Plan plan(const Combine& op) {
   check(op);
+  trace("MoeDistributeCombine", "comm_alg=%s comm_quant_mode=%d", op.place.comm_alg.c_str(),
+        static_cast<int>(op.comm_quant_mode));
   const std::string agreed =
       agreed_facts(op.version, op.place, op.special, op.top_k(), op.width(), op.expand_x.scalar_type()) +
       c10::str(" comm_quant_mode=", op.comm_quant_mode);

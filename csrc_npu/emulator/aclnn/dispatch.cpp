@@ -213,6 +213,8 @@ void check(const Dispatch& op) {
 
 Plan plan(const Dispatch& op) {
   check(op);
+  trace("MoeDistributeDispatch", "comm_alg=%s quant_mode=%d", op.place.comm_alg.c_str(),
+        static_cast<int>(op.quant_mode));
   const std::string agreed =
       agreed_facts(op.version, op.place, op.special, op.top_k(), op.x.size(1), op.x.scalar_type()) +
       c10::str(" quant_mode=", op.quant_mode);

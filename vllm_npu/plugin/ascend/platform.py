@@ -13,6 +13,7 @@ from vllm_npu.plugin.ascend.config_check import added_experts, asked_fused_mc2, 
 from vllm_npu.plugin.compat.ascend_options import hide_our_section
 from vllm_npu.plugin.engine_check import check_engine
 from vllm_npu.plugin.options import Mode, check_config, topology_of
+from vllm_npu.strategies.start_checks import check_chip
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -47,8 +48,9 @@ class AscendMoEPlatform(NPUPlatform):
         parallel_config = vllm_config.parallel_config
         topology = topology_of(parallel_config)
         device = replace(DEVICES[get_ascend_device_type().name.strip("_")], fused_mc2_asked=asked_fused_mc2())
-        if options.mode is not Mode.OFF and vllm_config.model_config.is_moe and topology.ep_size > 1:
-            device = device.with_mc2(asked_mc2())
+        if options.mode is not Mode.OFF and vllm_config.model_config.is_moe:
+            check_chip(topology, device)
+            device = device.with_mc2(asked_mc2()) if topology.ep_size > 1 else device
         check_engine(vllm_config, options, device, added_experts(vllm_config))
         if options.mode is Mode.OFF or parallel_config.worker_cls == OUR_WORKER:
             return
@@ -56,6 +58,8 @@ class AscendMoEPlatform(NPUPlatform):
             return
         if topology.ep_size > 1 or topology.dp_size > 1:
             check_settings(vllm_config, options)
+        elif parallel_config.worker_cls != THEIR_WORKER:
+            return  # no token leaves its rank: there is nothing to move, whatever the worker is
         if parallel_config.worker_cls != THEIR_WORKER:
             raise UnsupportedConfigError(
                 f"vllm_npu replaces only {THEIR_WORKER}, and this engine has worker_cls={parallel_config.worker_cls}; keep "

@@ -23,7 +23,7 @@ from vllm_npu.errors import UnsupportedConfigError, VllmNpuError
 from vllm_npu.plugin.entry_points import vllm_ascend_version
 from vllm_npu.plugin.options import Mode, parse_moe_comm
 from vllm_npu.plugin.release_lines import ascend_line
-from vllm_npu.strategies.start_checks import PlannedShape, check_experts, check_start, describe_capacity
+from vllm_npu.strategies.start_checks import PlannedShape, check_chip, check_experts, check_start, describe_capacity
 from vllm_npu.tools.doctor.examination import PlannedEngine
 from vllm_npu.tools.doctor.findings import OK, PROBLEM, Finding
 from vllm_npu.tools.doctor.serve_recipe import LEAVE_OUT, recipe_rows
@@ -49,6 +49,7 @@ def findings_of(engine: PlannedEngine) -> list[Finding]:
             device = device_of_engine(engine.soc, engine.additional_config, ep_size=engine.ep)
             buffer_mb = HCCL_BUFFSIZE.read_whole_number()
         topology = ParallelTopology.of_rank(0, tp_size=engine.tp, dp_size=engine.ep // engine.tp)
+        check_chip(topology, device)
         check_experts(ExpertsWanted(model=model, lora=engine.lora), topology, device)
         # engine_check takes it for W8A8 too.
         by_vllm_ascend = (engine.serve_options or {}).get("quantization") == "ascend"

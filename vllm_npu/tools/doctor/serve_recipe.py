@@ -29,13 +29,13 @@ TAKEN = {
     "kv_transfer_config": "a node that computes prompts runs as any other; what a decode node does, the next row says",
     "enable_lora": "adapters on experts need vllm-ascend 0.30 and --enforce-eager; --lora-target-modules may keep them to other"
     " layers",
+    "enable_dbo": "vllm-ascend turns it off with a warning, so no step has two micro-batches, with or without this package",
     "enable_eplb": "vllm-ascend balances and moves the experts; tokens go to the replicas that it names",
 }
 HARMLESS = "1"  # the value with which an option of the next table is not refused
 REFUSED = {
     "enable_lora": "with data parallelism, each rank numbers the adapters itself, which goes wrong on experts; "
     "--lora-target-modules may keep them to other layers",
-    "enable_dbo": "two micro-batches in flight were never run with the strategies of this package",
     "prefill_context_parallel_size": "prefill context parallelism was never run with the strategies of this package",
     "enable_fault_tolerance": "vLLM has no hook by which the groups of HCCL could be opened anew after a failure",
     "worker_cls": "vllm_npu replaces vllm-ascend's own worker only",

@@ -78,7 +78,7 @@ const std::vector<Range> kVersion1A3WorldSizes{{8, 8},     {16, 16},   {32, 32},
 
 Limits limits_of(Family family, bool version_1, bool hierarchical) {
   if (hierarchical) return family == Family::kA2 ? kA2Hierarchy : kA3Hierarchy;
-  Limits limits = family == Family::kA2 ? kA2 : kA3;  // no document has limits of A5, so A3's are used
+  Limits limits = family == Family::kA2 ? kA2 : kA3;  // A5 has those of A3: aclnnMoeDistributeDispatchV4
   if (!version_1) return limits;
   limits.world_sizes = family == Family::kA2 ? kVersion1A2WorldSizes : kVersion1A3WorldSizes;
   if (family != Family::kA2) {

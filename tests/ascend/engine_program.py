@@ -7,7 +7,8 @@ ones by strategy, the placements of experts that the ranks had, and the counts o
 engine has no section of this package, and the only entry is "vllm-ascend". These keys are optional: "options" has more
 arguments of the engine, "max_tokens" is a number or a list with one for each prompt (4 without it), with "rounds" each
 strategy generates as often, and "moe_comm" is what the engine starts with and keeps. "adapter" is the folder of a LoRA adapter,
-which every second prompt has.
+which every second prompt has. With "margins" the line has, by strategy and prompt, the smallest difference between the
+logarithms of the two likeliest tokens' probabilities.
 """
 
 import json
@@ -27,6 +28,12 @@ def drafts(engine: Any) -> list[float]:
     """Tokens that the drafter proposed since the start, and those that were accepted."""
     values = {metric.name: getattr(metric, "value", 0) for metric in engine.get_metrics()}
     return [values.get(f"vllm:spec_decode_num_{kind}_tokens", 0) for kind in ("draft", "accepted")]
+
+
+def margin_of(steps: Any) -> float:
+    """The smallest difference between the two likeliest tokens of a step. A third entry is the token that was taken."""
+    best = [sorted((each.logprob for each in step.values()), reverse=True) for step in steps]
+    return min(first - second for first, second, *_ in best)
 
 
 def main(given: dict[str, Any]) -> None:
@@ -54,12 +61,16 @@ def main(given: dict[str, Any]) -> None:
     engine = LLM(given["model"], **arguments | options)
     limits = given.get("max_tokens", 4)
     each_limit = limits if isinstance(limits, list) else [limits] * len(demo_prompts())
-    greedy = [SamplingParams(temperature=0, max_tokens=limit, ignore_eos=True) for limit in each_limit]
+    logprobs = 2 if given.get("margins") else None
+    greedy = [
+        SamplingParams(temperature=0, max_tokens=limit, ignore_eos=True, logprobs=logprobs) for limit in each_limit
+    ]
     adapters = None
     if "adapter" in given:
         request = LoRARequest("adapter", 1, given["adapter"])
         adapters = [request if number % 2 else None for number in range(len(demo_prompts()))]
     tokens: dict[str, list[list[int]]] = {}
+    margins: dict[str, list[float]] = {}
     ran, compared, drafted, placements = {}, {}, {}, []
     for strategy in strategies or [OWN]:
         if strategies and "moe_comm" not in given:
@@ -68,6 +79,7 @@ def main(given: dict[str, Any]) -> None:
         for _ in range(given.get("rounds", 1)):
             outputs = engine.generate(demo_prompts(), greedy, use_tqdm=False, lora_request=adapters)
             tokens[strategy] += [list(each.outputs[0].token_ids) for each in outputs]
+            margins[strategy] = [margin_of(each.outputs[0].logprobs) for each in outputs if logprobs]
             if "eplb_config" in additional:
                 placements.append(engine.collective_rpc(placement))
         drafted[strategy] = [now - then for now, then in zip(drafts(engine), before, strict=True)]
@@ -78,6 +90,7 @@ def main(given: dict[str, Any]) -> None:
     report = {
         "tokens": tokens,
         "ran": ran,
+        "margins": margins,
         "compared": compared,
         "drafted": drafted,
         "placements": placements,

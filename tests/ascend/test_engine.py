@@ -86,6 +86,7 @@ def test_every_strategy_gives_vllm_ascends_tokens_with_int4_experts(tmp_path, ki
 
 
 ADAPTERS = {"enable_lora": True, "max_lora_rank": RANK, "max_loras": 1}
+TIE = 2**-8  # two steps of float16 between 2 and 4, where the logits are: each of two tokens may move by one
 BESIDE_EXPERTS = ADAPTERS | {"lora_target_modules": list(ATTENTION)}
 
 
@@ -100,13 +101,18 @@ BESIDE_EXPERTS = ADAPTERS | {"lora_target_modules": list(ATTENTION)}
 def test_an_adapter_changes_the_tokens_as_with_vllm_ascend_alone(qwen3_moe, tmp_path, on_experts):
     folder, without = qwen3_moe
     adapter = write_adapter(tmp_path / "adapter", MODELS[0].config, on_experts=on_experts)
-    given = {"adapter": str(adapter), "options": ADAPTERS if on_experts else BESIDE_EXPERTS}
-    theirs = alone(folder, **given)["tokens"][OWN]
+    given = {"adapter": str(adapter), "options": ADAPTERS if on_experts else BESIDE_EXPERTS, "margins": True}
+    report = alone(folder, **given)
+    theirs = report["tokens"][OWN]
     assert theirs[::2] == without[::2]
     assert all(changed != plain for changed, plain in zip(theirs[1::2], without[1::2], strict=True))
+    decided = [number for number, margin in enumerate(report["margins"][OWN]) if margin > TIE]
+    assert len(decided) >= len(theirs) - 1, report["margins"]
     ours = generate(PLUGINS, model=str(folder), tp=2, **given, strategies=STRATEGIES)
     assert ours["ran"] == {name: [name, name] for name in STRATEGIES}
-    assert ours["tokens"] == dict.fromkeys(STRATEGIES, theirs)
+    for name in STRATEGIES:
+        for number in decided:
+            assert ours["tokens"][name][number] == theirs[number], (name, number)
 
 
 @pytest.fixture(scope="module")

@@ -219,7 +219,8 @@ class SimulatedMailboxes:
         self.size = network.simulation.num_ranks
         self._network = network
         self._simulation = network.simulation
-        self._taken = [False] * self.size  # by rank, this rank's last letter
+        self._sent = [0] * self.size  # by receiver, the number of this rank's last letter
+        self._arrived = [0] * self.size  # by receiver, the newest one that it has
 
     def send(self, to: Sequence[int], subject: str, text: str) -> dict[int, Answer]:
         """Leave a letter. One to a stopped rank may be lost, or arrive when the rank continues."""
@@ -240,7 +241,7 @@ class SimulatedMailboxes:
 
     def has_taken(self, rank: int) -> bool:
         """Whether the last letter has arrived."""
-        return self._taken[rank]
+        return self._arrived[rank] == self._sent[rank]
 
     def look(self, ranks: Sequence[int]) -> dict[int, bool]:
         """Whether each rank lives and can be reached."""
@@ -273,10 +274,16 @@ class SimulatedMailboxes:
         """Wait in simulated time."""
         self._simulation.sleep(self.rank, seconds)
 
+    def _arrive(self, store: Callable[[int], None], rank: int, number: int) -> None:
+        store(rank)
+        self._arrived[rank] = max(self._arrived[rank], number)
+
     def _give(self, to: Sequence[int], store: Callable[[int], None]) -> dict[int, Answer]:
         network, simulation = self._network, self._simulation
         answers, longest = {}, 0.0
         for rank in to:
+            self._sent[rank] += 1
+            arrive = partial(self._arrive, store, rank, self._sent[rank])
             still_stopped = simulation.stopped_until[rank] - simulation.now
             seconds = network.draw.expovariate(1 / QUICK_SECONDS)
             answers[rank] = Answer.TOOK
@@ -287,14 +294,14 @@ class SimulatedMailboxes:
             elif still_stopped > ANSWER_SECONDS:
                 answers[rank] = Answer.MUTE
                 if network.draw.random() >= LETTER_LOST_SHARE:
-                    simulation.at(simulation.now + still_stopped, partial(store, rank))
+                    simulation.at(simulation.now + still_stopped, arrive)
                 seconds = ANSWER_SECONDS
             else:
                 seconds += max(0.0, still_stopped)
-                simulation.at(simulation.now + seconds, partial(store, rank))
+                simulation.at(simulation.now + seconds, arrive)
             if network.draw.random() < TWICE_SHARE and answers[rank] is Answer.TOOK:
                 late = network.draw.uniform(0, LATE_DEADLINES * network.deadline)
-                simulation.at(simulation.now + late, partial(store, rank))
+                simulation.at(simulation.now + late, arrive)
             longest = max(longest, seconds)
         self.sleep(longest + QUICK_SECONDS)
         return answers

@@ -231,6 +231,35 @@ def test_expandable_segments():
     assert done.stdout.splitlines()[-1] == f"0.0 {float(9 << 20)}", done.stderr
 
 
+ZEROS = """
+import torch, torch_npu
+torch.npu.set_device(0)
+torch.zeros(1, device="npu")  # the device starts
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+
+before = resident()
+cache = torch.zeros(1 << 30, dtype=torch.uint8, device="npu")
+torch.npu.synchronize()
+print(resident() - before < 1 << 26)
+
+cache[1000:1 << 25] = 7
+edges = cache[:1 << 26]
+edges[5000:(1 << 25) - 3].zero_()
+torch.npu.synchronize()
+print(edges.cpu().nonzero().flatten().tolist() == [*range(1000, 5000), *range((1 << 25) - 3, 1 << 25)])
+cache.zero_()
+print(int(cache[:1 << 26].count_nonzero()))
+"""
+
+
+@pytest.mark.parametrize("expandable", ["True", "False"])
+def test_zeros_take_no_memory_of_the_host_before_they_are_used(expandable):
+    done = run_python(ZEROS, PYTORCH_NPU_ALLOC_CONF=f"expandable_segments:{expandable}")
+    assert done.stdout.split() == ["True", "True", "0"], done.stderr
+
+
 # --- Streams and events ---
 
 

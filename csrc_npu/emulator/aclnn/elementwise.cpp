@@ -11,7 +11,13 @@ Plan copy(at::Tensor self, at::Tensor source) {
 }
 
 Plan zero(at::Tensor self) {
-  return [=] { self.zero_(); };
+  return [=] {
+    if (self.is_contiguous()) {
+      zero_memory(self.data_ptr(), self.nbytes());
+    } else {
+      self.zero_();
+    }
+  };
 }
 
 Plan fill(at::Tensor self, at::Scalar value) {

@@ -113,6 +113,19 @@ void divide_in_place(const OperatorHandle& op, torch::jit::Stack* stack) {
   torch::jit::push(*stack, at::Tensor(self).copy_(at::div(self, other)));
 }
 
+// Whole tensors are the runtime's work, which does not touch memory that was never written.
+void zero_in_place(const OperatorHandle& op, torch::jit::Stack* stack) {
+  constexpr auto* kName = "aten::zero_";
+  const at::Tensor self = torch::jit::peek(*stack, 0, 1).toTensor();
+  if (self.numel() == 0 || !self.is_contiguous()) return run_on_cpu_aliases(op, stack);
+  trace(kName);
+  const auto work = [alias = cpu_alias(self)] {
+    zero_memory(alias.data_ptr(), alias.nbytes());
+    return ACL_SUCCESS;
+  };
+  check(enqueue(current_stream(self.device()), kName, work, {self.const_data_ptr()}), kName);
+}
+
 // As torch_npu's, which has no other memory format.
 at::Tensor contiguous(const at::Tensor& self, at::MemoryFormat format) {
   TORCH_CHECK(format == at::MemoryFormat::Contiguous || self.is_contiguous(format),
@@ -154,6 +167,7 @@ const std::unordered_map<std::string, torch::CppFunction (*)()> kOwnOps = {
     {"aten::histc", [] { return torch::CppFunction(TORCH_FN(histc)); }},
     {"aten::native_dropout", [] { return torch::CppFunction(TORCH_FN(native_dropout)); }},
     {"aten::ones", [] { return torch::CppFunction(TORCH_FN(ones)); }},
+    {"aten::zero_", [] { return torch::CppFunction::makeFromBoxedFunction<zero_in_place>(); }},
     {"aten::zeros", [] { return torch::CppFunction(TORCH_FN(zeros)); }},
 };
 

@@ -2,6 +2,8 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
+#include <array>
 #include <cerrno>
 #include <cstdlib>
 #include <cstring>
@@ -97,7 +99,7 @@ int allocate(const char* function, void** pointer, std::size_t bytes) {
     return fail(ACL_ERROR_RT_MEMORY_ALLOCATION, "%s: the host has no %zu bytes for emulated device %d: %s", function,
                 size, device, std::strerror(errno));
   }
-  memory().device_blocks[as_number(mapped)] = {as_number(mapped), size, device};
+  memory().device_blocks[as_number(mapped)] = {as_number(mapped), size, device, /*is_physical=*/false};
   *pointer = mapped;
   trace(function, "device=%d bytes=%zu -> %p", device, bytes, mapped);
   return ACL_SUCCESS;
@@ -157,6 +159,36 @@ bool remove_pinned(const void* pointer) {
   return memory().pinned_blocks.erase(as_number(pointer)) != 0;
 }
 
+int fill_memory(void* pointer, int value, std::size_t bytes) {
+  if (value == 0) {
+    zero_memory(pointer, bytes);
+  } else {
+    std::memset(pointer, value, bytes);
+  }
+  return ACL_SUCCESS;
+}
+
+// Sets whole pages of one kind of device memory to zero. mincore() names the pages that the host backs; these are written.
+// The others may still be on the host's swap device, so they are given back.
+void zero_pages(char* pages, std::size_t count, bool is_physical) {
+  constexpr std::size_t kAtOnce = 4096;
+  std::array<unsigned char, kAtOnce> state;
+  const auto is_backed = [&](std::size_t page) { return (state[page] & 1) != 0; };
+  for (std::size_t done = 0; done < count; done += kAtOnce) {
+    char* const part = pages + done * kPage;
+    const std::size_t in_part = std::min(kAtOnce, count - done);
+    if (mincore(part, in_part * kPage, state.data()) != 0) state.fill(1);
+    for (std::size_t first = 0, last = 0; first < in_part; first = last) {
+      while (last < in_part && is_backed(last) == is_backed(first)) ++last;
+      char* const run = part + first * kPage;
+      const std::size_t bytes = (last - first) * kPage;
+      const bool given_back =
+          !is_backed(first) && madvise(run, bytes, is_physical ? MADV_REMOVE : MADV_DONTNEED) == 0;
+      if (!given_back) std::memset(run, 0, bytes);
+    }
+  }
+}
+
 int allocate_pinned(const char* function, void** pointer, std::size_t bytes) {
   if (posix_memalign(pointer, kPage, round_up_to_page(bytes == 0 ? 1 : bytes)) != 0) {
     return fail(ACL_ERROR_RT_MEMORY_ALLOCATION, "%s: the host has no %zu bytes", function, bytes);
@@ -174,6 +206,24 @@ std::optional<MemoryBlock> find_device_memory(const void* pointer) {
   if (block == memory().device_blocks.end()) return std::nullopt;
   if (as_number(pointer) >= block->second.start + block->second.size) return std::nullopt;
   return block->second;
+}
+
+void zero_memory(void* pointer, std::size_t bytes) {
+  constexpr std::size_t kWorthACall = std::size_t{1} << 20;
+  auto* next = static_cast<char*>(pointer);
+  while (bytes >= kWorthACall) {
+    const auto block = find_device_memory(next);
+    if (!block) break;
+    const std::size_t in_block = std::min(bytes, block->start + block->size - as_number(next));
+    const std::size_t head = std::min(in_block, round_up_to_page(as_number(next)) - as_number(next));
+    const std::size_t pages = (in_block - head) / kPage;
+    std::memset(next, 0, head);
+    zero_pages(next + head, pages, block->is_physical);
+    std::memset(next + head + pages * kPage, 0, in_block - head - pages * kPage);
+    next += in_block;
+    bytes -= in_block;
+  }
+  std::memset(next, 0, bytes);
 }
 
 bool is_pinned_host_memory(const void* pointer) {
@@ -315,17 +365,13 @@ aclError aclrtMemset(void* pointer, size_t capacity_bytes, int32_t value, size_t
   trace(__func__, "bytes=%zu", bytes);
   if (const int code = refuse_in_capture(__func__)) return code;
   if (const int code = check_fill(__func__, pointer, capacity_bytes, bytes)) return code;
-  std::memset(pointer, value, bytes);
-  return ACL_SUCCESS;
+  return fill_memory(pointer, value, bytes);
 }
 
 aclError aclrtMemsetAsync(void* pointer, size_t capacity_bytes, int32_t value, size_t bytes, aclrtStream stream) {
   trace(__func__, "bytes=%zu", bytes);
   if (const int code = check_fill(__func__, pointer, capacity_bytes, bytes)) return code;
-  return enqueue(stream, __func__, [pointer, value, bytes] {
-    std::memset(pointer, value, bytes);
-    return ACL_SUCCESS;
-  });
+  return enqueue(stream, __func__, [pointer, value, bytes] { return fill_memory(pointer, value, bytes); });
 }
 
 // --- Virtual addresses, for expandable segments: reserve addresses, then map physical memory to them ---
@@ -399,7 +445,8 @@ aclError aclrtMapMem(void* address, size_t bytes, size_t offset, aclrtDrvMemHand
            static_cast<off_t>(offset)) == MAP_FAILED) {
     return fail(ACL_ERROR_RT_MEMORY_ALLOCATION, "aclrtMapMem: %s", std::strerror(errno));
   }
-  memory().device_blocks[as_number(address)] = {as_number(address), bytes, physical->device};
+  memory().device_blocks[as_number(address)] = {as_number(address), bytes, physical->device,
+                                                /*is_physical=*/true};
   trace(__func__, "%p bytes=%zu", address, bytes);
   return ACL_SUCCESS;
 }

@@ -63,6 +63,7 @@ struct MemoryBlock {
   std::uintptr_t start;
   std::size_t size;
   int device;
+  bool is_physical;  // aclrtMapMem mapped it; else aclrtMalloc allocated it
 };
 
 // Returns the device allocation that contains `pointer`. Empty for host memory.
@@ -71,6 +72,10 @@ EMULATOR_API std::optional<MemoryBlock> find_device_memory(const void* pointer);
 // Whether `pointer` lies in page-locked host memory (aclrtMallocHost, aclrtHostRegister). As with CANN, only copies
 // from and to page-locked memory are asynchronous. With other host memory the calling thread waits for the copy.
 EMULATOR_API bool is_pinned_host_memory(const void* pointer);
+
+// Sets memory to zero. Pages of the device's memory that the host has not backed so far stay so: they read as zeros. So a
+// cache of some GiB costs neither time nor memory of the host before it is used.
+EMULATOR_API void zero_memory(void* pointer, std::size_t bytes);
 
 // Copies on `stream` as aclrtMemcpyAsync does, with `name` in the trace. In asynchronous mode a copy to the host is
 // always late.
